@@ -1,0 +1,1 @@
+"""The model on disk: a self-contained directory, written, verified and loaded."""

@@ -1,0 +1,127 @@
+"""The manifest: what an artifact or an adapter is made of, and the digests that prove it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from solidify.artifact.tensors import ALGORITHM, digest_bytes, digest_values, digests_on_disk, weight_files
+from solidify.errors import ArtifactError
+
+NAME = "solidify.json"
+FORMAT = 1
+PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Lineage and digests of a directory. `kind` is `artifact` or `adapter`.
+
+    For an artifact, `code` and `files` map file names to digests and `tensors` tensor names to digests. For an
+    adapter, `base` holds the three digests of the artifact it belongs to and where that stood, and `trained` what it
+    trains. `lineage` lists, oldest first, what was done to get here.
+    """
+
+    kind: str
+    base: dict[str, Any]
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    trained: dict[str, list[str]] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    requirements: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    algorithm: str = ALGORITHM
+    format: int = FORMAT
+
+    def digest(self) -> dict[str, str]:
+        """Returns one digest each for configuration, code and weights: the fingerprint that an adapter records."""
+        return {
+            "configuration": self.files.get("config.json", ""),
+            "code": digest_values(self.code),
+            "weights": digest_values(self.tensors),
+        }
+
+    def write(self, directory: Path) -> None:
+        """Writes the manifest into `directory`."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        (directory / NAME).write_text(text, encoding="utf-8")
+
+
+def read(directory: Path, kind: str | None = None) -> Manifest:
+    """Reads the manifest of `directory`.
+
+    Raises:
+        ArtifactError: there is none, it is not readable, of a newer format, or of another kind than `kind`.
+    """
+    path = directory / NAME
+    if not directory.is_dir():
+        raise ArtifactError(f"the directory {directory} does not exist")
+    if not path.is_file():
+        raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(Manifest)}
+        if document["format"] > FORMAT:
+            raise ArtifactError(
+                f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
+            )
+        manifest = Manifest(**{key: value for key, value in document.items() if key in known})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
+    return manifest
+
+
+def current_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that an artifact depends on."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def faults(directory: Path, manifest: Manifest, *, weights: bool = True) -> list[str]:
+    """Compares a directory with its manifest, without running any of its code.
+
+    Returns one sentence for every file or tensor that is missing, additional or changed.
+    """
+    result = []
+    for name, expected in {**manifest.code, **manifest.files}.items():
+        path = directory / name
+        if not path.is_file():
+            result.append(f"{name} is missing")
+        elif digest_bytes(path.read_bytes()) != expected:
+            result.append(f"{name} is not the file that was written (its digest differs)")
+    extra = sorted(p.name for p in directory.glob("*.py") if p.name not in manifest.code)
+    result += [f"{name} is code that the manifest does not know" for name in extra]
+    if weights and manifest.tensors:
+        result += _tensor_faults(directory, manifest)
+    return result
+
+
+def _tensor_faults(directory: Path, manifest: Manifest) -> list[str]:
+    try:
+        paths = weight_files(directory) if manifest.kind == "artifact" else [directory / "adapter_model.safetensors"]
+        found = digests_on_disk(paths)
+    except ArtifactError as error:
+        return [str(error)]
+    expected = manifest.tensors
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    return [
+        *(f"the tensor {name} is missing" for name in expected if name not in found),
+        *(f"the tensor {name} is not in the manifest" for name in found if name not in expected),
+        *(f"the tensor {name} is not the one that was written (its digest differs)" for name in changed),
+    ]

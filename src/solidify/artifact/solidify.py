@@ -1,0 +1,173 @@
+"""Model and edits become a self-contained directory that loads anywhere without us, verified before it appears."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from solidify import places
+from solidify.artifact import certificate, manifest, sources, tensors, trust
+from solidify.artifact.certificate import Finding
+from solidify.artifact.manifest import Manifest
+from solidify.errors import ArtifactError, refuse
+from solidify.model import anatomy
+from solidify.model.surgery import Edit
+
+
+class Saveable(Protocol):
+    """A tokenizer, processor or the like."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Writes its files."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished directory, its manifest, and what the fresh process found."""
+
+    directory: Path
+    manifest: Manifest
+    findings: list[Finding]
+
+
+def build(
+    model: PreTrainedModel,
+    edits: Sequence[Edit],
+    directory: str | Path,
+    *,
+    tokenizer: Saveable | None = None,
+    base: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> Artifact:
+    """Writes the edited model as an artifact and verifies it in a fresh process; the model is unchanged.
+
+    The directory appears by rename once every tensor, buffer and output has been found bit-identical by a process in
+    which solidify and peft cannot be imported. `base` says where the model came from (its `name_or_path` when left
+    out); `recipe` is kept in the manifest.
+
+    Raises:
+        ArtifactError: an edit does not stand in the model, a source cannot travel, `directory` exists and is not
+            ours, or the fresh process found a difference. Nothing is left behind.
+    """
+    directory = Path(directory)
+    places.refuse_foreign(directory)
+    refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
+    code = sources.compile_sources(model, edits)
+    origin = base or {"model": model.config._name_or_path, "class": type(model).__name__}
+    with places.staged(directory) as staging:
+        for name, text in code.files.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        (staging / "config.json").write_text(_config(model, code), encoding="utf-8")
+        if model.can_generate():
+            model.generation_config.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        lineage = [{"step": "base", **origin}, {"step": "surgery", "edits": [e.document() for e in edits]}]
+        written, findings = write_and_verify(
+            model,
+            staging,
+            Manifest(
+                kind="artifact",
+                base=origin,
+                lineage=lineage,
+                edits=[edit.document() for edit in edits],
+                code={name: tensors.digest_bytes(text.encode()) for name, text in code.files.items()},
+                requirements=code.requirements,
+                recipe=recipe,
+            ),
+        )
+    trust.remember(written)
+    return Artifact(directory, written, findings)
+
+
+def write_and_verify(model: PreTrainedModel, staging: Path, draft: Manifest) -> tuple[Manifest, list[Finding]]:
+    """Adds weights, certificate, card and manifest to a staged directory that holds code and configuration.
+
+    Raises:
+        ArtifactError: the fresh process found something that is not as in memory.
+    """
+    tensors.write(model.state_dict(), staging, tied=model.all_tied_weights_keys)
+    certificate.write(model, staging)
+    on_disk = tensors.digests_on_disk(tensors.weight_files(staging))
+    finished = Manifest(
+        **{
+            **vars(draft),
+            "tensors": on_disk,
+            "files": _other_files(staging, set(draft.code)),
+            "versions": manifest.current_versions(),
+        }
+    )
+    card = sources.render("README.md.jinja", manifest=finished, parameters=anatomy.count(model.parameters()))
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    finished.write(staging)
+    findings = certificate.witness(staging)
+    failed = [finding for finding in findings if finding.passed is False]
+    refuse(
+        ArtifactError,
+        "the artifact does not reload as it was in memory",
+        [f"{finding.name}: {finding.evidence}{_remedy(finding)}" for finding in failed],
+    )
+    return finished, findings
+
+
+def copy_code(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies named files of one artifact into another's directory, byte for byte."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
+    if not edits:
+        return ["there are none; an artifact needs at least one replacement"]
+    names = {name for name, _ in model.named_modules()}
+    last = {edit.name: edit for edit in edits}
+    faults = []
+    for edit in last.values():
+        if edit.name not in names:
+            faults.append(f"{edit.name} is no module of the model")
+        elif type(model.get_submodule(edit.name)) is not edit.module_class:
+            found = type(model.get_submodule(edit.name)).__name__
+            faults.append(f"{edit.name} holds a {found}, but the edit put a {edit.new_class} there")
+    if anatomy.is_meta(model):
+        faults.append("the model is on the meta device: it has no weights to write")
+    return faults
+
+
+def _config(model: PreTrainedModel, code: sources.Sources) -> str:
+    values = json.loads(model.config.to_json_string(use_diff=True))
+    values |= {
+        "model_type": code.model_type,
+        "architectures": code.architectures,
+        "auto_map": code.auto_map,
+        "surgery": code.surgery,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    values.pop("_name_or_path", None)
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
+    weights = {path.name for path in tensors.weight_files(directory)}
+    return {
+        str(path.relative_to(directory)): tensors.digest_bytes(path.read_bytes())
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in weights | code | {"README.md", manifest.NAME}
+    }
+
+
+def _remedy(finding: Finding) -> str:
+    if "never filled" in finding.evidence or "different" in finding.evidence or "additional" in finding.evidence:
+        return (
+            ". A model is built on the meta device when it is loaded: what a module computes in its constructor must be "
+            "a parameter or a persistent buffer to be there again (register_buffer without persistent=False)"
+        )
+    return ""
+
+

@@ -1,0 +1,1 @@
+"""Saying whether it is so: functions that return findings."""

@@ -1,0 +1,1 @@
+"""The embedded base model, its text, and the demonstration that runs the main job on them."""

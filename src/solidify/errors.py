@@ -1,0 +1,59 @@
+"""What can go wrong, one class per stage.
+
+SolidifyError
+├── RecipeError      the recipe, or an argument in its place, breaks a rule
+├── SurgeryError     a replacement cannot stand where it was asked to stand
+├── ArtifactError    a directory is not the artifact that it claims to be, or cannot become one
+├── AdapterError     an adapter does not fit its base, or is not what was declared
+├── ObjectiveError   a loss term cannot be computed as it was declared
+├── DataError        the data cannot be read as asked
+└── CheckFailed      a check found that a promise does not hold
+
+All but `CheckFailed` mean that the input is wrong: the command line prints the message and exits with 2.
+`CheckFailed` exits with 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SolidifyError(Exception):
+    """Root of everything that solidify raises on purpose."""
+
+
+class RecipeError(SolidifyError, ValueError):
+    """The recipe, or an argument in its place, breaks a rule."""
+
+
+class SurgeryError(SolidifyError, ValueError):
+    """A replacement cannot stand where it was asked to stand."""
+
+
+class ArtifactError(SolidifyError, ValueError):
+    """A directory is not the artifact that it claims to be, or cannot become one."""
+
+
+class AdapterError(SolidifyError, ValueError):
+    """An adapter does not fit its base, or is not what was declared."""
+
+
+class ObjectiveError(SolidifyError, ValueError):
+    """A loss term cannot be computed as it was declared."""
+
+
+class DataError(SolidifyError, ValueError):
+    """The data cannot be read as asked."""
+
+
+class CheckFailed(SolidifyError, RuntimeError):
+    """A check found that a promise does not hold."""
+
+
+def refuse(kind: type[SolidifyError], title: str, faults: Iterable[str]) -> None:
+    """Raises `kind` with all `faults` under one `title`; does nothing when there is no fault."""
+    listed = list(faults)
+    if len(listed) == 1:
+        raise kind(f"{title}: {listed[0]}")
+    if listed:
+        raise kind(f"{title}:\n" + "\n".join(f"  - {fault}" for fault in listed))

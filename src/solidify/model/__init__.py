@@ -1,0 +1,1 @@
+"""The network in memory: reading it, and replacing modules of it."""

@@ -1,0 +1,182 @@
+"""The recipe: what to make, as frozen values. No torch, no user code, nothing that runs.
+
+Goes in: a YAML file and `key=value` overrides. Comes out: a `Recipe` whose every key is known. Sections that belong
+to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they are judged where they are used.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from solidify.errors import RecipeError, refuse
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Base(_Section):
+    """The pretrained model that the surgery starts from."""
+
+    model: str
+    revision: str | None = None
+    dtype: str | None = None
+
+
+class Replace(_Section):
+    """One step of surgery: every module that `replace` names becomes a `with`."""
+
+    replace: str | list[str]
+    expect: str
+    module: str = Field(alias="with")
+    count: int | None = Field(default=None, ge=1)
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+
+
+class Adapter(_Section):
+    """What is trained: PEFT's LoRA fields verbatim, and names of modules or parameters trained in full."""
+
+    lora: dict[str, Any] | None = None
+    train: str | list[str] = []
+
+    @model_validator(mode="after")
+    def _something(self) -> Adapter:
+        if self.lora is None and not self.train:
+            raise ValueError("an adapter trains something: give `lora`, `train`, or both")
+        return self
+
+
+class Term(_Section):
+    """One part of the objective: `model`, or a reference to a function or class, and its weight."""
+
+    loss: str
+    weight: float = 1.0
+    name: str | None = None
+    arguments: dict[str, Any] = {}
+
+
+class Data(_Section):
+    """Training and evaluation text: files beside the recipe, or `builtin:` names."""
+
+    train: str
+    eval: str | None = None
+    text: str = "text"
+    max_length: int = Field(default=1024, ge=2)
+
+
+class Recipe(_Section):
+    """All of it. `directory` is where the file stood; relative paths in the recipe start there."""
+
+    base: Base
+    surgery: list[Replace] = Field(min_length=1)
+    adapter: Adapter | None = None
+    objective: list[Term] = [Term(loss="model")]
+    data: Data | None = None
+    training: dict[str, Any] = {}
+    output: str | None = None
+    directory: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        if self.adapter is not None and self.data is None:
+            raise ValueError("`adapter` is trained on something: give `data`")
+        if self.adapter is None and self.training:
+            raise ValueError("`training` needs an `adapter` that says what is trained")
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """Returns the recipe as plain values, with the keys of the YAML file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `2e-4` is a float. (PyYAML reads YAML 1.1, where it is a string.)"""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a wrong type, an override that points nowhere. All
+            faults are listed together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"the recipe {path} does not exist")
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path} holds {type(document).__name__}, but a recipe is a mapping of sections")
+    for override in overrides or []:
+        _override(document, override)
+    document["directory"] = path.resolve().parent
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        refuse(RecipeError, f"the recipe {path} is not valid", [_sentence(e) for e in error.errors()])
+        raise
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"an override is written key=value, but {override!r} is not")
+    *parents, last = key.split(".")
+    place: Any = document
+    for part in parents:
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise RecipeError(f"the override {override!r} points nowhere: there is no {part!r} in the recipe")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = yaml.load(value, _Loader)
+    elif isinstance(place, dict):
+        place[last] = yaml.load(value, _Loader)
+    else:
+        raise RecipeError(f"the override {override!r} points nowhere: there is no {last!r} in the recipe")
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "base": Base,
+    "surgery": Replace,
+    "adapter": Adapter,
+    "objective": Term,
+    "data": Data,
+}
+
+
+def _sentence(error: Any) -> str:
+    """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
+    location = [str(part) for part in error["loc"]]
+    where = ".".join(location) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        section = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
+        known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
+        close = get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where}: this key is required"
+    return f"{where}: {error['msg']}; found {error['input']!r}"

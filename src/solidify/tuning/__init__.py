@@ -1,0 +1,1 @@
+"""Making it learn: data, adapters, objective, trainer."""
