@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import manifest, tensors
 from solidify.errors import ArtifactError
+from solidify.findings import Finding
 from solidify.model import anatomy
 
 NAME = "certificate"
@@ -29,19 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"length": 12, "padded": True, "seed": 12},
     "long": {"batch_size": 1, "length": 40, "seed": 13},
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one look showed: which promise, whether it holds (None: measured only), and the evidence in a sentence."""
-
-    name: str
-    passed: bool | None
-    evidence: str
-
-    def document(self) -> dict[str, Any]:
-        """Returns the finding as plain values."""
-        return {"name": self.name, "passed": self.passed, "evidence": self.evidence}
 
 
 def write(model: PreTrainedModel, directory: Path) -> None:

@@ -47,7 +47,8 @@ def load_base(
             raise RecipeError(f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks")
         if device == "meta":
             with torch.device("meta"):
-                model = head._from_config(config, dtype=dtype and getattr(torch, dtype))
+                model = head(config)
+            model = model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
             info: dict[str, Any] = {}
         else:
             model, info = head.from_pretrained(
@@ -64,16 +65,18 @@ def load_base(
     )
     origin = {
         "model": reference,
-        "revision": config._commit_hash or revision,
+        "revision": vars(config).get("_commit_hash") or revision,
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return BaseModel(model.eval(), _tokenizer(reference, revision), origin)
 
 
-def _tokenizer(reference: str, revision: str | None) -> Any:
+def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(reference, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            reference, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError):
         return None  # many models have none, and no stage but training and generation needs it
 
@@ -123,13 +126,17 @@ def _holds(model: PreTrainedModel, name: str) -> bool:
     return any(name == known for known, _ in model.named_modules())
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """Returns the tokenizer that stands in a directory.
+def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Returns the tokenizer that stands in an artifact.
+
+    transformers reads the artifact's configuration class for it, which is code of the artifact.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or the artifact's code may not run.
     """
-    tokenizer = _tokenizer(str(directory), None)
+    directory = Path(directory).resolve()
+    trust.require(manifest.read(directory, "artifact"), directory, trust_remote_code)
+    tokenizer = _tokenizer(str(directory), None, trust_remote_code=True)
     if tokenizer is None:
         raise ArtifactError(f"{directory} holds no tokenizer; build it with tokenizer=...")
     return tokenizer

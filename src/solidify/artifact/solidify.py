@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from solidify import places
 from solidify.artifact import certificate, manifest, sources, tensors, trust
-from solidify.artifact.certificate import Finding
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
+from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.model.surgery import Edit
 

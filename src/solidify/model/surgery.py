@@ -357,7 +357,7 @@ def _load_weights(
                 f"{name}: {key!r} has shape {list(state[key].shape)} in the weights, but {type(new).__name__} "
                 f"needs {list(tensor.shape)}"
             )
-    if not faults:
+    if not faults and not anatomy.is_meta(new):
         new.load_state_dict(state, strict=False)
     return faults
 

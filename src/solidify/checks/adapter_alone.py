@@ -1,0 +1,51 @@
+"""Run as a script in a process of its own: loads an adapter, ours and plain PEFT's way, and prints what it found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from solidify.artifact import certificate, manifest
+from solidify.artifact.loading import load_artifact
+from solidify.checks import roundtrip, structure, trainable
+from solidify.findings import Finding
+from solidify.tuning import adapters
+
+
+def main() -> None:
+    """Answers the request whose path is the first argument."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    base, directory = Path(request["base"]), Path(request["adapter"])
+    record = manifest.read(base, "artifact")
+    stored = load_file(base / certificate.NAME / "inputs.safetensors")
+    cases = sorted({key.split("/")[0] for key in stored})
+    inputs = {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}
+    plain = load_artifact(base, trust_remote_code=True)
+    expected = roundtrip.outputs(plain, inputs)
+    model = adapters.load_adapter(plain, directory)
+    with_adapter = roundtrip.outputs(model, inputs)
+    again = PeftModel.from_pretrained(load_artifact(base, trust_remote_code=True), directory).eval()
+    findings = [
+        Finding("loads completely", True, "every tensor of the adapter was used once"),
+        structure.structure(model, record.edits),
+        trainable.frozen(model, record),
+        *roundtrip.adapter_effect(model, expected, inputs),
+        roundtrip.wrong_base_refused(model, manifest.read(directory, "adapter"), directory),
+        Finding(
+            "plain PEFT loads the same",
+            bool(roundtrip.adapter_reload(with_adapter, roundtrip.outputs(again, inputs)).passed),
+            roundtrip.adapter_reload(with_adapter, roundtrip.outputs(again, inputs)).evidence,
+        ),
+    ]
+    print(json.dumps({"findings": [finding.document() for finding in findings]}))
+
+
+if __name__ == "__main__":
+    main()

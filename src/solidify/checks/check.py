@@ -1,0 +1,77 @@
+"""Every check that applies to a directory of ours: an artifact, an adapter, or the output of a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solidify.artifact import certificate, manifest, trust
+from solidify.artifact.manifest import Manifest
+from solidify.errors import ArtifactError
+from solidify.export import find_base
+from solidify.findings import Finding, Report
+
+
+def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
+    """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
+
+    Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
+    of it runs.
+
+    Raises:
+        ArtifactError: the directory is none of ours, or its code was not built on this machine and
+            `trust_remote_code` is not given.
+    """
+    directory = Path(directory).resolve()
+    report = Report(str(directory))
+    parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
+    if parts and not (directory / manifest.NAME).is_file():
+        for part in parts:
+            report.add(part, _one(directory / part, trust_remote_code))
+    else:
+        record = manifest.read(directory)
+        report.add(record.kind, _one(directory, trust_remote_code))
+    return report
+
+
+def _one(directory: Path, trust_remote_code: bool) -> list[Finding]:
+    record = manifest.read(directory)
+    if record.kind == "adapter":
+        return _adapter(directory, record, trust_remote_code)
+    return _artifact(directory, record, trust_remote_code)
+
+
+def _intact(directory: Path, record: Manifest) -> Finding:
+    faults = manifest.faults(directory, record)
+    counted = f"{len(record.code) + len(record.files)} files and {len(record.tensors)} tensors have their digests"
+    return Finding("nothing was changed since it was written", not faults, "; ".join(faults[:6]) or counted)
+
+
+def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
+    intact = _intact(directory, record)
+    if not intact.passed:
+        return [intact]
+    trust.require(record, directory, trust_remote_code)
+    return [intact, *certificate.witness(directory)]
+
+
+def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
+    intact = _intact(directory, record)
+    if not intact.passed:
+        return [intact]
+    base = find_base(record, directory)
+    fits = manifest.read(base, "artifact").digest()
+    wrong = [key for key in fits if record.base.get(key) != fits[key]]
+    fit = Finding(
+        "the base is the recorded one", not wrong, f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match"
+    )
+    below = _intact(base, manifest.read(base, "artifact"))
+    findings = [intact, fit, Finding("its base is intact", below.passed, below.evidence)]
+    if wrong or not below.passed:
+        return findings
+    trust.require(manifest.read(base, "artifact"), base, trust_remote_code)
+    request = {"base": str(base), "adapter": str(directory)}
+    try:
+        answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)
+    except ArtifactError as error:
+        return [*findings, Finding("loads in a fresh process", False, str(error))]
+    return findings + [Finding(**finding) for finding in answer["findings"]]

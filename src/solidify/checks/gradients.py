@@ -1,0 +1,121 @@
+"""Do gradients reach what is trained and nothing else, do they depend on how a batch is split, do the parts sum up?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from solidify.findings import Finding
+from solidify.tuning import standing
+
+
+class GradientWitness(TrainerCallback):  # type: ignore[misc]
+    """Looks at gradients where they exist: after the backward passes, before the optimizer takes them.
+
+    (In `on_step_end` they are gone.) What counts is whether a parameter ever got a gradient that is not zero: LoRA's A
+    has none in the first step, because B is zero, and a sleeping gate has none until it wakes.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.seen: dict[str, float] = {}
+        self.stray: set[str] = set()
+        self.steps = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Records the largest gradient of every parameter."""
+        self.steps += 1
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                if parameter.grad is not None:
+                    self.stray.add(name)
+            elif not self.seen.get(name):
+                self.seen[name] = float(parameter.grad.abs().max()) if parameter.grad is not None else 0.0
+
+    def finding(self) -> Finding:
+        """Returns whether every trainable parameter got a gradient in some step, and no frozen one did."""
+        names = {id(p): name for _, name, p in standing.named_parameters(self.model)}
+        paths = dict(self.model.named_parameters())
+        dead = [names[id(paths[path])] for path, largest in self.seen.items() if not largest]
+        broken = [path for path, largest in self.seen.items() if largest != largest or largest == float("inf")]
+        faults = [f"never a gradient: {name}" for name in dead]
+        faults += [f"a gradient though frozen: {name}" for name in sorted(self.stray)]
+        faults += [f"not finite: {name}" for name in broken]
+        if not self.steps:
+            faults.append("no step was taken")
+        evidence = f"{len(self.seen)} trainable tensors got non-zero gradients in {self.steps} steps, frozen ones none"
+        return Finding("gradients reach what is trained", not faults, "; ".join(faults[:4]) or evidence)
+
+
+def accumulation(trainer: Any, examples: Sequence[Mapping[str, Any]], *, tolerance: float = 1e-4) -> Finding:
+    """Computes one step's gradient for several splits of the same ragged examples, through the trainer itself.
+
+    The largest difference of any tensor, relative to that tensor's largest gradient, must stay under `tolerance`:
+    float32 sums in another order; a wrong scale is off by a factor.
+    """
+    n = len(examples)
+    splits = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if n % size == 0]
+    splits = list(dict.fromkeys(splits))
+    with _without_dropout(trainer.model):
+        gradients = {size: _gradient(trainer, examples, size) for size in splits}
+    reference = gradients[splits[0]]
+    worst, culprit = 0.0, ""
+    for size in splits[1:]:
+        for name, gradient in gradients[size].items():
+            scale = float(reference[name].abs().max())
+            distance = float((gradient - reference[name]).abs().max())
+            # A tensor whose gradient is rounding itself (it cancels) is judged by the largest of all.
+            scale = max(scale, 1e-3 * max(float(g.abs().max()) for g in reference.values()))
+            if scale and distance / scale >= worst:
+                worst, culprit = distance / scale, name
+    shown = ", ".join(f"{n // size}x{size}" for size in splits)
+    evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
+    any_gradient = any(float(g.abs().max()) > 0 for g in reference.values())
+    passed = worst <= tolerance and any_gradient and len(splits) > 1
+    return Finding("gradient does not depend on accumulation", passed, evidence + ("" if passed else f" ({culprit})"))
+
+
+def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int) -> dict[str, torch.Tensor]:
+    """Runs one window in micro-batches of `size` and returns the gradients, leaving none behind."""
+    model = trainer.model
+    model.zero_grad()
+    batches = [trainer.data_collator([dict(e) for e in examples[i : i + size]]) for i in range(0, len(examples), size)]
+    window, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(window)
+    for batch in window:
+        trainer.training_step(model, batch, items)
+    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    trainer.forget_window()
+    return found
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Sets every dropout to zero, because random masks differ between splits."""
+    before = [(m, m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    for module, _ in before:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in before:
+            module.p = p
+
+
+def parts_sum(history: Sequence[Mapping[str, float]], *, tolerance: float = 1e-5) -> Finding:
+    """Compares every logged loss with the sum of its logged weighted parts."""
+    worst = 0.0
+    for logs in history:
+        total = sum(value for key, value in logs.items() if key.startswith("weighted/"))
+        worst = max(worst, abs(logs["loss"] - total) / max(1.0, abs(logs["loss"])))
+    evidence = f"over {len(history)} logs the weighted parts sum to the loss within {worst:.1e}"
+    return Finding("loss parts sum to the total", bool(history) and worst <= tolerance, evidence)

@@ -1,0 +1,39 @@
+"""Is what is trained what was declared, and did nothing else move?"""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from solidify.artifact import tensors
+from solidify.artifact.manifest import Manifest
+from solidify.findings import Finding
+from solidify.tuning import plan as planning
+from solidify.tuning import standing
+from solidify.tuning.plan import AdapterPlan
+
+
+def trainable(model: PeftModel, wanted: AdapterPlan) -> Finding:
+    """Compares the trainable parameters with the plan, by name."""
+    faults = planning.compare(model, wanted)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    evidence = (
+        f"{len(wanted.lora_modules) + len(wanted.lora_parameters)} LoRA targets, {len(wanted.full)} parameters in full, "
+        f"{count:,} numbers"
+    )
+    return Finding("trainable set exact", not faults, "; ".join(faults[:4]) or evidence)
+
+
+def frozen(model: PeftModel, base: Manifest) -> Finding:
+    """Compares every tensor of the base inside the PeftModel with the artifact's digests."""
+    found: dict[str, str] = {}
+    for kind, name, parameter in standing.named_parameters(model):
+        if kind == "base":
+            found[name] = tensors.digest(parameter)
+    for kind, name, buffer in standing.named_buffers(model):
+        if kind == "base" and name in base.tensors:
+            found[name] = tensors.digest(buffer)
+    changed = [name for name, digest in found.items() if base.tensors.get(name, digest) != digest]
+    missing = [name for name in base.tensors if name not in found]
+    faults = [f"{name} changed" for name in changed] + [f"{name} is not in the model" for name in missing]
+    evidence = f"{len(found)} tensors have the digest they were built with"
+    return Finding("frozen tensors unchanged", not faults, "; ".join(faults[:4]) or evidence)

@@ -1,0 +1,248 @@
+"""One command, one verb per stage. Heavy imports stand inside the verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="solidify",
+    help="Change the architecture of a pretrained Hugging Face model, and prove that the result is solid.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where results go, instead of the recipe's own.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo")) -> None:
+    """The whole loop on an embedded tiny OLMoE, offline; ends with a table of what was proved."""
+    _quiet()
+    from solidify.demo import story
+
+    story.tell(output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A hub id, a directory, an artifact, or builtin:tiny-olmoe.")],
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """The tree of a model's modules, repeated layers folded: what can be a target."""
+    _quiet()
+    from solidify import console, pipeline
+    from solidify.artifact import inspection
+    from solidify.model.cost import cost
+
+    loaded = pipeline.skeleton(model, trust_remote_code=trust_remote_code)
+    branches, total = inspection.tree(loaded), cost(loaded)
+    if as_json:
+        _print_json({"class": type(loaded).__name__, **total.document(), "modules": [b.document() for b in branches]})
+        return
+    rows = [
+        (b.name, b.kind, str(b.times), f"{b.parameters:,}", f"{b.parameters / total.parameters:.1%}") for b in branches
+    ]
+    columns = ("module", "class", "times", "parameters", "share")
+    console.results.print(console.table(type(loaded).__name__, columns, rows, numbers=(2, 3, 4)))
+    console.results.print(
+        f"{total.parameters:,} parameters, {total.bytes / 1e9:.3f} GB, {total.flops_per_token:,} matrix FLOPs per token"
+    )
+
+
+@app.command()
+def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
+    """What a recipe would do: every edit, the exact trainable set, sizes and FLOPs. Writes nothing."""
+    loaded = _recipe(recipe, set_)
+    _quiet()
+    from solidify import console, pipeline
+    from solidify.model import anatomy
+
+    planned = pipeline.plan(loaded)
+    if as_json:
+        _print_json(planned.document())
+        return
+    steps: dict[tuple[str, str, str], int] = {}
+    for edit in planned.edits:
+        key = (anatomy.fold([edit.name])[0], edit.old_class, edit.new_class)
+        steps[key] = steps.get(key, 0) + 1
+    edits = [(*key, str(times)) for key, times in steps.items()]
+    console.results.print(console.table("Surgery", ("module", "was", "becomes", "times"), edits, numbers=(3,)))
+    if planned.adapter is not None:
+        console.results.print(pipeline.plan_table(planned.adapter))
+        console.results.print(f"Trainer: {planned.trainer}")
+    sizes = [(key, f"{planned.before[key]:,}", f"{planned.after[key]:,}") for key in planned.before]
+    console.results.print(console.table("Cost", ("", "before", "after"), sizes, numbers=(1, 2)))
+
+
+@app.command()
+def run(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
+    """Every stage that the recipe names: build, train, check, merge, report."""
+    loaded = _recipe(recipe, set_)
+    _quiet()
+    from solidify import pipeline
+
+    directory = pipeline.output_of(loaded, output)
+    try:
+        pipeline.run(loaded, directory, resume=resume)
+    finally:
+        _show_file(directory / "report.json")
+
+
+@app.command()
+def build(recipe: RecipeFile, output: Output = None, set_: Set = None) -> None:
+    """Surgery and solidification only: writes OUTPUT/artifact."""
+    loaded = _recipe(recipe, set_)
+    _quiet()
+    from solidify import pipeline
+
+    pipeline.plan(loaded)
+    report = pipeline.build(loaded, pipeline.output_of(loaded, output))
+    _show(report.document())
+    report.require()
+
+
+@app.command()
+def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
+    """Adapter training on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
+    loaded = _recipe(recipe, set_)
+    _quiet()
+    from solidify import pipeline
+
+    report = pipeline.train(loaded, pipeline.output_of(loaded, output), resume=resume)
+    _show(report.document())
+    report.require()
+
+
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter, or the output of a run.")],
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
+    _quiet()
+    from solidify import console
+    from solidify.checks.check import check as check_directory
+
+    with console.stage(f"Checking {directory}"):
+        report = check_directory(directory, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(report.document())
+    else:
+        _show(report.document())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A trained adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new artifact.")],
+    base: Annotated[Path | None, typer.Option("--base", help="Where its base stands now, if it moved.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Base artifact + adapter -> a new artifact; no PEFT is needed to load it."""
+    _quiet()
+    from solidify import console, export
+
+    with console.stage("Merging"):
+        merged = export.merge(adapter, output, base=base, trust_remote_code=trust_remote_code)
+    _show({"subject": str(output), "stages": {"merge": [f.document() for f in merged.findings]}, "measured": {}})
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A model or adapter directory.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """What differs: configuration, code, modules, tensors. Runs none of their code."""
+    _quiet()
+    from solidify import console
+    from solidify.artifact import inspection
+
+    differences = inspection.diff(a, b)
+    if as_json:
+        _print_json(differences)
+        return
+    for section, lines in differences.items():
+        console.results.print(f"[bold]{section}[/bold]: {f'{len(lines)} differences' if lines else 'the same'}")
+        for line in lines:
+            console.results.print(f"  {line}", markup=False)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="An artifact.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter to put on it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How much to write.")] = 64,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continues a text greedily, to try the result."""
+    _quiet()
+    import torch
+
+    from solidify.artifact.loading import load_tokenizer
+    from solidify.tuning.adapters import load
+
+    model = load(directory, adapter, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    with torch.no_grad():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def _quiet() -> None:
+    """Leaves the screen to what solidify says: no chatter and no notes to developers from the libraries below it."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    from solidify.recipe import load
+
+    return load(path, overrides)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _show_file(path: Path) -> None:
+    if path.is_file():
+        _show(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _show(document: dict[str, Any]) -> None:
+    """Shows a report's findings as a table."""
+    from solidify import console
+
+    rows = [
+        (stage, finding["name"], console.verdict(finding["passed"]), finding["evidence"])
+        for stage, findings in document["stages"].items()
+        for finding in findings
+    ]
+    console.results.print(console.table(document["subject"], ("stage", "promise", "verdict", "evidence"), rows))
+    for key, value in document["measured"].items():
+        if isinstance(value, float):
+            console.results.print(f"{key}: {value:.4f}")

@@ -1,0 +1,402 @@
+"""The one file that knows the order of the stages: a recipe becomes artifact, adapter, merged model and report."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from solidify import console, export, places, references
+from solidify.artifact import certificate, loading, manifest, sources, tensors
+from solidify.artifact.loading import BaseModel
+from solidify.artifact.solidify import build as build_artifact
+from solidify.checks import gradients, roundtrip, structure, trainable
+from solidify.demo import corpus, tiny_olmoe
+from solidify.errors import ArtifactError, RecipeError, refuse
+from solidify.findings import Report
+from solidify.model import anatomy, surgery
+from solidify.model.cost import cost
+from solidify.model.surgery import Edit
+from solidify.recipe import Recipe
+from solidify.tuning import adapters, data
+from solidify.tuning import plan as planning
+from solidify.tuning.objective import Objective, Term
+from solidify.tuning.plan import AdapterPlan
+from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
+
+SEED = 42  # transformers' own default
+PROBES = 8  # sequences on which the independence of accumulation is shown
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do: edits, adapter (None without one), and costs before and after."""
+
+    edits: list[Edit]
+    adapter: AdapterPlan | None
+    before: dict[str, int]
+    after: dict[str, int]
+    trainer: str | None
+
+    def document(self) -> dict[str, Any]:
+        """Returns the plan as plain values."""
+        return {
+            "edits": [edit.document() for edit in self.edits],
+            "trainable": sorted(f"{kind} {name}" for kind, name in self.adapter.expected()) if self.adapter else [],
+            "before": self.before,
+            "after": self.after,
+            "trainer": self.trainer,
+        }
+
+
+def output_of(recipe: Recipe, output: str | Path | None) -> Path:
+    """Returns where results go: `output`, else the recipe's own, relative to the current directory.
+
+    Raises:
+        RecipeError: neither says where.
+    """
+    if output is None and recipe.output is None:
+        raise RecipeError("nothing says where results go: give --output DIR, or `output` in the recipe")
+    return Path(output if output is not None else recipe.output or "")
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Resolves a recipe on the meta device: every edit, what would be trained, costs. Nothing is written.
+
+    Raises:
+        SolidifyError: whatever a run would refuse before it computes anything.
+    """
+    base = _base(recipe, device="meta")
+    before = cost(base.model).document()
+    edits = _operate(recipe, base.model)
+    sources.compile_sources(base.model, edits)
+    wanted = None
+    if recipe.adapter is not None:
+        wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
+        _training_arguments(recipe, Path("nowhere"))
+        _terms(recipe)
+        _texts(recipe)
+    trainer = _trainer_class(recipe).__name__ if recipe.adapter is not None else None
+    return Plan(edits, wanted, before, cost(base.model).document(), trainer)
+
+
+def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False) -> Report:
+    """Does every stage that the recipe names and writes `report.json` and `report.html` beside the results.
+
+    With `resume`, stages whose result is there, and was made by the same recipe, are not repeated, and training goes on
+    from its last checkpoint.
+
+    Raises:
+        SolidifyError: the recipe or the data is wrong, or a result does not hold.
+        CheckFailed: a check failed; the report is written first.
+    """
+    directory = output_of(recipe, output)
+    places.refuse_foreign(directory)
+    _refuse_early(recipe)
+    report = Report(str(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+    build(recipe, directory, report=report, resume=resume)
+    if recipe.adapter is not None:
+        train(recipe, directory, report=report, resume=resume)
+        merge(directory, report=report)
+    finish(recipe, directory, report)
+    report.require()
+    return report
+
+
+def finish(recipe: Recipe, directory: Path, report: Report) -> None:
+    """Writes the report of a run, as JSON and as a page."""
+    versions = manifest.current_versions()
+    report.write(directory / "report.json", recipe=recipe.document(), finished=True, versions=versions)
+    page = sources.render("report.html.jinja", report=report, recipe=recipe.document(), versions=versions)
+    (directory / "report.html").write_text(page, encoding="utf-8")
+
+
+def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False) -> Report:
+    """Surgery and solidification: writes `directory/artifact`.
+
+    Raises:
+        SolidifyError: as the stages do; nothing is then left at `directory/artifact`.
+    """
+    report = report or Report(str(directory))
+    target = directory / "artifact"
+    document = {key: recipe.document()[key] for key in ("base", "surgery")}
+    if resume and _made_by(target, document, "artifact"):
+        report.add("build", certificate.witness(target))
+        return report
+    set_seed(int(recipe.training.get("seed", SEED)))
+    with console.stage("Loading the base"):
+        base = _base(recipe)
+        inputs = {case: anatomy.probe_inputs(base.model, **s) for case, s in certificate.CASES.items()}
+        tensors.realign(base.model)
+        before = roundtrip.outputs(base.model, inputs)
+        digests = tensors.digests(base.model.state_dict().items())
+    with console.stage("Replacing modules"):
+        edits = _operate(recipe, base.model)
+        records = [edit.document() for edit in edits]
+        promised = all(edit.identical or edit.bypass for edit in edits)
+        report.add(
+            "surgery",
+            [
+                structure.structure(base.model, records),
+                structure.in_use(base.model, list(dict.fromkeys(e.name for e in edits))),
+                structure.start(before, roundtrip.outputs(base.model, inputs), promised=promised),
+                structure.untouched(base.model, digests, records),
+            ],
+        )
+    with console.stage("Writing the artifact and loading it in a fresh process"):
+        artifact = build_artifact(
+            base.model, edits, target, tokenizer=base.tokenizer, base=base.origin, recipe=document
+        )
+    report.add("build", artifact.findings)
+    return report
+
+
+def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False) -> Report:
+    """Trains the recipe's adapter on `directory/artifact` and writes `directory/adapter`.
+
+    Raises:
+        RecipeError: the recipe has no adapter.
+        SolidifyError: as the stages do.
+    """
+    report = report or Report(str(directory))
+    if recipe.adapter is None:
+        raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
+    target = directory / "adapter"
+    places.refuse_foreign(target)
+    document = recipe.document()
+    if resume and _made_by(target, document, "adapter"):
+        return report
+    set_seed(int(recipe.training.get("seed", SEED)))
+    with console.stage("Loading the artifact and attaching the adapter"):
+        model = loading.load_artifact(directory / "artifact")
+        tokenizer = loading.load_tokenizer(directory / "artifact")
+        base = manifest.read(directory / "artifact")
+        wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
+        inputs = {case: anatomy.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
+        before = roundtrip.outputs(model, inputs)
+        peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    console.words.print(plan_table(wanted))
+    report.add("train", [trainable.trainable(peft_model, wanted)])
+    trainer, examples = _trainer(recipe, directory, peft_model, tokenizer)
+    witness = gradients.GradientWitness(peft_model)
+    trainer.add_callback(witness)
+    checkpoint = get_last_checkpoint(directory / "checkpoints") if resume and (directory / "checkpoints").is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    with console.stage("Checking what training did"):
+        report.add(
+            "train",
+            [
+                witness.finding(),
+                trainable.frozen(peft_model, base),
+                gradients.parts_sum(trainer.history),
+                gradients.accumulation(trainer, _probes(examples), tolerance=_tolerance(trainer)),
+                *roundtrip.adapter_effect(peft_model, before, inputs),
+            ],
+        )
+        report.measured["history"] = trainer.history
+        peft_model.eval()
+        trained = roundtrip.outputs(peft_model, inputs)
+        adapters.save_adapter(peft_model, target, recipe=document)
+        again = adapters.load(directory / "artifact", target)
+        record = manifest.read(target)
+        report.add(
+            "train",
+            [
+                roundtrip.adapter_reload(trained, roundtrip.outputs(again, inputs)),
+                roundtrip.wrong_base_refused(again, record, target),
+            ],
+        )
+        _measure_losses(recipe, tokenizer, again, report)
+    return report
+
+
+def merge(directory: Path, *, report: Report) -> None:
+    """Merges `directory/adapter` into `directory/merged`."""
+    with console.stage("Merging the adapter and loading the result in a fresh process"):
+        merged = export.merge(directory / "adapter", directory / "merged")
+    report.add("merge", merged.findings)
+
+
+def plan_table(wanted: AdapterPlan) -> Any:
+    """Shows what an adapter trains, repeated layers folded."""
+    return console.table("What is trained", ("how", "what", "places"), wanted.rows(), numbers=(2,))
+
+
+def _refuse_early(recipe: Recipe) -> None:
+    """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
+    plan(recipe)
+
+
+def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
+    place = Path(reference)
+    if (place / manifest.NAME).is_file():
+        return loading.load_artifact(place, trust_remote_code=trust_remote_code)
+    name = str(tiny_olmoe.directory()) if reference == tiny_olmoe.NAME else reference
+    return loading.load_base(name, device="meta").model
+
+
+def _base(recipe: Recipe, device: str = "cpu") -> BaseModel:
+    name = recipe.base.model
+    if name == tiny_olmoe.NAME:
+        loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=recipe.base.dtype, device=device)
+        return BaseModel(loaded.model, loaded.tokenizer, {**loaded.origin, "model": name})
+    if name.startswith("builtin:"):
+        raise RecipeError(f"base.model: there is no {name!r}; built in: {tiny_olmoe.NAME}")
+    beside = recipe.directory / name
+    reference = str(beside) if beside.is_dir() else name
+    return loading.load_base(reference, revision=recipe.base.revision, dtype=recipe.base.dtype, device=device)
+
+
+def _operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
+    edits: list[Edit] = []
+    for step in recipe.surgery:
+        module = references.resolve(step.module, recipe.directory)
+        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+            raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
+        edits += surgery.replace(
+            model,
+            step.replace,
+            module,
+            arguments=step.arguments,
+            expect=step.expect,
+            count=step.count,
+            weights=recipe.directory / step.weights if step.weights else None,
+        )
+    return edits
+
+
+def _trainer_class(recipe: Recipe) -> type[Any]:
+    """A field that only SFTConfig has asks for TRL's trainer."""
+    plain = {f.name for f in fields(TrainingArguments)}
+    sft = {f.name for f in fields(SFTConfig)}
+    known = plain | sft
+    faults = []
+    for key in recipe.training:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            faults.append(f"training.{key} is no field of TrainingArguments or SFTConfig{hint}")
+    refuse(RecipeError, "the training section does not fit", faults)
+    return ObjectiveSFTTrainer if any(key not in plain for key in recipe.training) else ObjectiveTrainer
+
+
+def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
+    assert recipe.data is not None
+    values = {"report_to": "none", "output_dir": str(directory / "checkpoints"), **recipe.training}
+    kind = TrainingArguments
+    if _trainer_class(recipe) is ObjectiveSFTTrainer:
+        kind = SFTConfig
+        # TRL would add its own load balance to the loss of every MoE model; here the objective says what is in it.
+        defaults = {"router_aux_loss_coef": 0.0, "max_length": recipe.data.max_length, "dataset_text_field": recipe.data.text}
+        values = {**defaults, **values}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the training section does not fit: {error}") from error
+
+
+def _terms(recipe: Recipe) -> list[Term]:
+    terms = []
+    for entry in recipe.objective:
+        loss: Any = entry.loss
+        if loss != "model":
+            loss = references.resolve(loss, recipe.directory)
+        name = entry.name or (entry.loss.rpartition(":")[2] if entry.loss != "model" else "model")
+        terms.append(Term(loss, entry.weight, name=name, arguments=entry.arguments))
+    Objective(terms)
+    return terms
+
+
+def _objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
+    terms = _terms(recipe)
+    objective = Objective(terms)
+    exact = all(edit.get("bypass") for edit in model.config.surgery)
+    if objective.asks_for("reference_logits") and not exact:
+        return Objective(terms, reference=_base(recipe).model.requires_grad_(False))
+    return objective
+
+
+def _texts(recipe: Recipe) -> tuple[Any, Any]:
+    """Reads training and evaluation text (None without the latter)."""
+    assert recipe.data is not None
+    read = []
+    for name in (recipe.data.train, recipe.data.eval):
+        if name is None:
+            read.append(None)
+        elif name in corpus.NAMES:
+            read.append(data.from_texts(corpus.texts(corpus.NAMES[name]), recipe.data.text))
+        elif name.startswith("builtin:"):
+            raise RecipeError(f"data: there is no {name!r}; built in: {', '.join(corpus.NAMES)}")
+        else:
+            read.append(data.read(recipe.directory / name, recipe.data.text))
+    return read[0], read[1]
+
+
+def _examples(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
+    assert recipe.data is not None
+    options = {"text": recipe.data.text, "max_length": recipe.data.max_length}
+    train_texts, eval_texts = _texts(recipe)
+    tokenized = data.tokenize(train_texts, tokenizer, **options)
+    return tokenized, data.tokenize(eval_texts, tokenizer, **options) if eval_texts is not None else None
+
+
+def _trainer(recipe: Recipe, directory: Path, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    arguments = _training_arguments(recipe, directory)
+    objective = _objective(recipe, model.get_base_model())
+    examples, held_out = _examples(recipe, tokenizer)
+    options: dict[str, Any] = {"train_dataset": examples, "eval_dataset": held_out, "data_collator": data.collator(tokenizer)}
+    kind = _trainer_class(recipe)
+    if kind is ObjectiveSFTTrainer:
+        train_texts, eval_texts = _texts(recipe)
+        options = {"train_dataset": train_texts, "eval_dataset": eval_texts}
+    trainer = kind(model=model, args=arguments, processing_class=tokenizer, objective=objective, **options)
+    return trainer, trainer.train_dataset
+
+
+def _probes(examples: Any) -> list[dict[str, Any]]:
+    """Takes a few examples and cuts them to different lengths, so that micro-batches are ragged."""
+    probes = []
+    for place in range(min(PROBES, len(examples))):
+        row = examples[place]
+        length = max(4, len(row["input_ids"]) * (place + 2) // (PROBES + 2))
+        ids = list(row["input_ids"][:length])
+        labels = list(row["labels"][:length]) if "labels" in row else list(ids)
+        probes.append({"input_ids": ids, "labels": labels})
+    return probes
+
+
+def _tolerance(trainer: Any) -> float:
+    """Float32 sums in another order; half precision rounds every product."""
+    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+    return 5e-2 if half else 1e-4
+
+
+def _measure_losses(recipe: Recipe, tokenizer: Any, model: Any, report: Report) -> None:
+    """Measures the held-out loss with and without the adapter."""
+    _, held_out = _examples(recipe, tokenizer)
+    if held_out is None:
+        return
+    collate = data.collator(tokenizer)
+    with model.disable_adapter():
+        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
+    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
+    gc.collect()
+
+
+def _made_by(target: Path, document: dict[str, Any], kind: str) -> bool:
+    """Returns whether a directory is whole and was made by this recipe."""
+    try:
+        record = manifest.read(target, kind)
+    except ArtifactError:
+        return False
+    return record.recipe == document and not manifest.faults(target, record)

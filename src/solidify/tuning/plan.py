@@ -1,0 +1,202 @@
+"""What an adapter is going to train, by name, decided before PEFT is asked to do it and compared with what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from solidify.errors import AdapterError, refuse
+from solidify.model import anatomy
+from solidify.tuning import standing
+
+# LoraConfig's fields that choose what is trained in ways of their own: one door for each thing.
+_ELSEWHERE = {
+    "modules_to_save": "name the modules in `train`",
+    "bias": "name the biases in `train` (bias='all' cannot be switched off with the adapter)",
+    "layers_to_transform": "name the layers in `target_modules`, for example model.layers.3.self_attn.q_proj",
+    "layers_pattern": "name the layers in `target_modules`",
+    "trainable_token_indices": "name the embedding in `train`",
+    "layer_replication": "it changes the architecture; that is surgery",
+}
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Names of the plain model: LoRA targets (modules and parameters), and what is trained in full.
+
+    `lora_modules` and `lora_parameters` get low-rank updates. `modules` are trained in full as copies, `parameters`
+    alone. `full` lists every parameter that is trained in full, those of `modules` included.
+    """
+
+    lora_modules: tuple[str, ...]
+    lora_parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    full: tuple[str, ...]
+    full_count: int
+
+    def expected(self) -> set[tuple[str, str]]:
+        """Returns what must be trainable, as (`lora` or `full`, name)."""
+        return {("lora", name) for name in (*self.lora_modules, *self.lora_parameters)} | {
+            ("full", name) for name in self.full
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Returns the plan as rows (how, what, number of places), repeated layers folded."""
+        rows = []
+        for how, names in (
+            ("LoRA", self.lora_modules + self.lora_parameters),
+            ("in full", self.full),
+        ):
+            for line in anatomy.fold(names):
+                places = sum(1 for name in names if anatomy.fold([name]) == [line])
+                rows.append((how, line, str(places)))
+        return rows
+
+
+def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence[str]) -> AdapterPlan:
+    """Resolves names and patterns against the model; the model is unchanged.
+
+    Raises:
+        AdapterError: a name hits nothing or something that cannot be trained that way, a field of LoraConfig is
+            unknown or has another door here, two declarations overlap, or nothing is declared. All faults together.
+    """
+    train = [train] if isinstance(train, str) else list(train)
+    named = {place.name: place.inner for place in standing.modules(model) if place.name}
+    parameters = {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in {"": standing.plain_model(model), **named}.items()
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+    faults: list[str] = []
+    lora_modules, lora_parameters = _lora_targets(lora, named, parameters, model, faults)
+    modules, bare = _full_targets(train, named, parameters, faults)
+    faults += [
+        f"train: {name} is tied to {other}; training it alone would part them: name the module instead"
+        for name in bare
+        for other, parameter in parameters.items()
+        if other != name and parameter is parameters[name]
+    ]
+    faults += _overlaps(lora_modules + lora_parameters, modules, bare)
+    if not faults and not (lora_modules or lora_parameters or modules or bare):
+        faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
+    refuse(AdapterError, "the adapter cannot be attached as declared", faults)
+    inside = [name for name in parameters if any(name.startswith(m + ".") for m in modules)]
+    full = tuple(dict.fromkeys(inside + bare))
+    return AdapterPlan(
+        tuple(lora_modules),
+        tuple(lora_parameters),
+        tuple(modules),
+        tuple(bare),
+        full,
+        anatomy.count(parameters[name] for name in full),
+    )
+
+
+def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
+    """Compares by name what PEFT made trainable with the plan and returns every difference."""
+    found = {(kind, name) for kind, name, p in standing.named_parameters(model) if p.requires_grad}
+    expected = wanted.expected()
+    words = {"lora": "LoRA on", "full": "full training of", "base": "the base parameter"}
+    return [
+        *(f"not trainable, but declared: {words[kind]} {name}" for kind, name in sorted(expected - found)),
+        *(f"trainable, but not declared: {words[kind]} {name}" for kind, name in sorted(found - expected)),
+    ]
+
+
+def _lora_targets(
+    lora: Mapping[str, Any] | None,
+    named: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    model: nn.Module,
+    faults: list[str],
+) -> tuple[list[str], list[str]]:
+    if lora is None:
+        return [], []
+    known = [f.name for f in fields(LoraConfig)]
+    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in known]
+    faults += [f"LoRA: leave out {key!r}; {where}" for key, where in _ELSEWHERE.items() if lora.get(key)]
+    targets, target_parameters = lora.get("target_modules"), lora.get("target_parameters") or []
+    if not targets and not target_parameters:
+        faults.append("LoRA: give `target_modules`, or leave `lora` out to train only what `train` names")
+        return [], []
+    if targets == "all-linear":
+        modules = _all_linear(named, model)
+    else:
+        modules = _hits("LoRA: target_modules", targets or [], named, faults)
+    excluded = lora.get("exclude_modules")
+    if excluded:
+        out = set(_hits("LoRA: exclude_modules", excluded, named, faults))
+        modules = [name for name in modules if name not in out]
+    bare = _hits("LoRA: target_parameters", target_parameters, parameters, faults)
+    for name in modules:
+        if not isinstance(named[name], (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            faults.append(
+                f"LoRA: {name} is a {type(named[name]).__name__}, which has no low-rank update; name the linear layers "
+                "inside it, or name it in `train`"
+            )
+    for name in bare:
+        if parameters[name].ndim not in (2, 3):
+            faults.append(f"LoRA: {name} has {parameters[name].ndim} dimensions; target_parameters takes 2 or 3")
+    return modules, bare
+
+
+def _all_linear(named: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    plain = standing.plain_model(model)
+    head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    return [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+
+
+def _full_targets(
+    train: Sequence[str],
+    named: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    faults: list[str],
+) -> tuple[list[str], list[str]]:
+    """Splits what is trained in full into modules and bare parameters; lists of modules become their members."""
+    modules: list[str] = []
+    bare: list[str] = []
+    for name in _hits("train", train, {**named, **parameters}, faults):
+        if name in parameters:
+            bare.append(name)
+        elif isinstance(named[name], (nn.ModuleList, nn.ModuleDict)):
+            modules += [n for n in named if n.rpartition(".")[0] == name]
+        elif isinstance(named[name], (nn.ParameterList, nn.ParameterDict)):
+            bare += [n for n in parameters if n.rpartition(".")[0] == name]
+        elif not any(True for _ in named[name].parameters()):
+            faults.append(f"train: {name} has no parameters")
+        else:
+            modules.append(name)
+    return list(dict.fromkeys(modules)), list(dict.fromkeys(bare))
+
+
+def _hits(what: str, patterns: Any, names: Mapping[str, Any], faults: list[str]) -> list[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    found = anatomy.match(patterns, names)
+    for pattern, hits in found.items():
+        if not hits:
+            hint = anatomy.suggestions(pattern, names)
+            if "." not in pattern and any(n.endswith("." + pattern) for n in names):
+                hint = f"names are full here: write **.{pattern} to hit it everywhere"
+            faults.append(f"{what}: {pattern!r} hits nothing; {hint}")
+    return list(dict.fromkeys(name for hits in found.values() for name in hits))
+
+
+def _overlaps(lora: Sequence[str], modules: Sequence[str], bare: Sequence[str]) -> list[str]:
+    faults = []
+    for outer in modules:
+        inside = [n for n in (*lora, *modules, *bare) if n.startswith(outer + ".") or (n == outer and n in lora)]
+        faults += [f"{name} lies in {outer}, which is trained in full already; declare one of them" for name in inside]
+    faults += [f"{name} would get a low-rank update and be trained in full; declare one" for name in bare if name in lora]
+    faults += [
+        f"{name} belongs to {owner}, which gets a low-rank update of its weight; train one of them"
+        for name in bare
+        for owner in lora
+        if name == f"{owner}.weight"
+    ]
+    return faults
