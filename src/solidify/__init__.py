@@ -1,0 +1,87 @@
+"""Solidify changes the architecture of a pretrained Hugging Face model and makes the result solid.
+
+Names are loaded when they are first used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solidify import losses as losses
+    from solidify.artifact.solidify import Artifact as Artifact
+    from solidify.artifact.solidify import build as build
+    from solidify.checks.check import check as check
+    from solidify.errors import AdapterError as AdapterError
+    from solidify.errors import ArtifactError as ArtifactError
+    from solidify.errors import CheckFailed as CheckFailed
+    from solidify.errors import DataError as DataError
+    from solidify.errors import ObjectiveError as ObjectiveError
+    from solidify.errors import RecipeError as RecipeError
+    from solidify.errors import SolidifyError as SolidifyError
+    from solidify.errors import SurgeryError as SurgeryError
+    from solidify.export import merge as merge
+    from solidify.findings import Finding as Finding
+    from solidify.findings import Report as Report
+    from solidify.model.surgery import Edit as Edit
+    from solidify.model.surgery import replace as replace
+    from solidify.pipeline import plan as plan
+    from solidify.pipeline import run as run
+    from solidify.recipe import Recipe as Recipe
+    from solidify.tuning.adapters import attach as attach
+    from solidify.tuning.adapters import load as load
+    from solidify.tuning.adapters import load_adapter as load_adapter
+    from solidify.tuning.adapters import save_adapter as save_adapter
+    from solidify.tuning.capture import Capture as Capture
+    from solidify.tuning.objective import Objective as Objective
+    from solidify.tuning.objective import Term as Term
+    from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
+    from solidify.tuning.trainer import ObjectiveTrainer as ObjectiveTrainer
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AdapterError": "errors",
+    "Artifact": "artifact.solidify",
+    "ArtifactError": "errors",
+    "Capture": "tuning.capture",
+    "CheckFailed": "errors",
+    "DataError": "errors",
+    "Edit": "model.surgery",
+    "Finding": "findings",
+    "Objective": "tuning.objective",
+    "ObjectiveError": "errors",
+    "ObjectiveSFTTrainer": "tuning.trainer",
+    "ObjectiveTrainer": "tuning.trainer",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "Report": "findings",
+    "SolidifyError": "errors",
+    "SurgeryError": "errors",
+    "Term": "tuning.objective",
+    "attach": "tuning.adapters",
+    "build": "artifact.solidify",
+    "check": "checks.check",
+    "load": "tuning.adapters",
+    "load_adapter": "tuning.adapters",
+    "merge": "export",
+    "plan": "pipeline",
+    "replace": "model.surgery",
+    "run": "pipeline",
+    "save_adapter": "tuning.adapters",
+}
+
+__all__ = sorted([*_WHERE, "losses"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("solidify.losses")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'solidify' has no attribute {name!r}")
+    return getattr(import_module(f"solidify.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

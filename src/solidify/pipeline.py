@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
@@ -29,6 +30,7 @@ from solidify.tuning import adapters, data
 from solidify.tuning import plan as planning
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.plan import AdapterPlan
+from solidify.tuning.progress import TrainingBar
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
 SEED = 42  # transformers' own default
@@ -189,8 +191,12 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     trainer, examples = _trainer(recipe, directory, peft_model, tokenizer)
     witness = gradients.GradientWitness(peft_model)
     trainer.add_callback(witness)
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(TrainingBar())
     checkpoint = get_last_checkpoint(directory / "checkpoints") if resume and (directory / "checkpoints").is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
+    console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
         report.add(
             "train",
@@ -229,6 +235,18 @@ def merge(directory: Path, *, report: Report) -> None:
 def plan_table(wanted: AdapterPlan) -> Any:
     """Shows what an adapter trains, repeated layers folded."""
     return console.table("What is trained", ("how", "what", "places"), wanted.rows(), numbers=(2,))
+
+
+def history_table(history: list[dict[str, float]]) -> Any:
+    """Shows the first and the last logged value of the loss and of every term."""
+    names = [key.removeprefix("term/") for key in history[0] if key.startswith("term/")] if history else []
+    rows = [
+        (name, *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")))
+        for name in names
+    ]
+    rows += [("total", "", f"{history[0]['loss']:.4g}", "", f"{history[-1]['loss']:.4g}")] if history else []
+    columns = ("term", "first log", "weighted", "last log", "weighted")
+    return console.table("The objective", columns, rows, numbers=(1, 2, 3, 4))
 
 
 def _refuse_early(recipe: Recipe) -> None:
@@ -292,7 +310,13 @@ def _trainer_class(recipe: Recipe) -> type[Any]:
 
 def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     assert recipe.data is not None
-    values = {"report_to": "none", "output_dir": str(directory / "checkpoints"), **recipe.training}
+    values = {
+        "report_to": "none",
+        "output_dir": str(directory / "checkpoints"),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "disable_tqdm": True,  # solidify shows a bar of its own
+        **recipe.training,
+    }
     kind = TrainingArguments
     if _trainer_class(recipe) is ObjectiveSFTTrainer:
         kind = SFTConfig
