@@ -25,7 +25,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and
 
 
 @app.command()
-def demo(output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo")) -> None:
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo"),
+) -> None:
     """The whole loop on an embedded tiny OLMoE, offline; ends with a table of what was proved."""
     _quiet()
     from solidify.demo import story

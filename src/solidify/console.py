@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-words = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+words = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+results = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager

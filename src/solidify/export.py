@@ -73,7 +73,11 @@ def _write(merged: PreTrainedModel, staging: Path, sources: _Sources) -> tuple[M
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base_directory, staging, [*base.code, *kept])
     _untie(merged, staging / "config.json")
-    step = {"step": "merge", "adapter": tensors.digest_values(sources.adapter.tensors), "trained": sources.adapter.trained}
+    step = {
+        "step": "merge",
+        "adapter": tensors.digest_values(sources.adapter.tensors),
+        "trained": sources.adapter.trained,
+    }
     draft = Manifest(
         kind="artifact",
         base=base.base,
@@ -100,7 +104,7 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     Raises:
         AdapterError: it is at neither of the recorded places.
     """
-    tried = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
+    tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:
         if (candidate / manifest.NAME).is_file() and manifest.read(candidate).kind == "artifact":
             return candidate

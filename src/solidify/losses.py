@@ -78,8 +78,8 @@ def _active(model: nn.Module) -> list[nn.Parameter]:
 class TrashBudget:
     """`mean over layers of (mean over tokens and slots of sigmoid(margin/τ) - target)²`.
 
-    `target` is the share of routed slots that shall be kept; the mean is a soft count of the slots whose log-probability
-    beats the trash can's threshold. A trash can that is asleep (threshold -10000) gets no gradient: wake it with
+    `target` is the share of routed slots that shall be kept; the mean is a soft count of the slots whose
+    log-probability beats the trash can's threshold. A trash can that is asleep (threshold -10000) gets no gradient: wake it with
     `trash_controller` or a `threshold` argument.
     """
 
@@ -92,9 +92,7 @@ class TrashBudget:
 
     def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens of the soft kept share (layers,)."""
-        return torch.stack(
-            [(torch.sigmoid(m / self.temperature).mean(-1) * mask).sum() for m in trash.values()]
-        )
+        return torch.stack([(torch.sigmoid(m / self.temperature).mean(-1) * mask).sum() for m in trash.values()])
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the squared distance from the target, averaged over layers."""
@@ -128,7 +126,8 @@ class TrashController:
         rows = []
         for margin in trash.values():
             attended = margin.detach()[mask.bool()]
-            quantile = torch.quantile(attended.flatten().float(), self.start) if attended.numel() else margin.new_zeros(())
+            some = bool(attended.numel())
+            quantile = torch.quantile(attended.flatten(), self.start) if some else margin.new_zeros(())
             kept = ((margin.detach() >= 0).float().mean(-1) * mask).sum()
             rows.append(torch.stack([kept, quantile * mask.sum()]))
         return torch.stack(rows)
@@ -143,7 +142,7 @@ class TrashController:
                     f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
                     "saved; name it in `adapter.train`"
                 )
-            can = place.inner
+            can: Any = place.inner
             with torch.no_grad():
                 if float(can.bias) <= ASLEEP / 2:
                     can.bias += quantile.to(can.bias)
@@ -217,9 +216,7 @@ class KLToBase:
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
 
-    def __call__(
-        self, logits: torch.Tensor, reference_logits: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, reference_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Takes logits (batch_size, sequence_length, vocab_size) and labels with -100 where nothing is predicted."""
         targets = labels[:, 1:] != -100
         ours = F.log_softmax(logits[:, :-1][targets].float() / self.temperature, dim=-1)

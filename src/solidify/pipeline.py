@@ -194,7 +194,9 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(TrainingBar())
-    checkpoint = get_last_checkpoint(directory / "checkpoints") if resume and (directory / "checkpoints").is_dir() else None
+    checkpoint = (
+        get_last_checkpoint(directory / "checkpoints") if resume and (directory / "checkpoints").is_dir() else None
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
@@ -241,7 +243,10 @@ def history_table(history: list[dict[str, float]]) -> Any:
     """Shows the first and the last logged value of the loss and of every term."""
     names = [key.removeprefix("term/") for key in history[0] if key.startswith("term/")] if history else []
     rows = [
-        (name, *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")))
+        (
+            name,
+            *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")),
+        )
         for name in names
     ]
     rows += [("total", "", f"{history[0]['loss']:.4g}", "", f"{history[-1]['loss']:.4g}")] if history else []
@@ -321,7 +326,11 @@ def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     if _trainer_class(recipe) is ObjectiveSFTTrainer:
         kind = SFTConfig
         # TRL would add its own load balance to the loss of every MoE model; here the objective says what is in it.
-        defaults = {"router_aux_loss_coef": 0.0, "max_length": recipe.data.max_length, "dataset_text_field": recipe.data.text}
+        defaults = {
+            "router_aux_loss_coef": 0.0,
+            "max_length": recipe.data.max_length,
+            "dataset_text_field": recipe.data.text,
+        }
         values = {**defaults, **values}
     try:
         return kind(**values)
@@ -353,7 +362,7 @@ def _objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
 def _texts(recipe: Recipe) -> tuple[Any, Any]:
     """Reads training and evaluation text (None without the latter)."""
     assert recipe.data is not None
-    read = []
+    read: list[Any] = []
     for name in (recipe.data.train, recipe.data.eval):
         if name is None:
             read.append(None)
@@ -368,7 +377,7 @@ def _texts(recipe: Recipe) -> tuple[Any, Any]:
 
 def _examples(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     assert recipe.data is not None
-    options = {"text": recipe.data.text, "max_length": recipe.data.max_length}
+    options: dict[str, Any] = {"text": recipe.data.text, "max_length": recipe.data.max_length}
     train_texts, eval_texts = _texts(recipe)
     tokenized = data.tokenize(train_texts, tokenizer, **options)
     return tokenized, data.tokenize(eval_texts, tokenizer, **options) if eval_texts is not None else None
@@ -378,7 +387,11 @@ def _trainer(recipe: Recipe, directory: Path, model: Any, tokenizer: Any) -> tup
     arguments = _training_arguments(recipe, directory)
     objective = _objective(recipe, model.get_base_model())
     examples, held_out = _examples(recipe, tokenizer)
-    options: dict[str, Any] = {"train_dataset": examples, "eval_dataset": held_out, "data_collator": data.collator(tokenizer)}
+    options: dict[str, Any] = {
+        "train_dataset": examples,
+        "eval_dataset": held_out,
+        "data_collator": data.collator(tokenizer),
+    }
     kind = _trainer_class(recipe)
     if kind is ObjectiveSFTTrainer:
         train_texts, eval_texts = _texts(recipe)

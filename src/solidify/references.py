@@ -31,9 +31,7 @@ def resolve(reference: str, directory: Path | None = None) -> Any:
     """
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
-        raise RecipeError(
-            f"a reference is written `file.py:Name` or `package.module:Name`, but {reference!r} is not"
-        )
+        raise RecipeError(f"a reference is written `file.py:Name` or `package.module:Name`, but {reference!r} is not")
     directory = (directory or Path.cwd()).resolve()
     module = _import_file(directory / place, reference) if place.endswith(".py") else _import(place, directory)
     if name not in vars(module):

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write(model: PreTrainedModel, directory: Path) -> None:
-    """Records what `model`, as it stands in memory, computes and holds. Its matrices are realigned, values unchanged."""
+    """Records what `model`, as it stands in memory, computes and holds; realigns its matrices, values unchanged."""
     tensors.realign(model)
     target = directory / NAME
     target.mkdir()
@@ -95,7 +95,11 @@ def witness(directory: Path) -> list[Finding]:
         findings += _judge(auto, load, moved if not same else "")
     imported = ", ".join(answer["imported"])
     findings.append(
-        Finding("loads without us", not imported, f"imported: {imported}" if imported else "solidify and peft not importable")
+        Finding(
+            "loads without us",
+            not imported,
+            f"imported: {imported}" if imported else "solidify and peft not importable",
+        )
     )
     return findings
 
@@ -162,7 +166,11 @@ def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="solidify-") as scratch:
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+        }
         done = subprocess.run(
             [sys.executable, "-P", str(script), str(path)],
             capture_output=True,

@@ -66,7 +66,9 @@ def diff(a: Path, b: Path) -> dict[str, list[str]]:
         lines = [f"- {key}{_shown(old[key])}" for key in sorted(old) if key not in new]
         lines += [f"+ {key}{_shown(new[key])}" for key in sorted(new) if key not in old]
         lines += [
-            f"~ {key}: {_change(section, old[key], new[key])}" for key in sorted(old) if key in new and old[key] != new[key]
+            f"~ {key}: {_change(section, old[key], new[key])}"
+            for key in sorted(old)
+            if key in new and old[key] != new[key]
         ]
         result[section] = lines
     return result
@@ -77,10 +79,8 @@ def _contents(directory: Path) -> dict[str, dict[str, Any]]:
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
     values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
-    if names[0] == "config.json":
-        paths = tensors.weight_files(directory)
-    else:
-        paths = [directory / "adapter_model.safetensors"]
+    adapter = names[0] != "config.json"
+    paths = [directory / "adapter_model.safetensors"] if adapter else tensors.weight_files(directory)
     edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
     return {
         "configuration": {key: value for key, value in values.items() if key != "surgery"},

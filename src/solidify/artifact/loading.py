@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from solidify.artifact import manifest, trust
 from solidify.artifact.manifest import Manifest
+from solidify.artifact.tensors import digest_bytes
 from solidify.errors import ArtifactError, RecipeError, refuse
 
 
@@ -44,7 +45,9 @@ def load_base(
         name = (config.architectures or [""])[0]
         head = getattr(transformers, name, None)
         if head is None:
-            raise RecipeError(f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks")
+            raise RecipeError(
+                f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks"
+            )
         if device == "meta":
             with torch.device("meta"):
                 model = head(config)
@@ -114,7 +117,7 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     for cls in classes:
         path = Path(inspect.getsourcefile(cls) or "")
         text = path.read_bytes() if path.is_file() else b""
-        if record.code.get(path.name) != manifest.digest_bytes(text):
+        if record.code.get(path.name) != digest_bytes(text):
             faults.append(
                 f"{cls.__name__} runs from {cls.__module__}, which is not the artifact's code; another class is "
                 "registered or cached under its name: load it in a process of its own"

@@ -135,6 +135,9 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
         elif type(model.get_submodule(edit.name)) is not edit.module_class:
             found = type(model.get_submodule(edit.name)).__name__
             faults.append(f"{edit.name} holds a {found}, but the edit put a {edit.new_class} there")
+    wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
+    if wrapped:
+        faults.append(f"the model carries an adapter ({', '.join(wrapped)}); build it before, or merge the adapter")
     if anatomy.is_meta(model):
         faults.append("the model is on the meta device: it has no weights to write")
     return faults
@@ -165,9 +168,7 @@ def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
 def _remedy(finding: Finding) -> str:
     if "never filled" in finding.evidence or "different" in finding.evidence or "additional" in finding.evidence:
         return (
-            ". A model is built on the meta device when it is loaded: what a module computes in its constructor must be "
-            "a parameter or a persistent buffer to be there again (register_buffer without persistent=False)"
+            ". A model is built on the meta device when it is loaded: what a module computes in its constructor must "
+            "be a parameter or a persistent buffer to be there again (register_buffer without persistent=False)"
         )
     return ""
-
-

@@ -76,7 +76,11 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "model_type": f"solid_{stem}_{head_digest[:8]}",
         "digest": head_digest,
         "classes": [
-            {"name": name, "file": _stem(cls), "supplied": next(e.supplied for e in edits if e.new_class == name)}
+            {
+                "name": name,
+                "file": _stem(cls),
+                "supplied": next(e.supplied for e in edits if e.new_class == name),
+            }
             for name, cls in classes.items()
         ],
     }
@@ -88,9 +92,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         auto_map[auto] = f"modeling_solid_{stem}.Solid{head.__name__}"
     if context["backbone"]:
         auto_map["AutoModel"] = f"modeling_solid_{stem}.Solid{context['backbone']}"
-    return Sources(
-        files, str(context["model_type"]), auto_map, [f"Solid{head.__name__}"], surgery, requirements
-    )
+    return Sources(files, str(context["model_type"]), auto_map, [f"Solid{head.__name__}"], surgery, requirements)
 
 
 def render(template: str, **context: Any) -> str:
@@ -115,7 +117,7 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
     for name, auto in vars(modeling_auto).items():
         if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
             continue
-        mapping = auto._model_mapping
+        mapping: Any = auto._model_mapping  # type: ignore[attr-defined]
         if mapping is None or type(model.config) not in mapping:
             continue
         mapped = mapping[type(model.config)]

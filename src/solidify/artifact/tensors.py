@@ -84,7 +84,7 @@ def write(state: Mapping[str, torch.Tensor], directory: Path, *, tied: Iterable[
     if len(shards) == 1:
         _write_file(directory / WEIGHTS, shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard)
@@ -137,7 +137,11 @@ def _write_file(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     end = 0
     for name, tensor in state.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:

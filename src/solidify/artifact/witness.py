@@ -85,7 +85,10 @@ def _load(request: dict[str, Any], auto: str, prefix: str, expected: dict[str, A
     if answer["meta"]:
         return answer
     certificate = Path(request["directory"]) / request["certificate"]
-    inputs, outputs = load_file(certificate / "inputs.safetensors"), load_file(certificate / "outputs.safetensors")
+    inputs, outputs = (
+        load_file(certificate / "inputs.safetensors"),
+        load_file(certificate / "outputs.safetensors"),
+    )
     answer["outputs"] = {}
     for case in sorted({key.split("/")[0] for key in inputs}):
         wanted = outputs.get(f"{case}/{'hidden' if prefix else 'logits'}")

@@ -62,7 +62,9 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
     fits = manifest.read(base, "artifact").digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(
-        "the base is the recorded one", not wrong, f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match"
+        "the base is the recorded one",
+        not wrong,
+        f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
     below = _intact(base, manifest.read(base, "artifact"))
     findings = [intact, fit, Finding("its base is intact", below.passed, below.evidence)]

@@ -58,7 +58,9 @@ def wrong_base_refused(model: nn.Module, record: Manifest, directory: Path) -> F
         except AdapterError:
             continue
         accepted.append(key)
-    evidence = f"accepted with another {', '.join(accepted)}" if accepted else "configuration, code and weights compared"
+    evidence = (
+        f"accepted with another {', '.join(accepted)}" if accepted else "configuration, code and weights compared"
+    )
     return Finding("wrong base refused", not accepted, evidence)
 
 

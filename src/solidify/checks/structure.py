@@ -58,9 +58,7 @@ def _double(_module: nn.Module, _args: Any, output: Any) -> Any:
     return type(output)(t * 2 if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in output)
 
 
-def untouched(
-    model: PreTrainedModel, before: Mapping[str, str], edits: Sequence[Mapping[str, Any]]
-) -> Finding:
+def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence[Mapping[str, Any]]) -> Finding:
     """Compares tensor by tensor with the base's digests: all that no edit names must be there, byte for byte.
 
     `before` maps the base's tensor names to their digests. Every one of them must be found again, under its own name or
@@ -86,7 +84,7 @@ def untouched(
 
 
 def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, promised: bool) -> Finding:
-    """Says how far surgery alone moved the outputs; it is a check only where the modules promised an identical start."""
+    """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start."""
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
     equal = all(torch.equal(after[k], before[k]) for k in before)
     evidence = "logits bit-identical to the base" if equal else f"logits differ from the base by up to {distance:.3g}"

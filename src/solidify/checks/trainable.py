@@ -17,8 +17,8 @@ def trainable(model: PeftModel, wanted: AdapterPlan) -> Finding:
     faults = planning.compare(model, wanted)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     evidence = (
-        f"{len(wanted.lora_modules) + len(wanted.lora_parameters)} LoRA targets, {len(wanted.full)} parameters in full, "
-        f"{count:,} numbers"
+        f"{len(wanted.lora_modules) + len(wanted.lora_parameters)} LoRA targets, "
+        f"{len(wanted.full)} parameters in full, {count:,} numbers"
     )
     return Finding("trainable set exact", not faults, "; ".join(faults[:4]) or evidence)
 

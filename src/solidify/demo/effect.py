@@ -63,7 +63,7 @@ def with_top_k(model: nn.Module, top_k: int) -> nn.Module:
     """Sets in place how many experts every router chooses, and returns the model."""
     for module in model.modules():
         if type(module).__name__ == "OlmoeTopKRouter":
-            module.top_k = top_k
+            module.top_k = top_k  # type: ignore[assignment]
     return model
 
 
@@ -72,8 +72,9 @@ def calibrate(model: nn.Module, calibration: HeldOut, kept: float) -> None:
     margins = calibration.margins(model)
     for place in standing.modules(model):
         if place.name in margins:
+            can: Any = place.inner
             with torch.no_grad():
-                place.inner.bias += torch.quantile(margins[place.name], 1 - kept)
+                can.bias += torch.quantile(margins[place.name], 1 - kept)
 
 
 def at_same_share(rows: list[Row], kept: float) -> float:
@@ -91,7 +92,7 @@ def expert_share(model: Any) -> float:
     total = cost(model).flops_per_token
     config = model.config
     experts = 6 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
-    return experts * config.num_hidden_layers / total
+    return float(experts * config.num_hidden_layers / total)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 24) -> str:

@@ -52,7 +52,7 @@ def tell(output: Path) -> Report:
     figures = tiny_olmoe.report()
     show(
         f"The base: {tiny_olmoe.NAME}, trained on {figures['train_tokens']:,} tokens of Python's own documentation. "
-        f"Held-out loss {figures['heldout_loss']:.3f} nats per token; a unigram model has {figures['unigram_loss']:.3f}."
+        f"Held-out loss {figures['heldout_loss']:.3f} nats per token; a unigram model: {figures['unigram_loss']:.3f}."
     )
     loaded = recipe.load(RECIPE)
     show(f"The recipe: {RECIPE.name} (also under examples/)\n")
@@ -80,7 +80,13 @@ def _proof_table(report: Report) -> Any:
 def _effect_table(rows: list[Row]) -> Any:
     base = rows[0]
     shown = [
-        (row.name, f"{row.kept:.1%}", f"{1 - row.kept:.1%}", f"{row.loss:.4f}", f"{row.loss - base.loss:+.4f}")
+        (
+            row.name,
+            f"{row.kept:.1%}",
+            f"{1 - row.kept:.1%}",
+            f"{row.loss:.4f}",
+            f"{row.loss - base.loss:+.4f}",
+        )
         for row in rows
     ]
     columns = ("model", "slots computed", "expert FLOPs saved", "held-out loss", "against the base")
@@ -105,8 +111,16 @@ def _try(output: Path) -> list[Finding]:
             texts["second"] == texts["adapter"],
             f"the same adapter under two names writes {texts['adapter']!r}",
         ),
-        Finding("generation without the adapter", texts["without"] == texts["artifact"], f"writes {texts['without']!r}"),
-        Finding("generation by the merged model", texts["merged"] == texts["adapter"], "writes what base + adapter write"),
+        Finding(
+            "generation without the adapter",
+            texts["without"] == texts["artifact"],
+            f"writes {texts['without']!r}",
+        ),
+        Finding(
+            "generation by the merged model",
+            texts["merged"] == texts["adapter"],
+            "writes what base + adapter write",
+        ),
     ]
 
 
@@ -116,16 +130,18 @@ def _measure(loaded: Recipe, output: Path) -> list[Row]:
     with console.stage("Measuring what it bought"):
         base = loading.load_base(str(tiny_olmoe.directory()))
         collate = data.collator(base.tokenizer)
+        cut: dict[str, Any] = {"text": "text", "max_length": loaded.data.max_length}
 
-        def tokenized(split: str) -> HeldOut:
-            texts = data.from_texts(corpus.texts(split), "text")
-            return HeldOut(data.tokenize(texts, base.tokenizer, text="text", max_length=loaded.data.max_length), collate)
-
-        held_out, training = tokenized("heldout"), tokenized("train")
+        held_out, training = (
+            HeldOut(data.tokenize(data.from_texts(corpus.texts(split), "text"), base.tokenizer, **cut), collate)
+            for split in ("heldout", "train")
+        )
         top_k = int(base.model.config.num_experts_per_tok)
         plain = Row(f"base, top-{top_k}", 1.0, held_out.loss(base.model))
         smaller = Row(
-            f"top-{top_k - 1}, untrained", (top_k - 1) / top_k, held_out.loss(effect.with_top_k(base.model, top_k - 1))
+            f"top-{top_k - 1}, untrained",
+            (top_k - 1) / top_k,
+            held_out.loss(effect.with_top_k(base.model, top_k - 1)),
         )
         can = loading.load_artifact(output / "artifact")
         effect.calibrate(can, training, (top_k - 1) / top_k)

@@ -1,7 +1,7 @@
 """The embedded base model: a tiny OLMoE, trained at first use on `corpus.py`, kept in the user's cache.
 
-It is small (2.1 million parameters, 4 layers, 16 experts of which 4 run) but genuinely trained: its held-out loss is far
-below that of a unigram model. The same machine and versions give the same weights.
+It is small (2.1 million parameters, 4 layers, 16 experts of which 4 run) but genuinely trained: its held-out loss is
+far below that of a unigram model. The same machine and versions give the same weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ CONFIG = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-TRAINING = {"steps": 450, "batch_size": 16, "length": 128, "learning_rate": 3e-3, "weight_decay": 0.1, "seed": 0}
+TRAINING = {
+    "steps": 450,
+    "batch_size": 16,
+    "length": 128,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "seed": 0,
+}
 END, PADDING = "<|endoftext|>", "<|padding|>"
 
 
@@ -124,7 +131,7 @@ def heldout_loss(model: torch.nn.Module, tokens: torch.Tensor, *, length: int = 
     """Returns the mean next-token loss in nats over windows of `length` tokens."""
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     with torch.no_grad():
-        losses = [float(model(input_ids=w, labels=w).loss) * len(w) for w in windows.split(16)]
+        losses = [float(model(input_ids=w, labels=w).loss) * len(w) for w in torch.split(windows, 16)]
     return sum(losses) / len(windows)
 
 

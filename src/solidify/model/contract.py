@@ -21,7 +21,15 @@ from solidify.model import anatomy
 _STREAMS = ("input_ids", "decoder_input_ids")
 
 # What calling a foreign module with recorded arguments may raise.
-_CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError)
+_CALL_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,11 @@ def replace(
             differs from the original in output structure, shape or dtype, or looks ahead where the model does not.
             The model is then as it was.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
     arguments = dict(arguments or {})
     names = _targets(model, target, expect, count)
-    refuse(
-        SurgeryError, f"{module.__name__} cannot be built as asked", _constructor_faults(module, arguments)
-    )
+    refuse(SurgeryError, f"{module.__name__} cannot be built as asked", _constructor_faults(module, arguments))
     probe = None if anatomy.is_meta(model) else _probe(model, names)
     state = _read_weights(weights) if weights is not None else None
     originals = {name: model.get_submodule(name) for name in names}
@@ -138,9 +138,7 @@ def _probe(model: PreTrainedModel, names: Sequence[str]) -> contract.Probe:
     return contract.record(model, names, anatomy.probe_inputs(model))
 
 
-def _targets(
-    model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None
-) -> list[str]:
+def _targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
     """Resolves the target patterns and refuses every way in which they can mean something else."""
     modules = {name: m for name, m in model.named_modules() if name}
     everywhere = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -295,9 +293,7 @@ def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: lis
     return exact
 
 
-def _ledger(
-    name: str, original: nn.Module, new: nn.Module
-) -> tuple[dict[str, str | None], tuple[str, ...]]:
+def _ledger(name: str, original: nn.Module, new: nn.Module) -> tuple[dict[str, str | None], tuple[str, ...]]:
     """Finds for every tensor of the replacement the tensor of the original that it equals bit for bit."""
     old = original.state_dict(keep_vars=True)
     tensors: dict[str, str | None] = {}
@@ -324,7 +320,8 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise SurgeryError(f"the weights {path} do not exist")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            loaded: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+            return loaded
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise SurgeryError(f"the weights {path} cannot be read: {error}") from error
@@ -364,7 +361,9 @@ def _load_weights(
 
 def _verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:
     """Makes sure by identity that each replacement stands at its name and that no child has a dotted name."""
-    faults = [f"{name} does not hold its replacement" for name, new in built.items() if model.get_submodule(name) is not new]
+    faults = [
+        f"{name} does not hold its replacement" for name, new in built.items() if model.get_submodule(name) is not new
+    ]
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}"
         for owner, module in model.named_modules()

@@ -16,6 +16,7 @@ This file needs torch only and is copied into artifacts as it stands.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ class TrashCan(nn.Module):
     `weight` (hidden_size,) is `u`, `bias` () is `c`, `kept` () is a running mean of the kept share that a controller
     may maintain. Both buffers are saved.
     """
+
+    bias: torch.Tensor
+    kept: torch.Tensor
 
     def __init__(self, hidden_size: int, threshold: float = ASLEEP) -> None:
         super().__init__()
@@ -68,6 +72,8 @@ class TrashCanMoE(nn.Module):
     While `bypass` is True the block computes what the original computed, bit for bit.
     """
 
+    experts: Any
+
     def __init__(
         self,
         original: nn.Module,
@@ -90,7 +96,7 @@ class TrashCanMoE(nn.Module):
             )
         for name, child in children.items():
             self.add_module(name, child)
-        self.trash = TrashCan(children[router].weight.shape[-1], threshold)
+        self.trash = TrashCan(children[router].get_parameter("weight").shape[-1], threshold)
         self.weighting = weighting
         self.temperature = temperature
         self.multiplicity = multiplicity
@@ -102,7 +108,8 @@ class TrashCanMoE(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits, weights, index = self.get_submodule(self._router)(tokens)
         if self.bypass:
-            return self.experts(tokens, index, weights).reshape(hidden_states.shape)
+            original: torch.Tensor = self.experts(tokens, index, weights)
+            return original.reshape(hidden_states.shape)
         margin = self.trash(tokens, router_logits, index)
         keep = margin >= 0
         weights = self._weigh(weights, margin, keep, router_logits, index)
@@ -139,16 +146,19 @@ class TrashCanMoE(nn.Module):
         When every slot is kept this is the original's own call. Under torch.compile shapes must not depend on data:
         skipped slots are then computed and weighted by zero.
         """
+        computed: torch.Tensor
         if torch.compiler.is_compiling():
-            return self.experts(tokens, index, weights * keep)
+            computed = self.experts(tokens, index, weights * keep)
+            return computed
         slots = keep.reshape(-1).nonzero().squeeze(-1)  # (kept,), each a pair of token and place
         if slots.numel() == keep.numel():
-            return self.experts(tokens, index, weights)
+            computed = self.experts(tokens, index, weights)
+            return computed
+        if not slots.numel():
+            return torch.zeros_like(tokens)
         top_k = index.shape[-1]
-        outputs = tokens.new_zeros(keep.numel(), tokens.shape[-1])
-        if slots.numel():
-            computed = self.experts(
-                tokens[slots // top_k], index.reshape(-1)[slots, None], weights.reshape(-1)[slots, None]
-            )
-            outputs = outputs.index_copy(0, slots, computed)
+        computed = self.experts(
+            tokens[slots // top_k], index.reshape(-1)[slots, None], weights.reshape(-1)[slots, None]
+        )
+        outputs = computed.new_zeros(keep.numel(), tokens.shape[-1]).index_copy(0, slots, computed)
         return outputs.view(-1, top_k, tokens.shape[-1]).sum(dim=1)

@@ -57,12 +57,36 @@ def attach(
         AdapterError: the declaration does not fit the model (see `solidify.tuning.plan`), or PEFT made something else
             trainable than was declared.
     """
+    existing = standing.peft_model(model)
+    if existing is not None and name in existing.peft_config:
+        raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
     wanted = planning.plan(model, lora, train)
     configuration = _configuration(model, lora, wanted)
-    peft_model = get_peft_model(model, configuration, adapter_name=name)
+    try:
+        if existing is None:
+            peft_model = get_peft_model(model, configuration, adapter_name=name)
+        else:
+            peft_model = existing
+            peft_model.add_adapter(name, configuration)
+            peft_model.set_adapter(name)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"PEFT refuses the adapter: {error}") from error
+    _freeze_inside(peft_model, wanted, name)
     _train_parameters(peft_model, wanted.parameters, name)
-    refuse(AdapterError, "PEFT did not do what was declared", planning.compare(peft_model, wanted))
+    faults = planning.compare(peft_model, wanted)
+    if faults and existing is None:
+        peft_model.unload()
+    refuse(AdapterError, "PEFT did not do what was declared", faults)
     return peft_model
+
+
+def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
+    """Freezes again, in the trained copies, what a module's own code had frozen: PEFT makes all of a copy trainable."""
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            owner = standing.canonical(model, path)
+            for key, parameter in module.modules_to_save[adapter].named_parameters():
+                parameter.requires_grad_(f"{owner}.{key}" in wanted.full)
 
 
 def _configuration(model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan) -> LoraConfig:
@@ -73,18 +97,28 @@ def _configuration(model: nn.Module, lora: Mapping[str, Any] | None, wanted: Ada
             **{
                 **fields,
                 # PEFT refuses an adapter without low-rank targets unless they are this private word (peft 0.21).
-                "target_modules": _exact(wanted.lora_modules, model) or ([] if wanted.lora_parameters else DUMMY_TARGET_MODULES),
+                "target_modules": _exact(wanted.lora_modules, model)
+                or ([] if wanted.lora_parameters else DUMMY_TARGET_MODULES),
                 "target_parameters": list(wanted.lora_parameters) or None,
                 "modules_to_save": list(wanted.modules) or None,
                 "task_type": fields.get("task_type") or _task_type(model),
+                # A tied pair stays tied when one of them is trained, unless the user says otherwise.
+                "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),
             }
         )
     except (TypeError, ValueError) as error:
         raise AdapterError(f"LoRA: {error}") from error
 
 
+def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:
+    plain = standing.plain_model(model)
+    tied = plain.all_tied_weights_keys if isinstance(plain, PreTrainedModel) else {}
+    names = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    return any(module in names for module in (*wanted.modules, *wanted.lora_modules))
+
+
 def _exact(names: Sequence[str], model: nn.Module) -> list[str] | str:
-    """Returns names that PEFT cannot read as the ends of longer ones: a list, or a regular expression where it could."""
+    """Returns names so that PEFT cannot read them as ends of longer ones: a list, or a regular expression."""
     everywhere = [place.name for place in standing.modules(model)]
     endings = tuple("." + name for name in names)
     if endings and any(name.endswith(endings) for name in everywhere):
@@ -184,7 +218,8 @@ def _trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
 
 
 def _base_of(model: nn.Module) -> tuple[Path, Manifest]:
-    where = standing.plain_model(model).config._name_or_path
+    plain = standing.plain_model(model)
+    where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
     if not where or not (Path(where) / manifest.NAME).is_file():
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
@@ -219,7 +254,9 @@ def _plain_name(name: str) -> str:
     return re.sub(r"\.(original_module|base_layer)(?=\.)", "", name)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, name: str = "default", trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, name: str = "default", trainable: bool = False
+) -> PeftModel:
     """Puts a trained adapter on its base, in place, and makes it the active one.
 
     `model` is the artifact's model, or a PeftModel that already carries other adapters of the same base.
@@ -292,7 +329,11 @@ def refuse_wrong_base(model: nn.Module, record: Manifest, directory: Path) -> No
 
 
 def load(
-    directory: str | Path, adapter: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any
+    directory: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads an artifact, and an adapter on it when one is named; digests are verified before any code runs.
 
@@ -323,8 +364,9 @@ def merge_in_memory(model: PeftModel) -> PreTrainedModel:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Runs the plain base while the block lasts: adapters disabled, and modules that have `bypass` bypassed."""
     peft_model = standing.peft_model(model)
-    bypassing = [m for m in model.modules() if isinstance(vars(m).get("bypass"), bool)]
+    bypassing: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("bypass"), bool)]
     before = [(module, module.bypass) for module in bypassing]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for module in bypassing:
         module.bypass = True
     try:
@@ -336,3 +378,5 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in before:
             module.bypass = value
+        for parameter, flag in trainable:  # enabling again, PEFT makes all of a trained copy trainable
+            parameter.requires_grad_(flag)

@@ -1,4 +1,4 @@
-"""Text becomes tokenised, labelled examples. Nothing of a text is dropped: what is longer than a window is cut into several."""
+"""Text becomes tokenised, labelled examples. Nothing is dropped: what is longer than a window is cut into several."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: i
 
 
 def collator(tokenizer: Any) -> Any:
-    """Returns what pads a batch: inputs with the padding token (the end token where there is none), labels with -100."""
+    """Returns what pads a batch: inputs with the padding token (or the end token without one), labels with -100."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""The objective: a weighted sum of loss terms, each scaled so that its gradient does not depend on how a batch is split.
+"""The objective: a weighted sum of loss terms, whose gradient does not depend on how a batch is split.
 
 One optimizer step sees a window of micro-batches on all ranks. Every term declares what kind of quantity it is:
 
@@ -112,9 +112,8 @@ class Term:
         self.captures: dict[str, Capture] = dict(getattr(self.subject, "captures", None) or {})
         self.is_statistic = isinstance(self.subject, Statistic)
         self.acts = isinstance(self.subject, Acting)
-        self.function: Any = self.subject
-        if self.is_statistic or self.acts:
-            self.function = self.subject.statistics
+        looks: Any = self.subject
+        self.function: Any = looks.statistics if self.is_statistic or self.acts else looks
         self.asks = set() if self.is_model else self._bind(loss, arguments)
         self.reduction = self._reduction()
 
@@ -139,9 +138,7 @@ class Term:
             for n, p in parameters.items()
             if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         }
-        faults = [
-            f"it has no parameter {key!r}" for key in own if key not in named and not open_ended
-        ]
+        faults = [f"it has no parameter {key!r}" for key in own if key not in named and not open_ended]
         faults += [
             f"its parameter {key!r} is neither in `arguments` nor one of those supplied ({', '.join(sorted(supplied))})"
             for key, p in named.items()
@@ -160,8 +157,10 @@ class Term:
         declared = getattr(self.subject, "reduction", None)
         if declared is None:
             return "token_mean" if self.asks & {*_OF_DATA, *self.captures} else "constant"
-        if declared not in REDUCTIONS[:3] + ("constant",):
-            raise ObjectiveError(f"the term {self.name} declares the reduction {declared!r}; known: {', '.join(REDUCTIONS)}")
+        if declared not in (*REDUCTIONS[:3], "constant"):
+            raise ObjectiveError(
+                f"the term {self.name} declares the reduction {declared!r}; known: {', '.join(REDUCTIONS)}"
+            )
         return str(declared)
 
     @property
@@ -207,10 +206,10 @@ class Term:
         means = window.means.get(self.name)
         share = window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)
         if means is None:  # this micro-batch is the whole window, or the term is linear
-            local = self.subject.value(sums / max(counts.attended_tokens, 1))
+            local: torch.Tensor = self.subject.value(sums / max(counts.attended_tokens, 1))
             return local * share
         moved = means.to(sums) + (sums - sums.detach()) / window.attended_tokens
-        total = self.subject.value(moved)
+        total: torch.Tensor = self.subject.value(moved)
         return window.ranks * (total - total.detach()) + share * total.detach()
 
 
@@ -224,7 +223,10 @@ class Objective:
         refuse(
             ObjectiveError,
             "terms are logged by name",
-            [f"two terms are called {n!r}; give one a `name`" for n in sorted({n for n in names if names.count(n) > 1})],
+            [
+                f"two terms are called {n!r}; give one a `name`"
+                for n in sorted({n for n in names if names.count(n) > 1})
+            ],
         )
         if all(term.reduction == "none" for term in terms):
             raise ObjectiveError("no term of the objective is a loss; add {loss: model}")

@@ -7,6 +7,7 @@ place. Nothing else is copied, no forward is wrapped, and LoRA may sit anywhere 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ NAME = "trained_parameters"
 class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
     """Holds versions of parameters; `base` is the plain model's own, `trained[adapter]` an adapter's.
 
-    Written against `AuxiliaryTrainingWrapper` of peft 0.21.2 (`peft/utils/other.py`), whose instances PEFT finds, switches,
-    disables and saves. It wraps no module: it exchanges `nn.Parameter` objects in their owners.
+    Written against `AuxiliaryTrainingWrapper` of peft 0.21.2 (`peft/utils/other.py`), whose instances PEFT finds,
+    switches, disables and saves. It wraps no module: it exchanges `nn.Parameter` objects in their owners.
     """
 
     adapter_layer_names = ("trained",)
@@ -54,18 +55,21 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
 
     def names(self, adapter_name: str) -> list[str]:
         """Returns the full names of the parameters that an adapter trains."""
-        return [name for name in self._owners[0] if adapter_name in self.trained and _key(name) in self.trained[adapter_name]]
+        versions = self._versions(adapter_name)
+        return [name for name in self._owners[0] if _key(name) in versions]
+
+    def _versions(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+        return dict(self.trained[adapter_name].named_parameters()) if adapter_name in self.trained else {}
 
     def version(self, adapter_name: str, name: str) -> nn.Parameter:
         """Returns an adapter's version of a parameter."""
-        parameter: nn.Parameter = self.trained[adapter_name][_key(name)]
-        return parameter
+        return self._versions(adapter_name)[_key(name)]
 
     def _install(self) -> None:
         """Puts into every owner the version that should run now."""
         active = [] if self.disable_adapters else self.active_adapters
         for name, owner in self._owners[0].items():
-            versions = [self.trained[a][_key(name)] for a in active if name in self.names(a)]
+            versions = [self.version(a, name) for a in active if name in self.names(a)]
             owner._parameters[name.rpartition(".")[2]] = versions[0] if versions else self.base[_key(name)]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         """Makes one adapter (or none) the active and trainable one."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name, versions in self.trained.items():
-            for parameter in versions.values():
+            for parameter in versions.parameters():
                 parameter.requires_grad_(name in names and not inference_mode)
         self._active_adapter = names
         self._install()

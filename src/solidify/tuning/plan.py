@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify.errors import AdapterError, refuse
@@ -86,7 +87,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
-    inside = [name for name in parameters if any(name.startswith(m + ".") for m in modules)]
+    inside = [name for module in modules for name in _trained_inside(module, parameters)]
     full = tuple(dict.fromkeys(inside + bare))
     return AdapterPlan(
         tuple(lora_modules),
@@ -96,6 +97,12 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         full,
         anatomy.count(parameters[name] for name in full),
     )
+
+
+def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names what is trained of a module: all of it, but for what its own code froze beside other parameters."""
+    inside = [name for name in parameters if name.startswith(module + ".")]
+    return [name for name in inside if parameters[name].requires_grad] or inside
 
 
 def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
@@ -148,7 +155,7 @@ def _lora_targets(
 
 def _all_linear(named: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
     plain = standing.plain_model(model)
-    head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    head = plain.get_output_embeddings() if isinstance(plain, PreTrainedModel) else None
     return [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
 
 
@@ -192,7 +199,9 @@ def _overlaps(lora: Sequence[str], modules: Sequence[str], bare: Sequence[str]) 
     for outer in modules:
         inside = [n for n in (*lora, *modules, *bare) if n.startswith(outer + ".") or (n == outer and n in lora)]
         faults += [f"{name} lies in {outer}, which is trained in full already; declare one of them" for name in inside]
-    faults += [f"{name} would get a low-rank update and be trained in full; declare one" for name in bare if name in lora]
+    faults += [
+        f"{name} would get a low-rank update and be trained in full; declare one" for name in bare if name in lora
+    ]
     faults += [
         f"{name} belongs to {owner}, which gets a low-rank update of its weight; train one of them"
         for name in bare

@@ -27,13 +27,9 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         """Opens the bar."""
         if state.is_world_process_zero:
             self._start, self._began_at = time.monotonic(), state.global_step
-            self._advance = self._stack.enter_context(
-                console.progress("Training", state.max_steps - state.global_step)
-            )
+            self._advance = self._stack.enter_context(console.progress("Training", state.max_steps - state.global_step))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves it by a step."""
         if self._advance is not None:
             rate = (state.global_step - self._began_at) / max(time.monotonic() - self._start, 1e-9)

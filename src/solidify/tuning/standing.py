@@ -47,7 +47,7 @@ def peft_model(model: nn.Module) -> PeftModel | None:
 
 
 def modules(model: nn.Module) -> Iterator[Standing]:
-    """Yields every place of the plain model with what is active there; frozen originals and idle copies are left out."""
+    """Yields every place of the plain model with what is active there, without frozen originals and idle copies."""
     yield from _walk("", plain_model(model), set())
 
 

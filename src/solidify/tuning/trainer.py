@@ -64,8 +64,8 @@ class _ObjectiveMixin:
         half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype in _HALF]
         if half and not autocast:
             raise ObjectiveError(
-                f"{len(half)} tensors would be trained in half precision ({half[0]}), where most small updates are lost "
-                "to rounding; set bf16: true, and they are kept in float32 while they train"
+                f"{len(half)} tensors would be trained in half precision ({half[0]}), where small updates are "
+                "lost to rounding; set bf16: true, and they are kept in float32 while they train"
             )
         if self.objective.asks_for("reference_logits") and self.objective.reference is None:
             refuse_inexact_bypass(self.model)
@@ -241,9 +241,7 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: _ObjectiveMixin) -> None:
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
 
     def on_train_end(
@@ -327,7 +325,9 @@ class ObjectiveSFTTrainer(_ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         if not wants_outputs:
             return SFTTrainer.compute_loss(self, model, inputs, False, items), None
         if isinstance(self.args, SFTConfig) and self.args.loss_type != "nll":
-            raise ObjectiveError(f"a term asks for logits, which TRL's loss_type={self.args.loss_type!r} does not build")
+            raise ObjectiveError(
+                f"a term asks for logits, which TRL's loss_type={self.args.loss_type!r} does not build"
+            )
         return ObjectiveTrainer._model_loss(
             self, model, {**inputs, "use_cache": False}, wants_outputs, items, counts, window
         )
@@ -352,6 +352,6 @@ def refuse_inexact_bypass(model: nn.Module) -> None:
     names = [edit["class"] for edit in surgery if not edit.get("bypass")]
     if names:
         raise ObjectiveError(
-            f"the base model cannot be had by switching {', '.join(sorted(set(names)))} off (no exact `bypass`); pass the "
-            "base as Objective(..., reference=model)"
+            f"the base model cannot be had by switching {', '.join(sorted(set(names)))} off (no exact `bypass`); "
+            "pass the base as Objective(..., reference=model)"
         )

@@ -1,0 +1,32 @@
+# All set-up happens here: a fresh machine needs Python 3.11 or later, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test lint bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/solidify demo --output build/demo
+
+test: install
+	$(BIN)/python -m pytest --quiet
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/trash_can.py
+
+clean:
+	rm -rf .venv build
