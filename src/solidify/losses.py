@@ -79,8 +79,8 @@ class TrashBudget:
     """`mean over layers of (mean over tokens and slots of sigmoid(margin/τ) - target)²`.
 
     `target` is the share of routed slots that shall be kept; the mean is a soft count of the slots whose
-    log-probability beats the trash can's threshold. A trash can that is asleep (threshold -10000) gets no gradient: wake it with
-    `trash_controller` or a `threshold` argument.
+    log-probability beats the trash can's threshold. A trash can that is asleep (threshold -10000) gets no gradient:
+    wake it with `trash_controller` or a `threshold` argument.
     """
 
     captures: ClassVar[dict[str, Capture]] = {"trash": TRASH}

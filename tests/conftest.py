@@ -1,0 +1,65 @@
+"""Fixtures that cost: the embedded base model, and artifacts that many tests read. All real, none mocked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pico
+import pytest
+import torch
+from transformers.utils import logging
+
+import solidify
+from solidify.modules.trashcan_moe import TrashCanMoE
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_seeded() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The embedded OLMoE, trained on first use (a minute or two)."""
+    from solidify.demo import tiny_olmoe
+
+    return tiny_olmoe.directory()
+
+
+@pytest.fixture(scope="session")
+def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico OLMoE with a trash can in every block."""
+    directory = tmp_path_factory.mktemp("artifacts") / "trash"
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock", count=2)
+    solidify.build(model, edits, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def wrapped_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico OLMoE with bottlenecks beside o_proj (linear layers and a bare parameter) and scaled MLPs."""
+    directory = tmp_path_factory.mktemp("artifacts") / "wrapped"
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.*.self_attn.o_proj", pico.wrappers.Bottleneck, arguments={"width": 4})
+    edits += solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
+    solidify.build(model, edits, directory)
+    return directory
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a directory so that a test may spoil it."""
+
+    def copy(source: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(source, tmp_path / name))
+
+    return copy

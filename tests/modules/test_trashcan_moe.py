@@ -1,0 +1,324 @@
+"""The tests that a correct trash can must pass, in the order of the numbers in their names.
+
+Reference: a top-k over N real columns and m copies of one trash column, written out; and the original block itself.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pico
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import solidify
+from solidify.model import anatomy
+from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE
+
+HIDDEN, EXPERTS, TOP_K, INNER = 32, 8, 2, 16
+
+
+def block(*, normalised: bool = False, dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm"):
+    """Returns an OLMoE block with opinionated routing."""
+    model = pico.olmoe(1, dtype=dtype, norm_topk_prob=normalised)
+    model.set_experts_implementation(implementation)
+    return model.model.layers[0].mlp
+
+
+def states(batch: int = 2, length: int = 50, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tie(moe: torch.nn.Module) -> None:
+    """Makes half of the experts tie with the other half, bit for bit."""
+    with torch.no_grad():
+        moe.gate.weight[EXPERTS // 2 :] = moe.gate.weight[: EXPERTS // 2]
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("weighting", ["base", "softmax_all"])
+def test_1_asleep_it_is_the_original_bit_for_bit_with_gradients(
+    implementation: str, dtype: torch.dtype, tied: bool, weighting: str
+) -> None:
+    original = block(dtype=dtype, implementation=implementation)
+    if tied:
+        tie(original)
+    can = TrashCanMoE(copy.deepcopy(original), weighting=weighting)
+    can.experts.config = original.experts.config
+    x, y = states(dtype=dtype).requires_grad_(), states(dtype=dtype).requires_grad_()
+    expected, found = original(x), can(y)
+    assert torch.equal(found, expected)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    expected.backward(direction)
+    found.backward(direction)
+    assert torch.equal(x.grad, y.grad)
+    for name, parameter in original.named_parameters():
+        assert torch.equal(parameter.grad, can.get_parameter(name).grad), name
+    assert not can.trash.weight.grad.any()
+
+
+@pytest.mark.parametrize("weighting", ["topk_norm", "real_norm"])
+def test_1_the_normalising_weightings_are_exact_on_a_normalising_router(weighting: str) -> None:
+    original = block(normalised=True)
+    expected = original(states())
+    assert torch.equal(TrashCanMoE(original, weighting=weighting)(states()), expected)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_2_when_all_is_trashed_the_output_is_zero_and_no_expert_runs(weighting: str) -> None:
+    can = TrashCanMoE(block(), weighting=weighting, threshold=1e4)
+    rows = record_rows(can)
+    assert not can(states()).any()
+    assert sum(rows) == 0
+
+
+def record_rows(can: TrashCanMoE) -> list[int]:
+    rows: list[int] = []
+    can.experts.register_forward_pre_hook(lambda module, args: rows.append(args[1].numel()))
+    return rows
+
+
+def test_3_the_experts_compute_exactly_the_kept_slots() -> None:
+    can = TrashCanMoE(block(implementation="eager"), threshold=-2.0)
+    kept = int((margins(can, states()) >= 0).sum())
+    assert 0 < kept < states()[..., 0].numel() * TOP_K
+    rows = record_rows(can)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        can(states())
+    assert sum(rows) == kept
+    tokens = states()[..., 0].numel()
+    router, threshold = 2 * tokens * HIDDEN * EXPERTS, 2 * tokens * HIDDEN
+    assert counter.get_total_flops() == 6 * HIDDEN * INNER * kept + router + threshold
+
+
+def margins(can: TrashCanMoE, hidden: torch.Tensor) -> torch.Tensor:
+    tokens = hidden.reshape(-1, HIDDEN)
+    logits, _, index = can.gate(tokens)
+    return can.trash(tokens, logits, index)
+
+
+def test_3_raising_the_threshold_never_keeps_more() -> None:
+    can = TrashCanMoE(block())
+    before = margins(can, states()) >= 0
+    for threshold in (-6.0, -4.0, -3.0, -2.0, -1.0, -0.5, 0.1):
+        can.trash.bias.fill_(threshold)
+        now = margins(can, states()) >= 0
+        assert not (now & ~before).any()
+        before = now
+    assert not before.any()
+
+
+def reference(can: TrashCanMoE, hidden: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routes by a top-k over real columns and copies of the trash's logit; returns output and kept slots."""
+    tokens = hidden.reshape(-1, HIDDEN)
+    logits = F.linear(tokens, can.gate.weight).double()
+    z = tokens.double() @ can.trash.weight.double() + can.trash.bias.double()
+    trash = (torch.logsumexp(logits, -1) + z)[:, None].expand(-1, copies)
+    columns = torch.cat([logits, trash], dim=-1)
+    chosen = columns.topk(TOP_K, dim=-1).indices
+    probabilities = F.softmax(logits, dim=-1)
+    output = torch.zeros(tokens.shape, dtype=torch.float64)
+    kept = torch.zeros(len(tokens), dtype=torch.long)
+    for token, row in enumerate(chosen):
+        for expert in row[row < EXPERTS]:
+            gate, up = (tokens[token].double() @ can.experts.gate_up_proj[expert].double().T).chunk(2)
+            inner = F.silu(gate) * up
+            output[token] += probabilities[token, expert] * (inner @ can.experts.down_proj[expert].double().T)
+            kept[token] += 1
+    return output.view(hidden.shape), kept
+
+
+@pytest.mark.parametrize("copies", [TOP_K, TOP_K + 5])
+def test_4_it_keeps_what_a_wide_top_k_with_a_shared_trash_column_keeps(copies: int) -> None:
+    can = TrashCanMoE(block(), threshold=-2.0)
+    with torch.no_grad():
+        can.trash.weight.normal_(0, 0.2)
+        output, kept = reference(can, states(), copies)
+        assert torch.equal((margins(can, states()) >= 0).sum(-1), kept)
+        assert 0 < int(kept.sum()) < kept.numel() * TOP_K
+        assert torch.allclose(can(states()).double(), output, atol=1e-5)
+
+
+def test_4_the_order_of_the_experts_does_not_matter() -> None:
+    original = block()
+    order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(2))
+    shuffled = copy.deepcopy(original)
+    shuffled.experts.config = original.experts.config
+    with torch.no_grad():
+        shuffled.gate.weight.copy_(original.gate.weight[order])
+        shuffled.experts.gate_up_proj.copy_(original.experts.gate_up_proj[order])
+        shuffled.experts.down_proj.copy_(original.experts.down_proj[order])
+        first = TrashCanMoE(original, threshold=-2.0)(states())
+        second = TrashCanMoE(shuffled, threshold=-2.0)(states())
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["softmax_all", "topk_norm"])
+def test_5_the_gradient_of_the_threshold_matches_finite_differences(weighting: str) -> None:
+    can = TrashCanMoE(block(normalised=weighting == "topk_norm"), weighting=weighting, threshold=-2.0).double()
+    can.experts.config._experts_implementation_internal = "eager"
+    x = states(dtype=torch.float64)
+    direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(shift: float) -> torch.Tensor:
+        can.trash.weight.data[3] = shift
+        return (can(x) * direction).sum()
+
+    loss(0.0).backward()
+    keep = margins(can, x) >= 0
+    step = 2e-3  # the threshold is computed in float32, so a smaller step would measure its rounding
+    with torch.no_grad():
+        difference = (loss(step) - loss(-step)) / (2 * step)
+    assert torch.equal(margins(can, x) >= 0, keep)
+    assert abs(float(can.trash.weight.grad[3])) > 1e-6
+    assert torch.allclose(can.trash.weight.grad[3], difference, rtol=1e-3)
+
+
+def test_5_the_straight_through_estimate_reaches_the_threshold_and_real_norm_does_not() -> None:
+    gradients = {}
+    for weighting in ("base", "real_norm"):
+        can = TrashCanMoE(block(normalised=True), weighting=weighting, threshold=-2.0)
+        can(states()).square().sum().backward()
+        gradients[weighting] = float(can.trash.weight.grad.abs().max()) if can.trash.weight.grad is not None else 0.0
+    assert gradients["base"] > 1e-4
+    assert gradients["real_norm"] == 0.0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("hidden", ["many", "one", "none", "one expert"])
+def test_6_weights_sum_as_they_should_and_nothing_is_nan(weighting: str, hidden: str) -> None:
+    can = TrashCanMoE(block(normalised=True), weighting=weighting, threshold=-1.0)
+    x = {"many": states(), "one": states(1, 1), "none": states(1, 1)[:, :0], "one expert": states()}[hidden]
+    if hidden == "one expert":
+        with torch.no_grad():
+            can.gate.weight[1:] = -can.gate.weight[:1] * 50
+    tokens = x.reshape(-1, HIDDEN)
+    logits, base_weights, index = can.gate(tokens)
+    margin = can.trash(tokens, logits, index)
+    keep = margin >= 0
+    weights = can._weigh(base_weights, margin, keep, logits, index)
+    total = (weights * keep).sum(-1)
+    assert torch.isfinite(can(x)).all()
+    if weighting == "real_norm":
+        assert torch.allclose(total, keep.any(-1).float())
+    if weighting == "topk_norm":
+        probabilities = F.softmax(logits, -1).gather(-1, index)
+        z = tokens @ can.trash.weight + can.trash.bias
+        trashed = (~keep).sum(-1) * z.exp()
+        kept = (probabilities * keep).sum(-1)
+        assert torch.allclose(total, kept / (kept + trashed).clamp(min=1e-30), atol=1e-6)
+    if weighting == "base":
+        assert torch.equal(weights * keep, base_weights * keep)
+
+
+def test_8_no_state_moves_in_a_forward_pass() -> None:
+    can = TrashCanMoE(block(), threshold=-2.0).train()
+    before = {name: tensor.clone() for name, tensor in can.state_dict().items()}
+    can(states()).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in can.state_dict().items())
+
+
+def awake(layers: int = 2, **settings: object) -> torch.nn.Module:
+    model = pico.olmoe(layers, **settings)
+    solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, arguments={"threshold": -2.0})
+    return model
+
+
+def test_10_cached_decoding_equals_the_full_forward() -> None:
+    model = awake()
+    prompt = pico.tokens(1, 10)
+    cached = model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=True)
+    plain = model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_10_a_token_does_not_depend_on_what_else_is_in_the_batch() -> None:
+    model = awake()
+    rows = pico.tokens(4, 12)
+    with torch.no_grad():
+        together = model(input_ids=rows).logits
+        alone = torch.cat([model(input_ids=row[None]).logits for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_router_logits_are_still_recorded_real_columns_only() -> None:
+    model = awake()
+    output = model(input_ids=pico.tokens(), labels=pico.tokens(), output_router_logits=True)
+    assert [tuple(logits.shape) for logits in output.router_logits] == [(24, EXPERTS)] * 2
+    assert output.aux_loss.requires_grad
+
+
+def test_only_new_keys_appear_in_the_checkpoint() -> None:
+    before = set(pico.olmoe().state_dict())
+    added = set(awake().state_dict()) - before
+    assert before <= set(awake().state_dict())
+    assert {name.rpartition("mlp.")[2] for name in added} == {"trash.weight", "trash.bias", "trash.kept"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen3MoeForCausalLM", {**pico.EXPERTS, "moe_intermediate_size": 16, "head_dim": 8}),
+        ("MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 48, "num_key_value_heads": 2}),
+        ("FlexOlmoForCausalLM", {**pico.EXPERTS, "intermediate_size": 16, "num_key_value_heads": 2}),
+    ],
+)
+def test_siblings_with_the_same_contract_take_it(family: str, settings: dict[str, object]) -> None:
+    model = pico.make(family, **{**pico.SIZES, **settings})
+    inputs = anatomy.probe_inputs(model)
+    before = anatomy.run(model, inputs)
+    edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    assert all(edit.bypass and edit.identical for edit in edits)
+    assert torch.equal(anatomy.run(model, inputs), before)
+    for layer in model.model.layers:
+        layer.mlp.trash.bias.fill_(-1.2)
+    assert not torch.equal(anatomy.run(model, inputs), before)
+
+
+def test_blocks_of_another_make_are_refused() -> None:
+    model = pico.make(
+        "Qwen2MoeForCausalLM",
+        **pico.SIZES,
+        **pico.EXPERTS,
+        num_key_value_heads=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    with pytest.raises(solidify.SurgeryError, match="consists of: gate, experts, shared_expert, shared_expert_gate"):
+        solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    model = pico.make(
+        "GptOssForCausalLM",
+        **pico.SIZES,
+        num_local_experts=4,
+        head_dim=8,
+        num_key_value_heads=2,
+        intermediate_size=32,
+    )
+    with pytest.raises(solidify.SurgeryError, match=r"the original returns \(float32.* but TrashCanMoE returns float32"):
+        solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    with pytest.raises(solidify.SurgeryError, match="consists of: gate_proj, up_proj, down_proj, act_fn"):
+        solidify.replace(pico.llama(), "model.layers.*.mlp", TrashCanMoE)
+
+
+@pytest.mark.parametrize("arguments", [{"weighting": "soft"}, {"threshold": float("-inf")}])
+def test_bad_arguments_are_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        TrashCanMoE(block(), **arguments)
+
+
+def test_the_sleeping_threshold_survives_half_precision() -> None:
+    can = TrashCan(8).bfloat16()
+    margin = can(torch.randn(4, 8), torch.randn(4, EXPERTS), torch.zeros(4, TOP_K, dtype=torch.long))
+    assert float(can.bias) < ASLEEP / 2
+    assert (margin > 1000).all()
+
+
+def test_compiled_it_is_the_same_function() -> None:
+    can = TrashCanMoE(block(), threshold=-2.0)
+    with torch.no_grad():
+        compiled = torch.compile(can, backend="eager")(states())
+        assert torch.allclose(compiled, can(states()), atol=1e-6)
