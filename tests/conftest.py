@@ -10,11 +10,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pico
 import pytest
 import torch
 from transformers.utils import logging
 
+import pico
 import solidify
 from solidify.modules.trashcan_moe import TrashCanMoE
 

@@ -22,7 +22,11 @@ def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sett
     """Builds `<name>` (a transformers class with a head) from settings, in evaluation mode."""
     torch.manual_seed(seed)
     head = getattr(transformers, name)
-    return head(head.config_class(**settings)).to(dtype).eval()
+    torch.set_default_dtype(dtype)  # as from_pretrained does; .to(dtype) would also cast what is computed, not saved
+    try:
+        return head(head.config_class(**settings)).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def olmoe(layers: int = 2, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:

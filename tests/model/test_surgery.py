@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pico
 import pytest
 import torch
-from pico import wrappers
 from safetensors.torch import save_file
 
+import pico
 import solidify
+from pico import wrappers
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import TrashCanMoE
@@ -115,7 +115,9 @@ def test_another_class_or_number_than_expected_is_refused() -> None:
 
 
 def test_overlapping_targets_are_refused() -> None:
-    assert "lies inside model.layers.0" in refused(pico.olmoe(), ["model.layers.0", "model.layers.0.mlp"], wrappers.Scaled)
+    assert "lies inside model.layers.0" in refused(
+        pico.olmoe(), ["model.layers.0", "model.layers.0.mlp"], wrappers.Scaled
+    )
     assert "hit by two patterns" in refused(pico.olmoe(), [MLP, "**.mlp"], wrappers.Scaled)
 
 
@@ -185,7 +187,8 @@ def test_weights_may_differ_by_place(tmp_path: Path) -> None:
     config = pico.olmoe().config
     states = [wrappers.PlainMLP(config).state_dict() for _ in range(2)]
     save_file(
-        {f"model.layers.{i}.mlp.{k}": t for i, s in enumerate(states) for k, t in s.items()}, tmp_path / "all.safetensors"
+        {f"model.layers.{i}.mlp.{k}": t for i, s in enumerate(states) for k, t in s.items()},
+        tmp_path / "all.safetensors",
     )
     model = pico.olmoe()
     solidify.replace(model, MLP, wrappers.PlainMLP, weights=tmp_path / "all.safetensors")
@@ -234,7 +237,11 @@ def test_a_meta_model_is_edited_without_a_probe() -> None:
     [
         ("LlamaForCausalLM", "model.layers.*.self_attn", {"num_key_value_heads": 2, "intermediate_size": 48}),
         ("Qwen3MoeForCausalLM", "model.layers.*.mlp", {**pico.EXPERTS, "moe_intermediate_size": 16, "head_dim": 8}),
-        ("MixtralForCausalLM", "model.layers.*.mlp", {"num_local_experts": 4, "intermediate_size": 48, "num_key_value_heads": 2}),
+        (
+            "MixtralForCausalLM",
+            "model.layers.*.mlp",
+            {"num_local_experts": 4, "intermediate_size": 48, "num_key_value_heads": 2},
+        ),
         ("Gemma3ForCausalLM", "model.layers.*.mlp", {"head_dim": 8, "intermediate_size": 48}),
     ],
 )

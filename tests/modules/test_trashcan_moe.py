@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 
-import pico
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import pico
 import solidify
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE
@@ -298,7 +298,9 @@ def test_blocks_of_another_make_are_refused() -> None:
         num_key_value_heads=2,
         intermediate_size=32,
     )
-    with pytest.raises(solidify.SurgeryError, match=r"the original returns \(float32.* but TrashCanMoE returns float32"):
+    with pytest.raises(
+        solidify.SurgeryError, match=r"the original returns \(float32.* but TrashCanMoE returns float32"
+    ):
         solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
     with pytest.raises(solidify.SurgeryError, match="consists of: gate_proj, up_proj, down_proj, act_fn"):
         solidify.replace(pico.llama(), "model.layers.*.mlp", TrashCanMoE)

@@ -130,11 +130,11 @@ class Forgetful(nn.Module):
         super().__init__()
         self.original = original
         if how == "buffer":
-            self.register_buffer("table", torch.linspace(0.5, 1.5, 32), persistent=False)
+            self.register_buffer("table", torch.arange(32) / 32 + 0.5, persistent=False)
         elif how == "attribute":
-            self.table = torch.linspace(0.5, 1.5, 32)
+            self.table = torch.arange(32) / 32 + 0.5
         else:
-            self.register_buffer("table", torch.linspace(0.5, 1.5, 32))
+            self.register_buffer("table", torch.arange(32) / 32 + 0.5)
 
     def forward(self, hidden_states):
         return self.original(hidden_states) * self.table

@@ -111,7 +111,7 @@ def write_and_verify(model: PreTrainedModel, staging: Path, draft: Manifest) -> 
     refuse(
         ArtifactError,
         "the artifact does not reload as it was in memory",
-        [f"{finding.name}: {finding.evidence}{_remedy(finding)}" for finding in failed],
+        [f"{finding.name}: {finding.evidence}{_remedy(finding, model)}" for finding in failed],
     )
     return finished, findings
 
@@ -165,8 +165,19 @@ def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
     }
 
 
-def _remedy(finding: Finding) -> str:
-    if "never filled" in finding.evidence or "different" in finding.evidence or "additional" in finding.evidence:
+def _remedy(finding: Finding, model: PreTrainedModel) -> str:
+    """Says what to do about state that a reload does not bring back."""
+    lost = [
+        name
+        for name, _ in model.named_non_persistent_buffers()
+        if name in finding.evidence or name.removeprefix(model.base_model_prefix + ".") in finding.evidence
+    ]
+    if any("rotary" in name or "inv_freq" in name for name in lost):
+        return (
+            f". {lost[0]} is computed, not saved: was the model cast with .to(dtype)? Load it with dtype=... instead, "
+            "which leaves such buffers as they are computed"
+        )
+    if any(word in finding.evidence for word in ("never filled", "different", "additional", "absent")):
         return (
             ". A model is built on the meta device when it is loaded: what a module computes in its constructor must "
             "be a parameter or a persistent buffer to be there again (register_buffer without persistent=False)"

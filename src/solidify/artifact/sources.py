@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -64,11 +65,13 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     user_files, requirements, found = _closure(list(classes.values()))
     refuse(ArtifactError, "the modules' source cannot travel with the artifact", faults + found)
     surgery = _surgery(edits)
+    backbone, unpooled = _backbone(model, edits)
     stem = model.config.model_type.replace("-", "_")
     head_digest = tensors.digest_values([user_files, surgery, head.__name__])
     context = {
         "head": head.__name__,
-        "backbone": _backbone(model),
+        "backbone": backbone,
+        "unpooled": unpooled,
         "prefix": head.base_model_prefix,
         "head_keys": _head_keys(model),
         "config": type(model.config).__name__,
@@ -128,14 +131,36 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def _backbone(model: PreTrainedModel) -> str | None:
-    """Returns the class name of the model without its head, where AutoModel would build that very class."""
-    inner = model.base_model
-    mapping = modeling_auto.AutoModel._model_mapping
+def _backbone(model: PreTrainedModel, edits: Sequence[Edit]) -> tuple[str | None, bool]:
+    """Returns the class name of the model without its head, and whether it must be built without a pooling layer.
+
+    None where AutoModel would build another class, or the same with tensors that the model with its head does not have.
+    """
+    inner: Any = model.base_model
+    mapping: Any = modeling_auto.AutoModel._model_mapping
     if inner is model or type(model.config) not in mapping:
-        return None
+        return None, False
     mapped = mapping[type(model.config)]
-    return type(inner).__name__ if type(inner) in (mapped if isinstance(mapped, tuple) else (mapped,)) else None
+    if type(inner) not in (mapped if isinstance(mapped, tuple) else (mapped,)):
+        return None, False
+    prefix = model.base_model_prefix + "."
+    wanted = {key.removeprefix(prefix) for key in _keys_before(model, edits) if key.startswith(prefix)}
+    poolable = "add_pooling_layer" in inspect.signature(type(inner).__init__).parameters
+    for options in ({}, {"add_pooling_layer": False}) if poolable else ({},):
+        with torch.device("meta"):
+            alone = type(inner)(inner.config, **options)
+        if set(alone.state_dict()) == wanted:
+            return type(inner).__name__, bool(options)
+    return None, False
+
+
+def _keys_before(model: PreTrainedModel, edits: Sequence[Edit]) -> set[str]:
+    """Returns the tensor names that the model had before the edits were made."""
+    keys = set(model.state_dict())
+    for edit in reversed(edits):
+        keys -= set(edit.tensors)
+        keys |= {origin for origin in edit.tensors.values() if origin is not None} | set(edit.dropped)
+    return keys
 
 
 def _head_keys(model: PreTrainedModel) -> list[str]:
