@@ -175,22 +175,13 @@ def _surgery(edits: Sequence[Edit]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for edit in edits:
         last = entries[-1] if entries else None
-        same = last is not None and (last["class"], last["arguments"], last["bypass"]) == (
-            edit.new_class,
-            edit.arguments,
-            edit.bypass,
-        )
-        if last is not None and same:
+        entry: dict[str, Any] = {"class": edit.new_class, "arguments": edit.arguments, "bypass": edit.bypass}
+        if edit.frozen:
+            entry["frozen"] = list(edit.frozen)
+        if last is not None and entry == {key: value for key, value in last.items() if key != "modules"}:
             last["modules"].append(edit.name)
         else:
-            entries.append(
-                {
-                    "class": edit.new_class,
-                    "arguments": edit.arguments,
-                    "bypass": edit.bypass,
-                    "modules": [edit.name],
-                }
-            )
+            entries.append({**entry, "modules": [edit.name]})
     return entries
 
 

@@ -45,7 +45,8 @@ class Edit:
     """What was done at one place.
 
     `tensors` maps every tensor of the replacement to the tensor of the original that it equals bit for bit, or to
-    None where it is new; `dropped` names the original's tensors that live on nowhere. Names are full.
+    None where it is new; `dropped` names the original's tensors that live on nowhere. Names are full. `frozen` names,
+    relative to the module, the parameters that it froze itself while it left others trainable.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Edit:
     supplied: tuple[str, ...]
     tensors: dict[str, str | None] = field(repr=False)
     dropped: tuple[str, ...]
+    frozen: tuple[str, ...]
     parameters_before: int
     parameters_after: int
     probed: bool
@@ -76,6 +78,7 @@ class Edit:
             "new": sorted(n for n, origin in self.tensors.items() if origin is None),
             "kept": {n: origin for n, origin in self.tensors.items() if origin is not None},
             "dropped": sorted(self.dropped),
+            "frozen": list(self.frozen),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "probed": self.probed,
@@ -272,6 +275,7 @@ def _examine(
         supplied=tuple(key for key in SUPPLIED if key in contract.constructor(type(new))),
         tensors=tensors,
         dropped=dropped,
+        frozen=_frozen(new),
         parameters_before=anatomy.count(original.parameters()),
         parameters_after=anatomy.count(new.parameters()),
         probed=call is not None,
@@ -279,6 +283,11 @@ def _examine(
         bypass=bypass,
     )
     return faults, edit
+
+
+def _frozen(new: nn.Module) -> tuple[str, ...]:
+    frozen = tuple(name for name, parameter in new.named_parameters() if not parameter.requires_grad)
+    return frozen if any(parameter.requires_grad for parameter in new.parameters()) else ()
 
 
 def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: list[str]) -> bool:

@@ -82,11 +82,15 @@ def attach(
 
 def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
     """Freezes again, in the trained copies, what a module's own code had frozen: PEFT makes all of a copy trainable."""
-    for path, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            owner = standing.canonical(model, path)
-            for key, parameter in module.modules_to_save[adapter].named_parameters():
-                parameter.requires_grad_(f"{owner}.{key}" in wanted.full)
+    copies = [
+        (f"{standing.canonical(model, path)}.{key}", parameter)
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        for key, parameter in module.modules_to_save[adapter].named_parameters()
+    ]
+    trained = {id(parameter) for name, parameter in copies if name in wanted.full}  # tied copies have two names
+    for _, parameter in copies:
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def _configuration(model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan) -> LoraConfig:
@@ -282,6 +286,7 @@ def load_adapter(
     state = safetensors.torch.load_file(directory / WEIGHTS)
     _train_parameters(peft_model, record.trained["parameters"], name)
     keys = {on_disk: held for held, on_disk in _keys_on_disk(peft_model, record.trained["parameters"]).items()}
+    refuse(AdapterError, f"{directory} does not fit the model", _key_faults(_held(peft_model, name), state))
     set_peft_model_state_dict(
         peft_model, {keys.get(key, key): tensor for key, tensor in state.items()}, adapter_name=name
     )
@@ -292,17 +297,28 @@ def load_adapter(
 
 def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
     """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
+    held = _held(model, name)
+    changed = [key for key, tensor in state.items() if not torch.equal(held[key].to(tensor.dtype).cpu(), tensor)]
+    return [f"{key} differs after loading" for key in changed]
+
+
+def _held(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """Returns the adapter's tensors in the model, by their keys on disk."""
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     holder = standing.trained_parameters(model)
     keys = _keys_on_disk(model, holder.names(name) if holder is not None else [])
-    held = {keys.get(key, key): tensor for key, tensor in held.items()}
+    return {keys.get(key, key): tensor for key, tensor in held.items()}
+
+
+def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Compares names and shapes: PEFT passes over additional tensors and only warns of missing ones."""
     return [
-        *(f"{key} of the file is not in the model" for key in state if key not in held),
-        *(f"{key} of the model is not in the file" for key in held if key not in state),
+        *(f"the file lacks {key}" for key in held if key not in state),
+        *(f"the file holds {key}, for which the model has no place" for key in state if key not in held),
         *(
-            f"{key} differs after loading"
+            f"{key} has shape {list(tensor.shape)} in the file and {list(held[key].shape)} in the model"
             for key, tensor in state.items()
-            if key in held and not torch.equal(held[key].to(tensor.dtype).cpu(), tensor)
+            if key in held and held[key].shape != tensor.shape
         ),
     ]
 

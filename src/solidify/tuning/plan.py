@@ -87,7 +87,8 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
-    inside = [name for module in modules for name in _trained_inside(module, parameters)]
+    frozen = _frozen_by_their_module(model)
+    inside = [name for module in modules for name in _trained_inside(module, parameters, frozen)]
     full = tuple(dict.fromkeys(inside + bare))
     return AdapterPlan(
         tuple(lora_modules),
@@ -99,10 +100,17 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     )
 
 
-def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter], frozen: set[str]) -> list[str]:
     """Names what is trained of a module: all of it, but for what its own code froze beside other parameters."""
     inside = [name for name in parameters if name.startswith(module + ".")]
-    return [name for name in inside if parameters[name].requires_grad] or inside
+    return [name for name in inside if name not in frozen] or inside
+
+
+def _frozen_by_their_module(model: nn.Module) -> set[str]:
+    """Reads from the configuration which parameters new modules froze: loading makes every parameter trainable."""
+    plain = standing.plain_model(model)
+    surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
+    return {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
 
 
 def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
