@@ -52,11 +52,11 @@ class _ObjectiveMixin:
     def _refuse_unusable(self) -> None:
         if self.args.label_smoothing_factor:
             raise ObjectiveError("label smoothing replaces the model's own loss; write it as a term instead")
-        checkpointing = self.args.gradient_checkpointing_kwargs or {}
-        if self.objective.captures and self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        checkpointing = self.args.activation_checkpointing_kwargs or {}
+        if self.objective.captures and self.args.activation_checkpointing and checkpointing.get("use_reentrant"):
             raise ObjectiveError(
-                "a term looks inside the model, but reentrant gradient checkpointing cuts the graph there; set "
-                "gradient_checkpointing_kwargs: {use_reentrant: false}"
+                "a term looks inside the model, but reentrant activation checkpointing cuts the graph there; set "
+                "activation_checkpointing_kwargs: {use_reentrant: false}"
             )
         for spec in self.objective.captures.values():
             spec.find(self.model)

@@ -1,0 +1,105 @@
+"""One training step on a pico artifact, and what gradients and logs it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import pico
+import solidify
+from solidify.tuning.objective import Objective, Term
+from solidify.tuning.trainer import ObjectiveTrainer
+
+LORA = {"r": 4, "target_modules": ["**.q_proj"]}
+TRAIN = ["**.mlp.trash"]
+
+
+def awake(artifact: Path, **declared: Any) -> torch.nn.Module:
+    """Returns an artifact with an adapter whose values are not at their start, trash cans awake."""
+    declared = declared or {"lora": LORA, "train": TRAIN}
+    torch.manual_seed(1)  # for LoRA's A
+    model = solidify.attach(solidify.load(artifact), **declared)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        for module in model.modules():
+            if type(module).__name__ == "TrashCan":
+                module.bias.fill_(-2.0)
+    return model
+
+
+def arguments(directory: Path, size: int, steps: int, kind: type = TrainingArguments, **more: Any) -> Any:
+    values = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": steps,
+        "max_steps": 1,
+        "report_to": "none",
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+    }
+    return kind(**{**values, **more})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last step, read where they exist."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.found = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+
+def in_order(trainer: Trainer) -> None:
+    """Makes the trainer read its examples in their order, so that splits hold the same."""
+    trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(trainer.train_dataset)
+
+
+def step(
+    model: torch.nn.Module,
+    directory: Path,
+    size: int,
+    steps: int,
+    terms: Callable[[], Sequence[Term]] | None,
+    *,
+    trainer_class: type = ObjectiveTrainer,
+    examples: Sequence[Any] | None = None,
+    reference: torch.nn.Module | None = None,
+    **more: Any,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Takes one optimizer step over `size x steps` examples; returns gradients and the trainer."""
+    options: dict[str, Any] = {}
+    if terms is not None:
+        options["objective"] = Objective(list(terms()), reference=reference)
+    trainer = trainer_class(
+        model=model,
+        args=arguments(directory, size, steps, **more),
+        train_dataset=list(examples or pico.ragged(8)),
+        data_collator=pico.collate,
+        **options,
+    )
+    in_order(trainer)
+    watch = Gradients(model)
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch.found, trainer
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Returns the largest difference of any tensor, relative to the largest gradient of all."""
+    scale = max(float(g.abs().max()) for g in a.values())
+    return max(float((a[name] - b[name]).abs().max()) for name in a) / scale
