@@ -166,6 +166,7 @@ class KeepsAPart(torch.nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.loss_type = "ForCausalLM"  # as every head of transformers has; it says that labels are shifted
 
     def forward(self, **inputs: Any) -> Any:
         output = self.model(**inputs)
