@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pico
 import solidify
+from solidify.tuning import standing
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 
@@ -28,9 +29,9 @@ def awake(artifact: Path, **declared: Any) -> torch.nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        for module in model.modules():
-            if type(module).__name__ == "TrashCan":
-                module.bias.fill_(-2.0)
+        for place in standing.modules(model):
+            if type(place.inner).__name__ == "TrashCan":
+                place.inner.bias.fill_(-2.0)
     return model
 
 

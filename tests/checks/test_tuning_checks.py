@@ -1,0 +1,242 @@
+"""Each check of training passes on what is right and fails on the fault that is planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pico
+import solidify
+from pico import wrappers
+from solidify import losses
+from solidify.artifact import manifest
+from solidify.checks import gradients, roundtrip, trainable
+from solidify.model import anatomy
+from solidify.tuning import adapters, standing
+from solidify.tuning import plan as planning
+from solidify.tuning.objective import Objective, Term
+from solidify.tuning.trainer import ObjectiveTrainer
+from training import LORA, TRAIN, arguments, awake, in_order
+
+
+def attached(artifact: Path) -> tuple[Any, Any]:
+    model = solidify.load(artifact)
+    wanted = planning.plan(model, LORA, TRAIN)
+    return solidify.attach(model, lora=LORA, train=TRAIN), wanted
+
+
+def test_the_trainable_set_is_compared_by_name_not_by_number(trash_artifact: Path) -> None:
+    model, wanted = attached(trash_artifact)
+    assert trainable.trainable(model, wanted).passed
+    parameters = {(k, n): p for k, n, p in standing.named_parameters(model)}
+    swapped = parameters["full", "model.layers.0.mlp.trash.weight"]
+    other = parameters["base", "model.norm.weight"]
+    assert swapped.numel() == other.numel()
+    swapped.requires_grad_(False)
+    other.requires_grad_(True)
+    finding = trainable.trainable(model, wanted)
+    assert not finding.passed
+    assert "trainable, but not declared: the base parameter model.norm.weight" in finding.evidence
+
+
+def test_frozen_tensors_are_compared_with_what_was_built(trash_artifact: Path) -> None:
+    record = manifest.read(trash_artifact)
+    model = awake(trash_artifact, lora=LORA, train=["**.mlp.trash", "**.o_proj.weight"])
+    assert trainable.frozen(model, record).passed
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.trash.weight"):
+        model = attached(trash_artifact)[0]
+        base = next(p for kind, n, p in standing.named_parameters(model) if (kind, n) == ("base", name))
+        with torch.no_grad():
+            base[0].add_(1e-6)
+        finding = trainable.frozen(model, record)
+        assert not finding.passed
+        assert f"{name} changed" in finding.evidence
+
+
+def test_a_buffer_that_moves_though_frozen_is_found(trash_artifact: Path) -> None:
+    model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
+    standing.plain_model(model).model.layers[0].mlp.trash.bias.fill_(-3.0)
+    finding = trainable.frozen(model, manifest.read(trash_artifact))
+    assert "model.layers.0.mlp.trash.bias changed" in finding.evidence
+
+
+def train(model: Any, directory: Path, *callbacks: Any, terms: Any = None, cls: Any = ObjectiveTrainer) -> Any:
+    trainer = cls(
+        model=model,
+        args=arguments(directory, 2, 2, max_steps=3),
+        train_dataset=pico.ragged(8),
+        data_collator=pico.collate,
+        objective=Objective(terms or [Term("model")]),
+    )
+    in_order(trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def test_gradients_are_seen_where_they_exist(trash_artifact: Path, tmp_path: Path) -> None:
+    model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
+    witness = gradients.GradientWitness(model)
+    train(model, tmp_path, witness)
+    finding = witness.finding()
+    assert finding.passed
+    assert "4 trainable tensors got non-zero gradients in 3 steps" in finding.evidence
+
+
+def test_a_saturated_gate_is_found_though_its_gradient_is_not_none(tmp_path: Path) -> None:
+    model = pico.olmoe()
+    solidify.replace(model, "model.layers.0.mlp", wrappers.Saturated)
+    peft_model = solidify.attach(model, lora=LORA, train=["model.layers.0.mlp.gate"])
+    witness = gradients.GradientWitness(peft_model)
+    train(peft_model, tmp_path, witness)
+    finding = witness.finding()
+    assert not finding.passed
+    assert "never a gradient: model.layers.0.mlp.gate" in finding.evidence
+
+
+def test_a_gradient_on_something_frozen_and_one_that_is_not_finite_are_found(
+    trash_artifact: Path, tmp_path: Path
+) -> None:
+    model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
+    witness = gradients.GradientWitness(model)
+    frozen = next(p for kind, n, p in standing.named_parameters(model) if n == "model.norm.weight")
+
+    class Spoil(gradients.GradientWitness):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            frozen.grad = torch.ones_like(frozen)
+            trained = next(p for p in model.parameters() if p.requires_grad)
+            trained.grad.fill_(float("nan"))
+
+    train(model, tmp_path, Spoil(model), witness)
+    finding = witness.finding()
+    assert not finding.passed
+    assert "a gradient though frozen: base_model.model.model.norm.weight" in finding.evidence
+    assert "not finite" in finding.evidence
+    assert not gradients.GradientWitness(model).finding().passed
+
+
+class MultipliesItsPenalty(ObjectiveTrainer):
+    """The common mistake: a regulariser added to every micro-batch, not divided by their number."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        return loss + 0.1 * sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+
+class MeanOfMeans(ObjectiveTrainer):
+    """The other one: a mean per micro-batch, whatever its number of tokens."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return model(**inputs).loss / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("cls", [ObjectiveTrainer, MultipliesItsPenalty, MeanOfMeans])
+def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_path: Path, cls: Any) -> None:
+    terms = [Term("model"), Term(losses.trash_budget, 1.0, arguments={"target": 0.3}), Term(losses.weight_penalty, 0.1)]
+    trainer = train(awake(trash_artifact), tmp_path, terms=terms, cls=cls)
+    finding = gradients.accumulation(trainer, pico.ragged(8))
+    assert finding.passed is (cls is ObjectiveTrainer)
+
+
+def test_accumulation_of_nothing_proves_nothing(trash_artifact: Path, tmp_path: Path) -> None:
+    trainer = train(awake(trash_artifact), tmp_path)
+    assert not gradients.accumulation(trainer, pico.ragged(1)).passed
+    trainer.objective = Objective([Term("model", 0.0)])
+    assert not gradients.accumulation(trainer, pico.ragged(8)).passed
+
+
+def test_accumulation_is_judged_without_dropout_and_leaves_no_trace(trash_artifact: Path, tmp_path: Path) -> None:
+    model = awake(trash_artifact, lora={**LORA, "lora_dropout": 0.5})
+    trainer = train(model, tmp_path)
+    history = list(trainer.history)
+    assert gradients.accumulation(trainer, pico.ragged(8)).passed
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+    assert all(p.grad is None for p in model.parameters())
+    assert trainer.history == history
+
+
+def test_parts_that_do_not_sum_are_found() -> None:
+    good = {"loss": 3.0, "weighted/model": 2.5, "weighted/penalty": 0.5}
+    assert gradients.parts_sum([good]).passed
+    assert not gradients.parts_sum([good, {**good, "loss": 3.01}]).passed
+    assert not gradients.parts_sum([]).passed
+
+
+@pytest.fixture
+def saved(trash_artifact: Path, tmp_path: Path) -> Path:
+    return solidify.save_adapter(awake(trash_artifact), tmp_path / "adapter")
+
+
+def cases(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    return {"case": anatomy.probe_inputs(standing.plain_model(model))}
+
+
+def test_an_adapter_without_effect_is_found(trash_artifact: Path) -> None:
+    base = solidify.load(trash_artifact)
+    expected = roundtrip.outputs(base, cases(base))
+    effect, off = roundtrip.adapter_effect(awake(trash_artifact), expected, cases(base))
+    assert effect.passed
+    assert off.passed
+    fresh = solidify.attach(solidify.load(trash_artifact), lora=LORA)
+    effect, off = roundtrip.adapter_effect(fresh, expected, cases(base))
+    assert not effect.passed
+
+
+def test_an_adapter_that_cannot_be_switched_off_is_found(trash_artifact: Path) -> None:
+    base = solidify.load(trash_artifact)
+    expected = roundtrip.outputs(base, cases(base))
+    model = awake(trash_artifact)
+    with torch.no_grad():
+        next(p for kind, n, p in standing.named_parameters(model) if n == "model.norm.weight").mul_(1.01)
+    _, off = roundtrip.adapter_effect(model, expected, cases(base))
+    assert not off.passed
+
+
+def test_a_reload_that_differs_in_one_bit_is_found() -> None:
+    outputs = {"case": torch.randn(2, 3)}
+    assert roundtrip.adapter_reload(outputs, {"case": outputs["case"].clone()}).passed
+    other = outputs["case"].clone()
+    other.view(torch.int32)[1, 2] ^= 1
+    assert not roundtrip.adapter_reload(outputs, {"case": other}).passed
+
+
+def test_a_loader_that_accepts_a_wrong_base_is_found(
+    trash_artifact: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, record = solidify.load(trash_artifact, saved), manifest.read(saved)
+    assert roundtrip.wrong_base_refused(model, record, saved).passed
+    monkeypatch.setattr(adapters, "refuse_wrong_base", lambda *args: None)
+    finding = roundtrip.wrong_base_refused(model, record, saved)
+    assert not finding.passed
+    assert "accepted with another configuration, code, weights" in finding.evidence
+
+
+def test_a_merge_that_is_off_is_found() -> None:
+    attached = {"case": torch.randn(4, 8)}
+    close = {"case": attached["case"] * (1 + 1e-7)}
+    assert roundtrip.merged_equals_attached(attached, close).passed
+    off = {"case": attached["case"] + 1e-3}
+    assert not roundtrip.merged_equals_attached(attached, off).passed
+    halves = {"case": off["case"].bfloat16()}
+    assert roundtrip.merged_equals_attached({"case": attached["case"].bfloat16()}, halves).passed
+
+
+def test_a_merge_that_touches_what_was_not_trained_is_found(trash_artifact: Path, saved: Path) -> None:
+    base, adapter = manifest.read(trash_artifact), manifest.read(saved)
+    merged = dict(base.tensors)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.trash.bias"):
+        merged[name] = "0" * 64
+    assert roundtrip.merge_ledger(base, merged, adapter).passed
+    assert not roundtrip.merge_ledger(base, dict(base.tensors), adapter).passed
+    spoiled = {**merged, "model.layers.0.self_attn.k_proj.weight": "0" * 64}
+    assert "k_proj.weight changed though" in roundtrip.merge_ledger(base, spoiled, adapter).evidence
+    del spoiled["model.layers.0.self_attn.k_proj.weight"]
+    assert "k_proj.weight is gone" in roundtrip.merge_ledger(base, spoiled, adapter).evidence
