@@ -8,7 +8,18 @@ NAMES = {"builtin:pydoc": "train", "builtin:pydoc-heldout": "heldout"}
 
 
 def texts(split: str) -> list[str]:
-    """Returns the topics of a split (`train` or `heldout`); every tenth topic by name is held out."""
+    """Returns the texts of a split (`train` or `heldout`); every tenth topic by name is held out.
+
+    Many topics are sections of others, so each paragraph is used once: a paragraph of a held-out topic is nowhere in
+    the training text.
+    """
     names = sorted(topics.topics)
-    held = set(names[::10])
-    return [topics.topics[name] for name in names if (name in held) == (split == "heldout")]
+    heldout = names[::10]
+    used: set[str] = set()
+    result: dict[str, list[str]] = {"train": [], "heldout": []}
+    for name in [*heldout, *(n for n in names if n not in heldout)]:
+        paragraphs = [p for p in topics.topics[name].split("\n\n") if p.strip() and p.strip() not in used]
+        used |= {p.strip() for p in paragraphs}
+        if paragraphs:
+            result["heldout" if name in heldout else "train"].append("\n\n".join(paragraphs))
+    return result[split]

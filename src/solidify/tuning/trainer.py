@@ -242,11 +242,13 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Lets terms act."""
         self.trainer.after_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Brings back the model's dtype."""
         self.trainer.settle()
 
 

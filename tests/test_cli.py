@@ -1,0 +1,270 @@
+"""The command line as its user sees it: exit codes, messages, JSON, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import solidify
+from solidify.__main__ import main
+from training import awake
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+Solidify = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Solidify:
+    """Runs a command in this process and returns exit code, stdout and stderr."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["solidify", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def recipe(directory: Path, **changes: Any) -> Path:
+    """Writes a copy of the example with a module and a loss of its own, with some keys changed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("bottleneck.py", "bottleneck_loss.py"):
+        shutil.copy(EXAMPLES / name, directory)
+    document = yaml.safe_load((EXAMPLES / "bottleneck.yaml").read_text())
+    for key, value in changes.items():
+        place = document
+        *parents, last = key.split("__")
+        for part in parents:
+            place = place[int(part) if isinstance(place, list) else part]
+        if value is None:
+            del place[last]
+        else:
+            place[int(last) if isinstance(place, list) else last] = value
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+BAD_INPUT = {
+    "unknown recipe key": ({"surgery__0__widht": 3}, "surgery.0.widht: unknown key"),
+    "target that hits nothing": ({"surgery__0__replace": "model.layer.*.mlp"}, "names no module; close to it"),
+    "another class": ({"surgery__0__expect": "Conv1D"}, "is a Linear, but Conv1D was expected"),
+    "another number": ({"surgery__0__count": 5}, "4 modules are hit, but 5 were expected"),
+    "missing file": ({"surgery__0__with": "none.py:X"}, "none.py does not exist"),
+    "class not found": ({"surgery__0__with": "bottleneck.py:Bottle"}, "defines no 'Bottle'"),
+    "not a module": ({"surgery__0__with": "bottleneck_loss.py:near_one"}, "is not a class of torch.nn.Module"),
+    "unknown argument": ({"surgery__0__arguments": {"with": 1}}, "takes no argument 'with'"),
+    "missing weights": ({"surgery__0__weights": "none.pth"}, "none.pth do not exist"),
+    "base that is not there": ({"base__model": "no/such-model"}, "the base 'no/such-model' cannot be loaded"),
+    "unknown builtin": ({"base__model": "builtin:huge"}, "there is no 'builtin:huge'"),
+    "LoRA that hits nothing": ({"adapter__lora__target_modules": ["q_proj"]}, "write **.q_proj to hit it everywhere"),
+    "training what is not there": ({"adapter__train": ["**.skale"]}, "'**.skale' hits nothing"),
+    "unknown loss": ({"objective__1__loss": "bottleneck_loss.py:far"}, "defines no 'far'"),
+    "wrong loss argument": ({"objective__1__arguments": {"paramters": 1}}, "it has no parameter 'paramters'"),
+    "missing data": ({"data__train": "none.jsonl"}, "none.jsonl does not exist"),
+    "unknown training field": ({"training__max_step": 3}, "did you mean 'max_steps'?"),
+    "training value of a wrong kind": ({"training__eval_strategy": "sometimes"}, "the training section does not fit"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUT)
+def test_bad_input_gets_one_message_exit_code_2_and_leaves_nothing(
+    cli: Solidify, tiny_base: Path, tmp_path: Path, fault: str
+) -> None:
+    changes, words = BAD_INPUT[fault]
+    path = recipe(tmp_path / "recipe", **changes)
+    code, out, err = cli("run", path, "--output", tmp_path / "out")
+    assert code == 2
+    assert words in err
+    assert err.count("solidify: ") == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_a_wrong_shape_are_refused(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = recipe(tmp_path / "recipe", surgery__0__weights="w.safetensors")
+    save_file({"down.weight": torch.zeros(3, 128)}, path.parent / "w.safetensors")
+    code, _, err = cli("run", path, "--output", tmp_path / "out")
+    assert code == 2
+    assert "'down.weight' has shape [3, 128] in the weights, but Bottleneck needs [16, 128]" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_not_ours_is_left_alone(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    code, _, err = cli("run", recipe(tmp_path / "recipe"), "--output", tmp_path / "out")
+    assert code == 2
+    assert "name another, or remove it first" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    code, _, err = cli("run", recipe(tmp_path / "recipe", output=None))
+    assert code == 2
+    assert "nothing says where results go" in err
+
+
+def test_an_adapter_of_another_base_is_refused(
+    cli: Solidify, trash_artifact: Path, wrapped_artifact: Path, tmp_path: Path
+) -> None:
+    adapter = solidify.save_adapter(awake(trash_artifact), tmp_path / "adapter")
+    code, _, err = cli("merge", adapter, "--base", wrapped_artifact, "--output", tmp_path / "merged")
+    assert code == 2
+    assert "was trained on another base" in err
+    assert not (tmp_path / "merged").exists()
+    code, _, err = cli("generate", wrapped_artifact, "--adapter", adapter, "--prompt", "x")
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["build", "none.yaml"], ["check", "none"], ["diff", "a", "b"], ["frobnicate"]]
+)
+def test_wrong_words_end_with_2(cli: Solidify, words: list[str]) -> None:
+    code, _, err = cli(*words)
+    assert code == 2
+    assert err
+
+
+def test_check_ends_with_1_when_a_promise_does_not_hold(
+    cli: Solidify, trash_artifact: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    directory = copy_of(trash_artifact)
+    path = directory / "trashcan_moe.py"
+    path.write_text(path.read_text() + "# a comment\n")
+    code, out, _ = cli("check", directory, "--json")
+    assert code == 1
+    document = json.loads(out)
+    assert document["passed"] is False
+    assert "trashcan_moe.py is not the file that was written" in document["stages"]["artifact"][0]["evidence"]
+
+
+def test_inspect_folds_layers_and_speaks_json(cli: Solidify, tiny_base: Path, trash_artifact: Path) -> None:
+    code, out, _ = cli("inspect", "builtin:tiny-olmoe", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["parameters"] == 2107520
+    mlp = next(m for m in document["modules"] if m["name"] == "model.layers.*.mlp")
+    assert (mlp["class"], mlp["times"]) == ("OlmoeSparseMoeBlock", 4)
+    code, out, _ = cli("inspect", trash_artifact)
+    assert code == 0
+    assert "TrashCanMoE" in out
+
+
+def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe")
+    before = sorted(p.name for p in path.parent.iterdir() if p.suffix != ".pyc" and p.name != "__pycache__")
+    code, out, _ = cli("plan", path, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert len(document["edits"]) == 4
+    assert document["trainer"] == "ObjectiveSFTTrainer"
+    assert len([name for name in document["trainable"] if name.startswith("lora ")]) == 8
+    assert "full model.layers.3.self_attn.o_proj.scale" in document["trainable"]
+    added = 4 * (2 * 16 * 128 + 1)
+    assert document["after"]["parameters"] - document["before"]["parameters"] == added
+    assert document["after"]["bytes"] - document["before"]["bytes"] == 4 * added
+    assert document["after"]["flops_per_token"] - document["before"]["flops_per_token"] == 4 * 2 * 2 * 16 * 128
+    code, out, _ = cli("plan", path)
+    assert "model.layers.*.self_attn.o_proj" in out
+    after = sorted(p.name for p in path.parent.iterdir() if p.suffix != ".pyc" and p.name != "__pycache__")
+    assert after == before
+
+
+def test_diff_names_every_difference(cli: Solidify, trash_artifact: Path, wrapped_artifact: Path) -> None:
+    code, out, _ = cli("diff", trash_artifact, trash_artifact, "--json")
+    assert code == 0
+    assert json.loads(out) == {"configuration": [], "code": [], "modules": [], "tensors": []}
+    _, out, _ = cli("diff", trash_artifact, wrapped_artifact, "--json")
+    document = json.loads(out)
+    assert "+ wrappers.py" in document["code"]
+    assert "~ model.layers.0.mlp: 'TrashCanMoE' -> 'Scaled'" in document["modules"]
+    assert any(line.startswith("- model.layers.0.mlp.trash.bias") for line in document["tensors"])
+    code, out, _ = cli("diff", trash_artifact, wrapped_artifact)
+    assert "modules: 4 differences" in out
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One whole run as a user starts it: a recipe with a module and a loss of its own, TRL's trainer, six steps."""
+    directory = tmp_path_factory.mktemp("run")
+    path = recipe(directory / "recipe")
+    command = [sys.executable, "-m", "solidify", "run", str(path), "--output", str(directory / "out")]
+    done = subprocess.run([*command, "--set", "training.max_steps=6"], capture_output=True, text=True, check=False)
+    return directory / "out", done
+
+
+def test_a_run_leaves_all_it_promised(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, done = finished
+    assert done.returncode == 0, done.stderr
+    assert {"artifact", "adapter", "merged", "report.json", "report.html"} <= {p.name for p in directory.iterdir()}
+    report = json.loads((directory / "report.json").read_text())
+    assert report["finished"] and report["passed"]
+    assert list(report["stages"]) == ["surgery", "build", "train", "merge"]
+    assert all(finding["passed"] is not False for findings in report["stages"].values() for finding in findings)
+    assert report["recipe"]["training"]["max_steps"] == 6
+    assert "Traceback" not in done.stderr
+    assert "trainable set exact" in done.stdout
+    assert "<h2>train</h2>" in (directory / "report.html").read_text()
+
+
+def test_every_result_loads_with_plain_transformers_where_we_cannot_be_imported(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    directory, _ = finished
+    script = """
+import sys
+sys.modules["solidify"] = sys.modules["peft"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for name in ("artifact", "merged"):
+    place = f"{sys.argv[1]}/{name}"
+    model, info = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True)
+    tokens = model.generate(**tokenizer("The", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4)
+    print(type(model).__name__, tokenizer.decode(tokens[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("SolidOlmoeForCausalLM The") == 2
+
+
+def test_generate_with_and_without_the_adapter(
+    cli: Solidify, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    directory, _ = finished
+    words = ["--prompt", "The value of", "--max-new-tokens", "5"]
+    code, plain, _ = cli("generate", directory / "artifact", *words)
+    assert code == 0
+    assert plain.startswith("The value of")
+    _, attached, _ = cli("generate", directory / "artifact", "--adapter", directory / "adapter", *words)
+    _, merged, _ = cli("generate", directory / "merged", *words)
+    assert attached == merged
+
+
+def test_resume_keeps_what_is_finished(
+    cli: Solidify, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    path = Path(json.loads((finished[0] / "report.json").read_text())["subject"]).parent / "recipe" / "recipe.yaml"
+    before = {name: (directory / name).stat().st_ino for name in ("artifact", "adapter", "merged")}
+    code, _, err = cli("run", path, "--output", directory, "--set", "training.max_steps=6", "--resume")
+    assert code == 0, err
+    after = {name: (directory / name).stat().st_ino for name in ("artifact", "adapter", "merged")}
+    assert after["artifact"] == before["artifact"]
+    assert after["adapter"] == before["adapter"]
+    assert after["merged"] != before["merged"]

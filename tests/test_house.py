@@ -1,0 +1,148 @@
+"""The structure of the package is a promise like any other."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import solidify
+
+PACKAGE = Path(solidify.__file__).parent
+ROOMS = ("model", "artifact", "tuning", "checks")
+SPINE_BELOW = {"errors", "findings", "places", "console"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, *, lazily: bool = False) -> set[str]:
+    """Returns the modules of the package that a file imports at module level (or anywhere)."""
+    names = {name_of(p) for p in FILES}
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if lazily else (n for n in tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("solidify"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in names else node.module)
+    return found
+
+
+def test_the_import_graph_has_no_cycle() -> None:
+    graph = {name_of(path): imports(path, lazily=True) for path in FILES if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_left(path: Path) -> None:
+    """A room imports itself, rooms to its left, and the lower spine; nobody imports the package or a room itself."""
+    parts = path.relative_to(PACKAGE).parts
+    if path.name == "__init__.py" and len(parts) == 1:
+        return
+    used = imports(path, lazily=True)
+    assert "solidify" not in used
+    assert not used & {f"solidify.{room}" for room in ROOMS}
+    if parts[0] in ROOMS:
+        allowed = {*ROOMS[: ROOMS.index(parts[0]) + 1], *SPINE_BELOW}
+        allowed |= {"export"} if name_of(path) == "solidify.checks.check" else set()
+        assert {name.split(".")[1] for name in used} <= allowed, used
+    if parts[0] == "modules":
+        assert not used
+
+
+def test_the_recipe_is_known_to_the_pipeline_the_command_line_and_the_demo_alone() -> None:
+    knowing = {name_of(path) for path in FILES if "solidify.recipe" in imports(path, lazily=True)}
+    assert knowing == {"solidify", "solidify.pipeline", "solidify.cli", "solidify.demo.story"}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "modules", "demo"])
+def test_a_rooms_init_is_a_docstring_only(room: str) -> None:
+    body = ast.parse((PACKAGE / room / "__init__.py").read_text()).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_public_thing_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            inside = any(
+                isinstance(n, ast.FunctionDef) and node in ast.walk(n) and n is not node for n in ast.walk(tree)
+            )
+            if not inside:
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name} is too long"
+
+
+def test_all_names_are_there_and_no_others() -> None:
+    assert solidify.__all__ == sorted(solidify.__all__)
+    for name in solidify.__all__:
+        assert getattr(solidify, name) is not None
+    typed = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(n for n in typed.body if isinstance(n, ast.If))
+    declared = {alias.asname for node in block.body for alias in node.names}
+    assert declared == set(solidify.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'solid'"):
+        _ = solidify.solid
+
+
+def test_the_light_parts_stay_light() -> None:
+    """Reading a recipe and answering --help need no torch."""
+    script = "import sys, solidify.recipe, solidify.cli; print(*(m in sys.modules for m in ('torch', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_help_answers_at_once() -> None:
+    """Without torch there is nothing that could take long; half a second leaves room on a busy machine."""
+    best = 10.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "solidify", "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    for verb in ("demo", "inspect", "plan", "run", "build", "train", "check", "merge", "diff", "generate"):
+        assert verb in done.stdout
+    assert best < 0.5
+
+
+def test_the_demos_recipe_is_the_example() -> None:
+    example = PACKAGE.parents[1] / "examples" / "trash_can.yaml"
+    assert (PACKAGE / "demo" / "trash_can.yaml").read_text() == example.read_text()
+
+
+def test_the_trees_in_the_documents_name_what_exists() -> None:
+    tree = (PACKAGE.parents[1] / "README.md").read_text()
+    for path in FILES:
+        if path.name not in ("__init__.py", "__main__.py"):
+            assert path.stem in tree, f"README's file tree lacks {name_of(path)}"
+
+
+def test_signatures_stay_small() -> None:
+    for name in solidify.__all__:
+        thing = getattr(solidify, name)
+        if inspect.isfunction(thing):
+            assert len(inspect.signature(thing).parameters) <= 7, name
