@@ -203,3 +203,40 @@ class FalseBypass(nn.Module):
 
     def forward(self, x):
         return self.original(x) * (0.5 if self.bypass else 1.0)
+
+
+class SameNames(nn.Module):
+    """Has, by chance, a weight of the name and shape that the old router's weight had."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.out = nn.Linear(config.num_experts, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.out(self.gate(hidden_states))
+
+
+class Dropping(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.out(self.drop(hidden_states))
+
+
+class FreshMoE(nn.Module):
+    """An MoE block with a router of its own, of the model's router class."""
+
+    def __init__(self, original, config):
+        super().__init__()
+        self.gate = type(original.gate)(config)
+        nn.init.normal_(self.gate.weight)
+        self.experts = original.experts
+
+    def forward(self, hidden_states):
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, index = self.gate(tokens)
+        return self.experts(tokens, index, weights).reshape(hidden_states.shape)

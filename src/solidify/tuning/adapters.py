@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,21 +64,31 @@ def attach(
     wanted = planning.plan(model, lora, train)
     configuration = _configuration(model, lora, wanted)
     try:
-        if existing is None:
-            peft_model = get_peft_model(model, configuration, adapter_name=name)
-        else:
-            peft_model = existing
-            peft_model.add_adapter(name, configuration)
-            peft_model.set_adapter(name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
+            peft_model = _inject(model, existing, configuration, name)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise AdapterError(f"PEFT refuses the adapter: {error}") from error
     _freeze_inside(peft_model, wanted, name)
     _train_parameters(peft_model, wanted.parameters, name)
     faults = planning.compare(peft_model, wanted)
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning):
+            faults.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if faults and existing is None:
         peft_model.unload()
     refuse(AdapterError, "PEFT did not do what was declared", faults)
     return peft_model
+
+
+def _inject(model: Any, existing: PeftModel | None, configuration: LoraConfig, name: str) -> PeftModel:
+    if existing is None:
+        return get_peft_model(model, configuration, adapter_name=name)
+    existing.add_adapter(name, configuration)
+    existing.set_adapter(name)
+    return existing
 
 
 def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
