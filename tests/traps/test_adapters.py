@@ -95,6 +95,15 @@ def test_a_name_in_modules_to_save_that_hits_nothing_is_ignored() -> None:
         solidify.attach(pico.olmoe(), lora={"target_modules": [Q]}, train=["model.norn"])
 
 
+def test_modules_to_save_cannot_name_a_single_parameter() -> None:
+    config = LoraConfig(target_modules=QS, modules_to_save=["model.layers.0.mlp.gate.weight"])
+    model = get_peft_model(pico.olmoe(), config)
+    assert not any("gate.weight" in name for name, p in model.named_parameters() if p.requires_grad)
+
+    ours = solidify.attach(pico.olmoe(), train=["model.layers.0.mlp.gate.weight"])
+    assert {n for _, n, p in standing.named_parameters(ours) if p.requires_grad} == {"model.layers.0.mlp.gate.weight"}
+
+
 def test_modules_to_save_copies_and_the_totals_grow() -> None:
     model = pico.olmoe()
     before = sum(p.numel() for p in model.parameters())

@@ -308,3 +308,16 @@ def test_averaging_over_layers_first_hides_their_collapse() -> None:
     outputs = {f"{i}.gate": (row, *row.softmax(-1).topk(2)) for i, row in enumerate(collapsed)}
     term = losses.LoadBalance()
     assert float(term.value(term.statistics(router=outputs, trash={}, mask=torch.ones(16)) / 16)) > 3.9
+
+
+def test_trls_trainer_takes_a_peft_model_or_a_peft_configuration_not_both(trash_artifact: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
+    with pytest.raises(ValueError, match="together with a"):
+        SFTTrainer(
+            model=model,
+            args=arguments(tmp_path, 4, 1, SFTConfig),
+            train_dataset=Dataset.from_list(pico.ragged(8)),
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )

@@ -18,8 +18,8 @@ def texts(split: str) -> list[str]:
     used: set[str] = set()
     result: dict[str, list[str]] = {"train": [], "heldout": []}
     for name in [*heldout, *(n for n in names if n not in heldout)]:
-        paragraphs = [p for p in topics.topics[name].split("\n\n") if p.strip() and p.strip() not in used]
-        used |= {p.strip() for p in paragraphs}
-        if paragraphs:
-            result["heldout" if name in heldout else "train"].append("\n\n".join(paragraphs))
+        fresh = {p.strip(): p for p in topics.topics[name].split("\n\n") if p.strip() and p.strip() not in used}
+        used |= set(fresh)
+        if fresh:
+            result["heldout" if name in heldout else "train"].append("\n\n".join(fresh.values()))
     return result[split]

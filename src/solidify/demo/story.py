@@ -116,10 +116,11 @@ def _try(output: Path) -> list[Finding]:
             texts["without"] == texts["artifact"],
             f"writes {texts['without']!r}",
         ),
+        # Not a promise: merged weights round differently, and a near tie may fall the other way.
         Finding(
             "generation by the merged model",
-            texts["merged"] == texts["adapter"],
-            "writes what base + adapter write",
+            True if texts["merged"] == texts["adapter"] else None,
+            f"writes {texts['merged']!r}",
         ),
     ]
 

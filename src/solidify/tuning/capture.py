@@ -47,13 +47,15 @@ class Capture:
         Raises:
             ObjectiveError: there are none, or not as many as `count` says.
         """
-        found = {
-            place.name: place.called
-            for place in standing.modules(model)
-            if (self.class_name is not None and type(place.inner).__name__ == self.class_name)
-            or (self.modules is not None and anatomy.match(self.modules, [place.name])[self.modules])
-            or (self.records is not None and isinstance(place.inner, _recorded(model, self.records)))
-        }
+        places = {place.name: place for place in standing.modules(model)}
+        if self.modules is not None:
+            names = anatomy.match(self.modules, places)[self.modules]
+        elif self.records is not None:
+            classes = _recorded(model, self.records)
+            names = [name for name, place in places.items() if isinstance(place.inner, classes)]
+        else:
+            names = [name for name, place in places.items() if type(place.inner).__name__ == self.class_name]
+        found = {name: places[name].called for name in names}
         what = self.modules or self.class_name or f"modules that record {self.records}"
         if not found and not self.optional:
             raise ObjectiveError(f"a loss term looks into {what}, but the model has none")
