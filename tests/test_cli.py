@@ -268,3 +268,37 @@ def test_resume_keeps_what_is_finished(
     assert after["artifact"] == before["artifact"]
     assert after["adapter"] == before["adapter"]
     assert after["merged"] != before["merged"]
+
+
+def test_a_local_base_in_bfloat16_goes_all_the_way(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    """Another family, from a directory beside the recipe, tied embeddings, half precision, the plain Trainer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    import pico
+
+    settings = {**pico.SIZES, "vocab_size": 1024, "intermediate_size": 48, "num_key_value_heads": 2}
+    base = pico.make("LlamaForCausalLM", dtype=torch.bfloat16, **settings, tie_word_embeddings=True)
+    path = recipe(
+        tmp_path / "recipe",
+        base={"model": "base"},
+        surgery__0__expect="Linear",
+        surgery__0__count=2,
+        adapter__train=["**.o_proj.scale", "model.norm"],
+        training={"max_steps": 3, "logging_steps": 1, "bf16": True, "learning_rate": 0.01},
+    )
+    base.save_pretrained(path.parent / "base")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(path.parent / "base")
+    code, _, err = cli("run", path, "--output", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["passed"]
+    merged = solidify.load(tmp_path / "out" / "merged")
+    assert type(merged).__name__ == "SolidLlamaForCausalLM"
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_the_version_is_told(cli: Solidify) -> None:
+    code, out, _ = cli("--version")
+    assert (code, out) == (0, "solidify 0.1.0\n")

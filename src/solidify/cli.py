@@ -24,6 +24,21 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code o
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from solidify import __version__
+
+        print(f"solidify {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Change the architecture of a pretrained Hugging Face model, and prove that the result is solid."""
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo"),
@@ -81,7 +96,7 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     edits = [(*key, str(times)) for key, times in steps.items()]
     console.results.print(console.table("Surgery", ("module", "was", "becomes", "times"), edits, numbers=(3,)))
     if planned.adapter is not None:
-        console.results.print(pipeline.plan_table(planned.adapter))
+        console.results.print(planned.adapter.table())
         console.results.print(f"Trainer: {planned.trainer}")
     sizes = [(key, f"{planned.before[key]:,}", f"{planned.after[key]:,}") for key in planned.before]
     console.results.print(console.table("Cost", ("", "before", "after"), sizes, numbers=(1, 2)))

@@ -53,13 +53,14 @@ def merge(
     sources = _Sources(where, manifest.read(where, "artifact"), record)
     model = adapters.load(where, adapter, trust_remote_code=trust_remote_code)
     inputs = {case: anatomy.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
-    attached = roundtrip.outputs(model, inputs)
+    attached, expected = roundtrip.outputs(model, inputs), roundtrip.expected_weights(model)
     merged = adapters.merge_in_memory(model)
     with places.staged(output) as staging:
         written, findings = _write(merged, staging, sources)
         findings = [
             *findings,
             roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)),
+            roundtrip.merged_weights(expected, merged.state_dict()),
             roundtrip.merge_ledger(sources.base, written.tensors, record),
         ]
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]

@@ -105,10 +105,14 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     report.write(directory / "report.json", recipe=recipe.document(), finished=False)
-    build(recipe, directory, report=report, resume=resume)
-    if recipe.adapter is not None:
-        train(recipe, directory, report=report, resume=resume)
-        merge(directory, report=report)
+    try:
+        build(recipe, directory, report=report, resume=resume)
+        if recipe.adapter is not None:
+            train(recipe, directory, report=report, resume=resume)
+            merge(directory, report=report)
+    except BaseException:  # whatever stopped the run, what was found before it is kept
+        report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+        raise
     finish(recipe, directory, report)
     report.require()
     return report
@@ -186,7 +190,6 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         inputs = {case: anatomy.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
-    console.words.print(plan_table(wanted))
     report.add("train", [trainable.trainable(peft_model, wanted)])
     trainer, examples = _trainer(recipe, directory, peft_model, tokenizer)
     witness = gradients.GradientWitness(peft_model)
@@ -207,24 +210,29 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
                 trainable.frozen(peft_model, base),
                 gradients.parts_sum(trainer.history),
                 gradients.accumulation(trainer, _probes(examples), tolerance=_tolerance(trainer)),
-                *roundtrip.adapter_effect(peft_model, before, inputs),
             ],
         )
         report.measured["history"] = trainer.history
-        peft_model.eval()
-        trained = roundtrip.outputs(peft_model, inputs)
+        _release(trainer, peft_model, before)
+        report.add("train", roundtrip.adapter_effect(peft_model, before, inputs))
         adapters.save_adapter(peft_model, target, recipe=document)
         again = adapters.load(directory / "artifact", target)
-        record = manifest.read(target)
+        reloaded = roundtrip.outputs(again, inputs)
         report.add(
             "train",
             [
-                roundtrip.adapter_reload(trained, roundtrip.outputs(again, inputs)),
-                roundtrip.wrong_base_refused(again, record, target),
+                roundtrip.adapter_reload(roundtrip.outputs(peft_model, inputs), reloaded),
+                roundtrip.wrong_base_refused(again, manifest.read(target), target),
             ],
         )
         _measure_losses(recipe, tokenizer, again, report)
     return report
+
+
+def _release(trainer: Any, model: Any, before: dict[str, torch.Tensor]) -> None:
+    """Takes back what training left on the model: accelerate's autocast around its forward, another device."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.to(next(iter(before.values())).device).eval()
 
 
 def merge(directory: Path, *, report: Report) -> None:
@@ -232,11 +240,6 @@ def merge(directory: Path, *, report: Report) -> None:
     with console.stage("Merging the adapter and loading the result in a fresh process"):
         merged = export.merge(directory / "adapter", directory / "merged")
     report.add("merge", merged.findings)
-
-
-def plan_table(wanted: AdapterPlan) -> Any:
-    """Shows what an adapter trains, repeated layers folded."""
-    return console.table("What is trained", ("how", "what", "places"), wanted.rows(), numbers=(2,))
 
 
 def history_table(history: list[dict[str, float]]) -> Any:
@@ -319,6 +322,7 @@ def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         "report_to": "none",
         "output_dir": str(directory / "checkpoints"),
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 on a CPU is refused
         "disable_tqdm": True,  # solidify shows a bar of its own
         **recipe.training,
     }

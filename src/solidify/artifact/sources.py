@@ -167,7 +167,7 @@ def _head_keys(model: PreTrainedModel) -> list[str]:
     """Returns patterns of the checkpoint's keys that belong to the head, which the backbone alone has no use for."""
     prefix = model.base_model_prefix + "."
     tops = {key.split(".")[0] for key in model.state_dict() if not key.startswith(prefix)}
-    return [rf"^{re.escape(top)}\." for top in sorted(tops)]
+    return [rf"^{re.escape(top)}(\.|$)" for top in sorted(tops)]
 
 
 def _surgery(edits: Sequence[Edit]) -> list[dict[str, Any]]:

@@ -94,7 +94,11 @@ def _load(request: dict[str, Any], auto: str, prefix: str, expected: dict[str, A
         wanted = outputs.get(f"{case}/{'hidden' if prefix else 'logits'}")
         if wanted is not None:
             arguments = {k.split("/")[1]: t.to(model.device) for k, t in inputs.items() if k.startswith(case + "/")}
-            answer["outputs"][case] = _compare(_run(model, arguments).cpu(), wanted)
+            try:
+                answer["outputs"][case] = _compare(_run(model, arguments).cpu(), wanted)
+            except Exception as error:  # whatever stops it from running is the finding
+                answer["error"] = f"{case}: {type(error).__name__}: {error}"
+                return answer
     return answer
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify.errors import SurgeryError
+
 
 def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list[str]]:
     """Returns for every pattern the names it matches, in their order.
@@ -100,7 +102,7 @@ def probe_inputs(
     With `padded`, the first row ends in masked positions. Encoder-decoder models get a shorter decoder sequence.
 
     Raises:
-        ValueError: the model's main input is of a kind that cannot be made up; pass inputs of your own.
+        SurgeryError: the model's main input is of a kind that cannot be made up.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
@@ -112,16 +114,23 @@ def probe_inputs(
         inputs["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
         if padded:
             inputs["attention_mask"][0, length - length // 3 :] = 0
-        if model.config.is_encoder_decoder:
-            decoder = (batch_size, max(2, length // 2 + 1))
-            inputs["decoder_input_ids"] = torch.randint(min(3, high - 1), high, decoder, generator=generator)
     elif kind == "pixel_values":
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         shape = (batch_size, int(model.config.num_channels), height, width)
         inputs["pixel_values"] = torch.randn(shape, generator=generator).to(model.dtype)
+    elif kind == "input_features":
+        frames = 2 * int(model.config.max_source_positions)
+        shape3 = (batch_size, int(model.config.num_mel_bins), frames)
+        inputs["input_features"] = torch.randn(shape3, generator=generator).to(model.dtype)
+    elif kind == "input_values":
+        inputs["input_values"] = torch.randn(batch_size, 4000, generator=generator).to(model.dtype)
     else:
-        raise ValueError(f"{type(model).__name__} takes {kind!r}, for which no inputs can be made up; pass some")
+        raise SurgeryError(f"{type(model).__name__} takes {kind!r}, and inputs of that kind cannot be made up yet")
+    if model.config.is_encoder_decoder:
+        decoder = (batch_size, max(2, length // 2 + 1))
+        high = int(config.vocab_size)
+        inputs["decoder_input_ids"] = torch.randint(min(3, high - 1), high, decoder, generator=generator)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

@@ -27,7 +27,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import places
+from solidify import console, places
 from solidify.artifact import loading, manifest, tensors
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -51,8 +51,8 @@ def attach(
     """Puts a fresh adapter on the model, in place, and returns PEFT's model around it.
 
     `lora` holds PEFT's own fields; its `target_modules` (and `target_parameters`) are full names or patterns, as for
-    surgery. `train` names modules or parameters that are trained in full. Either may be left out. What PEFT then
-    trains is compared by name with what was declared.
+    surgery. `train` names modules or parameters that are trained in full. Either may be left out. The plan is printed
+    (on stderr), and what PEFT then trains is compared with it by name.
 
     Raises:
         AdapterError: the declaration does not fit the model (see `solidify.tuning.plan`), or PEFT made something else
@@ -62,6 +62,7 @@ def attach(
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
     wanted = planning.plan(model, lora, train)
+    console.words.print(wanted.table())
     configuration = _configuration(model, lora, wanted)
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from solidify import console
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 from solidify.tuning import standing
@@ -46,6 +48,10 @@ class AdapterPlan:
         return {("lora", name) for name in (*self.lora_modules, *self.lora_parameters)} | {
             ("full", name) for name in self.full
         }
+
+    def table(self) -> Table:
+        """Shows the plan, repeated layers folded."""
+        return console.table("What is trained", ("how", "what", "places"), self.rows(), numbers=(2,))
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Returns the plan as rows (how, what, number of places), repeated layers folded."""
