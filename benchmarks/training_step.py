@@ -14,7 +14,7 @@ from transformers.utils import logging
 import solidify
 from solidify import losses
 from solidify.artifact.loading import load_base
-from solidify.demo import tiny_olmoe
+from solidify.builtin import tiny_olmoe
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer

@@ -29,7 +29,7 @@ def quiet_and_seeded() -> None:
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The embedded OLMoE, trained on first use (a minute or two)."""
-    from solidify.demo import tiny_olmoe
+    from solidify.builtin import tiny_olmoe
 
     return tiny_olmoe.directory()
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from solidify.demo import corpus, story, tiny_olmoe
+from solidify.builtin import corpus, tiny_olmoe
+from solidify.demo import story
 from solidify.errors import CheckFailed
 from solidify.findings import Finding, Report
 

@@ -30,16 +30,14 @@ if TYPE_CHECKING:
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
     from solidify.tuning.adapters import attach as attach
-    from solidify.tuning.adapters import load as load
-    from solidify.tuning.adapters import load_adapter as load_adapter
-    from solidify.tuning.adapters import save_adapter as save_adapter
     from solidify.tuning.capture import Capture as Capture
     from solidify.tuning.objective import Objective as Objective
     from solidify.tuning.objective import Term as Term
+    from solidify.tuning.storage import load as load
+    from solidify.tuning.storage import load_adapter as load_adapter
+    from solidify.tuning.storage import save_adapter as save_adapter
     from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.tuning.trainer import ObjectiveTrainer as ObjectiveTrainer
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "AdapterError": "errors",
@@ -63,19 +61,21 @@ _WHERE = {
     "attach": "tuning.adapters",
     "build": "artifact.solidify",
     "check": "checks.check",
-    "load": "tuning.adapters",
-    "load_adapter": "tuning.adapters",
+    "load": "tuning.storage",
+    "load_adapter": "tuning.storage",
     "merge": "export",
     "plan": "pipeline",
     "replace": "model.surgery",
     "run": "pipeline",
-    "save_adapter": "tuning.adapters",
+    "save_adapter": "tuning.storage",
 }
 
 __all__ = sorted([*_WHERE, "losses"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("solidify")
     if name == "losses":
         return import_module("solidify.losses")
     if name not in _WHERE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and
 
 def _version(asked: bool) -> None:
     if asked:
-        from solidify import __version__
-
-        print(f"solidify {__version__}")
+        print(f"solidify {version('solidify')}")
         raise typer.Exit()
 
 
@@ -58,11 +57,11 @@ def inspect(
 ) -> None:
     """The tree of a model's modules, repeated layers folded: what can be a target."""
     _quiet()
-    from solidify import console, pipeline
+    from solidify import console, materials
     from solidify.artifact import inspection
     from solidify.model.cost import cost
 
-    loaded = pipeline.skeleton(model, trust_remote_code=trust_remote_code)
+    loaded = materials.skeleton(model, trust_remote_code=trust_remote_code)
     branches, total = inspection.tree(loaded), cost(loaded)
     if as_json:
         _print_json({"class": type(loaded).__name__, **total.document(), "modules": [b.document() for b in branches]})
@@ -212,7 +211,7 @@ def generate(
     import torch
 
     from solidify.artifact.loading import load_tokenizer
-    from solidify.tuning.adapters import load
+    from solidify.tuning.storage import load
 
     model = load(directory, adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)

@@ -14,9 +14,9 @@ from solidify.artifact import certificate, manifest, tensors, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, write_and_verify
 from solidify.checks import roundtrip
-from solidify.errors import AdapterError, ArtifactError, refuse
+from solidify.errors import ArtifactError, refuse
 from solidify.model import anatomy
-from solidify.tuning import adapters
+from solidify.tuning import adapters, storage
 
 _NEVER_COPIED = ("certificate/", "README.md", manifest.NAME)
 
@@ -47,11 +47,11 @@ def merge(
     adapter, output = Path(adapter).resolve(), Path(output)
     places.refuse_foreign(output)
     record = manifest.read(adapter, "adapter")
-    where = Path(base).resolve() if base is not None else find_base(record, adapter)
+    where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
     if output.resolve() in (adapter, where):
         raise ArtifactError(f"the output {output} is an input of the merge; name another")
     sources = _Sources(where, manifest.read(where, "artifact"), record)
-    model = adapters.load(where, adapter, trust_remote_code=trust_remote_code)
+    model = storage.load(where, adapter, trust_remote_code=trust_remote_code)
     inputs = {case: anatomy.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
     attached, expected = roundtrip.outputs(model, inputs), roundtrip.expected_weights(model)
     merged = adapters.merge_in_memory(model)
@@ -97,18 +97,3 @@ def _untie(merged: PreTrainedModel, path: Path) -> None:
     if config.get("tie_word_embeddings") != merged.config.tie_word_embeddings:
         config["tie_word_embeddings"] = merged.config.tie_word_embeddings
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def find_base(record: Manifest, adapter: Path) -> Path:
-    """Returns the directory of the artifact that an adapter belongs to, as its manifest says.
-
-    Raises:
-        AdapterError: it is at neither of the recorded places.
-    """
-    tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
-    for candidate in tried:
-        if (candidate / manifest.NAME).is_file() and manifest.read(candidate).kind == "artifact":
-            return candidate
-    raise AdapterError(
-        f"the base of {adapter} is not at {' nor at '.join(dict.fromkeys(map(str, tried)))}; say where it is (--base)"
-    )

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
 
-from solidify import console, export, places, references
+from solidify import console, export, materials, places
 from solidify.artifact import certificate, loading, manifest, sources, tensors
-from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
-from solidify.demo import corpus, tiny_olmoe
-from solidify.errors import ArtifactError, RecipeError, refuse
+from solidify.errors import ArtifactError, RecipeError
 from solidify.findings import Report
-from solidify.model import anatomy, surgery
+from solidify.model import anatomy
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, data
+from solidify.tuning import adapters, data, storage
 from solidify.tuning import plan as planning
-from solidify.tuning.objective import Objective, Term
 from solidify.tuning.plan import AdapterPlan
 from solidify.tuning.progress import TrainingBar
-from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
 SEED = 42  # transformers' own default
-PROBES = 8  # sequences on which the independence of accumulation is shown
 
 
 @dataclass(frozen=True)
@@ -75,17 +68,17 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         SolidifyError: whatever a run would refuse before it computes anything.
     """
-    base = _base(recipe, device="meta")
+    base = materials.load_base(recipe, device="meta")
     before = cost(base.model).document()
-    edits = _operate(recipe, base.model)
+    edits = materials.operate(recipe, base.model)
     sources.compile_sources(base.model, edits)
     wanted = None
     if recipe.adapter is not None:
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
-        _training_arguments(recipe, Path("nowhere"))
-        _terms(recipe)
-        _texts(recipe)
-    trainer = _trainer_class(recipe).__name__ if recipe.adapter is not None else None
+        materials.training_arguments(recipe, Path("nowhere"))
+        materials.make_terms(recipe)
+        materials.read_texts(recipe)
+    trainer = materials.trainer_class(recipe).__name__ if recipe.adapter is not None else None
     return Plan(edits, wanted, before, cost(base.model).document(), trainer)
 
 
@@ -110,9 +103,8 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
         if recipe.adapter is not None:
             train(recipe, directory, report=report, resume=resume)
             merge(directory, report=report)
-    except BaseException:  # whatever stopped the run, what was found before it is kept
+    finally:  # whatever stopped the run, what was found before it is kept
         report.write(directory / "report.json", recipe=recipe.document(), finished=False)
-        raise
     finish(recipe, directory, report)
     report.require()
     return report
@@ -140,13 +132,13 @@ def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the base"):
-        base = _base(recipe)
+        base = materials.load_base(recipe)
         inputs = {case: anatomy.probe_inputs(base.model, **s) for case, s in certificate.CASES.items()}
         tensors.realign(base.model)
         before = roundtrip.outputs(base.model, inputs)
         digests = tensors.digests(base.model.state_dict().items())
     with console.stage("Replacing modules"):
-        edits = _operate(recipe, base.model)
+        edits = materials.operate(recipe, base.model)
         records = [edit.document() for edit in edits]
         promised = all(edit.identical or edit.bypass for edit in edits)
         report.add(
@@ -191,7 +183,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
-    trainer, examples = _trainer(recipe, directory, peft_model, tokenizer)
+    trainer, examples = materials.make_trainer(recipe, directory, peft_model, tokenizer)
     witness = gradients.GradientWitness(peft_model)
     trainer.add_callback(witness)
     if trainer.args.disable_tqdm:
@@ -209,14 +201,14 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
                 witness.finding(),
                 trainable.frozen(peft_model, base),
                 gradients.parts_sum(trainer.history),
-                gradients.accumulation(trainer, _probes(examples), tolerance=_tolerance(trainer)),
+                gradients.accumulation(trainer, materials.ragged(examples), tolerance=_tolerance(trainer)),
             ],
         )
         report.measured["history"] = trainer.history
         _release(trainer, peft_model, before)
         report.add("train", roundtrip.adapter_effect(peft_model, before, inputs))
-        adapters.save_adapter(peft_model, target, recipe=document)
-        again = adapters.load(directory / "artifact", target)
+        storage.save_adapter(peft_model, target, recipe=document)
+        again = storage.load(directory / "artifact", target)
         reloaded = roundtrip.outputs(again, inputs)
         report.add(
             "train",
@@ -262,160 +254,6 @@ def _refuse_early(recipe: Recipe) -> None:
     plan(recipe)
 
 
-def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
-    place = Path(reference)
-    if (place / manifest.NAME).is_file():
-        return loading.load_artifact(place, trust_remote_code=trust_remote_code)
-    name = str(tiny_olmoe.directory()) if reference == tiny_olmoe.NAME else reference
-    return loading.load_base(name, device="meta").model
-
-
-def _base(recipe: Recipe, device: str = "cpu") -> BaseModel:
-    name = recipe.base.model
-    if name == tiny_olmoe.NAME:
-        loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=recipe.base.dtype, device=device)
-        return BaseModel(loaded.model, loaded.tokenizer, {**loaded.origin, "model": name})
-    if name.startswith("builtin:"):
-        raise RecipeError(f"base.model: there is no {name!r}; built in: {tiny_olmoe.NAME}")
-    beside = recipe.directory / name
-    reference = str(beside) if beside.is_dir() else name
-    return loading.load_base(reference, revision=recipe.base.revision, dtype=recipe.base.dtype, device=device)
-
-
-def _operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
-    edits: list[Edit] = []
-    for step in recipe.surgery:
-        module = references.resolve(step.module, recipe.directory)
-        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
-            raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
-        edits += surgery.replace(
-            model,
-            step.replace,
-            module,
-            arguments=step.arguments,
-            expect=step.expect,
-            count=step.count,
-            weights=recipe.directory / step.weights if step.weights else None,
-        )
-    return edits
-
-
-def _trainer_class(recipe: Recipe) -> type[Any]:
-    """A field that only SFTConfig has asks for TRL's trainer."""
-    plain = {f.name for f in fields(TrainingArguments)}
-    sft = {f.name for f in fields(SFTConfig)}
-    known = plain | sft
-    faults = []
-    for key in recipe.training:
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            faults.append(f"training.{key} is no field of TrainingArguments or SFTConfig{hint}")
-    refuse(RecipeError, "the training section does not fit", faults)
-    return ObjectiveSFTTrainer if any(key not in plain for key in recipe.training) else ObjectiveTrainer
-
-
-def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
-    assert recipe.data is not None
-    values = {
-        "report_to": "none",
-        "output_dir": str(directory / "checkpoints"),
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # else bf16 on a CPU is refused
-        "disable_tqdm": True,  # solidify shows a bar of its own
-        **recipe.training,
-    }
-    kind = TrainingArguments
-    if _trainer_class(recipe) is ObjectiveSFTTrainer:
-        kind = SFTConfig
-        # TRL would add its own load balance to the loss of every MoE model; here the objective says what is in it.
-        defaults = {
-            "router_aux_loss_coef": 0.0,
-            "max_length": recipe.data.max_length,
-            "dataset_text_field": recipe.data.text,
-        }
-        values = {**defaults, **values}
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"the training section does not fit: {error}") from error
-
-
-def _terms(recipe: Recipe) -> list[Term]:
-    terms = []
-    for entry in recipe.objective:
-        loss: Any = entry.loss
-        if loss != "model":
-            loss = references.resolve(loss, recipe.directory)
-        name = entry.name or (entry.loss.rpartition(":")[2] if entry.loss != "model" else "model")
-        terms.append(Term(loss, entry.weight, name=name, arguments=entry.arguments))
-    Objective(terms)
-    return terms
-
-
-def _objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
-    terms = _terms(recipe)
-    objective = Objective(terms)
-    exact = all(edit.get("bypass") for edit in model.config.surgery)
-    if objective.asks_for("reference_logits") and not exact:
-        return Objective(terms, reference=_base(recipe).model.requires_grad_(False))
-    return objective
-
-
-def _texts(recipe: Recipe) -> tuple[Any, Any]:
-    """Reads training and evaluation text (None without the latter)."""
-    assert recipe.data is not None
-    read: list[Any] = []
-    for name in (recipe.data.train, recipe.data.eval):
-        if name is None:
-            read.append(None)
-        elif name in corpus.NAMES:
-            read.append(data.from_texts(corpus.texts(corpus.NAMES[name]), recipe.data.text))
-        elif name.startswith("builtin:"):
-            raise RecipeError(f"data: there is no {name!r}; built in: {', '.join(corpus.NAMES)}")
-        else:
-            read.append(data.read(recipe.directory / name, recipe.data.text))
-    return read[0], read[1]
-
-
-def _examples(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
-    assert recipe.data is not None
-    options: dict[str, Any] = {"text": recipe.data.text, "max_length": recipe.data.max_length}
-    train_texts, eval_texts = _texts(recipe)
-    tokenized = data.tokenize(train_texts, tokenizer, **options)
-    return tokenized, data.tokenize(eval_texts, tokenizer, **options) if eval_texts is not None else None
-
-
-def _trainer(recipe: Recipe, directory: Path, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    arguments = _training_arguments(recipe, directory)
-    objective = _objective(recipe, model.get_base_model())
-    examples, held_out = _examples(recipe, tokenizer)
-    options: dict[str, Any] = {
-        "train_dataset": examples,
-        "eval_dataset": held_out,
-        "data_collator": data.collator(tokenizer),
-    }
-    kind = _trainer_class(recipe)
-    if kind is ObjectiveSFTTrainer:
-        train_texts, eval_texts = _texts(recipe)
-        options = {"train_dataset": train_texts, "eval_dataset": eval_texts}
-    trainer = kind(model=model, args=arguments, processing_class=tokenizer, objective=objective, **options)
-    return trainer, trainer.train_dataset
-
-
-def _probes(examples: Any) -> list[dict[str, Any]]:
-    """Takes a few examples and cuts them to different lengths, so that micro-batches are ragged."""
-    probes = []
-    for place in range(min(PROBES, len(examples))):
-        row = examples[place]
-        length = max(4, len(row["input_ids"]) * (place + 2) // (PROBES + 2))
-        ids = list(row["input_ids"][:length])
-        labels = list(row["labels"][:length]) if "labels" in row else list(ids)
-        probes.append({"input_ids": ids, "labels": labels})
-    return probes
-
-
 def _tolerance(trainer: Any) -> float:
     """Float32 sums in another order; half precision rounds every product."""
     half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
@@ -424,7 +262,7 @@ def _tolerance(trainer: Any) -> float:
 
 def _measure_losses(recipe: Recipe, tokenizer: Any, model: Any, report: Report) -> None:
     """Measures the held-out loss with and without the adapter."""
-    _, held_out = _examples(recipe, tokenizer)
+    _, held_out = materials.make_examples(recipe, tokenizer)
     if held_out is None:
         return
     collate = data.collator(tokenizer)

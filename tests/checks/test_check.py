@@ -9,7 +9,8 @@ import pytest
 import solidify
 from solidify.artifact import manifest
 from solidify.errors import AdapterError, ArtifactError
-from solidify.export import find_base, merge
+from solidify.export import merge
+from solidify.tuning.storage import find_base
 from training import awake
 
 

@@ -15,7 +15,7 @@ from solidify import losses
 from solidify.artifact import manifest
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing
+from solidify.tuning import adapters, standing, storage
 from solidify.tuning import plan as planning
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
@@ -213,7 +213,7 @@ def test_a_loader_that_accepts_a_wrong_base_is_found(
 ) -> None:
     model, record = solidify.load(trash_artifact, saved), manifest.read(saved)
     assert roundtrip.wrong_base_refused(model, record, saved).passed
-    monkeypatch.setattr(adapters, "refuse_wrong_base", lambda *args: None)
+    monkeypatch.setattr(storage, "refuse_wrong_base", lambda *args: None)
     finding = roundtrip.wrong_base_refused(model, record, saved)
     assert not finding.passed
     assert "accepted with another configuration, code, weights" in finding.evidence

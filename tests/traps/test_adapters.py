@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import pico
 import solidify
 from pico import wrappers
+from solidify.artifact import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing
+from solidify.tuning import adapters, standing, storage
 from training import awake
 
 Q = "model.layers.*.self_attn.q_proj"
@@ -168,7 +169,7 @@ def test_get_peft_model_does_not_load_an_adapter(trash_artifact: Path, tmp_path:
 def test_load_state_dict_of_an_adapter_file_does_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     trained = perturbed(solidify.attach(solidify.load(trash_artifact), lora={"r": 2, "target_modules": [Q]}))
     solidify.save_adapter(trained, tmp_path / "adapter")
-    state = load_file(tmp_path / "adapter" / adapters.WEIGHTS)
+    state = load_file(tmp_path / "adapter" / storage.WEIGHTS)
     model = solidify.load(trash_artifact)
     base = logits(model)
     assert len(model.load_state_dict(state, strict=False).unexpected_keys) == len(state)
@@ -182,10 +183,10 @@ def test_missing_adapter_keys_are_only_a_warning_and_additional_ones_nothing(
 ) -> None:
     trained = perturbed(solidify.attach(solidify.load(trash_artifact), lora={"r": 2, "target_modules": [Q]}))
     directory = solidify.save_adapter(trained, tmp_path / "adapter")
-    state = load_file(directory / adapters.WEIGHTS)
+    state = load_file(directory / storage.WEIGHTS)
     del state[next(iter(state))]
     state["base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"] = torch.zeros(2, 32)
-    save_file(state, directory / adapters.WEIGHTS, metadata={"format": "pt"})
+    save_file(state, directory / storage.WEIGHTS, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="Found missing adapter keys"):
         PeftModel.from_pretrained(solidify.load(trash_artifact), directory)
 
@@ -298,4 +299,4 @@ def test_an_adapter_forgets_where_its_base_is(
         AutoModelForCausalLM.from_pretrained("base", trust_remote_code=True)
 
     ours = solidify.save_adapter(awake(tmp_path / "base"), tmp_path / "ours")
-    assert solidify.export.find_base(solidify.artifact.manifest.read(ours), ours) == tmp_path / "base"
+    assert storage.find_base(manifest.read(ours), ours) == tmp_path / "base"

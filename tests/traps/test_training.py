@@ -202,10 +202,10 @@ def test_trls_trainer_asks_for_router_logits_that_are_not_there(tiny_base: Path,
     with pytest.raises(IndexError):
         sft(routerless(), tmp_path, tiny_base).train()
 
-    from solidify import pipeline, recipe
+    from solidify import materials, recipe
 
     loaded = recipe.load(Path(__file__).parents[2] / "examples" / "bottleneck.yaml")
-    assert pipeline._training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
+    assert materials.training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
 
 
 @pytest.mark.parametrize("words", [{"tokenizer": None}, {"dataset_text_field": "text"}, {"max_seq_length": 64}])
@@ -213,10 +213,10 @@ def test_trls_trainer_no_longer_takes_what_recipes_pass(tmp_path: Path, words: d
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         SFTTrainer(model=pico.olmoe(), args=arguments(tmp_path, 4, 1, SFTConfig), **words)
 
-    from solidify import pipeline, recipe
+    from solidify import materials, recipe
 
     loaded = recipe.load(Path(__file__).parents[2] / "examples" / "bottleneck.yaml")
-    made = pipeline._training_arguments(loaded, tmp_path)
+    made = materials.training_arguments(loaded, tmp_path)
     assert (made.max_length, made.dataset_text_field) == (128, "text")
 
 
@@ -310,13 +310,16 @@ def test_averaging_over_layers_first_hides_their_collapse() -> None:
     assert float(term.value(term.statistics(router=outputs, trash={}, mask=torch.ones(16)) / 16)) > 3.9
 
 
-def test_trls_trainer_takes_a_peft_model_or_a_peft_configuration_not_both(trash_artifact: Path, tmp_path: Path) -> None:
+def test_trls_trainer_takes_a_peft_model_or_a_peft_configuration_not_both(
+    trash_artifact: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     from peft import LoraConfig
 
     model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
     with pytest.raises(ValueError, match="together with a"):
         SFTTrainer(
             model=model,
+            processing_class=AutoTokenizer.from_pretrained(tiny_base),
             args=arguments(tmp_path, 4, 1, SFTConfig),
             train_dataset=Dataset.from_list(pico.ragged(8)),
             peft_config=LoraConfig(target_modules=["q_proj"]),

@@ -18,7 +18,7 @@ import pico
 import solidify
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing
+from solidify.tuning import adapters, standing, storage
 
 Q = "model.layers.*.self_attn.q_proj"
 INNER = ["**.o_proj.down", "**.o_proj.up"]
@@ -179,9 +179,9 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None], 
     """Changes the adapter's tensors; with `forge`, its manifest agrees."""
     from solidify.artifact import manifest, tensors
 
-    state = load_file(directory / adapters.WEIGHTS)
+    state = load_file(directory / storage.WEIGHTS)
     change(state)
-    save_file(state, directory / adapters.WEIGHTS, metadata={"format": "pt"})
+    save_file(state, directory / storage.WEIGHTS, metadata={"format": "pt"})
     if forge:
         document = json.loads((directory / manifest.NAME).read_text())
         document["tensors"] = tensors.digests(state.items())
@@ -290,7 +290,7 @@ def test_the_adapter_finds_its_base_from_any_directory(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = json.loads((saved / adapters.CONFIG).read_text())
+    config = json.loads((saved / storage.CONFIG).read_text())
     assert os.path.isabs(config["base_model_name_or_path"])
     assert (Path(config["base_model_name_or_path"]) / "solidify.json").is_file()
 

@@ -14,7 +14,7 @@ from solidify.artifact import certificate, manifest
 from solidify.artifact.loading import load_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.findings import Finding
-from solidify.tuning import adapters
+from solidify.tuning import storage
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     inputs = {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}
     plain = load_artifact(base, trust_remote_code=True)
     expected = roundtrip.outputs(plain, inputs)
-    model = adapters.load_adapter(plain, directory)
+    model = storage.load_adapter(plain, directory)
     with_adapter = roundtrip.outputs(model, inputs)
     again = PeftModel.from_pretrained(load_artifact(base, trust_remote_code=True), directory).eval()
     findings = [

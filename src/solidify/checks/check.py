@@ -7,8 +7,8 @@ from pathlib import Path
 from solidify.artifact import certificate, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError
-from solidify.export import find_base
 from solidify.findings import Finding, Report
+from solidify.tuning import storage
 
 
 def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
@@ -58,7 +58,7 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
     intact = _intact(directory, record)
     if not intact.passed:
         return [intact]
-    base = find_base(record, directory)
+    base = storage.find_base(record, directory)
     fits = manifest.read(base, "artifact").digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(

@@ -16,7 +16,7 @@ from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError
 from solidify.findings import Finding
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing
+from solidify.tuning import standing, storage
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def wrong_base_refused(model: nn.Module, record: Manifest, directory: Path) -> F
     for key in ("configuration", "code", "weights"):
         altered = replace(record, base={**record.base, key: "0" * 64})
         try:
-            adapters.refuse_wrong_base(model, altered, directory)
+            storage.refuse_wrong_base(model, altered, directory)
         except AdapterError:
             continue
         accepted.append(key)

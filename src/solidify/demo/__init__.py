@@ -1,1 +1,1 @@
-"""The embedded base model, its text, and the demonstration that runs the main job on them."""
+"""The demonstration: it runs the main job on the built-in model and tells what came of it."""

@@ -10,12 +10,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from solidify import console, pipeline, recipe
 from solidify.artifact import loading
-from solidify.demo import corpus, effect, tiny_olmoe
+from solidify.builtin import corpus, tiny_olmoe
+from solidify.demo import effect
 from solidify.demo.effect import HeldOut, Row
 from solidify.findings import Finding, Report
 from solidify.losses import kl_to_base
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, data
+from solidify.tuning import adapters, data, storage
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.progress import TrainingBar
 from solidify.tuning.trainer import ObjectiveTrainer
@@ -96,8 +97,8 @@ def _effect_table(rows: list[Row]) -> Any:
 def _try(output: Path) -> list[Finding]:
     """Generates with the adapter, without it, and with the merged model; switches between two adapters."""
     tokenizer = loading.load_tokenizer(output / "artifact")
-    model = adapters.load(output / "artifact", output / "adapter")
-    adapters.load_adapter(model, output / "adapter", name="second")
+    model = storage.load(output / "artifact", output / "adapter")
+    storage.load_adapter(model, output / "adapter", name="second")
     texts = {"second": effect.generate(model, tokenizer, PROMPT)}
     model.set_adapter("default", inference_mode=True)
     texts["adapter"] = effect.generate(model, tokenizer, PROMPT)
@@ -147,7 +148,7 @@ def _measure(loaded: Recipe, output: Path) -> list[Row]:
         can = loading.load_artifact(output / "artifact")
         effect.calibrate(can, training, (top_k - 1) / top_k)
         untrained = Row("trash can, threshold set, untrained", held_out.kept(can), held_out.loss(can))
-        trained_model = adapters.load(output / "artifact", output / "adapter")
+        trained_model = storage.load(output / "artifact", output / "adapter")
         trained = Row("trash can, trained (this run)", held_out.kept(trained_model), held_out.loss(trained_model))
     healed = _train_plainly(loaded, base.model, training, collate)
     lora = Row(f"top-{top_k - 1}, same LoRA training", smaller.kept, held_out.loss(healed))

@@ -59,12 +59,16 @@ def record(model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, to
     calls: dict[str, Call] = {}
 
     def before(name: str) -> Any:
+        """Makes a hook that copies what the module is given."""
+
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given.setdefault(name, (_copy(args), _copy(kwargs)))
 
         return keep
 
     def after(name: str) -> Any:
+        """Makes a hook that copies what the module gives back."""
+
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             calls.setdefault(name, Call(*given[name], _copy(output)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,14 +333,12 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             loaded: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
             return loaded
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise SurgeryError(f"the weights {path} cannot be read: {error}") from error
-    except Exception as error:  # pickle's refusals have no common class but Exception
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except pickle.UnpicklingError as error:
         raise SurgeryError(
             f"the weights {path} hold more than tensors, and reading them would run code; save a plain state_dict"
         ) from error
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise SurgeryError(f"the weights {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise SurgeryError(f"the weights {path} hold no state_dict (names and tensors)")
     return state

@@ -7,6 +7,7 @@ the model's own loss counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ from solidify.tuning.capture import capture
 from solidify.tuning.objective import Counts, Objective, Window
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of a micro-batch: Trainer's number of items in the window, its own counts, the window's."""
+
+    items: torch.Tensor | int | None
+    counts: Counts
+    window: Window
 
 
 class _ObjectiveMixin:
@@ -145,7 +155,7 @@ class _ObjectiveMixin:
         if self._model_divides is None and counts.target_tokens and "labels" in inputs:
             self._model_divides, self._aux_weight = _how_the_model_scales(self, inputs, counts)
         with capture(model, self.objective.captures) as captured:
-            loss, outputs = self._model_loss(model, inputs, wants_outputs, num_items_in_batch, counts, window)
+            loss, outputs = self._model_loss(model, inputs, wants_outputs, Batch(num_items_in_batch, counts, window))
         supply = self._supply(inputs, captured, outputs)
         total = torch.zeros((), device=loss.device)
         for term in self.objective.terms:
@@ -165,9 +175,7 @@ class _ObjectiveMixin:
         model: nn.Module,
         inputs: dict[str, Any],
         wants_outputs: bool,
-        items: torch.Tensor | int | None,
-        counts: Counts,
-        window: Window,
+        batch: Batch,
     ) -> tuple[torch.Tensor, Any]:
         raise NotImplementedError
 
@@ -260,15 +268,14 @@ class ObjectiveTrainer(_ObjectiveMixin, Trainer):  # type: ignore[misc]
         model: nn.Module,
         inputs: dict[str, Any],
         wants_outputs: bool,
-        items: torch.Tensor | int | None,
-        counts: Counts,
-        window: Window,
+        batch: Batch,
     ) -> tuple[torch.Tensor, Any]:
         if "labels" not in inputs and not self.objective.has_model_term:
             outputs = model(**inputs)
             return outputs["logits"].new_zeros(()), outputs
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, items)
-        divided = bool(self._model_divides) and items is not None
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, batch.items)
+        divided = bool(self._model_divides) and batch.items is not None
+        counts, window = batch.counts, batch.window
         if not divided:
             return loss * window.ranks * counts.target_tokens / max(window.target_tokens, 1), outputs
         if self._aux_weight:
@@ -320,19 +327,15 @@ class ObjectiveSFTTrainer(_ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         model: nn.Module,
         inputs: dict[str, Any],
         wants_outputs: bool,
-        items: torch.Tensor | int | None,
-        counts: Counts,
-        window: Window,
+        batch: Batch,
     ) -> tuple[torch.Tensor, Any]:
         if not wants_outputs:
-            return SFTTrainer.compute_loss(self, model, inputs, False, items), None
+            return SFTTrainer.compute_loss(self, model, inputs, False, batch.items), None
         if isinstance(self.args, SFTConfig) and self.args.loss_type != "nll":
             raise ObjectiveError(
                 f"a term asks for logits, which TRL's loss_type={self.args.loss_type!r} does not build"
             )
-        return ObjectiveTrainer._model_loss(
-            self, model, {**inputs, "use_cache": False}, wants_outputs, items, counts, window
-        )
+        return ObjectiveTrainer._model_loss(self, model, {**inputs, "use_cache": False}, wants_outputs, batch)
 
 
 def widen(model: nn.Module) -> list[tuple[torch.Tensor, torch.dtype]]:

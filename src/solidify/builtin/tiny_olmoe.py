@@ -16,7 +16,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from solidify import console, places
 from solidify.artifact.tensors import digest_values
-from solidify.demo import corpus
+from solidify.builtin import corpus
 
 NAME = "builtin:tiny-olmoe"
 CONFIG = {
