@@ -1,0 +1,1 @@
+"""Which files a class needs, wherever its source is kept: found, judged, and made flat."""

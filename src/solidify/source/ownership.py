@@ -1,0 +1,149 @@
+"""Whose an imported module is: always there, installed, one's own, or nowhere; and where one's own stands.
+
+Nothing is imported to find out: what is in `sys.modules` already is asked first, then the import system's finders.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import site
+import sys
+import sysconfig
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import distribution, packages_distributions, version
+from pathlib import Path
+from typing import Literal
+
+from solidify.source.syntax import SourceFile
+
+ALWAYS = ("torch", "transformers")
+_CARRIED_OF_OURS = "solidify.modules"
+
+Owner = Literal["always", "installed", "own", "solidify", "compiled", "missing"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is: `path` is the source of one's own, `search` a package's directories of submodules."""
+
+    name: str
+    owner: Owner
+    path: Path | None = None
+    search: tuple[str, ...] | None = None
+
+    @property
+    def is_package(self) -> bool:
+        """Whether it is a package of one's own."""
+        return self.owner == "own" and self.search is not None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is installed here, and the top-level packages that count as one's own wherever they stand."""
+
+    tops: frozenset[str]
+
+    @cached_property
+    def distributions(self) -> Mapping[str, list[str]]:
+        """The distributions that provide each top-level name."""
+        return packages_distributions()
+
+
+def surroundings(tops: Collection[str]) -> Surroundings:
+    """Looks at what is installed now; files that were written a moment ago are found, too."""
+    importlib.invalidate_caches()
+    return Surroundings(frozenset(tops))
+
+
+def locate(name: str, near: SourceFile, here: Surroundings) -> Place:
+    """Finds the module `name` as the file `near` would import it."""
+    parent, _, last = name.rpartition(".")
+    if not parent:
+        if name in ALWAYS:
+            return Place(name, "always")
+        return judge(name, _top_level(name, near), here)
+    home = locate(parent, near, here)
+    if home.owner in ("always", "installed"):
+        return Place(name, home.owner)
+    if home.search is None:
+        return Place(name, home.owner if home.owner in ("compiled", "solidify") else "missing")
+    # By its last part alone: for a dotted name, a namespace package would ask for its parent in `sys.modules`.
+    return judge(name, PathFinder.find_spec(last, list(home.search)), here)
+
+
+def requirement(name: str, here: Surroundings) -> tuple[str, str]:
+    """Returns the distribution (and its version) that an installed module belongs to."""
+    candidates = here.distributions[name.split(".")[0]]
+    best = candidates[0]
+    if len(candidates) > 1:  # a namespace that several distributions fill
+        start = name.replace(".", "/")
+        held = {d: [str(f) for f in distribution(d).files or [] if str(f).startswith(start)] for d in candidates}
+        best = max(sorted(candidates), key=lambda d: len(held[d]))
+    return best, version(best)
+
+
+def import_root(path: Path, package: str) -> Path:
+    """Returns the directory from which a file's package is imported."""
+    root = path.parent
+    for part in reversed(package.split(".") if package else []):
+        if root.name != part:  # a package made at run time, as for a file that was named by its path
+            break
+        root = root.parent
+    return root
+
+
+def _top_level(name: str, near: SourceFile) -> ModuleSpec | None:
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__spec__ is None:
+        search = vars(loaded).get("__path__")
+        file = vars(loaded).get("__file__")
+        if search is None and file is None:
+            return None
+        found = ModuleSpec(name, None, origin=file, is_package=search is not None)
+        found.submodule_search_locations = list(search) if search is not None else None
+        return found
+    found_here = importlib.util.find_spec(name)
+    if found_here is not None:
+        return found_here
+    root = import_root(near.path, near.package) if near.path is not None else Path.cwd()
+    return PathFinder.find_spec(name, [str(root)])
+
+
+def judge(name: str, spec: ModuleSpec | None, here: Surroundings) -> Place:
+    """Says whose the module is that the import system found."""
+    top = name.split(".")[0]
+    standard = top in sys.stdlib_module_names
+    if spec is None:
+        return Place(name, "always" if standard else "missing")
+    search = tuple(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
+    origin = spec.origin if spec.origin not in (None, "namespace") else None
+    place = Path(origin) if origin is not None else Path(search[0]) if search else None
+    if standard and (place is None or not place.is_absolute() or _within(place, [sysconfig.get_path("stdlib")])):
+        return Place(name, "always")
+    if top == "solidify" and not f"{name}.".startswith(f"{_CARRIED_OF_OURS}."):
+        return Place(name, "solidify", search=search)
+    if place is not None and top not in here.tops and top != "solidify" and _is_installed(top, place, here):
+        return Place(name, "installed")
+    if origin is None:
+        return Place(name, "own" if search else "missing", None, search)
+    if Path(origin).suffix == ".py" and Path(origin).is_file():
+        path = Path(origin).absolute()
+        return Place(name, "own", path.parent.resolve() / path.name, search)
+    return Place(name, "compiled", Path(origin), search)
+
+
+def _is_installed(top: str, path: Path, here: Surroundings) -> bool:
+    """Whether a distribution that was installed (not one that points to a project elsewhere) holds the file."""
+    names = here.distributions.get(top, [])
+    paths = sysconfig.get_paths()
+    directories = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
+    directories += [str(distribution(n).locate_file("")) for n in names if distribution(n).read_text("RECORD")]
+    return bool(names) and _within(path, directories)
+
+
+def _within(path: Path, directories: list[str]) -> bool:
+    return any(path.is_relative_to(d) or path.resolve().is_relative_to(Path(d).resolve()) for d in directories)
