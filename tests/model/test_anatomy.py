@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pico
-from solidify.model import anatomy
+from solidify.model import anatomy, operations, probing
 
 NAMES = ["model", "model.layers", "model.layers.0", "model.layers.0.mlp", "model.layers.10.mlp", "lm_head", "mlp"]
 
@@ -36,8 +36,9 @@ def test_layers_fold_into_one_line() -> None:
 
 
 def test_the_layer_index_is_the_first_number() -> None:
-    assert anatomy.layer_index("model.layers.3.experts.5.up") == 3
-    assert anatomy.layer_index("lm_head") is None
+    model = pico.llama()
+    assert operations.layer_index(model, "model.layers.3.experts.5.up") == 3
+    assert operations.layer_index(model, "lm_head") is None
 
 
 def test_a_suggestion_names_what_ends_alike() -> None:
@@ -55,7 +56,7 @@ def test_the_enclosing_configuration_is_the_innermost_models() -> None:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     names = [name for name, _ in model.named_modules() if name.endswith("layers.0.mlp")]
-    found = {type(anatomy.enclosing_config(model, name)).__name__ for name in names}
+    found = {type(operations.enclosing_config(model, name)).__name__ for name in names}
     assert found == {"CLIPVisionConfig", "LlamaConfig"}
 
 
@@ -78,8 +79,8 @@ def test_shared_tensors_count_once() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_probe_inputs_are_random_and_repeatable(padded: bool) -> None:
     model = pico.llama()
-    first = anatomy.probe_inputs(model, padded=padded)
-    assert torch.equal(first["input_ids"], anatomy.probe_inputs(model, padded=padded)["input_ids"])
+    first = probing.probe_inputs(model, padded=padded)
+    assert torch.equal(first["input_ids"], probing.probe_inputs(model, padded=padded)["input_ids"])
     assert first["input_ids"].unique().numel() > 5
     assert bool((first["attention_mask"] == 0).any()) is padded
 
@@ -94,7 +95,7 @@ def test_inputs_are_made_for_images_and_for_encoder_decoders() -> None:
         image_size=16,
         patch_size=4,
     )
-    assert anatomy.run(vit, anatomy.probe_inputs(vit)).shape == (2, 2)
+    assert anatomy.run(vit, probing.probe_inputs(vit)).shape == (2, 2)
     t5 = pico.make(
         "T5ForConditionalGeneration",
         vocab_size=99,
@@ -105,4 +106,4 @@ def test_inputs_are_made_for_images_and_for_encoder_decoders() -> None:
         num_heads=4,
         decoder_start_token_id=0,
     )
-    assert anatomy.run(t5, anatomy.probe_inputs(t5)).shape == (2, 7, 99)
+    assert anatomy.run(t5, probing.probe_inputs(t5)).shape == (2, 7, 99)

@@ -10,7 +10,7 @@ import pico
 import solidify
 from pico import wrappers
 from solidify.errors import SurgeryError
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import TrashCanMoE
 
 MLP = "model.layers.*.mlp"
@@ -19,7 +19,7 @@ MLP = "model.layers.*.mlp"
 def refused(model: torch.nn.Module, *arguments: object, **options: object) -> str:
     """Replaces, expects a refusal, makes sure that the model is as it was, and returns the message."""
     before = {name: id(module) for name, module in model.named_modules()}
-    inputs = anatomy.probe_inputs(model)
+    inputs = probing.probe_inputs(model)
     logits = anatomy.run(model, inputs)
     with pytest.raises(SurgeryError) as caught:
         solidify.replace(model, *arguments, **options)

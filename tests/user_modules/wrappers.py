@@ -240,3 +240,26 @@ class FreshMoE(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, index = self.gate(tokens)
         return self.experts(tokens, index, weights).reshape(hidden_states.shape)
+
+
+class ValueHead(nn.Module):
+    """One number per position, from hidden states."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states):
+        return self.linear(hidden_states).squeeze(-1)
+
+
+class Spoiler(nn.Module):
+    """Changes what it reads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states):
+        hidden_states.mul_(2)
+        return self.linear(hidden_states)

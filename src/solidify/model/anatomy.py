@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify.errors import SurgeryError
+OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
 
 
 def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list[str]]:
@@ -55,21 +55,6 @@ def fold(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(folded))
 
 
-def layer_index(name: str) -> int | None:
-    """Returns the first number in a dotted module name, which is the layer's index; None without one."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def enclosing_config(model: PreTrainedModel, name: str) -> PreTrainedConfig:
-    """Returns the configuration of the innermost `PreTrainedModel` that holds the module `name`."""
-    config, module = model.config, model
-    for part in name.split(".")[:-1]:
-        module = module.get_submodule(part)
-        if isinstance(module, PreTrainedModel):
-            config = module.config
-    return config
-
-
 def main_dtype(module: nn.Module) -> torch.dtype | None:
     """Returns the floating dtype that most of the module's numbers have; None for a module without any."""
     sizes: dict[torch.dtype, int] = {}
@@ -94,58 +79,33 @@ def count(parameters: Iterable[torch.Tensor]) -> int:
     return sum({id(p): p.numel() for p in parameters}.values())
 
 
-def probe_inputs(
-    model: PreTrainedModel, *, batch_size: int = 2, length: int = 12, padded: bool = False, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Makes random inputs that the model accepts, on its device: tokens, pixels or audio features by its main input.
-
-    With `padded`, the first row ends in masked positions. Encoder-decoder models get a shorter decoder sequence.
-
-    Raises:
-        SurgeryError: the model's main input is of a kind that cannot be made up.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config.get_text_config()
-    kind = model.main_input_name
-    inputs: dict[str, torch.Tensor] = {}
-    if kind == "input_ids":
-        high = int(config.vocab_size)
-        inputs["input_ids"] = torch.randint(min(3, high - 1), high, (batch_size, length), generator=generator)
-        inputs["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
-        if padded:
-            inputs["attention_mask"][0, length - length // 3 :] = 0
-    elif kind == "pixel_values":
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, int(model.config.num_channels), height, width)
-        inputs["pixel_values"] = torch.randn(shape, generator=generator).to(model.dtype)
-    elif kind == "input_features":
-        frames = 2 * int(model.config.max_source_positions)
-        shape3 = (batch_size, int(model.config.num_mel_bins), frames)
-        inputs["input_features"] = torch.randn(shape3, generator=generator).to(model.dtype)
-    elif kind == "input_values":
-        inputs["input_values"] = torch.randn(batch_size, 4000, generator=generator).to(model.dtype)
-    else:
-        raise SurgeryError(f"{type(model).__name__} takes {kind!r}, and inputs of that kind cannot be made up yet")
-    if model.config.is_encoder_decoder:
-        decoder = (batch_size, max(2, length // 2 + 1))
-        high = int(config.vocab_size)
-        inputs["decoder_input_ids"] = torch.randint(min(3, high - 1), high, decoder, generator=generator)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
 def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Runs the model in evaluation mode without a cache and returns its logits (or its last hidden state)."""
     arguments = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    with torch.no_grad(), evaluation(model):
+    with torch.no_grad(), evaluation(model), _caches_off(model):
         outputs = model(**arguments)
-    logits = outputs.get("logits")
-    output = outputs["last_hidden_state"] if logits is None else logits
-    if not isinstance(output, torch.Tensor):
-        raise ValueError(f"{type(model).__name__} returned no logits and no last hidden state")
+    output: torch.Tensor | None = next(
+        (outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor)), None
+    )
+    if output is None:
+        raise ValueError(f"{type(model).__name__} returned none of {', '.join(OUTPUTS)}")
     return output
+
+
+@contextmanager
+def _caches_off(model: nn.Module) -> Iterator[None]:
+    """Keeps every part of the model from caching, whatever its own configuration says."""
+    configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}.values()
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from solidify.model import anatomy
 
@@ -21,7 +22,7 @@ from solidify.model import anatomy
 _STREAMS = ("input_ids", "decoder_input_ids")
 
 # What calling a foreign module with recorded arguments may raise.
-_CALL_ERRORS = (
+CALL_ERRORS = (
     TypeError,
     ValueError,
     RuntimeError,
@@ -95,7 +96,7 @@ def _copy(value: Any) -> Any:
         return {key: _copy(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_copy(item) for item in value)
-    return value
+    return deepcopy(value) if isinstance(value, Cache) else value
 
 
 def _causal_streams(
@@ -125,8 +126,8 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     """
     with torch.no_grad(), anatomy.evaluation(replacement):
         try:
-            output = replacement(*call.args, **call.kwargs)
-        except _CALL_ERRORS as error:
+            output = replacement(*_copy(call.args), **_copy(call.kwargs))
+        except CALL_ERRORS as error:
             given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
             return [
                 f"{name}: {type(replacement).__name__} fails on what the original takes ({given}): "
@@ -174,9 +175,9 @@ def _leak(
 ) -> tuple[float, float] | None:
     """Returns how far earlier outputs moved and what rounding may move, or None where nothing can be compared."""
     try:
-        before = torch.func.functional_call(module, weights, call.args, call.kwargs)
-        after = torch.func.functional_call(module, weights, changed.args, changed.kwargs)
-    except _CALL_ERRORS:
+        before = torch.func.functional_call(module, weights, _copy(call.args), _copy(call.kwargs))
+        after = torch.func.functional_call(module, weights, _copy(changed.args), _copy(changed.kwargs))
+    except CALL_ERRORS:
         return None
     first, second = _first_tensor(before), _first_tensor(after)
     if first is None or second is None:
@@ -223,9 +224,13 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _rounding(tensor: torch.Tensor) -> float:
-    """What another order of summation may change: 32 units in the last place of the largest value."""
+    """What another order of summation may change: some units in the last place of the largest value.
+
+    Half precision is rounded once at the end of sums that are made in float32, so there it is 2 units and not 32.
+    """
     scale = float(tensor.float().abs().max()) if tensor.numel() else 0.0
-    return 32 * torch.finfo(tensor.dtype).eps * max(scale, 1e-3)
+    units = 32 if tensor.dtype in (torch.float32, torch.float64) else 2
+    return units * torch.finfo(tensor.dtype).eps * max(scale, 1e-3)
 
 
 def _describe(value: Any) -> str:
@@ -234,7 +239,8 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(_describe(v) for v in value) + ")"
+        inside = ", ".join(_describe(v) for v in value)
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     return "None" if value is None else type(value).__name__
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract
+from solidify.model import anatomy, contract, operations, probing
 
 SUPPLIED = ("config", "layer_idx", "original")
 
@@ -45,14 +45,16 @@ class Bypassing(Protocol):
 class Edit:
     """What was done at one place.
 
-    `tensors` maps every tensor of the replacement to the tensor of the original that it equals bit for bit, or to
-    None where it is new; `dropped` names the original's tensors that live on nowhere. Names are full. `frozen` names,
-    relative to the module, the parameters that it froze itself while it left others trainable.
+    `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
+    `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
+    the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
+    live on nowhere. Names are full. `frozen` names, relative to the module, the parameters that it froze itself while
+    it left others trainable.
     """
 
     name: str
     old_class: str
-    module_class: type[nn.Module] = field(repr=False)
+    module_class: type[nn.Module] | None = field(repr=False)
     arguments: dict[str, Any]
     supplied: tuple[str, ...]
     tensors: dict[str, str | None] = field(repr=False)
@@ -63,19 +65,23 @@ class Edit:
     probed: bool
     identical: bool
     bypass: bool
+    operation: str = "replace"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def new_class(self) -> str:
-        """The class name of the replacement."""
-        return self.module_class.__name__
+        """The class name of what stands there now."""
+        return self.module_class.__name__ if self.module_class is not None else self.old_class
 
     def document(self) -> dict[str, Any]:
         """Returns the record as plain values for a manifest or a report."""
         return {
+            "operation": self.operation,
             "name": self.name,
             "old_class": self.old_class,
             "new_class": self.new_class,
             "arguments": self.arguments,
+            "settings": self.settings,
             "new": sorted(n for n, origin in self.tensors.items() if origin is None),
             "kept": {n: origin for n, origin in self.tensors.items() if origin is not None},
             "dropped": sorted(self.dropped),
@@ -111,39 +117,86 @@ def replace(
             differs from the original in output structure, shape or dtype, or looks ahead where the model does not.
             The model is then as it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
+    return _put(model, targets(model, target, expect, count), module, arguments, weights, shared=False)
+
+
+def share(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    module: type[nn.Module],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    expect: str | None = None,
+    count: int | None = None,
+    weights: str | Path | None = None,
+) -> list[Edit]:
+    """Puts one and the same new module at every place that `target` names; its weights stay tied, on disk once.
+
+    It is built for the first place (and adopts from what stands there); otherwise as `replace`.
+
+    Raises:
+        SurgeryError: as `replace`.
+    """
+    return _put(model, targets(model, target, expect, count), module, arguments, weights, shared=True)
+
+
+def _put(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    module: type[nn.Module],
+    arguments: Mapping[str, Any] | None,
+    weights: str | Path | None,
+    *,
+    shared: bool,
+) -> list[Edit]:
     arguments = dict(arguments or {})
-    names = _targets(model, target, expect, count)
-    refuse(SurgeryError, f"{module.__name__} cannot be built as asked", _constructor_faults(module, arguments))
-    probe = None if anatomy.is_meta(model) else _probe(model, names)
-    state = _read_weights(weights) if weights is not None else None
+    refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
+    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model)
+    probe = None if inputs is None else contract.record(model, names, inputs)
+    state = read_weights(weights) if weights is not None else None
     originals = {name: model.get_submodule(name) for name in names}
     edits: list[Edit] = []
     faults: list[str] = []
     built: dict[str, nn.Module] = {}
     for name, original in originals.items():
-        new = _build(model, name, original, module, arguments)
+        first = next(iter(built.values()), None)
+        new = first if shared and first is not None else _build(model, name, original, module, arguments)
         if state is not None:
-            faults += _load_weights(name, new, original, state, names)
-        found, edit = _examine(name, original, new, arguments, probe)
+            faults += load_weights(name, new, original, state, names)
+        found, edit = _examine(name, original, new, arguments, probe, shared)
         faults += found
         edits.append(edit)
         built[name] = new
     refuse(SurgeryError, f"{module.__name__} cannot stand where it was asked to stand", faults)
     for name, new in built.items():
         model.set_submodule(name, new, strict=True)
-    _verify_places(model, built)
-    _forget_capture_hooks(model)
+    verify_places(model, built)
+    forget_capture_hooks(model)
+    if inputs is not None:
+        _run_or_undo(model, inputs, originals, _called(module))
     return edits
 
 
-def _probe(model: PreTrainedModel, names: Sequence[str]) -> contract.Probe:
-    return contract.record(model, names, anatomy.probe_inputs(model))
+def _run_or_undo(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], originals: Mapping[str, nn.Module], called: str
+) -> None:
+    """Runs the changed model once; a model may ask more of a module than to be called."""
+    try:
+        anatomy.run(model, inputs)
+    except contract.CALL_ERRORS as error:
+        for name, original in originals.items():
+            model.set_submodule(name, original, strict=True)
+        forget_capture_hooks(model)
+        raise SurgeryError(
+            f"with {called} in place the model does not run: {type(error).__name__}: {error}; it may read an attribute "
+            "of the module that it replaced (as `.weight`): give the new module one"
+        ) from error
 
 
-def _targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
+def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
     """Resolves the target patterns and refuses every way in which they can mean something else."""
+    if not isinstance(model, PreTrainedModel):
+        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
     modules = {name: m for name, m in model.named_modules() if name}
     everywhere = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     hits = anatomy.match(target, everywhere)
@@ -157,9 +210,9 @@ def _targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | 
     names = list(dict.fromkeys(names))
     for name in names:
         module = model.get_submodule(name)
-        shared = [n for n in everywhere if model.get_submodule(n) is module and n != name]
-        if shared:
-            faults.append(f"{name} is the same module as {', '.join(shared)}; replacing one of them parts them")
+        twins = [n for n in everywhere if model.get_submodule(n) is module and n != name]
+        if twins:
+            faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
         inside = next((outer for outer in names if name.startswith(outer + ".")), None)
         if inside:
             faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
@@ -171,7 +224,12 @@ def _targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | 
     return names
 
 
-def _constructor_faults(module: type[nn.Module], arguments: Mapping[str, Any]) -> list[str]:
+def constructor_faults(
+    module: type[nn.Module], arguments: Mapping[str, Any], *, without: Sequence[str] = ()
+) -> list[str]:
+    """Compares a constructor with the arguments it would get; `without` names what cannot be supplied here."""
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        return [f"it is a {type(module).__name__}, not a class of torch.nn.Module"]
     parameters = contract.constructor(module)
     faults = []
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -187,13 +245,24 @@ def _constructor_faults(module: type[nn.Module], arguments: Mapping[str, Any]) -
             takes = ", ".join(n for n in named if n not in SUPPLIED) or "none"
             faults.append(f"it takes no argument {name!r}; it takes: {takes}")
     for name, parameter in named.items():
-        if parameter.default is inspect.Parameter.empty and name not in arguments and name not in SUPPLIED:
+        if name in without and parameter.default is inspect.Parameter.empty:
+            faults.append(f"its argument {name!r} cannot be supplied where nothing stood before")
+        elif parameter.default is inspect.Parameter.empty and name not in arguments and name not in SUPPLIED:
             faults.append(f"its argument {name!r} has no default; give it in `arguments`")
     try:
         json.dumps(arguments)
     except (TypeError, ValueError) as error:
         faults.append(f"`arguments` must be plain values that a config.json can hold ({error})")
     return faults
+
+
+def _called(module: Any) -> str:
+    return getattr(module, "__name__", None) or repr(module)
+
+
+def supplied_to(module: type[nn.Module]) -> list[str]:
+    """Returns which of a constructor's parameters come from the model."""
+    return [key for key in SUPPLIED if key in contract.constructor(module)]
 
 
 def _build(
@@ -204,20 +273,14 @@ def _build(
     arguments: Mapping[str, Any],
 ) -> nn.Module:
     """Constructs the replacement for one place; its mode, device and dtype follow the original."""
-    wanted = contract.constructor(module)
-    supply: dict[str, Callable[[], Any]] = {
-        "config": lambda: anatomy.enclosing_config(model, name),
-        "layer_idx": lambda: anatomy.layer_index(name),
-        "original": lambda: original,
-    }
-    supplied = {key: supply[key]() for key in SUPPLIED if key in wanted}
-    if supplied.get("layer_idx", 0) is None:
+    supplied = supplied_to(module)
+    if "layer_idx" in supplied and operations.layer_index(model, name) is None:
         raise SurgeryError(f"{name} has no number in its name, so there is no layer_idx for {module.__name__}")
     modes = [(m, m.training) for m in original.modules()]
     reference = anatomy.any_tensor(original)
     try:
         with reference.device if reference is not None and reference.is_meta else torch.device("cpu"):
-            new = module(**supplied, **arguments)
+            new = operations.construct(model, name, module, supplied, dict(arguments))
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise SurgeryError(
             f"{module.__name__} could not be built for {name}: {type(error).__name__}: {error}"
@@ -256,6 +319,7 @@ def _examine(
     new: nn.Module,
     arguments: Mapping[str, Any],
     probe: contract.Probe | None,
+    shared: bool,
 ) -> tuple[list[str], Edit]:
     """Probes one replacement and writes its record."""
     faults: list[str] = []
@@ -265,7 +329,7 @@ def _examine(
         faults, identical = contract.compare(name, new, call)
         if not faults:
             faults += contract.looks_ahead(name, original, new, call, probe.causal)
-        if not faults and isinstance(new, Bypassing):
+        if not faults and isinstance(new, Bypassing) and not shared:  # one module cannot be several originals
             bypass = _bypass_is_exact(name, new, call, faults)
     tensors, dropped = _ledger(name, original, new)
     edit = Edit(
@@ -273,22 +337,24 @@ def _examine(
         old_class=type(original).__name__,
         module_class=type(new),
         arguments=dict(arguments),
-        supplied=tuple(key for key in SUPPLIED if key in contract.constructor(type(new))),
+        supplied=tuple(supplied_to(type(new))),
         tensors=tensors,
         dropped=dropped,
-        frozen=_frozen(new),
+        frozen=frozen(new),
         parameters_before=anatomy.count(original.parameters()),
         parameters_after=anatomy.count(new.parameters()),
         probed=call is not None,
         identical=identical,
         bypass=bypass,
+        operation="share" if shared else "replace",
     )
     return faults, edit
 
 
-def _frozen(new: nn.Module) -> tuple[str, ...]:
-    frozen = tuple(name for name, parameter in new.named_parameters() if not parameter.requires_grad)
-    return frozen if any(parameter.requires_grad for parameter in new.parameters()) else ()
+def frozen(new: nn.Module) -> tuple[str, ...]:
+    """Returns the parameters that a module froze itself while it left others trainable."""
+    names = tuple(name for name, parameter in new.named_parameters() if not parameter.requires_grad)
+    return names if any(parameter.requires_grad for parameter in new.parameters()) else ()
 
 
 def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: list[str]) -> bool:
@@ -324,7 +390,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) and a.numel() > 1 and bool((a != a.reshape(-1)[0]).any())
 
 
-def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads initial weights from a safetensors or, tensors only, a torch file."""
     path = Path(path)
     if not path.is_file():
         raise SurgeryError(f"the weights {path} do not exist")
@@ -344,7 +411,7 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _load_weights(
+def load_weights(
     name: str, new: nn.Module, original: nn.Module, state: dict[str, torch.Tensor], names: Sequence[str]
 ) -> list[str]:
     """Loads initial weights strictly: every tensor of the file is used, every new tensor of the module is given."""
@@ -367,7 +434,7 @@ def _load_weights(
     return faults
 
 
-def _verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:
+def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:
     """Makes sure by identity that each replacement stands at its name and that no child has a dotted name."""
     faults = [
         f"{name} does not hold its replacement" for name, new in built.items() if model.get_submodule(name) is not new
@@ -381,7 +448,7 @@ def _verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> No
     refuse(SurgeryError, "the model is not what the surgery should have made it", faults)
 
 
-def _forget_capture_hooks(model: PreTrainedModel) -> None:
+def forget_capture_hooks(model: PreTrainedModel) -> None:
     """Removes transformers' output-capturing hooks, so that it installs them anew and finds the new modules.
 
     Private in transformers 5.23 (`utils/output_capturing.py`): hooks are installed once, lazily, and a flag on the

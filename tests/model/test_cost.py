@@ -1,0 +1,51 @@
+"""What a model costs, counted by hand."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import pico
+import solidify
+from solidify.model.cost import cost, experts, flops
+
+served: Any = import_module("served")  # tests/user_modules, which pico puts on the path
+
+
+def test_every_matrix_counts_twice_its_numbers_and_embeddings_nothing() -> None:
+    layer = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 48 * 32
+    assert cost(pico.llama()).flops_per_token == 2 * (2 * layer + 128 * 32)
+
+
+def test_experts_count_as_the_router_picks_them() -> None:
+    stacked = flops(pico.olmoe())["model.layers.0.mlp.experts"]
+    assert stacked == 2 * (8 * 32 * 32 + 8 * 32 * 16) * 2 // 8
+    model = pico.olmoe(8)  # as many layers as experts: the list of layers is no list of experts
+    solidify.replace(model, "model.layers.3.mlp", served.PooledMoE)
+    own = flops(model)
+    assert own["model.layers.3.mlp.experts.5.up"] == 2 * 32 * 8 * 2 // 8
+    assert own["model.layers.3.self_attn.q_proj"] == 2 * 32 * 32
+    assert experts(model.config) == (8, 2)
+    assert experts(pico.llama().config) == (0, 1)
+
+
+def test_bytes_on_disk_and_in_memory() -> None:
+    model = pico.llama(tie_word_embeddings=True)
+    found = cost(model)
+    saved = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    assert found.bytes == sum(saved.values()) == 4 * found.parameters
+    assert found.memory == found.bytes + sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    assert found.memory > found.bytes
+    kept = cost(model).bytes
+    solidify.replace(model, "model.layers.0.mlp", pico.wrappers.Forgetful, arguments={"how": "kept"})
+    assert cost(model).bytes == kept + 32 * 4
+
+
+def test_nothing_needs_to_be_loaded() -> None:
+    config = AutoConfig.for_model("llama", **pico.SIZES, intermediate_size=48, num_key_value_heads=2)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert cost(empty) == cost(pico.llama())
