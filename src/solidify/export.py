@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from solidify import places
 from solidify.artifact import certificate, manifest, tensors, trust
 from solidify.artifact.manifest import Manifest
-from solidify.artifact.solidify import Artifact, copy_code, write_and_verify
+from solidify.artifact.solidify import Artifact, copy_code, verify, write
 from solidify.checks import roundtrip
 from solidify.errors import ArtifactError, refuse
-from solidify.model import anatomy
+from solidify.model import probing
 from solidify.tuning import adapters, storage
 
-_NEVER_COPIED = ("certificate/", "README.md", manifest.NAME)
+_NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ def merge(
         raise ArtifactError(f"the output {output} is an input of the merge; name another")
     sources = _Sources(where, manifest.read(where, "artifact"), record)
     model = storage.load(where, adapter, trust_remote_code=trust_remote_code)
-    inputs = {case: anatomy.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+    inputs = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
     attached, expected = roundtrip.outputs(model, inputs), roundtrip.expected_weights(model)
     merged = adapters.merge_in_memory(model)
     with places.staged(output) as staging:
-        written, findings = _write(merged, staging, sources)
+        written = _write(merged, staging, sources)
         findings = [
-            *findings,
+            *verify(merged, staging),
             roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)),
             roundtrip.merged_weights(expected, merged.state_dict()),
             roundtrip.merge_ledger(sources.base, written.tensors, record),
@@ -69,7 +68,7 @@ def merge(
     return Artifact(output, written, findings)
 
 
-def _write(merged: PreTrainedModel, staging: Path, sources: _Sources) -> tuple[Manifest, list[Any]]:
+def _write(merged: PreTrainedModel, staging: Path, sources: _Sources) -> Manifest:
     base = sources.base
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base_directory, staging, [*base.code, *kept])
@@ -88,7 +87,7 @@ def _write(merged: PreTrainedModel, staging: Path, sources: _Sources) -> tuple[M
         requirements=base.requirements,
         recipe=base.recipe,
     )
-    return write_and_verify(merged, staging, draft)
+    return write(merged, staging, draft)
 
 
 def _untie(merged: PreTrainedModel, path: Path) -> None:

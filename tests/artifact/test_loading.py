@@ -14,14 +14,14 @@ import solidify
 from solidify import references
 from solidify.artifact import loading, manifest
 from solidify.errors import ArtifactError, RecipeError
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 
 
 def test_an_artifact_loads_as_what_it_was(trash_artifact: Path) -> None:
     model = solidify.load(trash_artifact)
     assert type(model).__name__ == "SolidOlmoeForCausalLM"
     assert not model.training
-    inputs = anatomy.probe_inputs(model)
+    inputs = probing.probe_inputs(model)
     assert torch.equal(anatomy.run(model, inputs), anatomy.run(pico.olmoe(), inputs))
 
 
@@ -75,7 +75,7 @@ def test_two_artifacts_with_equal_directory_names_run_their_own_code(tmp_path: P
         model = pico.olmoe()
         edits = solidify.replace(model, "**.mlp", references.resolve("mine.py:Signed", place))
         solidify.build(model, edits, place / "model")
-        inputs = anatomy.probe_inputs(model)
+        inputs = probing.probe_inputs(model)
         outputs.append(anatomy.run(solidify.load(place / "model"), inputs))
         assert torch.equal(outputs[-1], anatomy.run(model, inputs))
     assert not torch.equal(*outputs)

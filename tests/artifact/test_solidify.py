@@ -15,7 +15,7 @@ import solidify
 from pico import wrappers
 from solidify.artifact import certificate, manifest
 from solidify.errors import ArtifactError
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import TrashCanMoE
 
 
@@ -59,6 +59,7 @@ def test_what_the_fresh_process_found_is_returned(tmp_path: Path) -> None:
         "outputs identical (AutoModel)",
         "state identical (AutoModelForCausalLM)",
         "outputs identical (AutoModelForCausalLM)",
+        "reload (AutoModelForDecision)",
         "loads without us",
     }
     assert all(finding.passed for finding in artifact.findings)
@@ -75,13 +76,16 @@ def test_the_directory_is_a_plain_model_directory(trash_artifact: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "modeling_solid_olmoe.py",
+        "operations.py",
         "solidify.json",
         "trashcan_moe.py",
     ]
     config = json.loads((trash_artifact / "config.json").read_text())
     assert config["surgery"] == [
         {
+            "operation": "replace",
             "class": "TrashCanMoE",
+            "supplied": ["original"],
             "arguments": {},
             "bypass": True,
             "modules": ["model.layers.0.mlp", "model.layers.1.mlp"],
@@ -126,7 +130,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     solidify.build(model, edits, tmp_path / "out")
     loaded = solidify.load(tmp_path / "out")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    inputs = anatomy.probe_inputs(model)
+    inputs = probing.probe_inputs(model)
     assert torch.equal(anatomy.run(loaded, inputs), anatomy.run(model, inputs))
 
 

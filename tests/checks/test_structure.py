@@ -11,7 +11,7 @@ import solidify
 from pico import wrappers
 from solidify.artifact import tensors
 from solidify.checks import structure
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import TrashCanMoE
 
 
@@ -46,11 +46,10 @@ def test_structure_reads_through_an_adapter() -> None:
 
 
 def test_a_module_without_effect_is_found() -> None:
-    model, _, _ = operated()
-    names = ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert structure.in_use(model, names).passed
+    model, edits, _ = operated()
+    assert structure.in_use(model, edits).passed
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
-    finding = structure.in_use(model, names)
+    finding = structure.in_use(model, edits)
     assert not finding.passed
     assert "no effect: model.layers.1.mlp" in finding.evidence
 
@@ -89,7 +88,7 @@ def test_moved_and_dropped_tensors_are_followed() -> None:
 
 def test_an_identical_start_is_required_only_where_it_was_promised() -> None:
     model = pico.olmoe()
-    inputs = {"case": anatomy.probe_inputs(model)}
+    inputs = {"case": probing.probe_inputs(model)}
     before = {case: anatomy.run(model, batch) for case, batch in inputs.items()}
     after = {case: logits + 1e-6 for case, logits in before.items()}
     assert structure.start(before, before, promised=True).passed is True

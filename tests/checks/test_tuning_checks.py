@@ -14,7 +14,7 @@ from pico import wrappers
 from solidify import losses
 from solidify.artifact import manifest
 from solidify.checks import gradients, roundtrip, trainable
-from solidify.model import anatomy
+from solidify.model import probing
 from solidify.tuning import adapters, standing, storage
 from solidify.tuning import plan as planning
 from solidify.tuning.objective import Objective, Term
@@ -176,7 +176,7 @@ def saved(trash_artifact: Path, tmp_path: Path) -> Path:
 
 
 def cases(model: Any) -> dict[str, dict[str, torch.Tensor]]:
-    return {"case": anatomy.probe_inputs(standing.plain_model(model))}
+    return {"case": probing.probe_inputs(standing.plain_model(model))}
 
 
 def test_an_adapter_without_effect_is_found(trash_artifact: Path) -> None:

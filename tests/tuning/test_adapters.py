@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,9 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None], 
     change(state)
     save_file(state, directory / storage.WEIGHTS, metadata={"format": "pt"})
     if forge:
-        document = json.loads((directory / manifest.NAME).read_text())
-        document["tensors"] = tensors.digests(state.items())
-        (directory / manifest.NAME).write_text(json.dumps(document))
+        record = manifest.read(directory)
+        header = {storage.WEIGHTS: tensors.header_digest(directory / storage.WEIGHTS)}
+        replace(record, tensors=tensors.digests(state.items()), headers=header).write(directory)
 
 
 @pytest.mark.parametrize("forge", [False, True])

@@ -210,11 +210,11 @@ def test_a_second_model_serves_as_reference_where_the_change_cannot_be_switched_
 
 
 def test_switched_off_is_the_base_bit_for_bit(trash_artifact: Path) -> None:
-    from solidify.model import anatomy
+    from solidify.model import anatomy, probing
     from solidify.tuning.adapters import switched_off
 
     model = awake(trash_artifact)
-    inputs = anatomy.probe_inputs(model.get_base_model())
+    inputs = probing.probe_inputs(model.get_base_model())
     with switched_off(model):
         off = anatomy.run(model, inputs)
     assert torch.equal(off, anatomy.run(pico.olmoe(), inputs))

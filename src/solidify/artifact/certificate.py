@@ -10,17 +10,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.artifact import manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 
 NAME = "certificate"
 FORBIDDEN = ("solidify", "peft")
@@ -36,10 +37,12 @@ def write(model: PreTrainedModel, directory: Path) -> None:
     tensors.realign(model)
     target = directory / NAME
     target.mkdir()
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    places = [name for edit in config["surgery"] for name in edit["modules"]]
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
-    for case, settings in CASES.items():
-        batch = anatomy.probe_inputs(model, **settings)
+    for case, settings in sorted(CASES.items()):
+        batch = probing.probe_inputs(model, **settings)
         inputs |= {f"{case}/{key}": tensor.cpu().contiguous() for key, tensor in batch.items()}
         outputs[f"{case}/logits"] = anatomy.run(model, batch).cpu().contiguous()
         if model.base_model is not model and not model.config.is_encoder_decoder:
@@ -47,17 +50,16 @@ def write(model: PreTrainedModel, directory: Path) -> None:
     safetensors.torch.save_file(inputs, target / "inputs.safetensors")
     safetensors.torch.save_file(outputs, target / "outputs.safetensors")
     document = {
-        "state": tensors.digests((*model.named_parameters(), *model.named_buffers())),
-        "attributes": tensors.digests(
-            (f"{owner}.{key}", value)
-            for owner, module in model.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, torch.Tensor)
+        "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
+        "state": tensors.digests(
+            (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         ),
+        "attributes": tensors.digests(_attributes(model, torch.Tensor)),
+        "values": dict(_attributes(model, (bool, int, float, str), places)),
         "device": model.device.type,
         "implementations": {
-            "attn_implementation": model.config._attn_implementation,
-            "experts_implementation": model.config._experts_implementation,
+            f"{kind}_implementation": _implementations(model.config, f"_{kind}_implementation")
+            for kind in ("attn", "experts")
         },
         "environment": {
             "torch": torch.__version__,
@@ -69,66 +71,67 @@ def write(model: PreTrainedModel, directory: Path) -> None:
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def _implementations(config: PreTrainedConfig, key: str) -> Any:
+    """Returns which kernels a model uses, as `from_pretrained` takes it: one word, or one per part."""
+    parts = {name: part for name in config.sub_configs if isinstance(part := getattr(config, name), PreTrainedConfig)}
+    found = {"": getattr(config, key), **{name: getattr(part, key) for name, part in parts.items()}}
+    named = {name: word for name, word in found.items() if word is not None}
+    return next(iter(named.values()), None) if len(set(named.values())) < 2 else named
+
+
+def _attributes(model: PreTrainedModel, kind: Any, places: Sequence[str] = ("",)) -> Iterator[tuple[str, Any]]:
+    """Yields plain attributes of a kind, of the modules at some places; not what training and loading set."""
+    for owner, module in model.named_modules():
+        name = f"{owner}." if owner else ""
+        if not any(name.startswith(f"{place}." if place else "") for place in places):
+            continue
+        for key, value in vars(module).items():
+            if isinstance(value, kind) and key != "training" and not key.startswith("_"):
+                yield name + key, value
+
+
 def witness(directory: Path) -> list[Finding]:
     """Loads the artifact in a fresh process without solidify and peft, through every Auto class it names.
 
     Raises:
         ArtifactError: the directory has no certificate, or the process died.
     """
-    directory = directory.resolve()
-    if not (directory / NAME / "state.json").is_file():
-        raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    prefixes = _prefixes(directory, config["auto_map"])
-    request = {
-        "directory": str(directory),
-        "certificate": NAME,
-        "forbid": FORBIDDEN,
-        "auto_classes": prefixes,
-    }
+    return witness_all([directory])[directory]
+
+
+def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
+    """Loads several artifacts, one after the other, in one fresh process; otherwise as `witness`."""
+    resolved = {directory: str(directory.resolve()) for directory in directories}
+    for directory in directories:
+        if not (directory / NAME / "state.json").is_file():
+            raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
+    request = {"directories": list(resolved.values()), "certificate": NAME, "forbid": FORBIDDEN}
     answer = run_alone(Path(__file__).with_name("witness.py"), request)
-    expected = json.loads((directory / NAME / "state.json").read_text(encoding="utf-8"))["environment"]
-    same = answer["environment"] == expected
-    moved = ", ".join(f"{k} {expected[k]} -> {v}" for k, v in answer["environment"].items() if v != expected[k])
-    findings = []
-    for auto, load in answer["loads"].items():
-        findings += _judge(auto, load, moved if not same else "")
     imported = ", ".join(answer["imported"])
-    findings.append(
-        Finding(
-            "loads without us",
-            not imported,
-            f"imported: {imported}" if imported else "solidify and peft not importable",
-        )
+    alone = Finding(
+        "loads without us", not imported, f"imported: {imported}" if imported else "solidify and peft not importable"
     )
-    return findings
+    return {
+        directory: [*_judge_all(directory, answer["directories"][key]), alone] for directory, key in resolved.items()
+    }
 
 
-def _prefixes(directory: Path, auto_map: dict[str, str]) -> dict[str, str]:
-    """Returns the Auto classes to load through, each with the prefix that its tensor names lack."""
-    heads = {auto: reference for auto, reference in auto_map.items() if auto != "AutoConfig"}
-    result = {}
-    for auto, reference in heads.items():
-        alone = auto == "AutoModel" and any(other != reference for other in heads.values())
-        result[auto] = _backbone_prefix(directory, reference) if alone else ""
-    return result
-
-
-def _backbone_prefix(directory: Path, reference: str) -> str:
-    """Reads from the generated file which prefix the backbone strips: it stands in its call of `operate`."""
-    module, _, name = reference.rpartition(".")
-    body = (directory / f"{module}.py").read_text(encoding="utf-8").split(f"class {name}(")[1]
-    return body.split('operate(self, "')[1].split('"')[0]
+def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
+    expected = json.loads((directory / NAME / "state.json").read_text(encoding="utf-8"))["environment"]
+    moved = ", ".join(f"{k} {expected[k]} -> {v}" for k, v in answer["environment"].items() if v != expected[k])
+    return [finding for auto, load in answer["loads"].items() for finding in _judge(auto, load, moved)]
 
 
 def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
     """Turns what the fresh process saw through one Auto class into findings."""
     if "error" in load:
         return [Finding(f"reload ({auto})", False, load["error"])]
+    if "same_as" in load:
+        return [Finding(f"reload ({auto})", True, f"leads to the same class as {load['same_as']}")]
     faults = [f"{kind}: {', '.join(names[:4])}" for kind, names in load["loading_info"].items()]
     if load["meta"]:
         faults.append(f"never filled: {', '.join(load['meta'][:4])}")
-    for kind in ("state", "attributes"):
+    for kind in ("state", "attributes", "values"):
         for problem in ("absent", "additional", "different"):
             names = load[kind][problem]
             if names:

@@ -2,97 +2,310 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.artifact import manifest, tensors
 from solidify.errors import ArtifactError
-from solidify.model import anatomy
+from solidify.model import cost, ledger
+
+CHUNK = 2**22  # numbers; what is compared at a time is widened to float64
+_SIMPLE = {"weight", "bias"}
+_FILES_TOLD_ELSEWHERE = {"config.json", "adapter_config.json", manifest.NAME, "README.md"}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A module of a model, or several equal ones folded: name with `*`, class, how many, parameters of all."""
+    """A module of a model, or several equal ones folded: `*` in the name stands for their numbers.
+
+    `where` says which numbers the innermost `*` stands for, when others differ. `parameters`, `bytes` and `flops` (per
+    token) are of all of them together, with what they hold. `shape` is of the module's own weight. A row of kind
+    `parameter` is a tensor that no ordinary layer holds. `target` tells whether `replace` may name it, `tied` the
+    tensor that it shares.
+    """
 
     name: str
+    where: str
     kind: str
+    depth: int
     times: int
     parameters: int
-    own: int
+    bytes: int
+    flops: int
+    dtype: str
+    shape: tuple[int, ...]
+    target: bool
+    tied: str
 
     def document(self) -> dict[str, Any]:
         """Returns the branch as plain values."""
-        return {"name": self.name, "class": self.kind, "times": self.times, "parameters": self.parameters}
+        values = asdict(self)
+        return {"name": values.pop("name"), "class": values.pop("kind"), **values, "shape": list(self.shape)}
 
 
 def tree(model: PreTrainedModel) -> list[Branch]:
-    """Returns the model's modules in order; modules whose names differ in numbers only, and whose class and size agree,
-    are folded into one."""
-    folded: dict[tuple[str, str, int], list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if name:
-            size = anatomy.count(module.parameters())
-            key = (anatomy.fold([name])[0], type(module).__name__, size)
-            folded.setdefault(key, []).append(module)
-    return [
-        Branch(
-            name,
-            kind,
-            len(modules),
-            size * len(modules),
-            sum(anatomy.count(m.parameters(recurse=False)) for m in modules),
-        )
-        for (name, kind, size), modules in folded.items()
-    ]
+    """Returns the model's modules in order, as a tree whose equal members of a list are folded into one."""
+    return list(_grow(_Reading(model), [("", model)], "", "", 0))[1:]
 
 
-def diff(a: Path, b: Path) -> dict[str, list[str]]:
-    """Returns what differs between two model or adapter directories: configuration, code, modules, tensors.
+class _Reading:
+    """What the whole tree asks of the model: FLOPs with what is inside, first owners, places, structures."""
 
-    Code is compared as text and never run; tensors by digest, read one by one.
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.flops: dict[str, int] = {}
+        for name, own in cost.flops(model).items():
+            parts = name.split(".") if name else []
+            for count in range(len(parts) + 1):
+                outer = ".".join(parts[:count])
+                self.flops[outer] = self.flops.get(outer, 0) + own
+        self.owner: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.owner.setdefault(id(parameter), name)
+        self.places: dict[int, int] = {}
+        for _, module in model.named_modules(remove_duplicate=False):
+            self.places[id(module)] = self.places.get(id(module), 0) + 1
+        self._structures: dict[int, Any] = {}
+
+    def structure(self, module: nn.Module) -> Any:
+        """Returns a value that two modules share when class, own tensors and all that they hold agree."""
+        if id(module) not in self._structures:
+            own = tuple((k, tuple(p.shape), p.dtype) for k, p in module._parameters.items() if p is not None)
+            held = tuple((k, self.structure(m)) for k, m in module._modules.items() if m is not None)
+            self._structures[id(module)] = hash((type(module), own, held))
+        return self._structures[id(module)]
+
+
+def _grow(
+    reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: str, where: str, depth: int
+) -> Iterator[Branch]:
+    """Yields the branch of some equal modules, then those of their parameters and children."""
+    first = members[0][1]
+    yield _branch(reading, members, name, where, depth)
+    own = {key: p for key, p in first._parameters.items() if p is not None}
+    if name and (first._modules or not set(own) <= _SIMPLE):
+        for key in own:
+            yield _parameter(reading, members, key, (name, where, depth + 1))
+    children = {key: child for key, child in first._modules.items() if child is not None}
+    groups: dict[Any, list[str]] = {}
+    for key, child in children.items():
+        folds = isinstance(first, (nn.ModuleList, nn.Sequential)) and key.isdigit()
+        groups.setdefault(reading.structure(child) if folds else key, []).append(key)
+    for keys in groups.values():
+        inner = [(_join(full, key), module.get_submodule(key)) for full, module in members for key in keys]
+        part = "*" if len(keys) > 1 else keys[0]
+        numbers = ranges(keys) if 1 < len(keys) < len(children) else "" if len(keys) > 1 else where
+        yield from _grow(reading, inner, _join(name, part), numbers, depth + 1)
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _branch(reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: str, where: str, depth: int) -> Branch:
+    full, first = members[0]
+    own = list(first.parameters(recurse=False))
+    ties = [reading.owner[id(p)] for p in own if not reading.owner[id(p)].startswith(f"{full}.")]
+    numbers = {id(p): p for _, module in members for p in module.parameters()}.values()
+    matrices = [tuple(p.shape) for p in own if p.ndim >= 2]
+    return Branch(
+        name=name,
+        where=where,
+        kind=type(first).__name__,
+        depth=depth,
+        times=len(members),
+        parameters=sum(p.numel() for p in numbers),
+        bytes=sum(p.nbytes for p in numbers),
+        flops=sum(reading.flops.get(n, 0) for n, _ in members),
+        dtype=_dtypes(first),
+        shape=matrices[0] if len(matrices) == 1 and not first._modules else (),
+        target=type(first).forward is not nn.Module.forward and all(reading.places[id(m)] == 1 for _, m in members),
+        tied=ties[0] if ties else "",
+    )
+
+
+def _parameter(
+    reading: _Reading, members: Sequence[tuple[str, nn.Module]], key: str, place: tuple[str, str, int]
+) -> Branch:
+    parameter = members[0][1].get_parameter(key)
+    owner = reading.owner[id(parameter)]
+    return Branch(
+        name=_join(place[0], key),
+        where=place[1],
+        kind="parameter",
+        depth=place[2],
+        times=len(members),
+        parameters=parameter.numel() * len(members),
+        bytes=parameter.nbytes * len(members),
+        flops=0,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        shape=tuple(parameter.shape),
+        target=False,
+        tied=owner if owner != _join(members[0][0], key) else "",
+    )
+
+
+def _dtypes(module: nn.Module) -> str:
+    return " ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()}))
+
+
+def ranges(numbers: Sequence[str]) -> str:
+    """Writes numbers as ranges: 0, 1, 2 and 5 become `0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+SECTIONS = ("configuration", "code", "modules", "tensors", "files")
+
+
+def diff(a: Path, b: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns what differs between two model or adapter directories, by section.
+
+    Every entry has `change` (`removed`, `added` or `changed`) and `name`. Configuration entries have `old` and `new`;
+    code entries `text`, a unified diff; tensor entries dtypes and shapes and, where those allow, how far the values
+    lie apart: `max_abs` and `relative` (norm of the difference by the norm in `a`), None where that is no number. Code
+    is compared as text and never run; tensors are read one pair at a time.
 
     Raises:
         ArtifactError: one of them is no model or adapter directory.
     """
     first, second = _contents(a), _contents(b)
-    result: dict[str, list[str]] = {}
-    for section in ("configuration", "code", "modules", "tensors"):
-        old, new = first[section], second[section]
-        lines = [f"- {key}{_shown(old[key])}" for key in sorted(old) if key not in new]
-        lines += [f"+ {key}{_shown(new[key])}" for key in sorted(new) if key not in old]
-        lines += [
-            f"~ {key}: {_change(section, old[key], new[key])}"
-            for key in sorted(old)
-            if key in new and old[key] != new[key]
+    result: dict[str, list[dict[str, Any]]] = {}
+    for section in SECTIONS[:3]:
+        result[section] = [
+            {**_change(old, new), "name": name, **_told(section, name, old, new)}
+            for name, old, new in _pairs(first[section], second[section])
         ]
-        result[section] = lines
+    result["tensors"] = _tensor_changes(first["weights"], second["weights"])
+    result["files"] = [
+        {**_change(old, new), "name": name} for name, old, new in _pairs(first["files"], second["files"])
+    ]
     return result
 
 
-def _contents(directory: Path) -> dict[str, dict[str, Any]]:
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns what differs, with None for what is not there."""
+    return [(name, a.get(name), b.get(name)) for name in sorted({**a, **b}) if a.get(name) != b.get(name)]
+
+
+def _change(old: Any, new: Any) -> dict[str, str]:
+    return {"change": "added" if old is None else "removed" if new is None else "changed"}
+
+
+def _told(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
+    if section != "code":
+        return {"old": old and old[0], "new": new and new[0]}
+    lines = difflib.unified_diff(
+        (old or "").splitlines(), (new or "").splitlines(), f"a/{name}", f"b/{name}", lineterm=""
+    )
+    return {"text": "\n".join(lines)}
+
+
+def _contents(directory: Path) -> dict[str, Any]:
+    """Reads what a directory holds; values of the configuration and modules stand in lists, so that None is a value."""
     names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
     values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
     adapter = names[0] != "config.json"
-    paths = [directory / "adapter_model.safetensors"] if adapter else tensors.weight_files(directory)
+    weights = [directory / "adapter_model.safetensors"] if adapter else tensors.weight_files(directory)
     edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
+    code = sorted(directory.rglob("*.py"))
+    told = {*code, *weights, directory / tensors.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
+    others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)
     return {
-        "configuration": {key: value for key, value in values.items() if key != "surgery"},
-        "code": {p.name: tensors.digest_bytes(p.read_bytes()) for p in sorted(directory.glob("*.py"))},
-        "modules": {edit["name"]: edit["new_class"] for edit in edits},
-        "tensors": tensors.digests_on_disk(paths),
+        "configuration": {k: [v] for k, v in _flat(values).items() if k.split(".")[0] != "surgery"},
+        "code": {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in code},
+        "modules": _modules(edits),
+        "weights": weights,
+        "files": {str(path.relative_to(directory)): tensors.digest_bytes(path.read_bytes()) for path in others},
     }
 
 
-def _shown(value: Any) -> str:
-    return f" = {value!r}" if not (isinstance(value, str) and len(value) == 64) else ""
+def _modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Returns what stands at each place that was changed, and how lists of layers were rearranged."""
+    found = {name: [edit["new_class"]] for name, edit in ledger.places(edits).items()}
+    for edit in edits:
+        if edit["operation"] == "rearrange":
+            found.setdefault(edit["name"], [""])[0] += f" {edit['arguments']}"
+    return found
 
 
-def _change(section: str, old: Any, new: Any) -> str:
-    return "its content differs" if section in ("code", "tensors") else f"{old!r} -> {new!r}"
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def _tensor_changes(a: Sequence[Path], b: Sequence[Path]) -> list[dict[str, Any]]:
+    """Compares tensor by tensor; no more than one of each side is in memory.
+
+    Raises:
+        ArtifactError: a file is truncated or not safetensors.
+    """
+    with ExitStack() as stack:
+        try:
+            first, second = ({n: file for path in paths for n, file in _open(stack, path)} for paths in (a, b))
+            changes = []
+            for name in sorted({**first, **second}):
+                old = first[name].get_tensor(name) if name in first else None
+                new = second[name].get_tensor(name) if name in second else None
+                if old is None or new is None or not _same(old, new):
+                    changes.append({**_change(old, new), "name": name, **_apart(old, new)})
+                del old, new  # before the next pair is read
+            return changes
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{a[0].parent} and {b[0].parent} cannot be compared: {error}") from error
+
+
+def _open(stack: ExitStack, path: Path) -> Iterator[tuple[str, Any]]:
+    file = stack.enter_context(safe_open(path, framework="pt"))
+    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        yield name, file
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Returns whether two tensors agree in dtype, shape and every byte (so that NaN equals itself)."""
+    if old.dtype != new.dtype or old.shape != new.shape:
+        return False
+    return torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8))
+
+
+def _apart(old: torch.Tensor | None, new: torch.Tensor | None) -> dict[str, Any]:
+    described = {
+        f"{side}_{what}": value
+        for side, tensor in (("old", old), ("new", new))
+        if tensor is not None
+        for what, value in (("dtype", str(tensor.dtype).removeprefix("torch.")), ("shape", list(tensor.shape)))
+    }
+    if old is None or new is None or old.shape != new.shape or not old.numel():
+        return described
+    largest, apart, norm = 0.0, 0.0, 0.0
+    for x, y in zip(torch.split(old.reshape(-1), CHUNK), torch.split(new.reshape(-1), CHUNK), strict=True):
+        x, difference = x.double(), y.double() - x.double()
+        largest = max(largest, float(difference.abs().nan_to_num(torch.inf).max()))
+        apart += float((difference * difference).sum())
+        norm += float((x * x).sum())
+    relative = (apart / norm) ** 0.5 if norm else math.inf
+    figures = {"max_abs": largest, "relative": relative}
+    return {**described, **{key: value if math.isfinite(value) else None for key, value in figures.items()}}

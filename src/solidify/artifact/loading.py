@@ -16,6 +16,8 @@ from solidify.artifact import manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.tensors import digest_bytes
 from solidify.errors import ArtifactError, RecipeError, refuse
+from solidify.model import ledger
+from solidify.source import ownership
 
 
 @dataclass(frozen=True)
@@ -28,35 +30,36 @@ class BaseModel:
 
 
 def load_base(
-    reference: str, *, revision: str | None = None, dtype: str | None = None, device: str = "cpu"
+    reference: str,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> BaseModel:
-    """Loads a pretrained model from a hub id or a directory, with the head that its configuration names.
+    """Loads a pretrained model from a hub id, a directory or an artifact, with the head that its configuration names.
 
-    With `device="meta"` nothing is read but the configuration.
+    With `device="meta"` nothing is read but the configuration. The class is one of transformers', or, with
+    `trust_remote_code`, one that the model brings itself.
 
     Raises:
-        RecipeError: there is no such model, its class is not one of transformers', or not every tensor of its class
-            was found in its files.
+        RecipeError: there is no such model, its class is not known, its code may not run, or not every tensor of its
+            class was found in its files.
+        ArtifactError: it is an artifact that was changed since it was written.
     """
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
+    if (Path(reference) / manifest.NAME).is_file():
+        return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(reference, revision=revision or "main")
+        config = AutoConfig.from_pretrained(reference, **options)
         name = (config.architectures or [""])[0]
-        head = getattr(transformers, name, None)
-        if head is None:
-            raise RecipeError(
-                f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks"
-            )
+        head = _head(reference, config, name, trust_remote_code)
         if device == "meta":
-            with torch.device("meta"):
-                model = head(config)
-            model = model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
-            info: dict[str, Any] = {}
+            model, info = on_meta(head, config, dtype), {}
         else:
-            model, info = head.from_pretrained(
-                reference, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
-            )
+            model, info = head.from_pretrained(reference, dtype=dtype or "auto", output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -72,7 +75,40 @@ def load_base(
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return BaseModel(model.eval(), _tokenizer(reference, revision), origin)
+    return BaseModel(model.eval(), _tokenizer(reference, revision, trust_remote_code=trust_remote_code), origin)
+
+
+def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
+    """Returns what loads the class that the configuration names: the class, or the Auto class that leads to it."""
+    remote = vars(config).get("auto_map") or {}
+    for auto, place in remote.items():
+        if str(place).rpartition(".")[2] == name:
+            if not trust_remote_code:
+                raise RecipeError(
+                    f"the base {reference!r} is a {name}, which is code of its own; read it, and to run it set "
+                    "base.trust_remote_code: true"
+                )
+            return getattr(transformers, auto)
+    head = getattr(transformers, name, None)
+    if head is None:
+        raise RecipeError(f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks")
+    return head
+
+
+def on_meta(head: Any, config: Any, dtype: str | None = None) -> PreTrainedModel:
+    """Builds a model on the meta device, by its class or by an Auto class (whose code may run)."""
+    with torch.device("meta"):
+        remote = {"trust_remote_code": True} if not issubclass(head, PreTrainedModel) else {}
+        model: PreTrainedModel = head.from_config(config, **remote) if remote else head(config)
+    return model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
+
+
+def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_remote_code: bool) -> BaseModel:
+    options: dict[str, Any] = {"device_map": "meta"} if device == "meta" else {}
+    options |= {"dtype": getattr(torch, dtype)} if dtype else {}
+    model = load_artifact(directory, trust_remote_code=trust_remote_code, **options)
+    origin = manifest.read(directory, "artifact").base
+    return BaseModel(model, _tokenizer(str(directory), None, trust_remote_code=True), origin)
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
@@ -96,7 +132,7 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, "artifact")
-    refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record))
+    refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
     trust.require(record, directory, trust_remote_code)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     head = config["architectures"][0]
@@ -112,9 +148,11 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
 def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     """Compares the source that really runs with the manifest: transformers prefers registered and cached classes."""
     faults = []
-    edited = {edit["name"] for edit in record.edits}
+    edited = set(ledger.places(record.edits))
     classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _holds(model, name)}
     for cls in classes:
+        if cls is not type(model) and cls.__module__.split(".")[0] in ownership.ALWAYS:
+            continue  # the artifact's code imports it from there
         path = Path(inspect.getsourcefile(cls) or "")
         text = path.read_bytes() if path.is_file() else b""
         if record.code.get(path.name) != digest_bytes(text):

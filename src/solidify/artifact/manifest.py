@@ -9,10 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from solidify.artifact.tensors import ALGORITHM, digest_bytes, digest_values, digests_on_disk, weight_files
+from solidify.artifact.tensors import (
+    ALGORITHM,
+    digest_bytes,
+    digest_values,
+    digests_on_disk,
+    header_digest,
+    weight_files,
+)
 from solidify.errors import ArtifactError
 
 NAME = "solidify.json"
+CARD = "README.md"
 FORMAT = 1
 PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 
@@ -21,9 +29,10 @@ PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 class Manifest:
     """Lineage and digests of a directory. `kind` is `artifact` or `adapter`.
 
-    For an artifact, `code` and `files` map file names to digests and `tensors` tensor names to digests. For an
-    adapter, `base` holds the three digests of the artifact it belongs to and where that stood, and `trained` what it
-    trains. `lineage` lists, oldest first, what was done to get here.
+    For an artifact, `code` and `files` map file names to digests, `tensors` tensor names, and `headers` the names of
+    weight files to the digests of what stands before their tensors. For an adapter, `base` holds the three digests of
+    the artifact it belongs to and where that stood, and `trained` what it trains. `lineage` lists, oldest first, what
+    was done to get here.
     """
 
     kind: str
@@ -34,6 +43,7 @@ class Manifest:
     code: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
     requirements: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
@@ -50,15 +60,20 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into `directory`."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        (directory / NAME).write_text(text, encoding="utf-8")
+        document = asdict(self)
+        (directory / NAME).write_text(_text(document, digest_values(document)), encoding="utf-8")
+
+
+def _text(document: dict[str, Any], digest: str) -> str:
+    return json.dumps({**document, "digest": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
 def read(directory: Path, kind: str | None = None) -> Manifest:
     """Reads the manifest of `directory`.
 
     Raises:
-        ArtifactError: there is none, it is not readable, of a newer format, or of another kind than `kind`.
+        ArtifactError: there is none, it is not readable, was changed, is of a newer format, or of another kind than
+            `kind`.
     """
     path = directory / NAME
     if not directory.is_dir():
@@ -66,12 +81,16 @@ def read(directory: Path, kind: str | None = None) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
         known = {f.name for f in fields(Manifest)}
         if document["format"] > FORMAT:
             raise ArtifactError(
                 f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
             )
+        digest = document.pop("digest", None)
+        if digest != digest_values(document) or text != _text(document, digest):
+            raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
         manifest = Manifest(**{key: value for key, value in document.items() if key in known})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ArtifactError):
@@ -93,21 +112,24 @@ def current_versions() -> dict[str, str]:
     return found
 
 
-def faults(directory: Path, manifest: Manifest, *, weights: bool = True) -> list[str]:
-    """Compares a directory with its manifest, without running any of its code.
+def faults(directory: Path, manifest: Manifest, *, card: bool = True) -> list[str]:
+    """Compares a directory with its manifest, without running any of its code; on demand without its model card, which
+    people may edit.
 
     Returns one sentence for every file or tensor that is missing, additional or changed.
     """
     result = []
     for name, expected in {**manifest.code, **manifest.files}.items():
         path = directory / name
+        if name == CARD and not card:
+            continue
         if not path.is_file():
             result.append(f"{name} is missing")
         elif digest_bytes(path.read_bytes()) != expected:
             result.append(f"{name} is not the file that was written (its digest differs)")
     extra = sorted(p.name for p in directory.glob("*.py") if p.name not in manifest.code)
     result += [f"{name} is code that the manifest does not know" for name in extra]
-    if weights and manifest.tensors:
+    if manifest.tensors:
         result += _tensor_faults(directory, manifest)
     return result
 
@@ -120,7 +142,13 @@ def _tensor_faults(directory: Path, manifest: Manifest) -> list[str]:
         return [str(error)]
     expected = manifest.tensors
     changed = [name for name in expected if name in found and found[name] != expected[name]]
+    heads = {path.name: header_digest(path) for path in paths}
     return [
+        *(
+            f"the header of {name} is not the one that was written"
+            for name, d in manifest.headers.items()
+            if heads.get(name) != d
+        ),
         *(f"the tensor {name} is missing" for name in expected if name not in found),
         *(f"the tensor {name} is not in the manifest" for name in found if name not in expected),
         *(f"the tensor {name} is not the one that was written (its digest differs)" for name in changed),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from solidify import places
-from solidify.artifact import certificate, manifest, sources, tensors, trust
+from solidify.artifact import certificate, descent, manifest, sources, tensors, trust
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.model import anatomy
+from solidify.model import anatomy, ledger, operations
 from solidify.model.surgery import Edit
 
 
@@ -57,55 +58,108 @@ def build(
     """
     directory = Path(directory)
     places.refuse_foreign(directory)
-    refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
-    code = sources.compile_sources(model, edits)
-    origin = base or {"model": model.config._name_or_path, "class": type(model).__name__}
     with places.staged(directory) as staging:
-        for name, text in code.files.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        (staging / "config.json").write_text(_config(model, code), encoding="utf-8")
-        if model.can_generate():
-            model.generation_config.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        lineage = [{"step": "base", **origin}, {"step": "surgery", "edits": [e.document() for e in edits]}]
-        written, findings = write_and_verify(
-            model,
-            staging,
-            Manifest(
-                kind="artifact",
-                base=origin,
-                lineage=lineage,
-                edits=[edit.document() for edit in edits],
-                code={name: tensors.digest_bytes(text.encode()) for name, text in code.files.items()},
-                requirements=code.requirements,
-                recipe=recipe,
-            ),
-        )
+        written = _fill(model, edits, staging, tokenizer, base, recipe)
+        findings = verify(model, staging)
     trust.remember(written)
     return Artifact(directory, written, findings)
 
 
-def write_and_verify(model: PreTrainedModel, staging: Path, draft: Manifest) -> tuple[Manifest, list[Finding]]:
-    """Adds weights, certificate, card and manifest to a staged directory that holds code and configuration.
+def assemble(
+    model: PreTrainedModel,
+    edits: Sequence[Edit],
+    directory: Path,
+    *,
+    tokenizer: Saveable | None = None,
+    base: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> Manifest:
+    """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
+    places.refuse_foreign(directory)
+    with places.staged(directory) as staging:
+        return _fill(model, edits, staging, tokenizer, base, recipe)
+
+
+def _fill(
+    model: PreTrainedModel,
+    edits: Sequence[Edit],
+    staging: Path,
+    tokenizer: Saveable | None,
+    base: dict[str, Any] | None,
+    recipe: dict[str, Any] | None,
+) -> Manifest:
+    refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
+    code = sources.compile_sources(model, edits)
+    origin, lineage, earlier = _descent(model, base)
+    for name, text in code.files.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    (staging / "config.json").write_text(_config(model, code), encoding="utf-8")
+    if model.can_generate():
+        model.generation_config.save_pretrained(staging)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    records = [edit.document() for edit in edits]
+    draft = Manifest(
+        kind="artifact",
+        base=origin,
+        lineage=[*lineage, {"step": "surgery", "edits": records}],
+        edits=[*earlier, *records],
+        code={name: tensors.digest_bytes(text.encode()) for name, text in code.files.items()},
+        requirements=code.requirements,
+        recipe=recipe,
+    )
+    return write(model, staging, draft)
+
+
+def _descent(
+    model: PreTrainedModel, base: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns where the model comes from, what was done to it until now, and the edits among that.
+
+    A model that was loaded from an artifact has the artifact's history.
+    """
+    if descent.is_solid(model):
+        before = manifest.read(Path(model.config._name_or_path), "artifact")
+        return before.base, before.lineage, before.edits
+    found = base or {"model": model.config._name_or_path, "class": type(model).__name__}
+    return found, [{"step": "base", **found}], []
+
+
+def write(model: PreTrainedModel, staging: Path, draft: Manifest) -> Manifest:
+    """Adds weights, certificate, card and manifest to a staged directory that holds code and configuration."""
+    state = model.state_dict()
+    tensors.write(state, staging, tied=_tied(model, state))
+    certificate.write(model, staging)
+    draft = replace(draft, versions=manifest.current_versions())
+    card = sources.render("README.md.jinja", manifest=draft, parameters=anatomy.count(model.parameters()))
+    (staging / manifest.CARD).write_text(card, encoding="utf-8")
+    weights = tensors.weight_files(staging)
+    finished = replace(
+        draft,
+        tensors=tensors.digests_on_disk(weights),
+        headers={path.name: tensors.header_digest(path) for path in weights},
+        files=_other_files(staging, set(draft.code)),
+    )
+    finished.write(staging)
+    return finished
+
+
+def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """Returns the names whose tensors come back by being tied to another, as they are now."""
+    declared = {**model.all_tied_weights_keys, **operations.shared_keys(model)}
+    return {
+        name
+        for name, source in declared.items()
+        if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
+    }
+
+
+def verify(model: PreTrainedModel, staging: Path) -> list[Finding]:
+    """Has a fresh process load what was written.
 
     Raises:
-        ArtifactError: the fresh process found something that is not as in memory.
+        ArtifactError: it found something that is not as in memory.
     """
-    tensors.write(model.state_dict(), staging, tied=model.all_tied_weights_keys)
-    certificate.write(model, staging)
-    on_disk = tensors.digests_on_disk(tensors.weight_files(staging))
-    finished = Manifest(
-        **{
-            **vars(draft),
-            "tensors": on_disk,
-            "files": _other_files(staging, set(draft.code)),
-            "versions": manifest.current_versions(),
-        }
-    )
-    card = sources.render("README.md.jinja", manifest=finished, parameters=anatomy.count(model.parameters()))
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    finished.write(staging)
     findings = certificate.witness(staging)
     failed = [finding for finding in findings if finding.passed is False]
     refuse(
@@ -113,7 +167,7 @@ def write_and_verify(model: PreTrainedModel, staging: Path, draft: Manifest) -> 
         "the artifact does not reload as it was in memory",
         [f"{finding.name}: {finding.evidence}{_remedy(finding, model)}" for finding in failed],
     )
-    return finished, findings
+    return findings
 
 
 def copy_code(source: Path, target: Path, names: Sequence[str]) -> None:
@@ -126,15 +180,16 @@ def copy_code(source: Path, target: Path, names: Sequence[str]) -> None:
 def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
     if not edits:
         return ["there are none; an artifact needs at least one replacement"]
-    names = {name for name, _ in model.named_modules()}
-    last = {edit.name: edit for edit in edits}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     faults = []
-    for edit in last.values():
-        if edit.name not in names:
-            faults.append(f"{edit.name} is no module of the model")
-        elif type(model.get_submodule(edit.name)) is not edit.module_class:
-            found = type(model.get_submodule(edit.name)).__name__
-            faults.append(f"{edit.name} holds a {found}, but the edit put a {edit.new_class} there")
+    for name, record in ledger.places([edit.document() for edit in edits]).items():
+        if name not in names:
+            faults.append(f"{name} is no module of the model")
+        elif (found := type(model.get_submodule(name)).__name__) != record["new_class"]:
+            faults.append(f"{name} holds a {found}, but the edit put a {record['new_class']} there")
+    for edit in edits:
+        if edit.operation == "rearrange" and edit.name not in names:
+            faults.append(f"{edit.name} is no list of layers of the model")
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
         faults.append(f"the model carries an adapter ({', '.join(wrapped)}); build it before, or merge the adapter")
@@ -161,7 +216,7 @@ def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): tensors.digest_bytes(path.read_bytes())
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in weights | code | {"README.md", manifest.NAME}
+        if path.is_file() and path.name not in weights | code | {manifest.NAME}
     }
 
 
@@ -176,6 +231,12 @@ def _remedy(finding: Finding, model: PreTrainedModel) -> str:
         return (
             f". {lost[0]} is computed, not saved: was the model cast with .to(dtype)? Load it with dtype=... instead, "
             "which leaves such buffers as they are computed"
+        )
+    if "meta tensor" in finding.evidence or " values " in finding.evidence:
+        return (
+            ". A number that a constructor computes from a tensor, or that `adopt` sets, is not there after loading "
+            "(a model is built on the meta device, and `adopt` runs once, at surgery): keep it in a persistent buffer, "
+            "or pass it in `arguments`"
         )
     if any(word in finding.evidence for word in ("never filled", "different", "additional", "absent")):
         return (

@@ -1,34 +1,32 @@
-"""The code of an artifact: the user's module files, made flat, and the two generated ones that build the model.
+"""The code of an artifact: the user's module files, made flat, and the generated ones that build the model.
 
 Goes in: a model, and the edits made to it. Comes out: file names with their text, and what config.json must say about
-them. Source that could not travel is refused with the line at fault.
+them.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import inspect
+import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from solidify.artifact import tensors
-from solidify.errors import ArtifactError, refuse
+from solidify.artifact import autos, descent, tensors
+from solidify.artifact.autos import Family
+from solidify.artifact.descent import Ancestor
+from solidify.model import operations
 from solidify.model.surgery import Edit
+from solidify.source import closure
 
-_ALWAYS_THERE = {"torch", "transformers", "__future__"}
+OPERATIONS = "operations.py"
 
 
 @dataclass(frozen=True)
@@ -44,58 +42,58 @@ class Sources:
 
 
 def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
-    """Collects the edits' source files and generates the configuration and modelling files.
+    """Collects the source that the changed model needs and generates its configuration and modelling files.
 
     Raises:
-        ArtifactError: a class has no source file, a file imports what would not travel, two different files or
-            classes share a name, or the model's own class is not one of transformers'.
+        ArtifactError: source that would not travel, or no Auto class that could load the model.
     """
-    head = type(model)
-    if not head.__module__.startswith("transformers.models."):
-        raise ArtifactError(
-            f"{head.__name__} is not a class of transformers (it comes from {head.__module__}); "
-            "a base that is itself remote code or a subclass of your own cannot be solidified yet"
-        )
-    classes = {edit.new_class: edit.module_class for edit in edits}
-    faults = [
-        f"two different classes are called {edit.new_class}; rename one"
-        for edit in edits
-        if classes[edit.new_class] is not edit.module_class
-    ]
-    user_files, requirements, found = _closure(list(classes.values()))
-    refuse(ArtifactError, "the modules' source cannot travel with the artifact", faults + found)
-    surgery = _surgery(edits)
-    backbone, unpooled = _backbone(model, edits)
-    stem = model.config.model_type.replace("-", "_")
-    head_digest = tensors.digest_values([user_files, surgery, head.__name__])
+    before = descent.trace(model, edits)
+    family = autos.find(before)
+    stem = before.config.model_type.replace("-", "_").replace(".", "_")
+    configuration, modeling = f"configuration_solid_{stem}", f"modeling_solid_{stem}"
+    model_class = next((c for c in before.head.__mro__ if c.__module__.startswith("transformers.models.")), before.head)
+    bases = list(dict.fromkeys([before.head, *family.classes, model_class]))
+    entries, classes = _entries(before, edits, {cls.__name__ for cls in bases})
+    reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
+    carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
+    files = {**carried.files, OPERATIONS: inspect.getsource(operations)}
+    digest = tensors.digest_values([files, entries, before.head.__name__])
+    config = type(before.config)
+    shares = not set(operations.shared_keys(model)) <= set(family.ties)
+    prefix = None if family.backbone is None else family.prefix
+    within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _places(entry))
     context = {
-        "head": head.__name__,
-        "backbone": backbone,
-        "unpooled": unpooled,
-        "prefix": head.base_model_prefix,
-        "head_keys": _head_keys(model),
-        "config": type(model.config).__name__,
-        "stem": stem,
-        "model_type": f"solid_{stem}_{head_digest[:8]}",
-        "digest": head_digest,
-        "classes": [
+        "head": before.head.__name__,
+        "family": model_class.__name__,
+        "known": before.head is model_class and model_class.__module__.startswith("transformers."),
+        "backbone": family.backbone.__name__ if family.backbone not in (None, before.head) else None,
+        "unpooled": family.unpooled,
+        "others": [cls.__name__ for cls in family.others.values()],
+        "head_keys": _head_keys(model, prefix or ""),
+        "prefix": json.dumps(prefix) if prefix is not None else "None",
+        "outside": prefix is not None and not within,
+        "shares": shares,
+        "config": config.__name__,
+        "config_module": _home(config, carried.modules),
+        "classes": list(classes),
+        "imports": _imports(
+            carried.modules,
+            classes,
+            [*bases, config],
             {
-                "name": name,
-                "file": _stem(cls),
-                "supplied": next(e.supplied for e in edits if e.new_class == name),
-            }
-            for name, cls in classes.items()
-        ],
+                f".{configuration}": {f"Solid{config.__name__}"},
+                f".{OPERATIONS.removesuffix('.py')}": {"operate", "unchanged", *(["shared_keys"] if shares else [])},
+            },
+        ),
+        "model_type": f"solid_{stem}_{digest[:8]}",
+        "digest": digest,
     }
-    files = dict(user_files)
-    for kind in ("configuration", "modeling"):
-        files[f"{kind}_solid_{stem}.py"] = render(f"{kind}.py.jinja", **context)
-    auto_map = {"AutoConfig": f"configuration_solid_{stem}.Solid{context['config']}"}
-    for auto in auto_classes(model):
-        auto_map[auto] = f"modeling_solid_{stem}.Solid{head.__name__}"
-    if context["backbone"]:
-        auto_map["AutoModel"] = f"modeling_solid_{stem}.Solid{context['backbone']}"
-    return Sources(files, str(context["model_type"]), auto_map, [f"Solid{head.__name__}"], surgery, requirements)
+    files[f"{configuration}.py"] = render("configuration.py.jinja", **context)
+    files[f"{modeling}.py"] = render("modeling.py.jinja", **context)
+    auto_map = {auto: f"{modeling}.Solid{cls.__name__}" for auto, cls in _served(before, family).items()}
+    auto_map["AutoConfig"] = f"{configuration}.Solid{config.__name__}"
+    heads = [f"Solid{before.head.__name__}"]
+    return Sources(files, str(context["model_type"]), auto_map, heads, entries, carried.requirements)
 
 
 def render(template: str, **context: Any) -> str:
@@ -111,155 +109,70 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(**context)
 
 
-def auto_classes(model: PreTrainedModel) -> list[str]:
-    """Returns the names of the Auto classes that map the model's configuration to the model's own class.
-
-    Reads the private `_model_mapping` of transformers 5.23's Auto classes: there is no public way to ask.
-    """
-    names = []
-    for name, auto in vars(modeling_auto).items():
-        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
-            continue
-        mapping: Any = auto._model_mapping  # type: ignore[attr-defined]
-        if mapping is None or type(model.config) not in mapping:
-            continue
-        mapped = mapping[type(model.config)]
-        if type(model) in (mapped if isinstance(mapped, tuple) else (mapped,)):
-            names.append(name)
-    if not names:
-        raise ArtifactError(f"no Auto class of transformers maps to {type(model).__name__}")
-    return sorted(names)
+def _served(before: Ancestor, family: Family) -> dict[str, type[PreTrainedModel]]:
+    """Returns the class that each Auto class leads to."""
+    served = dict.fromkeys(family.heads, before.head) | family.others
+    if "AutoModelForCausalLM" in served:
+        # `transformers serve` (5.23) takes a model whose class is not in transformers through this Auto class alone.
+        served["AutoModelForDecision"] = served["AutoModelForCausalLM"]
+    return served | ({"AutoModel": family.backbone} if family.backbone else {})
 
 
-def _backbone(model: PreTrainedModel, edits: Sequence[Edit]) -> tuple[str | None, bool]:
-    """Returns the class name of the model without its head, and whether it must be built without a pooling layer.
-
-    None where AutoModel would build another class, or the same with tensors that the model with its head does not have.
-    """
-    inner: Any = model.base_model
-    mapping: Any = modeling_auto.AutoModel._model_mapping
-    if inner is model or type(model.config) not in mapping:
-        return None, False
-    mapped = mapping[type(model.config)]
-    if type(inner) not in (mapped if isinstance(mapped, tuple) else (mapped,)):
-        return None, False
-    prefix = model.base_model_prefix + "."
-    wanted = {key.removeprefix(prefix) for key in _keys_before(model, edits) if key.startswith(prefix)}
-    poolable = "add_pooling_layer" in inspect.signature(type(inner).__init__).parameters
-    for options in ({}, {"add_pooling_layer": False}) if poolable else ({},):
-        with torch.device("meta"):
-            alone = type(inner)(inner.config, **options)
-        if set(alone.state_dict()) == wanted:
-            return type(inner).__name__, bool(options)
-    return None, False
-
-
-def _keys_before(model: PreTrainedModel, edits: Sequence[Edit]) -> set[str]:
-    """Returns the tensor names that the model had before the edits were made."""
-    keys = set(model.state_dict())
-    for edit in reversed(edits):
-        keys -= set(edit.tensors)
-        keys |= {origin for origin in edit.tensors.values() if origin is not None} | set(edit.dropped)
-    return keys
-
-
-def _head_keys(model: PreTrainedModel) -> list[str]:
-    """Returns patterns of the checkpoint's keys that belong to the head, which the backbone alone has no use for."""
-    prefix = model.base_model_prefix + "."
+def _head_keys(model: PreTrainedModel, prefix: str) -> list[str]:
+    """Returns patterns of the checkpoint's keys that belong to the head, which no other class has a use for."""
     tops = {key.split(".")[0] for key in model.state_dict() if not key.startswith(prefix)}
     return [rf"^{re.escape(top)}(\.|$)" for top in sorted(tops)]
 
 
-def _surgery(edits: Sequence[Edit]) -> list[dict[str, Any]]:
-    """Writes the edits as config.json holds them: one entry for all places that got the same class and arguments."""
-    entries: list[dict[str, Any]] = []
-    for edit in edits:
-        last = entries[-1] if entries else None
-        entry: dict[str, Any] = {"class": edit.new_class, "arguments": edit.arguments, "bypass": edit.bypass}
+def _entries(
+    before: Ancestor, edits: Sequence[Edit], taken: set[str]
+) -> tuple[list[dict[str, Any]], dict[str, type[nn.Module]]]:
+    """Returns the changes as config.json holds them, and the classes that they name.
+
+    All places that were treated alike, one after the other, are one entry. Classes of one name get different keys.
+    """
+    entries, classes = list(before.earlier), dict(before.classes)
+    for number, edit in enumerate(edits):
+        entry: dict[str, Any] = {"operation": edit.operation, **edit.settings}
+        if edit.module_class is not None:
+            key = _key(edit.module_class, classes, taken)
+            classes[key] = edit.module_class
+            entry |= {"class": key, "supplied": list(edit.supplied), "arguments": edit.arguments, "bypass": edit.bypass}
         if edit.frozen:
             entry["frozen"] = list(edit.frozen)
-        if last is not None and entry == {key: value for key, value in last.items() if key != "modules"}:
+        last = entries[-1] if number else {}
+        if edit.operation != "rearrange" and entry == {k: v for k, v in last.items() if k != "modules"}:
             last["modules"].append(edit.name)
         else:
             entries.append({**entry, "modules": [edit.name]})
-    return entries
+    return entries, classes
 
 
-def _stem(cls: type[nn.Module]) -> str:
-    return Path(inspect.getsourcefile(cls) or "").stem
+def _key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: set[str]) -> str:
+    """Returns the name by which config.surgery calls a class: its own, with a number when another has it."""
+    number, key = 1, cls.__name__
+    while key in taken or classes.get(key, cls) is not cls:
+        number += 1
+        key = f"{cls.__name__}_{number}"
+    return key
 
 
-def _closure(classes: Sequence[type[nn.Module]]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Reads the files that define `classes` and, recursively, the files beside them that they import."""
-    faults: list[str] = []
-    queue: list[Path] = []
-    for cls in classes:
-        path = _source_file(cls, faults)
-        if path is not None:
-            queue.append(path)
-    files: dict[str, str] = {}
-    origins: dict[str, Path] = {}
-    requirements: dict[str, str] = {}
-    while queue:
-        path = queue.pop()
-        if path.name in origins:
-            if origins[path.name] != path:
-                faults.append(f"{path} and {origins[path.name]} share a name; rename one")
-            continue
-        origins[path.name] = path
-        files[path.name] = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(files[path.name])):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                queue += _follow(node, path, requirements, faults)
-    return dict(sorted(files.items())), dict(sorted(requirements.items())), faults
+def _places(entry: dict[str, Any]) -> list[str]:
+    return [*entry["modules"], *([entry["reads"]] if "reads" in entry else [])]
 
 
-def _source_file(cls: type[nn.Module], faults: list[str]) -> Path | None:
-    if cls.__module__ == "__main__":
-        faults.append(f"{cls.__name__} is defined in __main__; move it to a .py file of its own and import it")
-        return None
-    if "<locals>" in cls.__qualname__:
-        faults.append(f"{cls.__name__} is defined inside a function ({cls.__qualname__}); move it to module level")
-        return None
-    try:
-        path = inspect.getsourcefile(cls)
-    except (TypeError, OSError):
-        path = None
-    if path is None or not Path(path).is_file():
-        faults.append(f"{cls.__name__} has no source file (module {cls.__module__}); define it in a .py file")
-        return None
-    return Path(path).resolve()
+def _imports(
+    modules: dict[type, str], classes: dict[str, type[nn.Module]], bases: Sequence[type], wanted: dict[str, set[str]]
+) -> list[tuple[str, list[str]]]:
+    """Returns the import lines of the modelling file: packages first, then files beside it."""
+    for base in bases:
+        wanted.setdefault(_home(base, modules), set()).add(base.__name__)
+    for key, cls in classes.items():
+        wanted.setdefault(modules[cls], set()).add(cls.__name__ if key == cls.__name__ else f"{cls.__name__} as {key}")
+    lines = sorted(wanted.items(), key=lambda line: (line[0].startswith("."), line[0]))
+    return [(module, sorted(names)) for module, names in lines]
 
 
-def _follow(
-    node: ast.Import | ast.ImportFrom, path: Path, requirements: dict[str, str], faults: list[str]
-) -> list[Path]:
-    """Judges one import statement: a file to carry along, a package to record, or a fault."""
-    where = f"{path.name}, line {node.lineno}"
-    if isinstance(node, ast.ImportFrom) and node.level:
-        beside = path.parent / f"{node.module}.py"
-        if node.level == 1 and node.module and "." not in node.module and beside.is_file():
-            return [beside]
-        shown = f"from {'.' * node.level}{node.module or ''} import {', '.join(a.name for a in node.names)}"
-        faults.append(f"{where}: `{shown}` cannot be carried; only `from .file import name` beside it can")
-        return []
-    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    for name in names:
-        top = name.split(".")[0]
-        if top == "solidify":
-            faults.append(f"{where}: it imports solidify, without which the artifact must load; copy what it needs")
-        elif top not in sys.stdlib_module_names and top not in _ALWAYS_THERE:
-            _require(top, where, path, requirements, faults)
-    return []
-
-
-def _require(top: str, where: str, path: Path, requirements: dict[str, str], faults: list[str]) -> None:
-    distributions = packages_distributions().get(top)
-    if distributions:
-        requirements[distributions[0]] = version(distributions[0])
-    elif (path.parent / f"{top}.py").is_file():
-        faults.append(f"{where}: `{top}` stands beside it; import it relatively (`from .{top} import ...`)")
-    elif importlib.util.find_spec(top) is not None:
-        faults.append(f"{where}: `{top}` is your own code and would not travel; put what is needed beside the module")
-    else:
-        faults.append(f"{where}: `{top}` is not installed")
+def _home(cls: type, modules: dict[type, str]) -> str:
+    """Returns the module to import a class from: transformers itself for what it exports."""
+    return "transformers" if getattr(transformers, cls.__name__, None) is cls else modules[cls]

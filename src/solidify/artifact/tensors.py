@@ -196,3 +196,10 @@ def digests_on_disk(paths: Iterable[Path]) -> dict[str, str]:
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{path} cannot be read as safetensors: {error}") from error
     return result
+
+
+def header_digest(path: Path) -> str:
+    """Returns the digest of what stands before the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return digest_bytes(length + file.read(struct.unpack("<Q", length)[0]))

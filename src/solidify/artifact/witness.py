@@ -1,4 +1,4 @@
-"""Loads a model directory in a process of its own and says whether it is what its certificate says.
+"""Loads model directories in a process of its own and says whether each is what its certificate says.
 
 Run as a script with the path of a request (JSON); prints the answer (JSON) as its last line. It does not import
 solidify, and makes the packages that the request forbids impossible to import.
@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
+
 
 def main() -> None:
     """Answers the request whose path is the first argument."""
@@ -23,83 +25,160 @@ def main() -> None:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it now fails as if it were not installed
     warnings.simplefilter("ignore")
 
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    certificate = Path(request["directory"]) / request["certificate"]
+    answers = {directory: _directory(Path(directory) / request["certificate"]) for directory in request["directories"]}
+    forbidden = [name for name in request["forbid"] if sys.modules.get(name) is not None]
+    print(json.dumps({"imported": forbidden, "directories": answers}))
+
+
+def _directory(certificate: Path) -> dict[str, Any]:
+    """Loads one directory through every Auto class that its configuration names."""
+    import torch
+    import transformers
+
     expected = json.loads((certificate / "state.json").read_text(encoding="utf-8"))
+    config = json.loads((certificate.parent / "config.json").read_text(encoding="utf-8"))
     torch.set_num_threads(expected["environment"]["threads"])
     heap = [torch.full((2**n,), 7e8) for n in range(8, 20) for _ in range(8)]
     del heap  # what is never filled now holds this and not a lucky zero
-
-    answers = {auto: _load(request, auto, prefix, expected) for auto, prefix in request["auto_classes"].items()}
+    loads: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    for auto, reference in config["auto_map"].items():
+        if auto != "AutoConfig" and reference in first:
+            loads[auto] = _same_class(certificate.parent, auto, first[reference])
+        elif auto != "AutoConfig":
+            first[reference] = auto
+            loads[auto] = _load(certificate, config, auto, expected)
     environment = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-    forbidden = [name for name in request["forbid"] if sys.modules.get(name) is not None]
-    print(json.dumps({"environment": environment, "imported": forbidden, "loads": answers}))
+    return {"environment": environment, "loads": loads}
 
 
-def _load(request: dict[str, Any], auto: str, prefix: str, expected: dict[str, Any]) -> dict[str, Any]:
-    """Loads through one Auto class and compares state and outputs; `prefix` is what its names lack."""
+def _same_class(directory: Path, auto: str, other: str) -> dict[str, Any]:
+    """Builds the model without weights through one Auto class and looks whether it is what another one builds."""
     import torch
     import transformers
-    from safetensors.torch import load_file
+
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    kinds = []
+    for name in (auto, other):
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, name).from_config(config, trust_remote_code=True)
+        except Exception as error:  # whatever stops a model from being built is the finding
+            return {"error": f"{type(error).__name__}: {error}"}
+        kinds.append(f"{type(model).__module__}.{type(model).__name__}")
+    return {"same_as": other} if kinds[0] == kinds[1] else {"error": f"builds {kinds[0]}, and {other} {kinds[1]}"}
+
+
+def _load(certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any]) -> dict[str, Any]:
+    """Loads through one Auto class and compares state and outputs."""
+    import transformers
 
     start = time.perf_counter()
     implementations = {k: v for k, v in expected["implementations"].items() if v is not None}
     try:
         model, info = getattr(transformers, auto).from_pretrained(
-            request["directory"], trust_remote_code=True, output_loading_info=True, **implementations
+            certificate.parent, trust_remote_code=True, output_loading_info=True, **implementations
         )
     except Exception as error:  # whatever stops a model from loading is the finding
         return {"error": f"{type(error).__name__}: {error}"}
-    seconds = time.perf_counter() - start
+    answer: dict[str, Any] = {"class": type(model).__name__, "seconds": time.perf_counter() - start}
     model = model.eval().to(expected["device"])
-    state = {prefix + name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    attributes = {
-        f"{prefix}{owner}.{key}": value
-        for owner, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
+    whole = type(model).__name__ in config["architectures"]
+    backbone = model.base_model is model
+    own = "" if whole or backbone else model.base_model_prefix + "."
+    theirs = "" if whole else expected["prefix"]
+
+    def known_as(name: str) -> str | None:
+        """Returns the name that a tensor has in the certificate; None for what belongs to a head of another kind."""
+        return theirs + name.removeprefix(own) if name.startswith(own) else None
+
+    places = [name for edit in config["surgery"] for name in edit["modules"]]
+    _switch_caches_off(model)
+    found = _state(model, known_as, places)
+    answer["meta"] = sorted(n for kind in found.values() for n, value in kind.items() if getattr(value, "is_meta", 0))
+    wanted = {kind: {n: v for n, v in expected[kind].items() if n.startswith(theirs)} for kind in found}
+    answer["loading_info"] = {}
+    for kind, names in info.items():
+        # A head of another kind brings tensors that the artifact cannot have; nothing else may be missing.
+        strict = [
+            str(n) for n in names if whole or backbone or kind != "missing_keys" or known_as(n) in wanted["state"]
+        ]
+        if strict:
+            answer["loading_info"][kind] = sorted(strict)
+    if not answer["meta"]:  # some models keep state of what they ran, so they run first, as they did in memory
+        answer |= _outputs(certificate, model, "hidden" if theirs else "logits", whole)
+        found = _state(model, known_as, places)
+    for kind, values in found.items():
+        answer[kind] = _compare_state(values, wanted[kind], additional=whole or backbone)
+    return answer
+
+
+def _switch_caches_off(model: Any) -> None:
+    """Makes sure that no part of the model keeps what it saw, whatever its own default is."""
+    from transformers import PreTrainedConfig
+
+    for module in model.modules():
+        for config in [v for v in vars(module).values() if isinstance(v, PreTrainedConfig)]:
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
+
+
+def _state(model: Any, known_as: Any, places: list[str]) -> dict[str, dict[str, Any]]:
+    """Collects tensors by the names of the certificate: parameters and buffers, plain attributes that are tensors, and
+    the plain numbers and words of the modules that the surgery made."""
+    import torch
+
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    state = {known_as(name): tensor for name, tensor in tensors}
+    state.pop(None, None)
+    attributes, values = {}, {}
+    for owner, module in model.named_modules():
+        name = known_as(f"{owner}." if owner else "")
+        if name is None:
+            continue
+        made = any(name.startswith(place + ".") for place in places)
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                attributes[name + key] = value
+            elif made and key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str)):
+                values[name + key] = value
+    return {"state": state, "attributes": attributes, "values": values}
+
+
+def _compare_state(found: dict[str, Any], wanted: dict[str, Any], *, additional: bool) -> dict[str, Any]:
+    equal = {name for name, value in found.items() if name in wanted and _digest(value) == wanted[name]}
+    return {
+        "absent": sorted(name for name in wanted if name not in found),
+        "additional": sorted(name for name in found if name not in wanted) if additional else [],
+        "different": sorted(name for name in found if name in wanted and name not in equal),
+        "equal": len(equal),
     }
-    answer: dict[str, Any] = {
-        "class": type(model).__name__,
-        "seconds": seconds,
-        "loading_info": {k: sorted(map(str, v)) for k, v in info.items() if v},
-        "meta": sorted(n for n, t in {**state, **attributes}.items() if t.is_meta),
-    }
-    for kind, found in (("state", state), ("attributes", attributes)):
-        known = {n: d for n, d in expected[kind].items() if n.startswith(prefix)}
-        answer[kind] = {
-            "absent": sorted(n for n in known if n not in found) if kind == "attributes" or not prefix else [],
-            "additional": sorted(n for n in found if n not in expected[kind]),
-            "different": sorted(n for n, t in found.items() if n in known and _digest(t) != known[n]),
-            "equal": sum(1 for n, t in found.items() if n in known and not t.is_meta and _digest(t) == known[n]),
-        }
-    if answer["meta"]:
-        return answer
-    certificate = Path(request["directory"]) / request["certificate"]
-    inputs, outputs = (
-        load_file(certificate / "inputs.safetensors"),
-        load_file(certificate / "outputs.safetensors"),
-    )
-    answer["outputs"] = {}
-    for case in sorted({key.split("/")[0] for key in inputs}):
-        wanted = outputs.get(f"{case}/{'hidden' if prefix else 'logits'}")
+
+
+def _outputs(certificate: Path, model: Any, kind: str, whole: bool) -> dict[str, Any]:
+    """Runs the certificate's cases through the model, or through its part without a head, and compares."""
+    from safetensors.torch import load_file
+
+    inputs, outputs = (load_file(certificate / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    answer = {}
+    for case in sorted({key.split("/")[0] for key in inputs}):  # in memory they ran in this order too
+        wanted = outputs.get(f"{case}/{kind}")
         if wanted is not None:
             arguments = {k.split("/")[1]: t.to(model.device) for k, t in inputs.items() if k.startswith(case + "/")}
             try:
-                answer["outputs"][case] = _compare(_run(model, arguments).cpu(), wanted)
+                answer[case] = _compare(_run(model if whole else model.base_model, arguments).cpu(), wanted)
             except Exception as error:  # whatever stops it from running is the finding
-                answer["error"] = f"{case}: {type(error).__name__}: {error}"
-                return answer
-    return answer
+                return {"outputs": answer, "error": f"{case}: {type(error).__name__}: {error}"}
+    return {"outputs": answer}
 
 
 def _run(model: Any, inputs: dict[str, Any]) -> Any:
@@ -109,8 +188,7 @@ def _run(model: Any, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, "use_cache": False}
     with torch.no_grad():
         outputs = model(**inputs)
-    logits = outputs.get("logits")
-    return outputs["last_hidden_state"] if logits is None else logits
+    return next(outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor))
 
 
 def _compare(found: Any, wanted: Any) -> dict[str, Any]:
@@ -123,9 +201,11 @@ def _compare(found: Any, wanted: Any) -> dict[str, Any]:
     return {"equal": torch.equal(found, wanted), "distance": distance, "scale": scale}
 
 
-def _digest(tensor: Any) -> str:
+def _digest(tensor: Any) -> Any:
     import torch
 
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
     if tensor.is_meta:
         return "meta"
     h = hashlib.new("sha256", f"{tensor.dtype}{list(tensor.shape)}".encode())

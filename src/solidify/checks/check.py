@@ -6,6 +6,7 @@ from pathlib import Path
 
 from solidify.artifact import certificate, manifest, trust
 from solidify.artifact.manifest import Manifest
+from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
 from solidify.tuning import storage
@@ -51,7 +52,10 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> lis
     if not intact.passed:
         return [intact]
     trust.require(record, directory, trust_remote_code)
-    return [intact, *certificate.witness(directory)]
+    findings = [intact, *certificate.witness(directory)]
+    if any(finding.passed is False for finding in findings):
+        return findings
+    return [*findings, *serving(directory, record)]
 
 
 def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:

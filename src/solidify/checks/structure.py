@@ -11,45 +11,74 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import tensors
 from solidify.findings import Finding
-from solidify.model import anatomy
+from solidify.model import anatomy, ledger, probing
 from solidify.tuning import standing
 
 
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it."""
     plain = standing.plain_model(model)
-    places = {place.name: place.inner for place in standing.modules(model)}
-    last = {edit["name"]: edit for edit in edits}
+    declared = ledger.places(edits)
     faults = []
-    for name, edit in last.items():
-        found = type(places[name]).__name__ if name in places else "nothing"
-        if found != edit["new_class"]:
-            faults.append(f"{name} holds {found}, not {edit['new_class']}")
+    for name, edit in declared.items():
+        place = standing.at(model, name)
+        kind = type(place.inner).__name__ if place else "nothing"
+        if kind != edit["new_class"]:
+            faults.append(f"{name} holds {kind}, not {edit['new_class']}")
+    for name, size in _lengths(edits).items():
+        place = standing.at(model, name)
+        found = len(list(place.inner.children())) if place else 0
+        if found != size:
+            faults.append(f"{name} holds {found} layers, not {size}")
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
         for owner, module in plain.named_modules()
         for child in module._modules
         if "." in child
     ]
-    evidence = f"{len(last)} places hold {', '.join(sorted({e['new_class'] for e in edits}))}"
-    return Finding("structure", not faults, "; ".join(faults) or evidence)
+    kinds = sorted({edit["new_class"] for edit in declared.values()})
+    said = [f"{len(declared)} places hold {', '.join(kinds)}"] if declared else []
+    said += [f"{name} has {size} layers" for name, size in _lengths(edits).items()]
+    return Finding("structure", not faults, "; ".join(faults or said))
 
 
-def in_use(model: PreTrainedModel, names: Sequence[str]) -> Finding:
-    """Doubles the output of each named module in turn and looks whether the model's output moves."""
-    inputs = anatomy.probe_inputs(model)
-    before = anatomy.run(model, inputs)
-    places = {place.name: place.called for place in standing.modules(model)}
+def _lengths(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Returns how many layers each rearranged list must have."""
+    return {edit["name"]: len(edit["settings"]["order"]) for edit in edits if edit["operation"] == "rearrange"}
+
+
+def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Finding:
+    """Doubles the output of each new module in turn and looks whether the model's outputs move.
+
+    An added module must move what the outputs carry under its name, any other the logits.
+    """
+    inputs = probing.probe_inputs(model)
+    declared = ledger.places(edits)
     idle = []
-    for name in names:
-        handle = places[name].register_forward_hook(_double)
+    for name, edit in declared.items():
+        place = standing.at(model, name)
+        key = name if edit["operation"] == "add" else None
+        before = _said(model, inputs, key)
+        if place is None:
+            idle.append(name)
+            continue
+        handle = place.called.register_forward_hook(_double)
         try:
-            if torch.equal(anatomy.run(model, inputs), before):
+            if torch.equal(_said(model, inputs, key), before):
                 idle.append(name)
         finally:
             handle.remove()
-    evidence = f"doubling the output of each of {len(names)} modules moves the logits"
+    evidence = f"doubling the output of each of {len(declared)} modules moves the model's"
     return Finding("every new module is in use", not idle, f"no effect: {', '.join(idle)}" if idle else evidence)
+
+
+def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str | None) -> torch.Tensor:
+    """Returns the model's logits, or what its outputs carry under a name."""
+    if key is None:
+        return anatomy.run(model, inputs)
+    with torch.no_grad(), anatomy.evaluation(model):
+        answer = model(**inputs)[key]
+    return torch.as_tensor(answer[0] if isinstance(answer, (tuple, list)) else answer)
 
 
 def _double(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -65,21 +94,23 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     where an edit says that it went, or be named as dropped by an edit.
     """
     now = tensors.digests(model.state_dict().items())
-    moved = {origin: name for edit in edits for name, origin in edit["kept"].items()}
-    dropped = {name for edit in edits for name in edit["dropped"]}
-    new = {name for edit in edits for name in edit["new"]}
-    faults = [
-        f"{name} of the base is gone" for name in before if name not in dropped and moved.get(name, name) not in now
+    origins, dropped = ledger.origins(before, edits)
+    used = {origin for origin in origins.values() if origin is not None}
+    faults = [f"{name} of the base is gone" for name in before if name not in used and name not in dropped]
+    faults += [
+        f"{name} is missing" if origin is None else f"{origin} of the base is gone"
+        for name, origin in origins.items()
+        if name not in now
     ]
     faults += [
         f"{name} changed"
-        for name, digest in before.items()
-        if name not in dropped and now.get(moved.get(name, name), digest) != digest
+        for name, origin in origins.items()
+        if origin is not None and name in now and now[name] != before[origin]
     ]
-    known = {moved.get(name, name) for name in before} | new
-    faults += [f"{name} came from nowhere" for name in now if name not in known]
-    same = sum(1 for name in before if name not in dropped)
-    evidence = f"{same} of {len(before)} base tensors byte-identical, {len(new)} new, {len(dropped)} dropped"
+    faults += [f"{name} came from nowhere" for name in now if name not in origins]
+    new = sum(1 for origin in origins.values() if origin is None)
+    same = sum(1 for name in before if name in used)
+    evidence = f"{same} of {len(before)} base tensors byte-identical, {new} new, {len(before) - same} dropped"
     return Finding("unchanged tensors identical", not faults, "; ".join(faults[:4]) or evidence)
 
 

@@ -51,6 +51,17 @@ def modules(model: nn.Module) -> Iterator[Standing]:
     yield from _walk("", plain_model(model), set())
 
 
+def at(model: nn.Module, name: str) -> Standing | None:
+    """Returns what is active at one place of the plain model (also the second place of a shared module), or None."""
+    called = plain_model(model)
+    for part in name.split("."):
+        child = unwrap(called)._modules.get(part)
+        if child is None:
+            return None
+        called = child
+    return Standing(name, called, unwrap(called))
+
+
 def _walk(name: str, called: nn.Module, seen: set[int]) -> Iterator[Standing]:
     inner = unwrap(called)
     if id(inner) in seen or isinstance(inner, TrainedParameters):

@@ -69,6 +69,7 @@ def save_adapter(
             trained=_trained(model, name),
             files={CONFIG: tensors.digest_bytes((staging / CONFIG).read_bytes())},
             tensors=tensors.digests(state.items()),
+            headers={WEIGHTS: tensors.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
         ).write(staging)
@@ -143,7 +144,7 @@ def load_adapter(
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, "adapter")
-    refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record))
+    refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
     refuse_wrong_base(model, record, directory)
     existing = standing.peft_model(model)
     if existing is not None and name in existing.peft_config:

@@ -354,7 +354,7 @@ def widen(model: nn.Module) -> list[tuple[torch.Tensor, torch.dtype]]:
 def refuse_inexact_bypass(model: nn.Module) -> None:
     """Raises ObjectiveError unless switching the change off gives exactly the base model."""
     surgery = getattr(standing.plain_model(model).config, "surgery", None) or []
-    names = [edit["class"] for edit in surgery if not edit.get("bypass")]
+    names = [edit.get("class", "the layers") for edit in surgery if not edit.get("bypass")]
     if names:
         raise ObjectiveError(
             f"the base model cannot be had by switching {', '.join(sorted(set(names)))} off (no exact `bypass`); "

@@ -1,0 +1,142 @@
+"""Which Auto classes can serve a changed model: its own head, the part without a head, the same part with other heads.
+
+Found out by building the family's classes on the meta device from the configuration before surgery; no family is known
+by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from solidify.artifact.descent import Ancestor
+from solidify.errors import ArtifactError
+
+OTHER_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+
+# What a constructor may raise that was written for other configurations than the one at hand.
+_BUILD_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ImportError)
+
+
+@dataclass(frozen=True)
+class Family:
+    """`heads` are the Auto classes of the model's own class, `backbone` its part without a head (None where that cannot
+    stand alone; the class itself where it has no head), `unpooled` whether that must be built without a pooling layer.
+
+    `others` are other heads on the same backbone, by Auto class. `prefix` is what tensor names have more with a head
+    than without, `ties` what the family itself ties: a tensor's name to that of the one it is the same as.
+    """
+
+    heads: list[str]
+    backbone: type[PreTrainedModel] | None
+    unpooled: bool
+    others: dict[str, type[PreTrainedModel]]
+    prefix: str
+    ties: dict[str, str]
+
+    @property
+    def classes(self) -> list[type[PreTrainedModel]]:
+        """All classes beside the model's own."""
+        return [*([self.backbone] if self.backbone else []), *self.others.values()]
+
+
+def find(before: Ancestor) -> Family:
+    """Finds what can serve a model.
+
+    Raises:
+        ArtifactError: no Auto class maps to the model's class.
+    """
+    heads = _heads(before)
+    with torch.device("meta"):
+        whole = before.head(before.config)
+    inner: Any = whole.base_model
+    alone, unpooled = (inner, False) if inner is whole else _alone(before, inner, heads)
+    if alone is None:
+        return Family(heads, None, False, {}, "", whole.all_tied_weights_keys)
+    prefix = "" if inner is whole else whole.base_model_prefix + "."
+    others = _others(before, inner) if _maps("AutoModel", type(inner)) else {}
+    heads = [name for name in heads if name != "AutoModel"]
+    return Family(heads, type(inner), unpooled, others, prefix, whole.all_tied_weights_keys)
+
+
+def _heads(before: Ancestor) -> list[str]:
+    """Returns the Auto classes that lead to the model's own class, or to the class of transformers it descends from."""
+    remote = vars(before.config).get("auto_map") or {}
+    named = [auto for auto, place in remote.items() if str(place).rpartition(".")[2] == before.head.__name__]
+    if named:
+        return sorted(named)
+    for cls in before.head.__mro__:
+        names = [
+            name
+            for name, auto in vars(modeling_auto).items()
+            if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and _maps(name, cls)
+        ]
+        if names:
+            return sorted(names)
+    raise ArtifactError(f"no Auto class of transformers maps to {before.head.__name__}, so nobody could load it")
+
+
+def _maps(auto: str, cls: type) -> bool:
+    """Returns whether an Auto class leads to a class of transformers, for whichever configuration.
+
+    Reads the private table of class names in transformers 5.23's `_LazyAutoMapping`: there is no public way to ask, and
+    asking by configuration misses families whose head is listed under the configuration of a part.
+    """
+    table: Any = getattr(modeling_auto, auto)._model_mapping
+    if table is None or not cls.__module__.startswith("transformers."):
+        return False
+    return any(cls.__name__ in ((n,) if isinstance(n, str) else n) for n in table._model_mapping.values())
+
+
+def _mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
+    """Returns the classes that an Auto class has for the model's configuration."""
+    table: Any = getattr(modeling_auto, auto)._model_mapping
+    for kind in type(before.config).__mro__:
+        if kind in table:
+            mapped = table[kind]
+            return mapped if isinstance(mapped, tuple) else (mapped,)
+    return ()
+
+
+def _alone(before: Ancestor, inner: Any, heads: list[str]) -> tuple[Any, bool]:
+    """Builds the part without a head by itself: None where AutoModel would build another class, or the same with
+    tensors that the model with its head does not have."""
+    if not isinstance(inner, PreTrainedModel):
+        return None, False
+    if before.head.__module__.startswith("transformers.") and not _maps("AutoModel", type(inner)):
+        return None, False
+    poolable = "add_pooling_layer" in inspect.signature(type(inner).__init__).parameters
+    for options in ({}, {"add_pooling_layer": False}) if poolable else ({},):
+        try:
+            with torch.device("meta"):
+                alone = type(inner)(before.config, **options)
+        except _BUILD_ERRORS:
+            continue
+        if set(alone.state_dict()) == set(inner.state_dict()):
+            return alone, bool(options)
+    return None, False
+
+
+def _others(before: Ancestor, inner: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+    """Finds other heads that stand on a part of the same class and hold all of its tensors."""
+    found = {}
+    for auto in OTHER_HEADS:
+        for cls in _mapped(auto, before):
+            if cls is before.head or cls is type(inner):
+                continue
+            try:
+                with torch.device("meta"):
+                    other = cls(before.config)
+            except _BUILD_ERRORS:
+                continue
+            part = other.base_model
+            if type(part) is type(inner) and part is not other and set(inner.state_dict()) <= set(part.state_dict()):
+                found[auto] = cls
+                break
+    return found

@@ -1,0 +1,252 @@
+"""Runs a model as the transformers backends of vLLM and SGLang run it, and records what reaches the attention.
+
+Both build the part without its head, name an attention function of their own in the configuration, and call it with
+one row of tokens, their positions and a keyword argument of their own (`attention_instances`), which must come out at
+that function. Here the function lets every position see itself alone: whatever still mixes positions then does so by
+itself, and a server, which keeps the past of its own attention only, would not know of it. Seen in vLLM's
+`vllm/model_executor/models/transformers/base.py` and SGLang's `python/sglang/srt/models/transformers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from solidify.model import anatomy
+
+KEYWORD = "attention_instances"
+NAME = "solidify_served_call"
+_LENGTHS = (13, 17, 19, 23, 29, 31, 37)
+_CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One call of the attention function: by which module, for which layer, and whether the keyword came along."""
+
+    module: str
+    layer_idx: Any
+    passed: bool
+
+
+@dataclass
+class Observed:
+    """What was seen. `refused` is the error of the call, `runs_without` whether it works without the keyword.
+
+    `causal` is None where the model cannot be called at all. `received` names the modules that were given the keyword,
+    `mixers` those that mix positions by themselves (inner ones first), and `experts` says for modules of that name with
+    how many positional arguments they were called.
+    """
+
+    refused: str = ""
+    runs_without: bool = False
+    causal: bool | None = None
+    arrivals: list[Arrival] = field(default_factory=list)
+    received: set[str] = field(default_factory=set)
+    mixers: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
+
+
+def observe(backbone: PreTrainedModel) -> Observed:
+    """Calls a model without its head as it is, and as a server does; the model is unchanged."""
+    seen = Observed()
+    inputs = _inputs(backbone, _length(backbone))
+    with torch.no_grad(), anatomy.evaluation(backbone):
+        try:
+            seen.causal = not _mixers(backbone, inputs, -1, Observed())
+        except _CALL_ERRORS as error:
+            seen.refused = _said(error)
+            return seen
+        with _attention(backbone, seen):
+            try:
+                seen.mixers = _mixers(backbone, {**inputs, KEYWORD: seen}, inputs["input_ids"].shape[1] // 2, seen)
+            except _CALL_ERRORS as error:
+                seen.refused = _said(error)
+                seen.runs_without = _works(backbone, inputs)
+                seen.arrivals.clear()
+    return seen
+
+
+def _mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], place: int, seen: Observed) -> list[str]:
+    """Changes the token at one place and names the modules that let it reach the output at other places."""
+    names = {module: name for name, module in backbone.named_modules()}
+    first: dict[tuple[str, int], Any] = {}
+    found: list[str] = []
+    ids = inputs["input_ids"]
+    with _hooked(names, _keep(first, seen)):
+        backbone(**inputs)
+    changed = ids.clone()
+    changed[0, place] = next(token for token in ids[0] if token != ids[0, place])
+    others = [index for index in range(ids.shape[1]) if index != place % ids.shape[1]]
+    arrived = len(seen.arrivals)
+    with _hooked(names, _compare(first, found, others)):
+        backbone(**{**inputs, "input_ids": changed})
+    del seen.arrivals[arrived:]
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _works(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+    try:
+        backbone(**inputs)
+    except _CALL_ERRORS:
+        return False
+    return True
+
+
+def _length(backbone: PreTrainedModel) -> int:
+    """Returns a number of positions that is no size of a parameter: so tensors tell which axis runs along them."""
+    sizes = {size for parameter in backbone.parameters() for size in parameter.shape}
+    return next((length for length in _LENGTHS if length not in sizes), _LENGTHS[-1])
+
+
+def _inputs(backbone: PreTrainedModel, length: int) -> dict[str, Any]:
+    """Makes one row of ordinary tokens (none that the configuration gives a meaning) and their positions."""
+    text = backbone.config.get_text_config()
+    special = {v for c in (backbone.config, text) for k, v in vars(c).items() if "token" in k and isinstance(v, int)}
+    ordinary = [token for token in range(int(text.vocab_size)) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(ordinary), (1, length), generator=generator)
+    return {
+        "input_ids": torch.tensor(ordinary)[chosen].to(backbone.device),
+        "position_ids": torch.arange(length, device=backbone.device)[None],
+        "use_cache": False,
+        "return_dict": False,
+    }
+
+
+@contextmanager
+def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
+    """Makes the model use, while the block lasts, an attention in which every position sees itself alone."""
+    names = {module: name for name, module in backbone.named_modules()}
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
+    ) -> Any:
+        seen.arrivals.append(
+            Arrival(names.get(module, "?"), vars(module).get("layer_idx"), options.get(KEYWORD) is seen)
+        )
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return value.transpose(1, 2).contiguous(), None
+
+    text = backbone.config.get_text_config()
+    before = text._attn_implementation
+    AttentionInterface.register(NAME, attend)
+    text._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        text._attn_implementation = before
+        AttentionInterface._global_mapping.pop(NAME)  # there is no public way to take a function back
+
+
+Hook = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+@contextmanager
+def _hooked(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
+    """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output."""
+
+    def bind(name: str) -> Any:
+        return lambda _module, args, kwargs, output: hook(name, args, kwargs, output)
+
+    handles = [m.register_forward_hook(bind(name), with_kwargs=True) for m, name in names.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
+    """Makes a hook that keeps what every module is given and returns."""
+    times: dict[str, int] = {}
+
+    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get(KEYWORD) is seen:
+            seen.received.add(name)
+        if name.rpartition(".")[2] == "experts":
+            seen.experts[name] = len(args)
+        call = (name, times.setdefault(name, 0))
+        times[name] += 1
+        first[call] = ([t.clone() for t in _tensors((args, kwargs))], [t.clone() for t in _tensors(output)])
+
+    return keep
+
+
+def _compare(first: Mapping[tuple[str, int], Any], found: list[str], others: list[int]) -> Hook:
+    """Makes a hook that finds modules whose output at other positions moved although their input there did not.
+
+    What moved, if only by rounding, is put back: so rounding does not add up, and a mixer does not hide the next.
+    """
+    times: dict[str, int] = {}
+
+    def compare(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = (name, times.setdefault(name, 0))
+        times[name] += 1
+        given, returned = first.get(call, ([], []))
+        now, out = _tensors((args, kwargs)), _tensors(output)
+        if [t.shape for t in given + returned] != [t.shape for t in now + out]:
+            return output
+        if any(_moved(a, b, others) for a, b in zip(given, now, strict=True)):
+            return output
+        if any(_moved(a, b, others) for a, b in zip(returned, out, strict=True)):
+            found.append(name)
+        before = iter(returned)
+        return _mapped(output, lambda tensor: _put_back(next(before), tensor, others))
+
+    return compare
+
+
+def _axis(tensor: torch.Tensor, others: list[int]) -> int | None:
+    """Returns the one axis that runs along the positions."""
+    places = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
+    return places[0] if len(places) == 1 else None
+
+
+def _moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool:
+    """Returns whether a tensor differs at the other positions by more than rounding."""
+    axis = _axis(before, others)
+    if axis is None:
+        return False
+    index = torch.tensor(others, device=before.device)
+    a, b = before.index_select(axis, index), after.index_select(axis, index)
+    if not a.is_floating_point() or not a.numel():
+        return not torch.equal(a, b)
+    # Within one module kernels may sum in another order; to look ahead or back moves more than that.
+    rounding = max(1e-4, 4 * torch.finfo(a.dtype).eps) * max(float(a.float().abs().max()), 1e-6)
+    return bool(((a.float() - b.float()).abs() > rounding).any())
+
+
+def _put_back(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> torch.Tensor:
+    axis = _axis(before, others)
+    if axis is None:
+        return after
+    index = torch.tensor(others, device=before.device)
+    return after.index_copy(axis, index, before.index_select(axis, index))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Lists the tensors in nested arguments or outputs, in order."""
+    found: list[torch.Tensor] = []
+    _mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return type(value)(**{key: _mapped(item, change) for key, item in value.items()})
+    return value

@@ -1,0 +1,289 @@
+"""Every rule of the servers' transformers backends, seen met and not met, on real models and artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import pico
+import solidify
+from solidify.artifact import manifest
+from solidify.checks import served_call, serving
+from solidify.findings import Finding
+
+served: Any = import_module("served")  # tests/user_modules, which pico puts on the path
+
+MLP, ATTENTION = "model.layers.*.mlp", "model.layers.*.self_attn"
+AUTO_MAP = {"AutoConfig": "c.C", "AutoModel": "m.M", "AutoModelForCausalLM": "m.MForCausalLM"}
+VLLM, SGLANG = "meets the conditions of vLLM", "meets the conditions of SGLang"
+
+
+def judge(model: PreTrainedModel, *changes: tuple[Any, ...], auto_map: dict[str, str] = AUTO_MAP) -> dict[str, Finding]:
+    """Changes a model and returns what the rules say of it."""
+    edits = []
+    for target, module, *arguments in changes:
+        edits += solidify.replace(model, target, module, arguments=dict(*arguments))
+    records = [edit.document() for edit in edits]
+    return named(serving.findings(model, records, auto_map))
+
+
+def named(found: list[Finding]) -> dict[str, Finding]:
+    return {finding.name.removeprefix("serving: "): finding for finding in found}
+
+
+def broken(found: dict[str, Finding]) -> set[str]:
+    """Returns the rules that are not met; none may count as a failure."""
+    assert not any(finding.passed is False for finding in found.values())
+    assert all(f.evidence.startswith(("not met: ", "no, because of: ")) for f in found.values() if f.passed is None)
+    return {name for name, finding in found.items() if finding.passed is None} - {VLLM, SGLANG}
+
+
+INTERFACE = "attention goes through ALL_ATTENTION_FUNCTIONS"
+KEYWORDS = "keyword arguments reach the attention"
+PLAN, STAGES = "tensor parallel plan", "pipeline parallel plan"
+
+
+def test_a_llama_with_another_attention_by_the_interface_meets_every_rule() -> None:
+    found = judge(pico.llama(), (ATTENTION, served.InterfaceAttention))
+    assert broken(found) == {PLAN}  # its projections have other names now
+    assert "model.layers.*.self_attn.q_proj (2 times) is in the plan, but is not there any more" in found[PLAN].evidence
+    assert found[INTERFACE].evidence.startswith("in 2 modules, each with its layer_idx")
+    assert found[VLLM].passed
+    assert "vllm serve" in found[VLLM].evidence
+    assert found[SGLANG].passed
+
+
+def test_a_llama_with_a_new_norm_may_even_be_split() -> None:
+    found = judge(pico.llama(), ("model.norm", pico.wrappers.Scaled))
+    assert broken(found) == set()
+    assert found[STAGES].evidence == "model.layers is split"
+
+
+BROKEN: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
+    "attention of its own": (
+        ("model.layers.0.self_attn", served.OwnAttention),
+        {INTERFACE: "model.layers.0.self_attn mixes positions by itself"},
+    ),
+    "keyword arguments kept": (
+        (ATTENTION, served.DeafAttention),
+        {KEYWORDS: "model.layers.*.self_attn (2 times) does not pass them on"},
+    ),
+    "keyword arguments refused": (
+        (ATTENTION, served.ClosedAttention),
+        {
+            KEYWORDS: "model refuses attention_instances (TypeError: ClosedAttention.forward() got an unexpected",
+            INTERFACE: "not known, because the call fails",
+        },
+    ),
+    "attention without a number": (
+        (ATTENTION, served.NumberlessAttention),
+        {INTERFACE: "model.layers.0.self_attn has layer_idx None, but num_hidden_layers is 2"},
+    ),
+    "a look at the token before": (
+        (MLP, served.Shift),
+        {INTERFACE: "model.layers.*.mlp (2 times) mixes positions by itself"},
+    ),
+    "is_causal False in a causal model": (
+        ("model.layers.1.mlp", served.Misnamed),
+        {"is_causal tells encoders": "model.layers.1.mlp has it False, but the model is causal"},
+    ),
+    "a changed head": (
+        ("lm_head", pico.wrappers.Bottleneck),
+        {"changes lie in the base model": "lm_head belongs to the head, which the servers build themselves"},
+    ),
+    "a tensor of two names": (
+        ("model.layers.1.mlp", served.Twice),
+        {
+            "ties are those of the configuration": "model.layers.1.mlp.original.gate_proj.weight and "
+            "model.layers.1.mlp.again.gate_proj.weight are one tensor"
+        },
+    ),
+    "a second list of layers": (
+        ("model.norm", served.Norms),
+        {STAGES: "exactly one ModuleList to split, but there are: layers, norm"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_rule_is_named_with_the_place(fault: str) -> None:
+    change, expected = BROKEN[fault]
+    found = judge(pico.llama(), change)
+    assert broken(found) - {PLAN} == set(expected)
+    for rule, words in expected.items():
+        assert words in found[rule].evidence
+    needed = set(expected) - {STAGES}
+    assert (found[VLLM].passed is None) == bool(needed)
+    assert all(rule in found[VLLM].evidence for rule in expected)
+
+
+EXPERTS: dict[str, tuple[Any, dict[str, Any], str | None]] = {
+    "a list that is called": (served.PooledMoE, {}, None),
+    "another name": (served.PooledMoE, {"name": "pool"}, "mlp.pool holds 8 experts, but is not called `experts`"),
+    "another number": (served.PooledMoE, {"number": 9}, "mlp.experts holds 9 experts, but the configuration says 8"),
+    "a call by keywords": (served.KeywordMoE, {}, "mlp.experts is called with 1 positional arguments"),
+    "a loop over the list": (served.LoopingMoE, {}, "mlp.experts is never called as a module"),
+    "a flat matrix": (served.FlatMoE, {}, "is no ModuleList and its weight is not stacked by expert; model.layers.0"),
+    "a wrapper": (pico.wrappers.Scaled, {}, None),
+    "no experts any more": (pico.wrappers.RouterlessMoE, {}, None),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_such_as_the_servers_replace(case: str) -> None:
+    module, arguments, fault = EXPERTS[case]
+    found = judge(pico.olmoe(), ("model.layers.0.mlp", module, arguments))
+    assert (found["experts"].passed is None) == (fault is not None)
+    assert (fault or "blocks hold `experts` as the servers replace them") in found["experts"].evidence
+    assert found[VLLM].passed is (None if fault else True)
+    if case == "a list that is called":
+        assert "the servers compute Pool by their own kernel" in found["experts"].evidence
+
+
+def test_the_plan_knows_replaced_layers_and_styles_that_the_servers_lack() -> None:
+    evidence = judge(pico.olmoe(), (f"{ATTENTION}.o_proj", pico.wrappers.Bottleneck))[PLAN].evidence
+    assert "model.layers.*.self_attn.o_proj (2 times) is in the plan, but was replaced" in evidence
+    assert "q_proj, layers.*.self_attn.k_proj, layers.*.self_attn.v_proj are planned as colwise_gather" in evidence
+    found = judge(pico.make("GPT2LMHeadModel", **SMALL_GPT2), ("transformer.h.0.mlp", pico.wrappers.Scaled))
+    assert "the configuration has no base_model_tp_plan" in found[PLAN].evidence
+
+
+def test_layers_that_came_and_went_are_served() -> None:
+    model = pico.llama(num_hidden_layers=4)
+    edits = solidify.replace(model, "model.layers.3.self_attn.o_proj", pico.wrappers.Bottleneck)
+    edits += solidify.insert(model, "model.layers.0", zero=["self_attn.o_proj", "mlp.down_proj"])
+    edits += solidify.remove(model, "model.layers.2")
+    found = named(serving.findings(model, [edit.document() for edit in edits], AUTO_MAP))
+    assert broken(found) == {PLAN}
+    assert found[PLAN].evidence.startswith("not met: model.layers.3.self_attn.o_proj is in the plan, but was replaced.")
+    assert found[INTERFACE].evidence.startswith("in 4 modules, each with its layer_idx")
+
+
+def test_a_shared_module_and_an_added_one_are_not_served() -> None:
+    model = pico.llama()
+    edits = solidify.share(model, MLP, pico.wrappers.PlainMLP)
+    edits += solidify.add(model, "model.value", pico.wrappers.PlainMLP, reads="model.norm")
+    found = named(serving.findings(model, [edit.document() for edit in edits], AUTO_MAP))
+    ties, base = "ties are those of the configuration", "changes lie in the base model"
+    assert broken(found) == {PLAN, ties, base}
+    assert "model.layers.*.mlp.up.weight (2 names) are one tensor" in found[ties].evidence
+    assert "model.value adds to the outputs, of which the servers read the hidden states only" in found[base].evidence
+
+
+def test_without_a_plan_only_vllm_can_split_the_layers() -> None:
+    found = judge(pico.olmoe(), ("model.norm", pico.wrappers.Scaled))
+    assert "vLLM infers the split" in found[STAGES].evidence
+    assert STAGES not in found[VLLM].evidence
+    assert STAGES in found[SGLANG].evidence
+
+
+SMALL_GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SMALL_BERT = {**pico.SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_counts_only_as_the_configuration_has_it(tied: bool) -> None:
+    model = pico.llama(tie_word_embeddings=True)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    finding = judge(model, ("model.norm", pico.wrappers.Scaled))["ties are those of the configuration"]
+    assert finding.passed is (True if tied else None)
+    assert ("the head to the embeddings" if tied else "but they are two tensors") in finding.evidence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_is_for_vllm_alone(dtype: torch.dtype) -> None:
+    model = pico.make("BertForMaskedLM", dtype=dtype, **SMALL_BERT)
+    found = judge(model, ("bert.encoder.layer.0.output", pico.wrappers.Scaled))
+    assert found["is_causal tells encoders"].passed
+    assert found[VLLM].passed
+    assert "it is an encoder" in found["architecture for SGLang"].evidence
+    assert found[SGLANG].passed is None
+    model.bert.encoder.layer[1].attention.self.is_causal = True
+    assert "attention.self does not have it False" in judge(model)["is_causal tells encoders"].evidence
+
+
+NEITHER = {
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4},
+        "it is an encoder-decoder",
+    ),
+    "ViTForImageClassification": (
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+            "image_size": 16,
+        },
+        "it takes pixel_values, no tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_what_is_no_language_model_is_for_neither(name: str) -> None:
+    settings, words = NEITHER[name]
+    found = judge(pico.make(name, **settings))
+    assert words in found["architecture"].evidence
+    assert found[VLLM].passed is found[SGLANG].passed is None
+
+
+def test_a_family_without_the_interface_is_told_so() -> None:
+    settings = {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    found = judge(pico.make("BloomForCausalLM", **settings), ("transformer.h.0.mlp", pico.wrappers.Scaled))
+    assert {"_supports_attention_backend", INTERFACE} <= broken(found)
+    assert "transformer.h.*.self_attention (2 times) mixes positions by itself" in found[INTERFACE].evidence
+
+
+def test_an_artifact_that_offers_no_backbone_is_for_neither() -> None:
+    heads = {key: value for key, value in AUTO_MAP.items() if key != "AutoModel"}
+    found = judge(pico.llama(), ("model.norm", pico.wrappers.Scaled), auto_map=heads)
+    assert broken(found) == {"auto_map names AutoModel"}
+
+
+def test_looking_changes_nothing() -> None:
+    model = pico.olmoe().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    served_call.observe(model.model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_check_says_of_an_artifact_what_serves_it(trash_artifact: Path) -> None:
+    report = solidify.check(trash_artifact)
+    found = {finding.name: finding for finding in report.findings}
+    assert report.passed
+    assert found["serving: tensor parallel plan"].passed is None  # not met, and no failure
+    assert found[VLLM].passed
+    assert found["serving: experts"].evidence == "2 blocks hold `experts` as the servers replace them"
+    assert found["serving: auto_map names AutoModel"].evidence == "modeling_solid_olmoe.SolidOlmoeModel"
+
+
+def test_an_artifact_that_cannot_be_served_is_told_why(tmp_path: Path) -> None:
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.0.self_attn", served.OwnAttention)
+    edits += solidify.replace(model, "model.layers.1.mlp", served.PooledMoE, arguments={"name": "pool"})
+    directory = solidify.build(model, edits, tmp_path / "artifact").directory
+    found = {finding.name: finding for finding in serving.serving(directory, manifest.read(directory))}
+    assert found[VLLM].passed is None
+    assert found[VLLM].evidence == f"no, because of: {INTERFACE}, experts"
+
+
+def test_an_artifact_that_this_process_cannot_load_is_not_judged(
+    wrapped_artifact: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    directory = copy_of(wrapped_artifact)
+    record = manifest.read(directory)
+    (directory / "wrappers.py").write_text("")
+    found = serving.serving(directory, record)
+    assert [finding.passed for finding in found] == [None, None]
+    assert "not known: " in found[0].evidence
