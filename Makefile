@@ -1,10 +1,12 @@
 # All set-up happens here: a fresh machine needs Python 3.11 or later, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes with a thread each: most tests start processes of their own or are too small for a second thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-all lint bench clean
 
 install: .venv/installed
 
@@ -17,7 +19,10 @@ demo: install
 	$(BIN)/solidify demo --output build/demo
 
 test: install
-	$(BIN)/python -m pytest --quiet
+	$(PYTEST)
+
+test-all: install
+	$(PYTEST) -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .

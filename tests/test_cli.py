@@ -158,9 +158,11 @@ def test_inspect_folds_layers_and_speaks_json(cli: Solidify, tiny_base: Path, tr
     assert document["parameters"] == 2107520
     mlp = next(m for m in document["modules"] if m["name"] == "model.layers.*.mlp")
     assert (mlp["class"], mlp["times"]) == ("OlmoeSparseMoeBlock", 4)
+    assert mlp["flops"] / document["flops_per_token"] == pytest.approx(0.505, abs=1e-3)
     code, out, _ = cli("inspect", trash_artifact)
     assert code == 0
-    assert "TrashCanMoE" in out
+    assert "│ │ │ mlp                        TrashCanMoE" in out
+    assert "parameters, all float32; " in out
 
 
 def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
@@ -177,23 +179,69 @@ def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path,
     assert document["after"]["parameters"] - document["before"]["parameters"] == added
     assert document["after"]["bytes"] - document["before"]["bytes"] == 4 * added
     assert document["after"]["flops_per_token"] - document["before"]["flops_per_token"] == 4 * 2 * 2 * 16 * 128
+    assert document["trainable"]["lora model.layers.0.self_attn.o_proj.down"] == 4 * (128 + 16)
+    assert document["trainable"]["full model.layers.3.self_attn.o_proj.scale"] == 1
+    assert document["generated"] == ["configuration_solid_olmoe.py", "modeling_solid_olmoe.py"]
+    assert document["files"]["bottleneck.py"] == (path.parent / "bottleneck.py").read_text()
     code, out, _ = cli("plan", path)
     assert "model.layers.*.self_attn.o_proj" in out
+    assert "Bottleneck(width=16)" in out
+    assert "4,612" in out  # what is trained, all together
+    assert document["files"]["modeling_solid_olmoe.py"] in out  # shown before it is written
     after = sorted(p.name for p in path.parent.iterdir() if p.suffix != ".pyc" and p.name != "__pycache__")
     assert after == before
+
+
+def test_plan_shows_every_operation(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    layer = "OlmoeDecoderLayer"
+    bottleneck = {"expect": "Linear", "with": "bottleneck.py:Bottleneck", "shared": True}
+    steps = [
+        {"insert": "model.layers.1", "expect": layer, "zero": ["self_attn.o_proj", "mlp.experts.down_proj"]},
+        {"remove": "model.layers.4", "expect": layer},
+        {"replace": "model.layers.*.self_attn.o_proj", **bottleneck},
+        {"add": "model.value", "with": "value.py:Value", "reads": "model.norm"},
+    ]
+    path = recipe(tmp_path / "recipe", surgery=steps, adapter=None, objective=None, data=None, training=None)
+    (path.parent / "value.py").write_text(
+        "from torch import nn\n\n\nclass Value(nn.Linear):\n"
+        "    def __init__(self, config):\n        super().__init__(config.hidden_size, 1)\n"
+    )
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    assert "Tensors: 34 of the base's 47 kept, 13 dropped; 18 new" in out
+    assert "+ model.layers.*.self_attn.o_proj.down.weight x 4 (0-3)" in out
+    assert "- model.layers.3.mlp.gate.weight" in out
+    assert "-180 kB (-2.1 %)" in out
+    _, out, _ = cli("plan", path, "--json")
+    operations = [edit["operation"] for edit in json.loads(out)["edits"]]
+    assert operations == ["rearrange", "rearrange", "share", "share", "share", "share", "add"]
+
+
+def test_plan_counts_what_peft_trains_in_every_form_of_lora(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
+    targets = ["model.layers.*.self_attn.q_proj"]
+    lora = {"r": 2, "target_modules": targets, "use_dora": True, "init_lora_weights": "pissa"}
+    path = recipe(tmp_path / "recipe", adapter={"lora": lora, "train": ["model.norm"]})
+    code, out, err = cli("plan", path, "--json")
+    assert code == 0, err
+    counts = json.loads(out)["trainable"]
+    assert counts["lora model.layers.0.self_attn.q_proj"] == 2 * (128 + 128) + 128
+    assert counts["full model.norm.weight"] == 128
+    assert len(counts) == 5
 
 
 def test_diff_names_every_difference(cli: Solidify, trash_artifact: Path, wrapped_artifact: Path) -> None:
     code, out, _ = cli("diff", trash_artifact, trash_artifact, "--json")
     assert code == 0
-    assert json.loads(out) == {"configuration": [], "code": [], "modules": [], "tensors": []}
+    assert set(json.loads(out)) == {"configuration", "code", "modules", "tensors", "files"}
+    assert not any(json.loads(out).values())
     _, out, _ = cli("diff", trash_artifact, wrapped_artifact, "--json")
     document = json.loads(out)
-    assert "+ wrappers.py" in document["code"]
-    assert "~ model.layers.0.mlp: 'TrashCanMoE' -> 'Scaled'" in document["modules"]
-    assert any(line.startswith("- model.layers.0.mlp.trash.bias") for line in document["tensors"])
+    assert "wrappers.py" in [entry["name"] for entry in document["code"] if entry["change"] == "added"]
     code, out, _ = cli("diff", trash_artifact, wrapped_artifact)
     assert "modules: 4 differences" in out
+    assert "~ model.layers.*.mlp: TrashCanMoE → Scaled x 2 (0-1)" in out
+    assert "- model.layers.*.mlp.trash.bias: float32 [] x 2 (0-1)" in out
+    assert "+ wrappers.py: +" in out
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +289,17 @@ for name in ("artifact", "merged"):
     done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SolidOlmoeForCausalLM The") == 2
+
+
+def test_the_code_that_plan_shows_is_the_code_that_is_written(
+    cli: Solidify, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    written = finished[0] / "artifact"
+    _, out, _ = cli("plan", finished[0].parent / "recipe" / "recipe.yaml", "--json")
+    planned = json.loads(out)
+    assert planned["files"] == {path.name: path.read_text() for path in written.glob("*.py")}
+    weights = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+    assert planned["after"]["bytes"] == pytest.approx(weights, rel=0.01)
 
 
 def test_generate_with_and_without_the_adapter(

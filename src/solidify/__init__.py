@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from solidify.export import merge as merge
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
+    from solidify.model.depth import insert as insert
+    from solidify.model.depth import remove as remove
+    from solidify.model.heads import add as add
     from solidify.model.surgery import Edit as Edit
     from solidify.model.surgery import replace as replace
+    from solidify.model.surgery import share as share
     from solidify.pipeline import plan as plan
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
@@ -58,16 +62,20 @@ _WHERE = {
     "SolidifyError": "errors",
     "SurgeryError": "errors",
     "Term": "tuning.objective",
+    "add": "model.heads",
     "attach": "tuning.adapters",
     "build": "artifact.solidify",
     "check": "checks.check",
+    "insert": "model.depth",
     "load": "tuning.storage",
     "load_adapter": "tuning.storage",
     "merge": "export",
     "plan": "pipeline",
+    "remove": "model.depth",
     "replace": "model.surgery",
     "run": "pipeline",
     "save_adapter": "tuning.storage",
+    "share": "model.surgery",
 }
 
 __all__ = sorted([*_WHERE, "losses"])

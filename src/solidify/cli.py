@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,50 +56,33 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """The tree of a model's modules, repeated layers folded: what can be a target."""
+    """The tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
     _quiet()
-    from solidify import console, materials
+    from solidify import materials, views
     from solidify.artifact import inspection
     from solidify.model.cost import cost
 
     loaded = materials.skeleton(model, trust_remote_code=trust_remote_code)
     branches, total = inspection.tree(loaded), cost(loaded)
+    name = type(loaded).__name__
     if as_json:
-        _print_json({"class": type(loaded).__name__, **total.document(), "modules": [b.document() for b in branches]})
+        _print_json({"class": name, **total.document(), "modules": [branch.document() for branch in branches]})
         return
-    rows = [
-        (b.name, b.kind, str(b.times), f"{b.parameters:,}", f"{b.parameters / total.parameters:.1%}") for b in branches
-    ]
-    columns = ("module", "class", "times", "parameters", "share")
-    console.results.print(console.table(type(loaded).__name__, columns, rows, numbers=(2, 3, 4)))
-    console.results.print(
-        f"{total.parameters:,} parameters, {total.bytes / 1e9:.3f} GB, {total.flops_per_token:,} matrix FLOPs per token"
-    )
+    _print(views.inspection(name, branches, total))
 
 
 @app.command()
 def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
-    """What a recipe would do: every edit, the exact trainable set, sizes and FLOPs. Writes nothing."""
+    """What a recipe would do: every edit, the exact trainable set, costs, the code to be written. Writes nothing."""
     loaded = _recipe(recipe, set_)
     _quiet()
-    from solidify import console, pipeline
-    from solidify.model import anatomy
+    from solidify import pipeline, views
 
-    planned = pipeline.plan(loaded)
+    planned = pipeline.plan(loaded).document()
     if as_json:
-        _print_json(planned.document())
+        _print_json(planned)
         return
-    steps: dict[tuple[str, str, str], int] = {}
-    for edit in planned.edits:
-        key = (anatomy.fold([edit.name])[0], edit.old_class, edit.new_class)
-        steps[key] = steps.get(key, 0) + 1
-    edits = [(*key, str(times)) for key, times in steps.items()]
-    console.results.print(console.table("Surgery", ("module", "was", "becomes", "times"), edits, numbers=(3,)))
-    if planned.adapter is not None:
-        console.results.print(planned.adapter.table())
-        console.results.print(f"Trainer: {planned.trainer}")
-    sizes = [(key, f"{planned.before[key]:,}", f"{planned.after[key]:,}") for key in planned.before]
-    console.results.print(console.table("Cost", ("", "before", "after"), sizes, numbers=(1, 2)))
+    _print(views.plan(planned))
 
 
 @app.command()
@@ -183,19 +167,16 @@ def diff(
     b: Annotated[Path, typer.Argument(help="Another.")],
     as_json: AsJson = False,
 ) -> None:
-    """What differs: configuration, code, modules, tensors. Runs none of their code."""
+    """What differs: configuration, code, modules, tensors, other files. Runs none of their code."""
     _quiet()
-    from solidify import console
+    from solidify import views
     from solidify.artifact import inspection
 
     differences = inspection.diff(a, b)
     if as_json:
         _print_json(differences)
         return
-    for section, lines in differences.items():
-        console.results.print(f"[bold]{section}[/bold]: {f'{len(lines)} differences' if lines else 'the same'}")
-        for line in lines:
-            console.results.print(f"  {line}", markup=False)
+    _print(views.differences(differences))
 
 
 @app.command()
@@ -242,6 +223,15 @@ def _recipe(path: Path, overrides: list[str] | None) -> Any:
 
 def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _print(shown: Iterable[Any]) -> None:
+    from rich.text import Text
+
+    from solidify import console
+
+    for each in shown:
+        console.results.print(each, soft_wrap=isinstance(each, (str, Text)))
 
 
 def _show_file(path: Path) -> None:

@@ -16,9 +16,9 @@ from solidify.artifact import loading, manifest
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import corpus, tiny_olmoe
 from solidify.errors import RecipeError, refuse
-from solidify.model import surgery
+from solidify.model import depth, heads, surgery
 from solidify.model.surgery import Edit
-from solidify.recipe import Recipe
+from solidify.recipe import Add, Insert, Recipe, Remove
 from solidify.tuning import data
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
@@ -35,27 +35,41 @@ def load_base(recipe: Recipe, device: str = "cpu") -> BaseModel:
     if name.startswith("builtin:"):
         raise RecipeError(f"base.model: there is no {name!r}; built in: {tiny_olmoe.NAME}")
     beside = recipe.directory / name
-    reference = str(beside) if beside.is_dir() else name
-    return loading.load_base(reference, revision=recipe.base.revision, dtype=recipe.base.dtype, device=device)
+    return loading.load_base(
+        str(beside) if beside.is_dir() else name,
+        revision=recipe.base.revision,
+        dtype=recipe.base.dtype,
+        device=device,
+        trust_remote_code=recipe.base.trust_remote_code,
+    )
 
 
 def operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
     """Applies the surgery of a recipe to a model, one edit after the other."""
-    edits: list[Edit] = []
-    for step in recipe.surgery:
-        module = references.resolve(step.module, recipe.directory)
-        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
-            raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
-        edits += surgery.replace(
-            model,
-            step.replace,
-            module,
-            arguments=step.arguments,
-            expect=step.expect,
-            count=step.count,
-            weights=recipe.directory / step.weights if step.weights else None,
-        )
-    return edits
+    return [edit for step in recipe.surgery for edit in _step(recipe, step, model)]
+
+
+def _step(recipe: Recipe, step: Any, model: PreTrainedModel) -> list[Edit]:
+    if isinstance(step, Insert):
+        return depth.insert(model, step.insert, zero=step.zero, expect=step.expect, count=step.count)
+    if isinstance(step, Remove):
+        return depth.remove(model, step.remove, expect=step.expect, count=step.count)
+    module = references.resolve(step.module, recipe.directory)
+    if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+        raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
+    weights = recipe.directory / step.weights if step.weights else None
+    if isinstance(step, Add):
+        return heads.add(model, step.add, module, reads=step.reads, arguments=step.arguments, weights=weights)
+    put = surgery.share if step.shared else surgery.replace
+    return put(
+        model,
+        step.replace,
+        module,
+        arguments=step.arguments,
+        expect=step.expect,
+        count=step.count,
+        weights=weights,
+    )
 
 
 def trainer_class(recipe: Recipe) -> type[Any]:
@@ -117,10 +131,15 @@ def make_objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
     """Binds the terms of a recipe to a model."""
     terms = make_terms(recipe)
     objective = Objective(terms)
-    exact = all(edit.get("bypass") for edit in model.config.surgery)
-    if objective.asks_for("reference_logits") and not exact:
+    if objective.asks_for("reference_logits") and not _switching_off_is_exact(recipe, model):
         return Objective(terms, reference=load_base(recipe).model.requires_grad_(False))
     return objective
+
+
+def _switching_off_is_exact(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Returns whether the model without its changes is the base; what an artifact brought is switched off too."""
+    changed_before = (recipe.directory / recipe.base.model / manifest.NAME).is_file()
+    return not changed_before and all(edit.get("bypass") for edit in model.config.surgery)
 
 
 def read_texts(recipe: Recipe) -> tuple[Any, Any]:
@@ -180,8 +199,5 @@ def ragged(examples: Any) -> list[dict[str, Any]]:
 
 def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
-    place = Path(reference)
-    if (place / manifest.NAME).is_file():
-        return loading.load_artifact(place, trust_remote_code=trust_remote_code)
     name = str(tiny_olmoe.directory()) if reference == tiny_olmoe.NAME else reference
-    return loading.load_base(name, device="meta").model
+    return loading.load_base(name, device="meta", trust_remote_code=trust_remote_code).model

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -18,11 +19,11 @@ from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.errors import ArtifactError, RecipeError
 from solidify.findings import Report
-from solidify.model import anatomy
+from solidify.model import ledger, probing
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, data, storage
+from solidify.tuning import adapters, data, standing, storage
 from solidify.tuning import plan as planning
 from solidify.tuning.plan import AdapterPlan
 from solidify.tuning.progress import TrainingBar
@@ -32,22 +33,37 @@ SEED = 42  # transformers' own default
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe would do: edits, adapter (None without one), and costs before and after."""
+    """What a recipe would do.
+
+    `before` and `after` are costs. `adapter` and `trainer` are None without an adapter; `trainable` maps what would be
+    trained (`lora` or `full`, and the name) to its number of parameters. `tensors` lists which of the base's are `kept`
+    and `dropped`, and which are `new`. `files` is the artifact's code by file name, of which `generated` names what
+    solidify writes, and `requirements` what it needs beside torch and transformers.
+    """
 
     edits: list[Edit]
     adapter: AdapterPlan | None
     before: dict[str, int]
     after: dict[str, int]
     trainer: str | None
+    trainable: dict[str, int]
+    tensors: dict[str, list[str]]
+    files: dict[str, str]
+    generated: list[str]
+    requirements: dict[str, str]
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
         return {
             "edits": [edit.document() for edit in self.edits],
-            "trainable": sorted(f"{kind} {name}" for kind, name in self.adapter.expected()) if self.adapter else [],
             "before": self.before,
             "after": self.after,
             "trainer": self.trainer,
+            "trainable": self.trainable,
+            "tensors": self.tensors,
+            "requirements": self.requirements,
+            "generated": self.generated,
+            "files": self.files,
         }
 
 
@@ -69,17 +85,54 @@ def plan(recipe: Recipe) -> Plan:
         SolidifyError: whatever a run would refuse before it computes anything.
     """
     base = materials.load_base(recipe, device="meta")
-    before = cost(base.model).document()
+    before, names = cost(base.model).document(), list(base.model.state_dict())
     edits = materials.operate(recipe, base.model)
-    sources.compile_sources(base.model, edits)
-    wanted = None
+    code = sources.compile_sources(base.model, edits)
+    after = cost(base.model).document()
+    wanted, trainer, trainable = None, None, dict[str, int]()
     if recipe.adapter is not None:
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         materials.training_arguments(recipe, Path("nowhere"))
         materials.make_terms(recipe)
         materials.read_texts(recipe)
-    trainer = materials.trainer_class(recipe).__name__ if recipe.adapter is not None else None
-    return Plan(edits, wanted, before, cost(base.model).document(), trainer)
+        trainer = materials.trainer_class(recipe).__name__
+        trainable = _trainable(base.model, recipe.adapter.lora, recipe.adapter.train)
+    return Plan(
+        edits=edits,
+        adapter=wanted,
+        before=before,
+        after=after,
+        trainer=trainer,
+        trainable=trainable,
+        tensors=_tensors(names, edits),
+        files=code.files,
+        generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
+        requirements=code.requirements,
+    )
+
+
+def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]]:
+    """Follows the base's tensors through all edits."""
+    origins, _ = ledger.origins(names, [edit.document() for edit in edits])
+    used = set(origins.values())
+    return {
+        "kept": [name for name in names if name in used],
+        "new": [name for name, origin in origins.items() if origin is None],
+        "dropped": [name for name in names if name not in used],
+    }
+
+
+def _trainable(model: PreTrainedModel, lora: Mapping[str, Any] | None, train: Sequence[str]) -> dict[str, int]:
+    """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
+    # How low-rank factors start changes no shape, and some starts need the weights.
+    shapes = {**lora, "init_lora_weights": True} if lora is not None else None
+    with console.silence():
+        peft_model = adapters.attach(model, lora=shapes, train=train)
+    counts: dict[str, int] = {}
+    for kind, name, parameter in standing.named_parameters(peft_model):
+        if parameter.requires_grad:
+            counts[f"{kind} {name}"] = counts.get(f"{kind} {name}", 0) + parameter.numel()
+    return counts
 
 
 def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False) -> Report:
@@ -133,7 +186,7 @@ def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the base"):
         base = materials.load_base(recipe)
-        inputs = {case: anatomy.probe_inputs(base.model, **s) for case, s in certificate.CASES.items()}
+        inputs = {case: probing.probe_inputs(base.model, **s) for case, s in certificate.CASES.items()}
         tensors.realign(base.model)
         before = roundtrip.outputs(base.model, inputs)
         digests = tensors.digests(base.model.state_dict().items())
@@ -145,7 +198,7 @@ def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
             "surgery",
             [
                 structure.structure(base.model, records),
-                structure.in_use(base.model, list(dict.fromkeys(e.name for e in edits))),
+                structure.in_use(base.model, records),
                 structure.start(before, roundtrip.outputs(base.model, inputs), promised=promised),
                 structure.untouched(base.model, digests, records),
             ],
@@ -179,7 +232,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         tokenizer = loading.load_tokenizer(directory / "artifact")
         base = manifest.read(directory / "artifact")
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
-        inputs = {case: anatomy.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
+        inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from solidify.errors import RecipeError, refuse
 
@@ -22,11 +22,12 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The pretrained model that the surgery starts from."""
+    """The model that the surgery starts from; its own code, if it has any, runs with `trust_remote_code` only."""
 
     model: str
     revision: str | None = None
     dtype: str | None = None
+    trust_remote_code: bool = False
 
 
 class Replace(_Section):
@@ -38,6 +39,53 @@ class Replace(_Section):
     count: int | None = Field(default=None, ge=1)
     arguments: dict[str, Any] = {}
     weights: str | None = None
+    shared: bool = False
+
+
+class Insert(_Section):
+    """One step of surgery: after every layer that `insert` names comes a copy of it, with `zero` parts."""
+
+    insert: str | list[str]
+    expect: str
+    zero: list[str] = []
+    count: int | None = Field(default=None, ge=1)
+
+
+class Remove(_Section):
+    """One step of surgery: every layer that `remove` names goes."""
+
+    remove: str | list[str]
+    expect: str
+    count: int | None = Field(default=None, ge=1)
+
+
+class Add(_Section):
+    """One step of surgery: a new module called `add`, a `with`, is called with what the module `reads` returns."""
+
+    add: str
+    module: str = Field(alias="with")
+    reads: str
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+
+
+_STEPS: dict[str, type[_Section]] = {"replace": Replace, "insert": Insert, "remove": Remove, "add": Add}
+
+
+def _operation(step: Any) -> str | None:
+    """Returns which operation a step of surgery is: the one whose name is among its keys."""
+    if isinstance(step, dict):
+        return next((name for name in _STEPS if name in step), None)
+    return next((name for name, kind in _STEPS.items() if isinstance(step, kind)), None)
+
+
+Step = Annotated[
+    Annotated[Replace, Tag("replace")]
+    | Annotated[Insert, Tag("insert")]
+    | Annotated[Remove, Tag("remove")]
+    | Annotated[Add, Tag("add")],
+    Discriminator(_operation),
+]
 
 
 class Adapter(_Section):
@@ -75,7 +123,7 @@ class Recipe(_Section):
     """All of it. `directory` is where the file stood; relative paths in the recipe start there."""
 
     base: Base
-    surgery: list[Replace] = Field(min_length=1)
+    surgery: list[Step] = Field(min_length=1)
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
     data: Data | None = None
@@ -160,7 +208,6 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 _SECTIONS: dict[str, type[_Section]] = {
     "base": Base,
-    "surgery": Replace,
     "adapter": Adapter,
     "objective": Term,
     "data": Data,
@@ -170,9 +217,13 @@ _SECTIONS: dict[str, type[_Section]] = {
 def _sentence(error: Any) -> str:
     """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
     location = [str(part) for part in error["loc"]]
+    section = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
+    if location[:1] == ["surgery"] and len(location) > 2:
+        section = _STEPS[location.pop(2)]
     where = ".".join(location) or "the recipe"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: say what to do; known here: {', '.join(_STEPS)}"
     if error["type"] == "extra_forbidden":
-        section = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
         known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
         close = get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

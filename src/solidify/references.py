@@ -64,6 +64,7 @@ def _import_file(path: Path, reference: str) -> ModuleType:
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
         del sys.modules[name]
         raise RecipeError(f"importing {path} failed with {type(error).__name__}: {error}") from error
+    sys.modules[name] = sys.modules.pop(name)  # modules stand in the order they were finished
     return module
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pico
 import solidify
-from solidify.model import anatomy
+from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE
 
 HIDDEN, EXPERTS, TOP_K, INNER = 32, 8, 2, 16
@@ -269,7 +269,7 @@ def test_only_new_keys_appear_in_the_checkpoint() -> None:
 )
 def test_siblings_with_the_same_contract_take_it(family: str, settings: dict[str, object]) -> None:
     model = pico.make(family, **{**pico.SIZES, **settings})
-    inputs = anatomy.probe_inputs(model)
+    inputs = probing.probe_inputs(model)
     before = anatomy.run(model, inputs)
     edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
     assert all(edit.bypass and edit.identical for edit in edits)

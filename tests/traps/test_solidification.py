@@ -325,6 +325,10 @@ def test_imports_that_the_saver_does_not_follow_break_the_reload(
     module.ModelA.register_for_auto_class("AutoModelForCausalLM")
     values = {k: v for k, v in pico.olmoe().config.to_dict().items() if k not in DROPPED}
     made = module.ModelA(module.ConfigA(**values))
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.0.mlp", module.Signed)
+    assert all(finding.passed for finding in solidify.build(model, edits, tmp_path / "ours").findings)
+
     target = tmp_path / f"saved_{abs(hash(line))}"
     if fails == "at save":
         with pytest.raises(FileNotFoundError):
@@ -335,11 +339,6 @@ def test_imports_that_the_saver_does_not_follow_break_the_reload(
         sys.modules.pop("a_helper_of_mine", None)
         with pytest.raises(ImportError):
             AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
-
-    model = pico.olmoe()
-    edits = solidify.replace(model, "model.layers.0.mlp", module.Signed)
-    with pytest.raises(ArtifactError, match="line 2"):
-        solidify.build(model, edits, tmp_path / "ours")
 
 
 def test_a_class_typed_into_a_session_is_saved_without_its_code(tmp_path: Path) -> None:
@@ -352,7 +351,7 @@ def test_a_class_typed_into_a_session_is_saved_without_its_code(tmp_path: Path) 
     module = type("TypedModule", (wrappers.Scaled,), {"__module__": "__main__"})
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.0.mlp", module)
-    with pytest.raises(ArtifactError, match=r"TypedModule is defined in __main__; move it to a .py file"):
+    with pytest.raises(ArtifactError, match=r"TypedModule (was made at run time|is defined) in __main__"):
         solidify.build(model, edits, tmp_path / "ours")
 
 

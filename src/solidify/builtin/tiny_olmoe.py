@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
@@ -49,8 +50,11 @@ def directory() -> Path:
     key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__])[:8]
     place = places.cache() / "models" / f"tiny-olmoe-{key}"
     if not (place / "report.json").is_file():
-        with places.staged(place) as staging:
-            _make(staging, train, heldout)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
+            if not (place / "report.json").is_file():
+                with places.staged(place) as staging:
+                    _make(staging, train, heldout)
     return place
 
 

@@ -113,7 +113,11 @@ class TrashCanMoE(nn.Module):
         margin = self.trash(tokens, router_logits, index)
         keep = margin >= 0
         weights = self._weigh(weights, margin, keep, router_logits, index)
-        return self._dispatch(tokens, index, weights, keep).reshape(hidden_states.shape)
+        if torch.compiler.is_compiling():  # shapes must not depend on data: skipped slots are weighted by zero
+            outputs: torch.Tensor = self.experts(tokens, index, weights * keep)
+        else:
+            outputs = self._dispatch(tokens, index, weights, keep)
+        return outputs.reshape(hidden_states.shape)
 
     def _weigh(
         self,
@@ -143,13 +147,9 @@ class TrashCanMoE(nn.Module):
     ) -> torch.Tensor:
         """Runs the experts on kept slots only and adds up what they return, (tokens, hidden_size).
 
-        When every slot is kept this is the original's own call. Under torch.compile shapes must not depend on data:
-        skipped slots are then computed and weighted by zero.
+        When every slot is kept this is the original's own call.
         """
         computed: torch.Tensor
-        if torch.compiler.is_compiling():
-            computed = self.experts(tokens, index, weights * keep)
-            return computed
         slots = keep.reshape(-1).nonzero().squeeze(-1)  # (kept,), each a pair of token and place
         if slots.numel() == keep.numel():
             computed = self.experts(tokens, index, weights)

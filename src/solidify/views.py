@@ -1,0 +1,238 @@
+"""What `inspect`, `plan` and `diff` show: tables and coloured texts made from what those found out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from solidify import console
+from solidify.artifact.inspection import Branch, ranges
+from solidify.model import anatomy
+from solidify.model.cost import Cost
+
+_MARKS = {"removed": "[red]-[/red]", "added": "[green]+[/green]", "changed": "[yellow]~[/yellow]"}
+_COSTS = {
+    "parameters": ("parameters", console.amount),
+    "bytes": ("on disk", console.size),
+    "memory": ("in memory, loaded", console.size),
+    "flops_per_token": ("matrix FLOPs per token", console.amount),
+}
+
+
+def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[RenderableType]:
+    """Shows the tree of a model."""
+    dtypes = {branch.dtype for branch in branches if branch.dtype}
+    rows = [
+        (
+            _label(branch),
+            _kind(branch),
+            str(branch.times) if branch.times > 1 else "",
+            console.amount(branch.parameters) if branch.parameters else "-",
+            console.share(branch.parameters, total.parameters),
+            console.size(branch.bytes) if branch.bytes else "-",
+            console.share(branch.flops, total.flops_per_token),
+            "●" if branch.target else "",
+            *([branch.dtype] if len(dtypes) > 1 else []),
+        )
+        for branch in branches
+    ]
+    columns = ["module", "class", "x", "parameters", "share", "bytes", "FLOPs", "●"]
+    columns += ["dtype"] if len(dtypes) > 1 else []
+    yield console.table(escape(name), columns, rows, numbers=(2, 3, 4, 5, 6), ruled=False)
+    same = f", all {dtypes.pop()}" if len(dtypes) == 1 else ""
+    yield (
+        f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
+        f"memory; {total.flops_per_token:,} matrix FLOPs per token"
+    )
+    yield "[dim]● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token.[/dim]"
+
+
+def _label(branch: Branch) -> Text:
+    """Writes the last part of a name, indented, with the numbers that a `*` stands for."""
+    last = branch.name.rpartition(".")[2]
+    label = Text("│ " * (branch.depth - 1), style="dim")
+    label.append(last, style="bold not dim" if last == "*" else "dim" if not branch.parameters else "not dim")
+    if last == "*" and branch.where:
+        label.append(f" ({branch.where})", style="cyan not dim")
+    return label
+
+
+def _kind(branch: Branch) -> Text:
+    sizes = " x ".join(map(str, branch.shape))
+    kind = Text("" if branch.kind == "parameter" else branch.kind)
+    if sizes:
+        kind.append(f"{' ' if kind else ''}[{sizes}]", style="cyan")
+    if branch.tied:
+        kind.append(f" = {branch.tied}", style="yellow")
+    return kind
+
+
+def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows what a recipe would do, from the plain values of a plan."""
+    yield _surgery(document["edits"])
+    yield from _tensor_sums(document["tensors"])
+    if document["trainable"]:
+        yield _trained(document["trainable"], document["after"]["parameters"])
+        yield f"Trainer: {document['trainer']}\n"
+    before, after = document["before"], document["after"]
+    rows = [
+        (label, show(before[key]), show(after[key]), _difference(before[key], after[key], show))
+        for key, (label, show) in _COSTS.items()
+    ]
+    yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
+    needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
+    yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
+    yield from _files(document["files"], document["generated"])
+
+
+def _difference(before: float, after: float, show: Any) -> str:
+    if before == after:
+        return "-"
+    return f"{'+' if after > before else '-'}{show(abs(after - before))} ({console.share(after - before, before)})"
+
+
+def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Shows the changes, equal ones folded."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for edit in edits:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in edit["arguments"].items())
+        becomes = f"{edit['new_class']}({arguments})" if arguments else edit["new_class"]
+        key = (edit["operation"], anatomy.fold([edit["name"]])[0], edit["old_class"], becomes)
+        groups.setdefault(key, []).append(edit)
+    rows = []
+    for (operation, _, old, new), each in groups.items():
+        grown = sum(edit["parameters_after"] - edit["parameters_before"] for edit in each)
+        names = [edit["name"] for edit in each]
+        change = f"{grown:+,}" if grown else "-"
+        rows.append((operation, escape(_pattern(names)), escape(old), escape(new), _numbers(names), change))
+    columns = ("operation", "module", "was", "becomes", "x", "parameters")
+    return console.table("Surgery", columns, rows, numbers=(4, 5))
+
+
+def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
+    """Says what becomes of the base's tensors, and names those that are new or go."""
+    kept, new, dropped = (len(tensors[key]) for key in ("kept", "new", "dropped"))
+    yield f"Tensors: {kept} of the base's {kept + dropped} kept, {dropped} dropped; {new} new"
+    for mark, key in (("added", "new"), ("removed", "dropped")):
+        for names in _folded(tensors[key]):
+            yield f"  {_MARKS[mark]} {escape(_pattern(names))}{_times(names)}"
+    yield ""
+
+
+def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
+    """Shows the trainable set, repeated layers folded, with the share of the model's parameters."""
+    rows = []
+    for how, word in (("lora", "LoRA"), ("full", "in full")):
+        counts = {name.partition(" ")[2]: count for name, count in trainable.items() if name.startswith(f"{how} ")}
+        for names in _folded(counts):
+            number = sum(counts[name] for name in names)
+            rows.append(
+                (word, escape(_pattern(names)), _numbers(names), f"{number:,}", console.share(number, parameters))
+            )
+    total = sum(trainable.values())
+    made = console.table("Trained", ("how", "what", "x", "parameters", "of the model"), rows, numbers=(2, 3, 4))
+    made.add_section()
+    made.add_row("all", f"{len(trainable)} names", "", f"{total:,}", console.share(total, parameters), style="bold")
+    return made
+
+
+def _folded(names: Iterable[str]) -> list[list[str]]:
+    """Groups names that differ in numbers only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(anatomy.fold([name])[0], []).append(name)
+    return list(groups.values())
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Writes one name as it is, several that differ in numbers with `*`."""
+    return names[0] if len(names) == 1 else anatomy.fold(names)[0]
+
+
+def _numbers(names: Sequence[str]) -> str:
+    """Says how many names there are and, where each has one number, which."""
+    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    if len(names) > 1 and all(len(each) == 1 for each in numbers):
+        return f"{len(names)} ({ranges([each[0] for each in numbers])})"
+    return str(len(names))
+
+
+def _files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
+    """Lists the code of the artifact and shows what of it solidify writes."""
+    rows = [
+        (escape(name), "generated" if name in generated else "copied", str(len(text.splitlines())), _bytes(text))
+        for name, text in files.items()
+    ]
+    yield console.table("Code of the artifact", ("file", "", "lines", "bytes"), rows, numbers=(2, 3))
+    for name in sorted(generated, key=lambda name: not name.startswith("modeling")):
+        yield f"\n[bold]{escape(name)}[/bold]"
+        yield console.source(files[name], "python")
+
+
+def _bytes(text: str) -> str:
+    return f"{len(text.encode()):,}"
+
+
+def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[RenderableType]:
+    """Shows what differs between two directories, section by section."""
+    show = {"configuration": _values, "code": _code, "modules": _modules, "tensors": _tensors, "files": _others}
+    for section, entries in found.items():
+        counted = f"{len(entries)} difference{'s' if len(entries) > 1 else ''}" if entries else "the same"
+        yield f"[bold]{section}[/bold]: {counted}"
+        yield from show[section](entries)
+
+
+def _values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for entry in entries:
+        sides = [escape(repr(entry[side])) for side in ("old", "new")]
+        told = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
+        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: {told}"
+
+
+def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Shows the changed lines; of a file that only one side has, their number."""
+    for entry in entries:
+        lines = entry["text"].splitlines()
+        more, less = (sum(1 for line in lines[2:] if line.startswith(mark)) for mark in "+-")
+        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: +{more} -{less} lines"
+        if entry["change"] == "changed":
+            yield console.source("\n".join(lines[2:]), "diff", indent=6)
+
+
+def _modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        told = " → ".join(entry[side] for side in ("old", "new") if entry[side])
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry["name"])
+    for (change, _, told), names in groups.items():
+        yield f"  {_MARKS[change]} {escape(_pattern(names))}: {escape(told)}{_times(names)}"
+
+
+def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        sides = [f"{entry[f'{s}_dtype']} {entry[f'{s}_shape']}" for s in ("old", "new") if f"{s}_dtype" in entry]
+        told = " → ".join(dict.fromkeys(sides))
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry)
+    for (change, _, told), each in groups.items():
+        names, apart = [entry["name"] for entry in each], ""
+        if "max_abs" in each[0]:
+            largest, relative = (max(_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
+            apart = f", differs by up to {largest:.2g} (relative norm {relative:.2g})"
+        yield f"  {_MARKS[change]} {escape(_pattern(names))}: {escape(told)}{_times(names)}{apart}"
+
+
+def _number(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    yield from (f"  {_MARKS[entry['change']]} {escape(entry['name'])}" for entry in entries)
+
+
+def _times(names: Sequence[str]) -> str:
+    return f" x {_numbers(names)}" if len(names) > 1 else ""
