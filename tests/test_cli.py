@@ -361,3 +361,18 @@ def test_a_local_base_in_bfloat16_goes_all_the_way(cli: Solidify, tiny_base: Pat
 def test_the_version_is_told(cli: Solidify) -> None:
     code, out, _ = cli("--version")
     assert (code, out) == (0, "solidify 0.1.0\n")
+
+
+def test_a_block_expansion_trains_only_its_new_layers(cli: Solidify, tmp_path: Path) -> None:
+    """The whole loop on a model of another depth: the start is the base's, and only the copies learn."""
+    steps = ["--set", "training.max_steps=4", "--set", "training.logging_steps=2"]
+    code, _, words = cli("run", EXAMPLES / "deeper.yaml", "--output", tmp_path / "out", *steps)
+    assert code == 0, words
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {f["name"]: f for stage in report["stages"].values() for f in stage}
+    assert found["start identical"]["evidence"] == "logits bit-identical to the base"
+    assert found["unchanged tensors identical"]["passed"]
+    assert found["trainable set exact"]["passed"]
+    assert found["frozen tensors unchanged"]["passed"]
+    config = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6

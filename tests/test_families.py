@@ -75,6 +75,25 @@ KNOWN = {
 }
 
 
+# Families in which a layer's kind follows from its number, or layers share what they compute: refused, model unchanged.
+DEPTH_REFUSED = {
+    "blt",
+    "cpmant",
+    "gemma3n_text",
+    "gemma4",
+    "gemma4_text",
+    "hrm_text",
+    "hy_v4",
+    "jamba",
+    "longcat_flash",
+    "mllama",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "zamba",
+    "zamba2",
+}
+
+
 @dataclass
 class Case:
     """One family: what was done, and what the fresh process found. `fault` says what stopped it before."""
@@ -87,6 +106,8 @@ class Case:
     fault: str = ""
     directory: Path | None = None
     findings: list[Finding] = field(default_factory=list)
+    depth: str = "not a language model: not tried"
+    deeper: Path | None = None
 
     @property
     def faults(self) -> list[str]:
@@ -118,6 +139,37 @@ def operate(case: Case, directory: Path) -> None:
     named = json.loads((directory / "config.json").read_text(encoding="utf-8"))["auto_map"]
     case.autos = [auto for auto in named if auto != "AutoConfig"]
     case.directory = directory
+
+
+def deepen(case: Case, directory: Path) -> None:
+    """Copies the last layer of the longest stack, removes the original, copies the first; writes the artifact."""
+    model = families.tiny(case.model_type, case.auto)
+    stacks = {
+        name: anatomy.count(module.parameters())
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.ModuleList and len(module) > 1 and not any(p.isdigit() for p in name.split("."))
+    }
+    name = max(stacks, key=lambda name: stacks[name])
+    size = len(model.get_submodule(name))
+    edits = solidify.insert(model, f"{name}.{size - 1}")
+    edits += solidify.remove(model, f"{name}.{size}")
+    edits += solidify.insert(model, f"{name}.0")
+    assemble(model, edits, directory)
+    case.deeper = directory
+
+
+def attempt_depth(listed: Collection[Case], root: Path) -> None:
+    """Changes the depth of every language model; a refusal is told in its own words."""
+    tried = [case for case in listed if case.auto == "AutoModelForCausalLM"]
+    for case in tried:
+        try:
+            deepen(case, root / f"{case.model_type}-depth")
+        except solidify.SolidifyError as error:
+            case.depth = "refused: " + " ".join(str(error).split())[:160].replace("|", "\\|")
+    written = {case.deeper: case for case in tried if case.deeper is not None}
+    for directory, findings in certificate.witness_all(list(written)).items():
+        faults = [f"{f.name}: {f.evidence}" for f in findings if f.passed is False]
+        written[directory].depth = f"NO: {faults[0][:160]}" if faults else "bit-identical"
 
 
 def attempt(listed: Collection[Case], root: Path) -> None:
@@ -182,14 +234,19 @@ def test_every_family_reloads_bit_identical(tmp_path: Path) -> None:
     """Writes the table whether or not all pass, so that a failure stands in it with its reason."""
     listed = [Case(model_type, auto) for model_type, auto in families.cases()]
     attempt(listed, tmp_path)
+    attempt_depth(listed, tmp_path)
     Path(__file__).parents[1].joinpath("docs", "families.md").write_text(table(listed), encoding="utf-8")
     failed = {case.model_type: case.faults for case in listed if case.faults}
     assert failed.keys() == KNOWN.keys(), {name: failed.get(name) for name in failed.keys() ^ KNOWN.keys()}
+    assert {case.model_type for case in listed if case.depth.startswith("refused")} == DEPTH_REFUSED
+    assert not [case.model_type for case in listed if case.depth.startswith("NO")]
 
 
 def table(listed: list[Case]) -> str:
     """Returns the matrix as Markdown: a row for each family and head, and the reasons for what is left out."""
     passed = sum(not case.faults for case in listed)
+    tried = sum(case.auto == "AutoModelForCausalLM" for case in listed)
+    deeper = sum(case.depth == "bit-identical" for case in listed)
     lines = [
         "# Families",
         "",
@@ -199,17 +256,18 @@ def table(listed: list[Case]) -> str:
         "and every output bit-identical, loading info empty, through every Auto class named. Written by",
         "`make test-all`.",
         "",
-        f"{passed} of {len(listed)} pass.",
+        f"{passed} of {len(listed)} pass. The last column is a second artifact, of another depth: {deeper} of {tried}",
+        "language models are bit-identical, the others are refused with the model unchanged.",
         "",
-        "| family | head | feed-forward | attention or mixer | projector | Auto classes | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "| family | head | feed-forward | attention or mixer | projector | Auto classes | verdict | depth |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in listed:
         cells = [case.cells.get(column, "not reached") for column in COLUMNS]
         fault = " ".join("; ".join(case.faults).split())[:300].replace("|", "\\|")
         verdict = "no: " + KNOWN.get(case.model_type, fault) if case.faults else "bit-identical"
         autos = ", ".join(auto.removeprefix("AutoModelFor") for auto in case.autos) or "none"
-        lines.append(f"| {' | '.join([case.model_type, case.head or case.auto, *cells, autos, verdict])} |")
+        lines.append(f"| {' | '.join([case.model_type, case.head or case.auto, *cells, autos, verdict, case.depth])} |")
     lines += ["", "Left out:", ""]
     lines += [f"* {name}: {reason}." for name, reason in families.LEFT_OUT.items()]
     return "\n".join(lines) + "\n"

@@ -6,9 +6,11 @@ which entry of the configuration, changed, makes the list longer or shorter.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,36 +109,57 @@ def _parts(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, zero: Sequence[str]) -> list[Edit]:
-    """Changes the lists one after the other; puts everything back when the result does not run."""
-    edits: list[Edit] = []
-    undo: list[tuple[str, Any, dict[str, Any], list[tuple[nn.Module, str, int]]]] = []
-    meta = anatomy.is_meta(model)
-    inputs = None if meta else probing.probe_inputs(model)
-    before = None if inputs is None else anatomy.run(model, inputs)
-    try:
-        for name, order in orders.items():
-            old = _list_at(model, name)
-            settings = _settings(model, name, order)
-            numbers = [(m, key, value) for m in old.modules() for key, value in vars(m).items() if type(value) is int]
-            undo.append((name, old, settings["before"], numbers))
-            edits.append(_one(model, name, order, settings, verb, zero))
-        surgery.forget_capture_hooks(model)
-        identical = inputs is not None and before is not None and _runs(model, inputs, before)
-    except SurgeryError:
-        for name, old, values, numbers in reversed(undo):
-            model.set_submodule(name, old, strict=True)
-            operations.assign(model.config, values)
+    """Changes the lists one after the other; puts everything back when the result does not run.
+
+    Some families count the same layers twice (a decoder that was cut out of an encoder-decoder): where the model does
+    not run with the one number changed that makes the list longer, all that count layers and are equal to it are.
+    """
+    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model)
+    before = None if inputs is None else _Behaviour.of(model, inputs)
+    for wide in (False, True):
+        undo = _Undo(model)
+        try:
+            edits = [_one(model, name, order, undo, verb, zero, wide=wide) for name, order in orders.items()]
+            surgery.forget_capture_hooks(model)
+            identical = inputs is not None and before is not None and _compare(before, _Behaviour.of(model, inputs))
+        except SurgeryError:
+            undo()
+            if wide:
+                raise
+        else:
+            return [dataclasses.replace(edit, identical=identical, probed=inputs is not None) for edit in edits]
+    raise AssertionError("unreachable")
+
+
+class _Undo:
+    """Remembers lists, numbers within them and the configuration as they were, and puts them back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.steps: list[tuple[str, Any, dict[str, Any], list[tuple[nn.Module, str, int]]]] = []
+
+    def note(self, name: str, before: dict[str, Any]) -> None:
+        """Remembers a list of layers, and the configuration's values that will change with it."""
+        old = _list_at(self.model, name)
+        numbers = [(m, key, value) for m in old.modules() for key, value in vars(m).items() if type(value) is int]
+        self.steps.append((name, old, before, numbers))
+
+    def __call__(self) -> None:
+        """Puts all back."""
+        for name, old, values, numbers in reversed(self.steps):
+            self.model.set_submodule(name, old, strict=True)
+            operations.assign(self.model.config, values)
             for module, key, value in numbers:
                 setattr(module, key, value)
-        surgery.forget_capture_hooks(model)
-        raise
-    return [Edit(**{**vars(edit), "identical": identical, "probed": not meta}) for edit in edits]
+        surgery.forget_capture_hooks(self.model)
 
 
 def _one(
-    model: PreTrainedModel, name: str, order: list[int], settings: dict[str, Any], verb: str, zero: Sequence[str]
+    model: PreTrainedModel, name: str, order: list[int], undo: _Undo, verb: str, zero: Sequence[str], *, wide: bool
 ) -> Edit:
     """Rearranges one list and writes the record."""
+    settings = _settings(model, name, order, wide)
+    undo.note(name, settings["before"])
     old = _list_at(model, name)
     size, parameters, old_keys = len(old), anatomy.count(old.parameters()), list(old.state_dict())
     operations.rearrange(model, [name], settings, {})
@@ -175,9 +198,9 @@ def _difference(order: list[int], size: int) -> list[int]:
     return [i for i in range(size) if order.count(i) != 1]
 
 
-def _settings(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]:
+def _settings(model: PreTrainedModel, name: str, order: list[int], wide: bool) -> dict[str, Any]:
     """Returns what an artifact needs to do the same: order, numbers to renew, the configuration before and after."""
-    before, after = _configuration(model, name, order)
+    before, after = _configuration(model, name, order, wide)
     return {"order": order, "index": _indices(_list_at(model, name)), "before": before, "after": after}
 
 
@@ -192,7 +215,9 @@ def _indices(layers: Any) -> list[str]:
     return sorted(path for path, agrees in found.items() if all(agrees))
 
 
-def _configuration(model: PreTrainedModel, name: str, order: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _configuration(
+    model: PreTrainedModel, name: str, order: list[int], wide: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Finds the entries of the configuration that go with the list, as they are and as they must become.
 
     Lists with one value per layer are put into the new order, lists of layer numbers are renumbered, and the number of
@@ -213,6 +238,7 @@ def _configuration(model: PreTrainedModel, name: str, order: list[int]) -> tuple
         for number in [None, *numbers]:
             after = {**changed, **({number: len(order)} if number else {})}
             if _length(owner, inside, after) == len(order):
+                after |= dict.fromkeys([key for key in numbers if "layer" in key] if wide else [], len(order))
                 return {path + key: values[key] for key in after}, {path + key: value for key, value in after.items()}
     return {}, {}  # the family does not count these layers; the list alone says how many there are
 
@@ -261,23 +287,38 @@ def _length(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int |
         return None
 
 
-def _runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor], before: torch.Tensor) -> bool:
-    """Runs the changed model, with and without a cache; returns whether it computes what it did before."""
-    try:
-        after = anatomy.run(model, inputs)
-        stepwise = _stepwise(model, inputs) if "input_ids" in inputs and model.can_generate() else None
-    except _BUILD_ERRORS as error:
-        raise SurgeryError(f"with these layers the model does not run: {type(error).__name__}: {error}") from error
-    if after.shape != before.shape:
-        raise SurgeryError(f"with these layers the output has shape {list(after.shape)}, not {list(before.shape)}")
-    if stepwise is not None and after.ndim == 3:
-        distance = float((stepwise.float() - after[:, -1].float()).abs().max())
-        if distance > 1e3 * torch.finfo(after.dtype).eps * max(float(after.float().abs().max()), 1e-3):
-            raise SurgeryError(
-                f"with these layers the model computes with a cache something else than without (by {distance:.3g}); "
-                "the layers' numbers or kinds do not fit their new places"
-            )
-    return torch.equal(after, before)
+@dataclass(frozen=True)
+class _Behaviour:
+    """What a model returns, and how far its last position, computed from a cache, is from that (None without one)."""
+
+    output: torch.Tensor
+    drift: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> _Behaviour:
+        """Runs the model with and without a cache."""
+        try:
+            output = anatomy.run(model, inputs)
+            stepwise = _stepwise(model, inputs) if "input_ids" in inputs and model.can_generate() else None
+        except _BUILD_ERRORS as error:
+            raise SurgeryError(f"with these layers the model does not run: {type(error).__name__}: {error}") from error
+        if stepwise is None or output.ndim != 3:
+            return cls(output, None)
+        return cls(output, float((stepwise.float() - output[:, -1].float()).abs().max()))
+
+
+def _compare(before: _Behaviour, after: _Behaviour) -> bool:
+    """Returns whether the model computes what it did before; refuses what no change of depth may bring about."""
+    if after.output.shape != before.output.shape:
+        shapes = f"{list(after.output.shape)}, not {list(before.output.shape)}"
+        raise SurgeryError(f"with these layers the output has shape {shapes}")
+    rounding = 1e3 * torch.finfo(after.output.dtype).eps * max(float(after.output.float().abs().max()), 1e-3)
+    if after.drift is not None and before.drift is not None and after.drift > rounding + 4 * before.drift:
+        raise SurgeryError(
+            f"with these layers the model computes with a cache something else than without (by {after.drift:.3g}); "
+            "the layers' numbers or kinds do not fit their new places"
+        )
+    return torch.equal(after.output, before.output)
 
 
 def _stepwise(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
