@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pico
 import solidify
@@ -70,3 +73,15 @@ def test_what_cannot_be_added_is_refused_and_nothing_stays(name: str, module: ty
     assert list(model.state_dict()) == keys
     assert torch.equal(after.logits, before.logits)
     assert set(after) == set(before)
+
+
+def test_initial_weights_are_loaded_strictly(tmp_path: Path) -> None:
+    weights = {"linear.weight": torch.randn(1, 32), "linear.bias": torch.randn(1)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    save_file({"linear.weight": weights["linear.weight"]}, tmp_path / "part.safetensors")
+    model = pico.llama()
+    with pytest.raises(SurgeryError, match=r"lack 'linear\.bias'"):
+        solidify.add(model, "value_head", wrappers.ValueHead, reads="model.norm", weights=tmp_path / "part.safetensors")
+    assert not hasattr(model, "value_head")
+    solidify.add(model, "value_head", wrappers.ValueHead, reads="model.norm", weights=tmp_path / "whole.safetensors")
+    assert torch.equal(model.value_head.linear.weight, weights["linear.weight"])

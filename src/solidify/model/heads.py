@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, operations, probing, surgery
+from solidify.model import anatomy, initial, operations, probing, surgery
 from solidify.model.surgery import Edit
 
 _RUN_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
@@ -59,8 +59,8 @@ def add(
         head = model.get_submodule(name)
         head.to(device=model.device, dtype=model.dtype).train(model.training)
         if weights is not None:
-            state = surgery.read_weights(weights)
-            refuse(SurgeryError, "the weights do not fit", surgery.load_weights(name, head, head, state, [name]))
+            state = initial.read(weights)
+            refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
         _try(model, name, before)
     except (SurgeryError, *_RUN_ERRORS) as error:
         _undo(model, parent, child, reads, hooks)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract, operations, probing
+from solidify.model import anatomy, contract, initial, operations, probing
 
 SUPPLIED = ("config", "layer_idx", "original")
 
@@ -153,7 +150,7 @@ def _put(
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
     inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model)
     probe = None if inputs is None else contract.record(model, names, inputs)
-    state = read_weights(weights) if weights is not None else None
+    state = initial.read(weights) if weights is not None else None
     originals = {name: model.get_submodule(name) for name in names}
     edits: list[Edit] = []
     faults: list[str] = []
@@ -162,7 +159,7 @@ def _put(
         first = next(iter(built.values()), None)
         new = first if shared and first is not None else _build(model, name, original, module, arguments)
         if state is not None:
-            faults += load_weights(name, new, original, state, names)
+            faults += initial.load(name, new, original, state, names)
         found, edit = _examine(name, original, new, arguments, probe, shared)
         faults += found
         edits.append(edit)
@@ -388,50 +385,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     # A constant tensor (a fresh bias of zeros, say) equals every other such: that is no sign of descent.
     return torch.equal(a, b) and a.numel() > 1 and bool((a != a.reshape(-1)[0]).any())
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads initial weights from a safetensors or, tensors only, a torch file."""
-    path = Path(path)
-    if not path.is_file():
-        raise SurgeryError(f"the weights {path} do not exist")
-    try:
-        if path.suffix == ".safetensors":
-            loaded: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-            return loaded
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SurgeryError(
-            f"the weights {path} hold more than tensors, and reading them would run code; save a plain state_dict"
-        ) from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise SurgeryError(f"the weights {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SurgeryError(f"the weights {path} hold no state_dict (names and tensors)")
-    return state
-
-
-def load_weights(
-    name: str, new: nn.Module, original: nn.Module, state: dict[str, torch.Tensor], names: Sequence[str]
-) -> list[str]:
-    """Loads initial weights strictly: every tensor of the file is used, every new tensor of the module is given."""
-    if all(any(key.startswith(n + ".") for n in names) for key in state):
-        state = {key.removeprefix(name + "."): t for key, t in state.items() if key.startswith(name + ".")}
-    kept = {id(t) for t in (*original.parameters(), *original.buffers())}
-    own = new.state_dict(keep_vars=True)
-    faults = [f"{name}: the weights hold {key!r}, which {type(new).__name__} lacks" for key in state if key not in own]
-    for key, tensor in own.items():
-        if key not in state:
-            if id(tensor) not in kept:
-                faults.append(f"{name}: the weights lack {key!r}")
-        elif state[key].shape != tensor.shape:
-            faults.append(
-                f"{name}: {key!r} has shape {list(state[key].shape)} in the weights, but {type(new).__name__} "
-                f"needs {list(tensor.shape)}"
-            )
-    if not faults and not anatomy.is_meta(new):
-        new.load_state_dict(state, strict=False)
-    return faults
 
 
 def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:

@@ -22,7 +22,7 @@ MAIN = ("__main__", "__mp_main__")
 class Origins:
     """Finds classes' sources; keeps those of `__main__`, which no import statement leads to."""
 
-    library: Library
+    index: Library
     mains: dict[Path | None, SourceFile | Fault] = field(default_factory=dict)
 
     def of(self, cls: Any) -> Target | Fault:
@@ -43,7 +43,7 @@ class Origins:
         return _fault(cls, module, found) or Target(found.source, found.module, cls.__name__)
 
     def _always_there(self, module: ModuleType, name: str) -> bool:
-        return name.split(".")[0] in ALWAYS or judge(name, module.__spec__, self.library.here).owner == "always"
+        return name.split(".")[0] in ALWAYS or judge(name, module.__spec__, self.index.here).owner == "always"
 
     def _in_module(self, cls: type, module: ModuleType) -> Target | Fault:
         names = vars(module)
@@ -59,14 +59,14 @@ class Origins:
         path = Path(file).absolute()
         search = tuple(names["__path__"]) if "__path__" in names else None
         place = Place(cls.__module__, "own", path.parent.resolve() / path.name, search)
-        source = self.library.source(place)
+        source = self.index.source(place)
         if isinstance(source, Fault):
             return source
         if search is None:
-            return self.library.defined(Target(source, "", cls.__name__))
-        found = self.library.attribute(place, cls.__name__, source)
+            return self.index.defined(Target(source, "", cls.__name__))
+        found = self.index.attribute(place, cls.__name__, source)
         if isinstance(found, Target) and found.source is not None:
-            return self.library.defined(found)
+            return self.index.defined(found)
         return Target(source, "", cls.__name__)
 
     def _in_main(self, cls: type, main: ModuleType) -> Target | Fault:

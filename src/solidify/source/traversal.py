@@ -39,7 +39,7 @@ class _Site:
 class Walk:
     """The way through the files: what was found in each, and what is still to be looked at."""
 
-    library: Library
+    index: Library
     roots: set[SourceFile] = field(default_factory=set)
     queue: list[SourceFile] = field(default_factory=list)
     extracts: dict[SourceFile, Extract] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Walk:
             if alias.name == "*":
                 found: list[tuple[str, Resolved]] = self.star(source, node)
             else:
-                found = [(local, self.library.alias(source, node, alias))]
+                found = [(local, self.index.alias(source, node, alias))]
             if not self.is_needed(source, node, local) and not self.is_always(source, found[0][1]):
                 continue  # of what a needed statement imports, only the needed names
             for name, what in found:
@@ -152,22 +152,22 @@ class Walk:
     def star(self, source: SourceFile, node: Import) -> list[tuple[str, Resolved]]:
         """Resolves `from module import *`: of a package, to the names that it stands for."""
         assert isinstance(node, ast.ImportFrom)
-        module = self.library.absolute(source, node)
+        module = self.index.absolute(source, node)
         if isinstance(module, Fault):
             return [("*", module)]
-        what = self.library.module(module, source)
+        what = self.index.module(module, source)
         if isinstance(what, Fault):
             return [("*", what)]
         if isinstance(what, Target):
             return [("*", Target(what.source, what.module, "*"))]
-        names = self.library.public(module, source)
-        return [(name, self.library.attribute(what.place, name, source)) for name in names]
+        names = self.index.public(module, source)
+        return [(name, self.index.attribute(what.place, name, source)) for name in names]
 
     def is_always(self, source: SourceFile, what: Resolved) -> bool:
         """Whether an import is of something that is always there."""
         if not isinstance(what, Target) or what.source is not None:
             return False
-        return locate(what.module, source, self.library.here).owner == "always"
+        return locate(what.module, source, self.index.here).owner == "always"
 
     def look_at_package(
         self, source: SourceFile, scope: ast.AST, sites: Sequence[_Site], found: Payload | None
@@ -199,7 +199,7 @@ class Walk:
                 return self.fault(source, node, Fault(reason), shown=False)
             node = holder
             parts.append(holder.attr)
-            what = self.library.attribute(what.place, holder.attr, source)
+            what = self.index.attribute(what.place, holder.attr, source)
         if isinstance(what, Fault):
             return self.fault(source, node, what)
         if what.name is not None and isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
@@ -262,7 +262,7 @@ class Walk:
         """Judges a module that is asked for by its name."""
         if not isinstance(name, ast.Constant) or not isinstance(name.value, str):
             return None
-        what = self.library.module(name.value, source)
+        what = self.index.module(name.value, source)
         if isinstance(what, Package) or (isinstance(what, Target) and what.source is not None):
             reason = f"`{ast.unparse(node)}` asks for your own file by its name; write an import statement"
             return self.fault(source, node, Fault(reason), shown=False)
@@ -281,12 +281,12 @@ class Walk:
             return source.path.parent if source.path is not None else None
         what: Resolved | None = None
         if isinstance(anchor, ast.Constant) and isinstance(anchor.value, str):
-            what = self.library.module(anchor.value, source)
+            what = self.index.module(anchor.value, source)
         elif isinstance(anchor, ast.Name | ast.Attribute):
             first, *rest = written.split(".")
             what = places.get(first)
             for part in rest:
-                what = self.library.attribute(what.place, part, source) if isinstance(what, Package) else what
+                what = self.index.attribute(what.place, part, source) if isinstance(what, Package) else what
         if isinstance(what, Package) and what.place.search:
             return Path(what.place.search[0])
         if isinstance(what, Fault):
@@ -296,8 +296,8 @@ class Walk:
 
     def require(self, source: SourceFile, target: Target) -> None:
         """Notes the distribution of what is imported from outside."""
-        if target.source is None and locate(target.module, source, self.library.here).owner == "installed":
-            name, version = requirement(target.module, self.library.here)
+        if target.source is None and locate(target.module, source, self.index.here).owner == "installed":
+            name, version = requirement(target.module, self.index.here)
             self.requirements[name] = version
 
     def fault(self, source: SourceFile, node: ast.stmt | ast.expr, fault: Fault, *, shown: bool = True) -> None:
