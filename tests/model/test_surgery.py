@@ -249,3 +249,15 @@ def test_other_families_are_edited_alike(name: str, target: str, settings: dict[
     model = pico.make(name, **{**pico.SIZES, **settings})
     edits = solidify.replace(model, target, wrappers.Scaled, count=2)
     assert all(edit.identical and edit.probed for edit in edits)
+
+
+def test_a_model_that_reads_an_attribute_of_what_was_replaced_is_left_as_it_was() -> None:
+    """T5's feed-forward reads the dtype of `wo.weight`; a module that answers when called may still lack it."""
+    settings = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    model = pico.make("T5ForConditionalGeneration", **settings, decoder_start_token_id=0)
+    inputs = probing.probe_inputs(model)
+    before = anatomy.run(model, inputs)
+    with pytest.raises(SurgeryError, match="with Scaled in place the model does not run: AttributeError"):
+        solidify.replace(model, "encoder.block.0.layer.1.DenseReluDense.wo", wrappers.Scaled)
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is torch.nn.Linear
+    assert torch.equal(anatomy.run(model, inputs), before)

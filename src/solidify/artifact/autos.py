@@ -56,7 +56,7 @@ def find(before: Ancestor) -> Family:
     with torch.device("meta"):
         whole = before.head(before.config)
     inner: Any = whole.base_model
-    alone, unpooled = (inner, False) if inner is whole else _alone(before, inner, heads)
+    alone, unpooled = (inner, False) if inner is whole else _alone(before, inner)
     if alone is None:
         return Family(heads, None, False, {}, "", whole.all_tied_weights_keys)
     prefix = "" if inner is whole else whole.base_model_prefix + "."
@@ -104,7 +104,7 @@ def _mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
     return ()
 
 
-def _alone(before: Ancestor, inner: Any, heads: list[str]) -> tuple[Any, bool]:
+def _alone(before: Ancestor, inner: Any) -> tuple[Any, bool]:
     """Builds the part without a head by itself: None where AutoModel would build another class, or the same with
     tensors that the model with its head does not have."""
     if not isinstance(inner, PreTrainedModel):

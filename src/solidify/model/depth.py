@@ -18,11 +18,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, operations, probing, surgery
+from solidify.model import anatomy, contract, operations, probing, surgery
 from solidify.model.surgery import Edit
 
 _INDEX_WORDS = ("idx", "index", "layer", "block", "depth", "number", "_id")
-_BUILD_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
 
 
 def insert(
@@ -283,7 +282,7 @@ def _length(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int |
     try:
         with torch.device("meta"):
             return len(_list_at(kind(config), inside))
-    except _BUILD_ERRORS:
+    except contract.CALL_ERRORS:
         return None
 
 
@@ -300,7 +299,7 @@ class _Behaviour:
         try:
             output = anatomy.run(model, inputs)
             stepwise = _stepwise(model, inputs) if "input_ids" in inputs and model.can_generate() else None
-        except _BUILD_ERRORS as error:
+        except contract.CALL_ERRORS as error:
             raise SurgeryError(f"with these layers the model does not run: {type(error).__name__}: {error}") from error
         if stepwise is None or output.ndim != 3:
             return cls(output, None)

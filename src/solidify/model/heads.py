@@ -11,10 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, initial, operations, probing, surgery
+from solidify.model import anatomy, contract, initial, operations, probing, surgery
 from solidify.model.surgery import Edit
-
-_RUN_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 
 
 def add(
@@ -62,7 +60,7 @@ def add(
             state = initial.read(weights)
             refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
         _try(model, name, before)
-    except (SurgeryError, *_RUN_ERRORS) as error:
+    except (SurgeryError, *contract.CALL_ERRORS) as error:
         _undo(model, parent, child, reads, hooks)
         if isinstance(error, SurgeryError):
             raise

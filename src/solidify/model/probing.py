@@ -14,19 +14,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.errors import SurgeryError
-from solidify.model import anatomy
+from solidify.model import anatomy, contract
 
 # What a forward may raise that is given inputs of another shape than it takes.
-_RUN_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-    ZeroDivisionError,
-)
+_RUN_ERRORS = (*contract.CALL_ERRORS, AssertionError, ZeroDivisionError)
 
 Inputs = dict[str, torch.Tensor]
 
