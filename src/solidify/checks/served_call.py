@@ -132,6 +132,7 @@ def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
     def attend(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
     ) -> Any:
+        """Notes who called, and lets each position see only itself."""
         seen.arrivals.append(
             Arrival(names.get(module, "?"), vars(module).get("layer_idx"), options.get(KEYWORD) is seen)
         )
@@ -172,6 +173,7 @@ def _keep(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
     times: dict[str, int] = {}
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Notes what a module was given and what it returned."""
         if kwargs.get(KEYWORD) is seen:
             seen.received.add(name)
         if name.rpartition(".")[2] == "experts":
@@ -191,6 +193,7 @@ def _compare(first: Mapping[tuple[str, int], Any], found: list[str], others: lis
     times: dict[str, int] = {}
 
     def compare(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Compares a module's call with the same call of the first run."""
         call = (name, times.setdefault(name, 0))
         times[name] += 1
         given, returned = first.get(call, ([], []))

@@ -180,6 +180,7 @@ def _runnable(source: SourceFile, statements: list[ast.stmt]) -> list[ast.stmt]:
     visited: set[ast.stmt] = set()
 
     def visit(statement: ast.stmt) -> None:
+        """Puts a statement behind those that it needs."""
         if statement in visited:
             return
         visited.add(statement)

@@ -107,6 +107,7 @@ def capture(model: nn.Module, wanted: Mapping[Key, Capture]) -> Iterator[dict[Ke
 
 def _hook(store: dict[str, Any], name: str) -> Any:
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        """Stores what the module returned."""
         if name in store:
             raise ObjectiveError(f"{name} ran twice in one forward pass; a loss term cannot tell which one counts")
         store[name] = output

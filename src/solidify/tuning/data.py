@@ -51,6 +51,7 @@ def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: i
     """
 
     def windows(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        """Cuts a batch of texts into examples."""
         examples = []
         for ids in tokenizer(rows[text], add_special_tokens=True, verbose=False)["input_ids"]:
             if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
