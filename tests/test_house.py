@@ -13,7 +13,7 @@ import pytest
 import solidify
 
 PACKAGE = Path(solidify.__file__).parent
-ROOMS = ("model", "source", "artifact", "tuning", "checks")
+ROOMS = ("weights", "model", "source", "artifact", "tuning", "checks")
 SPINE_BELOW = {"errors", "findings", "places", "console"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

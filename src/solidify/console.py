@@ -11,7 +11,15 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +39,18 @@ def progress(description: str, total: int) -> Iterator[Any]:
             bar.update(task, advance=1, note=note)
 
         yield advance
+
+
+@contextmanager
+def bytes_progress(description: str, total: int) -> Iterator[Any]:
+    """Shows a bar in bytes, with their rate, and yields a function `advance(count)`; nothing for what takes no time."""
+    if total < 2**28:
+        yield lambda _count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=words) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.update(task, advance=count)
 
 
 def table(

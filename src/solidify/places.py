@@ -57,11 +57,24 @@ def staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """Yields a directory beside `output`, on its file system, that is gone when the block ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(output)
+    directory = output.parent / f".{output.name}.scratch-{os.getpid()}"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _sweep(output: Path) -> None:
     """Removes what runs that were killed left beside `output`; a result that was about to be replaced goes back."""
     for left in output.parent.glob(f".{output.name}.*-*"):
         kind, _, process = left.name.removeprefix(f".{output.name}.").rpartition("-")
-        if not process.isdigit() or kind not in ("partial", "replaced") or _alive(int(process)):
+        if not process.isdigit() or kind not in ("partial", "replaced", "scratch") or _alive(int(process)):
             continue
         if kind == "replaced" and not output.exists():
             left.rename(output)

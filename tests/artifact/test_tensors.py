@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError
+from solidify.weights import checkpoint, format, known, store
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -34,8 +35,8 @@ def offsets(path: Path) -> dict[str, int]:
 
 def test_what_is_written_is_read_by_the_library_bit_for_bit(tmp_path: Path) -> None:
     original = {**state(), "transposed": torch.randn(16, 32).T, "empty": torch.zeros(0, 4)}
-    tensors.write(original, tmp_path)
-    found = load_file(tmp_path / tensors.WEIGHTS)
+    store.store(original, tmp_path)
+    found = load_file(tmp_path / checkpoint.WEIGHTS)
     assert set(found) == set(original)
     for name, tensor in original.items():
         assert found[name].dtype == tensor.dtype
@@ -43,8 +44,8 @@ def test_what_is_written_is_read_by_the_library_bit_for_bit(tmp_path: Path) -> N
 
 
 def test_every_matrix_starts_at_a_multiple_of_64_bytes(tmp_path: Path) -> None:
-    tensors.write(state(), tmp_path)
-    ours = offsets(tmp_path / tensors.WEIGHTS)
+    store.store(state(), tmp_path)
+    ours = offsets(tmp_path / checkpoint.WEIGHTS)
     assert all(ours[name] % 64 == 0 for name, tensor in state().items() if tensor.ndim >= 2)
     save_file(state(), tmp_path / "plain.safetensors")
     plain = offsets(tmp_path / "plain.safetensors")
@@ -53,31 +54,31 @@ def test_every_matrix_starts_at_a_multiple_of_64_bytes(tmp_path: Path) -> None:
 
 def test_matrices_of_odd_size_stand_in_files_of_their_own(tmp_path: Path) -> None:
     odd = {f"{i}.weight": torch.randn(3, 5) for i in range(3)} | state()
-    tensors.write(odd, tmp_path)
-    paths = tensors.weight_files(tmp_path)
+    store.store(odd, tmp_path)
+    paths = checkpoint.weight_files(tmp_path)
     assert len(paths) == 3
     for path in paths:
         for name, offset in offsets(path).items():
             assert odd[name].ndim < 2 or offset % 64 == 0
-    assert tensors.digests_on_disk(paths) == tensors.digests(odd.items())
+    assert known.digests(paths) == tensors.digests(odd.items())
 
 
 def test_large_states_are_split_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "SHARD_SIZE", 2048)
+    monkeypatch.setattr(checkpoint, "SHARD_SIZE", 2048)
     big = {f"{i}.weight": torch.randn(16, 16) for i in range(5)}
-    tensors.write(big, tmp_path)
-    index = json.loads((tmp_path / tensors.INDEX).read_text())
+    store.store(big, tmp_path)
+    index = json.loads((tmp_path / checkpoint.INDEX).read_text())
     assert index["metadata"]["total_size"] == 5 * 1024
     assert set(index["weight_map"]) == set(big)
-    assert len(tensors.weight_files(tmp_path)) == 3
+    assert len(checkpoint.weight_files(tmp_path)) == 3
 
 
 def test_tied_names_are_left_out_and_other_sharing_is_refused(tmp_path: Path) -> None:
     weight = torch.randn(4, 16)
-    tensors.write({"embed.weight": weight, "head.weight": weight}, tmp_path, tied=["head.weight"])
-    assert set(load_file(tmp_path / tensors.WEIGHTS)) == {"embed.weight"}
+    store.store({"embed.weight": weight, "head.weight": weight}, tmp_path, tied=["head.weight"])
+    assert set(load_file(tmp_path / checkpoint.WEIGHTS)) == {"embed.weight"}
     with pytest.raises(ArtifactError, match=r"embed.weight and head.weight share memory"):
-        tensors.write({"embed.weight": weight, "head.weight": weight}, tmp_path)
+        store.store({"embed.weight": weight, "head.weight": weight}, tmp_path)
 
 
 def test_a_digest_sees_dtype_shape_and_every_bit() -> None:
@@ -91,26 +92,27 @@ def test_a_digest_sees_dtype_shape_and_every_bit() -> None:
 
 def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds neither"):
-        tensors.weight_files(tmp_path)
-    tensors.write(state(), tmp_path)
-    content = (tmp_path / tensors.WEIGHTS).read_bytes()
-    (tmp_path / tensors.WEIGHTS).write_bytes(content[:-40])
+        checkpoint.weight_files(tmp_path)
+    store.store(state(), tmp_path)
+    content = (tmp_path / checkpoint.WEIGHTS).read_bytes()
+    (tmp_path / checkpoint.WEIGHTS).write_bytes(content[:-40])
     with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
-        tensors.digests_on_disk(tensors.weight_files(tmp_path))
-    (tmp_path / tensors.INDEX).write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+        known.digests(checkpoint.weight_files(tmp_path))
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(ArtifactError, match=r"names gone.safetensors, which"):
-        tensors.weight_files(tmp_path)
-    (tmp_path / tensors.INDEX).write_text("{")
+        checkpoint.weight_files(tmp_path)
+    (tmp_path / checkpoint.INDEX).write_text("{")
     with pytest.raises(ArtifactError, match="is not a safetensors index"):
-        tensors.weight_files(tmp_path)
+        checkpoint.weight_files(tmp_path)
 
 
-def test_realigning_moves_matrices_and_changes_no_value() -> None:
+def test_realigning_follows_the_file_and_changes_no_value(tmp_path: Path) -> None:
+    """Also where the file's own matrices are not aligned, as in most files of the hub."""
     module = torch.nn.Linear(16, 16)
-    storage = torch.zeros(300)
-    storage[3:259] = module.weight.detach().flatten()
-    module.weight.data = storage[3:259].view(16, 16)
     before = module.weight.detach().clone()
-    tensors.realign(module)
-    assert module.weight.data_ptr() % 64 == 0
+    save_file({"odd": torch.randn(3), "weight": before}, tmp_path / "plain.safetensors")
+    entry = format.read_header(tmp_path / "plain.safetensors")["weight"]
+    assert entry.start % 64
+    tensors.realign({"weight": entry}, dict(module.named_parameters()))
+    assert module.weight.data_ptr() % 64 == entry.start % 64
     assert torch.equal(module.weight, before)

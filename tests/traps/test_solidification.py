@@ -389,11 +389,11 @@ def test_a_scalar_among_the_weights_moves_all_matrices_behind_it_off_their_align
     model.save_pretrained(tmp_path / "plain")
     from safetensors.torch import load_file
 
-    from solidify.artifact import tensors
+    from solidify.weights import store
 
     state = load_file(tmp_path / "plain" / "model.safetensors")
     assert any(t.data_ptr() % 64 for t in state.values() if t.ndim >= 2)
 
-    tensors.write(model.state_dict(), tmp_path)
+    store.store(model.state_dict(), tmp_path)
     ours = load_file(tmp_path / "model.safetensors")
     assert not any(t.data_ptr() % 64 for t in ours.values() if t.ndim >= 2)

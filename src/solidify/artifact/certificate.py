@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify.artifact import manifest, tensors
+from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, probing
+from solidify.model import anatomy, contract, probing, surgery
+from solidify.weights import checkpoint
 
 NAME = "certificate"
+_WITNESS = Path(__file__).with_name("witness.py")
 FORBIDDEN = ("solidify", "peft")
 CASES: dict[str, dict[str, Any]] = {
     "short": {"length": 12, "seed": 11},
@@ -34,30 +37,35 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def write(model: PreTrainedModel, directory: Path) -> None:
-    """Records what `model`, as it stands in memory, computes and holds; realigns its matrices, values unchanged."""
-    tensors.realign(model)
+def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) -> None:
+    """Records what `model`, as it stands in memory, computes and holds; realigns its matrices, values unchanged.
+
+    `stored` holds the digests of the tensors in the directory. A large model is not run: what is recorded of its
+    outputs is what the first new module of each kind gives back, and of its state, beside the digests, samples.
+    """
     target = directory / NAME
     target.mkdir()
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     places = [name for edit in config["surgery"] for name in edit["modules"]]
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    for case, settings in sorted(CASES.items()):
-        batch = probing.probe_inputs(model, **settings)
-        inputs |= {f"{case}/{key}": tensor.cpu().contiguous() for key, tensor in batch.items()}
-        outputs[f"{case}/logits"] = anatomy.run(model, batch).cpu().contiguous()
-        if model.base_model is not model:
-            # The part without a head may ask for inputs that its head makes for it; then only its state is compared.
-            with suppress(*contract.CALL_ERRORS):
-                outputs[f"{case}/hidden"] = anatomy.run(model.base_model, batch).cpu().contiguous()
+    large = anatomy.large(model)
+    entries = checkpoint.read(directory).entries
+    state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    if large:
+        first = list(surgery.first_of_each_kind(model, _standing(model, config["surgery"])))
+        entries = {name: e for name, e in entries.items() if any(name.startswith(f"{place}.") for place in first)}
+        tensors.realign(entries, state)
+        inputs, outputs, modules = calls.record(model, first)
+    else:
+        tensors.realign(entries, state)
+        modules = []
+        inputs, outputs = _whole_outputs(model)
     safetensors.torch.save_file(inputs, target / "inputs.safetensors")
     safetensors.torch.save_file(outputs, target / "outputs.safetensors")
     document = {
         "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
-        "state": tensors.digests(
-            (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        ),
+        "state": _digests(state, stored) if large else tensors.digests(state.items()),
+        "samples": {name: tensors.sample(tensor) for name, tensor in state.items()} if large else {},
+        "modules": modules,
         "attributes": tensors.digests(_attributes(model, torch.Tensor)),
         "values": dict(_attributes(model, (bool, int, float, str), places)),
         "device": model.device.type,
@@ -73,6 +81,34 @@ def write(model: PreTrainedModel, directory: Path) -> None:
         },
     }
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the places of modules that were put there, as far as later changes left them."""
+    names = {name for name, _ in model.named_modules()}
+    wanted = [name for entry in entries if entry["operation"] in ("replace", "share") for name in entry["modules"]]
+    return [name for name in dict.fromkeys(wanted) if name in names]
+
+
+def _whole_outputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Runs every case; returns inputs and outputs by case."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for case, settings in sorted(CASES.items()):
+        batch = probing.probe_inputs(model, **settings)
+        inputs |= {f"{case}/{key}": tensor.cpu().contiguous() for key, tensor in batch.items()}
+        outputs[f"{case}/logits"] = anatomy.run(model, batch).cpu().contiguous()
+        if model.base_model is not model:
+            # The part without a head may ask for inputs that its head makes for it; then only its state is compared.
+            with suppress(*contract.CALL_ERRORS):
+                outputs[f"{case}/hidden"] = anatomy.run(model.base_model, batch).cpu().contiguous()
+    return inputs, outputs
+
+
+def _digests(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:
+    """Returns the digests of a state whose tensors stand in files; of those that are not on disk, by reading them."""
+    known = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+    return {name: known.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
 
 
 def _implementations(config: PreTrainedConfig, key: str) -> Any:
@@ -109,8 +145,11 @@ def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
     for directory in directories:
         if not (directory / NAME / "state.json").is_file():
             raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
-    request = {"directories": list(resolved.values()), "certificate": NAME, "forbid": FORBIDDEN}
-    answer = run_alone(Path(__file__).with_name("witness.py"), request)
+    request = {"directories": list(resolved.values()), "certificate": NAME}
+    with ExitStack() as stack:
+        process = _waiting.get() or stack.enter_context(Alone(_WITNESS, FORBIDDEN))
+        _waiting.set(None)  # it answers once
+        answer = process.ask(request)
     imported = ", ".join(answer["imported"])
     alone = Finding(
         "loads without us", not imported, f"imported: {imported}" if imported else "solidify and peft not importable"
@@ -141,17 +180,19 @@ def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
             if names:
                 faults.append(f"{len(names)} {kind} {problem}: {', '.join(names[:4])}")
     equal = load["state"]["equal"] + load["attributes"]["equal"]
+    how = "bit-identical in samples of every tensor" if load["sampled"] else "bit-identical"
     state = Finding(
         f"state identical ({auto})",
         not faults,
-        "; ".join(faults) if faults else f"{equal} tensors bit-identical, loading info empty, {load['seconds']:.1f} s",
+        "; ".join(faults) if faults else f"{equal} tensors {how}, loading info empty, {load['seconds']:.1f} s",
     )
     outputs = load.get("outputs", {})
     if not outputs:  # this class asks for inputs that the certificate does not hold
         return [replace(state, evidence=f"{state.evidence}; outputs not compared")]
     different = {case: o for case, o in outputs.items() if not o["equal"]}
     if not different:
-        return [state, Finding(f"outputs identical ({auto})", True, f"{len(outputs)} cases bit-identical")]
+        what = "modules, the first of each kind," if load["sampled"] else "cases"
+        return [state, Finding(f"outputs identical ({auto})", True, f"{len(outputs)} {what} bit-identical")]
     worst = max(
         (o["distance"] / max(o["scale"], 1e-12) if o["distance"] is not None else float("inf"))
         for o in different.values()
@@ -164,30 +205,66 @@ def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
     return [state, Finding(f"outputs identical ({auto})", passed, evidence)]
 
 
-def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Runs a script in a fresh Python process, with a code cache of its own, and returns the JSON it prints last.
+@contextmanager
+def prepared() -> Iterator[None]:
+    """Has the fresh process of the next `witness` start now, so that it is ready when it is asked."""
+    with Alone(_WITNESS, FORBIDDEN) as process:
+        token = _waiting.set(process)
+        try:
+            yield
+        finally:
+            _waiting.reset(token)
 
-    Raises:
-        ArtifactError: the process ended with an error; its last words are in the message.
+
+def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Runs a script in a fresh Python process and returns its answer; see `Alone`."""
+    with Alone(script) as process:
+        return process.ask(request)
+
+
+class Alone:
+    """A fresh Python process, with a code cache of its own, that runs a script.
+
+    The script gets `arguments`, reads a request (JSON) from its standard input, and prints the answer (JSON) last.
     """
-    with tempfile.TemporaryDirectory(prefix="solidify-") as scratch:
-        path = Path(scratch) / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-P", str(script), str(path)],
-            capture_output=True,
+
+    def __init__(self, script: Path, arguments: Sequence[str] = ()) -> None:
+        self._command = [sys.executable, "-P", str(script), *arguments]
+
+    def __enter__(self) -> Alone:
+        self._scratch = tempfile.TemporaryDirectory(prefix="solidify-")
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            env=environment,
-            cwd=scratch,
-            check=False,
+            env={
+                **os.environ,
+                "HF_MODULES_CACHE": str(Path(self._scratch.name) / "modules"),
+                "HF_HUB_OFFLINE": "1",
+            },
+            cwd=self._scratch.name,
         )
-    if done.returncode:
-        words = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise ArtifactError(f"the fresh process ended with code {done.returncode}:\n{words}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+        return self
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Gives the process its request and waits for its answer.
+
+        Raises:
+            ArtifactError: the process ended with an error; its last words are in the message.
+        """
+        out, err = self._process.communicate(json.dumps(request))
+        if self._process.returncode:
+            words = "\n".join(err.strip().splitlines()[-6:])
+            raise ArtifactError(f"the fresh process ended with code {self._process.returncode}:\n{words}")
+        answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._scratch.cleanup()
+
+
+_waiting: ContextVar[Alone | None] = ContextVar("_waiting", default=None)

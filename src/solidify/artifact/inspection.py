@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.artifact import manifest, tensors
+from solidify.artifact import manifest
 from solidify.errors import ArtifactError
 from solidify.model import cost, ledger
+from solidify.weights import checkpoint, hashing
 
 CHUNK = 2**22  # numbers; what is compared at a time is widened to float64
 _SIMPLE = {"weight", "bias"}
@@ -223,17 +224,17 @@ def _contents(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
     values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
     adapter = names[0] != "config.json"
-    weights = [directory / "adapter_model.safetensors"] if adapter else tensors.weight_files(directory)
+    weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
     edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
     code = sorted(directory.rglob("*.py"))
-    told = {*code, *weights, directory / tensors.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
+    told = {*code, *weights, directory / checkpoint.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
     others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)
     return {
         "configuration": {k: [v] for k, v in _flat(values).items() if k.split(".")[0] != "surgery"},
         "code": {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in code},
         "modules": _modules(edits),
         "weights": weights,
-        "files": {str(path.relative_to(directory)): tensors.digest_bytes(path.read_bytes()) for path in others},
+        "files": {str(path.relative_to(directory)): hashing.digest_bytes(path.read_bytes()) for path in others},
     }
 
 

@@ -12,12 +12,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from solidify.artifact import manifest, trust
+from solidify.artifact import conversion, manifest, trust
+from solidify.artifact.conversion import Scratch
 from solidify.artifact.manifest import Manifest
-from solidify.artifact.tensors import digest_bytes
 from solidify.errors import ArtifactError, RecipeError, refuse
 from solidify.model import ledger
 from solidify.source import ownership
+from solidify.weights.hashing import digest_bytes
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ def load_base(
     dtype: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    scratch: Scratch | None = None,
 ) -> BaseModel:
     """Loads a pretrained model from a hub id, a directory or an artifact, with the head that its configuration names.
 
     With `device="meta"` nothing is read but the configuration. The class is one of transformers', or, with
-    `trust_remote_code`, one that the model brings itself.
+    `trust_remote_code`, one that the model brings itself. With `scratch`, a large model that is not stored as it stands
+    in memory is converted there, tensor by tensor, and mapped from there.
 
     Raises:
         RecipeError: there is no such model, its class is not known, its code may not run, or not every tensor of its
@@ -59,7 +62,9 @@ def load_base(
         if device == "meta":
             model, info = on_meta(head, config, dtype), {}
         else:
-            model, info = head.from_pretrained(reference, dtype=dtype or "auto", output_loading_info=True, **options)
+            where = conversion.converted(reference, head, dtype, options, scratch) if scratch else reference
+            model, info = head.from_pretrained(where, dtype=dtype or "auto", output_loading_info=True, **options)
+            model.config._name_or_path = reference
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise

@@ -9,15 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from solidify.artifact.tensors import (
-    ALGORITHM,
-    digest_bytes,
-    digest_values,
-    digests_on_disk,
-    header_digest,
-    weight_files,
-)
 from solidify.errors import ArtifactError
+from solidify.weights import checkpoint, format, known
+from solidify.weights.hashing import ALGORITHM, digest_bytes, digest_values
 
 NAME = "solidify.json"
 CARD = "README.md"
@@ -88,6 +82,8 @@ def read(directory: Path, kind: str | None = None) -> Manifest:
             raise ArtifactError(
                 f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
             )
+        if document["algorithm"] != ALGORITHM:
+            raise ArtifactError(f"{path} holds {document['algorithm']} digests, and not {ALGORITHM}; build it anew")
         digest = document.pop("digest", None)
         if digest != digest_values(document) or text != _text(document, digest):
             raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
@@ -112,9 +108,11 @@ def current_versions() -> dict[str, str]:
     return found
 
 
-def faults(directory: Path, manifest: Manifest, *, card: bool = True) -> list[str]:
+def faults(directory: Path, manifest: Manifest, *, card: bool = True, fresh: bool = False) -> list[str]:
     """Compares a directory with its manifest, without running any of its code; on demand without its model card, which
     people may edit.
+
+    Tensors in files that are unchanged since their digests were computed are not read again, unless `fresh`.
 
     Returns one sentence for every file or tensor that is missing, additional or changed.
     """
@@ -130,19 +128,20 @@ def faults(directory: Path, manifest: Manifest, *, card: bool = True) -> list[st
     extra = sorted(p.name for p in directory.glob("*.py") if p.name not in manifest.code)
     result += [f"{name} is code that the manifest does not know" for name in extra]
     if manifest.tensors:
-        result += _tensor_faults(directory, manifest)
+        result += _tensor_faults(directory, manifest, fresh)
     return result
 
 
-def _tensor_faults(directory: Path, manifest: Manifest) -> list[str]:
+def _tensor_faults(directory: Path, manifest: Manifest, fresh: bool) -> list[str]:
+    adapter = directory / "adapter_model.safetensors"
     try:
-        paths = weight_files(directory) if manifest.kind == "artifact" else [directory / "adapter_model.safetensors"]
-        found = digests_on_disk(paths)
-    except ArtifactError as error:
+        paths = [adapter] if manifest.kind == "adapter" else checkpoint.read(directory).files
+        found = known.digests(paths, fresh=fresh)
+    except (ArtifactError, OSError) as error:
         return [str(error)]
     expected = manifest.tensors
     changed = [name for name in expected if name in found and found[name] != expected[name]]
-    heads = {path.name: header_digest(path) for path in paths}
+    heads = {path.name: format.header_digest(path) for path in paths}
     return [
         *(
             f"the header of {name} is not the one that was written"

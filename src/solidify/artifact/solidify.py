@@ -12,13 +12,15 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from solidify import places
+from solidify import console, places
 from solidify.artifact import certificate, descent, manifest, sources, tensors, trust
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, ledger, operations
 from solidify.model.surgery import Edit
+from solidify.weights import checkpoint, format, hashing, store
+from solidify.weights.format import Entry
 
 
 class Saveable(Protocol):
@@ -45,12 +47,17 @@ def build(
     tokenizer: Saveable | None = None,
     base: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
+    link: bool = True,
 ) -> Artifact:
     """Writes the edited model as an artifact and verifies it in a fresh process; the model is unchanged.
 
     The directory appears by rename once every tensor, buffer and output has been found bit-identical by a process in
-    which solidify and peft cannot be imported. `base` says where the model came from (its `name_or_path` when left
-    out); `recipe` is kept in the manifest.
+    which solidify and peft cannot be imported. Of a large model (`anatomy.LARGE`), samples of every tensor and the
+    outputs of the first new module of each kind are. `base` says where the model came from (its `name_or_path` when
+    left out); `recipe` is kept in the manifest.
+
+    Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
+    they are copied. Tensors that are mapped from files and unchanged never pass through memory.
 
     Raises:
         ArtifactError: an edit does not stand in the model, a source cannot travel, `directory` exists and is not
@@ -59,8 +66,9 @@ def build(
     directory = Path(directory)
     places.refuse_foreign(directory)
     with places.staged(directory) as staging:
-        written = _fill(model, edits, staging, tokenizer, base, recipe)
-        findings = verify(model, staging)
+        written = _fill(model, edits, staging, tokenizer, base, recipe, link)
+        with console.stage("Loading it in a fresh process"):
+            findings = verify(model, staging)
     trust.remember(written)
     return Artifact(directory, written, findings)
 
@@ -77,7 +85,7 @@ def assemble(
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
     places.refuse_foreign(directory)
     with places.staged(directory) as staging:
-        return _fill(model, edits, staging, tokenizer, base, recipe)
+        return _fill(model, edits, staging, tokenizer, base, recipe, link=True)
 
 
 def _fill(
@@ -87,6 +95,7 @@ def _fill(
     tokenizer: Saveable | None,
     base: dict[str, Any] | None,
     recipe: dict[str, Any] | None,
+    link: bool,
 ) -> Manifest:
     refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
     code = sources.compile_sources(model, edits)
@@ -104,11 +113,11 @@ def _fill(
         base=origin,
         lineage=[*lineage, {"step": "surgery", "edits": records}],
         edits=[*earlier, *records],
-        code={name: tensors.digest_bytes(text.encode()) for name, text in code.files.items()},
+        code={name: hashing.digest_bytes(text.encode()) for name, text in code.files.items()},
         requirements=code.requirements,
         recipe=recipe,
     )
-    return write(model, staging, draft)
+    return write(model, staging, draft, link=link)
 
 
 def _descent(
@@ -125,23 +134,45 @@ def _descent(
     return found, [{"step": "base", **found}], []
 
 
-def write(model: PreTrainedModel, staging: Path, draft: Manifest) -> Manifest:
-    """Adds weights, certificate, card and manifest to a staged directory that holds code and configuration."""
-    state = model.state_dict()
-    tensors.write(state, staging, tied=_tied(model, state))
-    certificate.write(model, staging)
+def write(
+    model: PreTrainedModel,
+    staging: Path,
+    draft: Manifest,
+    *,
+    stored: dict[str, str] | None = None,
+    link: bool = True,
+) -> Manifest:
+    """Adds weights, certificate, card and manifest to a staged directory that holds code and configuration.
+
+    With `stored`, the digests of its tensors, the weights stand there already and are what `model` was loaded from.
+    """
+    if stored is None:
+        state = model.state_dict(keep_vars=True)
+        tied = _tied(model, state)
+        origins = {} if anatomy.large(model) else _origins(model, {n: t for n, t in state.items() if n not in tied})
+        stored = store.store(state, staging, tied=tied, origins=origins, link=link)
+    certificate.write(model, staging, stored)
     draft = replace(draft, versions=manifest.current_versions())
     card = sources.render("README.md.jinja", manifest=draft, parameters=anatomy.count(model.parameters()))
     (staging / manifest.CARD).write_text(card, encoding="utf-8")
-    weights = tensors.weight_files(staging)
     finished = replace(
         draft,
-        tensors=tensors.digests_on_disk(weights),
-        headers={path.name: tensors.header_digest(path) for path in weights},
+        tensors=stored,
+        headers={path.name: format.header_digest(path) for path in checkpoint.weight_files(staging)},
         files=_other_files(staging, set(draft.code)),
     )
     finished.write(staging)
     return finished
+
+
+def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
+    """Finds the tensors of a state in the files that the model was loaded from, as far as those are on this machine."""
+    where = Path(str(model.config._name_or_path or "nowhere"))
+    try:
+        base = checkpoint.read(where)
+    except ArtifactError:
+        return {}
+    return store.origins_by_digest(state, base, tensors.digests(state.items()))
 
 
 def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
@@ -212,9 +243,9 @@ def _config(model: PreTrainedModel, code: sources.Sources) -> str:
 
 
 def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
-    weights = {path.name for path in tensors.weight_files(directory)}
+    weights = {path.name for path in checkpoint.weight_files(directory)}
     return {
-        str(path.relative_to(directory)): tensors.digest_bytes(path.read_bytes())
+        str(path.relative_to(directory)): hashing.digest_bytes(path.read_bytes())
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name not in weights | code | {manifest.NAME}
     }

@@ -19,12 +19,13 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.artifact import autos, descent, tensors
+from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
 from solidify.model import operations
 from solidify.model.surgery import Edit
 from solidify.source import closure
+from solidify.weights import hashing
 
 OPERATIONS = "operations.py"
 
@@ -57,7 +58,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
     files = {**carried.files, OPERATIONS: inspect.getsource(operations)}
-    digest = tensors.digest_values([files, entries, before.head.__name__])
+    digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
     shares = not set(operations.shared_keys(model)) <= set(family.ties)
     prefix = None if family.backbone is None else family.prefix

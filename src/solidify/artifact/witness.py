@@ -1,12 +1,11 @@
 """Loads model directories in a process of its own and says whether each is what its certificate says.
 
-Run as a script with the path of a request (JSON); prints the answer (JSON) as its last line. It does not import
-solidify, and makes the packages that the request forbids impossible to import.
+Run as a script: reads a request (JSON) from its standard input and prints the answer (JSON) as its last line. It does
+not import solidify, and makes the packages that its arguments name impossible to import.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import sys
@@ -15,23 +14,27 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+PAGE = 4096  # bytes that a sample looks at in one place
+SAMPLES = 16
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
 
 
 def main() -> None:
-    """Answers the request whose path is the first argument."""
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for name in request["forbid"]:
+    """Answers the request on the standard input; the arguments are the names of what must not be imported."""
+    forbidden = sys.argv[1:]
+    for name in forbidden:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it now fails as if it were not installed
     warnings.simplefilter("ignore")
 
     import transformers
+    from transformers import PreTrainedModel  # noqa: F401  # what takes its time is done before the request is there
 
+    request = json.loads(sys.stdin.read())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     answers = {directory: _directory(Path(directory) / request["certificate"]) for directory in request["directories"]}
-    forbidden = [name for name in request["forbid"] if sys.modules.get(name) is not None]
-    print(json.dumps({"imported": forbidden, "directories": answers}))
+    imported = [name for name in forbidden if sys.modules.get(name) is not None]
+    print(json.dumps({"imported": imported, "directories": answers}))
 
 
 def _directory(certificate: Path) -> dict[str, Any]:
@@ -116,9 +119,14 @@ def _load(certificate: Path, config: dict[str, Any], auto: str, expected: dict[s
             answer["loading_info"][kind] = sorted(strict)
     if not answer["meta"]:  # some models keep state of what they ran, so they run first, as they did in memory
         answer |= _outputs(certificate, model, "hidden" if theirs else "logits", whole)
+        answer.setdefault("outputs", {}).update(_called(certificate, model, expected["modules"], own, theirs))
         found = _state(model, known_as, places)
+    answer["sampled"] = bool(expected["samples"])
+    if answer["sampled"]:
+        wanted["state"] = {name: expected["samples"][name] for name in wanted["state"]}
     for kind, values in found.items():
-        answer[kind] = _compare_state(values, wanted[kind], additional=whole or backbone)
+        digest = _sample if kind == "state" and answer["sampled"] else _digest
+        answer[kind] = _compare_state(values, wanted[kind], digest, additional=whole or backbone)
     return answer
 
 
@@ -154,8 +162,8 @@ def _state(model: Any, known_as: Any, places: list[str]) -> dict[str, dict[str, 
     return {"state": state, "attributes": attributes, "values": values}
 
 
-def _compare_state(found: dict[str, Any], wanted: dict[str, Any], *, additional: bool) -> dict[str, Any]:
-    equal = {name for name, value in found.items() if name in wanted and _digest(value) == wanted[name]}
+def _compare_state(found: dict[str, Any], wanted: dict[str, Any], digest: Any, *, additional: bool) -> dict[str, Any]:
+    equal = {name for name, value in found.items() if name in wanted and digest(value) == wanted[name]}
     return {
         "absent": sorted(name for name in wanted if name not in found),
         "additional": sorted(name for name in found if name not in wanted) if additional else [],
@@ -179,6 +187,73 @@ def _outputs(certificate: Path, model: Any, kind: str, whole: bool) -> dict[str,
             except Exception as error:  # whatever stops it from running is the finding
                 return {"outputs": answer, "error": f"{case}: {type(error).__name__}: {error}"}
     return {"outputs": answer}
+
+
+def _called(
+    certificate: Path, model: Any, modules: list[dict[str, Any]], own: str, theirs: str
+) -> dict[str, dict[str, Any]]:
+    """Calls single modules with what they were given at the time of the certificate, and compares what they return."""
+    import torch
+    from safetensors.torch import load_file
+
+    inputs, outputs = (load_file(certificate / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    answer = {}
+    for call in modules:
+        if not call["name"].startswith(theirs):
+            continue
+        module = model.get_submodule(own + call["name"].removeprefix(theirs))
+        args, kwargs = (_take(call[key], inputs, model.device) for key in ("args", "kwargs"))
+        wanted = [tensor for key, tensor in outputs.items() if key.rpartition("/")[0] == call["name"]]
+        try:
+            with torch.no_grad():
+                returned = _tensors_in(module(*args, **kwargs))
+        except Exception as error:  # whatever stops it from running is the finding
+            return {call["name"]: {"equal": False, "distance": None, "scale": None, "error": str(error)}}
+        pairs = [_compare(t.cpu(), w) for t, w in zip(returned, wanted, strict=False)]
+        if len(returned) != len(wanted):
+            pairs.insert(0, {"equal": False, "distance": None, "scale": None})
+        answer[call["name"]] = next((pair for pair in pairs if not pair["equal"]), pairs[0])
+    return answer
+
+
+def _take(value: dict[str, Any], inputs: dict[str, Any], device: Any) -> Any:
+    """Makes a value of its description."""
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return inputs[content].to(device)
+    if kind == "dict":
+        return {key: _take(item, inputs, device) for key, item in content.items()}
+    if kind in ("tuple", "list"):
+        items = [_take(item, inputs, device) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return content
+
+
+def _tensors_in(value: Any) -> list[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [t for item in value for t in _tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _sample(tensor: Any) -> Any:
+    """Digests dtype and shape, and pages spread evenly over the bytes, both ends included."""
+    import torch
+    from blake3 import blake3
+
+    if tensor.is_meta:
+        return "meta"
+    hasher = blake3(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = flat.view(torch.uint8).numpy() if flat.numel() else flat.numpy()
+    last = max(0, len(flat) - PAGE)
+    for number in range(SAMPLES):
+        begin = last * number // (SAMPLES - 1)
+        hasher.update(flat[begin : begin + PAGE].data if len(flat) else b"")
+    return hasher.hexdigest()
 
 
 def _run(model: Any, inputs: dict[str, Any]) -> Any:
@@ -208,10 +283,12 @@ def _digest(tensor: Any) -> Any:
         return tensor
     if tensor.is_meta:
         return "meta"
-    h = hashlib.new("sha256", f"{tensor.dtype}{list(tensor.shape)}".encode())
+    from blake3 import blake3
+
+    hasher = blake3(f"{tensor.dtype}{list(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    h.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return h.hexdigest()
+    hasher.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return hasher.hexdigest()
 
 
 if __name__ == "__main__":

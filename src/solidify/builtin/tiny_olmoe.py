@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from solidify import console, places
-from solidify.artifact.tensors import digest_values
 from solidify.builtin import corpus
+from solidify.weights.hashing import digest_values
 
 NAME = "builtin:tiny-olmoe"
 CONFIG = {

@@ -18,10 +18,10 @@ from solidify.tuning import storage
 
 
 def main() -> None:
-    """Answers the request whose path is the first argument."""
+    """Answers the request on the standard input."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    request = json.loads(sys.stdin.read())
     base, directory = Path(request["base"]), Path(request["adapter"])
     record = manifest.read(base, "artifact")
     stored = load_file(base / certificate.NAME / "inputs.safetensors")

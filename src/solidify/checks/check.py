@@ -42,7 +42,7 @@ def _one(directory: Path, trust_remote_code: bool) -> list[Finding]:
 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
-    faults = manifest.faults(directory, record)
+    faults = manifest.faults(directory, record, fresh=True)
     counted = f"{len(record.code) + len(record.files)} files and {len(record.tensors)} tensors have their digests"
     return Finding("nothing was changed since it was written", not faults, "; ".join(faults[:6]) or counted)
 

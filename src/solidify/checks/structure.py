@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import tensors
 from solidify.findings import Finding
-from solidify.model import anatomy, ledger, probing
+from solidify.model import anatomy, contract, ledger, probing, surgery
 from solidify.tuning import standing
 
 
@@ -52,8 +52,10 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 
     An added module must move what the outputs carry under its name, any other the logits.
     """
-    inputs = probing.probe_inputs(model)
     declared = ledger.places(edits)
+    if anatomy.large(model):
+        return _called(model, declared)
+    inputs = probing.probe_inputs(model)
     idle = []
     for name, edit in declared.items():
         place = standing.at(model, name)
@@ -70,6 +72,22 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
             handle.remove()
     evidence = f"doubling the output of each of {len(declared)} modules moves the model's"
     return Finding("every new module is in use", not idle, f"no effect: {', '.join(idle)}" if idle else evidence)
+
+
+def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
+    """Runs a large model until the first new module of each kind was called."""
+    replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
+    first = list(surgery.first_of_each_kind(model, replaced))
+    calls = (
+        contract.record(model, first, probing.probe_inputs(model, **probing.SMALL), partly=True).calls if first else {}
+    )
+    idle = [name for name in first if name not in calls]
+    evidence = f"the first of each kind ({', '.join(first)}) is called in the model's forward pass"
+    return Finding(
+        "every new module is in use",
+        not idle if first else None,
+        f"never called: {', '.join(idle)}" if idle else evidence if first else "not run at this size",
+    )
 
 
 def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str | None) -> torch.Tensor:
@@ -93,7 +111,7 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     `before` maps the base's tensor names to their digests. Every one of them must be found again, under its own name or
     where an edit says that it went, or be named as dropped by an edit.
     """
-    now = tensors.digests(model.state_dict().items())
+    now = tensors.digests_where_they_stand(model.state_dict())
     origins, dropped = ledger.origins(before, edits)
     used = {origin for origin in origins.values() if origin is not None}
     faults = [f"{name} of the base is gone" for name in before if name not in used and name not in dropped]
@@ -115,7 +133,13 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
 
 
 def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, promised: bool) -> Finding:
-    """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start."""
+    """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start.
+
+    Without outputs (of a large model), it says what the probe of the first module of each kind showed.
+    """
+    if not before:
+        evidence = "the first new module of each kind gives, or gives with `bypass`, its original's outputs bit for bit"
+        return Finding("start identical", promised or None, evidence if promised else "not compared at this size")
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
     equal = all(torch.equal(after[k], before[k]) for k in before)
     evidence = "logits bit-identical to the base" if equal else f"logits differ from the base by up to {distance:.3g}"

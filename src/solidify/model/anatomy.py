@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify.weights import mapped
+
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
+
+LARGE = 2**29  # bytes of parameters; what is larger is neither run nor read as a whole where that can be avoided
 
 
 def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list[str]]:
@@ -74,6 +78,16 @@ def is_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
+def size(module: nn.Module) -> int:
+    """Returns the number of bytes of the parameters, each shared tensor once."""
+    return sum({id(p): p.nbytes for p in module.parameters()}.values())
+
+
+def large(module: nn.Module) -> bool:
+    """Returns whether the module is so large that it is neither run nor read as a whole where that can be avoided."""
+    return size(module) >= LARGE
+
+
 def count(parameters: Iterable[torch.Tensor]) -> int:
     """Returns the number of elements, each shared tensor once."""
     return sum({id(p): p.numel() for p in parameters}.values())
@@ -84,7 +98,8 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     arguments = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    with torch.no_grad(), evaluation(model), _caches_off(model):
+    memory = mapped.released(model) if large(model) else nullcontext()
+    with torch.no_grad(), evaluation(model), _caches_off(model), memory:
         outputs = model(**arguments)
     output: torch.Tensor | None = next(
         (outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor)), None

@@ -54,8 +54,18 @@ class Probe:
     causal: tuple[tuple[int, int], ...]
 
 
-def record(model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> Probe:
-    """Runs the model on `inputs` and returns what each named module was given and gave back."""
+class _EnoughError(Exception):
+    """Ends a forward pass of which the rest is of no interest."""
+
+
+def record(
+    model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, torch.Tensor], *, partly: bool = False
+) -> Probe:
+    """Runs the model on `inputs` and returns what each named module was given and gave back.
+
+    With `partly`, the model is left as soon as all of them were called. Which streams are causal is not known then, and
+    all are taken to be; the original module is the control.
+    """
     given: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, Call] = {}
 
@@ -72,6 +82,8 @@ def record(model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, to
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             calls.setdefault(name, Call(*given[name], _copy(output)))
+            if partly and len(calls) == len(names):
+                raise _EnoughError
 
         return keep
 
@@ -82,6 +94,8 @@ def record(model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, to
         handles.append(module.register_forward_hook(after(name)))
     try:
         logits = anatomy.run(model, inputs)
+    except _EnoughError:
+        return Probe(calls, tuple((len(inputs[k]), inputs[k].shape[1]) for k in _STREAMS if k in inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -254,14 +268,17 @@ def _equal(a: Any, b: Any) -> bool:
     return True
 
 
-def _first_tensor(value: Any) -> torch.Tensor | None:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Returns the tensors in a nested value, in order."""
     if isinstance(value, torch.Tensor):
-        return value
+        return [value]
     if isinstance(value, Mapping):
         value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return next((t for t in map(_first_tensor, value) if t is not None), None)
-    return None
+    return [t for item in value for t in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    return next(iter(tensors_in(value)), None)
 
 
 def constructor(module_class: type[nn.Module]) -> dict[str, inspect.Parameter]:

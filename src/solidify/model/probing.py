@@ -21,6 +21,8 @@ _RUN_ERRORS = (*contract.CALL_ERRORS, AssertionError, ZeroDivisionError)
 
 Inputs = dict[str, torch.Tensor]
 
+SMALL: dict[str, Any] = {"batch_size": 1, "length": 4}  # for a model of which as little as possible is to be read
+
 
 def probe_inputs(
     model: PreTrainedModel, *, batch_size: int = 2, length: int = 12, padded: bool = False, seed: int = 0

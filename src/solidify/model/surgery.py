@@ -6,6 +6,7 @@ All or nothing: when any replacement is refused, the model is left as it was. Wh
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, contract, initial, operations, probing
+from solidify.weights import mapped, spilling
 
 SUPPLIED = ("config", "layer_idx", "original")
 
@@ -148,8 +150,10 @@ def _put(
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
-    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model)
-    probe = None if inputs is None else contract.record(model, names, inputs)
+    large = anatomy.large(model)
+    probed = first_of_each_kind(model, names) if large else dict.fromkeys(names, "")
+    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model, **(probing.SMALL if large else {}))
+    probe = None if inputs is None else contract.record(model, list(probed), inputs, partly=large)
     state = initial.read(weights) if weights is not None else None
     originals = {name: model.get_submodule(name) for name in names}
     edits: list[Edit] = []
@@ -164,22 +168,54 @@ def _put(
         faults += found
         edits.append(edit)
         built[name] = new
+        if large:
+            spilling.spill(name, new, original)
+            mapped.release([original, new])
     refuse(SurgeryError, f"{module.__name__} cannot stand where it was asked to stand", faults)
     for name, new in built.items():
         model.set_submodule(name, new, strict=True)
     verify_places(model, built)
     forget_capture_hooks(model)
     if inputs is not None:
-        _run_or_undo(model, inputs, originals, _called(module))
-    return edits
+        _run_or_undo(model, inputs, originals, _called(module), list(probed) if large else None)
+    return _as_the_first_of_their_kind(edits, originals) if large else edits
+
+
+def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the first of all places whose modules are of one class and hold tensors of the same names and shapes."""
+    kinds: dict[Any, str] = {}
+    for name in names:
+        kinds.setdefault(_kind(model.get_submodule(name)), name)
+    return {name: kind for kind, name in kinds.items()}
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module), tuple((key, tuple(t.shape), t.dtype) for key, t in module.state_dict(keep_vars=True).items())
+
+
+def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, nn.Module]) -> list[Edit]:
+    """Gives edits that were not probed what was found where one of their kind was."""
+    found = {_kind(originals[edit.name]): edit for edit in edits if edit.probed}
+    result = []
+    for edit in edits:
+        first = found.get(_kind(originals[edit.name]), edit)
+        result.append(dataclasses.replace(edit, identical=first.identical, bypass=first.bypass))
+    return result
 
 
 def _run_or_undo(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], originals: Mapping[str, nn.Module], called: str
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    originals: Mapping[str, nn.Module],
+    called: str,
+    until: Sequence[str] | None,
 ) -> None:
-    """Runs the changed model once; a model may ask more of a module than to be called."""
+    """Runs the changed model once (`until` some modules were called); a model may ask more of a module than a call."""
     try:
-        anatomy.run(model, inputs)
+        if until is None:
+            anatomy.run(model, inputs)
+        else:
+            contract.record(model, until, inputs, partly=True)
     except contract.CALL_ERRORS as error:
         for name, original in originals.items():
             model.set_submodule(name, original, strict=True)

@@ -1,0 +1,78 @@
+"""A large base whose files have another layout than its memory is converted on disk, before it is mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedModel
+
+from solidify.errors import RecipeError, refuse
+from solidify.model import anatomy
+from solidify.weights import checkpoint, layout, store
+from solidify.weights.checkpoint import Checkpoint
+
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A directory for a while. `apart` names, of a model on the meta device, what will not stay in its files."""
+
+    directory: Path
+    apart: Callable[[PreTrainedModel], Iterable[str]]
+
+
+def converted(reference: str, head: Any, dtype: str | None, options: dict[str, Any], scratch: Scratch) -> str:
+    """Returns from where to load a base so that its tensors are mapped: `reference`, or what it was converted to.
+
+    Raises:
+        RecipeError: the base is incomplete.
+        ArtifactError: a file of it is missing, truncated or not safetensors, or there is no room.
+    """
+    files = _checkpoint(reference, options)
+    if files is None or files.nbytes < anatomy.LARGE or not issubclass(head, PreTrainedModel):
+        return reference
+    skeleton, _ = head.from_pretrained(
+        reference, dtype=dtype or "auto", device_map="meta", output_loading_info=True, **options
+    )
+    found = layout.read(skeleton, files)
+    refuse(
+        RecipeError,
+        f"the base {reference!r} is incomplete; its class would fill in random values",
+        [
+            f"{kind}: {', '.join(names[:6])}"
+            for kind, names in (("missing_keys", found.missing), ("unexpected_keys", found.unexpected))
+            if names
+        ],
+    )
+    names = [*found.stored, *(name for conversion in found.conversions for name in conversion.targets)]
+    if found.in_memory or not layout.stable(skeleton, names):
+        return reference
+    supplies = found.supplies(skeleton, files)
+    target = scratch.directory / "base"
+    target.mkdir()
+    values = json.loads(skeleton.config.to_json_string(use_diff=True))
+    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if skeleton.can_generate():
+        skeleton.generation_config.save_pretrained(target)
+    store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
+    return str(target)
+
+
+def _checkpoint(reference: str, options: dict[str, Any]) -> Checkpoint | None:
+    """Returns the files of a base, downloaded if they are not here; None where they are no safetensors."""
+    directory = Path(reference)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(reference, revision=options["revision"], allow_patterns=_FILES))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise OSError(f"{reference} is neither a directory nor to be had from the hub: {error}") from error
+    if not any((directory / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
+        return None
+    return checkpoint.read(directory)

@@ -1,0 +1,133 @@
+"""The weights of a model directory: which files there are, and where each tensor stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from solidify.errors import ArtifactError, refuse
+from solidify.weights import format
+from solidify.weights.format import Entry, Shape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_SIZE = 5 * 10**9  # bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a directory, by name, and the files that hold them."""
+
+    directory: Path
+    files: list[Path]
+    entries: dict[str, Entry]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of all tensors."""
+        return sum(entry.shape.nbytes for entry in self.entries.values())
+
+
+def read(directory: Path) -> Checkpoint:
+    """Finds the tensors of a model directory; reads headers only.
+
+    Raises:
+        ArtifactError: there are no safetensors, the index is unreadable or does not agree with the files, a file is
+            missing, truncated or not safetensors, or two files hold the same name. All faults together.
+    """
+    files = weight_files(directory)
+    entries: dict[str, Entry] = {}
+    faults = []
+    for path in files:
+        try:
+            header = format.read_header(path)
+        except ArtifactError as error:
+            faults.append(str(error))
+            continue
+        faults += [f"{path} holds {name!r}, which another file holds too" for name in header if name in entries]
+        entries |= header
+    if not faults and (directory / INDEX).is_file():
+        for name, file in _weight_map(directory / INDEX).items():
+            if name not in entries or entries[name].file.name != file:
+                faults.append(f"{directory / INDEX} says that {file} holds {name!r}, but it does not")
+    refuse(ArtifactError, f"the weights in {directory} are not whole", faults)
+    return Checkpoint(directory, files, entries)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the weight files that the directory's index names, or its only one.
+
+    Raises:
+        ArtifactError: there is neither, or the index is unreadable or names a missing file.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(_weight_map(index).values()))
+    elif (directory / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        raise ArtifactError(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{index} names {', '.join(missing)}, which {directory} lacks")
+    return [directory / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
+    return found
+
+
+def write_index(directory: Path, files: Mapping[str, Mapping[str, Shape]]) -> None:
+    """Writes which file holds which tensor; a single file of the usual name needs no index."""
+    if list(files) == [WEIGHTS]:
+        return
+    weight_map = {name: file for file, shapes in files.items() for name in shapes}
+    total = sum(shape.nbytes for shapes in files.values() for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def file_names(count: int) -> list[str]:
+    """Returns the usual names of so many weight files."""
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def shards(units: Sequence[Mapping[str, Shape]]) -> list[list[str]]:
+    """Splits names by size, and so that no tensor of odd size stands before a matrix in its file.
+
+    The names of a unit stay together: they are written at once.
+    """
+    even = [unit for unit in units if not _odd(unit)]
+    odd = [unit for unit in units if _odd(unit)]
+    found: list[list[str]] = [[]]
+    size, closed = 0, False
+    for unit in even:
+        nbytes = sum(shape.nbytes for shape in unit.values())
+        if found[-1] and size + nbytes > SHARD_SIZE:
+            found.append([])
+            size = 0
+        found[-1] += unit
+        size += nbytes
+    for unit in [u for u in odd if _has_matrix(u)]:
+        if closed:
+            found.append([])
+        found[-1] += unit
+        closed = True
+    found[-1] += [name for unit in odd if not _has_matrix(unit) for name in unit]  # these may stand anywhere
+    return found
+
+
+def _odd(unit: Mapping[str, Shape]) -> bool:
+    return any(shape.nbytes % format.ALIGNMENT for shape in unit.values())
+
+
+def _has_matrix(unit: Mapping[str, Shape]) -> bool:
+    return any(len(shape.sizes) >= 2 for shape in unit.values())

@@ -1,0 +1,291 @@
+"""The safetensors format, byte by byte: where each tensor stands in a file, and files written piece by piece.
+
+The safetensors library maps whole files or writes whole state dicts. Here files are read and written in pieces, so that
+memory is bounded, and every matrix is written at a multiple of 64 bytes: loaders map these files, a tensor's place in
+the file is its place in memory, and matrix kernels give other last bits for other alignments (Intel's MKL says so of
+its own).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solidify.errors import ArtifactError
+from solidify.weights import hashing
+
+ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
+CHUNK = 2**23  # bytes that are read, digested and written at a time
+WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
+_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+Piece = tuple[str, torch.Tensor]  # a tensor's name and its next values, in order
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dtype and shape of a tensor."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Shape:
+        """Returns those of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: `start` is its place in bytes."""
+
+    file: Path
+    name: str
+    shape: Shape
+    start: int
+
+    def read(self) -> torch.Tensor:
+        """Reads the tensor into memory of its own.
+
+        Raises:
+            ArtifactError: the file cannot be read or ends before the tensor does.
+        """
+        whole = torch.empty(self.shape.sizes, dtype=self.shape.dtype)
+        with _opened(self.file) as descriptor:
+            _fill(descriptor, self, bytes_of(whole), 0)
+        return whole
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yields the tensor's bytes in order, a chunk at a time; each piece is valid until the next.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        buffer = torch.empty(min(CHUNK, self.shape.nbytes), dtype=torch.uint8)
+        with _opened(self.file) as descriptor:
+            for done in range(0, self.shape.nbytes, CHUNK):
+                part = buffer[: min(CHUNK, self.shape.nbytes - done)]
+                _fill(descriptor, self, bytes_of(part), done)
+                yield part
+
+    def digest(self) -> str:
+        """Returns the digest of the tensor, without holding more than a chunk of it."""
+        hasher = hashing.tensor_hasher(self.shape.dtype, self.shape.sizes)
+        for piece in self.pieces():
+            hasher.update(bytes_of(piece))
+        return hasher.hexdigest()
+
+
+class _opened:
+    """A file descriptor for reading, closed at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> int:
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ArtifactError(f"{self.path} cannot be read: {error.strerror}") from error
+        return self.descriptor
+
+    def __exit__(self, *_: Any) -> None:
+        os.close(self.descriptor)
+
+
+def _fill(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
+    """Fills a buffer from a place within a tensor's bytes."""
+    done = 0
+    while done < len(target):
+        try:
+            count = os.preadv(descriptor, [target[done:]], entry.start + offset + done)
+        except OSError as error:
+            raise ArtifactError(f"{entry.file} cannot be read: {error.strerror}") from error
+        if not count:
+            raise ArtifactError(f"{entry.file} ends within {entry.name}: it is truncated")
+        done += count
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Returns the memory of a tensor; copies only when it is not contiguous or not on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    buffer: Any = flat.view(torch.uint8).numpy()
+    return memoryview(buffer) if flat.numel() else memoryview(b"")
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Returns where each tensor stands in a safetensors file, in the order of the file.
+
+    Raises:
+        ArtifactError: the file is no safetensors file or not whole, or holds a dtype that torch lacks.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LARGEST_HEADER, size - 8):
+                raise ValueError("its header is longer than the file")
+            document = json.loads(file.read(length))
+        document.pop("__metadata__", None)
+        entries = {}
+        for name, values in sorted(document.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = values["data_offsets"]
+            shape = Shape(DTYPES[values["dtype"]], tuple(values["shape"]))
+            if end - start != shape.nbytes:
+                raise ValueError(f"{name} has {end - start} bytes and not {shape.nbytes}")
+            entries[name] = Entry(path, name, shape, 8 + length + start)
+        _refuse_gaps(entries, 8 + length, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ArtifactError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+    return entries
+
+
+def _refuse_gaps(entries: Mapping[str, Entry], begin: int, size: int) -> None:
+    for entry in entries.values():
+        if entry.start != begin:
+            raise ValueError(f"{entry.name} does not start where the tensor before it ends")
+        begin += entry.shape.nbytes
+    if begin > size:
+        raise ValueError(f"it is truncated: {size} bytes, and its header speaks of {begin}")
+    if begin < size:
+        raise ValueError(f"{size - begin} bytes stand behind its last tensor")
+
+
+def header_digest(path: Path) -> str:
+    """Returns the digest of what stands before the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashing.digest_bytes(length + file.read(struct.unpack("<Q", length)[0]))
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Where some tensors to be written come from: `pieces` yields their values in order, tensor by tensor or mixed.
+
+    A piece may have any shape; what counts is its bytes.
+    """
+
+    shapes: dict[str, Shape]
+    pieces: Callable[[], Iterator[Piece]]
+
+    @classmethod
+    def stored(cls, name: str, entry: Entry) -> Supply:
+        """Takes a tensor as it stands in a file, under a name."""
+        return cls({name: entry.shape}, lambda: ((name, piece) for piece in entry.pieces()))
+
+    @classmethod
+    def made(cls, name: str, tensor: torch.Tensor) -> Supply:
+        """Takes a tensor from memory."""
+        return cls({name: Shape.of(tensor)}, lambda: iter([(name, tensor)]))
+
+
+def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yields what some work makes of each item, in order; after an error nothing new is begun."""
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_file(
+    path: Path, supplies: Sequence[Supply], advance: Callable[[int], None] = lambda _: None
+) -> dict[str, str]:
+    """Writes one file from its supplies, in their order, and returns the digest of every tensor.
+
+    What is written is digested as it passes; `advance` is told of bytes written.
+
+    Raises:
+        ArtifactError: a supply gave more or less than it said, or there is no room.
+    """
+    shapes = {name: shape for supply in supplies for name, shape in supply.shapes.items()}
+    header, starts = _header(shapes)
+    digests: dict[str, str] = {}
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            file.flush()
+            os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
+
+            def work(supply: Supply) -> dict[str, str]:
+                places = {name: len(header) + starts[name] for name in supply.shapes}
+                return _write(supply, file.fileno(), places, advance)
+
+            for found in in_parallel(work, supplies):
+                digests |= found
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror}") from error
+    return {name: digests[name] for name in shapes}
+
+
+def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
+    """Makes what stands before the tensors, padded so that they begin aligned, and the places behind it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, shape in shapes.items():
+        starts[name], end = end, end + shape.nbytes
+        header[name] = {
+            "dtype": _WORDS[shape.dtype],
+            "shape": list(shape.sizes),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, starts
+
+
+def _write(supply: Supply, descriptor: int, places: dict[str, int], advance: Callable[[int], None]) -> dict[str, str]:
+    """Writes the tensors of one supply to their places."""
+    hashers = {name: hashing.tensor_hasher(shape.dtype, shape.sizes) for name, shape in supply.shapes.items()}
+    left = {name: shape.nbytes for name, shape in supply.shapes.items()}
+    for name, tensor in supply.pieces():
+        memory = bytes_of(tensor)
+        left[name] -= len(memory)
+        if left[name] < 0:
+            raise ArtifactError(f"more values came for {name} than it has room for")
+        for begin in range(0, len(memory), CHUNK):
+            part = memory[begin : begin + CHUNK]
+            hashers[name].update(part)
+            done = 0
+            while done < len(part):
+                done += os.pwrite(descriptor, part[done:], places[name] + done)
+            places[name] += len(part)
+            advance(len(part))
+    short = [name for name, count in left.items() if count]
+    if short:
+        raise ArtifactError(f"too few values came for {', '.join(short[:4])}")
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}

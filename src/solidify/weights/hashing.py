@@ -1,0 +1,27 @@
+"""Digests: BLAKE3, a cryptographic hash as fast as memory is read (https://github.com/BLAKE3-team/BLAKE3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+ALGORITHM = "blake3"
+
+
+def tensor_hasher(dtype: torch.dtype, sizes: Sequence[int]) -> blake3:
+    """Returns the hasher of a tensor's dtype, shape and bytes; the bytes are still to come."""
+    return blake3(f"{dtype}{list(sizes)}".encode())
+
+
+def digest_bytes(content: bytes) -> str:
+    """Returns the digest of some bytes."""
+    return blake3(content).hexdigest()
+
+
+def digest_values(values: Any) -> str:
+    """Returns the digest of plain values, whatever the order of their keys."""
+    return digest_bytes(json.dumps(values, sort_keys=True).encode())

@@ -1,0 +1,99 @@
+"""Digests of the tensors in a file, kept as long as the file is unchanged, so that they are computed once.
+
+A file is known by device, inode, size and both of its times. A program can set the time of modification back, but not
+the time of change, which the system sets by itself. Files that were touched a moment ago are not noted, because two
+changes within a tick of the clock cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from solidify import console, places
+from solidify.errors import ArtifactError
+from solidify.weights import format, hashing
+
+_TICK = 50_000_000  # nanoseconds; longer than the clock's steps in file systems
+_KEPT = 1000  # files whose digests are kept
+
+
+def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesting tensors") -> dict[str, str]:
+    """Returns the digest of every tensor in some safetensors files; `fresh` reads them all, known or not.
+
+    Long reading shows a bar with a title.
+
+    Raises:
+        ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
+    """
+    headers = {path: format.read_header(path) for path in files}
+    known = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
+    begun = {path: _identity(path) for path in files}
+    entries = [entry for path in files if path not in known for entry in headers[path].values()]
+
+    # The largest first, so that no worker is left alone with one at the end.
+    entries.sort(key=lambda entry: -entry.shape.nbytes)
+    with console.bytes_progress(title, sum(entry.shape.nbytes for entry in entries)) as advance:
+
+        def compute(entry: format.Entry) -> str:
+            digest = entry.digest()
+            advance(entry.shape.nbytes)
+            return digest
+
+        found_now = format.in_parallel(compute, entries)
+        computed = dict(zip(((e.file, e.name) for e in entries), found_now, strict=True))
+    result: dict[str, str] = {}
+    for path, header in headers.items():
+        found = known.get(path) or {name: computed[path, name] for name in header}
+        if path not in known:
+            remember(path, found, begun[path])
+        twice = next((name for name in found if name in result), None)
+        if twice is not None:
+            raise ArtifactError(f"{path} holds {twice!r}, which another file holds too")
+        result |= found
+    return result
+
+
+def recall(path: Path) -> dict[str, str] | None:
+    """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
+    try:
+        found: dict[str, str] = json.loads(_note(_identity(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def remember(path: Path, found: dict[str, str], begun: str | None = None) -> None:
+    """Notes the digests of a file's tensors.
+
+    `begun` is the file's identity before it was read: nothing is noted if it is another now. Without it the caller
+    vouches that the file holds what was digested.
+    """
+    age = time.time_ns() - path.stat().st_mtime_ns
+    if begun is not None and (begun != _identity(path) or age < _TICK):
+        return
+    if 0 <= age < _TICK:
+        time.sleep((_TICK - age) / 1e9)
+    note = _note(_identity(path))
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft.replace(note)
+        old = sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]
+        for file in old:
+            file.unlink(missing_ok=True)
+    except OSError:
+        return  # a cache that cannot be written (or was swept by another process) costs time, not truth
+
+
+def _identity(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
+
+def _note(identity: str) -> Path:
+    return places.cache() / "digests" / f"{hashing.digest_bytes(f'{hashing.ALGORITHM} {identity}'.encode())}.json"

@@ -1,0 +1,141 @@
+"""Which tensors in memory are a part of a file, unchanged: the operating system's own word, without reading them.
+
+A loader maps a file privately; a page that is written to becomes the process's own (anonymous) page. Where Linux says
+that a mapping has no such page, what stands there is the file. Elsewhere nothing is known, and tensors are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_SMAPS, _STATM = Path("/proc/self/smaps"), Path("/proc/self/statm")
+_MUCH = 2**29  # bytes
+_HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)$")
+_DONTNEED = 4  # MADV_DONTNEED of Linux
+
+
+@dataclass(frozen=True)
+class _Area:
+    begin: int
+    end: int
+    offset: int
+    inode: tuple[int, int]
+    path: str
+    own: int  # bytes that were written to
+
+
+class Maps:
+    """The process's file mappings as they are now."""
+
+    def __init__(self) -> None:
+        self._areas = sorted(_areas(), key=lambda area: area.begin)
+        self._begins = [area.begin for area in self._areas]
+        self._same: dict[_Area, bool] = {}
+
+    def place(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
+        """Returns the file of which a tensor is an unchanged part, and where in it; None where that is not known."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+            return None
+        address = tensor.data_ptr()
+        index = bisect.bisect_right(self._begins, address) - 1
+        area = self._areas[index] if index >= 0 else None
+        if area is None or address + tensor.nbytes > area.end or area.own or not self._stands(area):
+            return None
+        return Path(area.path), area.offset + address - area.begin
+
+    def _stands(self, area: _Area) -> bool:
+        """Returns whether the file of that name is still the one that is mapped."""
+        if area not in self._same:
+            try:
+                found = os.stat(area.path)
+            except OSError:
+                self._same[area] = False
+            else:
+                self._same[area] = found.st_ino == area.inode[1] and found.st_dev == area.inode[0]
+        return self._same[area]
+
+
+def _areas() -> Iterator[_Area]:
+    if not _SMAPS.is_file():
+        return
+    head: re.Match[str] | None = None
+    for line in _SMAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        found = _HEAD.match(line)
+        if found:
+            head = found
+        elif head is not None and line.startswith("Anonymous:") and head[7].startswith("/"):
+            device = os.makedev(int(head[4], 16), int(head[5], 16))
+            own = int(line.split()[1]) * 1024
+            inode = (device, int(head[6]))
+            yield _Area(int(head[1], 16), int(head[2], 16), int(head[3], 16), inode, head[7], own)
+
+
+def release(modules: Sequence[nn.Module]) -> None:
+    """Gives the memory of mapped parameters of some modules back, once files fill much of it.
+
+    They are read again when they are used.
+    """
+    if _resident_files() < _MUCH:
+        return
+    maps = Maps()
+    found = {id(p): p for module in modules for p in module.parameters()}
+    _releaser([_pages(p) for p in found.values() if maps.place(p.detach()) is not None])()
+
+
+@contextmanager
+def released(model: nn.Module) -> Iterator[None]:
+    """Gives the memory of mapped parameters back after each module has run; they are read again when they are used."""
+    maps = Maps()
+    handles = []
+    for module in model.modules():
+        places = [_pages(p) for p in module.parameters(recurse=False) if maps.place(p.detach()) is not None]
+        if places:
+            handles.append(module.register_forward_hook(_releaser(places)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _resident_files() -> int:
+    """Returns how many bytes of files are in the process's memory (0 where the system does not say)."""
+    try:
+        return int(_STATM.read_text().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def _pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns the whole pages within a tensor: address and length."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return begin, max(0, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
+
+
+def _releaser(places: list[tuple[int, int]]) -> Any:
+    system: Any = ctypes.CDLL(None, use_errno=True)
+
+    def release(*_: Any) -> None:
+        for begin, length in places:
+            if length:
+                system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
+
+    return release
+
+
+def places(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
+    """Returns for every tensor of a state that is an unchanged part of a file, which part of which file it is."""
+    maps = Maps()
+    return {name: place for name, tensor in state.items() if (place := maps.place(tensor.detach())) is not None}
