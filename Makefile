@@ -6,7 +6,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --di
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-all lint bench clean
+# Where `make bench-full` keeps the checkpoints that it generates (28 GB), to use them again.
+BENCH_KEEP ?= build/benchmarks/checkpoints
+
+.PHONY: install demo test test-all lint bench bench-full clean
 
 install: .venv/installed
 
@@ -30,8 +33,13 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --rounds 3
 	$(BIN)/python benchmarks/trash_can.py
+	$(BIN)/python benchmarks/scale.py --size small --rounds 1
+
+bench-full: install
+	$(BIN)/python benchmarks/scale.py --size full --keep $(BENCH_KEEP)
+	$(BIN)/python benchmarks/training_step.py --size full --keep $(BENCH_KEEP)
 
 clean:
 	rm -rf .venv build

@@ -1,0 +1,50 @@
+"""The parts of ours that the command line does not offer by themselves, each in a process of its own.
+
+python benchmarks/ours.py load ARTIFACT
+python benchmarks/ours.py digests ARTIFACT                # every digest of the manifest, and nothing else
+python benchmarks/ours.py note MODEL                      # computes and keeps digests, as a first build does
+python benchmarks/ours.py adapter ARTIFACT OUTPUT         # a random LoRA for `solidify merge`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import solidify
+
+
+def load(artifact: str) -> None:
+    """Loads an artifact, its digests compared first."""
+    solidify.load(artifact)
+
+
+def digests(artifact: str) -> None:
+    """Compares an artifact with its manifest."""
+    from solidify.artifact import manifest
+
+    faults = manifest.faults(Path(artifact), manifest.read(Path(artifact)))
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def note(model: str) -> None:
+    """Computes the digests of a model that are not known, and keeps them."""
+    from solidify.weights import known
+
+    known.digests(sorted(Path(model).glob("*.safetensors")))
+
+
+def adapter(artifact: str, output: str) -> None:
+    """Saves a LoRA of random numbers on all attention projections."""
+    from plain import LORA, randomize
+
+    projections = [f"model.layers.*.self_attn.{name}" for name in LORA["target_modules"]]
+    tuned = solidify.attach(solidify.load(artifact), lora={**LORA, "target_modules": projections})
+    randomize(tuned)
+    solidify.save_adapter(tuned, output)
+
+
+if __name__ == "__main__":
+    _, verb, *given = sys.argv
+    {"load": load, "digests": digests, "note": note, "adapter": adapter}[verb](*given)

@@ -1,0 +1,202 @@
+"""Build, merge, load, diff and digests of a large model against the plain ways; `make bench` and `make bench-full`.
+
+Every command runs in a process of its own, in turn, for several rounds; the table shows the medians. What each row
+measures stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from processes import Measurement, forget, measure, remember
+from ways import CHECKPOINT, OURS, PEFT, PEFT_HUB, PLAIN, ROWS, SOLIDIFY, Places, Row, Way, needed, ways
+
+from solidify import console
+
+LAYERS = {"full": 16, "small": 8, "tiny": 2}
+
+
+def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str, str]) -> None:
+    """Makes what the ways start from, without timing it."""
+    call = partial(_call, environment)
+    for layout, name in (("memory", "fused"), ("hub", "hub")):
+        call(*CHECKPOINT, places.checkpoint(name), "--size", places.size, "--layout", layout)
+    shutil.rmtree(places.made(), ignore_errors=True)
+    places.made().mkdir()
+    for name in ("fused", "hub"):
+        replacement = {
+            "replace": "model.layers.*.mlp",
+            "expect": "OlmoeSparseMoeBlock",
+            "count": LAYERS[places.size],
+            "with": "solidify.modules.trashcan_moe:TrashCanMoE",
+        }
+        recipe = {"base": {"model": str(places.checkpoint(name))}, "surgery": [replacement]}
+        places.made(f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    call(*SOLIDIFY, "build", places.made("fused.yaml"), "--output", places.made("base"))
+    if "merge" in chosen:
+        call(*OURS, "adapter", places.made("base/artifact"), places.made("adapter"))
+    if chosen.keys() & {PEFT, PEFT_HUB}:
+        call(*PLAIN, "adapter", places.checkpoint("fused"), places.made("plain_adapter"))
+
+
+def run(
+    places: Places, chosen: Mapping[str, Way], *, rounds: int, cold: bool, environment: Mapping[str, str]
+) -> dict[str, list[Measurement]]:
+    """Measures every way once a round; what a way wrote goes when no way right behind it reads it."""
+    found: dict[str, list[Measurement]] = {name: [] for name in chosen}
+    with console.progress("Measuring", rounds * len(chosen)) as advance:
+        for _ in range(rounds):
+            left: set[Path] = set()
+            for name, way in chosen.items():
+                for old in left - set(way.reads):
+                    shutil.rmtree(old)
+                left &= set(way.reads)
+                if way.before:
+                    _call(environment, *way.before)
+                (forget if cold else remember)(way.reads)
+                with tempfile.TemporaryDirectory(dir=places.made()) as empty:
+                    home = {"SOLIDIFY_HOME": empty} if way.forgetful else {}
+                    taken = measure(way.command, imports=way.imports, environment={**environment, **home})
+                found[name].append(taken)
+                left |= {way.writes} if way.writes else set()
+                advance(f"{name}: {taken.seconds:.1f} s, {taken.resident / 1e9:.2f} GB")
+            for old in left:
+                shutil.rmtree(old)
+    return found
+
+
+def _call(environment: Mapping[str, str], *command: str | Path) -> None:
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+class Results:
+    """The medians of all ways, and what the rows make of them."""
+
+    def __init__(self, known: Mapping[str, Way], runs: Mapping[str, Sequence[Measurement]]) -> None:
+        """Takes what `run` found."""
+        self.runs, self.ways = runs, known
+        self.medians = {name: _medians(found) for name, found in runs.items()}
+
+    def ratio(self, row: Row, plain: str, quantity: str) -> float:
+        """Returns what ours takes over what a plain way takes."""
+        return self.medians[row.ours][quantity] / self.medians[plain][quantity]
+
+    def judged(self, row: Row) -> list[dict[str, Any]]:
+        """Returns every bar of a row with what was found, and whether it is met."""
+        judged = []
+        for bar in row.bars:
+            ours = self.medians[row.ours][bar.quantity]
+            value = ours / self.medians[bar.against][bar.quantity] if bar.against else ours
+            judged.append({**asdict(bar), "value": value, "met": value <= bar.limit})
+        return judged
+
+    def document(self, row: Row) -> dict[str, Any]:
+        """Returns a row as plain values."""
+        quantities = ("seconds", "working", "flushed", "resident")
+        ratios = {plain: {key: self.ratio(row, plain, key) for key in quantities} for plain in row.plain}
+        return {"title": row.title, "ours": row.ours, "ratios": ratios, "bars": self.judged(row)}
+
+    def documents(self) -> dict[str, Any]:
+        """Returns every way as plain values."""
+        return {
+            name: {
+                "command": [str(word) for word in self.ways[name].command],
+                "imports": self.ways[name].imports,
+                "medians": self.medians[name],
+                "runs": [asdict(taken) for taken in found],
+            }
+            for name, found in self.runs.items()
+        }
+
+    def lines(self, letter: str, row: Row) -> list[list[str]]:
+        """Returns a row as lines of the table: ours first, then each plain way with the ratios to it."""
+        bars = {plain: [bar for bar in self.judged(row) if bar["against"] == plain] for plain in ("", *row.plain)}
+        lines = [[letter, f"[bold]{row.title}[/bold]", *self._figures(row.ours), "", "", _verdicts(bars[""])]]
+        for plain, found in self.document(row)["ratios"].items():
+            time = f"{found['seconds']:.2f} ({found['working']:.2f})"
+            memory = f"{found['resident']:.2f}" if self.ways[plain].imports else ""
+            lines.append(["", f"  {plain}", *self._figures(plain), time, memory, _verdicts(bars[plain])])
+        return lines
+
+    def _figures(self, name: str) -> list[str]:
+        found = self.medians[name]
+        time = f"{found['seconds']:.1f} ({found['working']:.1f})"
+        return [time, f"{found['resident'] / 1e9:.2f} ({found['private'] / 1e9:.2f})"]
+
+
+def _medians(runs: Sequence[Measurement]) -> dict[str, float]:
+    """Returns the median of every quantity, and of the seconds `working`: those without imports."""
+    documents = [{**asdict(taken), "working": taken.seconds - taken.imports} for taken in runs]
+    return {key: statistics.median(document[key] for document in documents) for key in documents[0]}
+
+
+def _verdicts(bars: Sequence[Mapping[str, Any]]) -> str:
+    names = {"seconds": "time", "working": "(time)", "resident": "memory"}
+    words = []
+    for bar in bars:
+        limit = f"{bar['limit']:g}" if bar["against"] else f"{bar['limit'] / 1e9:g} GB"
+        verdict = f"{names[bar['quantity']]} ≤ {limit}: {'yes' if bar['met'] else 'NO'}"
+        words.append(f"[{'green' if bar['met'] else 'red'}]{verdict}[/]")
+    return "\n".join(words)
+
+
+def main() -> None:
+    """Reads the command line, measures, prints the table, writes build/benchmarks/scale_SIZE.json."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", choices=LAYERS, default="small", help="full: 13.8 GB, takes 70 GB of disk")
+    parser.add_argument("--rows", default="".join(ROWS), help="letters of rows, such as abe")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where inputs are read from")
+    parser.add_argument("--keep", type=Path, help="where generated checkpoints are, or are put to be used again")
+    given = parser.parse_args()
+    rows = {letter: ROWS[letter] for letter in given.rows}
+    build = Path("build/benchmarks").resolve()
+    build.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scale-", dir=build) as scratch:
+        places = Places(given.keep.resolve() if given.keep else Path(scratch), given.size)
+        places.root.mkdir(parents=True, exist_ok=True)
+        chosen = needed(list(rows.values()), ways(places))
+        environment = {
+            "SOLIDIFY_HOME": str(places.made("home")),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        try:
+            with console.stage("Making checkpoints, an artifact and adapters"):
+                prepare(places, chosen, environment)
+            runs = run(places, chosen, rounds=given.rounds, cold=given.cache == "cold", environment=environment)
+        finally:
+            shutil.rmtree(places.made(), ignore_errors=True)
+    results = Results(chosen, runs)
+    columns = ["", "ours, plain ways", "s (no imports)", "GB (private)", "time ratio", "memory ratio", "bar"]
+    lines = [line for letter, row in rows.items() for line in results.lines(letter, row)]
+    title = f"Size {given.size}, {given.cache} page cache, medians of {given.rounds}; ratios: ours / plain"
+    console.results.print(console.table(title, columns, lines, numbers=range(2, 6), ruled=False))
+    if given.size != "full":
+        console.results.print("The bars are those of size full; here imports weigh more than weights.")
+    document = {
+        "size": given.size,
+        "cache": given.cache,
+        "rows": {letter: results.document(row) for letter, row in rows.items()},
+        "ways": results.documents(),
+    }
+    (build / f"scale_{given.size}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
