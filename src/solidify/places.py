@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from solidify.errors import ArtifactError
 
@@ -39,35 +43,61 @@ def staged(output: Path) -> Iterator[Path]:
     What stood at `output` before (an earlier result of ours) is replaced in the same moment.
 
     Raises:
-        ArtifactError: `output` exists and is not ours.
+        ArtifactError: `output` exists and is not ours, another process writes it now, or its place cannot be written.
     """
     refuse_foreign(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(output)
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    staging.mkdir()
-    try:
+    with _beside(output, "partial") as staging:
         yield staging
         old = output.parent / f".{output.name}.replaced-{os.getpid()}"
         if output.exists():
             output.rename(old)
         staging.rename(output)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """Yields a directory beside `output`, on its file system, that is gone when the block ends."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(output)
-    directory = output.parent / f".{output.name}.scratch-{os.getpid()}"
-    directory.mkdir()
-    try:
+    """Yields a directory beside `output`, on its file system, that is gone when the block ends.
+
+    Raises:
+        ArtifactError: another process writes `output` now, or its place cannot be written.
+    """
+    with _beside(output, "scratch") as directory:
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _beside(output: Path, kind: str) -> Iterator[Path]:
+    """Yields a hidden directory beside `output` while no other process writes there; it does not outlive the block."""
+    directory = output.parent / f".{output.name}.{kind}-{os.getpid()}"
+    with _alone(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(output)
+            directory.mkdir()
+        except OSError as error:
+            raise ArtifactError(f"{output.parent} cannot be written to: {error.strerror}") from error
+        try:
+            yield directory
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ArtifactError(f"{output.parent} is full; make room, or choose another output") from error
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps other processes from writing an output; the system ends that with the process, however it dies."""
+    name = hashlib.sha256(os.fsencode(output.absolute())).hexdigest()[:16]
+    try:
+        (cache() / "locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache() / "locks" / name, is_singleton=True)
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise ArtifactError(f"another process is writing {output} now; wait for it, or name another output") from error
 
 
 def _sweep(output: Path) -> None:
@@ -76,6 +106,8 @@ def _sweep(output: Path) -> None:
         kind, _, process = left.name.removeprefix(f".{output.name}.").rpartition("-")
         if not process.isdigit() or kind not in ("partial", "replaced", "scratch") or _alive(int(process)):
             continue
+        if kind == "scratch" and int(process) == os.getpid():
+            continue  # it is in use
         if kind == "replaced" and not output.exists():
             left.rename(output)
         else:

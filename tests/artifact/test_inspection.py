@@ -202,5 +202,5 @@ def test_what_cannot_be_read_is_named(base: Path, tmp_path: Path, copy_of: Calla
     other = copy_of(base)
     content = (other / "model.safetensors").read_bytes()
     (other / "model.safetensors").write_bytes(content[:-4])
-    with pytest.raises(ArtifactError, match="cannot be compared"):
+    with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
         inspection.diff(base, other)

@@ -25,7 +25,7 @@ from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, contract, probing, surgery
-from solidify.weights import checkpoint
+from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"
 _WITNESS = Path(__file__).with_name("witness.py")
@@ -64,7 +64,7 @@ def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) ->
     document = {
         "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
         "state": _digests(state, stored) if large else tensors.digests(state.items()),
-        "samples": {name: tensors.sample(tensor) for name, tensor in state.items()} if large else {},
+        "samples": _samples(model, state) if large else {},
         "modules": modules,
         "attributes": tensors.digests(_attributes(model, torch.Tensor)),
         "values": dict(_attributes(model, (bool, int, float, str), places)),
@@ -103,6 +103,14 @@ def _whole_outputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dic
             with suppress(*contract.CALL_ERRORS):
                 outputs[f"{case}/hidden"] = anatomy.run(model.base_model, batch).cpu().contiguous()
     return inputs, outputs
+
+
+def _samples(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    samples = {}
+    for name, tensor in state.items():
+        samples[name] = tensors.sample(tensor)
+        mapped.release([model])
+    return samples
 
 
 def _digests(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:

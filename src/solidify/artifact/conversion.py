@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.errors import RecipeError, refuse
 from solidify.model import anatomy
@@ -28,7 +29,9 @@ class Scratch:
     apart: Callable[[PreTrainedModel], Iterable[str]]
 
 
-def converted(reference: str, head: Any, dtype: str | None, options: dict[str, Any], scratch: Scratch) -> str:
+def converted(
+    reference: str, head: Any, config: PreTrainedConfig, dtype: str | None, options: dict[str, Any], scratch: Scratch
+) -> str:
     """Returns from where to load a base so that its tensors are mapped: `reference`, or what it was converted to.
 
     Raises:
@@ -38,19 +41,13 @@ def converted(reference: str, head: Any, dtype: str | None, options: dict[str, A
     files = _checkpoint(reference, options)
     if files is None or files.nbytes < anatomy.LARGE or not issubclass(head, PreTrainedModel):
         return reference
-    skeleton, _ = head.from_pretrained(
-        reference, dtype=dtype or "auto", device_map="meta", output_loading_info=True, **options
-    )
-    found = layout.read(skeleton, files)
+    skeleton, info = _skeleton(head, config, dtype, files)
     refuse(
         RecipeError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
-        [
-            f"{kind}: {', '.join(names[:6])}"
-            for kind, names in (("missing_keys", found.missing), ("unexpected_keys", found.unexpected))
-            if names
-        ],
+        [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names],
     )
+    found = layout.read(skeleton, files)
     names = [*found.stored, *(name for conversion in found.conversions for name in conversion.targets)]
     if found.in_memory or not layout.stable(skeleton, names):
         return reference
@@ -63,6 +60,24 @@ def converted(reference: str, head: Any, dtype: str | None, options: dict[str, A
         skeleton.generation_config.save_pretrained(target)
     store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
     return str(target)
+
+
+def _skeleton(head: Any, config: Any, dtype: str | None, files: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Has transformers load tensors without values, so that it says what is missing and of which dtype all is."""
+    state = {
+        name: torch.empty(entry.shape.sizes, dtype=entry.shape.dtype, device="meta")
+        for name, entry in files.entries.items()
+    }
+    floating = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    model, info = head.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=getattr(torch, dtype) if dtype else config.dtype or floating,
+        device_map="meta",
+        output_loading_info=True,
+    )
+    return model, info
 
 
 def _checkpoint(reference: str, options: dict[str, Any]) -> Checkpoint | None:

@@ -6,20 +6,20 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify import console
 from solidify.artifact import manifest
 from solidify.errors import ArtifactError
 from solidify.model import cost, ledger
-from solidify.weights import checkpoint, hashing
+from solidify.weights import checkpoint, format, hashing, known
+from solidify.weights.format import Entry
 
 CHUNK = 2**22  # numbers; what is compared at a time is widened to float64
 _SIMPLE = {"weight", "bias"}
@@ -259,50 +259,38 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _tensor_changes(a: Sequence[Path], b: Sequence[Path]) -> list[dict[str, Any]]:
-    """Compares tensor by tensor; no more than one of each side is in memory.
+    """Compares tensor by tensor: by digests, which see every byte, and what differs then by its values, in pieces.
 
     Raises:
         ArtifactError: a file is truncated or not safetensors.
     """
-    with ExitStack() as stack:
-        try:
-            first, second = ({n: file for path in paths for n, file in _open(stack, path)} for paths in (a, b))
-            changes = []
-            for name in sorted({**first, **second}):
-                old = first[name].get_tensor(name) if name in first else None
-                new = second[name].get_tensor(name) if name in second else None
-                if old is None or new is None or not _same(old, new):
-                    changes.append({**_change(old, new), "name": name, **_apart(old, new)})
-                del old, new  # before the next pair is read
-            return changes
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{a[0].parent} and {b[0].parent} cannot be compared: {error}") from error
+    digests = [known.digests(paths, title=f"Digesting {paths[0].parent}") for paths in (a, b)]
+    first, second = ({n: e for path in paths for n, e in format.read_header(path).items()} for paths in (a, b))
+    differing = [n for n in sorted({**first, **second}) if digests[0].get(n) != digests[1].get(n)]
+    total = sum(entry.shape.nbytes for name in differing if (entry := first.get(name)) is not None)
+    with console.bytes_progress("Comparing values", total) as advance:
+        changes = []
+        for name in differing:
+            old, new = first.get(name), second.get(name)
+            changes.append({**_change(old, new), "name": name, **_apart(old, new)})
+            advance(old.shape.nbytes if old is not None else 0)
+        return changes
 
 
-def _open(stack: ExitStack, path: Path) -> Iterator[tuple[str, Any]]:
-    file = stack.enter_context(safe_open(path, framework="pt"))
-    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        yield name, file
-
-
-def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Returns whether two tensors agree in dtype, shape and every byte (so that NaN equals itself)."""
-    if old.dtype != new.dtype or old.shape != new.shape:
-        return False
-    return torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8))
-
-
-def _apart(old: torch.Tensor | None, new: torch.Tensor | None) -> dict[str, Any]:
+def _apart(old: Entry | None, new: Entry | None) -> dict[str, Any]:
     described = {
         f"{side}_{what}": value
-        for side, tensor in (("old", old), ("new", new))
-        if tensor is not None
-        for what, value in (("dtype", str(tensor.dtype).removeprefix("torch.")), ("shape", list(tensor.shape)))
+        for side, entry in (("old", old), ("new", new))
+        if entry is not None
+        for what, value in (
+            ("dtype", str(entry.shape.dtype).removeprefix("torch.")),
+            ("shape", list(entry.shape.sizes)),
+        )
     }
-    if old is None or new is None or old.shape != new.shape or not old.numel():
+    if old is None or new is None or old.shape.sizes != new.shape.sizes or not old.shape.nbytes:
         return described
     largest, apart, norm = 0.0, 0.0, 0.0
-    for x, y in zip(torch.split(old.reshape(-1), CHUNK), torch.split(new.reshape(-1), CHUNK), strict=True):
+    for x, y in zip(old.values(CHUNK), new.values(CHUNK), strict=True):
         x, difference = x.double(), y.double() - x.double()
         largest = max(largest, float(difference.abs().nan_to_num(torch.inf).max()))
         apart += float((difference * difference).sum())

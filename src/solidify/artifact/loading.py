@@ -62,7 +62,7 @@ def load_base(
         if device == "meta":
             model, info = on_meta(head, config, dtype), {}
         else:
-            where = conversion.converted(reference, head, dtype, options, scratch) if scratch else reference
+            where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
             model, info = head.from_pretrained(where, dtype=dtype or "auto", output_loading_info=True, **options)
             model.config._name_or_path = reference
     except (OSError, ValueError) as error:

@@ -15,6 +15,8 @@ from solidify.tuning import storage
 def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
+    Of a stock model that solidify merged, files and tensors are compared.
+
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
     of it runs.
 
@@ -38,6 +40,8 @@ def _one(directory: Path, trust_remote_code: bool) -> list[Finding]:
     record = manifest.read(directory)
     if record.kind == "adapter":
         return _adapter(directory, record, trust_remote_code)
+    if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
+        return [_intact(directory, record)]
     return _artifact(directory, record, trust_remote_code)
 
 

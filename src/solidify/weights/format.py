@@ -102,6 +102,19 @@ class Entry:
                 _fill(descriptor, self, bytes_of(part), done)
                 yield part
 
+    def values(self, count: int) -> Iterator[torch.Tensor]:
+        """Yields the tensor's values in order, so many at a time.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        size = self.shape.dtype.itemsize
+        with _opened(self.file) as descriptor:
+            for begin in range(0, self.shape.nbytes, count * size):
+                part = torch.empty(min(count, (self.shape.nbytes - begin) // size), dtype=self.shape.dtype)
+                _fill(descriptor, self, bytes_of(part), begin)
+                yield part
+
     def digest(self) -> str:
         """Returns the digest of the tensor, without holding more than a chunk of it."""
         hasher = hashing.tensor_hasher(self.shape.dtype, self.shape.sizes)

@@ -1,14 +1,16 @@
 """Digests of the tensors in a file, kept as long as the file is unchanged, so that they are computed once.
 
 A file is known by device, inode, size and both of its times. A program can set the time of modification back, but not
-the time of change, which the system sets by itself. Files that were touched a moment ago are not noted, because two
-changes within a tick of the clock cannot be told apart.
+the time of change, which the system sets by itself; it also does so when a hard link is made or removed, which the
+number of links tells. Files that were touched a moment ago are not noted, because two changes within a tick of the
+clock cannot be told apart. `solidify check` reads everything, whatever is noted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     """
     headers = {path: format.read_header(path) for path in files}
     known = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
-    begun = {path: _identity(path) for path in files}
+    begun = {path: path.stat() for path in files}
     entries = [entry for path in files if path not in known for entry in headers[path].values()]
 
     # The largest first, so that no worker is left alone with one at the end.
@@ -60,28 +62,38 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
 def recall(path: Path) -> dict[str, str] | None:
     """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
     try:
-        found: dict[str, str] = json.loads(_note(_identity(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        now = path.stat()
+        note = json.loads(_note(now).read_text(encoding="utf-8"))
+        found: dict[str, str] = note["digests"]
+    except (OSError, ValueError, KeyError):
         return None
-    return found
+    if note["changed"] == now.st_ctime_ns:
+        return found
+    if note["links"] != now.st_nlink:  # a link that is made or removed, too, is a change of the file
+        remember(path, found)
+        return found
+    return None
 
 
-def remember(path: Path, found: dict[str, str], begun: str | None = None) -> None:
+def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = None) -> None:
     """Notes the digests of a file's tensors.
 
-    `begun` is the file's identity before it was read: nothing is noted if it is another now. Without it the caller
+    `begun` is the file's state before it was read: nothing is noted if it has changed since. Without it the caller
     vouches that the file holds what was digested.
     """
-    age = time.time_ns() - path.stat().st_mtime_ns
-    if begun is not None and (begun != _identity(path) or age < _TICK):
+    now = path.stat()
+    age = time.time_ns() - now.st_mtime_ns
+    if begun is not None and (_state(begun) != _state(now) or age < _TICK):
         return
     if 0 <= age < _TICK:
         time.sleep((_TICK - age) / 1e9)
-    note = _note(_identity(path))
+        now = path.stat()
+    note = _note(now)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        document = {"changed": now.st_ctime_ns, "links": now.st_nlink, "digests": found}
+        draft.write_text(json.dumps(document), encoding="utf-8")
         draft.replace(note)
         old = sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]
         for file in old:
@@ -90,10 +102,10 @@ def remember(path: Path, found: dict[str, str], begun: str | None = None) -> Non
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 
 
-def _identity(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _note(identity: str) -> Path:
-    return places.cache() / "digests" / f"{hashing.digest_bytes(f'{hashing.ALGORITHM} {identity}'.encode())}.json"
+def _note(found: os.stat_result) -> Path:
+    identity = f"{hashing.ALGORITHM} {found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
+    return places.cache() / "digests" / f"{hashing.digest_bytes(identity.encode())}.json"

@@ -10,7 +10,6 @@ from `core_model_loading.py`, `rename_source_key`, the classes of rules, and the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers.core_model_loading import (
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Piece, Shape, Supply
 
-_BLOCK = 2**26  # bytes of the result that are made at a time where a rule allows it
+_BLOCK = 2**25  # bytes of the result that are made at a time where a rule allows it
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,11 @@ def _keeps_first_axis(operation: Any) -> bool:
 class Layout:
     """How a checkpoint becomes a model's state.
 
-    `stored` maps names in memory to the checkpoint's keys whose bytes they are; `missing` are names that nothing gives
-    and `unexpected` keys that nothing takes, as transformers would report them.
+    `stored` maps names in memory to the checkpoint's keys whose bytes they are.
     """
 
     stored: dict[str, str]
     conversions: list[Conversion]
-    missing: list[str]
-    unexpected: list[str]
 
     @property
     def in_memory(self) -> bool:
@@ -137,14 +133,12 @@ def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     found: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    unexpected = []
     for key in sorted(checkpoint.entries, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
         if name not in state:
-            unexpected.append(key)
-            continue
+            continue  # whether it may be left out is for transformers to say
         rule, sources = found.setdefault(name, (rules[pattern] if pattern is not None else None, {}))
         if rule is None and sources:
             continue  # a second key of the same name; transformers, too, takes the first
@@ -157,14 +151,7 @@ def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
             stored[name] = entry.name
         else:
             conversions.append(_conversion(model, state, name, sources, rule, checkpoint))
-    given = set(stored) | {name for conversion in conversions for name in conversion.targets}
-    missing = [name for name in state if name not in given and name not in model.all_tied_weights_keys]
-    return Layout(
-        stored,
-        conversions,
-        _without(missing, model._keys_to_ignore_on_load_missing),
-        _without(unexpected, {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}),
-    )
+    return Layout(stored, conversions)
 
 
 def _conversion(
@@ -182,10 +169,6 @@ def _conversion(
     made = draft.make(model, empty)
     shapes = {n: Shape(state[n].dtype if n in state else t.dtype, tuple(t.shape)) for n, t in made.items()}
     return Conversion(shapes, sources, rule)
-
-
-def _without(names: Sequence[str], patterns: Any) -> list[str]:
-    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())]
 
 
 def stable(model: PreTrainedModel, names: Sequence[str]) -> bool:

@@ -19,7 +19,8 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
         ArtifactError: the file cannot be read, or there is no room.
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
-    noted, before = known.recall(source), _written(source)
+    noted = known.recall(source)
+    before = _written(source)
     if link:
         try:
             os.link(source, target)
@@ -27,10 +28,8 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
             link = False
     if not link:
         _copy(source, target)
-    if noted is not None and _written(source) == before:
-        known.remember(source, noted)  # linking sets the time of change
-        if not link:
-            known.remember(target, noted)
+    if noted is not None and not link and _written(source) == before:
+        known.remember(target, noted)
     return link
 
 
