@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.model import contract, probing
+from solidify.model import anatomy, contract, probing
 
 Tensors = dict[str, torch.Tensor]
 
@@ -32,11 +32,27 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
             args, kwargs = (_put(part, f"{name}/", taken) for part in (found[name].args, found[name].kwargs))
         except TypeError:
             continue
-        returned = contract.tensors_in(found[name].output)
+        # Called again as the other process will call it: with inputs of their own, which are aligned.
+        with torch.no_grad(), anatomy.evaluation(model):
+            given = [_take(part, taken) for part in (args, kwargs)]
+            returned = contract.tensors_in(model.get_submodule(name)(*given[0], **given[1]))
         inputs |= taken
         outputs |= {f"{name}/{place}": tensor.cpu().contiguous() for place, tensor in enumerate(returned)}
         modules.append({"name": name, "args": args, "kwargs": kwargs})
     return inputs, outputs, modules
+
+
+def _take(value: dict[str, Any], tensors: Tensors) -> Any:
+    """Makes a value of its description."""
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content].clone()
+    if kind == "dict":
+        return {key: _take(item, tensors) for key, item in content.items()}
+    if kind in ("tuple", "list"):
+        items = [_take(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return content
 
 
 def _put(value: Any, prefix: str, taken: Tensors) -> Any:

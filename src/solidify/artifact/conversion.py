@@ -48,8 +48,7 @@ def converted(
         [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names],
     )
     found = layout.read(skeleton, files)
-    names = [*found.stored, *(name for conversion in found.conversions for name in conversion.targets)]
-    if found.in_memory or not layout.stable(skeleton, names):
+    if found.in_memory:
         return reference
     supplies = found.supplies(skeleton, files)
     target = scratch.directory / "base"
@@ -58,7 +57,8 @@ def converted(
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(target)
-    store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
+    with checkpoint.steady(files.files):
+        store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
     return str(target)
 
 
@@ -76,6 +76,7 @@ def _skeleton(head: Any, config: Any, dtype: str | None, files: Checkpoint) -> t
         dtype=getattr(torch, dtype) if dtype else config.dtype or floating,
         device_map="meta",
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in `info`
     )
     return model, info
 

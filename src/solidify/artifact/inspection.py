@@ -222,7 +222,10 @@ def _contents(directory: Path) -> dict[str, Any]:
     names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
-    values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
+    try:
+        values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{directory / names[0]} is no JSON: {error}") from error
     adapter = names[0] != "config.json"
     weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
     edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []

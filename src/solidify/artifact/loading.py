@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from solidify.artifact import conversion, manifest, trust
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.manifest import Manifest
-from solidify.errors import ArtifactError, RecipeError, refuse
+from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
 from solidify.model import ledger
 from solidify.source import ownership
+from solidify.weights import layout
 from solidify.weights.hashing import digest_bytes
 
 
@@ -63,10 +66,13 @@ def load_base(
             model, info = on_meta(head, config, dtype), {}
         else:
             where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
-            model, info = head.from_pretrained(where, dtype=dtype or "auto", output_loading_info=True, **options)
+            with layout.as_it_stands() if where != reference else nullcontext():
+                model, info = head.from_pretrained(
+                    where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+                )  # what is mismatched is in `info`, and refused below
             model.config._name_or_path = reference
-    except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, SolidifyError):
             raise
         raise RecipeError(f"the base {reference!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     refuse(

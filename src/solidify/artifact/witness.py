@@ -6,21 +6,26 @@ not import solidify, and makes the packages that its arguments name impossible t
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
+import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 PAGE = 4096  # bytes that a sample looks at in one place
 SAMPLES = 16
+_PR_SET_PDEATHSIG = 1
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
 
 
 def main() -> None:
     """Answers the request on the standard input; the arguments are the names of what must not be imported."""
+    _end_with_parent()
     forbidden = sys.argv[1:]
     for name in forbidden:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it now fails as if it were not installed
@@ -29,12 +34,21 @@ def main() -> None:
     import transformers
     from transformers import PreTrainedModel  # noqa: F401  # what takes its time is done before the request is there
 
-    request = json.loads(sys.stdin.read())
+    asked = sys.stdin.read()
+    if not asked:
+        return  # who would have asked is gone
+    request = json.loads(asked)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     answers = {directory: _directory(Path(directory) / request["certificate"]) for directory in request["directories"]}
     imported = [name for name in forbidden if sys.modules.get(name) is not None]
     print(json.dumps({"imported": imported, "directories": answers}))
+
+
+def _end_with_parent() -> None:
+    """Has Linux end this process with the thread that started it; elsewhere it ends when it has answered."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _directory(certificate: Path) -> dict[str, Any]:
@@ -220,7 +234,7 @@ def _take(value: dict[str, Any], inputs: dict[str, Any], device: Any) -> Any:
     """Makes a value of its description."""
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return inputs[content].to(device)
+        return inputs[content].clone().to(device)  # a copy is aligned, and what is mapped need not be
     if kind == "dict":
         return {key: _take(item, inputs, device) for key, item in content.items()}
     if kind in ("tuple", "list"):

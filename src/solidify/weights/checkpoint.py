@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def read(directory: Path) -> Checkpoint:
         for name, file in _weight_map(directory / INDEX).items():
             if name not in entries or entries[name].file.name != file:
                 faults.append(f"{directory / INDEX} says that {file} holds {name!r}, but it does not")
-    refuse(ArtifactError, f"the weights in {directory} are not whole", faults)
+    refuse(ArtifactError, f"the weights in {directory} are not whole; save or download them anew", faults)
     return Checkpoint(directory, files, entries)
 
 
@@ -73,6 +74,28 @@ def weight_files(directory: Path) -> list[Path]:
     if missing:
         raise ArtifactError(f"{index} names {', '.join(missing)}, which {directory} lacks")
     return [directory / name for name in names]
+
+
+@contextmanager
+def steady(files: Iterable[Path]) -> Iterator[None]:
+    """Notices when one of some files is written to or replaced while the block lasts.
+
+    Raises:
+        ArtifactError: one was; it names all.
+    """
+    before = {path: _state(path) for path in files}
+    yield
+    faults = [f"{path} was written to while it was read" for path, state in before.items() if _state(path) != state]
+    refuse(ArtifactError, "an input changed, so that nothing was made of it; start again when it is at rest", faults)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns what changes when a file is written to or replaced, but not when it is linked."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _weight_map(index: Path) -> dict[str, str]:

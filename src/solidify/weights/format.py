@@ -8,9 +8,11 @@ its own).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from solidify import console
 from solidify.errors import ArtifactError
 from solidify.weights import hashing
 
@@ -261,8 +264,20 @@ def write_file(
             for found in in_parallel(work, supplies):
                 digests |= found
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error.strerror}") from error
+        raise unwritten(error, path, len(header) + sum(shape.nbytes for shape in shapes.values())) from error
     return {name: digests[name] for name in shapes}
+
+
+def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
+    """Returns an error that says why a file of some size could not be written."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ArtifactError(f"{path} cannot be written: {error.strerror}; choose another output")
+    written = path.stat().st_blocks * 512 if path.exists() else 0
+    free = shutil.disk_usage(path.parent).free
+    return ArtifactError(
+        f"the disk became full: of {path}, {console.size(written)} were written, {console.size(max(0, size - written))} "
+        f"are still needed, and {console.size(free)} are free; make room, or choose another output"
+    )
 
 
 def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:

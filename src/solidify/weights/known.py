@@ -65,11 +65,12 @@ def recall(path: Path) -> dict[str, str] | None:
         now = path.stat()
         note = json.loads(_note(now).read_text(encoding="utf-8"))
         found: dict[str, str] = note["digests"]
-    except (OSError, ValueError, KeyError):
+        changed, links = note["changed"], note["links"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if note["changed"] == now.st_ctime_ns:
+    if changed == now.st_ctime_ns:
         return found
-    if note["links"] != now.st_nlink:  # a link that is made or removed, too, is a change of the file
+    if links != now.st_nlink:  # a link that is made or removed, too, is a change of the file
         remember(path, found)
         return found
     return None

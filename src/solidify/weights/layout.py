@@ -3,20 +3,21 @@
 Hub checkpoints of some families keep one tensor per expert, or other names, than the model has in memory. transformers
 converts them while it loads a whole model; here its rules are applied to one tensor at a time, straight to a file.
 
-Written against transformers 5.23: `get_model_conversion_mapping` (`conversion_mapping.py`, which PEFT uses too) and,
-from `core_model_loading.py`, `rename_source_key`, the classes of rules, and the way in which
-`convert_and_load_state_dict_in_model` gathers what a rule needs. None of these is documented.
+Written against transformers 5.23: `get_model_conversion_mapping` (`conversion_mapping.py`, which PEFT uses too; also as
+a name in `modeling_utils.py`) and, from `core_model_loading.py`, `rename_source_key`, the classes of rules, and the way
+in which `convert_and_load_state_dict_in_model` gathers what a rule needs. None of these is documented.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -171,11 +172,15 @@ def _conversion(
     return Conversion(shapes, sources, rule)
 
 
-def stable(model: PreTrainedModel, names: Sequence[str]) -> bool:
-    """Returns whether transformers' rules leave names in memory as they are, so that such a file loads as it stands."""
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    found = (rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in names)
-    return all(new == old and pattern is None for old, (new, pattern) in zip(names, found, strict=True))
+@contextmanager
+def as_it_stands() -> Iterator[None]:
+    """While the block lasts, transformers loads files without converting them: they have the layout in memory.
+
+    Its rules are looked up by the model's class alone, and those that keep a name would be applied once more.
+    """
+    before = modeling_utils.get_model_conversion_mapping
+    modeling_utils.get_model_conversion_mapping = lambda *_, **__: []
+    try:
+        yield
+    finally:
+        modeling_utils.get_model_conversion_mapping = before

@@ -70,7 +70,8 @@ def write(
     shards = [shard for group in (*plan, list(units.values())) if group for shard in checkpoint.shards(group)]
     names = checkpoint.file_names(len(whole) + len(shards))
     total = sum(shape.nbytes for shape in shapes.values())
-    _refuse_full(directory, total + (0 if link else sum(path.stat().st_size for path in whole)))
+    copied = [path for path in whole if not link or path.stat().st_dev != directory.stat().st_dev]
+    _refuse_full(directory, total + sum(path.stat().st_size for path in copied))
     files: dict[str, Mapping[str, Shape]] = {}
     digests: dict[str, str] = {}
     for (path, header), file in zip(whole.items(), names, strict=False):

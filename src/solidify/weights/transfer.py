@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from solidify.errors import ArtifactError
-from solidify.weights import known
+from solidify.weights import format, known
 
 
 def place(source: Path, target: Path, *, link: bool) -> bool:
@@ -52,4 +53,6 @@ def _copy(source: Path, target: Path) -> None:
         try:
             shutil.copyfile(source, target)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise format.unwritten(error, target, source.stat().st_size) from error
             raise ArtifactError(f"{source} cannot be copied to {target}: {error.strerror}") from error

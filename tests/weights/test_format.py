@@ -1,0 +1,92 @@
+"""Files of tensors, byte by byte: what is refused, and that pieces make the whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from solidify.artifact import tensors
+from solidify.errors import ArtifactError
+from solidify.weights import format
+from solidify.weights.format import Shape, Supply
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return dict(json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]))
+
+
+def rewrite(path: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_pieces_and_values_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format, "CHUNK", 100)
+    tensor = torch.randn(7, 9, dtype=torch.bfloat16)
+    save_file({"a": torch.randn(3), "b": tensor}, tmp_path / "x.safetensors")
+    entry = format.read_header(tmp_path / "x.safetensors")["b"]
+    assert torch.equal(entry.read(), tensor)
+    assert b"".join(bytes(format.bytes_of(piece)) for piece in entry.pieces()) == bytes(format.bytes_of(tensor))
+    assert torch.equal(torch.cat(list(entry.values(10))), tensor.flatten())
+    assert entry.digest() == tensors.digest(tensor)
+
+
+def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> None:
+    a, b = torch.randn(4, 6), torch.randn(10).half()
+
+    def pieces() -> Any:
+        yield "a", a[:1]
+        yield "b", b[:5]
+        yield "a", a[1:]
+        yield "b", b[5:]
+
+    supply = Supply({"a": Shape.of(a), "b": Shape.of(b)}, pieces)
+    digests = format.write_file(tmp_path / "x.safetensors", [supply])
+    found = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(found["a"], a) and torch.equal(found["b"], b)
+    assert digests == {"a": tensors.digest(a), "b": tensors.digest(b)}
+
+
+@pytest.mark.parametrize(("rows", "words"), [(3, "too few values came for a"), (5, "more values came for a")])
+def test_a_supply_gives_what_it_said(tmp_path: Path, rows: int, words: str) -> None:
+    supply = Supply({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))
+    with pytest.raises(ArtifactError, match=words):
+        format.write_file(tmp_path / "x.safetensors", [supply])
+
+
+def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(4, 4), "b": torch.randn(4)}, path)
+    content, header = path.read_bytes(), header_of(path)
+    data = content[-80:]
+    cases: dict[str, bytes] = {"its header is longer than the file": content[:6] + b"\xff\xff" + content[8:]}
+    cases["it is truncated"] = content[:-1]
+    cases["1 bytes stand behind its last tensor"] = content + b"x"
+    for words, broken in cases.items():
+        path.write_bytes(broken)
+        with pytest.raises(ArtifactError, match=words):
+            format.read_header(path)
+    for name, values, words in (
+        ("a", {"data_offsets": [0, 60]}, "a has 60 bytes and not 64"),
+        ("b", {"data_offsets": [48, 64]}, "b does not start where the tensor before it ends"),
+        ("a", {"dtype": "F3"}, "KeyError: 'F3'"),
+    ):
+        rewrite(path, {**header, name: {**header[name], **values}}, data)
+        with pytest.raises(ArtifactError, match=words):
+            format.read_header(path)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(40, 40)}, path)
+    entry = format.read_header(path)["a"]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="ends within a: it is truncated"):
+        entry.read()

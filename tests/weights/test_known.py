@@ -1,0 +1,126 @@
+"""Digests are computed once, and again when the file may have changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from solidify.weights import format, known, transfer
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A file of tensors that was written a while ago."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.randn(16, 16), "b": torch.randn(64)}, path)
+    time.sleep(0.1)
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that were read to be digested, as they are."""
+    found: list[str] = []
+    digest = format.Entry.digest
+
+    def noted(entry: format.Entry) -> str:
+        found.append(entry.name)
+        return digest(entry)
+
+    monkeypatch.setattr(format.Entry, "digest", noted)
+    return found
+
+
+def test_what_is_known_is_not_read_again_unless_asked(weights: Path, reads: list[str]) -> None:
+    first = known.digests([weights])
+    assert sorted(reads) == ["a", "b"]
+    assert known.digests([weights]) == first
+    assert len(reads) == 2
+    assert known.digests([weights], fresh=True) == first
+    assert len(reads) == 4
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def in_place(path: Path) -> None:
+    flip(path)
+
+
+def with_its_time_set_back(path: Path) -> None:
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def by_another_file(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    flip(other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [in_place, with_its_time_set_back, by_another_file])
+def test_a_changed_file_is_read_again(weights: Path, change: Callable[[Path], None]) -> None:
+    before = known.digests([weights])
+    change(weights)
+    after = known.digests([weights])
+    assert before["a"] == after["a"] and before["b"] != after["b"]
+
+
+def test_a_file_written_a_moment_ago_is_not_noted(tmp_path: Path, reads: list[str]) -> None:
+    path = tmp_path / "new.safetensors"
+    save_file({"a": torch.randn(4)}, path)
+    known.digests([path])
+    known.digests([path])
+    assert reads == ["a", "a"]
+
+
+def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, reads: list[str]) -> None:
+    first = known.digests([weights])
+    assert transfer.place(weights, tmp_path / "linked", link=True)
+    assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino
+    assert known.digests([tmp_path / "linked"]) == known.digests([weights]) == first
+    (tmp_path / "linked").unlink()
+    assert known.digests([weights]) == first
+    assert len(reads) == 2
+
+
+def test_a_copy_is_known_as_its_source_is(weights: Path, tmp_path: Path, reads: list[str]) -> None:
+    first = known.digests([weights])
+    assert not transfer.place(weights, tmp_path / "copy", link=False)
+    assert (tmp_path / "copy").stat().st_ino != weights.stat().st_ino
+    assert (tmp_path / "copy").read_bytes() == weights.read_bytes()
+    assert known.digests([tmp_path / "copy"]) == first
+    assert len(reads) == 2
+
+
+def test_where_links_are_not_to_be_had_files_are_copied(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert not transfer.place(weights, tmp_path / "a", link=True)
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert not transfer.place(weights, tmp_path / "b", link=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == weights.read_bytes()
+
+
+def test_a_link_in_the_hubs_cache_leads_to_the_file_itself(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshot.safetensors").symlink_to(weights)
+    transfer.place(tmp_path / "snapshot.safetensors", tmp_path / "linked", link=True)
+    assert not (tmp_path / "linked").is_symlink()
+    assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino

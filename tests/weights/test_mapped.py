@@ -1,0 +1,94 @@
+"""What the system says of mapped memory is what is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from solidify.artifact import tensors
+from solidify.weights import format, known, mapped, spilling
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is known, and tensors are read")
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> nn.Module:
+    """A module whose parameters are mapped from a file."""
+    module = nn.Linear(64, 64)
+    save_file({name: t.detach() for name, t in module.named_parameters()}, tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        for name, parameter in module.named_parameters():
+            parameter.data = file.get_tensor(name)
+    return module
+
+
+def test_a_mapped_tensor_is_found_in_its_file(module: nn.Module, tmp_path: Path) -> None:
+    entries = format.read_header(tmp_path / "m.safetensors")
+    places = mapped.places(module.state_dict())
+    assert places == {name: (tmp_path / "m.safetensors", entry.start) for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("write", [lambda w: w.detach().mul_(2), lambda w: w.detach().numpy().fill(0)])
+def test_what_was_written_to_is_no_part_of_the_file(module: nn.Module, write: object) -> None:
+    assert callable(write)
+    write(module.weight)
+    assert "weight" not in mapped.places(module.state_dict())
+    assert tensors.digests_where_they_stand(module.state_dict())["weight"] == tensors.digest(module.weight)
+
+
+def test_other_memory_is_no_part_of_a_file(module: nn.Module, tmp_path: Path) -> None:
+    assert mapped.places({"made": torch.randn(8, 8), "turned": module.weight.T, "empty": torch.empty(0)}) == {}
+    (tmp_path / "m.safetensors").unlink()
+    assert mapped.places(module.state_dict()) == {}
+
+
+def test_digests_come_from_the_file_without_reading_memory(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tensors.digests(module.state_dict().items())
+    monkeypatch.setattr(tensors, "digest", lambda _: "read")
+    assert tensors.digests_where_they_stand(module.state_dict()) == expected
+
+
+def test_memory_that_is_given_back_comes_again(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = module.weight.clone()
+    inputs = torch.randn(3, 64)
+    expected = module(inputs)
+    monkeypatch.setattr(mapped, "_MUCH", 0)
+    mapped.release([module])
+    with mapped.released(module):
+        assert torch.equal(module(inputs), expected)
+    assert torch.equal(module.weight, before)
+
+
+def test_what_was_written_to_is_never_given_back(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system would put the file's values there again."""
+    with torch.no_grad():
+        module.weight.add_(1)
+    before = module.weight.clone()
+    monkeypatch.setattr(mapped, "_MUCH", 0)
+    mapped.release([module])
+    with mapped.released(module):
+        module(torch.randn(3, 64))
+    assert torch.equal(module.weight, before)
+
+
+def test_new_tensors_are_spilled_and_old_ones_are_not(
+    module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilling, "_SMALL", 0)
+    new = nn.Sequential(module, nn.Linear(8, 8))
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    spilling.spill("here", new, module)  # nobody said where to
+    assert "1.weight" not in mapped.places(new.state_dict())
+    (tmp_path / "spilled").mkdir()
+    with spilling.into(tmp_path / "spilled"):
+        spilling.spill("here", new, module)
+    (file,) = (tmp_path / "spilled").iterdir()
+    assert set(known.digests([file])) == {"here.1.weight", "here.1.bias"}
+    assert mapped.places(new.state_dict())["1.weight"][0] == file
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
