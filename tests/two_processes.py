@@ -47,6 +47,9 @@ def main() -> None:
     watch = Gradients(model)
     trainer.add_callback(watch)
     trainer.train()
+    if trainer.accelerator.num_processes > 1:  # of the mapped base nothing is sent, and so nothing copied
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert frozen and set(trainer.model_wrapped.parameters_to_ignore) == frozen
     if trainer.accelerator.is_main_process:
         logs = {k: torch.tensor(v) for k, v in trainer.history[-1].items() if k.startswith(("term/", "loss"))}
         save_file({**watch.found, **logs}, Path(directory) / f"{trainer.accelerator.num_processes}.safetensors")

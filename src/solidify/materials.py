@@ -8,26 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from solidify import references
 from solidify.artifact import loading, manifest
+from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import corpus, tiny_olmoe
 from solidify.errors import RecipeError, refuse
-from solidify.model import depth, heads, surgery
+from solidify.model import depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
 from solidify.recipe import Add, Insert, Recipe, Remove
-from solidify.tuning import data
+from solidify.tuning import data, processes
 from solidify.tuning.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
 PROBES = 8  # sequences on which the independence of accumulation is shown
 
 
-def load_base(recipe: Recipe, device: str = "cpu") -> BaseModel:
-    """Loads the model that a recipe starts from: built in, local or from the hub."""
+def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) -> BaseModel:
+    """Loads the model that a recipe starts from: built in, local or from the hub.
+
+    In `scratch`, a large one is converted to the layout in memory; what the surgery renames or drops is kept apart.
+    """
     name = recipe.base.model
     if name == tiny_olmoe.NAME:
         loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=recipe.base.dtype, device=device)
@@ -41,7 +47,15 @@ def load_base(recipe: Recipe, device: str = "cpu") -> BaseModel:
         dtype=recipe.base.dtype,
         device=device,
         trust_remote_code=recipe.base.trust_remote_code,
+        scratch=Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None,
     )
+
+
+def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
+    """Names the tensors of a model (on the meta device) that the surgery renames or drops."""
+    names = list(model.state_dict())
+    origins, _ = ledger.origins(names, [edit.document() for edit in operate(recipe, model)])
+    return [name for name in names if origins.get(name) != name]
 
 
 def operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
@@ -110,8 +124,44 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         values = {**defaults, **values}
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"the training section does not fit: {error}") from error
+
+
+def join(recipe: Recipe, directory: Path) -> None:
+    """Meets the other processes that were started with this one, over the backend that training will use.
+
+    Raises:
+        RecipeError: the recipe shards in a way that would not happen, or that nothing here could gather again.
+    """
+    if recipe.adapter is not None:
+        arguments = training_arguments(recipe, directory)
+        refuse(RecipeError, "the training cannot be spread like that", _unspreadable(arguments))
+    processes.join()
+
+
+def _unspreadable(arguments: TrainingArguments) -> list[str]:
+    faults = []
+    state = arguments.distributed_state
+    if arguments.fsdp and (state is None or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)):
+        faults.append(
+            "training.fsdp: accelerate shards over accelerators that torchrun or `accelerate launch` gave a process "
+            "each; here every process would silently hold the whole model"
+        )
+    configured = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
+    if arguments.fsdp and configured.get("version", 2) != 2:
+        faults.append("training.fsdp_config: version must be 2; checks and saving gather what fully_shard spreads")
+    if arguments.fsdp and configured.get("cpu_ram_efficient_loading"):
+        faults.append(
+            "training.fsdp_config: leave out cpu_ram_efficient_loading; every process maps the artifact's file, whose "
+            "memory they share"
+        )
+    if is_deepspeed_zero3_enabled():
+        faults.append(
+            "training.deepspeed: ZeRO stage 3 takes the parameters apart, and nothing here gathers them; use stage 2, "
+            "or training.fsdp"
+        )
+    return faults
 
 
 def make_terms(recipe: Recipe) -> list[Term]:
@@ -185,12 +235,16 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, tokenizer: Any) ->
     return trainer, trainer.train_dataset
 
 
-def ragged(examples: Any) -> list[dict[str, Any]]:
-    """Takes a few examples and cuts them to different lengths, so that micro-batches are ragged."""
-    probes = []
+def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
+    """Takes a few examples and cuts them to different lengths, so that micro-batches are ragged.
+
+    All together have no more tokens than `batch_size` examples: what trains in memory is checked in it.
+    """
+    probes: list[dict[str, Any]] = []
     for place in range(min(PROBES, len(examples))):
         row = examples[place]
-        length = max(4, len(row["input_ids"]) * (place + 2) // (PROBES + 2))
+        longest = min(len(row["input_ids"]), max(map(len, examples[:PROBES]["input_ids"])) * batch_size // PROBES)
+        length = max(4, longest * (place + 2) // (PROBES + 2))
         ids = list(row["input_ids"][:length])
         labels = list(row["labels"][:length]) if "labels" in row else list(ids)
         probes.append({"input_ids": ids, "labels": labels})

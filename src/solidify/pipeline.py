@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from solidify import console, export, materials, places
 from solidify.artifact import certificate, loading, manifest, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.errors import ArtifactError, RecipeError
-from solidify.findings import Report
-from solidify.model import ledger, probing
+from solidify.findings import Finding, Report
+from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, data, standing, storage
+from solidify.tuning import adapters, checkpoints, data, processes, standing, storage
 from solidify.tuning import plan as planning
 from solidify.tuning.plan import AdapterPlan
 from solidify.tuning.progress import TrainingBar
+from solidify.weights import hashing, spilling
 
 SEED = 42  # transformers' own default
 
@@ -139,28 +140,64 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
     """Does every stage that the recipe names and writes `report.json` and `report.html` beside the results.
 
     With `resume`, stages whose result is there, and was made by the same recipe, are not repeated, and training goes on
-    from its last checkpoint.
+    from its last checkpoint. Of several processes (torchrun, `accelerate launch`) all train, and the first does
+    everything else.
 
     Raises:
         SolidifyError: the recipe or the data is wrong, or a result does not hold.
         CheckFailed: a check failed; the report is written first.
     """
     directory = output_of(recipe, output)
+    materials.join(recipe, directory)
+    report, finished = processes.on_first(lambda: _begin(recipe, directory, resume))
+    if finished:
+        console.words.print(f"{directory} is finished and whole; nothing is repeated")
+        return report
+    try:
+        report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume))
+        if recipe.adapter is not None:
+            train(recipe, directory, report=report, resume=resume)
+            processes.on_first(lambda: merge(directory, report=report))
+    finally:  # whatever stopped the run, what was found before it is kept
+        if processes.is_first():
+            report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+    processes.on_first(lambda: _end(recipe, directory, report))
+    return report
+
+
+def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
+    """Opens the report of a run, or finds that there is nothing left to do."""
     places.refuse_foreign(directory)
+    if resume and (earlier := _finished(recipe, directory)) is not None:
+        return earlier, True
     _refuse_early(recipe)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+    return report, False
+
+
+def _finished(recipe: Recipe, directory: Path) -> Report | None:
+    """Returns the report of an earlier run of this recipe that passed, if all its results are whole."""
     try:
-        build(recipe, directory, report=report, resume=resume)
-        if recipe.adapter is not None:
-            train(recipe, directory, report=report, resume=resume)
-            merge(directory, report=report)
-    finally:  # whatever stopped the run, what was found before it is kept
-        report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+        found = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not (found.get("finished") and found.get("passed") and found.get("recipe") == recipe.document()):
+        return None
+    for name in ("artifact", "adapter", "merged") if recipe.adapter is not None else ("artifact",):
+        try:
+            if manifest.faults(directory / name, manifest.read(directory / name)):
+                return None
+        except ArtifactError:
+            return None
+    stages = {stage: [Finding(**finding) for finding in findings] for stage, findings in found["stages"].items()}
+    return Report(found["subject"], stages, found["measured"])
+
+
+def _end(recipe: Recipe, directory: Path, report: Report) -> None:
     finish(recipe, directory, report)
     report.require()
-    return report
 
 
 def finish(recipe: Recipe, directory: Path, report: Report) -> None:
@@ -171,8 +208,13 @@ def finish(recipe: Recipe, directory: Path, report: Report) -> None:
     (directory / "report.html").write_text(page, encoding="utf-8")
 
 
-def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False) -> Report:
+def build(
+    recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False, link: bool = True
+) -> Report:
     """Surgery and solidification: writes `directory/artifact`.
+
+    Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
+    they are copied.
 
     Raises:
         SolidifyError: as the stages do; nothing is then left at `directory/artifact`.
@@ -184,106 +226,170 @@ def build(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
-    with console.stage("Loading the base"):
-        base = materials.load_base(recipe)
-        inputs = {case: probing.probe_inputs(base.model, **s) for case, s in certificate.CASES.items()}
-        tensors.realign(base.model)
-        before = roundtrip.outputs(base.model, inputs)
-        digests = tensors.digests(base.model.state_dict().items())
-    with console.stage("Replacing modules"):
-        edits = materials.operate(recipe, base.model)
-        records = [edit.document() for edit in edits]
-        promised = all(edit.identical or edit.bypass for edit in edits)
-        report.add(
-            "surgery",
-            [
-                structure.structure(base.model, records),
-                structure.in_use(base.model, records),
-                structure.start(before, roundtrip.outputs(base.model, inputs), promised=promised),
-                structure.untouched(base.model, digests, records),
-            ],
-        )
-    with console.stage("Writing the artifact and loading it in a fresh process"):
-        artifact = build_artifact(
-            base.model, edits, target, tokenizer=base.tokenizer, base=base.origin, recipe=document
-        )
+    with places.scratch(target) as scratch, spilling.into(scratch), certificate.prepared():
+        with console.stage("Loading the base"):
+            base = materials.load_base(recipe, scratch=scratch)
+            large = anatomy.large(base.model)
+            before = {} if large else _outputs_aligned(base.model)
+            digests = tensors.digests_where_they_stand(base.model.state_dict())
+        with console.stage("Replacing modules"):
+            edits = materials.operate(recipe, base.model)
+            records = [edit.document() for edit in edits]
+            promised = all(edit.identical or edit.bypass for edit in edits)
+            after = {} if large else {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
+            report.add(
+                "surgery",
+                [
+                    structure.structure(base.model, records),
+                    structure.in_use(base.model, records),
+                    structure.start({case: out for case, (_, out) in before.items()}, after, promised=promised),
+                    structure.untouched(base.model, digests, records),
+                ],
+            )
+        with console.stage("Writing the artifact"):
+            artifact = build_artifact(
+                base.model, edits, target, tokenizer=base.tokenizer, base=base.origin, recipe=document, link=link
+            )
     report.add("build", artifact.findings)
     return report
+
+
+def _outputs_aligned(model: PreTrainedModel) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Aligns a model's matrices and runs it; returns inputs and output of every case."""
+    tensors.align(model)
+    cases = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+    return {case: (batch, anatomy.run(model, batch)) for case, batch in cases.items()}
 
 
 def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False) -> Report:
     """Trains the recipe's adapter on `directory/artifact` and writes `directory/adapter`.
 
+    Of several processes all train, and the first saves and writes.
+
     Raises:
-        RecipeError: the recipe has no adapter.
+        RecipeError: the recipe has no adapter, or cannot be spread over the processes.
         SolidifyError: as the stages do.
     """
     report = report or Report(str(directory))
     if recipe.adapter is None:
         raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
-    target = directory / "adapter"
-    places.refuse_foreign(target)
-    document = recipe.document()
-    if resume and _made_by(target, document, "adapter"):
+    materials.join(recipe, directory)
+    if processes.on_first(lambda: _is_trained(recipe, directory, resume)):
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model = loading.load_artifact(directory / "artifact")
-        tokenizer = loading.load_tokenizer(directory / "artifact")
-        base = manifest.read(directory / "artifact")
+        model, tokenizer = processes.in_turn(lambda: _artifact(directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
     trainer, examples = materials.make_trainer(recipe, directory, peft_model, tokenizer)
-    witness = gradients.GradientWitness(peft_model)
-    trainer.add_callback(witness)
-    if trainer.args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(TrainingBar())
-    checkpoint = (
-        get_last_checkpoint(directory / "checkpoints") if resume and (directory / "checkpoints").is_dir() else None
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    witness = _fit(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
+        probes = materials.ragged(examples, trainer.args.per_device_train_batch_size)
         report.add(
             "train",
             [
                 witness.finding(),
-                trainable.frozen(peft_model, base),
+                trainable.frozen(trainer.model, manifest.read(directory / "artifact")),
                 gradients.parts_sum(trainer.history),
-                gradients.accumulation(trainer, materials.ragged(examples), tolerance=_tolerance(trainer)),
+                gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer)),
             ],
         )
-        report.measured["history"] = trainer.history
-        _release(trainer, peft_model, before)
-        report.add("train", roundtrip.adapter_effect(peft_model, before, inputs))
-        storage.save_adapter(peft_model, target, recipe=document)
-        again = storage.load(directory / "artifact", target)
-        reloaded = roundtrip.outputs(again, inputs)
-        report.add(
-            "train",
-            [
-                roundtrip.adapter_reload(roundtrip.outputs(peft_model, inputs), reloaded),
-                roundtrip.wrong_base_refused(again, manifest.read(target), target),
-            ],
-        )
-        _measure_losses(recipe, tokenizer, again, report)
+    report.measured["history"] = trainer.history
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
+    if processes.is_first() or processes.is_spread(trainer.model):
+        _measure_losses(recipe, tokenizer, trainer.model, report)
+    trained = _release(recipe, directory, trainer)
+    del trainer, witness, model, peft_model  # with the optimizer's state
+    gc.collect()
+    processes.on_first(lambda: _keep(recipe, directory, report, trained, before, inputs))
     return report
 
 
-def _release(trainer: Any, model: Any, before: dict[str, torch.Tensor]) -> None:
-    """Takes back what training left on the model: accelerate's autocast around its forward, another device."""
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.to(next(iter(before.values())).device).eval()
+def _is_trained(recipe: Recipe, directory: Path, resume: bool) -> bool:
+    places.refuse_foreign(directory / "adapter")
+    return resume and _made_by(directory / "adapter", recipe.document(), "adapter")
 
 
-def merge(directory: Path, *, report: Report) -> None:
-    """Merges `directory/adapter` into `directory/merged`."""
+def _artifact(directory: Path) -> tuple[PreTrainedModel, Any]:
+    return loading.load_artifact(directory / "artifact"), loading.load_tokenizer(directory / "artifact")
+
+
+def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
+    """Trains, from the last checkpoint of this very run if there is one, and returns who looked at the gradients."""
+    witness = gradients.GradientWitness(trainer.model)
+    trainer.add_callback(witness)
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(TrainingBar())
+    made_by = [recipe.document(), manifest.read(directory / "artifact").digest(), processes.count()]
+    trainer.fingerprint = hashing.digest_values(made_by)
+    where = Path(trainer.args.output_dir)
+    checkpoint = processes.on_first(
+        lambda: checkpoints.last(where, trainer.fingerprint, processes.count()) if resume else None
+    )
+    if checkpoint is not None:
+        console.words.print(f"Going on from {checkpoint}")
+    elif resume and any(where.glob("checkpoint-*")):
+        console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    return witness
+
+
+def _release(recipe: Recipe, directory: Path, trainer: Any) -> Any:
+    """Returns the trained model on the CPU, in the first process.
+
+    A model that is elsewhere, or spread over the processes, is not brought back whole: what was trained is put on the
+    artifact once more, whose file is mapped.
+    """
+    assert recipe.adapter is not None
+    model = trainer.model
+    if model.device.type == "cpu" and not processes.is_spread(model):
+        return model.eval()
+    trained = adapters.trained_state(model)
+    if not processes.is_first():
+        return None
+    fresh = loading.load_artifact(directory / "artifact")
+    with console.silence():
+        again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    here = dict([*again.named_parameters(), *again.named_buffers()])
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            here[name].copy_(tensor)
+    return again.eval()
+
+
+def _keep(
+    recipe: Recipe,
+    directory: Path,
+    report: Report,
+    model: Any,
+    before: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
+) -> None:
+    """Saves the adapter, and compares what it does now with what it does when it is loaded again."""
+    target = directory / "adapter"
+    with console.stage("Saving the adapter and loading it again"):
+        report.add("train", roundtrip.adapter_effect(model, before, inputs))
+        attached = roundtrip.outputs(model, inputs)
+        storage.save_adapter(model, target, recipe=recipe.document())
+        again = storage.load(directory / "artifact", target)
+        report.add(
+            "train",
+            [
+                roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
+                roundtrip.wrong_base_refused(again, manifest.read(target), target),
+            ],
+        )
+
+
+def merge(directory: Path, *, report: Report, link: bool = True) -> None:
+    """Merges `directory/adapter` into `directory/merged`; weight files that stay are linked, or copied."""
     with console.stage("Merging the adapter and loading the result in a fresh process"):
-        merged = export.merge(directory / "adapter", directory / "merged")
+        merged = export.merge(directory / "adapter", directory / "merged", link=link)
     report.add("merge", merged.findings)
 
 

@@ -12,7 +12,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from solidify.findings import Finding
-from solidify.tuning import standing
+from solidify.tuning import processes, standing
+
+REACHED = "gradients reach what is trained"
+ACCUMULATION = "gradient does not depend on accumulation"
 
 
 class GradientWitness(TrainerCallback):  # type: ignore[misc]
@@ -27,21 +30,35 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         self.seen: dict[str, float] = {}
         self.stray: set[str] = set()
         self.steps = 0
+        self.hidden = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Records the largest gradient of every parameter."""
         self.steps += 1
+        self.hidden = bool(args.deepspeed)
+        if self.hidden:
+            return
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 if parameter.grad is not None:
                     self.stray.add(name)
             elif not self.seen.get(name):
-                self.seen[name] = float(parameter.grad.abs().max()) if parameter.grad is not None else 0.0
+                self.seen[name] = _largest(parameter.grad) if parameter.grad is not None else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was seen so far, for a checkpoint: a resumed training goes on looking."""
+        return {"seen": dict(self.seen), "stray": sorted(self.stray), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.seen, self.stray, self.steps = dict(state["seen"]), set(state["stray"]), int(state["steps"])
 
     def finding(self) -> Finding:
         """Returns whether every trainable parameter got a gradient in some step, and no frozen one did."""
+        if self.hidden:
+            return Finding(REACHED, None, "not looked at: DeepSpeed keeps the gradients to itself")
         names = {id(p): name for _, name, p in standing.named_parameters(self.model)}
         paths = dict(self.model.named_parameters())
         dead = [names[id(paths[path])] for path, largest in self.seen.items() if not largest]
@@ -52,50 +69,68 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         if not self.steps:
             faults.append("no step was taken")
         evidence = f"{len(self.seen)} trainable tensors got non-zero gradients in {self.steps} steps, frozen ones none"
-        return Finding("gradients reach what is trained", not faults, "; ".join(faults[:4]) or evidence)
+        return Finding(REACHED, not faults, "; ".join(faults[:4]) or evidence)
 
 
 def accumulation(trainer: Any, examples: Sequence[Mapping[str, Any]], *, tolerance: float = 1e-4) -> Finding:
     """Computes one step's gradient for several splits of the same ragged examples, through the trainer itself.
 
     The largest difference of any tensor, relative to that tensor's largest gradient, must stay under `tolerance`:
-    float32 sums in another order; a wrong scale is off by a factor.
+    float32 sums in another order; a wrong scale is off by a factor. With several processes, all of them take part: one
+    more split deals the examples out to them.
     """
-    n = len(examples)
-    splits = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if n % size == 0]
-    splits = list(dict.fromkeys(splits))
+    if trainer.is_deepspeed_enabled:
+        return Finding(ACCUMULATION, None, "not looked at: DeepSpeed keeps the gradients to itself")
+    n, ranks = len(examples), processes.count()
+    sizes = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if n % size == 0]
+    splits = [(size, 1) for size in dict.fromkeys(sizes)]
+    if ranks > 1 and n % ranks == 0:
+        splits.append((1, ranks))
     with _without_dropout(trainer.model):
-        gradients = {size: _gradient(trainer, examples, size) for size in splits}
-    reference = gradients[splits[0]]
-    worst, culprit = 0.0, ""
-    for size in splits[1:]:
-        for name, gradient in gradients[size].items():
-            scale = float(reference[name].abs().max())
-            distance = float((gradient - reference[name]).abs().max())
-            # A tensor whose gradient is rounding itself (it cancels) is judged by the largest of all.
-            scale = max(scale, 1e-3 * max(float(g.abs().max()) for g in reference.values()))
-            if scale and distance / scale >= worst:
-                worst, culprit = distance / scale, name
-    shown = ", ".join(f"{n // size}x{size}" for size in splits)
+        reference = _gradient(trainer, examples, *splits[0])
+        scales = {name: float(gradient.abs().max()) for name, gradient in reference.items()}
+        largest = max(scales.values(), default=0.0)
+        worst, culprit = 0.0, ""
+        for split in splits[1:]:
+            for name, gradient in _gradient(trainer, examples, *split).items():
+                # A tensor whose gradient is rounding itself (it cancels) is judged by the largest of all.
+                scale = max(scales[name], 1e-3 * largest)
+                distance = float((gradient - reference[name]).abs().max())
+                if scale and distance / scale >= worst:
+                    worst, culprit = distance / scale, name
+    shown = ", ".join(
+        f"{n // size}x{size}" if spread == 1 else f"{n // spread}x1 on each of {spread} processes"
+        for size, spread in splits
+    )
     evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
-    any_gradient = any(float(g.abs().max()) > 0 for g in reference.values())
-    passed = worst <= tolerance and any_gradient and len(splits) > 1
-    return Finding("gradient does not depend on accumulation", passed, evidence + ("" if passed else f" ({culprit})"))
+    passed = worst <= tolerance and largest > 0 and len(splits) > 1
+    return Finding(ACCUMULATION, passed, evidence + ("" if passed else f" ({culprit})"))
 
 
-def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int) -> dict[str, torch.Tensor]:
-    """Runs one window in micro-batches of `size` and returns the gradients, leaving none behind."""
+def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, spread: int) -> dict[str, torch.Tensor]:
+    """Runs one window in micro-batches of `size` and returns the gradients, leaving none behind.
+
+    With a `spread` every process runs its share of the examples, and the gradients are averaged as data parallel
+    training does it; without, every process runs all of them, and each has the whole gradient.
+    """
     model = trainer.model
     model.zero_grad()
+    examples = examples[processes.rank() :: spread] if spread > 1 else examples
     batches = [trainer.data_collator([dict(e) for e in examples[i : i + size]]) for i in range(0, len(examples), size)]
     window, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(window)
     for batch in window:
         trainer.training_step(model, batch, items)
-    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: processes.whole(p.grad).detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    if spread > 1 and not processes.is_spread(model):  # else they were averaged on the way
+        found = {name: trainer.accelerator.reduce(gradient, "mean") for name, gradient in found.items()}
     model.zero_grad()
     trainer.forget_window()
     return found
+
+
+def _largest(gradient: torch.Tensor) -> float:
+    return float(processes.whole(gradient).abs().max())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from solidify.artifact import tensors
 from solidify.artifact.manifest import Manifest
 from solidify.findings import Finding
 from solidify.tuning import plan as planning
-from solidify.tuning import standing
+from solidify.tuning import processes, standing
 from solidify.tuning.plan import AdapterPlan
 
 
@@ -24,14 +24,17 @@ def trainable(model: PeftModel, wanted: AdapterPlan) -> Finding:
 
 
 def frozen(model: PeftModel, base: Manifest) -> Finding:
-    """Compares every tensor of the base inside the PeftModel with the artifact's digests."""
+    """Compares every tensor of the base inside the PeftModel with the artifact's digests, one after the other.
+
+    What is spread over the processes is gathered for it, tensor by tensor: all processes must then call this.
+    """
     found: dict[str, str] = {}
     for kind, name, parameter in standing.named_parameters(model):
         if kind == "base":
-            found[name] = tensors.digest(parameter)
+            found[name] = tensors.digest(processes.whole(parameter))
     for kind, name, buffer in standing.named_buffers(model):
         if kind == "base" and name in base.tensors:
-            found[name] = tensors.digest(buffer)
+            found[name] = tensors.digest(processes.whole(buffer))
     changed = [name for name, digest in found.items() if base.tensors.get(name, digest) != digest]
     missing = [name for name in base.tensors if name not in found]
     faults = [f"{name} changed" for name in changed] + [f"{name} is not in the model" for name in missing]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from solidify import console
 from solidify.errors import AdapterError, refuse
 from solidify.tuning import plan as planning
-from solidify.tuning import standing
+from solidify.tuning import processes, standing
 from solidify.tuning.parameters import NAME as PARAMETERS
 from solidify.tuning.parameters import TrainedParameters
 from solidify.tuning.plan import AdapterPlan
@@ -150,6 +150,16 @@ def train_parameters(model: PeftModel, names: Sequence[str], adapter: str) -> No
         standing.plain_model(model).add_module(PARAMETERS, TrainedParameters(wanted, adapter))
     else:
         holder.update(adapter, owners=wanted)
+
+
+def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Returns all that is not the base's, on the CPU, by its name in the PeftModel.
+
+    What is spread over the processes is gathered for it: all processes must then call this.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()]
+    kinds = [kind for kind, _, _ in (*standing.named_parameters(model), *standing.named_buffers(model))]
+    return {n: processes.whole(t.detach()).cpu() for (n, t), kind in zip(held, kinds, strict=True) if kind != "base"}
 
 
 def merge_in_memory(model: PeftModel) -> PreTrainedModel:

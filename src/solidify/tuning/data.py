@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import datasets
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from solidify import console
 from solidify.errors import DataError
 from solidify.model import anatomy
 
+TOKENS = 2048  # in one forward pass of a measurement
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -76,14 +79,23 @@ def collator(tokenizer: Any) -> Any:
 
 
 def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> float:
-    """Returns the model's next-token loss in nats over all target tokens of some examples, each token once."""
+    """Returns the model's next-token loss in nats over all target tokens of some examples, each token once.
+
+    A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
+    logits are in memory at once. What takes long shows a bar.
+    """
     total, tokens = 0.0, 0
     rows = examples.select_columns(["input_ids", "labels"])
-    with torch.no_grad(), anatomy.evaluation(model):
-        for start in range(0, len(rows), batch_size):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+    longest = max(map(len, rows["input_ids"]))
+    size = max(1, min(batch_size, TOKENS // longest))
+    starts = range(0, len(rows), size)
+    bar = console.progress("Measuring the loss", len(starts)) if len(starts) > 64 else nullcontext(lambda _note: None)
+    with torch.no_grad(), anatomy.evaluation(model), bar as advance:
+        for start in starts:
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             count = int((batch["labels"][:, 1:] != -100).sum())
             total += model(**batch).loss.item() * count
             tokens += count
+            advance(f"loss {total / tokens:.3f}")
     return total / tokens

@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from solidify.errors import ObjectiveError, refuse
+from solidify.tuning import checkpoints
 from solidify.tuning.capture import Capture
+from solidify.tuning.checkpoints import Stateful
 
 REDUCTIONS = ("token_sum", "token_mean", "sequence_mean", "statistic", "constant", "none")
 
@@ -116,6 +118,7 @@ class Term:
         self.function: Any = looks.statistics if self.is_statistic or self.acts else looks
         self.asks = set() if self.is_model else self._bind(loss, arguments)
         self.reduction = self._reduction()
+        self._start = checkpoints.memory(self.subject)
 
     def _build(self, loss: Any, arguments: dict[str, Any]) -> Any:
         if not inspect.isclass(loss):
@@ -167,6 +170,20 @@ class Term:
     def needs_prepass(self) -> bool:
         """Whether the window's means must be known before the first backward pass."""
         return self.is_statistic and not getattr(self.subject, "linear", False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the term remembers from step to step: its own `state_dict`, else the attributes that it changed
+        since it was made (plain values, tensors, lists and dicts of them)."""
+        if isinstance(self.subject, Stateful):
+            return self.subject.state_dict()
+        return checkpoints.changed(self._start, checkpoints.memory(self.subject))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what the term remembered."""
+        if isinstance(self.subject, Stateful):
+            self.subject.load_state_dict(state)
+        elif state:
+            vars(self.subject).update(state)
 
     def call(self, supply: Mapping[Any, Any]) -> torch.Tensor:
         """Calls the term (or its `statistics`) with what it asks for; `supply` holds captures by (term, word)."""

@@ -19,21 +19,23 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         self._advance: Any = None
         self._note = ""
         self._start = 0.0
-        self._began_at = 0
+        self._began_at = (0, 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Opens the bar."""
         if state.is_world_process_zero:
-            self._start, self._began_at = time.monotonic(), state.global_step
+            self._start, self._began_at = time.monotonic(), (state.global_step, state.num_input_tokens_seen)
             self._advance = self._stack.enter_context(console.progress("Training", state.max_steps - state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves it by a step."""
         if self._advance is not None:
-            rate = (state.global_step - self._began_at) / max(time.monotonic() - self._start, 1e-9)
-            self._advance(f"{self._note}{rate:.2f} steps/s")
+            elapsed = max(time.monotonic() - self._start, 1e-9)
+            steps, tokens = state.global_step - self._began_at[0], state.num_input_tokens_seen - self._began_at[1]
+            rate = console.amount(float(f"{tokens / elapsed:.3g}"))
+            self._advance(f"{self._note}{steps / elapsed:.3g} steps/s, {rate} tokens/s")
 
     def on_log(
         self,

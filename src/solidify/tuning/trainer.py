@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from solidify.errors import ObjectiveError
+from solidify.errors import AdapterError, ObjectiveError
 from solidify.model import anatomy
-from solidify.tuning import standing
-from solidify.tuning.adapters import switched_off
+from solidify.tuning import checkpoints, standing
+from solidify.tuning.adapters import switched_off, trained_state
 from solidify.tuning.capture import capture
+from solidify.tuning.checkpoints import Stateful
 from solidify.tuning.objective import Counts, Objective, Window
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,14 +38,20 @@ class Batch:
 
 
 class _ObjectiveMixin:
-    """What both trainers share. `loss_is_scaled_for_ga` is transformers' own switch: the loss is already scaled."""
+    """What both trainers share.
+
+    `loss_is_scaled_for_ga` is transformers' own switch: the loss is already scaled. `fingerprint` is written into
+    checkpoints, to tell later whose they are.
+    """
 
     loss_is_scaled_for_ga = True
+    fingerprint = ""
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._window: Window | None = None
+        self._unmeasured: list[dict[str, Any]] = []
         self._parts: dict[str, list[float]] = {}
         self._steps_since_log = 0
         self._sums: dict[str, torch.Tensor] = {}
@@ -50,6 +59,10 @@ class _ObjectiveMixin:
         self._model_divides: bool | None = None
         self.history: list[dict[str, float]] = []
         self._refuse_unusable()
+        # Each process loaded the same file: sent to the others, its weights would be written over a mapping of it, and
+        # so be copied into memory.
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)  # type: ignore[no-untyped-call]
         self._narrow = widen(self.model)
         self.add_callback(_AfterStep(self))  # type: ignore[attr-defined]
 
@@ -70,6 +83,9 @@ class _ObjectiveMixin:
             )
         for spec in self.objective.captures.values():
             spec.find(self.model)
+        if self.args.fsdp and (holder := standing.trained_parameters(self.model)) is not None:
+            names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
+            raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
         autocast = self.args.bf16 or self.args.fp16
         half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype in _HALF]
         if half and not autocast:
@@ -81,12 +97,15 @@ class _ObjectiveMixin:
             refuse_inexact_bypass(self.model)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetches one step's micro-batches, counts them, and takes window means where a term needs them first."""
+        """Fetches one step's micro-batches, counts them, and keeps them where a term needs their means first.
+
+        The means are taken when the step begins: a resumed training restores its random numbers after the fetching.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if batches:
             self._window = self._measure(batches)
             if (len(batches) > 1 or self._window.ranks > 1) and any(t.needs_prepass for t in self.objective.terms):
-                self._prepass(batches, self._window)
+                self._unmeasured = batches
         return batches, items
 
     def _counts(self, batch: dict[str, Any]) -> Counts:
@@ -151,6 +170,9 @@ class _ObjectiveMixin:
         inputs = dict(inputs)
         counts = self._counts(inputs)
         window = self._window or Window(1, counts.target_tokens, counts.attended_tokens, counts.sequences)
+        if self._unmeasured:
+            batches, self._unmeasured = self._unmeasured, []
+            self._prepass(batches, window)
         wants_outputs = return_outputs or self.objective.asks_for("outputs", "logits")
         if self._model_divides is None and counts.target_tokens and "labels" in inputs:
             self._model_divides, self._aux_weight = _how_the_model_scales(self, inputs, counts)
@@ -230,15 +252,62 @@ class _ObjectiveMixin:
             self.history.append(dict(logs))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes what transformers does not know of first: it writes its counters last and then drops older ones."""
+        if self.args.should_save:
+            target = checkpoints.place(self._get_output_dir(trial=trial), self.state.global_step)  # type: ignore[attr-defined]
+            checkpoints.write(target, self._remembered())
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves as transformers does, but gathers only what is trained where it would gather the whole base."""
+        peft_model = standing.peft_model(self.model)
+        if not self.is_fsdp_enabled or peft_model is None:  # type: ignore[attr-defined]
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        self._save(output_dir, state_dict=trained_state(peft_model))  # type: ignore[attr-defined]
+
+    def _remembered(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "scaling": (self._model_divides, self._aux_weight),
+            "history": self.history,
+            "terms": {term.name: term.state_dict() for term in self.objective.terms},
+            "callbacks": {type(callback).__name__: callback.state_dict() for callback in self._stateful_callbacks()},
+            "buffers": checkpoints.buffers(self.model),
+        }
+
+    def _stateful_callbacks(self) -> list[Any]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, Stateful)]  # type: ignore[attr-defined]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Takes back all that is not in the model, which transformers has loaded by now."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        remembered = checkpoints.read(Path(checkpoint))
+        self._model_divides, self._aux_weight = remembered["scaling"]
+        self.history = remembered["history"]
+        for term in self.objective.terms:
+            term.load_state_dict(remembered["terms"].get(term.name, {}))
+        for callback in self._stateful_callbacks():
+            if type(callback).__name__ in remembered["callbacks"]:
+                callback.load_state_dict(remembered["callbacks"][type(callback).__name__])
+        held = dict(self.model.named_buffers())
+        for path, buffer in remembered["buffers"].items():
+            held[path].copy_(buffer)
+
     def forget_window(self) -> None:
         """Drops what was counted for a step that was computed but not taken."""
-        self._window, self._parts, self._sums = None, {}, {}
+        self._window, self._unmeasured, self._parts, self._sums = None, [], {}, {}
 
     def after_step(self) -> None:
         """Lets terms act on the finished step's means."""
         self._steps_since_log += 1
         window, self._window = self._window, None
         sums, self._sums = self._sums, {}
+        if window is not None and self.args.include_num_input_tokens_seen == "no":  # else transformers counts them
+            self.state.num_input_tokens_seen += int(window.attended_tokens)
         for term in self.objective.terms:
             if term.acts and term.name in sums and window is not None:
                 means = self._over_ranks(sums[term.name]) / max(window.attended_tokens, 1)
@@ -298,9 +367,9 @@ def _how_the_model_scales(trainer: Any, inputs: dict[str, Any], counts: Counts) 
         return False, 0.0
     model, n = trainer.model, torch.tensor(counts.target_tokens, device=trainer.args.device)
     with torch.no_grad(), anatomy.evaluation(model), trainer.compute_loss_context_manager():
+        second = float(model(**inputs, num_items_in_batch=2 * n)["loss"])  # its logits are dropped before the next
         once = model(**inputs, num_items_in_batch=n)
-        twice = model(**inputs, num_items_in_batch=2 * n)
-    first, second = float(once["loss"]), float(twice["loss"])
+    first = float(once["loss"])
     if abs(first - second) <= 1e-6 * abs(first):
         return False, 0.0
     rest = 2 * second - first

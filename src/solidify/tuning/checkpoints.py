@@ -1,0 +1,129 @@
+"""What a training checkpoint holds beside transformers' own files, and which checkpoint a run may go on from.
+
+transformers writes what is trained, the optimizer, the schedule, random states and its own counters. The rest is here:
+what loss terms remember, how the model's loss was found to be scaled, buffers that no file holds, the history.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from solidify.errors import ObjectiveError
+
+NAME = "objective.pt"
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.Tensor)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A loss term or a callback whose memory belongs to a checkpoint; every `nn.Module` is one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what is remembered, as plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Takes it back."""
+
+
+def place(directory: str | Path, step: int) -> Path:
+    """Returns where transformers puts the checkpoint of a step."""
+    return Path(directory) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def write(directory: Path, remembered: Mapping[str, Any]) -> None:
+    """Writes what is remembered into a checkpoint, in one piece or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(remembered), directory / f".{NAME}")
+    (directory / f".{NAME}").replace(directory / NAME)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Reads it again; no code in the file is run.
+
+    Raises:
+        ObjectiveError: the checkpoint was not written by a trainer of solidify.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        raise ObjectiveError(f"{directory} holds no {NAME}: a trainer of solidify did not write it, or not to its end")
+    remembered: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return remembered
+
+
+def last(directory: str | Path, fingerprint: str, processes: int) -> Path | None:
+    """Returns the newest whole checkpoint with this fingerprint, or None; a killed run may leave one in pieces."""
+    found = [path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if _whole(path, processes) and read(path)["fingerprint"] == fingerprint:
+            return path
+    return None
+
+
+def _whole(path: Path, processes: int) -> bool:
+    """The first process writes its counters last; of the others there is a file each, an archive with its end."""
+    try:
+        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    states = [f"rng_state_{n}.pth" for n in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return all(zipfile.is_zipfile(path / name) for name in (NAME, *states))
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers that no file of the checkpoint holds, of modules that are trained."""
+    held = set(model.state_dict())
+    return {
+        f"{path}.{key}" if path else key: buffer
+        for path, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for key, buffer in module.named_buffers(recurse=False)
+        if (f"{path}.{key}" if path else key) not in held
+    }
+
+
+def memory(subject: Any) -> dict[str, Any]:
+    """Returns an object's attributes that are plain values or tensors, or lists and dicts of such."""
+    values = vars(subject) if hasattr(subject, "__dict__") else {}
+    return {key: _copy(value) for key, value in values.items() if _is_plain(value)}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of `now` that are not those of `before`."""
+    return {key: value for key, value in now.items() if key not in before or not _same(before[key], value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return isinstance(value, _PLAIN)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copy, value))
+    return {key: _copy(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
