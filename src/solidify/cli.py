@@ -23,6 +23,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where resul
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
@@ -86,7 +87,9 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def run(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
+def run(
+    recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, copy: Copy = False
+) -> None:
     """Every stage that the recipe names: build, train, check, merge, report."""
     loaded = _recipe(recipe, set_)
     _quiet()
@@ -94,20 +97,20 @@ def run(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Res
 
     directory = pipeline.output_of(loaded, output)
     try:
-        pipeline.run(loaded, directory, resume=resume)
+        pipeline.run(loaded, directory, resume=resume, link=not copy)
     finally:
         _show_file(directory / "report.json")
 
 
 @app.command()
-def build(recipe: RecipeFile, output: Output = None, set_: Set = None) -> None:
+def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False) -> None:
     """Surgery and solidification only: writes OUTPUT/artifact."""
     loaded = _recipe(recipe, set_)
     _quiet()
     from solidify import pipeline
 
     pipeline.plan(loaded)
-    report = pipeline.build(loaded, pipeline.output_of(loaded, output))
+    report = pipeline.build(loaded, pipeline.output_of(loaded, output), link=not copy)
     _show(report.document())
     report.require()
 
@@ -147,17 +150,18 @@ def check(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="A trained adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new artifact.")],
-    base: Annotated[Path | None, typer.Option("--base", help="Where its base stands now, if it moved.")] = None,
+    adapter: Annotated[Path, typer.Argument(help="A trained adapter, of solidify or of plain PEFT.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new model.")],
+    base: Annotated[str | None, typer.Option("--base", help="Where its base stands now, if it moved.")] = None,
+    copy: Copy = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Base artifact + adapter -> a new artifact; no PEFT is needed to load it."""
+    """Base + adapter -> a new artifact, or a stock model for plain PEFT; no PEFT is needed to load it."""
     _quiet()
     from solidify import console, export
 
     with console.stage("Merging"):
-        merged = export.merge(adapter, output, base=base, trust_remote_code=trust_remote_code)
+        merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
     _show({"subject": str(output), "stages": {"merge": [f.document() for f in merged.findings]}, "measured": {}})
 
 

@@ -136,11 +136,12 @@ def _trainable(model: PreTrainedModel, lora: Mapping[str, Any] | None, train: Se
     return counts
 
 
-def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False) -> Report:
+def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False, link: bool = True) -> Report:
     """Does every stage that the recipe names and writes `report.json` and `report.html` beside the results.
 
     With `resume`, stages whose result is there, and was made by the same recipe, are not repeated, and training goes on
-    from its last checkpoint. Of several processes (torchrun, `accelerate launch`) all train, and the first does
+    from its last checkpoint. Without `link`, weight files that stay as they are are copied and not linked. Of several
+    processes (torchrun, `accelerate launch`) all train, and the first does
     everything else.
 
     Raises:
@@ -154,10 +155,10 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
         return report
     try:
-        report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume))
+        report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume, link=link))
         if recipe.adapter is not None:
             train(recipe, directory, report=report, resume=resume)
-            processes.on_first(lambda: merge(directory, report=report))
+            processes.on_first(lambda: merge(directory, report=report, link=link))
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
             report.write(directory / "report.json", recipe=recipe.document(), finished=False)
