@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,7 @@ from solidify.errors import AdapterError
 from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.tuning import standing, storage
+from solidify.tuning.merging import NAME
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -84,44 +86,99 @@ def merged_equals_attached(attached: Mapping[str, torch.Tensor], merged: Mapping
 
 
 def expected_weights(model: PeftModel, *, limit: int = 16) -> dict[str, torch.Tensor]:
-    """Computes in float32, before a merge, what some merged weights must become: `W + s·B A`, evenly sampled.
-
-    DoRA is left out: its merged weight is no such sum.
-    """
+    """Computes in float32, before a merge, what some merged weights must become, evenly sampled."""
     layers = [
         (standing.canonical(model, path), module)
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
     ]
     adapter = model.active_adapters[0]
-    layers = [(n, m) for n, m in layers if adapter in m.lora_A and not m.use_dora.get(adapter, False)]
-    expected = {}
-    for name, layer in layers[:: max(1, len(layers) // limit)]:
-        weight = layer.get_base_layer().weight.detach().float()
-        factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
-        delta = (factors * layer.scaling[adapter]).detach()
-        expected[f"{name}.weight"] = weight + (delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta)
-    return expected
+    layers = [(name, module) for name, module in layers if adapter in module.lora_A]
+    found = {f"{n}.weight": expected_weight(m, adapter) for n, m in layers[:: max(1, len(layers) // limit)]}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def expected_weight(layer: LoraLayer, adapter: str) -> torch.Tensor | None:
+    """Computes in float32, before a merge, what a layer's weight must become: `W + s·B A`, by expert where they stack.
+
+    With DoRA it is `m · (W + s·B A) / ‖W + s·B A‖`, by rows of the output. None for layers of other kinds.
+    """
+    base, scale = layer.get_base_layer(), float(layer.scaling[adapter])
+    if isinstance(layer, ParamWrapper):
+        weight = _float(getattr(base, layer.parameter_name))
+        a, b = _float(layer.lora_A[adapter].weight), _float(layer.lora_B[adapter].weight)
+        if weight.ndim == 2:
+            return weight + scale * (b @ a)
+        a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(weight))
+        delta = torch.stack([b[:, :, expert] @ a[expert] for expert in range(len(weight))])
+        return weight + scale * (delta.mT if _turned(base) else delta)
+    if adapter in layer.lora_embedding_A and not layer.use_dora[adapter]:
+        a, b = _float(layer.lora_embedding_A[adapter]), _float(layer.lora_embedding_B[adapter])
+        return _float(base.weight) + scale * (b @ a).T
+    if adapter not in layer.lora_A or not isinstance(base, (nn.Linear, Conv1D)):
+        return None
+    turned = isinstance(base, Conv1D)
+    weight = _float(base.weight.T if turned else base.weight)
+    sums = weight + scale * (_float(layer.lora_B[adapter].weight) @ _float(layer.lora_A[adapter].weight))
+    if layer.use_dora[adapter]:
+        magnitude = _float(layer.lora_magnitude_vector[adapter].weight)
+        sums = magnitude[:, None] * sums / sums.norm(dim=1, keepdim=True)
+    return sums.T if turned else sums
+
+
+def _float(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float()
+
+
+def _turned(experts: nn.Module) -> bool:
+    """Returns whether a stack of experts keeps (experts, inputs, outputs), as its own attribute says to PEFT."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def off_by(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Returns how far a merged weight is from the float32 one, in units in the last place of the larger summand."""
+    unit = torch.finfo(found.dtype).eps * torch.maximum(wanted.abs(), wanted.abs().mean())
+    return float(((found.float() - wanted).abs() / unit.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def merged_weights(expected: Mapping[str, torch.Tensor], merged: Mapping[str, torch.Tensor]) -> Finding:
-    """Compares sampled merged weights with the float32 sum: they may be rounded to their dtype, not more.
+    """Compares sampled merged weights with the float32 sum."""
+    return sums_hold({name: off_by(wanted, merged[name]) for name, wanted in expected.items()})
 
-    One unit in the last place for the result and one for what PEFT rounds on the way, of the larger summand.
+
+def sums_hold(found: Mapping[str, float]) -> Finding:
+    """Judges how far sampled merged weights are off: they may be rounded to their dtype, not more.
+
+    One unit in the last place for the result and one for what PEFT rounds on the way.
     """
-    faults = []
-    for name, wanted in expected.items():
-        found = merged[name]
-        unit = torch.finfo(found.dtype).eps * torch.maximum(wanted.abs(), wanted.abs().mean())
-        off = ((found.float() - wanted).abs() / unit).max()
-        if not off <= 2:
-            faults.append(f"{name} is off by {float(off):.1f} units in the last place")
-    evidence = f"{len(expected)} sampled weights are W + s·B·A, computed in float32 and rounded"
-    return Finding("merged weights are the sum", not faults if expected else None, "; ".join(faults[:4]) or evidence)
+    faults = [f"{name} is off by {far:.1f} units in the last place" for name, far in found.items() if not far <= 2]
+    evidence = f"{len(found)} sampled weights are W + s·B·A, computed in float32 and rounded"
+    return Finding("merged weights are the sum", not faults if found else None, "; ".join(faults[:4]) or evidence)
+
+
+class Sums:
+    """Watches a merge: of some layers, evenly sampled, what comes out is compared with the float32 sum."""
+
+    def __init__(self, names: Sequence[str], *, limit: int = 16) -> None:
+        self._wanted = {name for name in names[:: max(1, len(names) // limit)]}
+        self.found: dict[str, float] = {}
+
+    def __call__(self, name: str, layer: LoraLayer) -> Callable[[torch.Tensor], None] | None:
+        """Computes what the weight of a layer must become, and returns what compares it; each is sampled once."""
+        if name not in self._wanted or name in self.found or name.endswith(".bias"):
+            return None
+        expected = expected_weight(layer, NAME)
+        if expected is None:
+            return None
+
+        def judge(merged: torch.Tensor) -> None:
+            self.found[name] = off_by(expected, merged)
+
+        return judge
 
 
 def merge_ledger(base: Manifest, merged: Mapping[str, str], adapter: Manifest) -> Finding:
-    """Compares digests: the tensors that the adapter trains may have changed, every other must be byte-identical."""
+    """Compares digests: the tensors that the adapter says it trains may have changed, every other may not."""
     declared = {name for name in adapter.trained["full"]}
     declared |= {
         tensor
@@ -131,8 +188,13 @@ def merge_ledger(base: Manifest, merged: Mapping[str, str], adapter: Manifest) -
     }
     owners = {name.rpartition(".")[0] for name in adapter.trained["full"]}
     allowed = declared | {name for name in base.tensors if name.rpartition(".")[0] in owners}
-    changed = {name for name, digest in merged.items() if base.tensors.get(name) != digest}
-    faults = [f"{name} changed though the adapter does not train it" for name in sorted(changed - allowed)]
-    faults += [f"{name} is gone" for name in base.tensors if name not in merged]
+    return only_these_changed(base.tensors, merged, allowed)
+
+
+def only_these_changed(base: Mapping[str, str], merged: Mapping[str, str], allowed: Collection[str]) -> Finding:
+    """Compares digests: some tensors may have changed, every other must be byte-identical, and none be gone."""
+    changed = {name for name, digest in merged.items() if base.get(name) != digest}
+    faults = [f"{name} changed though the adapter does not train it" for name in sorted(changed - set(allowed))]
+    faults += [f"{name} is gone" for name in base if name not in merged]
     evidence = f"{len(changed)} tensors changed, {len(merged) - len(changed)} byte-identical to the base"
     return Finding("only what was trained changed", not faults and bool(changed), "; ".join(faults[:4]) or evidence)

@@ -57,7 +57,7 @@ def observe(backbone: PreTrainedModel) -> Observed:
     """Calls a model without its head as it is, and as a server does; the model is unchanged."""
     seen = Observed()
     inputs = _inputs(backbone, _length(backbone))
-    with torch.no_grad(), anatomy.evaluation(backbone):
+    with torch.no_grad(), anatomy.evaluation(backbone), anatomy.sparing(backbone):
         try:
             seen.causal = not _mixers(backbone, inputs, -1, Observed())
         except _CALL_ERRORS as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -88,6 +88,11 @@ def large(module: nn.Module) -> bool:
     return size(module) >= LARGE
 
 
+def sparing(model: nn.Module) -> AbstractContextManager[None]:
+    """While the block lasts, gives the memory of each module of a large, mapped model back once the module has run."""
+    return mapped.released(model) if large(model) else nullcontext()
+
+
 def count(parameters: Iterable[torch.Tensor]) -> int:
     """Returns the number of elements, each shared tensor once."""
     return sum({id(p): p.numel() for p in parameters}.values())
@@ -98,8 +103,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     arguments = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    memory = mapped.released(model) if large(model) else nullcontext()
-    with torch.no_grad(), evaluation(model), _caches_off(model), memory:
+    with torch.no_grad(), evaluation(model), _caches_off(model), sparing(model):
         outputs = model(**arguments)
     output: torch.Tensor | None = next(
         (outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor)), None
