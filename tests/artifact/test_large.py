@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import pico
 import solidify
 from solidify import pipeline
-from solidify.artifact import certificate, conversion, manifest
+from solidify.artifact import certificate, conversion, loading, manifest
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
 from solidify.model import anatomy, contract, probing
@@ -305,10 +305,11 @@ def test_a_hub_id_is_found_in_the_cache(
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     blobs = {path.stat().st_ino for path in (hub / "blobs").iterdir()}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
     files = conversion._checkpoint("someone/olmoe", {"revision": "main"})
     assert files is not None and len(files.entries) == len(checkpoint.read(base).entries)
     assert {path.stat().st_ino for path in files.files} <= blobs
+    assert loading._commit("someone/olmoe", None) == "a" * 40
+    assert loading._commit(str(base), None) is None
 
 
 def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -82,11 +83,19 @@ def load_base(
     )
     origin = {
         "model": reference,
-        "revision": vars(config).get("_commit_hash") or revision,
+        "revision": _commit(reference, revision) or revision,
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return BaseModel(model.eval(), _tokenizer(reference, revision, trust_remote_code=trust_remote_code), origin)
+
+
+def _commit(reference: str, revision: str | None) -> str | None:
+    """Returns the commit of the hub that a base was taken from; None for a directory."""
+    if Path(reference).is_dir():
+        return None
+    place = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
+    return Path(place).parent.name if isinstance(place, str) else None
 
 
 def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
