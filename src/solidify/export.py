@@ -1,30 +1,49 @@
-"""Merge: an artifact and an adapter become a new artifact, which needs neither PEFT nor solidify to load."""
+"""Merge: an artifact (or a stock model) and an adapter become a new one, which needs neither PEFT nor solidify to load.
+
+Tensor by tensor, in bounded memory. What no change touches is linked or copied; inputs are never written to.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, PreTrainedModel
 
 from solidify import places
-from solidify.artifact import certificate, manifest, tensors, trust
+from solidify.artifact import certificate, loading, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
 from solidify.checks import roundtrip
-from solidify.errors import ArtifactError, refuse
-from solidify.model import probing
-from solidify.tuning import adapters, storage
+from solidify.errors import AdapterError, ArtifactError, refuse
+from solidify.findings import Finding
+from solidify.model import anatomy, probing
+from solidify.tuning import rewriting, storage
+from solidify.tuning.merging import Merger
+from solidify.tuning.rewriting import Rewritten
+from solidify.weights import checkpoint, format, hashing
 
 _NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
 
 
 @dataclass(frozen=True)
 class _Sources:
-    base_directory: Path
-    base: Manifest
-    adapter: Manifest
+    """What is merged. `record` and `base_record` are the manifests, None for what solidify did not make."""
+
+    adapter: Path
+    record: Manifest | None
+    base: Path
+    base_record: Manifest | None
 
 
 def merge(
@@ -32,67 +51,269 @@ def merge(
     output: str | Path,
     *,
     base: str | Path | None = None,
+    link: bool = True,
     trust_remote_code: bool = False,
 ) -> Artifact:
-    """Folds an adapter into the artifact it was trained on and writes a new artifact; both inputs are unchanged.
+    """Folds an adapter into the model it was trained on and writes a new one; both inputs are unchanged.
 
-    The base is where the adapter's manifest says (or `base`), and its digests must be the recorded ones. The result is
-    verified in a fresh process without solidify and peft, and its outputs are compared with those of base + adapter.
+    For an adapter that solidify saved, the base is the artifact that its manifest names (or `base`), with the recorded
+    digests, and the result is an artifact, verified in a fresh process without solidify and peft. For a plain PEFT
+    adapter, the base is a plain model directory (or one in the hub's cache), and the result has its layout and files.
+    Small models are run: the outputs of base + adapter are compared with those of the result. Weight files that stay
+    as they are become hard links to the base's, unless `link` is false.
 
     Raises:
-        AdapterError: the base is not found or is another, or a merged tensor is not finite.
+        AdapterError: the base is not found or is another, a tensor of the adapter fits nowhere, or a merged tensor is
+            not finite.
         ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     places.refuse_foreign(output)
-    record = manifest.read(adapter, "adapter")
-    where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
-    if output.resolve() in (adapter, where):
+    stock = not (adapter / manifest.NAME).is_file() and (adapter / storage.CONFIG).is_file()
+    sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
+    if output.resolve() in (adapter, sources.base):
         raise ArtifactError(f"the output {output} is an input of the merge; name another")
-    sources = _Sources(where, manifest.read(where, "artifact"), record)
-    model = storage.load(where, adapter, trust_remote_code=trust_remote_code)
-    inputs = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
-    attached, expected = roundtrip.outputs(model, inputs), roundtrip.expected_weights(model)
-    merged = adapters.merge_in_memory(model)
+    if any(parent in (adapter, sources.base) for parent in output.resolve().parents):
+        raise ArtifactError(f"the output {output} lies in an input of the merge; name another")
+    work = _stock if stock else _artifact
     with places.staged(output) as staging:
-        written = _write(merged, staging, sources)
-        findings = [
-            *verify(merged, staging),
-            roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)),
-            roundtrip.merged_weights(expected, merged.state_dict()),
-            roundtrip.merge_ledger(sources.base, written.tensors, record),
-        ]
+        written, findings = work(sources, staging, link, trust_remote_code)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
-    trust.remember(written)
+    if not stock:
+        trust.remember(written)
     return Artifact(output, written, findings)
 
 
-def _write(merged: PreTrainedModel, staging: Path, sources: _Sources) -> Manifest:
-    base = sources.base
+def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
+    """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
+    record = manifest.read(adapter, "adapter")
+    where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
+    base_record = manifest.read(where, "artifact")
+    refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
+    without = replace(base_record, tensors={})  # these are compared when they pass
+    refuse(ArtifactError, f"{where} is not what was written", manifest.faults(where, without, card=False))
+    trust.require(base_record, where, trust_remote_code)
+    return _Sources(adapter, record, where, base_record)
+
+
+def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
+    assert sources.record is not None and sources.base_record is not None
+    record, base = sources.record, sources.base_record
+    skeleton = _skeleton(sources.base)
+    storage.refuse_wrong_base(skeleton, record, sources.adapter)
+    inputs, attached = {}, {}
+    if not anatomy.large(skeleton):
+        model = storage.load(sources.base, sources.adapter, trust_remote_code=trust_remote_code)
+        inputs = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+        attached = roundtrip.outputs(model, inputs)
+        del model
+        gc.collect()
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
-    copy_code(sources.base_directory, staging, [*base.code, *kept])
-    _untie(merged, staging / "config.json")
-    step = {
-        "step": "merge",
-        "adapter": tensors.digest_values(sources.adapter.tensors),
-        "trained": sources.adapter.trained,
-    }
+    copy_code(sources.base, staging, [*base.code, *kept])
+    made, sums, merger = _rewrite(sources, skeleton, staging, record.trained["parameters"], link)
+    if made.untied:
+        _untie(staging)
+    merged = _load_staged(staging)
+    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained}
     draft = Manifest(
         kind="artifact",
         base=base.base,
-        lineage=[*base.lineage, step],
+        lineage=[*base.lineage, {**step, "ledger": made.counts(merger)}],
         edits=base.edits,
         code=base.code,
         requirements=base.requirements,
         recipe=base.recipe,
     )
-    return write(merged, staging, draft)
+    written = write(merged, staging, draft, stored=made.digests)
+    findings = [*verify(merged, staging)]
+    if attached:
+        findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
+    ledger = roundtrip.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
+    return written, [*findings, sums, _counted(ledger, made, merger)]
 
 
-def _untie(merged: PreTrainedModel, path: Path) -> None:
-    """PEFT unties embeddings that were trained apart; the configuration on disk must then say so."""
+def _rewrite(
+    sources: _Sources, skeleton: PreTrainedModel, staging: Path, bare: Sequence[str], link: bool
+) -> tuple[Rewritten, Finding, Merger]:
+    """Merges every tensor that the adapter changes into the files of the staged directory."""
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)
+    merger = prepared.merger
+    sums = roundtrip.Sums([name for name, change in merger.changes.items() if change.layer is not None])
+    merger.watch = sums
+    expected = sources.base_record.tensors if sources.base_record is not None else {}
+    made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
+    return made, roundtrip.sums_hold(sums.found), merger
+
+
+def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
+    counts = made.counts(merger)
+    more = f"; {counts['adapter tensors used']} tensors of the adapter used once each"
+    if counts["files kept"]:
+        more += f", {counts['files kept']} of {len(made.files)} files kept"
+    return replace(ledger, evidence=ledger.evidence + more) if ledger.passed else ledger
+
+
+def _skeleton(directory: Path) -> PreTrainedModel:
+    """Builds the model of an artifact, whose code was verified, on the meta device."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    return loading.on_meta(getattr(transformers, _auto_class(directory)), config).eval()
+
+
+def _load_staged(directory: Path) -> PreTrainedModel:
+    """Loads a directory that has no manifest yet, with code that was verified where it was copied from."""
+    model, info = getattr(transformers, _auto_class(directory)).from_pretrained(
+        directory, trust_remote_code=True, output_loading_info=True
+    )
+    faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
+    refuse(ArtifactError, "the merged model does not load completely", faults)
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+def _auto_class(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    head = config["architectures"][0]
+    return str(next(auto for auto, reference in config["auto_map"].items() if reference.endswith("." + head)))
+
+
+def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> Manifest:
+    """Gives a tensor that got a place of its own the digest of the one that it was tied to in the base."""
+    ties = [*skeleton.all_tied_weights_keys.items()]
+    sources = {name: other for pair in ties for name, other in (pair, pair[::-1]) if other in base.tensors}
+    return replace(base, tensors={**base.tensors, **{name: base.tensors[sources[name]] for name in made.added}})
+
+
+def _untie(directory: Path) -> None:
+    """Says in the configuration that input and output embeddings, which were trained apart, are not one any more."""
+    path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tie_word_embeddings") != merged.config.tie_word_embeddings:
-        config["tie_word_embeddings"] = merged.config.tie_word_embeddings
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
+    """Finds a plain PEFT adapter and the plain model that it belongs to."""
+    if not (adapter / storage.WEIGHTS).is_file():
+        raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
+    format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
+    configuration = PeftConfig.from_pretrained(adapter)
+    where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
+    checkpoint.read(where)
+    record = manifest.read(where) if (where / manifest.NAME).is_file() else None
+    if record is not None and record.kind != "stock":
+        raise AdapterError(
+            f"{adapter} was not saved by solidify, so nothing tells that it was trained on the {record.kind} {where}; "
+            "load both and save it with solidify.save_adapter, or name a plain model (--base)"
+        )
+    if (where / storage.CONFIG).is_file():
+        raise ArtifactError(
+            f"{where} holds an adapter too, which would be applied when it is loaded; remove that first"
+        )
+    config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise ArtifactError(f"{where} is quantized; merge into the model that it was made from")
+    return _Sources(adapter, None, where, record)
+
+
+def _stock_base(reference: str | Path | None, revision: str | None, adapter: Path) -> Path:
+    if not reference:
+        raise AdapterError(f"{adapter} does not name its base; say where it is (--base)")
+    if (Path(reference) / "config.json").is_file():
+        return Path(reference).resolve()
+    try:
+        return Path(snapshot_download(str(reference), revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise AdapterError(
+            f"the base of {adapter} is {str(reference)!r}, which is neither a model directory nor in the hub's cache; "
+            "say where it is (--base)"
+        ) from error
+
+
+def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    inputs, attached = {}, {}
+    if not anatomy.large(skeleton):
+        model = loading.load_base(str(sources.base), **options).model
+        model = PeftModel.from_pretrained(model, str(sources.adapter)).eval()
+        inputs = {c: probing.probe_inputs(model.get_base_model(), **s) for c, s in certificate.CASES.items()}
+        attached = roundtrip.outputs(model, inputs)
+        del model
+        gc.collect()
+    left = _copy_others(sources.base, staging)
+    made, sums, merger = _rewrite(sources, skeleton, staging, (), link)
+    if made.untied:
+        _untie(staging)
+    findings = [_same_keys(sources.base, staging, made)]
+    if attached:
+        merged = loading.load_base(str(staging), **options).model
+        findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
+    ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})
+    written = _stock_manifest(sources, staging, made, merger)
+    written.write(staging)
+    if left:
+        findings.append(Finding("left out", None, f"weights in other formats, which hold the base: {', '.join(left)}"))
+    return written, [*findings, sums, _counted(ledger, made, merger)]
+
+
+def _copy_others(base: Path, staging: Path) -> list[str]:
+    """Copies all files but weights and manifest; returns weights of other formats, which would be the unmerged ones."""
+    weights = {path.name for path in checkpoint.weight_files(base)}
+    left = []
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
+        if not path.is_file() or str(name) in {*weights, checkpoint.INDEX, manifest.NAME} or _hidden(name):
+            continue
+        if path.name.endswith(_OTHER_WEIGHTS):
+            left.append(str(name))
+            continue
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staging / name)
+    return left
+
+
+def _hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
+    """Compares names, dtypes, shapes and files of the tensors with the base's."""
+    before, after = checkpoint.read(base).entries, checkpoint.read(staging).entries
+    faults = [f"{name} is gone" for name in before if name not in after]
+    faults += [f"{name} is new" for name in after if name not in before and name not in made.added]
+    faults += [
+        f"{name} is another in shape, dtype or file"
+        for name, entry in before.items()
+        if name in after and (after[name].shape != entry.shape or after[name].file.name != entry.file.name)
+    ]
+    evidence = f"{len(before)} tensors under the base's names, in its {len(made.files)} files"
+    if made.added:
+        evidence += f"; new, because they were trained apart: {', '.join(made.added)}"
+    return Finding("layout is the base's", not faults, "; ".join(faults[:4]) or evidence)
+
+
+def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger) -> Manifest:
+    before = sources.base_record
+    origin = before.base if before is not None else {"model": str(sources.base)}
+    step = {
+        "step": "merge",
+        "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
+        "ledger": made.counts(merger),
+    }
+    names = {path.name for path in made.files}
+    others = {
+        str(path.relative_to(staging)): hashing.digest_bytes(path.read_bytes())
+        for path in sorted(staging.rglob("*"))
+        if path.is_file() and path.name not in names
+    }
+    return Manifest(
+        kind="stock",
+        base=origin,
+        lineage=[*(before.lineage if before is not None else [{"step": "base", **origin}]), step],
+        code={name: digest for name, digest in others.items() if name.endswith(".py")},
+        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
+        tensors=made.digests,
+        headers={path.name: format.header_digest(path) for path in made.files},
+        versions=manifest.current_versions(),
+    )

@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from solidify import console
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, SolidifyError
 
 # A directory with one of these files was made by solidify and may be replaced by a newer one.
 MARKERS = ("solidify.json", "report.json")
@@ -93,8 +92,8 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
         _used.add(directory)
         try:
             yield directory
-        except (OSError, SafetensorError) as error:
-            words = _words(error, directory)
+        except Exception as error:
+            words = None if isinstance(error, SolidifyError) else _words(error, directory)
             if words is None:
                 raise
             raise ArtifactError(words) from error
@@ -108,7 +107,7 @@ def _words(error: Exception, directory: Path) -> str | None:
     """Says what hinders the writing into a hidden directory; None if that is not what went wrong."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors' own error says it in words alone.
+    # safetensors and tokenizers say it in words alone.
     if number in numbers or (number is None and any(f"(os error {full})" in str(error) for full in numbers)):
         files = [path for path in directory.rglob("*") if path.is_file()]
         written = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)

@@ -179,13 +179,14 @@ def saved(wrapped_artifact: Path, tmp_path: Path) -> Path:
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None], *, forge: bool) -> None:
     """Changes the adapter's tensors; with `forge`, its manifest agrees."""
     from solidify.artifact import manifest, tensors
+    from solidify.weights import format
 
     state = load_file(directory / storage.WEIGHTS)
     change(state)
     save_file(state, directory / storage.WEIGHTS, metadata={"format": "pt"})
     if forge:
         record = manifest.read(directory)
-        header = {storage.WEIGHTS: tensors.header_digest(directory / storage.WEIGHTS)}
+        header = {storage.WEIGHTS: format.header_digest(directory / storage.WEIGHTS)}
         replace(record, tensors=tensors.digests(state.items()), headers=header).write(directory)
 
 

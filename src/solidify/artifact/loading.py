@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 from contextlib import nullcontext
@@ -73,7 +74,7 @@ def load_base(
                 )  # what is mismatched is in `info`, and refused below
             model.config._name_or_path = reference
     except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, SolidifyError):
+        if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise RecipeError(f"the base {reference!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     refuse(

@@ -24,6 +24,7 @@ from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.tuning import standing
 from solidify.tuning.adapters import train_parameters
 from solidify.tuning.parameters import NAME as PARAMETERS
+from solidify.weights import format, hashing
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -67,9 +68,9 @@ def save_adapter(
                 "relative": os.path.relpath(base_directory, directory.resolve()),
             },
             trained=_trained(model, name),
-            files={CONFIG: tensors.digest_bytes((staging / CONFIG).read_bytes())},
+            files={CONFIG: hashing.digest_bytes((staging / CONFIG).read_bytes())},
             tensors=tensors.digests(state.items()),
-            headers={WEIGHTS: tensors.header_digest(staging / WEIGHTS)},
+            headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
         ).write(staging)
@@ -97,12 +98,13 @@ def _trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
 def _base_of(model: nn.Module) -> tuple[Path, Manifest]:
     plain = standing.plain_model(model)
     where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
-    if not where or not (Path(where) / manifest.NAME).is_file():
+    record = manifest.read(Path(where)) if where and (Path(where) / manifest.NAME).is_file() else None
+    if not where or record is None or record.kind != "artifact":
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
             "the adapter fits; build it first and load it with solidify.load"
         )
-    return Path(where).resolve(), manifest.read(Path(where), "artifact")
+    return Path(where).resolve(), record
 
 
 def _keys_on_disk(model: PeftModel, names: Sequence[str]) -> dict[str, str]:
@@ -159,7 +161,7 @@ def load_adapter(
     state = safetensors.torch.load_file(directory / WEIGHTS)
     train_parameters(peft_model, record.trained["parameters"], name)
     keys = {on_disk: held for held, on_disk in _keys_on_disk(peft_model, record.trained["parameters"]).items()}
-    refuse(AdapterError, f"{directory} does not fit the model", _key_faults(_held(peft_model, name), state))
+    refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name), state))
     set_peft_model_state_dict(
         peft_model, {keys.get(key, key): tensor for key, tensor in state.items()}, adapter_name=name
     )
@@ -170,17 +172,18 @@ def load_adapter(
 
 def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
     """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
-    held = _held(model, name)
-    changed = [key for key, tensor in state.items() if not torch.equal(held[key].to(tensor.dtype).cpu(), tensor)]
+    places = held(model, name)
+    changed = [key for key, tensor in state.items() if not torch.equal(places[key].to(tensor.dtype).cpu(), tensor)]
     return [f"{key} differs after loading" for key in changed]
 
 
-def _held(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """Returns the adapter's tensors in the model, by their keys on disk."""
-    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+def held(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """Returns the adapter's tensors in the model, the very parameters, by their keys on disk."""
+    state = model.state_dict(keep_vars=True)
+    found = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
     holder = standing.trained_parameters(model)
     keys = _keys_on_disk(model, holder.names(name) if holder is not None else [])
-    return {keys.get(key, key): tensor for key, tensor in held.items()}
+    return {keys.get(key, key): tensor for key, tensor in found.items()}
 
 
 def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -275,8 +275,9 @@ def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
     written = path.stat().st_blocks * 512 if path.exists() else 0
     free = shutil.disk_usage(path.parent).free
     return ArtifactError(
-        f"the disk became full: of {path}, {console.size(written)} were written, {console.size(max(0, size - written))} "
-        f"are still needed, and {console.size(free)} are free; make room, or choose another output"
+        f"the disk became full: of {path}, {console.size(written)} were written, "
+        f"{console.size(max(0, size - written))} are still needed, and {console.size(free)} are free; "
+        "make room, or choose another output"
     )
 
 
