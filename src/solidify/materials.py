@@ -188,7 +188,7 @@ def make_objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
 
 def _switching_off_is_exact(recipe: Recipe, model: PreTrainedModel) -> bool:
     """Returns whether the model without its changes is the base; what an artifact brought is switched off too."""
-    changed_before = (recipe.directory / recipe.base.model / manifest.NAME).is_file()
+    changed_before = manifest.kind(recipe.directory / recipe.base.model) == "artifact"
     return not changed_before and all(edit.get("bypass") for edit in model.config.surgery)
 
 

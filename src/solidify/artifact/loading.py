@@ -57,7 +57,7 @@ def load_base(
     """
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
-    if (Path(reference) / manifest.NAME).is_file():
+    if manifest.kind(Path(reference)) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:

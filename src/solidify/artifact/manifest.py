@@ -21,7 +21,7 @@ PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Lineage and digests of a directory. `kind` is `artifact` or `adapter`.
+    """Lineage and digests of a directory. `kind` is `artifact`, `adapter` or `stock` (a merged model of stock layout).
 
     For an artifact, `code` and `files` map file names to digests, `tensors` tensor names, and `headers` the names of
     weight files to the digests of what stands before their tensors. For an adapter, `base` holds the three digests of
@@ -95,6 +95,15 @@ def read(directory: Path, kind: str | None = None) -> Manifest:
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
     return manifest
+
+
+def kind(directory: Path) -> str | None:
+    """Returns what a directory is by its manifest; None where there is none.
+
+    Raises:
+        ArtifactError: the manifest is not readable, or was changed.
+    """
+    return read(directory).kind if (directory / NAME).is_file() else None
 
 
 def current_versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from solidify.errors import ArtifactError
 from solidify.weights import hashing
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
-CHUNK = 2**23  # bytes that are read, digested and written at a time
+CHUNK = 2**21  # bytes that are read, digested and written at a time; more does not stay in a core's cache
 WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
