@@ -236,7 +236,10 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     inputs, attached = {}, {}
     if not anatomy.large(skeleton):
         model = loading.load_base(str(sources.base), **options).model
-        model = PeftModel.from_pretrained(model, str(sources.adapter)).eval()
+        try:
+            model = PeftModel.from_pretrained(model, str(sources.adapter)).eval()
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AdapterError(f"PEFT cannot put {sources.adapter} on {sources.base}: {error}") from error
         inputs = {c: probing.probe_inputs(model.get_base_model(), **s) for c, s in certificate.CASES.items()}
         attached = roundtrip.outputs(model, inputs)
         del model

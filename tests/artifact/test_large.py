@@ -21,7 +21,7 @@ from solidify import pipeline
 from solidify.artifact import certificate, conversion, loading, manifest
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, probing
+from solidify.model import anatomy, contract
 from solidify.recipe import load as load_recipe
 from solidify.weights import checkpoint, format, known, spilling, store
 
@@ -326,7 +326,6 @@ def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.
     assert set(probed) == {"model.layers.0.mlp"}
     assert [edit.probed for edit in edits] == [True, False, False, False]
     assert all(edit.bypass for edit in edits)
-    assert probing.SMALL
 
 
 def test_findings_of_small_models_are_those_of_the_whole(tmp_path: Path) -> None:

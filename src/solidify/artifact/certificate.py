@@ -66,7 +66,8 @@ def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) ->
         "state": _digests(state, stored) if large else tensors.digests(state.items()),
         "samples": _samples(model, state) if large else {},
         "modules": modules,
-        "attributes": tensors.digests(_attributes(model, torch.Tensor)),
+        # Elsewhere a model may keep what it saw when it ran, and a large one does not run in the other process.
+        "attributes": tensors.digests(_attributes(model, torch.Tensor, places if large else ("",))),
         "values": dict(_attributes(model, (bool, int, float, str), places)),
         "device": model.device.type,
         "implementations": {

@@ -138,6 +138,9 @@ def _load(certificate: Path, config: dict[str, Any], auto: str, expected: dict[s
     answer["sampled"] = bool(expected["samples"])
     if answer["sampled"]:
         wanted["state"] = {name: expected["samples"][name] for name in wanted["state"]}
+        found["attributes"] = {
+            n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in places))
+        }
     for kind, values in found.items():
         digest = _sample if kind == "state" and answer["sampled"] else _digest
         answer[kind] = _compare_state(values, wanted[kind], digest, additional=whole or backbone)

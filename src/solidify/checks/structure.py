@@ -78,9 +78,7 @@ def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -
     """Runs a large model until the first new module of each kind was called."""
     replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
     first = list(surgery.first_of_each_kind(model, replaced))
-    calls = (
-        contract.record(model, first, probing.probe_inputs(model, **probing.SMALL), partly=True).calls if first else {}
-    )
+    calls = contract.record(model, first, probing.few_inputs(model), partly=True).calls if first else {}
     idle = [name for name in first if name not in calls]
     evidence = f"the first of each kind ({', '.join(first)}) is called in the model's forward pass"
     return Finding(

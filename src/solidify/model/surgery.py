@@ -152,7 +152,7 @@ def _put(
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
     large = anatomy.large(model)
     probed = first_of_each_kind(model, names) if large else dict.fromkeys(names, "")
-    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model, **(probing.SMALL if large else {}))
+    inputs = None if anatomy.is_meta(model) else (probing.few_inputs if large else probing.probe_inputs)(model)
     probe = None if inputs is None else contract.record(model, list(probed), inputs, partly=large)
     state = initial.read(weights) if weights is not None else None
     originals = {name: model.get_submodule(name) for name in names}

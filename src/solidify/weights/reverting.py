@@ -7,6 +7,7 @@ the rules that were used. What it makes is made forwards again and compared.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.weights import layout
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Shape
@@ -92,12 +93,19 @@ class Unit:
 
 
 class Stored:
-    """A checkpoint as the state of a model, whose tensors get the checkpoint's dtypes (it is on the meta device)."""
+    """A checkpoint as the state of a model, whose tensors get the checkpoint's dtypes (it is on the meta device).
+
+    Raises:
+        ArtifactError: a tensor of the model is missing in the checkpoint, or has another shape there.
+    """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
-        self._take_dtypes(layout.read(model, checkpoint))
-        self.layout = layout.read(model, checkpoint)
+        try:
+            self._take_dtypes(layout.read(model, checkpoint))
+            self.layout = layout.read(model, checkpoint)
+        except (RuntimeError, ValueError) as error:  # tensors that a rule cannot put together
+            raise ArtifactError(f"the weights in {checkpoint.directory} do not fit their class: {error}") from error
         self._mapping = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in self._mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._mapping if isinstance(rule, WeightConverter)]
@@ -105,6 +113,7 @@ class Stored:
         units = [self._plain(name, checkpoint.entries[key]) for name, key in self.layout.stored.items()]
         units += [self._converted(conversion) for conversion in self.layout.conversions]
         self.units = {name: unit for unit in units for name in unit.shapes}
+        refuse(ArtifactError, f"the weights in {checkpoint.directory} do not fit their class", self._faults())
         for key in checkpoint.entries:
             self._rename(key)  # by which the rules learn that they were used
         model._weight_conversions = [rule for rule in self._mapping if rule.was_used()]
@@ -117,6 +126,24 @@ class Stored:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name in dtypes and tensor.dtype != dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
+
+    def _faults(self) -> list[str]:
+        state = self.model.state_dict(keep_vars=True)
+        there = {id(state[name]) for name in self.units if name in state}
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        missing = [
+            f"missing_keys: {name}"
+            for name, tensor in state.items()
+            if name not in self.units
+            and id(tensor) not in there
+            and name not in self.model.all_tied_weights_keys
+            and not any(pattern.search(name) for pattern in ignored)
+        ]
+        return missing + [
+            f"mismatched_keys: {name} has shape {list(unit.shapes[name].sizes)} and not {list(state[name].shape)}"
+            for name, unit in self.units.items()
+            if name in state and unit.shapes[name].sizes != tuple(state[name].shape)
+        ]
 
     def _plain(self, name: str, entry: Entry) -> Unit:
         return Unit(self, {name: entry.shape}, entry, None, entry.shape.sizes[0] if entry.shape.sizes else 0)
