@@ -79,3 +79,57 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("SOLIDIFY_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert places.cache() == tmp_path / "b" / "solidify"
+
+
+def test_a_run_that_died_under_the_same_number_is_swept_up(tmp_path: Path) -> None:
+    """Processes in containers get the same few numbers again and again."""
+    for kind in ("scratch", "partial"):
+        (tmp_path / f".out.{kind}-{os.getpid()}").mkdir()
+    with places.scratch(tmp_path / "out") as scratch, places.staged(tmp_path / "out") as staging:
+        assert scratch.is_dir()
+        (staging / "x").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / ".[ab].partial-0999999999").mkdir()
+    (tmp_path / ".a.partial-0999999999").mkdir()
+    with places.staged(tmp_path / "[ab]"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.partial-0999999999", "[ab]"]
+
+
+def test_a_link_to_a_result_stays_one(tmp_path: Path) -> None:
+    """The result is written where the link leads to."""
+    for text in ("old", "new"):
+        with places.staged(tmp_path / "there") as staging:
+            (staging / "report.json").write_text(text)
+        if text == "old":
+            (tmp_path / "here").symlink_to(tmp_path / "there")
+    with places.staged(tmp_path / "here") as staging:
+        (staging / "report.json").write_text("newest")
+    assert (tmp_path / "here").is_symlink()
+    assert (tmp_path / "there" / "report.json").read_text() == "newest"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "there"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_newer_result_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    if not at_once:
+        monkeypatch.setattr(places, "_exchanged", lambda a, b: False)  # as on systems without it
+    for text in ("old", "new"):
+        with places.staged(tmp_path / "out") as staging:
+            (staging / "report.json").write_text(text)
+    assert (tmp_path / "out" / "report.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_made_for_a_result_goes_with_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), places.staged(tmp_path / "deep" / "deeper" / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_what_killed_runs_left_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".artifact.partial-0999999999").mkdir(parents=True)
+    places.refuse_foreign(tmp_path / "out")
