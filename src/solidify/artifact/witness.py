@@ -7,6 +7,7 @@ not import solidify, and makes the packages that its arguments name impossible t
 from __future__ import annotations
 
 import ctypes
+import gc
 import inspect
 import json
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096  # bytes that a sample looks at in one place
-SAMPLES = 16
+SAMPLES = 5
 _PR_SET_PDEATHSIG = 1
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
 
@@ -69,6 +70,7 @@ def _directory(certificate: Path) -> dict[str, Any]:
         elif auto != "AutoConfig":
             first[reference] = auto
             loads[auto] = _load(certificate, config, auto, expected)
+            gc.collect()  # a model is a cycle, and holds what it mapped
     environment = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
