@@ -60,7 +60,8 @@ def _import_file(path: Path, reference: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _no_bytecode():
+            spec.loader.exec_module(module)
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
         del sys.modules[name]
         raise RecipeError(f"importing {path} failed with {type(error).__name__}: {error}") from error
@@ -81,6 +82,16 @@ def _import(place: str, directory: Path) -> ModuleType:
             ) from error
         except (ImportError, SyntaxError) as error:
             raise RecipeError(f"importing {place!r} failed with {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Writes nothing beside the user's files; bytecode of a file edited within a second would pass for the new one's."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 @contextmanager
