@@ -86,7 +86,7 @@ def _import(place: str, directory: Path) -> ModuleType:
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """Writes nothing beside the user's files; bytecode of a file edited within a second would pass for the new one's."""
+    """Writes nothing beside the user's files: old bytecode would pass for that of a file edited within a second."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
