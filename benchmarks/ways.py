@@ -115,7 +115,7 @@ def ways(places: Places) -> dict[str, Way]:
     return {
         COPY: Way(["cp", "-r", fused, output], [fused], output),
         REWRITE: Way([*PLAIN, "rewrite", fused, output], [fused], output, plain),
-        # Removing a link sets its file's time of change, so what was known of the file has to be noted again.
+        # The row is about known digests, whatever ran before it.
         "build": Way(builds("fused"), [fused], output, build, before=[*OURS, "note", fused]),
         "build, nothing known": Way(builds("fused"), [fused], output, build, forgetful=True),
         COPY_HUB: Way(["cp", "-r", hub, output], [hub], output),

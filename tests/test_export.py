@@ -196,6 +196,19 @@ def test_files_that_stay_are_linked_or_copied(stock: Path, tmp_path: Path) -> No
     assert copied.manifest.tensors == linked.manifest.tensors
 
 
+def test_there_must_be_room_before_anything_is_written(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = plain_adapter(stock, tmp_path / "adapter", target_modules=["layers.0.self_attn.q_proj"])
+    free = type(shutil.disk_usage(tmp_path))(10**9, 10**9, 10**3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with monkeypatch.context() as patch:
+        patch.setattr("solidify.weights.format.write_file", lambda *_: pytest.fail("written"))
+        with pytest.raises(ArtifactError, match=r"1 kB of free space, and .*B are needed; make room"):
+            solidify.merge(adapter, tmp_path / "merged", base=stock)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_stock_base_is_found_where_the_adapter_says(
     stock: Path, wrapped_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

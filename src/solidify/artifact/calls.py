@@ -18,7 +18,7 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
 
     Returns the tensors that went in and those that came out, by keys, and for every module its `name` and how its
     `args` and `kwargs` are made of the tensors. A module that was given what cannot be kept (a cache, say), or was not
-    called, is left out.
+    called, or returned no tensor, is left out.
     """
     inputs: Tensors = {}
     outputs: Tensors = {}
@@ -36,6 +36,8 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
         with torch.no_grad(), anatomy.evaluation(model):
             given = [_take(part, taken) for part in (args, kwargs)]
             returned = contract.tensors_in(model.get_submodule(name)(*given[0], **given[1]))
+        if not returned:
+            continue
         inputs |= taken
         outputs |= {f"{name}/{place}": tensor.cpu().contiguous() for place, tensor in enumerate(returned)}
         modules.append({"name": name, "args": args, "kwargs": kwargs})

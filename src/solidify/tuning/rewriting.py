@@ -18,7 +18,7 @@ from solidify import console
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.tuning import merging, storage
 from solidify.tuning.merging import Change, Merger
-from solidify.weights import checkpoint, format, hashing, known, transfer
+from solidify.weights import checkpoint, format, hashing, known, store, transfer
 from solidify.weights.format import Entry, Piece, Shape, Supply
 from solidify.weights.reverting import Stored, Unit
 
@@ -120,6 +120,8 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     before = {path: _state(path) for path in stored.checkpoint.files}
     touched = [path for path in stored.checkpoint.files if writing.touches(path)]
     kept = [path for path in stored.checkpoint.files if path not in touched]
+    copies = transfer.copied(kept, directory, link=link)
+    store.refuse_full(directory, sum(path.stat().st_size for path in (*touched, *copies)))
     for path in kept:
         transfer.place(path, directory / path.name, link=link)
     with console.bytes_progress("Merging", sum(path.stat().st_size for path in touched)) as advance:

@@ -70,8 +70,8 @@ def write(
     shards = [shard for group in (*plan, list(units.values())) if group for shard in checkpoint.shards(group)]
     names = checkpoint.file_names(len(whole) + len(shards))
     total = sum(shape.nbytes for shape in shapes.values())
-    copied = [path for path in whole if not link or path.stat().st_dev != directory.stat().st_dev]
-    _refuse_full(directory, total + sum(path.stat().st_size for path in copied))
+    copies = transfer.copied(whole, directory, link=link)
+    refuse_full(directory, total + sum(path.stat().st_size for path in copies))
     files: dict[str, Mapping[str, Shape]] = {}
     digests: dict[str, str] = {}
     for (path, header), file in zip(whole.items(), names, strict=False):
@@ -133,7 +133,8 @@ def _same_place(a: Entry, b: Entry) -> bool:
     return a.start == b.start and a.shape == b.shape and a.file.samefile(b.file)
 
 
-def _refuse_full(directory: Path, needed: int) -> None:
+def refuse_full(directory: Path, needed: int) -> None:
+    """Raises ArtifactError when there is less room than is needed in a directory."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ArtifactError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from solidify.errors import ArtifactError
@@ -32,6 +33,11 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
     if noted is not None and not link and _written(source) == before:
         known.remember(target, noted)
     return link
+
+
+def copied(files: Iterable[Path], directory: Path, *, link: bool) -> list[Path]:
+    """Returns which of some files will surely be copied when they are placed in a directory."""
+    return [path for path in files if not link or path.stat().st_dev != directory.stat().st_dev]
 
 
 def _written(path: Path) -> tuple[int, int]:
