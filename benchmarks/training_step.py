@@ -24,7 +24,7 @@ from solidify import losses
 from solidify.artifact.loading import load_base
 from solidify.builtin import tiny_olmoe
 from solidify.modules.trashcan_moe import TrashCanMoE
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 
 LORA = {"r": 8, "target_modules": ["**.q_proj", "**.v_proj"]}

@@ -20,10 +20,10 @@ import pico
 import solidify
 from solidify import export
 from solidify.__main__ import main
+from solidify.adapter import adapters
 from solidify.artifact import inspection, manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import adapters
 from solidify.weights import checkpoint
 from training import awake
 

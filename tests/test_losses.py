@@ -41,7 +41,7 @@ def test_the_budget_is_the_squared_distance_of_the_soft_kept_share() -> None:
     for margin in margins().values():
         soft = 1 / (1 + torch.exp(-margin[:15].double()))
         expected += (float(soft.mean()) - 0.3) ** 2 / 3
-    found = means(losses.TrashBudget(0.3), 15, trash=margins(), mask=MASK)
+    found = means(losses.trash_budget(0.3), 15, trash=margins(), mask=MASK)
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -55,12 +55,12 @@ def test_the_load_balance_is_per_layer_and_leaves_trashed_slots_out() -> None:
                     counts[index[token, place]] += 1
         probabilities = logits[:15].double().softmax(-1).mean(0)
         expected += float(8 * (counts / counts.sum() * probabilities).sum()) / 3
-    found = means(losses.LoadBalance(), 15, router=routing(), trash=margins(), mask=MASK)
+    found = means(losses.load_balance(), 15, router=routing(), trash=margins(), mask=MASK)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_trash_can_it_is_the_switch_loss() -> None:
-    found = means(losses.LoadBalance(), 15, router=routing(), trash={}, mask=MASK)
+    found = means(losses.load_balance(), 15, router=routing(), trash={}, mask=MASK)
     expected = 0.0
     for logits, _, index in routing().values():
         shares = torch.bincount(index[:15].flatten(), minlength=8).double() / 15
@@ -79,9 +79,9 @@ def test_a_perfect_balance_is_one_and_collapse_is_seen_in_every_layer() -> None:
     uniform = torch.stack([torch.tensor([2 * (t % 4), 2 * (t % 4) + 1]) for t in range(16)])
     even = {"a.gate": (torch.zeros(16, 8), torch.full((16, 2), 0.125), uniform)}
     mask = torch.ones(16)
-    assert float(means(losses.LoadBalance(), 16, router=even, trash={}, mask=mask)) == pytest.approx(1.0)
+    assert float(means(losses.load_balance(), 16, router=even, trash={}, mask=mask)) == pytest.approx(1.0)
     collapsed = {f"{i}.gate": layer([2 * i, 2 * i + 1]) for i in range(4)}
-    ours = float(means(losses.LoadBalance(), 16, router=collapsed, trash={}, mask=mask))
+    ours = float(means(losses.load_balance(), 16, router=collapsed, trash={}, mask=mask))
     pooled = float(load_balancing_loss_func(tuple(o[0] for o in collapsed.values()), 8, 2))
     assert ours == pytest.approx(4.0, rel=1e-3)  # as bad as it gets: 8 experts, 2 used
     assert pooled == pytest.approx(2.0, rel=1e-3)  # what transformers calls perfect for top-2
@@ -89,7 +89,7 @@ def test_a_perfect_balance_is_one_and_collapse_is_seen_in_every_layer() -> None:
 
 def test_the_z_loss_is_the_squared_log_partition() -> None:
     expected = sum(float(o[0][:15].double().logsumexp(-1).square().mean()) / 3 for o in routing().values())
-    found = means(losses.RouterZ(), 15, router=routing(), mask=MASK)
+    found = means(losses.router_z(), 15, router=routing(), mask=MASK)
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_kl_is_summed_over_target_tokens(temperature: float) -> None:
                 p = (base[row, place].double() / temperature).softmax(-1)
                 q = (ours[row, place].double() / temperature).softmax(-1)
                 expected += temperature**2 * float((p * (p / q).log()).sum())
-    term = losses.KLToBase(temperature)
+    term = losses.kl_to_base(temperature)
     assert float(term(ours, base, labels)) == pytest.approx(expected, rel=1e-5)
     assert abs(float(term(base, base, labels))) < 1e-5
 
@@ -115,29 +115,29 @@ def test_the_penalty_is_over_what_is_trained_once(trash_artifact: Path, norm: st
     model = awake(trash_artifact)
     trained = [p.detach().double() for p in model.parameters() if p.requires_grad]
     expected = sum(float((p.square().sum() / 2) if norm == "l2" else p.abs().sum()) for p in trained)
-    assert losses.WeightPenalty(norm=norm)(model).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.weight_penalty(norm=norm)(model).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_penalty_reads_names_of_the_plain_model_and_skips_frozen_twins(trash_artifact: Path) -> None:
     model = awake(trash_artifact)
-    term = losses.WeightPenalty(parameters="model.layers.*.mlp.trash.weight")
+    term = losses.weight_penalty(parameters="model.layers.*.mlp.trash.weight")
     copies = [p for n, p in model.named_parameters() if "trash.modules_to_save" in n]
     assert len(copies) == 2
     assert term(model).item() == pytest.approx(sum((p**2).sum().item() / 2 for p in copies), rel=1e-5)
     term(model).backward()
     assert all(torch.allclose(p.grad, p) for p in copies)
     plain = solidify.load(trash_artifact)
-    assert losses.WeightPenalty(parameters="model.norm.weight")(plain).item() == pytest.approx(16.0)
+    assert losses.weight_penalty(parameters="model.norm.weight")(plain).item() == pytest.approx(16.0)
 
 
 def test_penalties_of_nothing_are_refused(trash_artifact: Path) -> None:
     with pytest.raises(ObjectiveError, match="names no parameter"):
-        losses.WeightPenalty(parameters="no.such")(solidify.load(trash_artifact))
+        losses.weight_penalty(parameters="no.such")(solidify.load(trash_artifact))
     with pytest.raises(ObjectiveError, match="must be l1 or l2"):
-        losses.WeightPenalty(norm="l3")
+        losses.weight_penalty(norm="l3")
     frozen = solidify.load(trash_artifact).requires_grad_(False)
     with pytest.raises(ObjectiveError, match="nothing to penalise"):
-        losses.WeightPenalty()(frozen)
+        losses.weight_penalty()(frozen)
 
 
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.9])
@@ -147,7 +147,7 @@ def test_the_controller_converges_on_synthetic_logits(target: float) -> None:
 
     model = pico.olmoe()
     solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
-    controller = losses.TrashController(target)
+    controller = losses.trash_controller(target)
     cans = {f"model.layers.{i}.mlp.trash": layer.mlp.trash for i, layer in enumerate(model.model.layers)}
     generator = torch.Generator().manual_seed(1)
     mask = torch.ones(512)

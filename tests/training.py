@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pico
 import solidify
-from solidify.tuning import standing
-from solidify.tuning.objective import Objective, Term
+from solidify.adapter import standing
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 
 LORA = {"r": 4, "target_modules": ["**.q_proj"]}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import pico
 from solidify import losses
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 from training import Gradients, arguments, awake, in_order
 

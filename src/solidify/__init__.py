@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from solidify import losses as losses
+    from solidify.adapter.adapters import attach as attach
+    from solidify.adapter.storage import load as load
+    from solidify.adapter.storage import load_adapter as load_adapter
+    from solidify.adapter.storage import save_adapter as save_adapter
     from solidify.artifact.solidify import Artifact as Artifact
     from solidify.artifact.solidify import build as build
     from solidify.checks.check import check as check
@@ -30,16 +34,12 @@ if TYPE_CHECKING:
     from solidify.model.surgery import Edit as Edit
     from solidify.model.surgery import replace as replace
     from solidify.model.surgery import share as share
+    from solidify.objective.capture import Capture as Capture
+    from solidify.objective.objective import Objective as Objective
+    from solidify.objective.objective import Term as Term
     from solidify.pipeline import plan as plan
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
-    from solidify.tuning.adapters import attach as attach
-    from solidify.tuning.capture import Capture as Capture
-    from solidify.tuning.objective import Objective as Objective
-    from solidify.tuning.objective import Term as Term
-    from solidify.tuning.storage import load as load
-    from solidify.tuning.storage import load_adapter as load_adapter
-    from solidify.tuning.storage import save_adapter as save_adapter
     from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.tuning.trainer import ObjectiveTrainer as ObjectiveTrainer
 
@@ -47,12 +47,12 @@ _WHERE = {
     "AdapterError": "errors",
     "Artifact": "artifact.solidify",
     "ArtifactError": "errors",
-    "Capture": "tuning.capture",
+    "Capture": "objective.capture",
     "CheckFailed": "errors",
     "DataError": "errors",
     "Edit": "model.surgery",
     "Finding": "findings",
-    "Objective": "tuning.objective",
+    "Objective": "objective.objective",
     "ObjectiveError": "errors",
     "ObjectiveSFTTrainer": "tuning.trainer",
     "ObjectiveTrainer": "tuning.trainer",
@@ -61,20 +61,20 @@ _WHERE = {
     "Report": "findings",
     "SolidifyError": "errors",
     "SurgeryError": "errors",
-    "Term": "tuning.objective",
+    "Term": "objective.objective",
     "add": "model.heads",
-    "attach": "tuning.adapters",
+    "attach": "adapter.adapters",
     "build": "artifact.solidify",
     "check": "checks.check",
     "insert": "model.depth",
-    "load": "tuning.storage",
-    "load_adapter": "tuning.storage",
+    "load": "adapter.storage",
+    "load_adapter": "adapter.storage",
     "merge": "export",
     "plan": "pipeline",
     "remove": "model.depth",
     "replace": "model.surgery",
     "run": "pipeline",
-    "save_adapter": "tuning.storage",
+    "save_adapter": "adapter.storage",
     "share": "model.surgery",
 }
 

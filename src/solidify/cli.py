@@ -195,8 +195,8 @@ def generate(
     _quiet()
     import torch
 
+    from solidify.adapter.storage import load
     from solidify.artifact.loading import load_tokenizer
-    from solidify.tuning.storage import load
 
     model = load(directory, adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)

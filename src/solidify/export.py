@@ -20,6 +20,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify import places
+from solidify.adapter import rewriting, storage
+from solidify.adapter.merging import Merger
+from solidify.adapter.rewriting import Rewritten
 from solidify.artifact import certificate, loading, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
@@ -27,9 +30,6 @@ from solidify.checks import roundtrip
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
-from solidify.tuning import rewriting, storage
-from solidify.tuning.merging import Merger
-from solidify.tuning.rewriting import Rewritten
 from solidify.weights import checkpoint, format, hashing
 
 _NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
-from solidify import references
+from solidify import processes, references
 from solidify.artifact import loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
@@ -21,9 +21,9 @@ from solidify.builtin import corpus, tiny_olmoe
 from solidify.errors import RecipeError, refuse
 from solidify.model import depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
+from solidify.objective.objective import Objective, Term
 from solidify.recipe import Add, Insert, Recipe, Remove
-from solidify.tuning import data, processes
-from solidify.tuning.objective import Objective, Term
+from solidify.tuning import data
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
 PROBES = 8  # sequences on which the independence of accumulation is shown

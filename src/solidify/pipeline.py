@@ -13,7 +13,10 @@ import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from solidify import console, export, materials, places
+from solidify import console, export, materials, places, processes
+from solidify.adapter import adapters, standing, storage
+from solidify.adapter import plan as planning
+from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import certificate, loading, manifest, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
@@ -23,9 +26,7 @@ from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, checkpoints, data, processes, standing, storage
-from solidify.tuning import plan as planning
-from solidify.tuning.plan import AdapterPlan
+from solidify.tuning import checkpoints, data
 from solidify.tuning.progress import TrainingBar
 from solidify.weights import hashing, spilling
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import solidify
+from solidify.adapter.storage import find_base
 from solidify.artifact import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.export import merge
-from solidify.tuning.storage import find_base
 from training import awake
 
 

@@ -12,12 +12,12 @@ import pico
 import solidify
 from pico import wrappers
 from solidify import losses
+from solidify.adapter import adapters, standing, storage
+from solidify.adapter import plan as planning
 from solidify.artifact import manifest
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.model import probing
-from solidify.tuning import adapters, standing, storage
-from solidify.tuning import plan as planning
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 from training import LORA, TRAIN, arguments, awake, in_order
 

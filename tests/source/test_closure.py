@@ -426,7 +426,7 @@ def test_what_is_no_class_of_a_file_is_refused(tmp_path: Path) -> None:
         (module.first, r"gate\.py, line 19: the name Twice stands for something else now"),
         (nowhere, r"Nowhere has no source file \(module made_at_run_time\)"),
         (type("Linear", (nn.Linear,), {"__module__": "torch.nn"}), "was made at run time"),
-        (losses.TrashBudget, "belongs to solidify"),
+        (losses.trash_budget, "belongs to solidify"),
     ):
         with pytest.raises(ArtifactError, match=words):
             closure.collect([thing])

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import pico
 import solidify
 from pico import wrappers
+from solidify.adapter import adapters, standing, storage
 from solidify.artifact import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing, storage
 from training import awake
 
 Q = "model.layers.*.self_attn.q_proj"
@@ -143,7 +143,7 @@ def test_a_regulariser_over_modules_counts_the_frozen_twins_too(trash_artifact: 
 
 def test_isinstance_finds_nothing_in_a_model_with_remote_code(trash_artifact: Path) -> None:
     from solidify.modules.trashcan_moe import TrashCanMoE
-    from solidify.tuning.capture import Capture
+    from solidify.objective.capture import Capture
 
     model = solidify.load(trash_artifact)
     assert not any(isinstance(module, TrashCanMoE) for module in model.modules())  # the regulariser would be zero
@@ -207,7 +207,7 @@ def test_an_adapter_is_put_on_any_base_whose_names_agree(trash_artifact: Path, t
     for base in (other_weights, other_code):
         with pytest.raises(AdapterError, match="is not an artifact, so nothing could tell"):
             solidify.load_adapter(base, directory)
-    # With artifacts as bases: tests/tuning/test_adapters.py::test_another_base_is_refused_with_what_differs
+    # With artifacts as bases: tests/adapter/test_adapters.py::test_another_base_is_refused_with_what_differs
 
 
 def test_an_adapter_of_an_edited_model_loses_its_custom_part_on_the_original(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pico import wrappers
 from solidify import losses
 from solidify.checks.gradients import GradientWitness
 from solidify.errors import ObjectiveError
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer
 from training import LORA, Gradients, arguments, awake, distance, in_order, step
 
@@ -306,7 +306,7 @@ def test_averaging_over_layers_first_hides_their_collapse() -> None:
     assert float(load_balancing_loss_func(tuple(collapsed), 8, 2)) == pytest.approx(2.0, rel=1e-3)
 
     outputs = {f"{i}.gate": (row, *row.softmax(-1).topk(2)) for i, row in enumerate(collapsed)}
-    term = losses.LoadBalance()
+    term = losses.load_balance()
     assert float(term.value(term.statistics(router=outputs, trash={}, mask=torch.ones(16)) / 16)) > 3.9
 
 

@@ -8,7 +8,7 @@ import torch
 import pico
 import solidify
 from solidify import losses
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
 from training import arguments, in_order
 

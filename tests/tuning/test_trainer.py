@@ -15,7 +15,7 @@ import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError
-from solidify.tuning.objective import Objective, Term
+from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 from training import LORA, Gradients, arguments, awake, distance, in_order, step
 
@@ -210,8 +210,8 @@ def test_a_second_model_serves_as_reference_where_the_change_cannot_be_switched_
 
 
 def test_switched_off_is_the_base_bit_for_bit(trash_artifact: Path) -> None:
+    from solidify.adapter.adapters import switched_off
     from solidify.model import anatomy, probing
-    from solidify.tuning.adapters import switched_off
 
     model = awake(trash_artifact)
     inputs = probing.probe_inputs(model.get_base_model())
@@ -267,7 +267,7 @@ def share(model: torch.nn.Module) -> float:
     """Returns the share of routed slots that are kept on the training examples."""
     from solidify.losses import TRASH
     from solidify.model import anatomy
-    from solidify.tuning.capture import capture
+    from solidify.objective.capture import capture
 
     batch = pico.collate(pico.ragged(8))
     with torch.no_grad(), anatomy.evaluation(model), capture(model, {"trash": TRASH}) as captured:

@@ -10,11 +10,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from solidify.adapter import storage
 from solidify.artifact import certificate, manifest
 from solidify.artifact.loading import load_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.findings import Finding
-from solidify.tuning import storage
 
 
 def main() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from solidify.adapter import storage
 from solidify.artifact import certificate, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
-from solidify.tuning import storage
 
 
 def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:

@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from solidify import processes
+from solidify.adapter import standing
 from solidify.findings import Finding
-from solidify.tuning import processes, standing
 
 REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"

@@ -13,12 +13,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from solidify.adapter import standing, storage
+from solidify.adapter.merging import NAME
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError
 from solidify.findings import Finding
 from solidify.model import anatomy
-from solidify.tuning import standing, storage
-from solidify.tuning.merging import NAME
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

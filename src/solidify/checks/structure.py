@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, contract, ledger, probing, surgery
-from solidify.tuning import standing
 
 
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:

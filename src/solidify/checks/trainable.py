@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from peft import PeftModel
 
+from solidify import processes
+from solidify.adapter import plan as planning
+from solidify.adapter import standing
+from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import tensors
 from solidify.artifact.manifest import Manifest
 from solidify.findings import Finding
-from solidify.tuning import plan as planning
-from solidify.tuning import processes, standing
-from solidify.tuning.plan import AdapterPlan
 
 
 def trainable(model: PeftModel, wanted: AdapterPlan) -> Finding:

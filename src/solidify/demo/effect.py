@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.adapter import standing
 from solidify.model import anatomy
 from solidify.model.cost import cost
-from solidify.tuning import data, standing
-from solidify.tuning.capture import Capture, capture
+from solidify.objective.capture import Capture, capture
+from solidify.tuning import data
 
 TRASH = Capture(class_name="TrashCan")
 

@@ -9,15 +9,16 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from solidify import console, pipeline, recipe
+from solidify.adapter import adapters, storage
 from solidify.artifact import loading
 from solidify.builtin import corpus, tiny_olmoe
 from solidify.demo import effect
 from solidify.demo.effect import HeldOut, Row
 from solidify.findings import Finding, Report
 from solidify.losses import kl_to_base
+from solidify.objective.objective import Objective, Term
 from solidify.recipe import Recipe
-from solidify.tuning import adapters, data, storage
-from solidify.tuning.objective import Objective, Term
+from solidify.tuning import data
 from solidify.tuning.progress import TrainingBar
 from solidify.tuning.trainer import ObjectiveTrainer
 

@@ -1,1 +1,1 @@
-"""Making it learn: data, adapters, objective, trainer."""
+"""Making it learn: data, trainers, checkpoints."""

@@ -10,7 +10,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,18 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from solidify.errors import ObjectiveError
 
 NAME = "objective.pt"
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.Tensor)
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A loss term or a callback whose memory belongs to a checkpoint; every `nn.Module` is one."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what is remembered, as plain values and tensors."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Takes it back."""
 
 
 def place(directory: str | Path, step: int) -> Path:
@@ -88,42 +76,3 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for key, buffer in module.named_buffers(recurse=False)
         if (f"{path}.{key}" if path else key) not in held
     }
-
-
-def memory(subject: Any) -> dict[str, Any]:
-    """Returns an object's attributes that are plain values or tensors, or lists and dicts of such."""
-    values = vars(subject) if hasattr(subject, "__dict__") else {}
-    return {key: _copy(value) for key, value in values.items() if _is_plain(value)}
-
-
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `now` that are not those of `before`."""
-    return {key: value for key, value in now.items() if key not in before or not _same(before[key], value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
-    return isinstance(value, _PLAIN)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_copy, value))
-    return {key: _copy(each) for key, each in value.items()} if isinstance(value, dict) else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b)

@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from solidify.adapter import standing
+from solidify.adapter.adapters import switched_off, trained_state
 from solidify.errors import AdapterError, ObjectiveError
 from solidify.model import anatomy
-from solidify.tuning import checkpoints, standing
-from solidify.tuning.adapters import switched_off, trained_state
-from solidify.tuning.capture import capture
-from solidify.tuning.checkpoints import Stateful
-from solidify.tuning.objective import Counts, Objective, Window
+from solidify.objective.capture import capture
+from solidify.objective.memory import Stateful
+from solidify.objective.objective import Counts, Objective, Window
+from solidify.tuning import checkpoints
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify import console
+from solidify.adapter import standing
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
-from solidify.tuning import standing
 
 # LoraConfig's fields that choose what is trained in ways of their own: one door for each thing.
 _ELSEWHERE = {

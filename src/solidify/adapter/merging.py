@@ -23,10 +23,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.adapter import standing, storage
+from solidify.adapter.adapters import train_parameters
+from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
-from solidify.tuning import standing, storage
-from solidify.tuning.adapters import train_parameters
-from solidify.tuning.parameters import TrainedParameters
 from solidify.weights import reverting
 from solidify.weights.format import Entry, Shape
 

@@ -15,13 +15,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console
+from solidify import console, processes
+from solidify.adapter import plan as planning
+from solidify.adapter import standing
+from solidify.adapter.parameters import NAME as PARAMETERS
+from solidify.adapter.parameters import TrainedParameters
+from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
-from solidify.tuning import plan as planning
-from solidify.tuning import processes, standing
-from solidify.tuning.parameters import NAME as PARAMETERS
-from solidify.tuning.parameters import TrainedParameters
-from solidify.tuning.plan import AdapterPlan
 
 
 def attach(
@@ -38,7 +38,7 @@ def attach(
     (on stderr), and what PEFT then trains is compared with it by name.
 
     Raises:
-        AdapterError: the declaration does not fit the model (see `solidify.tuning.plan`), or PEFT made something else
+        AdapterError: the declaration does not fit the model (see `solidify.adapter.plan`), or PEFT made something else
             trainable than was declared.
     """
     existing = standing.peft_model(model)

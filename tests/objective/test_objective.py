@@ -7,8 +7,8 @@ import torch
 
 from solidify import losses
 from solidify.errors import ObjectiveError
-from solidify.tuning.capture import Capture
-from solidify.tuning.objective import Counts, Objective, Term, Window
+from solidify.objective.capture import Capture
+from solidify.objective.objective import Counts, Objective, Term, Window
 
 
 def constant(model: torch.nn.Module, scale: float = 1.0) -> torch.Tensor:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import pico
 import solidify
+from solidify.adapter import adapters, standing, storage
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import adapters, standing, storage
 
 Q = "model.layers.*.self_attn.q_proj"
 INNER = ["**.o_proj.down", "**.o_proj.up"]

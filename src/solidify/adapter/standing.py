@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from solidify.tuning.parameters import NAME as PARAMETERS
-from solidify.tuning.parameters import TrainedParameters
+from solidify.adapter.parameters import NAME as PARAMETERS
+from solidify.adapter.parameters import TrainedParameters
 
 
 @dataclass(frozen=True)

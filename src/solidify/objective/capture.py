@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from solidify.adapter import standing
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.tuning import standing
 
 
 @dataclass(frozen=True)

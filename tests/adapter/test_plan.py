@@ -7,9 +7,9 @@ import torch
 
 import pico
 import solidify
+from solidify.adapter import plan as planning
+from solidify.adapter import standing
 from solidify.errors import AdapterError
-from solidify.tuning import plan as planning
-from solidify.tuning import standing
 
 Q = "model.layers.*.self_attn.q_proj"
 

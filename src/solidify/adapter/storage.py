@@ -18,12 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import places
+from solidify.adapter import standing
+from solidify.adapter.adapters import train_parameters
+from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import loading, manifest, tensors
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
-from solidify.tuning import standing
-from solidify.tuning.adapters import train_parameters
-from solidify.tuning.parameters import NAME as PARAMETERS
 from solidify.weights import format, hashing
 
 WEIGHTS = "adapter_model.safetensors"

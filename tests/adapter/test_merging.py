@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import pico
+from solidify.adapter import merging, rewriting
+from solidify.adapter.rewriting import Prepared, Rewritten
 from solidify.checks import roundtrip
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
-from solidify.tuning import merging, rewriting
-from solidify.tuning.rewriting import Prepared, Rewritten
 from solidify.weights import checkpoint, format
 
 Q = ["q_proj", "v_proj"]

@@ -7,9 +7,9 @@ import torch
 
 import pico
 import solidify
+from solidify.adapter import standing
 from solidify.errors import ObjectiveError
-from solidify.tuning import standing
-from solidify.tuning.capture import Capture, capture
+from solidify.objective.capture import Capture, capture
 
 LORA = {"r": 2, "target_modules": ["**.q_proj"]}
 

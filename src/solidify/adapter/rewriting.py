@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import console
+from solidify.adapter import merging, storage
+from solidify.adapter.merging import Change, Merger
 from solidify.errors import AdapterError, ArtifactError, refuse
-from solidify.tuning import merging, storage
-from solidify.tuning.merging import Change, Merger
 from solidify.weights import checkpoint, format, hashing, known, store, transfer
 from solidify.weights.format import Entry, Piece, Shape, Supply
 from solidify.weights.reverting import Stored, Unit

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from solidify.errors import ObjectiveError, refuse
-from solidify.tuning import checkpoints
-from solidify.tuning.capture import Capture
-from solidify.tuning.checkpoints import Stateful
+from solidify.objective import memory
+from solidify.objective.capture import Capture
+from solidify.objective.memory import Stateful
 
 REDUCTIONS = ("token_sum", "token_mean", "sequence_mean", "statistic", "constant", "none")
 
@@ -118,7 +118,7 @@ class Term:
         self.function: Any = looks.statistics if self.is_statistic or self.acts else looks
         self.asks = set() if self.is_model else self._bind(loss, arguments)
         self.reduction = self._reduction()
-        self._start = checkpoints.memory(self.subject)
+        self._start = memory.memory(self.subject)
 
     def _build(self, loss: Any, arguments: dict[str, Any]) -> Any:
         if not inspect.isclass(loss):
@@ -176,7 +176,7 @@ class Term:
         since it was made (plain values, tensors, lists and dicts of them)."""
         if isinstance(self.subject, Stateful):
             return self.subject.state_dict()
-        return checkpoints.changed(self._start, checkpoints.memory(self.subject))
+        return memory.changed(self._start, memory.memory(self.subject))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what the term remembered."""
