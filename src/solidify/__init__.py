@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from solidify.model.surgery import replace as replace
     from solidify.model.surgery import share as share
     from solidify.objective.capture import Capture as Capture
+    from solidify.objective.engine import ObjectiveEngine as ObjectiveEngine
     from solidify.objective.objective import Objective as Objective
-    from solidify.objective.objective import Term as Term
+    from solidify.objective.term import Term as Term
+    from solidify.objective.weights import Constraint as Constraint
+    from solidify.objective.weights import Schedule as Schedule
+    from solidify.objective.window import windows as windows
     from solidify.pipeline import plan as plan
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
@@ -49,19 +53,22 @@ _WHERE = {
     "ArtifactError": "errors",
     "Capture": "objective.capture",
     "CheckFailed": "errors",
+    "Constraint": "objective.weights",
     "DataError": "errors",
     "Edit": "model.surgery",
     "Finding": "findings",
     "Objective": "objective.objective",
+    "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
     "ObjectiveSFTTrainer": "tuning.trainer",
     "ObjectiveTrainer": "tuning.trainer",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "Report": "findings",
+    "Schedule": "objective.weights",
     "SolidifyError": "errors",
     "SurgeryError": "errors",
-    "Term": "objective.objective",
+    "Term": "objective.term",
     "add": "model.heads",
     "attach": "adapter.adapters",
     "build": "artifact.solidify",
@@ -76,6 +83,7 @@ _WHERE = {
     "run": "pipeline",
     "save_adapter": "adapter.storage",
     "share": "model.surgery",
+    "windows": "objective.window",
 }
 
 __all__ = sorted([*_WHERE, "losses"])

@@ -16,6 +16,7 @@ from solidify.adapter import adapters, standing, storage
 from solidify.adapter import plan as planning
 from solidify.artifact import manifest
 from solidify.checks import gradients, roundtrip, trainable
+from solidify.errors import ObjectiveError
 from solidify.model import probing
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
@@ -111,7 +112,8 @@ def test_a_gradient_on_something_frozen_and_one_that_is_not_finite_are_found(
             trained = next(p for p in model.parameters() if p.requires_grad)
             trained.grad.fill_(float("nan"))
 
-    train(model, tmp_path, Spoil(model), witness)
+    with pytest.raises(ObjectiveError, match="the objective is not finite in step 2: model is nan"):
+        train(model, tmp_path, Spoil(model), witness)
     finding = witness.finding()
     assert not finding.passed
     assert "a gradient though frozen: base_model.model.model.norm.weight" in finding.evidence
@@ -149,7 +151,7 @@ def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_
 def test_accumulation_of_nothing_proves_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     trainer = train(awake(trash_artifact), tmp_path)
     assert not gradients.accumulation(trainer, pico.ragged(1)).passed
-    trainer.objective = Objective([Term("model", 0.0)])
+    trainer.engine.objective = Objective([Term("model", 0.0)])
     assert not gradients.accumulation(trainer, pico.ragged(8)).passed
 
 

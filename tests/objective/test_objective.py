@@ -8,7 +8,8 @@ import torch
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture
-from solidify.objective.objective import Counts, Objective, Term, Window
+from solidify.objective.objective import Objective, Term
+from solidify.objective.window import Counts, Window
 
 
 def constant(model: torch.nn.Module, scale: float = 1.0) -> torch.Tensor:
@@ -34,7 +35,7 @@ COUNTS = Counts(target_tokens=5, attended_tokens=10, sequences=2)
 
 
 def part(term: Term, **supply: Any) -> Any:
-    return term.part(supply, COUNTS, WINDOW, torch.tensor(3.0))
+    return term.part(supply, COUNTS, WINDOW, torch.tensor(3.0), term.weight.at(1, 1))
 
 
 def test_what_a_term_asks_for_says_what_it_is() -> None:
@@ -47,17 +48,17 @@ def test_what_a_term_asks_for_says_what_it_is() -> None:
 
 
 def test_shares_are_those_of_the_kind() -> None:
-    assert part(Term(constant, 2.0, arguments={"scale": 6.0}), model=None).weighted == pytest.approx(2 * 6 / 4)
+    assert part(Term(constant, 2.0, arguments={"scale": 6.0}), model=None).loss == pytest.approx(2 * 6 / 4)
     assert part(Term(of_tokens), logits=torch.ones(2)).value == pytest.approx(5 / 20)
     assert part(Term(Small, arguments={"scale": 3.0}), labels=torch.ones(5)).value == pytest.approx(3 * 5 / 20)
-    assert part(Term("model", 0.5)).weighted == 1.5
+    assert part(Term("model", 0.5)).loss == 1.5
 
 
 def test_ranks_are_undone_by_the_mean_over_ranks() -> None:
     window = Window(4, 20, 40, 8, ranks=2)
-    doubled = Term(of_tokens).part({"logits": torch.ones(2)}, COUNTS, window, torch.zeros(()))
+    doubled = Term(of_tokens).part({"logits": torch.ones(2)}, COUNTS, window, torch.zeros(()), 1.0)
     assert doubled.value == pytest.approx(2 * 5 / 20)
-    once = Term(constant).part({"model": None}, COUNTS, window, torch.zeros(()))
+    once = Term(constant).part({"model": None}, COUNTS, window, torch.zeros(()), 1.0)
     assert once.value == pytest.approx(1 / 4)
 
 
@@ -66,7 +67,7 @@ def test_without_target_tokens_a_term_is_not_even_called() -> None:
         raise AssertionError("called")
 
     counts = Counts(0, 10, 2)
-    assert Term(explodes).part({"logits": None}, counts, WINDOW, torch.zeros(())).value == 0.0
+    assert Term(explodes).part({"logits": None}, counts, WINDOW, torch.zeros(()), 1.0).value == 0.0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch._dynamo import OptimizedModule  # what torch.compile(module) returns; it has no public name in torch 2.13
 
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
@@ -33,17 +34,26 @@ def plain_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
+        elif (inside := _inside(model)) is not None:
+            model = inside
         else:
             return model
 
 
 def peft_model(model: nn.Module) -> PeftModel | None:
     """Returns the PeftModel in or around which `model` stands, or None."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    while (inside := _inside(model)) is not None:
+        model = inside
     return model if isinstance(model, PeftModel) else None
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Returns what a wrapper of torch (data parallel, compiled) holds, or None for what is no such wrapper."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    return None
 
 
 def modules(model: nn.Module) -> Iterator[Standing]:

@@ -1,8 +1,9 @@
-"""Lets a loss term see what modules return, during one forward pass, by name and through PEFT's wrappers.
+"""Lets a loss term see inside the model, during one forward pass, by name and through PEFT's and parallel wrappers.
 
-What is of interest inside a module is the output of a submodule of it (a router, a trash can, a layer); a forward hook
-on what stands at that name reads it. The hooks live for one forward pass only, so that a recomputation during the
-backward pass (gradient checkpointing) counts nothing twice.
+What is of interest inside a module is what it returns or what it is given; a forward hook on what stands at that name
+reads it. A module that computes something which no submodule of it returns declares it with a tap, a submodule
+`self.gate_probe = nn.Identity()` that it passes the tensor through. Hooks count in one forward pass only, so that a
+recomputation during the backward pass (gradient checkpointing) counts nothing twice.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -23,21 +25,26 @@ from solidify.model import anatomy
 
 @dataclass(frozen=True)
 class Capture:
-    """Which modules' outputs a term wants: by name pattern, by class name, or as the model itself records them.
+    """Which modules a term looks at: by name pattern, by class name, or as the model itself records them.
 
     Exactly one of `modules`, `class_name` and `records` is given. `records` is a key of the model's
-    `_can_record_outputs` (`router_logits`, `attentions`). `optional` allows that there are none; `count` says how many
-    there must be.
+    `_can_record_outputs` (`router_logits`, `attentions`). `of` says whether their `output` or their `input` (the first
+    argument) is wanted, and `element` which one where it is a tuple; `element=0` also takes what is no tuple.
+    `optional` allows that there are none; `count` says how many there must be.
     """
 
     modules: str | None = None
     class_name: str | None = None
     records: str | None = None
+    of: str = "output"
+    element: int | None = None
     count: int | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:
         """Refuses anything but exactly one way of naming."""
+        if self.of not in ("output", "input"):
+            raise ObjectiveError(f"a Capture is `of` the output or the input of modules, but not of {self.of!r}")
         if sum(way is not None for way in (self.modules, self.class_name, self.records)) != 1:
             raise ObjectiveError("a Capture names modules in exactly one way: modules, class_name or records")
 
@@ -86,30 +93,98 @@ def _recorded(model: nn.Module, key: str) -> tuple[type[nn.Module], ...]:
 Key = TypeVar("Key", bound=Hashable)
 
 
+class Recorder(Generic[Key]):
+    """Hooks on the modules that terms look at. They stand as long as the recorder does, and record while it is open.
+
+    They are not put there anew for each pass, because torch.compile traces the hooks that it finds the first time.
+
+    Raises:
+        ObjectiveError: a module is not there, or (in a pass) is called twice, or does not return what was asked for.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Mapping[Key, Capture]) -> None:
+        self._captured: dict[Key, dict[str, Any]] = {key: {} for key in wanted}
+        self._open = False
+        self._graded = False
+        self._handles = [
+            module.register_forward_hook(self._hook(key, name, spec), with_kwargs=True)
+            for key, spec in wanted.items()
+            for name, module in spec.find(model).items()
+        ]
+
+    @contextmanager
+    def recording(self, *, graded: bool = False) -> Iterator[dict[Key, dict[str, Any]]]:
+        """Yields a mapping that forward passes inside the block fill: for every key, what was seen by module name.
+
+        With `graded` only passes that build a graph count: a trainer may run a reference in between, without one.
+        """
+        for seen in self._captured.values():
+            seen.clear()
+        self._open, self._graded = True, graded
+        result = dict(self._captured)
+        try:
+            yield result
+        finally:
+            self._open = False
+            result.update({key: dict(seen) for key, seen in self._captured.items()})
+            for seen in self._captured.values():
+                seen.clear()  # no graph is kept alive by it
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets passes inside the block go unseen."""
+        before, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = before
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, key: Key, name: str, spec: Capture) -> Any:
+        store = self._captured[key]
+
+        def keep(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            """Stores what the module returned, or was given."""
+            if not self._open or (self._graded and not torch.is_grad_enabled()):
+                return
+            if name in store:
+                raise ObjectiveError(f"{name} ran twice in one forward pass; a loss term cannot tell which one counts")
+            seen = output if spec.of == "output" else args[0] if args else next(iter(kwargs.values()))
+            store[name] = seen if spec.element is None else _element(name, seen, spec.element)
+
+        return keep
+
+
+def _element(name: str, seen: Any, index: int) -> Any:
+    if not isinstance(seen, (tuple, list)):
+        if index == 0:
+            return seen
+        raise ObjectiveError(f"a loss term wants element {index} of what {name} returns, which is a single value")
+    if index >= len(seen):
+        raise ObjectiveError(f"a loss term wants element {index} of what {name} returns, which has {len(seen)}")
+    if seen[index] is None:
+        raise ObjectiveError(
+            f"element {index} of what {name} returns is None; attention weights exist with "
+            'attn_implementation="eager" only'
+        )
+    return seen[index]
+
+
 @contextmanager
 def capture(model: nn.Module, wanted: Mapping[Key, Capture]) -> Iterator[dict[Key, dict[str, Any]]]:
-    """Yields a mapping that a forward pass inside the block fills: for every key, output by module name.
+    """Yields a mapping that a forward pass inside the block fills: for every key, what was seen by module name.
 
     Raises:
         ObjectiveError: a module is not there, or is called twice in one pass.
     """
-    captured: dict[Key, dict[str, Any]] = {key: {} for key in wanted}
-    handles = []
-    for key, spec in wanted.items():
-        for name, module in spec.find(model).items():
-            handles.append(module.register_forward_hook(_hook(captured[key], name)))
+    recorder = Recorder(model, wanted)
     try:
-        yield captured
+        with recorder.recording() as captured:
+            yield captured
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(store: dict[str, Any], name: str) -> Any:
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        """Stores what the module returned."""
-        if name in store:
-            raise ObjectiveError(f"{name} ran twice in one forward pass; a loss term cannot tell which one counts")
-        store[name] = output
-
-    return keep
+        recorder.remove()

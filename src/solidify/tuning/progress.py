@@ -45,9 +45,12 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes the loss."""
+        """Notes the loss and its terms."""
         if logs and "loss" in logs:
-            self._note = f"loss {logs['loss']:.3f}, "
+            named = {key.removeprefix("term/"): value for key, value in logs.items() if key.startswith("term/")}
+            terms = [f"{name} {value:.3g}" for name, value in named.items()]
+            parts = f" ({', '.join(terms)})" if len(terms) > 1 else ""
+            self._note = f"loss {logs['loss']:.3f}{parts}, "
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,201 @@
+"""What terms may ask for, made when it is first asked for: of the pass that was run, and of the reference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.adapter import standing
+from solidify.adapter.adapters import switched_off
+from solidify.errors import ObjectiveError, refuse
+from solidify.model import anatomy
+from solidify.objective.capture import Capture, Recorder
+from solidify.objective.objective import Objective
+
+DECODER = ("", "decoder")  # the key under which the decoder's output is captured
+
+_KEEP = "logits_to_keep"  # how transformers' causal models are told for how many positions to build logits
+
+
+class Supply(Mapping[Any, Any]):
+    """Things by name; some are made only when they are first read."""
+
+    def __init__(self, given: Mapping[Any, Any], makers: Mapping[Any, Callable[[], Any]]) -> None:
+        self._given = dict(given)
+        self._makers = makers
+
+    def __getitem__(self, key: Any) -> Any:
+        """Returns a thing.
+
+        Raises:
+            ObjectiveError: this pass cannot give it.
+        """
+        if key not in self._given:
+            if key not in self._makers:
+                raise ObjectiveError(f"a term asks for {key!r}, which this trainer's forward pass does not give")
+            self._given[key] = self._makers[key]()
+        return self._given[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the names of all things."""
+        return iter({*self._given, *self._makers})
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        return len({*self._given, *self._makers})
+
+
+class Head:
+    """Makes logits (n, vocab_size) of rows (n, hidden_size) that the decoder returned, by the model's own forward pass.
+
+    The decoder is replaced by one that returns the rows, so whatever the model does around its head (a bias, a scale, a
+    soft cap, LoRA) is done here too. `trained` are the parameters outside the decoder, or shared with it, that train.
+    """
+
+    def __init__(self, model: nn.Module, output: Any, recorder: Recorder[Any] | None = None) -> None:
+        plain: Any = standing.plain_model(model)
+        self._plain = plain
+        self._kind = type(output)
+        self._recorder = recorder
+        decoder = decoder_of(model)
+        inside = {id(parameter) for parameter in decoder.parameters()}
+        embeddings = plain.get_output_embeddings()
+        own = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
+        self.trained: list[nn.Parameter] = [
+            p for p in plain.parameters() if p.requires_grad and (id(p) not in inside or id(p) in own)
+        ]
+        self._decoder = decoder
+        self._dtypes = {parameter.dtype for parameter in embeddings.parameters()} if embeddings is not None else set()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Maps hidden states (n, hidden_size) to logits (n, vocab_size)."""
+        given = self._kind(last_hidden_state=rows[None])
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+        with (
+            _returning(self._decoder, given),
+            self._autocast(rows),
+            self._recorder.paused() if self._recorder else nullcontext(),
+        ):
+            logits: torch.Tensor = self._plain.forward(input_ids=ids).logits
+        return logits[0]
+
+    def _autocast(self, rows: torch.Tensor) -> AbstractContextManager[Any]:
+        """A pass under autocast leaves rows in half precision for a head in float32, or the other way round."""
+        mixed = {rows.dtype, *self._dtypes}
+        half = next((dtype for dtype in mixed if dtype in (torch.bfloat16, torch.float16)), None)
+        return torch.autocast(rows.device.type, half) if half is not None and len(mixed) > 1 else nullcontext()
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Lets a module return `output` for as long as the block lasts."""
+    before = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Returns the part of a model that ends where its head begins.
+
+    Raises:
+        ObjectiveError: the model has no such part.
+    """
+    plain = standing.plain_model(model)
+    decoder: nn.Module | None = plain.base_model if isinstance(plain, PreTrainedModel) else None
+    if decoder is None or decoder is plain:
+        raise ObjectiveError(
+            f"a term asks for hidden_states, but {type(plain).__name__} has no decoder apart from its head; capture "
+            "the module that returns them"
+        )
+    return decoder
+
+
+def decoder_capture(model: nn.Module) -> Capture:
+    """Returns what captures the decoder's output."""
+    decoder = decoder_of(model)
+    name = next(place.name for place in standing.modules(model) if place.inner is decoder)
+    return Capture(modules=name)
+
+
+def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns inputs with which a model builds logits of one position only, where it can be told so, and no loss."""
+    plain: Any = standing.plain_model(model)
+    kept = {key: value for key, value in inputs.items() if key != "labels"}
+    return {**kept, _KEEP: 1} if _KEEP in inspect.signature(plain.forward).parameters else kept
+
+
+class Reference:
+    """The unmodified base (the change switched off where that is exact), or the objective's second model."""
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        self._objective = objective
+        self._own = objective.reference is None
+        self.model: nn.Module = model if objective.reference is None else objective.reference
+        wanted = dict(objective.reference_captures)
+        if objective.asks_for("reference_hidden_states", "reference_head"):
+            wanted[DECODER] = decoder_capture(self.model)
+        if self._own:
+            refuse_inexact_bypass(model)
+        elif objective.reference is not None:
+            objective.reference.requires_grad_(False)
+        self._wanted = wanted
+
+    def run(self, inputs: Mapping[str, Any], recorder: Recorder[Any]) -> dict[Any, Any]:
+        """Runs the reference once and returns what terms may see of it; `recorder` is the trained model's."""
+        logits_asked = self._objective.asks_for("reference_logits")
+        given = dict(inputs) if logits_asked else without_logits(self.model, inputs)
+        with torch.no_grad(), anatomy.evaluation(self.model), recorder.paused(), self._switched():
+            own: Recorder[Any] = Recorder(self.model, self._wanted)  # what stands at a name may differ, switched off
+            try:
+                with own.recording() as seen:
+                    output = self.model(**given)
+            finally:
+                own.remove()
+        found: dict[Any, Any] = {key: value for key, value in seen.items() if key != DECODER}
+        if logits_asked:
+            found["reference_logits"] = output.logits
+        if DECODER in seen:
+            (states,) = seen[DECODER].values()
+            found["reference_hidden_states"] = states[0]
+            head = Head(self.model, states)
+            found["reference_head"] = self._quietly(head)
+        return found
+
+    def _quietly(self, head: Head) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(rows: torch.Tensor) -> torch.Tensor:
+            """Makes the reference's logits, without a graph."""
+            with torch.no_grad(), anatomy.evaluation(self.model), self._switched():
+                return head(rows)
+
+        return call
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        if not self._own:
+            yield
+            return
+        with switched_off(self.model):
+            yield
+
+
+def refuse_inexact_bypass(model: nn.Module) -> None:
+    """Raises ObjectiveError unless switching the change off gives exactly the base model."""
+    surgery = getattr(standing.plain_model(model).config, "surgery", None) or []
+    names = sorted({edit.get("class", "the layers") for edit in surgery if not edit.get("bypass")})
+    refuse(
+        ObjectiveError,
+        "the base model cannot be had by switching the change off; pass the base as Objective(..., reference=model)",
+        [f"switching {name} off is not exact (it has no exact `bypass`)" for name in names],
+    )
