@@ -28,7 +28,7 @@ from solidify.objective.capture import Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.passes import Passes
 from solidify.objective.sanity import Sanity
-from solidify.objective.supply import DECODER, Head, Reference, Supply, decoder_capture
+from solidify.objective.supply import Head, Reference, Supply, decoder_captures, decoder_output, is_decoder
 from solidify.objective.term import REFERENCE, Part
 from solidify.objective.window import Counts, Window
 
@@ -75,7 +75,7 @@ class ObjectiveEngine:
         self._reference = Reference(objective, model) if objective.asks_reference else None
         wanted: dict[Any, Any] = dict(objective.captures)
         if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self._runs.builds_logits):
-            wanted[DECODER] = decoder_capture(model)
+            wanted |= decoder_captures(model)
         self._recorder: Recorder[Any] = Recorder(model, wanted)
         self._window: Window | None = None
         self._unmeasured: list[Mapping[str, Any]] = []
@@ -232,17 +232,18 @@ class ObjectiveEngine:
             "labels": inputs.get("labels"),
             "attention_mask": inputs.get("attention_mask"),
             "mask": mask.reshape(-1) if mask is not None else None,
-            **{key: value for key, value in seen.items() if key != DECODER},
+            **{key: value for key, value in seen.items() if not is_decoder(key)},
         }
         makers: dict[Any, Any] = {}
         if output is not None:
             given["outputs"] = output
-        if DECODER in seen:
-            (states,) = seen[DECODER].values()
-            given |= {"hidden_states": states[0], "head": Head(self.model, states, self._recorder)}
+        decoded = decoder_output(self.model, seen)
+        if decoded is not None:
+            part, states = decoded
+            given |= {"hidden_states": states[0], "head": Head(self.model, part, states, self._recorder)}
         if output is not None and "logits" in output:
             given["logits"] = output["logits"]
-        elif DECODER in seen:
+        elif decoded is not None:
             makers["logits"] = lambda: _over_rows(given["head"], given["hidden_states"])
         if self._reference is not None:
             plain = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}

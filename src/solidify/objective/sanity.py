@@ -1,6 +1,6 @@
 """What each term really is in the first step: its value, its weight, and how much of the gradient it makes.
 
-A term that cannot change anything is refused there and then. One whose gradient is exactly zero (a penalty of zeros, a
+A term that cannot change anything is refused there and then. One whose gradient is zero (a penalty of zeros, a
 divergence from the model itself, a sleeping gate) may wake later: it is looked at again in steps 2, 4, 8, ...
 """
 
@@ -19,6 +19,8 @@ from solidify.objective.objective import Objective
 from solidify.objective.term import Part
 from solidify.objective.weights import Constant
 from solidify.objective.window import Counts
+
+ROUNDING = 1e-6  # of the largest gradient: what is left in float32 of a sum that cancels
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Sanity:
             term.name for term in objective.terms if isinstance(term.weight, Constant) and not term.weight.value
         }
         self._looked = -1
+        self._largest = 0.0
 
     def look(self, parts: Mapping[str, Part], model: nn.Module, counts: Counts, step: int) -> None:
         """Looks at one micro-batch, if it is time to; `step` counts the steps taken so far.
@@ -62,8 +65,8 @@ class Sanity:
                 ObjectiveError,
                 "a term of the objective is a constant",
                 [
-                    f"{name} is {float(part.value):.4g} and does not depend on anything that is trained; give it "
-                    "weight 0 to log it only, or train what it looks at"
+                    f"{name} does not depend on anything that is trained; give it weight 0 to log it only, or train "
+                    "what it looks at"
                     for name, part in parts.items()
                     if not part.loss.requires_grad and name not in self._idle
                 ],
@@ -75,9 +78,10 @@ class Sanity:
             for name, part in parts.items()
             if first or not self.reached.get(name, True)
         }
+        self._largest = max(self._largest, *(norm for norm in norms.values() if norm is not None), 0.0)
         for name, norm in norms.items():
             if norm is not None and name not in self._idle:
-                self.reached[name] = self.reached.get(name, False) or norm > 0
+                self.reached[name] = self.reached.get(name, False) or norm > ROUNDING * self._largest
         if first:
             self.rows = [Row(n, float(p.value), float(p.loss.detach()), norms[n]) for n, p in parts.items()]
 
@@ -88,11 +92,12 @@ class Sanity:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was seen, for a checkpoint."""
-        return {"rows": [vars(row) for row in self.rows], "reached": dict(self.reached)}
+        return {"rows": [vars(row) for row in self.rows], "reached": dict(self.reached), "largest": self._largest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes it back."""
         self.rows, self.reached = [Row(**row) for row in state["rows"]], dict(state["reached"])
+        self._largest = state["largest"]
 
 
 def _norm(loss: torch.Tensor, trained: list[nn.Parameter]) -> float:

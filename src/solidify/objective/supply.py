@@ -18,7 +18,7 @@ from solidify.model import anatomy
 from solidify.objective.capture import Capture, Recorder
 from solidify.objective.objective import Objective
 
-DECODER = ("", "decoder")  # the key under which the decoder's output is captured
+DECODER = ("", "decoder")  # how the keys begin under which the decoder's output is captured
 
 _KEEP = "logits_to_keep"  # how transformers' causal models are told for how many positions to build logits
 
@@ -58,12 +58,13 @@ class Head:
     soft cap, LoRA) is done here too. `trained` are the parameters outside the decoder, or shared with it, that train.
     """
 
-    def __init__(self, model: nn.Module, output: Any, recorder: Recorder[Any] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, decoder: nn.Module, output: Any, recorder: Recorder[Any] | None = None
+    ) -> None:
         plain: Any = standing.plain_model(model)
         self._plain = plain
         self._kind = type(output)
         self._recorder = recorder
-        decoder = decoder_of(model)
         inside = {id(parameter) for parameter in decoder.parameters()}
         embeddings = plain.get_output_embeddings()
         own = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
@@ -106,27 +107,46 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = before
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """Returns the part of a model that ends where its head begins.
+def decoders_of(model: nn.Module) -> list[nn.Module]:
+    """Returns what may end where a model's head begins, the outermost first.
+
+    That is the model's `base_model`; some heads (OPT) call a part of it, their `get_decoder()`, directly.
 
     Raises:
         ObjectiveError: the model has no such part.
     """
     plain = standing.plain_model(model)
-    decoder: nn.Module | None = plain.base_model if isinstance(plain, PreTrainedModel) else None
-    if decoder is None or decoder is plain:
+    found: list[nn.Module] = []
+    if isinstance(plain, PreTrainedModel):
+        found = [part for part in (plain.base_model, plain.get_decoder()) if part is not None and part is not plain]
+    if not found:
         raise ObjectiveError(
             f"a term asks for hidden_states, but {type(plain).__name__} has no decoder apart from its head; capture "
             "the module that returns them"
         )
-    return decoder
+    return list(dict.fromkeys(found))
 
 
-def decoder_capture(model: nn.Module) -> Capture:
-    """Returns what captures the decoder's output."""
-    decoder = decoder_of(model)
-    name = next(place.name for place in standing.modules(model) if place.inner is decoder)
-    return Capture(modules=name)
+def decoder_captures(model: nn.Module) -> dict[Any, Capture]:
+    """Returns what captures the decoder's output: `decoder_output` finds it in what was seen."""
+    places = {id(place.inner): place.name for place in standing.modules(model)}
+    return {(*DECODER, n): Capture(modules=places[id(part)]) for n, part in enumerate(decoders_of(model))}
+
+
+def decoder_output(model: nn.Module, seen: Mapping[Any, Any]) -> tuple[nn.Module, Any] | None:
+    """Returns the outermost decoder that ran, and what it returned; None where none was looked at."""
+    parts = [(part, seen.get((*DECODER, n))) for n, part in enumerate(decoders_of(model))] if is_seen(seen) else []
+    return next(((part, next(iter(outputs.values()))) for part, outputs in parts if outputs), None)
+
+
+def is_seen(seen: Mapping[Any, Any]) -> bool:
+    """Returns whether the decoder was looked at."""
+    return any(is_decoder(key) for key in seen)
+
+
+def is_decoder(key: Any) -> bool:
+    """Returns whether a key of what was seen means the decoder, and not a term's word."""
+    return isinstance(key, tuple) and key[: len(DECODER)] == DECODER
 
 
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,9 +163,9 @@ class Reference:
         self._objective = objective
         self._own = objective.reference is None
         self.model: nn.Module = model if objective.reference is None else objective.reference
-        wanted = dict(objective.reference_captures)
+        wanted: dict[Any, Capture] = dict(objective.reference_captures)
         if objective.asks_for("reference_hidden_states", "reference_head"):
-            wanted[DECODER] = decoder_capture(self.model)
+            wanted |= decoder_captures(self.model)
         if self._own:
             refuse_inexact_bypass(model)
         elif objective.reference is not None:
@@ -163,13 +183,13 @@ class Reference:
                     output = self.model(**given)
             finally:
                 own.remove()
-        found: dict[Any, Any] = {key: value for key, value in seen.items() if key != DECODER}
+        found: dict[Any, Any] = {key: value for key, value in seen.items() if not is_decoder(key)}
         if logits_asked:
             found["reference_logits"] = output.logits
-        if DECODER in seen:
-            (states,) = seen[DECODER].values()
+        if (decoded := decoder_output(self.model, seen)) is not None:
+            part, states = decoded
             found["reference_hidden_states"] = states[0]
-            head = Head(self.model, states)
+            head = Head(self.model, part, states)
             found["reference_head"] = self._quietly(head)
         return found
 

@@ -109,13 +109,17 @@ class Constraint:
 
     which is gradient ascent on the Lagrangian (Platt and Barr, Constrained Differential Optimization, NIPS 1987). With
     a `factor` the multiplier is multiplied instead, λ ← λ · factor^sign(measured - target), as ReMoE adapts its L1
-    coefficient (arXiv 2412.14711); it then starts above zero. `momentum` smooths what is measured. The weight is λ, and
-    -λ where the term itself shall be at least the target: minimising then raises it.
+    coefficient (arXiv 2412.14711); it then starts above zero. `momentum` smooths what is measured.
+
+    A multiplier alone swings around its target; `damping` adds damping · (measured - target) to the weight, the
+    proportional part of Stooke et al. (Responsive Safety by PID Lagrangian Methods, arXiv 2007.03964). The weight is λ,
+    and -λ where the term itself shall be at least the target: minimising then raises it.
     """
 
     target: float
     bound: str = "at_most"
     rate: float = 0.1
+    damping: float = 0.0
     factor: float | None = None
     start: float = 0.0
     largest: float = math.inf
@@ -133,6 +137,8 @@ class Constraint:
             faults.append("a `factor` must be above 1, and needs a `start` above 0")
         if self.factor is not None and self.bound == "equal":
             faults.append("a `factor` keeps the sign of the multiplier, so `equal` needs a `rate`")
+        if self.damping < 0 or (self.damping and self.factor is not None):
+            faults.append("`damping` must not be negative, and belongs to a `rate`")
         if not 0 <= self.momentum < 1:
             faults.append(f"`momentum` must be at least 0 and below 1, but is {self.momentum}")
         refuse(ObjectiveError, "the weight's constraint cannot be", faults)
@@ -141,20 +147,27 @@ class Constraint:
 
     def at(self, step: int, steps: int) -> float:
         """Returns the multiplier, signed for the term that it weighs."""
-        lowers = self.bound != "at_least" or self.measure is not None
-        return self.multiplier if lowers else -self.multiplier
+        weight = self._within(self.multiplier + self.damping * self._excess())
+        return -weight if self.bound == "at_least" and self.measure is None else weight
 
     def observe(self, measured: float) -> None:
         """Moves the multiplier."""
         last = measured if self.measured is None else self.measured
         self.measured = self.momentum * last + (1 - self.momentum) * measured
-        excess = (self.measured - self.target) * (-1 if self.bound == "at_least" else 1)
+        excess = self._excess()
         if self.factor is not None:
             self.multiplier *= self.factor ** ((excess > 0) - (excess < 0))
         else:
             self.multiplier += self.rate * excess
-        lowest = -self.largest if self.bound == "equal" else 0.0
-        self.multiplier = min(self.largest, max(lowest, self.multiplier))
+        self.multiplier = self._within(self.multiplier)
+
+    def _excess(self) -> float:
+        if self.measured is None:
+            return 0.0
+        return (self.measured - self.target) * (-1 if self.bound == "at_least" else 1)
+
+    def _within(self, weight: float) -> float:
+        return min(self.largest, max(-self.largest if self.bound == "equal" else 0.0, weight))
 
 
 _KINDS: dict[str, type[Any]] = {"schedule": Schedule, "constraint": Constraint}
