@@ -10,10 +10,15 @@ from torch import nn
 
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError
+from solidify.losses.precision import wide
 from solidify.modules.trashcan_moe import ASLEEP
 from solidify.objective.capture import Capture
 
 TRASH = Capture(class_name="TrashCan")
+
+# Log-probabilities are counted in bins of this width between these bounds; all are exact in binary.
+WIDTH, LOWEST, HIGHEST = 1 / 32, -80, 16
+_BINS = int((HIGHEST - LOWEST) / WIDTH)
 
 
 class TrashBudget:
@@ -21,7 +26,7 @@ class TrashBudget:
 
     `target` is the share of routed slots that shall be kept; the mean is a soft count of the slots whose
     log-probability beats the trash can's threshold. A trash can that is asleep (threshold -10000) gets no gradient:
-    wake it with `trash_controller` or a `threshold` argument.
+    wake it with `trash_controller` or a `threshold` argument. Statistic.
     """
 
     captures: ClassVar[dict[str, Capture]] = {"trash": TRASH}
@@ -33,11 +38,36 @@ class TrashBudget:
 
     def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens of the soft kept share (layers,)."""
-        return torch.stack([(torch.sigmoid(m / self.temperature).mean(-1) * mask).sum() for m in trash.values()])
+        return torch.stack([(torch.sigmoid(wide(m) / self.temperature).mean(-1) * mask).sum() for m in trash.values()])
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the squared distance from the target, averaged over layers."""
         return (means - self.target).square().mean()
+
+
+class BetaPrior(TrashBudget):
+    """`mean over layers of κ KL(Bernoulli(target) ‖ Bernoulli(kept))`: a Beta prior on the soft kept share.
+
+    The negative logarithm of Beta(a, b) at the share r of trash is `-[(a-1) log r + (b-1) log(1-r)]`, lowest at
+    `(a-1)/(a+b-2)`; here with `target = 1 - (a-1)/(a+b-2)`, `concentration` κ = a+b-2, and its lowest value subtracted.
+    Unlike the budget's square it grows without bound when all or nothing is kept. Statistic.
+    """
+
+    def __init__(self, target: float, concentration: float = 1.0, temperature: float = 1.0) -> None:
+        _share("beta_prior", target)
+        if not concentration > 0:
+            raise ObjectiveError(f"beta_prior: concentration is above 0, but is {concentration}")
+        super().__init__(target, temperature)
+        self.concentration = concentration
+
+    def value(self, means: torch.Tensor) -> torch.Tensor:
+        """Returns the divergence from the target, averaged over layers; 0 at the target."""
+        kept = means.clamp(1e-6, 1 - 1e-6)
+        target = torch.full_like(kept, self.target)
+        lowest = torch.special.entr(target) + torch.special.entr(1 - target)
+        cross = -(torch.xlogy(target, kept) + torch.xlogy(1 - target, 1 - kept))
+        distance: torch.Tensor = (cross - lowest).mean()
+        return self.concentration * distance
 
 
 class TrashController:
@@ -45,8 +75,12 @@ class TrashController:
 
     After each optimizer step, per layer: `kept ← momentum·kept + (1-momentum)·measured`, then
     `c ← c + rate·(kept - wanted)`. Proportional form of LongCat-Flash's rule for its zero experts (arXiv 2509.01322),
-    with the sign moved to the trash can's one bias. A trash can that is asleep is first set to the `start` quantile of
-    the margins in the first step. Both numbers are buffers of the module, so checkpoints hold the controller's state.
+    with the sign moved to the trash can's one bias. Both numbers are buffers of the module, so checkpoints hold the
+    controller's state.
+
+    A trash can that is asleep is first woken: in the first step its margins are counted in bins of 1/32, and the
+    threshold is set to the lower edge of the bin that holds their `start` quantile, so that at most that share is
+    skipped. Counts are integers: their sums over micro-batches and ranks are exact, whatever the split.
     """
 
     captures: ClassVar[dict[str, Capture]] = {"trash": TRASH}
@@ -60,36 +94,52 @@ class TrashController:
         self.ramp = ramp
         self.momentum = momentum
         self.start = start
-        self._first: dict[str, list[torch.Tensor]] = {}
 
     def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """Returns, per layer, the sum over attended tokens of the kept share and of the start quantile (layers, 2)."""
+        """Returns, per layer, how many slots of attended tokens are kept, then how many there are, then how many of
+        those that are asleep fall into each bin (layers, 2 + bins)."""
         rows = []
         for margin in trash.values():
-            attended = margin.detach()[mask.bool()]
-            some = bool(attended.numel())
-            quantile = torch.quantile(attended.flatten(), self.start) if some else margin.new_zeros(())
-            kept = ((margin.detach() >= 0).float().mean(-1) * mask).sum()
-            rows.append(torch.stack([kept, quantile * mask.sum()]))
-        return torch.stack(rows)
+            attended = margin.detach()[mask.bool()].flatten()
+            # float32 counts to 2^24 without error; a device without float64 (mps) has no larger windows.
+            bins = torch.bincount(_bin(attended[attended > -ASLEEP / 2]), minlength=_BINS)
+            counts = torch.stack([(attended >= 0).sum(), attended.new_full((), attended.numel(), dtype=torch.long)])
+            rows.append(torch.cat([counts, bins]))
+        counted = torch.stack(rows)
+        return counted.to(torch.float32 if counted.device.type == "mps" else torch.float64)
 
     def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
-        """Moves the thresholds; `means` is (layers, 2) over the whole window."""
+        """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""
         wanted = 1 - (1 - self.target) * min(1.0, step / max(1.0, self.ramp * steps))
         cans = [place for place in standing.modules(model) if type(place.inner).__name__ == "TrashCan"]
-        for place, (kept, quantile) in zip(cans, means, strict=True):
+        for place, row in zip(cans, means, strict=True):
             if place.called is place.inner and standing.peft_model(model) is not None:
                 raise ObjectiveError(
                     f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
                     "saved; name it in `adapter.train`"
                 )
             can: Any = place.inner
+            kept, slots, bins = row[0], row[1], row[2:]
             with torch.no_grad():
                 if float(can.bias) <= ASLEEP / 2:
-                    can.bias += quantile.to(can.bias)
+                    if bool(bins.any()):
+                        can.bias += _edge(bins, self.start) - ASLEEP
                     continue
-                can.kept.mul_(self.momentum).add_((1 - self.momentum) * kept.to(can.kept))
+                share = (kept / slots.clamp(min=torch.finfo(slots.dtype).tiny)).to(can.kept)
+                can.kept.mul_(self.momentum).add_((1 - self.momentum) * share)
                 can.bias += self.rate * (can.kept - wanted)
+
+
+def _bin(asleep: torch.Tensor) -> torch.Tensor:
+    """Returns the bins of margins that are those of a can asleep: log-probability plus 10000."""
+    return ((asleep + ASLEEP - LOWEST) / WIDTH).floor().clamp(0, _BINS - 1).long()
+
+
+def _edge(bins: torch.Tensor, quantile: float) -> float:
+    """Returns the lower edge of the bin that holds the quantile of what was counted; at most that share lies below."""
+    below = bins.cumsum(0)
+    place = int((below <= quantile * below[-1]).sum())
+    return LOWEST + WIDTH * min(place, _BINS - 1)
 
 
 def _share(term: str, target: float) -> None:

@@ -1,25 +1,162 @@
-"""Loss terms that keep a model near another one."""
+"""Loss terms that keep a model near another one: the unmodified base, or a teacher.
+
+All compare the two next-token distributions at target tokens, `p` the reference's and `q` the model's, both at a
+temperature τ, times τ² (arXiv 1503.02531, section 2: gradients then keep their size). Sums over target tokens.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
+from solidify.errors import ObjectiveError
+from solidify.losses.chunking import CHUNK, Head, chunked
+from solidify.losses.precision import wide
+from solidify.losses.prediction import targets
 
-class KLToBase:
-    """`τ² KL(p_base ‖ p)` summed over target tokens, p at temperature τ; the base is the unmodified model.
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log q, log p) (n, vocab_size) to a scalar
 
-    Distillation as in Hinton et al. (arXiv 1503.02531), forward direction.
-    """
+
+def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """Returns Σ KL(a ‖ b) over rows."""
+    return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
+
+
+def _jensen_shannon(beta: float, swapped: bool) -> Divergence:
+    def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if beta == 0:
+            return _kl(theirs, ours)
+        if beta == 1:
+            return _kl(ours, theirs)
+        mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
+        first, second = (1 - beta, beta) if swapped else (beta, 1 - beta)
+        return first * _kl(theirs, mixture) + second * _kl(ours, mixture)
+
+    return divergence
+
+
+class _Compared:
+    """What the terms share: shifting, masking, temperature; `divergence` is what they differ in."""
 
     reduction = "token_sum"
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, divergence: Divergence, temperature: float) -> None:
+        if not temperature > 0:
+            raise ObjectiveError(f"a distillation's temperature is above 0, but is {temperature}")
+        self._divergence = divergence
         self.temperature = temperature
 
     def __call__(self, logits: torch.Tensor, reference_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Takes logits (batch_size, sequence_length, vocab_size) and labels with -100 where nothing is predicted."""
-        targets = labels[:, 1:] != -100
-        ours = F.log_softmax(logits[:, :-1][targets].float() / self.temperature, dim=-1)
-        base = F.log_softmax(reference_logits[:, :-1][targets].float() / self.temperature, dim=-1)
-        return self.temperature**2 * F.kl_div(ours, base, log_target=True, reduction="sum")
+        _same_vocabulary(logits, reference_logits)
+        where = targets(labels, logits.shape[1])
+        return self._compare(logits[:, :-1][where], reference_logits[:, :-1][where])
+
+    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        log_q = F.log_softmax(wide(ours) / self.temperature, dim=-1)
+        log_p = F.log_softmax(wide(theirs) / self.temperature, dim=-1)
+        return self.temperature**2 * self._divergence(log_q, log_p)
+
+
+class ForwardKL(_Compared):
+    """`τ² KL(p ‖ q)`: covers all that the reference may say (arXiv 1503.02531). Sum over target tokens."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__(lambda ours, theirs: _kl(theirs, ours), temperature)
+
+
+class KLToBase(ForwardKL):
+    """`τ² KL(p_base ‖ q)`, the base being the unmodified model: `forward_kl` under an older name."""
+
+
+class ReverseKL(_Compared):
+    """`τ² KL(q ‖ p)`: keeps to what the reference holds likely (arXiv 2306.08543, eq. 1). Sum over target tokens."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__(_kl, temperature)
+
+
+class JensenShannon(_Compared):
+    """`τ² (β KL(p ‖ m) + (1-β) KL(q ‖ m))`, `m = βp + (1-β)q`: the generalised JSD of GKD (arXiv 2306.13649, eq. 1).
+
+    Inside (0, 1) it tends to 0 at both ends; at the ends themselves it is defined, as in TRL's GKDTrainer, as
+    `KL(p ‖ q)` for β = 0 and `KL(q ‖ p)` for β = 1, a jump. `jensen_shannon_continuous` has none. Sum over targets.
+    """
+
+    def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__(_jensen_shannon(_mixing("jensen_shannon", beta), swapped=False), temperature)
+
+
+class JensenShannonContinuous(_Compared):
+    """`τ² ((1-β) KL(p ‖ m) + β KL(q ‖ m))`, `m = βp + (1-β)q`: weights swapped, so that it has no jump.
+
+    Tends to `KL(p ‖ q)` for β to 0 and to `KL(q ‖ p)` for β to 1; equals `jensen_shannon` at β = 1/2. Sum over targets.
+    """
+
+    def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__(_jensen_shannon(_mixing("jensen_shannon_continuous", beta), swapped=True), temperature)
+
+
+_BY_NAME: dict[str, Callable[[float, float], _Compared]] = {
+    "forward_kl": lambda temperature, beta: ForwardKL(temperature),
+    "reverse_kl": lambda temperature, beta: ReverseKL(temperature),
+    "jensen_shannon": lambda temperature, beta: JensenShannon(beta, temperature),
+    "jensen_shannon_continuous": lambda temperature, beta: JensenShannonContinuous(beta, temperature),
+}
+
+
+class ChunkedDistillation:
+    """One of the divergences above, from hidden states: neither model's logits of all rows ever exist together.
+
+    `divergence` is forward_kl, reverse_kl, jensen_shannon or jensen_shannon_continuous; `beta` is for the latter two.
+    Rows without a target are dropped before the heads run; `chunk` rows at a time (see `chunking.py`).
+    """
+
+    reduction = "token_sum"
+
+    def __init__(
+        self, divergence: str = "forward_kl", temperature: float = 1.0, beta: float = 0.5, chunk: int = CHUNK
+    ) -> None:
+        if divergence not in _BY_NAME:
+            raise ObjectiveError(
+                f"chunked_distillation: divergence must be one of {', '.join(_BY_NAME)}, but is {divergence!r}"
+            )
+        self._term = _BY_NAME[divergence](temperature, beta)
+        self.chunk = chunk
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        head: Head,
+        reference_hidden_states: torch.Tensor,
+        reference_head: Head,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Takes what both decoders returned last (batch_size, sequence_length, hidden_size), and both heads."""
+
+        def compare(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                reference = reference_head(theirs)
+            _same_vocabulary(ours, reference)
+            return self._term._compare(ours, reference)
+
+        where = targets(labels, hidden_states.shape[1])
+        theirs = reference_hidden_states[:, :-1][where].detach()
+        return chunked(hidden_states[:, :-1][where], head, compare, [theirs], size=self.chunk)
+
+
+def _mixing(term: str, beta: float) -> float:
+    if not 0 <= beta <= 1:
+        raise ObjectiveError(f"{term}: beta is between 0 and 1, but is {beta}")
+    return beta
+
+
+def _same_vocabulary(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    if ours.shape[-1] != theirs.shape[-1]:
+        raise ObjectiveError(
+            f"the model speaks {ours.shape[-1]} tokens and the reference {theirs.shape[-1]}; distributions over "
+            "different vocabularies cannot be compared"
+        )

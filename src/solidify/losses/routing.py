@@ -1,0 +1,197 @@
+"""Reads what a router returned, whatever its family: its logits, the experts that it chose, its probabilities.
+
+The families of transformers 5.23 return tuples of different order and length. Where the logits stand is transformers'
+own record (`_can_record_outputs`); the rest is read off the tensors:
+
+- logits: floating, one row a token, one column an expert. Some families (Gemma 4) record probabilities there.
+- chosen experts: an integer tensor (tokens, top_k); or a matrix with one column an expert, zero where it was not chosen
+  (Llama 4, Switch, NLLB); else (DBRX, JetMoE) the `top_k` largest logits, `top_k` being the router's or its
+  configuration's. A slot whose weight is zero goes to no expert (Zaya's skipped tokens, Switch's beyond capacity).
+- scores: what the experts are weighed by as a function of their logits: exp (softmax), sigmoid, or sqrt(softplus).
+  Weights of one token that are returned beside its experts tell which; where nothing tells, softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from solidify.adapter import standing
+from solidify.errors import ObjectiveError
+from solidify.losses.precision import wide
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+
+# How configurations of transformers 5.23 call the number of experts a token is sent to.
+_TOP_K = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One router's decisions: `logits` (tokens, experts), `index` (tokens, top_k) into them, `weights` if it said any.
+
+    `counted` (tokens, top_k) is False where a slot goes to no expert.
+    `normal` says that the logits are logarithms of probabilities already, so that their own size means nothing.
+    """
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+    normal: bool = False
+
+    def probabilities(self, scores: str) -> torch.Tensor:
+        """Returns P (tokens, experts), the scores of a token divided by their sum, in float32."""
+        return F.softmax(_log_scores(self.logits, scores), dim=-1)
+
+
+def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) -> Routing:
+    """Returns the routing of `tokens` positions that the router called `name` returned; `model` says where logits are.
+
+    Raises:
+        ObjectiveError: there are no logits with one row a token, or nothing tells how many experts were chosen.
+    """
+    module = standing.at(model, name) if model is not None else None
+    parts, place = _parts(output), _place(model, module)
+    tensor = _logits(name, parts, place)
+    logits = wide(tensor.reshape(-1, tensor.shape[-1]))
+    if len(logits) != tokens:
+        raise ObjectiveError(
+            f"the router {name} returned logits {list(tensor.shape)} for {tokens} positions; a term on routers needs "
+            "one row for each"
+        )
+    normal = bool(len(logits)) and bool((logits.detach().sum(-1) - 1).abs().max() < 1e-3) and bool((logits >= 0).all())
+    if normal:
+        logits = logits.clamp(min=torch.finfo(torch.float32).tiny).log()
+    others = [t.reshape(-1, t.shape[-1]) for i, t in enumerate(parts) if i != place and _is_per_token(t, tokens)]
+    index = next((t for t in others if not t.is_floating_point() and not t.is_complex()), None)
+    dense = next((t for t in others if t.shape == logits.shape and _is_sparse(t)), None)
+    if index is None and dense is None:
+        k = _top_k(name, module.inner if module is not None else None, model)
+        return Routing(logits, logits.detach().topk(min(k, logits.shape[-1]), dim=-1).indices, normal=normal)
+    if index is None or (index.shape == logits.shape and dense is index):  # one column an expert
+        assert dense is not None
+        chosen = dense.detach().topk(max(1, int((dense != 0).sum(-1).max())), dim=-1)
+        weights = chosen.values if dense.is_floating_point() else None
+        return Routing(logits, chosen.indices, weights, chosen.values != 0, normal)
+    weights = next((t for t in others if t.is_floating_point() and t.shape == index.shape), None)
+    return Routing(logits, index.long(), weights, weights.detach() != 0 if weights is not None else None, normal)
+
+
+def read_all(router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None) -> Iterator[tuple[str, Routing]]:
+    """Yields every router's name and routing of all positions of the batch; what two modules record counts once."""
+    seen: list[torch.Tensor] = []
+    for name, output in router.items():
+        place = _place(model, standing.at(model, name) if model is not None else None)
+        tensor = _logits(name, _parts(output), place)
+        if not any(tensor is other for other in seen):  # JetMoE's attention passes on what its router returned
+            seen.append(tensor)
+            yield name, read(name, output, len(mask), model)
+
+
+def scores_of(routings: Iterable[Routing]) -> str | None:
+    """Returns which of `SCORES` the routers' weights show, or None where they fit none or several.
+
+    Whatever a token's weights were normalised or scaled by, logarithms of two of them differ as those of the scores do;
+    a single one (top_k = 1) is compared as it is.
+    """
+    worst = dict.fromkeys(SCORES, 0.0)
+    told, tolerance = False, 1e-3
+    for routing in routings:
+        if routing.weights is None or not routing.weights.numel() or routing.normal:
+            continue
+        told = True
+        tolerance = 2e-2 if routing.weights.dtype in (torch.bfloat16, torch.float16) else tolerance
+        index = routing.index.clamp(max=routing.logits.shape[-1] - 1)
+        weights = routing.weights.detach().double()
+        largest = weights.argmax(-1, keepdim=True)
+        readable = weights > 1e-20  # below, float32 has no digits left
+        weights = weights.clamp(min=1e-20).log()
+        for scores in SCORES:
+            log = _log_scores(routing.logits.detach().double(), scores)
+            if index.shape[-1] == 1:
+                log = F.log_softmax(log, dim=-1) if scores == "softmax" else log
+            error = weights - log.gather(-1, index)
+            if index.shape[-1] > 1:
+                error = error - error.gather(-1, largest)
+            worst[scores] = max(worst[scores], float(error.where(readable, 0.0).abs().max()))
+    best, second = sorted(worst, key=lambda scores: worst[scores])[:2]
+    fits = told and worst[best] < tolerance and worst[second] > 8 * max(worst[best], 1e-6)
+    return best if fits else None
+
+
+def _log_scores(logits: torch.Tensor, scores: str) -> torch.Tensor:
+    if scores == "softmax":
+        return logits
+    if scores == "sigmoid":
+        return F.logsigmoid(logits)
+    return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).log() / 2
+
+
+def _is_sparse(tensor: torch.Tensor) -> bool:
+    """Returns whether a matrix (tokens, experts) holds weights, or marks, of few experts a token and else zeros."""
+    if tensor.is_floating_point():
+        return bool((tensor == 0).any()) and bool((tensor >= 0).all())
+    return tensor.shape[-1] > 2 and bool(tensor.numel()) and int(tensor.max()) <= 1
+
+
+def _is_per_token(tensor: Any, tokens: int) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 and tensor.numel() == tokens * tensor.shape[-1]
+
+
+def _parts(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]
+
+
+def _logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
+    tensor = parts[place] if place < len(parts) else None
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
+        raise ObjectiveError(f"the router {name} returned no logits in place {place} of what it returns")
+    return tensor
+
+
+def _place(model: nn.Module | None, router: standing.Standing | None) -> int:
+    """Returns where in a router's output transformers records its logits; 0 where it says nothing.
+
+    `_can_record_outputs` is transformers' own declaration (5.23, `utils/output_capturing.py`); it has no public name.
+    """
+    if model is None or router is None:
+        return 0
+    for module in standing.plain_model(model).modules():
+        declared = (module._can_record_outputs or {}) if isinstance(module, PreTrainedModel) else {}
+        specs = declared.get("router_logits", [])
+        for spec in specs if isinstance(specs, list) else [specs]:
+            if isinstance(spec, OutputRecorder) and isinstance(router.inner, spec.target_class):
+                return int(spec.index)
+    return 0
+
+
+def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
+    """Returns how many experts a token is sent to, where the router did not return which."""
+    own = vars(router).get("top_k") if router is not None else None
+    if isinstance(own, int):
+        return own
+    for config in _configs(model):
+        for key in _TOP_K:
+            value = getattr(config, key, None)
+            if isinstance(value, int):
+                return value
+    raise ObjectiveError(
+        f"the router {name} returned no indices, and neither it (`top_k`) nor the configuration "
+        f"({', '.join(_TOP_K)}) says how many experts a token is sent to"
+    )
+
+
+def _configs(model: nn.Module | None) -> list[PreTrainedConfig]:
+    config = getattr(standing.plain_model(model), "config", None) if model is not None else None
+    found = [config] if isinstance(config, PreTrainedConfig) else []
+    for each in found:  # grows while it is walked: configurations hold configurations
+        found += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
+    return found
