@@ -50,10 +50,9 @@ def peft_model(model: nn.Module) -> PeftModel | None:
 def _inside(model: nn.Module) -> nn.Module | None:
     """Returns what a wrapper of torch (data parallel, compiled) holds, or None for what is no such wrapper."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return model.module
-    if isinstance(model, OptimizedModule):
-        return model._orig_mod
-    return None
+        inside: nn.Module = model.module
+        return inside
+    return model._orig_mod if isinstance(model, OptimizedModule) else None
 
 
 def modules(model: nn.Module) -> Iterator[Standing]:

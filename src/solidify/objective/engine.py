@@ -107,7 +107,7 @@ class ObjectiveEngine:
         counts = self._runs.count(batch)
         window = self._window or Window(1, counts.target_tokens, counts.attended_tokens, counts.sequences)
         with self._recorder.recording(graded=torch.is_grad_enabled()) as seen:
-            model_loss, output = self._runs.run(batch, self._needs(outputs), counts, window)
+            model_loss, output = self._runs.run(self._for_model(batch), self._needs(outputs), counts, window)
         supply = self._supply(batch, output, seen)
         zero = model_loss if model_loss is not None else torch.zeros((), device=next(self.model.parameters()).device)
         parts: dict[str, Part] = {}
@@ -202,6 +202,10 @@ class ObjectiveEngine:
         asked |= {"loss"} if self.objective.has_model_term else set()
         return frozenset(asked | {word for word in ("outputs", "logits") if self.objective.asks_for(word)})
 
+    def _for_model(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves out the columns that only terms read."""
+        return {key: value for key, value in batch.items() if key not in self.objective.columns}
+
     def _prepass(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Takes the window's means without a graph, on the same random numbers that the real pass will draw."""
         terms = [term for term in self.objective.terms if term.needs_prepass]
@@ -212,7 +216,7 @@ class ObjectiveEngine:
             for batch in batches:
                 batch = self._runs.prepare(batch)
                 with self._recorder.recording() as seen:
-                    _, output = self._runs.run(batch, needs, self._runs.count(batch), self._window)
+                    _, output = self._runs.run(self._for_model(batch), needs, self._runs.count(batch), self._window)
                 supply = self._supply(batch, output, seen)
                 for term in terms:
                     self._add(sums, term.name, term.call(supply).detach())
@@ -246,7 +250,7 @@ class ObjectiveEngine:
         elif decoded is not None:
             makers["logits"] = lambda: _over_rows(given["head"], given["hidden_states"])
         if self._reference is not None:
-            plain = {k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}
+            plain = {k: v for k, v in self._for_model(inputs).items() if k not in ("labels", "num_items_in_batch")}
             referred = cache(partial(self._reference.run, plain, self._recorder))
             for key in (*self.objective.reference_captures, *REFERENCE):
                 makers[key] = partial(_item, referred, key)

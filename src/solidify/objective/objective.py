@@ -48,6 +48,11 @@ class Objective:
         return {(term.name, key): spec for term in self.terms for key, spec in term.reference_captures.items()}
 
     @property
+    def columns(self) -> set[str]:
+        """Columns of a batch that terms read and the model does not take, as their `columns` attribute says."""
+        return {column for term in self.terms for column in getattr(term.subject, "columns", ())}
+
+    @property
     def asks_reference(self) -> bool:
         """Whether any term needs the reference to run."""
         return any(term.asks_reference for term in self.terms)

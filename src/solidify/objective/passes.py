@@ -65,6 +65,13 @@ def share(loss: torch.Tensor, outputs: Any, scaling: Scaling | None, counts: Cou
     return (loss - aux) * tokens + aux * window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)
 
 
+def nothing(outputs: Any) -> torch.Tensor:
+    """Returns a zero with a graph, in place of a mean over no tokens, which is no number."""
+    tensors = [value for key, value in outputs.items() if key != "loss" and isinstance(value, torch.Tensor)]
+    graded = next((tensor for tensor in tensors if tensor.requires_grad), None)
+    return graded.sum() * 0.0 if graded is not None else torch.zeros((), device=outputs["loss"].device)
+
+
 class Passes:
     """How a plain loop counts a batch and runs the model once. Trainers have the same methods and do it their way."""
 
@@ -114,5 +121,5 @@ class Passes:
                 self._scaling = measure_scaling(self.model, batch, counts)
         outputs = self.model(**batch)
         if not counts.target_tokens:
-            return outputs["logits"].sum() * 0.0, outputs  # a mean over nothing is no number
+            return nothing(outputs), outputs
         return share(outputs["loss"], outputs, self._scaling, counts, window), outputs

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.adapter import standing
 from solidify.adapter.adapters import switched_off
@@ -169,11 +169,16 @@ class Reference:
         if self._own:
             refuse_inexact_bypass(model)
         elif objective.reference is not None:
+            if objective.asks_for("reference_logits", "reference_head"):
+                refuse_other_vocabulary(model, objective.reference)
             objective.reference.requires_grad_(False)
         self._wanted = wanted
 
     def run(self, inputs: Mapping[str, Any], recorder: Recorder[Any]) -> dict[Any, Any]:
         """Runs the reference once and returns what terms may see of it; `recorder` is the trained model's."""
+        device = next((value.device for value in inputs.values() if isinstance(value, torch.Tensor)), None)
+        if not self._own and device not in (None, next(self.model.parameters()).device):
+            self.model.to(device)
         logits_asked = self._objective.asks_for("reference_logits")
         given = dict(inputs) if logits_asked else without_logits(self.model, inputs)
         with torch.no_grad(), anatomy.evaluation(self.model), recorder.paused(), self._switched():
@@ -219,3 +224,19 @@ def refuse_inexact_bypass(model: nn.Module) -> None:
         "the base model cannot be had by switching the change off; pass the base as Objective(..., reference=model)",
         [f"switching {name} off is not exact (it has no exact `bypass`)" for name in names],
     )
+
+
+def refuse_other_vocabulary(model: nn.Module, reference: nn.Module) -> None:
+    """Raises ObjectiveError if both say how large their vocabularies are, and they differ."""
+    ours, theirs = _vocabulary(model), _vocabulary(reference)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ObjectiveError(
+            f"the model's vocabulary has {ours} tokens and the reference's {theirs}, and a term compares what both say "
+            "next; take a reference with the model's tokenizer"
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    configuration: Any = getattr(standing.plain_model(model), "config", None)
+    text = configuration.get_text_config() if isinstance(configuration, PreTrainedConfig) else None
+    return getattr(text, "vocab_size", None)

@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.objective.passes import Scaling, measure_scaling, share
+from solidify.objective.passes import Scaling, measure_scaling, nothing, share
 from solidify.objective.supply import without_logits
 from solidify.objective.window import Counts, Window, count
 
@@ -66,7 +66,7 @@ class TrainerRuns:
         divided = self.scaling is not None and self.scaling.divides and self.items is not None
         if not divided:
             if not counts.target_tokens:
-                return outputs["logits"].sum() * 0.0  # type: ignore[no-any-return] # a mean over nothing is no number
+                return nothing(outputs)
             return share(loss, outputs, self.scaling, counts, window)
         if self.scaling is not None and self.scaling.aux_weight:
             attended = window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)

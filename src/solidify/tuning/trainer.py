@@ -6,7 +6,7 @@ half precision. In evaluation only the model's own loss counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from solidify import console
 from solidify.adapter import standing
 from solidify.adapter.adapters import trained_state
 from solidify.errors import AdapterError, ObjectiveError
+from solidify.model import anatomy
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.memory import Stateful
 from solidify.objective.objective import Objective
 from solidify.objective.passes import Scaling
 from solidify.objective.sanity import Sanity
-from solidify.tuning import checkpoints
+from solidify.tuning import checkpoints, kernels
 from solidify.tuning.runs import SFTRuns, TrainerRuns
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,6 +50,11 @@ class ObjectiveMixin:
         self._steps_since_log = 0
         self.history: list[dict[str, float]] = []
         self._refuse_unusable()
+        self.kernels: kernels.Switched | None = None
+        self.kernel_findings: list[Any] = []
+        if self.args.use_liger_kernel:
+            self.kernels = kernels.switch_on(self.model, kernels.settings(self.args, objective), objective)
+            self.args = kernels.taken_over(self.args)
         self.runs = self.runs_of(self)
         self.engine = ObjectiveEngine(objective, self.model, runs=self.runs)
         self.engine.sanity.measures = self._keeps_graphs()
@@ -65,6 +71,7 @@ class ObjectiveMixin:
     state: TrainerState
 
     def _refuse_unusable(self) -> None:
+        kernels.refuse_unusable(self.args, self.model, self.objective)
         if self.args.label_smoothing_factor:
             raise ObjectiveError("label smoothing replaces the model's own loss; write it as a term instead")
         if self.args.n_gpu > 1:
@@ -93,15 +100,20 @@ class ObjectiveMixin:
         return bool(self.args.activation_checkpointing and checkpointing.get("use_reentrant"))
 
     def _keeps_graphs(self) -> bool:
-        """Whether the gradient of one term can be taken by itself; a compiled graph, for one, is used up at once."""
-        return not (self.args.torch_compile or self._is_reentrant() or self.is_deepspeed_enabled)  # type: ignore[attr-defined]
+        """Whether the gradient of one term can be taken by itself; some graphs are used up by one pass."""
+        used_up = self.kernels is not None or self.args.torch_compile or self._is_reentrant()
+        return not (used_up or self.is_deepspeed_enabled)  # type: ignore[attr-defined]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetches one step's micro-batches and lets the engine count them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if batches:
-            self.engine.begin(batches)
+            self.open_window(batches)
         return batches, items
+
+    def open_window(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Lets the engine count what one step will see; a trainer that changes its batches first does so here."""
+        self.engine.begin(batches)
 
     def compute_loss(
         self,
@@ -113,11 +125,19 @@ class ObjectiveMixin:
         """Returns the scaled objective in training, the trainer's own loss otherwise."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if self.kernels is not None and not self.kernel_findings:
+            own = super().compute_loss  # type: ignore[misc]
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            dtype = half or anatomy.main_dtype(self.model) or torch.float32
+            verified = self.kernels.verify(lambda: own(model, dict(inputs), False, num_items_in_batch), dtype)
+            self.kernel_findings = [self.kernels.finding(), verified]
         self.runs.model, self.runs.items = model, num_items_in_batch
         return self.engine.loss(inputs, outputs=return_outputs)
 
     def settle(self) -> None:
         """Gives what was trained in float32 under autocast the dtype of the model it belongs to."""
+        if self.kernels is not None:
+            self.kernels.off()
         for tensor, dtype in self._narrow:
             tensor.data = tensor.data.to(dtype)
         self._narrow = []
@@ -223,7 +243,11 @@ def sanity_table(sanity: Sanity) -> Any:
             row.name,
             f"{row.value:.4g}",
             f"{row.weighted:.4g}",
-            "not measured" if row.gradient is None else "none yet" if not row.gradient else f"{row.gradient:.2e}",
+            "not measured"
+            if row.gradient is None
+            else f"{row.gradient:.2e}"
+            if sanity.reached.get(row.name)
+            else "none yet",
             "" if not row.gradient else f"{row.gradient / largest:.1%}",
         )
         for row in sanity.rows
