@@ -14,9 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from solidify import processes
 from solidify.adapter import standing
 from solidify.findings import Finding
+from solidify.objective.sanity import Sanity
 
 REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"
+TERMS = "every term has a gradient"
 
 
 class GradientWitness(TrainerCallback):  # type: ignore[misc]
@@ -128,6 +130,15 @@ def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, sp
     model.zero_grad()
     trainer.forget_window()
     return found
+
+
+def terms(sanity: Sanity) -> Finding:
+    """Says whether every term of the objective has moved what is trained, in some step in which it was looked at."""
+    if not sanity.reached:
+        return Finding(TERMS, None, "not looked at: a compiled or sharded model does not give one term's gradient")
+    evidence = f"{len(sanity.reached)} terms with a gradient of their own"
+    faults = [f"{name} never had a gradient" for name in sanity.silent]
+    return Finding(TERMS, not faults, "; ".join(faults) or evidence)
 
 
 def _largest(gradient: torch.Tensor) -> float:
