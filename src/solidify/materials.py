@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
@@ -18,12 +19,13 @@ from solidify.artifact import loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import corpus, tiny_olmoe
-from solidify.errors import RecipeError, refuse
-from solidify.model import depth, heads, ledger, surgery
+from solidify.errors import DataError, RecipeError, refuse
+from solidify.model import anatomy, depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
 from solidify.objective.objective import Objective, Term
-from solidify.recipe import Add, Insert, Recipe, Remove
-from solidify.tuning import data
+from solidify.recipe import Add, Base, Insert, Recipe, Remove
+from solidify.tuning import batching, data, groups, images
+from solidify.tuning.groups import ParameterGroup
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
 PROBES = 8  # sequences on which the independence of accumulation is shown
@@ -34,21 +36,31 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
 
     In `scratch`, a large one is converted to the layout in memory; what the surgery renames or drops is kept apart.
     """
-    name = recipe.base.model
+    where = Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None
+    return _load(recipe, recipe.base, device, where)
+
+
+def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
+    name = source.model
     if name == tiny_olmoe.NAME:
-        loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=recipe.base.dtype, device=device)
-        return BaseModel(loaded.model, loaded.tokenizer, {**loaded.origin, "model": name})
+        loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=source.dtype, device=device)
+        return replace(loaded, origin={**loaded.origin, "model": name})
     if name.startswith("builtin:"):
-        raise RecipeError(f"base.model: there is no {name!r}; built in: {tiny_olmoe.NAME}")
+        raise RecipeError(f"there is no {name!r}; built in: {tiny_olmoe.NAME}")
     beside = recipe.directory / name
     return loading.load_base(
         str(beside) if beside.is_dir() else name,
-        revision=recipe.base.revision,
-        dtype=recipe.base.dtype,
+        revision=source.revision,
+        dtype=source.dtype,
         device=device,
-        trust_remote_code=recipe.base.trust_remote_code,
-        scratch=Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None,
+        trust_remote_code=source.trust_remote_code,
+        scratch=scratch,
     )
+
+
+def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
+    """Loads the model that a recipe learns from, if it names one."""
+    return _load(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
 
 
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
@@ -112,6 +124,9 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         "disable_tqdm": True,  # solidify shows a bar of its own
         **recipe.training,
     }
+    if recipe.data.image is not None:
+        refuse(RecipeError, "images do not go with the training section", _against_images(recipe))
+        values = {"remove_unused_columns": False, **values}  # a row's images are a column that the model does not take
     kind = TrainingArguments
     if trainer_class(recipe) is ObjectiveSFTTrainer:
         kind = SFTConfig
@@ -126,6 +141,24 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         return kind(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"the training section does not fit: {error}") from error
+
+
+def _against_images(recipe: Recipe) -> list[str]:
+    plain = {f.name for f in fields(TrainingArguments)}
+    faults = [
+        f"training.{key} is TRL's, whose trainer makes its batches itself; leave it out"
+        for key in recipe.training
+        if key not in plain
+    ]
+    if recipe.training.get("remove_unused_columns"):
+        faults.append(
+            "training.remove_unused_columns would take the images away, and the model read their places as words"
+        )
+    if recipe.training.get("train_sampling_strategy", "random") != "random":
+        faults.append(
+            "training.train_sampling_strategy looks for lengths in pixel_values; write data.group_by: [length]"
+        )
+    return faults
 
 
 def join(recipe: Recipe, directory: Path) -> None:
@@ -172,17 +205,21 @@ def make_terms(recipe: Recipe) -> list[Term]:
         if loss != "model":
             loss = references.resolve(loss, recipe.directory)
         name = entry.name or (entry.loss.rpartition(":")[2] if entry.loss != "model" else "model")
-        terms.append(Term(loss, entry.weight, name=name, arguments=entry.arguments))
-    Objective(terms)
+        terms.append(Term(loss, entry.weight, name=name, arguments=entry.arguments, statistics=entry.statistics))
+    objective = Objective(terms)
+    if recipe.teacher is not None and not objective.asks_reference:
+        raise RecipeError("teacher: no term of the objective looks at it; add one such as solidify.losses:forward_kl")
     return terms
 
 
 def make_objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
-    """Binds the terms of a recipe to a model."""
+    """Binds the terms of a recipe to a model; the reference is the teacher, or what the surgery started from."""
     terms = make_terms(recipe)
     objective = Objective(terms)
-    if objective.asks_for("reference_logits") and not _switching_off_is_exact(recipe, model):
-        return Objective(terms, reference=load_base(recipe).model.requires_grad_(False))
+    if recipe.teacher is not None:
+        return Objective(terms, reference=load_teacher(recipe))
+    if objective.asks_reference and not _switching_off_is_exact(recipe, model):
+        return Objective(terms, reference=load_base(recipe).model)
     return objective
 
 
@@ -204,51 +241,131 @@ def read_texts(recipe: Recipe) -> tuple[Any, Any]:
         elif name.startswith("builtin:"):
             raise RecipeError(f"data: there is no {name!r}; built in: {', '.join(corpus.NAMES)}")
         else:
-            read.append(data.read(recipe.directory / name, recipe.data.text))
+            read.append(data.read(recipe.directory / name, recipe.data.text, recipe.data.image))
     return read[0], read[1]
 
 
-def make_examples(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
+def make_examples(recipe: Recipe, processor: Any) -> tuple[Any, Any]:
     """Returns training and evaluation examples, tokenized (None without the latter)."""
     assert recipe.data is not None
     options: dict[str, Any] = {"text": recipe.data.text, "max_length": recipe.data.max_length}
+    tokenize: Any = data.tokenize if recipe.data.image is None else images.tokenize
+    preparing = _tokenizer(processor) if recipe.data.image is None else processor
     train_texts, eval_texts = read_texts(recipe)
-    tokenized = data.tokenize(train_texts, tokenizer, **options)
-    return tokenized, data.tokenize(eval_texts, tokenizer, **options) if eval_texts is not None else None
+    tokenized = tokenize(train_texts, preparing, **options)
+    return tokenized, tokenize(eval_texts, preparing, **options) if eval_texts is not None else None
 
 
-def make_trainer(recipe: Recipe, directory: Path, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def make_collator(recipe: Recipe, processor: Any) -> Any:
+    """Returns what makes a batch of a recipe's examples."""
+    assert recipe.data is not None
+    return data.collator(_tokenizer(processor)) if recipe.data.image is None else images.Collator(processor)
+
+
+def _tokenizer(processor: Any) -> Any:
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise RecipeError(f"data: text needs a tokenizer, but all the base has is a {type(processor).__name__}")
+    return tokenizer
+
+
+def refuse_unprepared(recipe: Recipe, processor: Any) -> None:
+    """Raises RecipeError when the recipe's data has images, and the base nothing that puts them among the tokens; or
+    the recipe groups by images, and its data has none."""
+    if recipe.data is not None and "modality" in recipe.data.group_by and recipe.data.image is None:
+        raise RecipeError(
+            "data.group_by: modality tells rows with images from rows without; say in data.image which are"
+        )
+    if recipe.data is not None and recipe.data.image is not None and not isinstance(processor, ProcessorMixin):
+        raise RecipeError(
+            f"data.image: {recipe.base.model} has no processor that can be loaded here, which says how many tokens an "
+            "image takes (it needs processor_config.json beside the model, and the package pillow)"
+        )
+
+
+def parameter_groups(recipe: Recipe) -> list[ParameterGroup]:
+    """Returns the recipe's parameter groups; raises RecipeError for one that cannot be."""
+    return groups.declared([group.model_dump() for group in recipe.parameter_groups])
+
+
+def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) -> tuple[Any, Any]:
     """Returns a trainer for a recipe, and the examples it trains on."""
+    assert recipe.data is not None
     arguments = training_arguments(recipe, directory)
     objective = make_objective(recipe, model.get_base_model())
-    examples, held_out = make_examples(recipe, tokenizer)
-    options: dict[str, Any] = {
-        "train_dataset": examples,
-        "eval_dataset": held_out,
-        "data_collator": data.collator(tokenizer),
-    }
+    refuse_unprepared(recipe, processor)
     kind = trainer_class(recipe)
     if kind is ObjectiveSFTTrainer:
         train_texts, eval_texts = read_texts(recipe)
-        options = {"train_dataset": train_texts, "eval_dataset": eval_texts}
-    trainer = kind(model=model, args=arguments, processing_class=tokenizer, objective=objective, **options)
+        options: dict[str, Any] = {"train_dataset": train_texts, "eval_dataset": eval_texts}
+    else:
+        examples, held_out = make_examples(recipe, processor)
+        collate = make_collator(recipe, processor)
+        options = {"train_dataset": examples, "eval_dataset": held_out, "data_collator": collate}
+    trainer = kind(
+        model=model,
+        args=arguments,
+        processing_class=processor if recipe.data.image is not None else _tokenizer(processor),
+        objective=objective,
+        parameter_groups=parameter_groups(recipe),
+        group_by=recipe.data.group_by,
+        **options,
+    )
+    if recipe.data.image is not None and [term.loss for term in recipe.objective] == ["model"]:
+        _refuse_idle_rows(trainer)
     return trainer, trainer.train_dataset
+
+
+def _refuse_idle_rows(trainer: Any) -> None:
+    """Raises DataError when a row without images reaches nothing that is trained: a batch of such rows has no gradient.
+
+    Torch would say so in the middle of the training.
+    """
+    rows = trainer.train_dataset
+    number = next((row for row, filled in enumerate(batching.modalities(rows)) if not filled), None)
+    if number is None:
+        return
+    ids = list(rows[number]["input_ids"][:8])
+    batch = trainer.data_collator([{"input_ids": ids, "labels": ids}])
+    batch = {name: tensor.to(trainer.model.device) for name, tensor in batch.items()}
+    with trainer.compute_loss_context_manager(), anatomy.evaluation(trainer.model):
+        loss = trainer.model(**batch).loss
+    if not loss.requires_grad:
+        raise DataError(
+            f"rows without images (example {number} is one) reach nothing that is trained, so a batch of them has no "
+            "gradient; leave them out, or train something in the language model too"
+        )
 
 
 def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
     """Takes a few examples and cuts them to different lengths, so that micro-batches are ragged.
 
-    All together have no more tokens than `batch_size` examples: what trains in memory is checked in it.
+    All together have no more tokens than `batch_size` examples: what trains in memory is checked in it. If some have
+    images, the first half has; of those nothing is cut before a token that follows the images.
     """
+    kinds = batching.modalities(examples)
+    rows = sorted(_alternating(kinds)[:PROBES], key=lambda row: not kinds[row])
+    whole = [examples[row] for row in rows]
+    bound = max(len(row["input_ids"]) for row in whole) * batch_size // PROBES
     probes: list[dict[str, Any]] = []
-    for place in range(min(PROBES, len(examples))):
-        row = examples[place]
-        longest = min(len(row["input_ids"]), max(map(len, examples[:PROBES]["input_ids"])) * batch_size // PROBES)
-        length = max(4, longest * (place + 2) // (PROBES + 2))
-        ids = list(row["input_ids"][:length])
-        labels = list(row["labels"][:length]) if "labels" in row else list(ids)
-        probes.append({"input_ids": ids, "labels": labels})
+    for place, row in enumerate(whole):
+        ids, labels = list(row["input_ids"]), list(row["labels"] if "labels" in row else row["input_ids"])
+        length = max(4, min(len(ids), bound) * (place + 2) // (PROBES + 2))
+        others = {name: row[name] for name in (data.IMAGES,) if row.get(name)}
+        if others:
+            length = max(length, 2 + max(i for i, label in enumerate(labels) if label == -100))
+        probes.append({"input_ids": ids[:length], "labels": labels[:length], **others})
     return probes
+
+
+def _alternating(modalities: Sequence[Any]) -> list[int]:
+    """Returns the numbers of rows, one of each modality in turn as long as there are."""
+    turns: dict[Any, int] = {}
+    places = []
+    for row, modality in enumerate(modalities):
+        turns[modality] = turns.get(modality, -1) + 1
+        places.append((turns[modality], row))
+    return [row for _, row in sorted(places)]
 
 
 def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from solidify.findings import Finding, Report
 from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
+from solidify.objective.objective import Objective
 from solidify.recipe import Recipe
-from solidify.tuning import checkpoints, data
+from solidify.tuning import checkpoints, data, groups, kernels
 from solidify.tuning.progress import TrainingBar
 from solidify.weights import hashing, spilling
 
@@ -94,11 +95,13 @@ def plan(recipe: Recipe) -> Plan:
     wanted, trainer, trainable = None, None, dict[str, int]()
     if recipe.adapter is not None:
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
-        materials.training_arguments(recipe, Path("nowhere"))
-        materials.make_terms(recipe)
+        arguments = materials.training_arguments(recipe, Path("nowhere"))
+        materials.refuse_unprepared(recipe, base.processor)
+        kernels.refuse_unusable(arguments, base.model, Objective(materials.make_terms(recipe)))
+        materials.load_teacher(recipe, device="meta")
         materials.read_texts(recipe)
         trainer = materials.trainer_class(recipe).__name__
-        trainable = _trainable(base.model, recipe.adapter.lora, recipe.adapter.train)
+        trainable = _trainable(recipe, base.model)
     return Plan(
         edits=edits,
         adapter=wanted,
@@ -124,12 +127,14 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
     }
 
 
-def _trainable(model: PreTrainedModel, lora: Mapping[str, Any] | None, train: Sequence[str]) -> dict[str, int]:
+def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
+    assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
-    shapes = {**lora, "init_lora_weights": True} if lora is not None else None
+    shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
     with console.silence():
-        peft_model = adapters.attach(model, lora=shapes, train=train)
+        peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
+    groups.resolve(peft_model, materials.parameter_groups(recipe))
     counts: dict[str, int] = {}
     for kind, name, parameter in standing.named_parameters(peft_model):
         if parameter.requires_grad:
@@ -250,7 +255,13 @@ def build(
             )
         with console.stage("Writing the artifact"):
             artifact = build_artifact(
-                base.model, edits, target, tokenizer=base.tokenizer, base=base.origin, recipe=document, link=link
+                base.model,
+                edits,
+                target,
+                tokenizer=base.processor or base.tokenizer,
+                base=base.origin,
+                recipe=document,
+                link=link,
             )
     report.add("build", artifact.findings)
     return report
@@ -280,13 +291,13 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model, tokenizer = processes.in_turn(lambda: _artifact(directory))
+        model, processor = processes.in_turn(lambda: _artifact(directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
-    trainer, examples = materials.make_trainer(recipe, directory, peft_model, tokenizer)
+    trainer, examples = materials.make_trainer(recipe, directory, peft_model, processor)
     witness = _fit(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
@@ -297,13 +308,14 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
                 witness.finding(),
                 trainable.frozen(trainer.model, manifest.read(directory / "artifact")),
                 gradients.parts_sum(trainer.history),
+                gradients.terms(trainer.engine.sanity),
                 gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer)),
             ],
         )
     report.measured["history"] = trainer.history
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
-        _measure_losses(recipe, tokenizer, trainer.model, report)
+        _measure_losses(recipe, processor, trainer.model, report)
     trained = _release(recipe, directory, trainer)
     del trainer, witness, model, peft_model  # with the optimizer's state
     gc.collect()
@@ -317,7 +329,7 @@ def _is_trained(recipe: Recipe, directory: Path, resume: bool) -> bool:
 
 
 def _artifact(directory: Path) -> tuple[PreTrainedModel, Any]:
-    return loading.load_artifact(directory / "artifact"), loading.load_tokenizer(directory / "artifact")
+    return loading.load_artifact(directory / "artifact"), loading.load_processor(directory / "artifact")
 
 
 def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
@@ -421,12 +433,12 @@ def _tolerance(trainer: Any) -> float:
     return 5e-2 if half else 1e-4
 
 
-def _measure_losses(recipe: Recipe, tokenizer: Any, model: Any, report: Report) -> None:
+def _measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
     """Measures the held-out loss with and without the adapter."""
-    _, held_out = materials.make_examples(recipe, tokenizer)
+    _, held_out = materials.make_examples(recipe, processor)
     if held_out is None:
         return
-    collate = data.collator(tokenizer)
+    collate = materials.make_collator(recipe, processor)
     with model.disable_adapter():
         report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
     report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -102,21 +102,39 @@ class Adapter(_Section):
 
 
 class Term(_Section):
-    """One part of the objective: `model`, or a reference to a function or class, and its weight."""
+    """One part of the objective: `model`, or a reference to a function or class, and its weight.
+
+    The weight is a number, `{schedule: ...}` or `{constraint: ...}`; both are judged where objectives are made.
+    """
 
     loss: str
-    weight: float = 1.0
+    weight: float | dict[str, Any] = 1.0
+    statistics: Literal["window", "micro_batch"] = "window"
     name: str | None = None
     arguments: dict[str, Any] = {}
 
 
+class ParameterGroup(_Section):
+    """What is trained, by name, with a learning rate, a weight decay or optimizer settings of its own."""
+
+    parameters: str | list[str]
+    learning_rate: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    optimizer: dict[str, Any] = {}
+
+
 class Data(_Section):
-    """Training and evaluation text: files beside the recipe, or `builtin:` names."""
+    """Training and evaluation text: files beside the recipe, or `builtin:` names.
+
+    `image` is a column that names an image beside the file, several, or none; `group_by` says which rows come together.
+    """
 
     train: str
     eval: str | None = None
     text: str = "text"
+    image: str | None = None
     max_length: int = Field(default=1024, ge=2)
+    group_by: list[Literal["modality", "length"]] = []
 
 
 class Recipe(_Section):
@@ -126,6 +144,8 @@ class Recipe(_Section):
     surgery: list[Step] = Field(min_length=1)
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
+    teacher: Base | None = None
+    parameter_groups: list[ParameterGroup] = []
     data: Data | None = None
     training: dict[str, Any] = {}
     output: str | None = None
@@ -135,8 +155,12 @@ class Recipe(_Section):
     def _complete(self) -> Recipe:
         if self.adapter is not None and self.data is None:
             raise ValueError("`adapter` is trained on something: give `data`")
+        if self.adapter is None and self.teacher is not None:
+            raise ValueError("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:
             raise ValueError("`training` needs an `adapter` that says what is trained")
+        if self.adapter is None and self.parameter_groups:
+            raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
         return self
 
     def document(self) -> dict[str, Any]:
@@ -208,8 +232,10 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 _SECTIONS: dict[str, type[_Section]] = {
     "base": Base,
+    "teacher": Base,
     "adapter": Adapter,
     "objective": Term,
+    "parameter_groups": ParameterGroup,
     "data": Data,
 }
 

@@ -14,7 +14,8 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from solidify.artifact import conversion, manifest, trust
 from solidify.artifact.conversion import Scratch
@@ -28,11 +29,15 @@ from solidify.weights.hashing import digest_bytes
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pretrained model, its tokenizer (None where it has none) and where both came from."""
+    """A pretrained model, its tokenizer (None where it has none) and where both came from.
+
+    `processor` is what prepares more than text, or other things (images, sound): None where the tokenizer is all.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     origin: dict[str, Any]
+    processor: Any = None
 
 
 def load_base(
@@ -88,7 +93,9 @@ def load_base(
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return BaseModel(model.eval(), _tokenizer(reference, revision, trust_remote_code=trust_remote_code), origin)
+    processor = _processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
+    tokenizer = _tokenizer(reference, revision, trust_remote_code=trust_remote_code)
+    return BaseModel(model.eval(), tokenizer, origin, processor)
 
 
 def _commit(reference: str, revision: str | None) -> str | None:
@@ -129,7 +136,8 @@ def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_rem
     options |= {"dtype": getattr(torch, dtype)} if dtype else {}
     model = load_artifact(directory, trust_remote_code=trust_remote_code, **options)
     origin = manifest.read(directory, "artifact").base
-    return BaseModel(model, _tokenizer(str(directory), None, trust_remote_code=True), origin)
+    processor = _processor(str(directory), None, trust_remote_code=True, needed=device != "meta")
+    return BaseModel(model, _tokenizer(str(directory), None, trust_remote_code=True), origin, processor)
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
@@ -139,6 +147,39 @@ def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool 
         )
     except (OSError, ValueError, KeyError):
         return None  # many models have none, and no stage but training and generation needs it
+
+
+def _processor(reference: str, revision: str | None, *, trust_remote_code: bool, needed: bool) -> Any:
+    """Returns what prepares images, sound or text with either for a model; None where that is the tokenizer alone.
+
+    Raises:
+        RecipeError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
+    """
+    reason = "transformers finds a tokenizer alone"
+    try:
+        found = AutoProcessor.from_pretrained(
+            reference, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        if not isinstance(found, PreTrainedTokenizerBase):
+            return found
+        brought = [PROCESSOR_NAME]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
+    brought = [name for name in brought if _has(reference, name, revision)]
+    if brought and needed:
+        raise RecipeError(
+            f"{reference!r} has a {brought[0]} that cannot be loaded, so what it prepares inputs with would be lost: "
+            f"{reason}"
+        )
+    return None
+
+
+def _has(reference: str, name: str, revision: str | None) -> bool:
+    """Returns whether a model has a file; of one from the hub, whether it is in the cache by now."""
+    if Path(reference).is_dir():
+        return (Path(reference) / name).is_file()
+    return isinstance(try_to_load_from_cache(reference, name, revision=revision or "main"), str)
 
 
 def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
@@ -202,3 +243,16 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     if tokenizer is None:
         raise ArtifactError(f"{directory} holds no tokenizer; build it with tokenizer=...")
     return tokenizer
+
+
+def load_processor(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Returns the processor that stands in an artifact (which holds the tokenizer), or else its tokenizer.
+
+    Raises:
+        ArtifactError: there is neither, or the artifact's code may not run.
+        RecipeError: a package that the processor is made of is not installed.
+    """
+    directory = Path(directory).resolve()
+    trust.require(manifest.read(directory, "artifact"), directory, trust_remote_code)
+    processor = _processor(str(directory), None, trust_remote_code=True, needed=True)
+    return processor if processor is not None else load_tokenizer(directory, trust_remote_code=True)

@@ -54,7 +54,7 @@ def build(
     The directory appears by rename once every tensor, buffer and output has been found bit-identical by a process in
     which solidify and peft cannot be imported. Of a large model (`anatomy.LARGE`), samples of every tensor and the
     outputs of the first new module of each kind are. `base` says where the model came from (its `name_or_path` when
-    left out); `recipe` is kept in the manifest.
+    left out); `recipe` is kept in the manifest. `tokenizer` may be a processor, which holds one.
 
     Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
     they are copied. Tensors that are mapped from files and unchanged never pass through memory.

@@ -12,18 +12,23 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from solidify import console
-from solidify.errors import DataError
+from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 
 TOKENS = 2048  # in one forward pass of a measurement
+IMAGES = "images"  # the column that lists the images of a row
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def read(path: Path, text: str) -> datasets.Dataset:
+def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     """Reads a file (`.jsonl`, `.json`, `.csv`, `.parquet`, `.txt`) and keeps its column `text`.
 
+    With `image`, a column that names an image beside the file, or several (or none), the column `images` lists where
+    they are; they are opened when a batch needs them.
+
     Raises:
-        DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column.
+        DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
+            image is missing.
     """
     if not path.is_file():
         raise DataError(f"the data file {path} does not exist")
@@ -31,14 +36,46 @@ def read(path: Path, text: str) -> datasets.Dataset:
     if kind is None:
         raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
     try:
-        data = datasets.load_dataset(kind, data_files=str(path), split="train")
+        # In pieces, a column that is empty in the first of them is taken for one that is always empty.
+        whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
+        data = datasets.load_dataset(kind, data_files=str(path), split="train", **whole)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
-    if text not in data.column_names:
-        raise DataError(f"{path} has no column {text!r}; it has: {', '.join(data.column_names)}")
+    for column in (text, image):
+        if column is not None and column not in data.column_names:
+            raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
     if not len(data):
         raise DataError(f"{path} holds no rows")
-    return data.select_columns([text])
+    if image is None:
+        return data.select_columns([text])
+    found = data.select_columns([text, image]).map(
+        _found,
+        batched=True,
+        with_indices=True,
+        remove_columns=[image],
+        features=datasets.Features({text: data.features[text], IMAGES: datasets.List(datasets.Value("string"))}),
+        load_from_cache_file=False,  # files come and go
+        fn_kwargs={"image": image, "file": str(path)},
+    )
+    return found.select_columns([text, IMAGES])
+
+
+def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:
+    """Makes paths of the names of images; raises all that lead nowhere."""
+    places = []
+    missing = []
+    for value, number in zip(rows[image], numbers, strict=True):
+        names = [value] if isinstance(value, str) else value or []
+        paths = [(Path(file).parent / name).resolve() for name in names if name]
+        missing += [f"row {number}: {path}" for path in paths if not path.is_file()]
+        places.append([str(path) for path in paths])
+    refuse(DataError, f"{file} names images that do not exist", few(missing))
+    return {IMAGES: places}
+
+
+def few(faults: Sequence[str]) -> list[str]:
+    """Returns the first few faults, and how many more there are."""
+    return [*faults[:6], f"and {len(faults) - 6} more"] if len(faults) > 6 else list(faults)
 
 
 def from_texts(texts: Sequence[str], text: str) -> datasets.Dataset:
@@ -57,16 +94,26 @@ def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: i
         """Cuts a batch of texts into examples."""
         examples = []
         for ids in tokenizer(rows[text], add_special_tokens=True, verbose=False)["input_ids"]:
-            if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-                ids = [*ids, tokenizer.eos_token_id]
-            pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-            examples += [piece for piece in pieces if len(piece) > 1]
+            examples += cut(ended(ids, tokenizer), max_length)
         return {"input_ids": examples, "labels": [list(piece) for piece in examples]}
 
     result = data.map(windows, batched=True, remove_columns=data.column_names)
     if not len(result):
         raise DataError("no text of the data yields two tokens, so there is nothing to predict")
     return result
+
+
+def ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Returns the tokens of a text with the end token after them, if there is one and it is not there."""
+    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        return [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def cut(ids: list[int], max_length: int) -> list[list[int]]:
+    """Cuts tokens into windows; one of a single token has nothing to predict."""
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def collator(tokenizer: Any) -> Any:
@@ -85,7 +132,7 @@ def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_siz
     logits are in memory at once. What takes long shows a bar.
     """
     total, tokens = 0.0, 0
-    rows = examples.select_columns(["input_ids", "labels"])
+    rows = examples.select_columns([name for name in ("input_ids", "labels", IMAGES) if name in examples.column_names])
     longest = max(map(len, rows["input_ids"]))
     size = max(1, min(batch_size, TOKENS // longest))
     starts = range(0, len(rows), size)
