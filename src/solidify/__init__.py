@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from solidify.pipeline import plan as plan
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
+    from solidify.tuning.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
+    from solidify.tuning.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.tuning.trainer import ObjectiveTrainer as ObjectiveTrainer
 
@@ -58,8 +60,10 @@ _WHERE = {
     "Edit": "model.surgery",
     "Finding": "findings",
     "Objective": "objective.objective",
+    "ObjectiveDPOTrainer": "tuning.preference",
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
+    "ObjectiveGKDTrainer": "tuning.teaching",
     "ObjectiveSFTTrainer": "tuning.trainer",
     "ObjectiveTrainer": "tuning.trainer",
     "Recipe": "recipe",
