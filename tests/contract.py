@@ -75,11 +75,17 @@ CASES = {
 SPREAD = Case(2, ranks=2)
 
 
-def named(name: str, **options: Any) -> Callable[[], Term]:
-    return lambda: Term(getattr(losses, name), name=name, arguments=options)
+def named(name: str, **options: Any) -> Callable[[Case], Term]:
+    """Makes the term anew for each use; a LoRA update is named by its target, a parameter by itself."""
+
+    def make_term(case: Case) -> Term:
+        places = {"parameters": Q + ".weight" if case.full else Q} if "parameters" in options else {}
+        return Term(getattr(losses, name), name=name, arguments={**options, **places})
+
+    return make_term
 
 
-TERMS: dict[str, Callable[[], Term]] = {
+TERMS: dict[str, Callable[[Case], Term]] = {
     "next_token": named("next_token", chunk=7),
     "forward_kl": named("forward_kl"),
     "reverse_kl": named("reverse_kl", temperature=2.0),
@@ -140,8 +146,9 @@ def reference() -> Any:
 @cache
 def weight(name: str) -> float:
     """A weight with which the term's gradient is as long as the model's."""
-    subject, batch = model(CASES["1 x 8"]), pico.collate(examples(CASES["1 x 8"]))
-    alone = gradient(subject, value(TERMS[name](), subject, batch, CASES["1 x 8"]))
+    case = CASES["1 x 8"]
+    subject, batch = model(case), pico.collate(examples(case))
+    alone = gradient(subject, value(TERMS[name](case), subject, batch, case))
     return length(gradient(subject, cross_entropy(subject, batch))) / length(alone)
 
 
@@ -156,7 +163,7 @@ class Way:
 
 
 def objective(name: str, case: Case) -> Objective:
-    term = TERMS[name]()
+    term = TERMS[name](case)
     term.weight = make(weight(name))
     return Objective([Term("model"), term], reference=reference() if case.full and term.asks_reference else None)
 
@@ -223,7 +230,7 @@ def right(way: str, name: str, case: Case) -> Gradient:
     if case.checkpointing or case.ranks > 1:
         return right(way, name, replace(case, checkpointing=False, ranks=1))
     subject, batch = model(case), WAYS[way].collate(rows_of(way, case))
-    loss = WAYS[way].own(subject, batch, case) + weight(name) * value(TERMS[name](), subject, batch, case)
+    loss = WAYS[way].own(subject, batch, case) + weight(name) * value(TERMS[name](case), subject, batch, case)
     return gradient(subject, loss)
 
 
@@ -320,7 +327,7 @@ def added(kind: type, name: str, case: Case) -> type:
             if "completion_mask" in seen:
                 seen["labels"] = seen["input_ids"].masked_fill(seen["completion_mask"] == 0, -100)
             inside = subject.module if isinstance(subject, nn.parallel.DistributedDataParallel) else subject
-            return loss + weight(name) * value(TERMS[name](), inside, seen, case)
+            return loss + weight(name) * value(TERMS[name](case), inside, seen, case)
 
     return Script
 
@@ -409,7 +416,7 @@ def loop(name: str, case: Case, ours: bool) -> Gradient:
         engine.close()
     else:
         for batch in batches(case):
-            loss = subject(**batch).loss + weight(name) * value(TERMS[name](), subject, batch, case)
+            loss = subject(**batch).loss + weight(name) * value(TERMS[name](case), subject, batch, case)
             (loss / case.steps).backward()
     return found_gradients(subject)
 
@@ -431,7 +438,7 @@ def in_lightning(name: str, case: Case, ours: bool, directory: Path) -> Gradient
             def training_step(self, given: Any, index: int) -> Any:
                 if not ours:
                     own = self.subject(**given).loss
-                    return own + weight(name) * value(TERMS[name](), self.subject, given, case)
+                    return own + weight(name) * value(TERMS[name](case), self.subject, given, case)
                 self.engine.begin(given)
                 for batch in given:
                     self.manual_backward(self.engine.loss(batch))

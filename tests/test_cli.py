@@ -72,6 +72,17 @@ BAD_INPUT = {
     "training what is not there": ({"adapter__train": ["**.skale"]}, "'**.skale' hits nothing"),
     "unknown loss": ({"objective__1__loss": "bottleneck_loss.py:far"}, "defines no 'far'"),
     "wrong loss argument": ({"objective__1__arguments": {"paramters": 1}}, "it has no parameter 'paramters'"),
+    "weight of another kind": ({"objective__1__weight": {"shedule": {}}}, "a weight is a number, {schedule: ...} or"),
+    "weight that cannot be": (
+        {"objective__1__weight": {"schedule": {"start": 0}}},
+        "the weight's schedule does not fit",
+    ),
+    "teacher that nobody asks": ({"teacher": {"model": "builtin:tiny-olmoe"}}, "no term of the objective looks at it"),
+    "teacher that is not there": (
+        {"teacher": {"model": "no/such-model"}, "objective__0__loss": "solidify.losses:forward_kl"},
+        "the base 'no/such-model' cannot be loaded",
+    ),
+    "kernels without an accelerator": ({"training__use_liger_kernel": True}, "Triton has no compiler for the device"),
     "missing data": ({"data__train": "none.jsonl"}, "none.jsonl does not exist"),
     "unknown training field": ({"training__max_step": 3}, "did you mean 'max_steps'?"),
     "training value of a wrong kind": ({"training__eval_strategy": "sometimes"}, "the training section does not fit"),
@@ -376,3 +387,22 @@ def test_a_block_expansion_trains_only_its_new_layers(cli: Solidify, tmp_path: P
     assert found["frozen tensors unchanged"]["passed"]
     config = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
     assert config["num_hidden_layers"] == 6
+
+
+def test_a_shortened_model_learns_from_the_whole_one(cli: Solidify, tmp_path: Path) -> None:
+    """Distillation from a teacher of another size, a weight that fades, groups, and no logits of all positions."""
+    steps = ["--set", "training.max_steps=4", "--set", "training.logging_steps=1"]
+    code, _, words = cli("run", EXAMPLES / "smaller.yaml", "--output", tmp_path / "out", *steps)
+    assert code == 0, words
+    assert "The objective in the first step" in words
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {f["name"]: f for stage in report["stages"].values() for f in stage}
+    assert found["every term has a gradient"]["evidence"] == "3 terms with a gradient of their own"
+    assert found["gradient does not depend on accumulation"]["passed"]
+    history = report["measured"]["history"]
+    assert [logs["weight/hidden_match"] for logs in history] == pytest.approx([0.5, 0, 0, 0])
+    for logs in history:
+        assert logs["term/chunked_distillation"] > 0.01
+        assert logs["loss"] == pytest.approx(sum(v for k, v in logs.items() if k.startswith("weighted/")), rel=1e-6)
+    saved = sorted((tmp_path / "out" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    assert "term/hidden_match" in json.loads(saved[-1].read_text())["log_history"][0]

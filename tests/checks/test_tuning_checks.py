@@ -148,6 +148,15 @@ def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_
     assert finding.passed is (cls is ObjectiveTrainer)
 
 
+def test_a_term_that_never_had_a_gradient_is_found(trash_artifact: Path, tmp_path: Path) -> None:
+    asleep = solidify.attach(solidify.load(trash_artifact), lora=LORA, train=TRAIN)
+    terms = [Term("model"), Term(losses.trash_budget, arguments={"target": 0.5}, name="budget")]
+    finding = gradients.terms(train(asleep, tmp_path, terms=terms).engine.sanity)
+    assert not finding.passed and finding.evidence == "budget never had a gradient"
+    finding = gradients.terms(train(awake(trash_artifact), tmp_path, terms=terms).engine.sanity)
+    assert finding.passed and "2 terms" in finding.evidence
+
+
 def test_accumulation_of_nothing_proves_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     trainer = train(awake(trash_artifact), tmp_path)
     assert not gradients.accumulation(trainer, pico.ragged(1)).passed

@@ -124,7 +124,11 @@ def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, sp
     trainer.current_gradient_accumulation_steps = len(window)
     for batch in window:
         trainer.training_step(model, batch, items)
-    found = {n: processes.whole(p.grad).detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if spread > 1:  # all processes must have the same tensors to reduce, whatever their share of the data reached
+        for _, parameter in trained:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    found = {name: processes.whole(p.grad).detach().clone() for name, p in trained if p.grad is not None}
     if spread > 1 and not processes.is_spread(model):  # else they were averaged on the way
         found = {name: trainer.accelerator.reduce(gradient, "mean") for name, gradient in found.items()}
     model.zero_grad()

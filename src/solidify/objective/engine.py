@@ -118,7 +118,7 @@ class ObjectiveEngine:
             if term.acts:
                 self._add(self._sums, term.name, term.call(supply).detach())
         total = self._total(parts)
-        self.sanity.look(parts, self.model, counts, self.step)
+        self.sanity.look(parts, self.model, counts, self.step, self.steps)
         return (total, output) if outputs else total
 
     def _total(self, parts: Mapping[str, Part]) -> torch.Tensor:

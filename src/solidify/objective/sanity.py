@@ -1,7 +1,8 @@
 """What each term really is in the first step: its value, its weight, and how much of the gradient it makes.
 
 A term that cannot change anything is refused there and then. One whose gradient is zero (a penalty of zeros, a
-divergence from the model itself, a sleeping gate) may wake later: it is looked at again in steps 2, 4, 8, ...
+divergence from the model itself, a sleeping gate) may wake later: it is looked at again in the first steps, then ever
+more rarely, and in the last one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from solidify.objective.term import Part
 from solidify.objective.weights import Constant
 from solidify.objective.window import Counts
 
+OFTEN = 8  # steps in each of which a term without a gradient is looked at
 ROUNDING = 1e-6  # of the largest gradient: what is left in float32 of a sum that cancels
 
 
@@ -49,14 +51,15 @@ class Sanity:
         self._looked = -1
         self._largest = 0.0
 
-    def look(self, parts: Mapping[str, Part], model: nn.Module, counts: Counts, step: int) -> None:
-        """Looks at one micro-batch, if it is time to; `step` counts the steps taken so far.
+    def look(self, parts: Mapping[str, Part], model: nn.Module, counts: Counts, step: int, steps: int = 0) -> None:
+        """Looks at one micro-batch, if it is time to; `step` counts the steps taken so far, of `steps` planned.
 
         Raises:
             ObjectiveError: a term with a weight has no path to anything that is trained.
         """
         first = not self.rows
-        again = any(not reached for reached in self.reached.values()) and step & (step + 1) == 0
+        due = step < OFTEN or step & (step + 1) == 0 or step + 1 == steps
+        again = due and any(not reached for reached in self.reached.values())
         if not torch.is_grad_enabled() or not counts.target_tokens or step == self._looked or not (first or again):
             return
         self._looked = step

@@ -6,7 +6,7 @@ half precision. In evaluation only the model's own loss counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from solidify.objective.objective import Objective
 from solidify.objective.passes import Scaling
 from solidify.objective.sanity import Sanity
 from solidify.tuning import checkpoints, kernels
+from solidify.tuning.batching import Batched
+from solidify.tuning.groups import Grouped
 from solidify.tuning.runs import SFTRuns, TrainerRuns
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -199,8 +201,8 @@ class ObjectiveMixin:
         """Drops what was counted for a step that was computed but not taken."""
         self.engine.forget()
 
-    def after_step(self) -> None:
-        """Ends a step: terms act, weights move, numbers are added up until the next log."""
+    def after_step(self) -> dict[str, float]:
+        """Ends a step: terms act, weights move. Returns its numbers, which are added up until the next log."""
         window = self.engine.window
         if window is not None and self.args.include_num_input_tokens_seen == "no":  # else transformers counts them
             self.state.num_input_tokens_seen += int(window.attended_tokens)
@@ -210,6 +212,7 @@ class ObjectiveMixin:
         for name, value in numbers.items():
             if name != "loss":  # the trainer's own
                 self._sums[name] = self._sums.get(name, 0.0) + value
+        return numbers
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
@@ -224,9 +227,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends the step, and shows what was found in the first one."""
-        self.trainer.after_step()
+        numbers = self.trainer.after_step()
         if state.global_step == 1 and state.is_world_process_zero:
-            console.words.print(sanity_table(self.trainer.engine.sanity))
+            console.words.print(sanity_table(self.trainer.engine.sanity, numbers))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -235,32 +238,30 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self.trainer.settle()
 
 
-def sanity_table(sanity: Sanity) -> Any:
-    """Shows the terms of the first micro-batch: value, weighted, and how large each one's gradient is."""
+def sanity_table(sanity: Sanity, numbers: Mapping[str, float]) -> Any:
+    """Shows the terms of the first step: value, weighted, and the norm of each one's gradient in a micro-batch."""
     largest = max((row.gradient for row in sanity.rows if row.gradient is not None), default=0.0) or 1.0
-    rows = [
-        (
-            row.name,
-            f"{row.value:.4g}",
-            f"{row.weighted:.4g}",
-            "not measured"
-            if row.gradient is None
-            else f"{row.gradient:.2e}"
-            if sanity.reached.get(row.name)
-            else "none yet",
-            "" if not row.gradient else f"{row.gradient / largest:.1%}",
-        )
-        for row in sanity.rows
-    ]
+    rows = []
+    for row in sanity.rows:
+        norm, share = "not measured", ""
+        if row.gradient is not None:
+            norm, share = "none yet", ""
+            if sanity.reached.get(row.name):
+                norm, share = f"{row.gradient:.2e}", f"{row.gradient / largest:.1%}"
+        values = (f"{numbers[f'{kind}/{row.name}']:.4g}" for kind in ("term", "weighted"))
+        rows.append((row.name, *values, norm, share))
     columns = ("term", "value", "weighted", "gradient norm", "of the largest")
-    return console.table("The objective in the first micro-batch", columns, rows, numbers=(1, 2, 3, 4))
+    return console.table("The objective in the first step", columns, rows, numbers=(1, 2, 3, 4))
 
 
-class ObjectiveTrainer(ObjectiveMixin, Trainer):  # type: ignore[misc]
-    """transformers' Trainer, trained on an `Objective`; all other arguments are Trainer's."""
+class ObjectiveTrainer(Grouped, Batched, ObjectiveMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer, trained on an `Objective`, with `parameter_groups` and `group_by` as a recipe has them.
+
+    All other arguments are Trainer's.
+    """
 
 
-class ObjectiveSFTTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
+class ObjectiveSFTTrainer(Grouped, Batched, ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer, trained on an `Objective`; all other arguments are SFTTrainer's.
 
     TRL computes the loss from the decoder's output without ever building the logits; where a term asks for them, they
