@@ -97,6 +97,7 @@ TERMS: dict[str, Callable[[Case], Term]] = {
     "router_z": named("router_z"),
     "router_entropy": named("router_entropy"),
     "router_mutual_information": named("router_mutual_information"),
+    "kept_share": named("kept_share"),
     "trash_budget": named("trash_budget", target=0.3),
     "beta_prior": named("beta_prior", target=0.3),
     "weight_penalty, l2": named("weight_penalty"),

@@ -44,6 +44,11 @@ def test_the_prior_is_that_of_a_beta_distribution(target: float, concentration: 
         assert term.value(torch.full((3,), other)).item() > 0
 
 
+def test_the_kept_share_is_the_mean_over_slots_tokens_and_layers() -> None:
+    expected = torch.stack([torch.sigmoid(m[:15] / 2.0).mean() for m in margins().values()]).mean()
+    assert value(losses.kept_share(temperature=2.0), margins()).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_its_gradient_pulls_the_kept_share_to_the_target() -> None:
     for target, sign in ((0.1, 1), (0.9, -1)):
         term = losses.beta_prior(target)

@@ -51,7 +51,6 @@ def test_the_head_is_the_models_own(name: str, dtype: torch.dtype) -> None:
         assert head(rows[:5]).shape == (5, 128)
         again = model(**inputs).logits  # the model is as it was
     assert torch.equal(again, logits)
-    assert head.trained and all(p.shape[0] in (128, 32, 16) for p in head.trained)
 
 
 def test_a_head_that_is_trained_by_lora_is_used_with_it(trash_artifact: Path) -> None:
@@ -65,7 +64,6 @@ def test_a_head_that_is_trained_by_lora_is_used_with_it(trash_artifact: Path) ->
         torch.testing.assert_close(head(output[0][0]), logits[0], rtol=0, atol=1e-6)
         with model.disable_adapter():
             assert not torch.allclose(head(output[0][0]), logits[0], atol=1e-3)
-    assert len(head.trained) == 2
 
 
 class Watch:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -103,23 +102,12 @@ def test_the_trainer_moves_a_scheduled_weight_and_logs_it(trash_artifact: Path, 
         assert logs["loss"] == pytest.approx(logs["weighted/model"] + weighted, rel=1e-6)
 
 
-class Kept:
-    """The soft share of slots that trash cans keep, as it is: a constraint says what to make of it."""
-
-    captures: ClassVar[dict[str, Any]] = {"trash": losses.TRASH}
-    linear = True
-
-    def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        return torch.stack([(torch.sigmoid(m).mean(-1) * mask).sum() for m in trash.values()])
-
-    def value(self, means: torch.Tensor) -> torch.Tensor:
-        return means.mean()
-
-
 def held(artifact: Path, steps: int, *, stop: int = 0) -> tuple[list[float], Any, Any, Any]:
     model = awake(artifact)
     weight = Constraint(0.4, "equal", rate=0.1, damping=5.0)
-    engine = ObjectiveEngine(Objective([Term("model"), Term(Kept, weight, name="kept")]), model, steps=steps)
+    engine = ObjectiveEngine(
+        Objective([Term("model"), Term(losses.kept_share, weight, name="kept")]), model, steps=steps
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     batch, seen = pico.collate(pico.ragged(8)), []
     for _ in range(stop or steps):
@@ -141,7 +129,9 @@ def test_a_multiplier_comes_back_from_a_checkpoint(trash_artifact: Path, tmp_pat
     _, first, _, _ = held(trash_artifact, 10)
     torch.save(first.state_dict(), tmp_path / "engine.pt")
     second = ObjectiveEngine(
-        Objective([Term("model"), Term(Kept, Constraint(0.4, "equal", rate=0.1, damping=5.0), name="kept")]),
+        Objective(
+            [Term("model"), Term(losses.kept_share, Constraint(0.4, "equal", rate=0.1, damping=5.0), name="kept")]
+        ),
         awake(trash_artifact),
         steps=10,
     )

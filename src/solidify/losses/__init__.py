@@ -10,6 +10,7 @@ from solidify.losses.anchors import fisher_diagonal as fisher_diagonal
 from solidify.losses.chunking import chunked as chunked
 from solidify.losses.compute import TRASH as TRASH
 from solidify.losses.compute import BetaPrior as beta_prior
+from solidify.losses.compute import KeptShare as kept_share
 from solidify.losses.compute import TrashBudget as trash_budget
 from solidify.losses.compute import TrashController as trash_controller
 from solidify.losses.distillation import ChunkedDistillation as chunked_distillation
@@ -52,6 +53,7 @@ __all__ = [
     "hidden_match",
     "jensen_shannon",
     "jensen_shannon_continuous",
+    "kept_share",
     "kl_to_base",
     "l2_sp",
     "load_balance",

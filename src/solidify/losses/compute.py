@@ -21,7 +21,29 @@ WIDTH, LOWEST, HIGHEST = 1 / 32, -80, 16
 _BINS = int((HIGHEST - LOWEST) / WIDTH)
 
 
-class TrashBudget:
+class KeptShare:
+    """`mean over layers, tokens and slots of sigmoid(margin/τ)`: how much of the routed slots is kept, softly.
+
+    As it is: a constraint says what to make of it (`weight: {constraint: {target: 0.75, bound: equal}}`). Statistic,
+    linear.
+    """
+
+    captures: ClassVar[dict[str, Capture]] = {"trash": TRASH}
+    linear = True
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+
+    def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        """Returns, per layer, the sum over attended tokens of the soft kept share (layers,)."""
+        return torch.stack([(torch.sigmoid(wide(m) / self.temperature).mean(-1) * mask).sum() for m in trash.values()])
+
+    def value(self, means: torch.Tensor) -> torch.Tensor:
+        """Returns the share, averaged over layers."""
+        return means.mean()
+
+
+class TrashBudget(KeptShare):
     """`mean over layers of (mean over tokens and slots of sigmoid(margin/τ) - target)²`.
 
     `target` is the share of routed slots that shall be kept; the mean is a soft count of the slots whose
@@ -29,16 +51,12 @@ class TrashBudget:
     wake it with `trash_controller` or a `threshold` argument. Statistic.
     """
 
-    captures: ClassVar[dict[str, Capture]] = {"trash": TRASH}
+    linear = False
 
     def __init__(self, target: float, temperature: float = 1.0) -> None:
         _share("trash_budget", target)
+        super().__init__(temperature)
         self.target = target
-        self.temperature = temperature
-
-    def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """Returns, per layer, the sum over attended tokens of the soft kept share (layers,)."""
-        return torch.stack([(torch.sigmoid(wide(m) / self.temperature).mean(-1) * mask).sum() for m in trash.values()])
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the squared distance from the target, averaged over layers."""

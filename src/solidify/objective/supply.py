@@ -55,7 +55,7 @@ class Head:
     """Makes logits (n, vocab_size) of rows (n, hidden_size) that the decoder returned, by the model's own forward pass.
 
     The decoder is replaced by one that returns the rows, so whatever the model does around its head (a bias, a scale, a
-    soft cap, LoRA) is done here too. `trained` are the parameters outside the decoder, or shared with it, that train.
+    soft cap, LoRA) is done here too.
     """
 
     def __init__(
@@ -65,12 +65,7 @@ class Head:
         self._plain = plain
         self._kind = type(output)
         self._recorder = recorder
-        inside = {id(parameter) for parameter in decoder.parameters()}
         embeddings = plain.get_output_embeddings()
-        own = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
-        self.trained: list[nn.Parameter] = [
-            p for p in plain.parameters() if p.requires_grad and (id(p) not in inside or id(p) in own)
-        ]
         self._decoder = decoder
         self._dtypes = {parameter.dtype for parameter in embeddings.parameters()} if embeddings is not None else set()
 
