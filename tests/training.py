@@ -35,6 +35,20 @@ def awake(artifact: Path, **declared: Any) -> torch.nn.Module:
     return model
 
 
+def entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A user's term over target tokens, as a mean."""
+    chosen = torch.log_softmax(logits[:, :-1][labels[:, 1:] != -100].float(), -1)
+    return -(chosen.exp() * chosen).sum(-1).mean()
+
+
+def first_token_norm(logits: torch.Tensor) -> torch.Tensor:
+    """A user's term that is a mean over sequences."""
+    return logits[:, 0].float().square().sum(-1).mean()
+
+
+first_token_norm.reduction = "sequence_mean"  # type: ignore[attr-defined]
+
+
 def arguments(directory: Path, size: int, steps: int, kind: type = TrainingArguments, **more: Any) -> Any:
     values = {
         "output_dir": str(directory),

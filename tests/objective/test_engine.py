@@ -20,18 +20,13 @@ from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.objective.window import windows
-from training import LORA, awake, distance, step
+from training import LORA, awake, distance, entropy, step
 
 TOLERANCE = 5e-6  # float32 sums in another order
 
 
 def penalty(model: nn.Module) -> torch.Tensor:
     return sum(p.float().square().sum() for p in model.parameters() if p.requires_grad)
-
-
-def entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    chosen = torch.log_softmax(logits[:, :-1][labels[:, 1:] != -100].float(), -1)
-    return -(chosen.exp() * chosen).sum(-1).mean()
 
 
 def everything() -> list[Term]:

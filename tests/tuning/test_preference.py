@@ -28,7 +28,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.preference import ObjectiveDPOTrainer
-from training import LORA, TRAIN, Gradients, arguments, awake, distance, in_order
+from training import LORA, TRAIN, Gradients, arguments, awake, distance, entropy, first_token_norm, in_order
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch: 3, 3 and 2 pairs
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -98,18 +98,6 @@ def prepared(
     in_order(trainer)
     return trainer
 
-
-def entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A user's term over target tokens, as a mean."""
-    chosen = torch.log_softmax(logits[:, :-1][labels[:, 1:] != -100].float(), -1)
-    return -(chosen.exp() * chosen).sum(-1).mean()
-
-
-def first_token_norm(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, 0].float().square().sum(-1).mean()
-
-
-first_token_norm.reduction = "sequence_mean"  # type: ignore[attr-defined]
 
 TERMS: dict[str, Callable[[], list[Term]]] = {
     "the preference loss": lambda: [Term("model")],

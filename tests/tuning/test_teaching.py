@@ -26,7 +26,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.teaching import GKDTrainer, ObjectiveGKDTrainer
-from training import Gradients, arguments, awake, distance, in_order
+from training import Gradients, arguments, awake, distance, entropy, in_order
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -105,12 +105,6 @@ def step(*args: Any, **more: Any) -> tuple[dict[str, torch.Tensor], Any]:
     trainer.add_callback(watch)
     trainer.train()
     return watch.found, trainer
-
-
-def entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A user's term over target tokens, as a mean."""
-    chosen = torch.log_softmax(logits[:, :-1][labels[:, 1:] != -100].float(), -1)
-    return -(chosen.exp() * chosen).sum(-1).mean()
 
 
 TERMS: dict[str, Callable[[], list[Term]]] = {

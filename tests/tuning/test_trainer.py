@@ -17,7 +17,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
-from training import LORA, Gradients, arguments, awake, distance, in_order, step
+from training import LORA, Gradients, arguments, awake, distance, entropy, first_token_norm, in_order, step
 
 SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -27,22 +27,10 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
     return sum(p.float().square().sum() for p in model.parameters() if p.requires_grad)
 
 
-def mean_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A user's term over target tokens, as a mean."""
-    chosen = torch.log_softmax(logits[:, :-1][labels[:, 1:] != -100].float(), -1)
-    return -(chosen.exp() * chosen).sum(-1).mean()
-
-
-def first_token_norm(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, 0].float().square().sum(-1).mean()
-
-
-first_token_norm.reduction = "sequence_mean"  # type: ignore[attr-defined]
-
 TERMS: dict[str, Callable[[], list[Term]]] = {
     "the model's loss": lambda: [Term("model")],
     "a user's penalty": lambda: [Term("model"), Term(penalty, 0.1)],
-    "a user's token mean": lambda: [Term("model"), Term(mean_entropy, 0.3)],
+    "a user's token mean": lambda: [Term("model"), Term(entropy, 0.3)],
     "a user's sequence mean": lambda: [Term("model"), Term(first_token_norm, 0.1)],
     "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
     "trash budget": lambda: [Term("model"), Term(losses.trash_budget, 20.0, arguments={"target": 0.3})],
@@ -57,7 +45,7 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
         Term(losses.load_balance, 0.1),
         Term(losses.router_z, 0.01),
         Term(losses.weight_penalty, 0.1),
-        Term(mean_entropy, 0.1),
+        Term(entropy, 0.1),
         Term(losses.trash_controller, arguments={"target": 0.5}),
     ],
 }
