@@ -184,6 +184,10 @@ def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path,
     assert code == 0
     assert len(document["edits"]) == 4
     assert document["trainer"] == "ObjectiveSFTTrainer"
+    assert document["objective"] == [
+        {"name": "model", "reduction": "token_sum", "weight": 1.0, "reference": False},
+        {"name": "near_one", "reduction": "constant", "weight": 0.1, "reference": False},
+    ]
     assert len([name for name in document["trainable"] if name.startswith("lora ")]) == 8
     assert "full model.layers.3.self_attn.o_proj.scale" in document["trainable"]
     added = 4 * (2 * 16 * 128 + 1)
@@ -391,6 +395,9 @@ def test_a_block_expansion_trains_only_its_new_layers(cli: Solidify, tmp_path: P
 
 def test_a_shortened_model_learns_from_the_whole_one(cli: Solidify, tmp_path: Path) -> None:
     """Distillation from a teacher of another size, a weight that fades, groups, and no logits of all positions."""
+    code, shown, _ = cli("plan", EXAMPLES / "smaller.yaml")
+    assert code == 0
+    assert "schedule: start: 0.5, end: 0.0, length: 0.5" in shown and "learning_rate: 0.0001" in shown
     steps = ["--set", "training.max_steps=4", "--set", "training.logging_steps=1"]
     code, _, words = cli("run", EXAMPLES / "smaller.yaml", "--output", tmp_path / "out", *steps)
     assert code == 0, words

@@ -23,7 +23,7 @@ import llava
 import pico
 import solidify
 from llava import IMAGE_TOKENS, PROJECTOR, QUERIES
-from solidify import materials, pipeline, recipe
+from solidify import dry_run, materials, pipeline, recipe
 from solidify.artifact import loading
 from solidify.errors import DataError, RecipeError
 from solidify.objective.objective import Objective, Term
@@ -425,13 +425,13 @@ def test_a_recipe_is_strict_about_groups_and_images(base: Path, rows: Path, over
 )
 def test_a_plan_says_what_does_not_go_with_images(base: Path, rows: Path, override: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        pipeline.plan(loaded(base, rows, override))
+        dry_run.plan(loaded(base, rows, override))
 
 
 def test_a_plan_says_that_a_base_cannot_put_images_among_tokens(base: Path, rows: Path, copy_of: Any) -> None:
     (bare := copy_of(base)).joinpath("processor_config.json").unlink()
     with pytest.raises(RecipeError, match=r"data\.image: .* has no processor that can be loaded here"):
-        pipeline.plan(loaded(bare, rows))
+        dry_run.plan(loaded(bare, rows))
 
 
 # Batches without images, on one process and on several.

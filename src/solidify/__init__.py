@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from solidify.artifact.solidify import Artifact as Artifact
     from solidify.artifact.solidify import build as build
     from solidify.checks.check import check as check
+    from solidify.dry_run import plan as plan
     from solidify.errors import AdapterError as AdapterError
     from solidify.errors import ArtifactError as ArtifactError
     from solidify.errors import CheckFailed as CheckFailed
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from solidify.objective.weights import Constraint as Constraint
     from solidify.objective.weights import Schedule as Schedule
     from solidify.objective.window import windows as windows
-    from solidify.pipeline import plan as plan
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
     from solidify.tuning.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
@@ -81,7 +81,7 @@ _WHERE = {
     "load": "adapter.storage",
     "load_adapter": "adapter.storage",
     "merge": "export",
-    "plan": "pipeline",
+    "plan": "dry_run",
     "remove": "model.depth",
     "replace": "model.surgery",
     "run": "pipeline",

@@ -77,9 +77,9 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     """What a recipe would do: every edit, the exact trainable set, costs, the code to be written. Writes nothing."""
     loaded = _recipe(recipe, set_)
     _quiet()
-    from solidify import pipeline, views
+    from solidify import dry_run, views
 
-    planned = pipeline.plan(loaded).document()
+    planned = dry_run.plan(loaded).document()
     if as_json:
         _print_json(planned)
         return
@@ -107,9 +107,9 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
     """Surgery and solidification only: writes OUTPUT/artifact."""
     loaded = _recipe(recipe, set_)
     _quiet()
-    from solidify import pipeline
+    from solidify import dry_run, pipeline
 
-    pipeline.plan(loaded)
+    dry_run.plan(loaded)
     report = pipeline.build(loaded, pipeline.output_of(loaded, output), link=not copy)
     _show(report.document())
     report.require()

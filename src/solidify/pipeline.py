@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +12,21 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from solidify import console, export, materials, places, processes
-from solidify.adapter import adapters, standing, storage
+from solidify.adapter import adapters, storage
 from solidify.adapter import plan as planning
-from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import certificate, loading, manifest, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
+from solidify.dry_run import plan
 from solidify.errors import ArtifactError, RecipeError
 from solidify.findings import Finding, Report
-from solidify.model import anatomy, ledger, probing
-from solidify.model.cost import cost
-from solidify.model.surgery import Edit
-from solidify.objective.objective import Objective
+from solidify.model import anatomy, probing
 from solidify.recipe import Recipe
-from solidify.tuning import checkpoints, data, groups, kernels
+from solidify.tuning import checkpoints, data
 from solidify.tuning.progress import TrainingBar
 from solidify.weights import hashing, spilling
 
 SEED = 42  # transformers' own default
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe would do.
-
-    `before` and `after` are costs. `adapter` and `trainer` are None without an adapter; `trainable` maps what would be
-    trained (`lora` or `full`, and the name) to its number of parameters. `tensors` lists which of the base's are `kept`
-    and `dropped`, and which are `new`. `files` is the artifact's code by file name, of which `generated` names what
-    solidify writes, and `requirements` what it needs beside torch and transformers.
-    """
-
-    edits: list[Edit]
-    adapter: AdapterPlan | None
-    before: dict[str, int]
-    after: dict[str, int]
-    trainer: str | None
-    trainable: dict[str, int]
-    tensors: dict[str, list[str]]
-    files: dict[str, str]
-    generated: list[str]
-    requirements: dict[str, str]
-
-    def document(self) -> dict[str, Any]:
-        """Returns the plan as plain values."""
-        return {
-            "edits": [edit.document() for edit in self.edits],
-            "before": self.before,
-            "after": self.after,
-            "trainer": self.trainer,
-            "trainable": self.trainable,
-            "tensors": self.tensors,
-            "requirements": self.requirements,
-            "generated": self.generated,
-            "files": self.files,
-        }
 
 
 def output_of(recipe: Recipe, output: str | Path | None) -> Path:
@@ -79,67 +38,6 @@ def output_of(recipe: Recipe, output: str | Path | None) -> Path:
     if output is None and recipe.output is None:
         raise RecipeError("nothing says where results go: give --output DIR, or `output` in the recipe")
     return Path(output if output is not None else recipe.output or "")
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Resolves a recipe on the meta device: every edit, what would be trained, costs. Nothing is written.
-
-    Raises:
-        SolidifyError: whatever a run would refuse before it computes anything.
-    """
-    base = materials.load_base(recipe, device="meta")
-    before, names = cost(base.model).document(), list(base.model.state_dict())
-    edits = materials.operate(recipe, base.model)
-    code = sources.compile_sources(base.model, edits)
-    after = cost(base.model).document()
-    wanted, trainer, trainable = None, None, dict[str, int]()
-    if recipe.adapter is not None:
-        wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
-        arguments = materials.training_arguments(recipe, Path("nowhere"))
-        materials.refuse_unprepared(recipe, base.processor)
-        kernels.refuse_unusable(arguments, base.model, Objective(materials.make_terms(recipe)))
-        materials.load_teacher(recipe, device="meta")
-        materials.read_texts(recipe)
-        trainer = materials.trainer_class(recipe).__name__
-        trainable = _trainable(recipe, base.model)
-    return Plan(
-        edits=edits,
-        adapter=wanted,
-        before=before,
-        after=after,
-        trainer=trainer,
-        trainable=trainable,
-        tensors=_tensors(names, edits),
-        files=code.files,
-        generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
-        requirements=code.requirements,
-    )
-
-
-def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]]:
-    """Follows the base's tensors through all edits."""
-    origins, _ = ledger.origins(names, [edit.document() for edit in edits])
-    used = set(origins.values())
-    return {
-        "kept": [name for name in names if name in used],
-        "new": [name for name, origin in origins.items() if origin is None],
-        "dropped": [name for name in names if name not in used],
-    }
-
-
-def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
-    """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
-    assert recipe.adapter is not None
-    # How low-rank factors start changes no shape, and some starts need the weights.
-    shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
-    with console.silence():
-        peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
-    groups.resolve(peft_model, materials.parameter_groups(recipe))
-    counts: dict[str, int] = {}
-    for kind, name, parameter in standing.named_parameters(peft_model):
-        if parameter.requires_grad:
-            counts[f"{kind} {name}"] = counts.get(f"{kind} {name}", 0) + parameter.numel()
-    return counts
 
 
 def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False, link: bool = True) -> Report:

@@ -78,6 +78,8 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     if document["trainable"]:
         yield _trained(document["trainable"], document["after"]["parameters"])
         yield f"Trainer: {document['trainer']}\n"
+        yield _objective(document["objective"])
+        yield from _groups(document["groups"])
     before, after = document["before"], document["after"]
     rows = [
         (label, show(before[key]), show(after[key]), _difference(before[key], after[key], show))
@@ -138,6 +140,32 @@ def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
     made.add_section()
     made.add_row("all", f"{len(trainable)} names", "", f"{total:,}", console.share(total, parameters), style="bold")
     return made
+
+
+def _objective(terms: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Shows the terms: what kind of quantity each is, and its weight."""
+    rows = [
+        (escape(term["name"]), term["reduction"], escape(_short(term["weight"])), "yes" if term["reference"] else "")
+        for term in terms
+    ]
+    return console.table("Objective", ("term", "reduction", "weight", "looks at the reference"), rows)
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Shows the parameter groups, if there are any."""
+    if groups:
+        rows = [
+            (escape(_short(group["parameters"])), escape(_short({k: v for k, v in group.items() if k != "parameters"})))
+            for group in groups
+        ]
+        yield console.table("Parameter groups", ("parameters", "settings"), rows)
+
+
+def _short(value: Any) -> str:
+    """Writes a value of a recipe in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_short(each)}" for key, each in value.items() if each != {})
+    return ", ".join(map(_short, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _folded(names: Iterable[str]) -> list[list[str]]:
