@@ -143,7 +143,7 @@ class Spectral:
             steps = int(not torch.equal(right, self.right[name].to(stack)))
         else:
             generator = torch.Generator().manual_seed(len(self.left))
-            left = _unit(torch.randn(*stack.shape[:2], 1, generator=generator)).to(stack)
+            left = _unit(torch.randn(*stack.shape[:2], 1, generator=generator, dtype=torch.float32)).to(stack)
             right = _unit(stack.mT @ left)
             steps = self.start
         for _ in range(steps):
