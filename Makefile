@@ -33,6 +33,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/training_step.py --rounds 3
 	$(BIN)/python benchmarks/trash_can.py
 	$(BIN)/python benchmarks/scale.py --size small --rounds 1

@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import sqlite3
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,12 +77,14 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(found, logged)
 
 
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio(tmp_path: Path) -> None:
     if importlib.util.find_spec("trackio") is None:
         pytest.skip("trackio is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported, so not before
-    assert "trackio" not in sys.modules
-    logged = train(tmp_path, "trackio")
+    # trackio reads where its files go when it is imported, which other tests may have done: a process of its own.
+    places = {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(Path(pico.__file__).parent)}
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path), "trackio"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **places})
+    logged = json.loads((tmp_path / "logged.json").read_text())
 
     (database,) = (tmp_path / "trackio").glob("*.db")
     with contextlib.closing(sqlite3.connect(database)) as connection:
@@ -127,3 +131,7 @@ def records(content: bytes) -> Iterator[Any]:
         if kind in (1, 4):  # a whole record, or the last piece of one
             yield Record.FromString(pieces)
             pieces = b""
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) / "logged.json").write_text(json.dumps(train(Path(sys.argv[1]), sys.argv[2])))
