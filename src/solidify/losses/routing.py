@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
+from transformers import PreTrainedConfig
 
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError
 from solidify.losses.precision import wide
+from solidify.objective.capture import recorded
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
@@ -158,19 +158,11 @@ def _logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
 
 
 def _place(model: nn.Module | None, router: standing.Standing | None) -> int:
-    """Returns where in a router's output transformers records its logits; 0 where it says nothing.
-
-    `_can_record_outputs` is transformers' own declaration (5.23, `utils/output_capturing.py`); it has no public name.
-    """
+    """Returns where in a router's output transformers records its logits; 0 where it says nothing."""
     if model is None or router is None:
         return 0
-    for module in standing.plain_model(model).modules():
-        declared = (module._can_record_outputs or {}) if isinstance(module, PreTrainedModel) else {}
-        specs = declared.get("router_logits", [])
-        for spec in specs if isinstance(specs, list) else [specs]:
-            if isinstance(spec, OutputRecorder) and isinstance(router.inner, spec.target_class):
-                return int(spec.index)
-    return 0
+    places = recorded(model, "router_logits")
+    return next((index for cls, index in places.items() if isinstance(router.inner, cls)), 0)
 
 
 def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:

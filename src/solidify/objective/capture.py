@@ -58,7 +58,7 @@ class Capture:
         if self.modules is not None:
             names = anatomy.match(self.modules, places)[self.modules]
         elif self.records is not None:
-            classes = _recorded(model, self.records)
+            classes = tuple(recorded(model, self.records))
             names = [name for name, place in places.items() if isinstance(place.inner, classes)]
         else:
             names = [name for name, place in places.items() if type(place.inner).__name__ == self.class_name]
@@ -74,20 +74,20 @@ class Capture:
         return found
 
 
-def _recorded(model: nn.Module, key: str) -> tuple[type[nn.Module], ...]:
-    """Returns the classes whose outputs the model's parts record under `key`.
+def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:
+    """Returns the classes whose outputs the model's parts record under `key`, and which element of them.
 
     `_can_record_outputs` is transformers' own declaration (5.23, `utils/output_capturing.py`); it has no public name.
     """
-    classes: list[type[nn.Module]] = []
+    found: dict[type[nn.Module], int] = {}
     for module in standing.plain_model(model).modules():
         declared = module._can_record_outputs if isinstance(module, PreTrainedModel) else None
         specs = (declared or {}).get(key, [])
         for spec in specs if isinstance(specs, list) else [specs]:
-            cls = spec.target_class if isinstance(spec, OutputRecorder) else spec
+            cls, index = (spec.target_class, int(spec.index)) if isinstance(spec, OutputRecorder) else (spec, 0)
             if isinstance(cls, type):
-                classes.append(cls)
-    return tuple(classes)
+                found.setdefault(cls, index)
+    return found
 
 
 Key = TypeVar("Key", bound=Hashable)
