@@ -148,11 +148,14 @@ def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_
     assert finding.passed is (cls is ObjectiveTrainer)
 
 
-def test_a_term_that_never_had_a_gradient_is_found(trash_artifact: Path, tmp_path: Path) -> None:
+def test_a_term_that_never_had_a_gradient_is_found(
+    trash_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asleep = solidify.attach(solidify.load(trash_artifact), lora=LORA, train=TRAIN)
     terms = [Term("model"), Term(losses.trash_budget, arguments={"target": 0.5}, name="budget")]
     finding = gradients.terms(train(asleep, tmp_path, terms=terms).engine.sanity)
     assert not finding.passed and finding.evidence == "budget never had a gradient"
+    assert "The term budget never had a gradient" in capsys.readouterr().err
     finding = gradients.terms(train(awake(trash_artifact), tmp_path, terms=terms).engine.sanity)
     assert finding.passed and "2 terms" in finding.evidence
 

@@ -234,8 +234,10 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Brings back the model's dtype."""
+        """Brings back the model's dtype, and names the terms that taught nothing."""
         self.trainer.settle()
+        for name in self.trainer.engine.sanity.silent if state.is_world_process_zero else ():
+            console.words.print(f"The term {name} never had a gradient: it has changed nothing.")
 
 
 def sanity_table(sanity: Sanity, numbers: Mapping[str, float]) -> Any:
