@@ -51,7 +51,13 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
 }
 
 
-@pytest.mark.parametrize("terms", TERMS)
+# The others are among "all together", and one by one in tests/test_contract.py.
+FAST = ("the model's loss", "a user's sequence mean", "KL alone", "all together")
+
+
+@pytest.mark.parametrize(
+    "terms", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TERMS]
+)
 def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_path: Path, terms: str) -> None:
     found = {}
     for size, steps in SPLITS:
