@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pico
 import solidify
+from solidify import losses
 from solidify.adapter import standing
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveTrainer
@@ -47,6 +48,19 @@ def first_token_norm(logits: torch.Tensor) -> torch.Tensor:
 
 
 first_token_norm.reduction = "sequence_mean"  # type: ignore[attr-defined]
+
+
+def everything() -> list[Term]:
+    """Terms of every kind of reduction, those with a reference and the user's own among them."""
+    return [
+        Term("model", 0.7),
+        Term(losses.kl_to_base, 0.5),
+        Term(losses.trash_budget, 5.0, arguments={"target": 0.3}),
+        Term(losses.load_balance, 0.1),
+        Term(losses.router_z, 0.01),
+        Term(losses.weight_penalty, 0.1),
+        Term(entropy, 0.1),
+    ]
 
 
 def arguments(directory: Path, size: int, steps: int, kind: type = TrainingArguments, **more: Any) -> Any:

@@ -20,25 +20,13 @@ from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.objective.window import windows
-from training import LORA, awake, distance, entropy, step
+from training import LORA, awake, distance, entropy, everything, step
 
 TOLERANCE = 5e-6  # float32 sums in another order
 
 
 def penalty(model: nn.Module) -> torch.Tensor:
     return sum(p.float().square().sum() for p in model.parameters() if p.requires_grad)
-
-
-def everything() -> list[Term]:
-    return [
-        Term("model", 0.7),
-        Term(losses.kl_to_base, 0.5),
-        Term(losses.trash_budget, 5.0, arguments={"target": 0.3}),
-        Term(losses.load_balance, 0.1),
-        Term(losses.router_z, 0.01),
-        Term(losses.weight_penalty, 0.1),
-        Term(entropy, 0.1),
-    ]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.preference import ObjectiveDPOTrainer
-from training import LORA, TRAIN, Gradients, arguments, awake, distance, entropy, first_token_norm, in_order
+from training import LORA, TRAIN, Gradients, arguments, awake, distance, entropy, everything, first_token_norm, in_order
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch: 3, 3 and 2 pairs
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -109,15 +109,7 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
     "a sequence mean": lambda: [Term("model"), Term(first_token_norm, 0.1)],
     "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
     "no preference loss": lambda: [Term(losses.kl_to_base), Term(losses.load_balance, 0.1)],
-    "all together": lambda: [
-        Term("model", 0.7),
-        Term(losses.kl_to_base, 0.5),
-        Term(losses.trash_budget, 5.0, arguments={"target": 0.3}),
-        Term(losses.load_balance, 0.1),
-        Term(losses.router_z, 0.01),
-        Term(losses.weight_penalty, 0.1),
-        Term(entropy, 0.1),
-    ],
+    "all together": everything,
 }
 
 

@@ -17,7 +17,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
-from training import LORA, Gradients, arguments, awake, distance, entropy, first_token_norm, in_order, step
+from training import LORA, Gradients, arguments, awake, distance, entropy, everything, first_token_norm, in_order, step
 
 SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -38,16 +38,7 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
     "router z": lambda: [Term("model"), Term(losses.router_z, 0.1)],
     "KL to the base": lambda: [Term("model"), Term(losses.kl_to_base, 1.0)],
     "KL alone": lambda: [Term(losses.kl_to_base)],
-    "all together": lambda: [
-        Term("model", 0.7),
-        Term(losses.kl_to_base, 0.5),
-        Term(losses.trash_budget, 5.0, arguments={"target": 0.3}),
-        Term(losses.load_balance, 0.1),
-        Term(losses.router_z, 0.01),
-        Term(losses.weight_penalty, 0.1),
-        Term(entropy, 0.1),
-        Term(losses.trash_controller, arguments={"target": 0.5}),
-    ],
+    "all together": lambda: [*everything(), Term(losses.trash_controller, arguments={"target": 0.5})],
 }
 
 
