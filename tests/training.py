@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,3 +135,20 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Returns the largest difference of any tensor, relative to the largest gradient of all."""
     scale = max(float(g.abs().max()) for g in a.values())
     return max(float((a[name] - b[name]).abs().max()) for name in a) / scale
+
+
+def in_processes(script: str, artifact: Path, directory: Path) -> None:
+    """Runs a test file by torchrun, in one process with all of the batch and in two with ragged halves of it."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    for processes, size, steps in ((1, 8, 1), (2, 2, 2)):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"),
+                *(script, str(artifact), str(directory), str(size), str(steps)),
+            ],
+            capture_output=True,
+            text=True,
+            env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,7 @@ from solidify.errors import ObjectiveError
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
+from solidify.objective.weights import Constraint
 from solidify.objective.window import windows
 from training import LORA, awake, distance, entropy, everything, step
 
@@ -119,6 +120,69 @@ def test_a_lightning_module_has_the_same_gradients(trash_artifact: Path, tmp_pat
             default_root_dir=tmp_path,
         ).fit(module, loader)
     assert distance(theirs, module.found) < TOLERANCE
+
+
+def test_a_lightning_training_goes_on_from_its_checkpoint(trash_artifact: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lightning
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = awake(trash_artifact)
+            held = Term(losses.kept_share, Constraint(0.4, "equal", rate=0.1), name="kept")
+            self.engine = ObjectiveEngine(Objective([Term("model"), held]), self.model, steps=4)
+
+        def training_step(self, window: list[Any], index: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.engine.begin(window)
+            for batch in window:
+                self.manual_backward(self.engine.loss(batch))
+            optimizer.step()
+            self.log_dict(self.engine.end())
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["objective"] = self.engine.state_dict()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.engine.load_state_dict(checkpoint["objective"])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+
+    # The same window in every step: cut within an epoch, Lightning reads a plain loader from its beginning again.
+    micro = [pico.collate(pico.ragged(8)[i : i + 2]) for i in range(0, 8, 2)] * 4
+
+    def fit(steps: int, checkpoint: Path | None = None) -> tuple[Module, Any]:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        loader = DataLoader(list(windows(micro, 4)), batch_size=None)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return module, trainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, _ = fit(4)
+        _, cut = fit(2)
+        cut.save_checkpoint(tmp_path / "cut.ckpt")
+        again, _ = fit(4, tmp_path / "cut.ckpt")
+    ours, theirs = (vars(module.engine.objective.terms[1].weight) for module in (again, whole))
+    assert ours == theirs and ours["multiplier"] != 0
+    assert again.engine.step == 4
+    for (name, one), other in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

@@ -184,7 +184,12 @@ def test_the_rest_of_this_file_with_interpreted_kernels() -> None:
 
 
 def test_nothing_is_done_unless_it_is_asked_for(tmp_path: Path) -> None:
-    kernels.refuse_unusable(arguments(tmp_path, 2, 1), nn.Linear(1, 1), MODEL)
+    asked = arguments(tmp_path, 2, 1)
+    assert not asked.use_liger_kernel
+    kernels.refuse_unusable(asked, nn.Linear(1, 1), MODEL)  # though nothing of it would do
+    asked.use_liger_kernel = True
+    with pytest.raises(ObjectiveError):
+        kernels.refuse_unusable(asked, nn.Linear(1, 1), MODEL)
 
 
 @pytest.mark.skipif(ACCELERATOR, reason="there is an accelerator")

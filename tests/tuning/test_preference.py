@@ -6,8 +6,6 @@ Run by itself (under torchrun) it takes one step and writes the gradients.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,19 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.preference import ObjectiveDPOTrainer
-from training import LORA, TRAIN, Gradients, arguments, awake, distance, entropy, everything, first_token_norm, in_order
+from training import (
+    LORA,
+    TRAIN,
+    Gradients,
+    arguments,
+    awake,
+    distance,
+    entropy,
+    everything,
+    first_token_norm,
+    in_order,
+    in_processes,
+)
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch: 3, 3 and 2 pairs
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -273,7 +283,6 @@ def test_evaluation_is_trls_own(trash_artifact: Path, tmp_path: Path) -> None:
 
 
 # TRL 1.16 switches checkpointing off and on by transformers' old names.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*` is deprecated:FutureWarning")
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     plain, first = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"])
     saved, second = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"], activation_checkpointing=True)
@@ -310,19 +319,7 @@ def test_what_was_trained_is_saved_without_the_copy(trash_artifact: Path, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(trash_artifact: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    for processes, size, steps in ((1, 8, 1), (2, 2, 2)):  # ragged micro-batches of two pairs
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"),
-                *(__file__, str(trash_artifact), str(tmp_path), str(size), str(steps)),
-            ],
-            capture_output=True,
-            text=True,
-            env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(__file__, trash_artifact, tmp_path)
     one, two = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
     assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-6)
     assert distance(one, two) < TOLERANCE

@@ -5,7 +5,6 @@ Run by itself (under torchrun) it takes one step and writes the gradients.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.tuning.teaching import GKDTrainer, ObjectiveGKDTrainer
-from training import Gradients, arguments, awake, distance, entropy, in_order
+from training import Gradients, arguments, awake, distance, entropy, in_order, in_processes
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -237,7 +236,6 @@ def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Pa
 
 
 # TRL 1.16 switches checkpointing off and on by transformers' old names.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*` is deprecated:FutureWarning")
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     terms = TERMS["all together"]
     plain, first = step(awake(trash_artifact), tmp_path, 3, 3, terms, lmbda=0.5)
@@ -329,19 +327,7 @@ import solidify.tuning.teaching
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(trash_artifact: Path, tmp_path: Path) -> None:
     """And TRL's trainer: it divides by the tokens of all ranks, and then averages over the ranks."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    for processes, size, steps in ((1, 8, 1), (2, 2, 2)):  # ragged micro-batches of two rows
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"),
-                *(__file__, str(trash_artifact), str(tmp_path), str(size), str(steps)),
-            ],
-            capture_output=True,
-            text=True,
-            env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(__file__, trash_artifact, tmp_path)
     one, two, plain = (load_file(tmp_path / name) for name in ("ours-1", "ours-2", "plain-2"))
     assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-6)
     assert distance(one, two) < TOLERANCE

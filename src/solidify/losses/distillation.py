@@ -27,6 +27,7 @@ def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
 
 def _jensen_shannon(beta: float, swapped: bool) -> Divergence:
     def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """Sums over rows, from log-probabilities (rows, vocab_size)."""
         if beta == 0:
             return _kl(theirs, ours)
         if beta == 1:
@@ -138,6 +139,7 @@ class ChunkedDistillation:
         """Takes what both decoders returned last (batch_size, sequence_length, hidden_size), and both heads."""
 
         def compare(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            """Compares one chunk's logits with what the reference's head makes of its rows."""
             with torch.no_grad():
                 reference = reference_head(theirs)
             _same_vocabulary(ours, reference)

@@ -54,6 +54,7 @@ def teacher_columns(
     device = next(model.parameters()).device
 
     def say(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Adds the columns to a batch of rows."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         made = {key: t.to(device) if isinstance(t, torch.Tensor) else t for key, t in collate(rows).items()}
         mask = _mask(made)
@@ -98,6 +99,7 @@ def with_teacher_columns(collate: Collate) -> Collate:
     """
 
     def wrapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collates the rest, and pads the columns to it."""
         missing = [name for name in COLUMNS if any(name not in row for row in rows)]
         refuse(DataError, "rows lack what a teacher said; make them with teacher_columns", missing)
         batch = dict(collate([{key: v for key, v in row.items() if key not in COLUMNS} for row in rows]))
