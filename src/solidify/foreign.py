@@ -1,0 +1,59 @@
+"""The one seam through which foreign code is called: a user's module, a family's forward or constructor, PEFT.
+
+Foreign code may raise anything, an assertion or an exception class of its own included. Here it becomes one sentence
+that names what was called and where, or an `Outcome` where an error is an answer (may a family be built like that?).
+What ends a process (`KeyboardInterrupt`, `SystemExit`) passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from solidify.errors import SolidifyError, SurgeryError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Value]):
+    """What a foreign call returned, or what it raised (then `value` is None)."""
+
+    value: Value | None
+    error: Exception | None
+
+    @property
+    def failed(self) -> bool:
+        """Returns whether the call raised."""
+        return self.error is not None
+
+
+def attempt(call: Callable[..., Value], *args: Any, **kwargs: Any) -> Outcome[Value]:
+    """Calls foreign code whose failure is an answer, and returns what came of it."""
+    try:
+        return Outcome(call(*args, **kwargs), None)
+    except Exception as error:
+        return Outcome(None, error)
+
+
+@contextmanager
+def calling(what: str, kind: type[SolidifyError] = SurgeryError, *, remedy: str = "") -> Iterator[None]:
+    """Runs foreign code in the block; whatever it raises becomes one `kind` that says `what` failed, and how.
+
+    Raises:
+        SolidifyError: `kind` for an error of foreign code; one of ours passes through as it is.
+    """
+    try:
+        yield
+    except SolidifyError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {said(error)}{remedy and f'; {remedy}'}") from error
+
+
+def said(error: BaseException) -> str:
+    """Returns an error in one line: its class, and what it says."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
