@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, ledger, probing, surgery
+from solidify.model import anatomy, contract, control, ledger, probing
 
 
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
@@ -77,8 +77,8 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Runs a large model until the first new module of each kind was called."""
     replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
-    first = list(surgery.first_of_each_kind(model, replaced))
-    calls = contract.record(model, first, probing.few_inputs(model), partly=True).calls if first else {}
+    first = list(control.first_of_each_kind(model, replaced))
+    calls = contract.record(model, first, probing.few_inputs(model), partly=True) if first else {}
     idle = [name for name in first if name not in calls]
     evidence = f"the first of each kind ({', '.join(first)}) is called in the model's forward pass"
     return Finding(
