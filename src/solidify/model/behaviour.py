@@ -110,9 +110,9 @@ _WORDS = {
     "deterministic": "the same call gives something else with other random numbers",
     "cache/prefill": "a first piece that fills the cache gives something else than the whole",
     "cache/pieces": "a second piece over the cache gives something else than the whole",
-    "cache/reordered": "a step after the cache's rows were reordered (as by beams) gives something else",
+    "cache/reordered": "a second piece over the cache, its rows reordered as by beams, gives something else",
     "cache/steps": "single steps over the cache give something else than the whole",
-    "cache/crop": "going on after the cache was cropped gives something else",
+    "cache/crop": "a single step after the cache was cropped gives something else than the whole",
 }
 
 
@@ -189,10 +189,13 @@ class Watched:
         self._padding(reading, batch, plain.parts)
         self._cache(reading, batch, plain.parts)
         self._alone(reading, batch, plain.parts)
-        if control is None and not drawn:  # without chance, the unchanged model is taken to be the same again
-            reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
-        else:
+        before = control.distances.get("rows") if control is not None else None
+        if drawn or (
+            control is not None and (before is None or not reading.distances.get("rows", FAILED) <= 4 * before)
+        ):
             self._again(reading, batch, plain.parts, drawn)
+        else:  # the row alone, after all that was run in between, is what it was at first, and nothing was drawn
+            reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
         return reading
 
     def _packs(self) -> list[tuple[bool, bool]]:
@@ -270,7 +273,7 @@ class Watched:
         reading.distances["padding"] = apart({n: found[n] for n in names}, {n: short.parts[n] for n in names})
 
     def _cache(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
-        """Feeds the batch in pieces: a prefill, a piece, steps over reordered rows, and again after a crop."""
+        """Feeds the batch in pieces: a prefill, a piece over reordered rows, and a single step after a crop."""
         name = next((key for key in _CACHES if key in self.takes), None)
         if name is None or self.stream is None or self.positions < 4:
             return
@@ -279,25 +282,24 @@ class Watched:
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, kept)
         if cache is None:
             return
-        if self._piece(reading, "cache/pieces", batch, plain, (ends[0], ends[1]), name, cache) is None:
-            return
         rows = len(batch[self.stream])
         order = [1, 0, *range(2, rows)] if rows > 1 else [0]
-        turned = {key: t[order] if t.shape[:1] == (len(order),) else t for key, t in batch.items()}
+        label, turned = "cache/reordered", {k: t[order] if t.shape[:1] == (rows,) else t for k, t in batch.items()}
         try:
             cache.reorder_cache(torch.tensor(order, device=batch[self.stream].device))
         except Exception:  # this kind of cache cannot; its control cannot either
-            turned, order = dict(batch), list(range(rows))
-        label = "cache/reordered" if order[0] else "cache/steps"
-        last = (self.positions - 1, self.positions)
-        if self._piece(reading, label, turned, _cut(plain, order), last, name, cache) is None:
+            label, turned, order = "cache/pieces", dict(batch), list(range(rows))
+        wanted = _cut(plain, order)
+        if self._piece(reading, label, turned, wanted, (ends[0], ends[1]), name, cache) is None:
             return
-        back = self.positions - 3
+        label, back = "cache/crop", ends[1] - 2
         try:
-            cache.crop(back - self.positions)  # the number of positions to take away, negative
+            cache.crop(back - ends[1])  # the number of positions to take away, negative
         except Exception:
-            return
-        self._piece(reading, "cache/crop", turned, _cut(plain, order), (back, self.positions), name, cache)
+            label, back = "cache/steps", ends[1]
+        for place in range(back, min(back + 1 + (label == "cache/steps"), self.positions)):
+            if self._piece(reading, label, turned, wanted, (place, place + 1), name, cache) is None:
+                return
 
     def _fresh_cache(self, name: str) -> Any:
         """Returns a cache of our own where the model may be left before it returns its own; else None."""
@@ -337,7 +339,7 @@ class Watched:
         wanted, got = _cut(plain, slice(None), slice(begin, end)), found.parts
         if reading.padded:
             kept = batch["attention_mask"][:, begin:end].bool()
-            far = max(apart(_cut(got, [row], k), _cut(wanted, [row], k)) for row, k in enumerate(kept) if k.any())
+            far = apart({n: part[kept] for n, part in got.items()}, {n: part[kept] for n, part in wanted.items()})
         else:
             far = apart(got, wanted)
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
@@ -484,18 +486,21 @@ def _cut(parts: Parts, rows: Any, positions: Any = slice(None)) -> Parts:
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Returns the largest root mean square of a difference at one position, relative to that of all of `wanted`."""
+    """Returns the largest root mean square of a difference at one position, relative to that of all of `wanted`.
+
+    The last axis holds features; before it are (batch_size, sequence_length), or positions alone.
+    """
     if found.shape != wanted.shape:
         return FAILED
     if not wanted.numel():
         return 0.0
-    kept = torch.isfinite(wanted.float())
-    found64, wanted64 = found.double(), wanted.double()
-    wanted64 = wanted64.where(kept, 0.0)
-    difference = (found64.where(kept, 0.0) - wanted64).square()
-    flat = difference.flatten(2) if difference.ndim > 2 else difference[..., None]
-    scale = wanted64.square().mean().sqrt().clamp(min=1e-30)
-    far = float(flat.mean(-1).max().sqrt() / scale)
+    a, b = found.float(), wanted.float()
+    kept = torch.isfinite(b)
+    if not bool(kept.all()):
+        a, b = a.where(kept, 0.0), b.where(kept, 0.0)
+    squares = (a - b).square()
+    rows = squares.flatten(2).mean(-1) if squares.ndim > 2 else squares.mean(-1)
+    far = float(rows.max().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
     return FAILED if far != far else far
 
 

@@ -64,7 +64,8 @@ def record(
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if name not in calls:
-                calls[name] = Call(*given[name], copied(output))
+                whole = _untouched(given[name][0], _args)
+                calls[name] = Call(*given[name], copied(output), {"inputs": whole})
             if partly and len(calls) == len(names):
                 raise _EnoughError
 
@@ -112,7 +113,7 @@ def copied(value: Any) -> Any:
 
 def with_habits(module: nn.Module, call: Call) -> Call:
     """Adds to a call of an original what the module does beside it: see `Call.habits`."""
-    return dataclasses.replace(call, habits=_habits(module, call))
+    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call)})
 
 
 def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
@@ -121,8 +122,9 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     Returns:
         The faults (none when structure, shapes and dtypes agree), and whether the output is bit-identical.
     """
+    args, kwargs = copied(call.args), copied(call.kwargs)
     with torch.no_grad(), anatomy.evaluation(replacement), anatomy.caches_off(replacement):
-        outcome = foreign.attempt(replacement, *copied(call.args), **copied(call.kwargs))
+        outcome = foreign.attempt(replacement, *args, **kwargs)
     if outcome.error is not None:
         given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
         return [
@@ -135,8 +137,12 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
             f"{name}: the original returns {old}, but {type(replacement).__name__} returns {new}; "
             "return the same structure, shapes and dtypes"
         ], False
+    if call.habits.get("inputs", False) and not _untouched((call.args, call.kwargs), (args, kwargs)):
+        return [f"{name}: {type(replacement).__name__}: {_BROKEN['inputs']}"], False
     return [], _equal(call.output, outcome.value)
 
+
+_ALONE = {"gradient", "half_precision"}  # habits that are tried by further calls
 
 _BROKEN = {
     "gradient": "no gradient reaches what it is given, so nothing below it could be trained; do not detach it",
@@ -148,30 +154,27 @@ _BROKEN = {
 
 def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]:
     """Returns what the original does (see `Call.habits`) and the replacement does not: a sentence by property."""
-    if not call.habits:
+    if not _ALONE & set(call.habits):
         return {}
     found = _habits(replacement, call)
     return {
         key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}"
         for key, kept in call.habits.items()
-        if kept and not found.get(key, False)
+        if key in _ALONE and kept and not found.get(key, False)
     }
 
 
 def _habits(module: nn.Module, call: Call) -> dict[str, bool]:
     with anatomy.evaluation(module), anatomy.caches_off(module):
-        found = {"inputs": _leaves_inputs(module, call), "gradient": _lets_gradient_through(module, call)}
+        found = {"gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
             found["half_precision"] = _works_in_half(module, call)
     return found
 
 
-def _leaves_inputs(module: nn.Module, call: Call) -> bool:
-    args, kwargs = copied(call.args), copied(call.kwargs)
-    with torch.no_grad():
-        outcome = foreign.attempt(module, *args, **kwargs)
-    pairs = zip(tensors_in((call.args, call.kwargs)), tensors_in((args, kwargs)), strict=True)
-    return not outcome.failed and all(torch.equal(before, after) for before, after in pairs)
+def _untouched(before: Any, after: Any) -> bool:
+    """Returns whether the tensors in nested arguments still have the values that they had."""
+    return all(torch.equal(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
 
 
 def _lets_gradient_through(module: nn.Module, call: Call) -> bool:
@@ -202,13 +205,12 @@ def _works_in_half(module: nn.Module, call: Call) -> bool:
     """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
     args, kwargs = (_in_half(copied(part)) for part in (call.args, call.kwargs))
     wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
-    twin = foreign.attempt(deepcopy, module)
-    if twin.value is None:
-        return False
     for cast in (_all_of_it, _first_children):
-        half = cast(deepcopy(twin.value))
+        twin = foreign.attempt(deepcopy, module)
+        if twin.value is None:
+            return False
         with torch.no_grad():
-            outcome = foreign.attempt(half, *copied(args), **copied(kwargs))
+            outcome = foreign.attempt(cast(twin.value), *copied(args), **copied(kwargs))
         found = tensors_in(outcome.value)
         if not outcome.failed and [t.dtype for t in found] == wanted:
             return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())

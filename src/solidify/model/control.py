@@ -18,6 +18,8 @@ from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
 
 _SCALES = (1.0, 0.1)  # of the noise in new parameters; the second where the first gives infinity
 
+_NOISY = ", once its own parameters are not at their start"
+
 _TITLES = {
     "causal": "the model is causal, but {what} looks ahead",
     "cache": "the model keeps a cache, but with {what} it computes something else over it",
@@ -143,6 +145,12 @@ def judge(
     if control.inputs is None:
         return []
     remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
+    values = _new_parameters(model, fresh)
+    sharp = control.wide or control.reading
+    if identical and values and sharp is not None:  # what is found with noise is found as it stands too
+        noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
+        if noisy is not None:
+            return sentences(noisy, what, declared, _NOISY)
     with foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy):
         with anatomy.sparing(model):
             reading = Watched(model, control.inputs, **control.watched).read(control.reading, whole=not identical)
@@ -154,19 +162,18 @@ def judge(
     if any(fault.name == "router_logits" for fault in found) and not _by_default(model, "output_router_logits"):
         declared["router_logits"] = False
     if control.wide is not None and not identical:
-        found += _faults(model, control, control.wide, {}, wide=True)
+        found += _faults(model, control, control.wide, {}, wide=True) or []
     told = sentences(found, what, declared)
-    if told or not (values := _new_parameters(model, fresh)):
+    if told or identical or not values or sharp is None:
         return told
-    sharp = control.wide or control.reading
-    later = _faults(model, control, sharp, values, wide=sharp is control.wide)
-    return sentences(later, what, declared, ", once its own parameters are not at their start")
+    later = _faults(model, control, sharp, values, wide=sharp is control.wide) or []
+    return sentences(later, what, declared, _NOISY)
 
 
 def _faults(
     model: PreTrainedModel, control: Control, before: Reading, fresh: Mapping[str, torch.Tensor], *, wide: bool
-) -> list[Fault]:
-    """Reads the model, with noise in `fresh` parameters; what gives no finite outputs like that is not judged."""
+) -> list[Fault] | None:
+    """Reads the model, with noise in `fresh` parameters; None for what does not run, or gives no finite outputs."""
     for scale in _SCALES if fresh else (0.0,):
         values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in fresh.items()}
         watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
@@ -174,7 +181,7 @@ def _faults(
             reading = foreign.attempt(watched.read, before).value
         if reading is not None and _finite(reading):
             return behaviour.faults(before, reading)
-    return []
+    return None
 
 
 def _by_default(model: PreTrainedModel, flag: str) -> bool:
