@@ -10,9 +10,13 @@ A block is run as it stands, unless a comment above it says otherwise:
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -99,7 +103,20 @@ def faults(block: Block) -> list[str]:
     wrong += [f"{block.place}: unknown mark {mark!r}" for mark in block.marks if not mark.startswith(MARKS)]
     if block.language == "json" and block.file is None and block.not_run is None:
         wrong.append(f"{block.place}: JSON is not run; say which file it is, or mark it as text")
+    if block.language == "text" and _is_code(block.text):
+        wrong.append(f"{block.place}: this text is code; name its language, so that it is run")
     return wrong
+
+
+def _is_code(text: str) -> bool:
+    """Says whether a text would run: a command, a recipe's section, or a statement of Python that is no bare value."""
+    if re.search(r"^\s*(?:\$ )?(?:solidify|python\d?|make|pip|torchrun|accelerate|vllm) ", text, re.MULTILINE):
+        return True
+    with contextlib.suppress(SyntaxError):
+        return any(not isinstance(each, ast.Expr) or isinstance(each.value, ast.Call) for each in ast.parse(text).body)
+    with contextlib.suppress(yaml.YAMLError):
+        return isinstance(yaml.safe_load(text), dict)
+    return False
 
 
 ALL = {path.name: blocks(path.read_text(encoding="utf-8"), path.name) for path in DOCUMENTS}
