@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -143,8 +143,7 @@ def goes_on(blocks: list[Block]) -> bool:
 def linked(source: Path, directory: Path) -> None:
     """Copies a directory; weights, which nobody writes into, become links."""
 
-    def copy(file: str, target: str) -> Callable[..., object] | None:
+    def copy(file: str, target: str) -> None:
         (os.link if file.endswith(".safetensors") else shutil.copy2)(file, target)
-        return None
 
     shutil.copytree(source, directory, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__", "training"))

@@ -90,6 +90,7 @@ def test_what_does_not_exist_is_found() -> None:
     assert vocabulary.wrong_commands(["python benchmarks/scale.py --size full --sise 3"]) == [
         "benchmarks/scale.py has no option --sise"
     ]
+    assert vocabulary.wrong_options("`make tset`, `make bench-full BENCH_KEEP=DIR`") == ["make has no target tset"]
     assert vocabulary.wrong_commands(["torchrun --nproc-per-node 2 -m solidify run recipe.yaml --outptu x"]) == [
         "solidify run has no option --outptu"
     ]

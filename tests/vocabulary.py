@@ -20,6 +20,7 @@ import pydantic
 import typer
 
 import solidify
+from documents import ROOT
 from solidify import losses, recipe
 from solidify.cli import app
 
@@ -43,24 +44,30 @@ def options() -> dict[str, set[str]]:
 
 
 def wrong_commands(lines: Iterator[str] | list[str]) -> list[str]:
-    """Judges command lines: of ours the verb and its options, of our scripts the options, and bare options."""
+    """Judges command lines: of ours verbs and options, of our scripts options, make's targets, bare options."""
     known, wrong = options(), []
     for line in lines:
         words = [word.strip("[].") for word in shlex.split(line.replace("'", ""), comments=True)]
         named = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
         ours = [place for place, word in enumerate(words) if word == "solidify"]
         if script := next((word for word in words if word.startswith("benchmarks/")), None):
-            source = (Path(__file__).parents[1] / script).read_text(encoding="utf-8")
+            source = (ROOT / script).read_text(encoding="utf-8")
             wrong += [f"{script} has no option {name}" for name in named if f'"{name}"' not in source]
         elif ours and len(words) > ours[0] + 1:
             verb = words[ours[0] + 1]
             behind = [word.partition("=")[0] for word in words[ours[0] :] if word.startswith("--")]
             wrong += [f"solidify has no verb {verb!r}"] if verb not in known else []
             wrong += [f"solidify {verb} has no option {name}" for name in behind if name not in known.get(verb, behind)]
+        elif words[:1] == ["make"]:
+            wrong += [f"make has no target {word}" for word in words[1:] if "=" not in word and word not in targets()]
         elif words and words[0].startswith("--"):
             everywhere = {*OTHERS, *(option for verb in known.values() for option in verb)}
             wrong += [f"no verb of solidify has an option {name}" for name in named if name not in everywhere]
     return wrong
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def spans(text: str) -> list[str]:
@@ -70,7 +77,7 @@ def spans(text: str) -> list[str]:
 
 def wrong_options(text: str) -> list[str]:
     """Judges commands and options within sentences."""
-    return wrong_commands([span for span in spans(text) if span.startswith(("solidify ", "--"))])
+    return wrong_commands([span for span in spans(text) if span.startswith(("solidify ", "--", "make "))])
 
 
 def wrong_names(text: str) -> list[str]:
