@@ -27,8 +27,7 @@ def test_every_test_and_file_that_is_named_exists(document: Path) -> None:
     text = document.read_text()
     for file, name in TEST.findall(text):
         assert f"def {name}(" in (ROOT / file).read_text(), f"{document.name} names {file}::{name}"
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    assert vocabulary.wrong_links(text, document.parent) == []
 
 
 def test_at_least_thirty_traps_are_listed_each_with_a_test() -> None:
@@ -103,6 +102,8 @@ def test_what_does_not_exist_is_found() -> None:
     assert vocabulary.wrong_keys("`data.images`, `training.fsdp`, `data.image`") == [
         "a recipe's section data has no key images"
     ]
+    links = "[a](docs/scale.md#hard-links), [b](docs/scale.md#soft), [c](docs/none.md), [d](#there)\n# There\n"
+    assert vocabulary.wrong_links(links, ROOT) == ["there is no heading docs/scale.md#soft", "there is no docs/none.md"]
     assert vocabulary.wrong_calls("solidify.replace(model, 'x', X, exepct='Y', count=1)") == [
         "replace has no parameter 'exepct'"
     ]

@@ -164,6 +164,24 @@ def sections() -> dict[str, type[pydantic.BaseModel]]:
     return found
 
 
+def wrong_links(text: str, directory: Path) -> list[str]:
+    """Judges links to files, and to headings within them."""
+    wrong = []
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        file = directory / target if target else None
+        if file is not None and not file.exists():
+            wrong.append(f"there is no {target}")
+        elif heading and heading not in _headings(file.read_text(encoding="utf-8") if file else text):
+            wrong.append(f"there is no heading {target}#{heading}")
+    return wrong
+
+
+def _headings(text: str) -> set[str]:
+    """Returns the headings as addresses, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 STACK = ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "torch", "transformers", "trl")
 _OPTIONAL = rb"import_module|find_spec|import_optional_dependency|_available|__import__"
 
