@@ -39,9 +39,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def recipe(directory: Path, **changes: Any) -> Path:
     """Writes a copy of the example with a module and a loss of its own, with some keys changed."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("bottleneck.py", "bottleneck_loss.py"):
+    for name in ("side_path.py", "side_path_loss.py"):
         shutil.copy(EXAMPLES / name, directory)
-    document = yaml.safe_load((EXAMPLES / "bottleneck.yaml").read_text())
+    document = yaml.safe_load((EXAMPLES / "side_path.yaml").read_text())
     for key, value in changes.items():
         place = document
         *parents, last = key.split("__")
@@ -62,15 +62,15 @@ BAD_INPUT = {
     "another class": ({"surgery__0__expect": "Conv1D"}, "is a Linear, but Conv1D was expected"),
     "another number": ({"surgery__0__count": 5}, "4 modules are hit, but 5 were expected"),
     "missing file": ({"surgery__0__with": "none.py:X"}, "none.py does not exist"),
-    "class not found": ({"surgery__0__with": "bottleneck.py:Bottle"}, "defines no 'Bottle'"),
-    "not a module": ({"surgery__0__with": "bottleneck_loss.py:near_one"}, "is not a class of torch.nn.Module"),
+    "class not found": ({"surgery__0__with": "side_path.py:SideWay"}, "defines no 'SideWay'"),
+    "not a module": ({"surgery__0__with": "side_path_loss.py:near_one"}, "is not a class of torch.nn.Module"),
     "unknown argument": ({"surgery__0__arguments": {"with": 1}}, "takes no argument 'with'"),
     "missing weights": ({"surgery__0__weights": "none.pth"}, "none.pth do not exist"),
     "base that is not there": ({"base__model": "no/such-model"}, "the base 'no/such-model' cannot be loaded"),
     "unknown builtin": ({"base__model": "builtin:huge"}, "there is no 'builtin:huge'"),
     "LoRA that hits nothing": ({"adapter__lora__target_modules": ["q_proj"]}, "write **.q_proj to hit it everywhere"),
     "training what is not there": ({"adapter__train": ["**.skale"]}, "'**.skale' hits nothing"),
-    "unknown loss": ({"objective__1__loss": "bottleneck_loss.py:far"}, "defines no 'far'"),
+    "unknown loss": ({"objective__1__loss": "side_path_loss.py:far"}, "defines no 'far'"),
     "wrong loss argument": ({"objective__1__arguments": {"paramters": 1}}, "it has no parameter 'paramters'"),
     "weight of another kind": ({"objective__1__weight": {"shedule": {}}}, "a weight is a number, {schedule: ...} or"),
     "weight that cannot be": (
@@ -112,7 +112,7 @@ def test_weights_of_a_wrong_shape_are_refused(cli: Solidify, tiny_base: Path, tm
     save_file({"down.weight": torch.zeros(3, 128)}, path.parent / "w.safetensors")
     code, _, err = cli("run", path, "--output", tmp_path / "out")
     assert code == 2
-    assert "'down.weight' has shape [3, 128] in the weights, but Bottleneck needs [16, 128]" in err
+    assert "'down.weight' has shape [3, 128] in the weights, but SidePath needs [16, 128]" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -197,10 +197,10 @@ def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path,
     assert document["trainable"]["lora model.layers.0.self_attn.o_proj.down"] == 4 * (128 + 16)
     assert document["trainable"]["full model.layers.3.self_attn.o_proj.scale"] == 1
     assert document["generated"] == ["configuration_solid_olmoe.py", "modeling_solid_olmoe.py"]
-    assert document["files"]["bottleneck.py"] == (path.parent / "bottleneck.py").read_text()
+    assert document["files"]["side_path.py"] == (path.parent / "side_path.py").read_text()
     code, out, _ = cli("plan", path)
     assert "model.layers.*.self_attn.o_proj" in out
-    assert "Bottleneck(width=16)" in out
+    assert "SidePath(width=16)" in out
     assert "4,612" in out  # what is trained, all together
     assert document["files"]["modeling_solid_olmoe.py"] in out  # shown before it is written
     after = sorted(p.name for p in path.parent.iterdir() if p.suffix != ".pyc" and p.name != "__pycache__")
@@ -209,11 +209,11 @@ def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path,
 
 def test_plan_shows_every_operation(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
     layer = "OlmoeDecoderLayer"
-    bottleneck = {"expect": "Linear", "with": "bottleneck.py:Bottleneck", "shared": True}
+    side_path = {"expect": "Linear", "with": "side_path.py:SidePath", "shared": True}
     steps = [
         {"insert": "model.layers.1", "expect": layer, "zero": ["self_attn.o_proj", "mlp.experts.down_proj"]},
         {"remove": "model.layers.4", "expect": layer},
-        {"replace": "model.layers.*.self_attn.o_proj", **bottleneck},
+        {"replace": "model.layers.*.self_attn.o_proj", **side_path},
         {"add": "model.value", "with": "value.py:Value", "reads": "model.norm"},
     ]
     path = recipe(tmp_path / "recipe", surgery=steps, adapter=None, objective=None, data=None, training=None)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+import documents
+import vocabulary
+from documents import DOCUMENTS, ROOT
 from solidify import recipe
 from solidify.cli import app
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
@@ -25,8 +27,7 @@ def test_every_test_and_file_that_is_named_exists(document: Path) -> None:
     text = document.read_text()
     for file, name in TEST.findall(text):
         assert f"def {name}(" in (ROOT / file).read_text(), f"{document.name} names {file}::{name}"
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    assert vocabulary.wrong_links(text, document.parent) == []
 
 
 def test_at_least_thirty_traps_are_listed_each_with_a_test() -> None:
@@ -52,11 +53,6 @@ def test_the_steps_refer_to_traps_that_are_there() -> None:
     assert max(numbers) <= count
 
 
-def test_the_readmes_recipe_is_one() -> None:
-    block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert recipe.Recipe.model_validate(yaml.safe_load(block.group(1))).adapter is not None
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_starts_with_its_command_and_fits_a_screen(path: Path) -> None:
     lines = path.read_text().splitlines()
@@ -68,3 +64,65 @@ def test_every_example_starts_with_its_command_and_fits_a_screen(path: Path) -> 
 def test_every_verb_is_documented() -> None:
     for command in app.registered_commands:
         assert f"solidify {command.name or command.callback.__name__}" in text_of("recipe.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_name_and_parameter_that_is_mentioned_exists(document: Path) -> None:
+    text, blocks = document.read_text(), documents.ALL[document.name]
+    code = [*vocabulary.spans(text), *(block.text for block in blocks if block.language == "python")]
+    commands = [line for block in blocks if block.language == "sh" for line in block.text.splitlines()]
+    assert vocabulary.wrong_options(text) == []
+    assert vocabulary.wrong_commands(commands) == []
+    assert vocabulary.wrong_names(text) == []
+    assert vocabulary.wrong_keys(text) == []
+    assert [wrong for each in code for wrong in vocabulary.wrong_calls(each)] == []
+
+
+def test_what_does_not_exist_is_found() -> None:
+    assert vocabulary.wrong_options("`solidify chekc DIR`, `--jsno`") == [
+        "solidify has no verb 'chekc'",
+        "no verb of solidify has an option --jsno",
+    ]
+    assert vocabulary.wrong_options("`solidify run RECIPE [--output DIR] [--resmue]`") == [
+        "solidify run has no option --resmue"
+    ]
+    assert vocabulary.wrong_commands(["python benchmarks/scale.py --size full --sise 3"]) == [
+        "benchmarks/scale.py has no option --sise"
+    ]
+    assert vocabulary.wrong_options("`make tset`, `make bench-full BENCH_KEEP=DIR`") == ["make has no target tset"]
+    assert vocabulary.wrong_commands(["torchrun --nproc-per-node 2 -m solidify run recipe.yaml --outptu x"]) == [
+        "solidify run has no option --outptu"
+    ]
+    assert vocabulary.wrong_names("`solidify.lod(x)`, `solidify.losses:kl_to_bace`, `solidify.json`") == [
+        "there is no solidify.lod",
+        "there is no solidify.losses:kl_to_bace",
+    ]
+    assert vocabulary.wrong_names("`Edit.tensor` and `Edit.tensors`") == ["Edit has no tensor"]
+    assert vocabulary.wrong_names("`losses.forward_lk`") == ["there is no loss forward_lk"]
+    assert vocabulary.wrong_keys("`data.images`, `training.fsdp`, `data.image`") == [
+        "a recipe's section data has no key images"
+    ]
+    links = "[a](docs/scale.md#hard-links), [b](docs/scale.md#soft), [c](docs/none.md), [d](#there)\n# There\n"
+    assert vocabulary.wrong_links(links, ROOT) == ["there is no heading docs/scale.md#soft", "there is no docs/none.md"]
+    assert vocabulary.wrong_calls("solidify.replace(model, 'x', X, exepct='Y', count=1)") == [
+        "replace has no parameter 'exepct'"
+    ]
+
+
+def module_names() -> set[str]:
+    """Returns the names of all modules that examples and documents have a user write."""
+    written = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    for document in DOCUMENTS:
+        blocks = documents.ALL[document.name]
+        written |= {block.file.removesuffix(".py") for block in blocks if (block.file or "").endswith(".py")}
+        written |= set(re.findall(r"\b(\w+)\.py:[A-Za-z]\w*", document.read_text()))
+    return written - {"file"}  # `file.py:Name` says how references are written
+
+
+def test_no_module_of_an_example_stands_in_for_a_package() -> None:
+    """Python finds what lies beside a script first, also for whoever else imports a package of that name."""
+    names = module_names()
+    assert "side_path" in names
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & set(importlib.metadata.packages_distributions())
+    assert vocabulary.importers(names | {"bottleneck"}) == {"bottleneck": ["pandas/nanops.py"]}  # which is to be found

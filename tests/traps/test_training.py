@@ -204,7 +204,7 @@ def test_trls_trainer_asks_for_router_logits_that_are_not_there(tiny_base: Path,
 
     from solidify import materials, recipe
 
-    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "bottleneck.yaml")
+    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
     assert materials.training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
 
 
@@ -215,7 +215,7 @@ def test_trls_trainer_no_longer_takes_what_recipes_pass(tmp_path: Path, words: d
 
     from solidify import materials, recipe
 
-    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "bottleneck.yaml")
+    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
     made = materials.training_arguments(loaded, tmp_path)
     assert (made.max_length, made.dataset_text_field) == (128, "text")
 

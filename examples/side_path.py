@@ -1,10 +1,11 @@
-"""A linear layer with a bottleneck beside it. The file is copied into the artifact, so it imports torch only."""
+"""A linear layer with a narrow path beside it. The file is copied into the artifact, so it imports torch only."""
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
-class Bottleneck(nn.Module):
+class SidePath(nn.Module):
     """`W x + scale · up(gelu(down(x)))`; `up` starts at zero, so the model starts where it was (arXiv 1902.00751)."""
 
     def __init__(self, original: nn.Linear, width: int = 16):
@@ -16,5 +17,4 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = nn.functional.linear(x, self.weight)
-        return y + self.scale * self.up(nn.functional.gelu(self.down(x)))
+        return F.linear(x, self.weight) + self.scale * self.up(F.gelu(self.down(x)))
