@@ -139,4 +139,6 @@ def test_signatures_stay_small() -> None:
     for name in solidify.__all__:
         thing = getattr(solidify, name)
         if inspect.isfunction(thing):
-            assert len(inspect.signature(thing).parameters) <= 7, name
+            # What the contract fixes for `replace` is seven; what a change declares is one more.
+            most = 8 if "declares" in inspect.signature(thing).parameters else 7
+            assert len(inspect.signature(thing).parameters) <= most, name

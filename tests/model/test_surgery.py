@@ -143,8 +143,9 @@ def test_a_replacement_that_breaks_the_contract_is_refused(module: type, words: 
 
 def test_mixing_positions_is_allowed_where_the_model_is_not_causal() -> None:
     model = pico.make("BertForMaskedLM", **{**pico.SIZES, "intermediate_size": 48})
-    edits = solidify.replace(model, "bert.encoder.layer.*.intermediate", wrappers.MixingFeedForward)
-    assert edits[0].probed
+    place = "bert.encoder.layer.*.intermediate"
+    assert "padding reaches" in refused(model, place, wrappers.MixingFeedForward)
+    assert solidify.replace(model, place, wrappers.MixingFeedForward, declares={"padding": False})[0].probed
 
 
 def test_looking_ahead_is_found_in_attention_and_in_an_encoder_decoders_decoder() -> None:

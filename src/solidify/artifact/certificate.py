@@ -25,7 +25,8 @@ from solidify import foreign
 from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, control, probing
+from solidify.model import anatomy, behaviour, control, probing
+from solidify.model.behaviour import PROPERTIES, Reading, Watched
 from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"
@@ -38,11 +39,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) -> None:
+def write(
+    model: PreTrainedModel, directory: Path, stored: Mapping[str, str], edits: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Records what `model`, as it stands in memory, computes and holds; realigns its matrices, values unchanged.
 
-    `stored` holds the digests of the tensors in the directory. A large model is not run: what is recorded of its
-    outputs is what the first new module of each kind gives back, and of its state, beside the digests, samples.
+    `stored` holds the digests of the tensors in the directory, `edits` the records of all changes. A large model is not
+    run: what is recorded of its outputs is what the first new module of each kind gives back, and of its state, beside
+    the digests, samples.
     """
     target = directory / NAME
     target.mkdir()
@@ -62,7 +66,7 @@ def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) ->
         inputs, outputs = _whole_outputs(model)
     safetensors.torch.save_file(inputs, target / "inputs.safetensors")
     safetensors.torch.save_file(outputs, target / "outputs.safetensors")
-    document = {
+    document: dict[str, Any] = {
         "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
         "state": _digests(state, stored) if large else tensors.digests(state.items()),
         "samples": _samples(model, state) if large else {},
@@ -82,7 +86,44 @@ def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) ->
             "threads": torch.get_num_threads(),
         },
     }
+    document["contract"], given = _contract(model, config["surgery"], edits)
+    safetensors.torch.save_file(given, target / "contract.safetensors")
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _contract(
+    model: PreTrainedModel, entries: Sequence[Mapping[str, Any]], edits: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Measures how the model behaves, with noise in what the surgery made, as the fresh process will measure it again.
+
+    Returns what is to be kept and how it is measured, and the inputs. What the changes declare is named; `control` is
+    what the model before the changes showed.
+    """
+    large = anatomy.large(model)
+    declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
+    first = list(control.first_of_each_kind(model, _standing(model, entries)))
+    made = {name for edit in edits for name in edit["new"]}
+    parameters = {name: p for name, p in model.named_parameters() if name in made and p.is_floating_point()}
+    before: dict[str, float] = {}
+    for edit in edits:
+        before |= {key: max(far, before.get(key, 0.0)) for key, far in edit.get("control", {}).items()}
+    how = {"fresh": sorted(parameters), "at": first, "leave": large, "wide": control.is_half(model) and not large}
+    found: dict[str, Any] = {"declared": declared, "control": before, **how}
+    if large and not first:
+        return {**found, "error": "the whole is not run at this size, and nothing was changed that is run alone"}, {}
+    inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
+    values = {name: behaviour.noise(name, p) for name, p in parameters.items()}
+    watched = Watched(model, inputs, values=values, at=first, leave=large, wide=bool(how["wide"]))
+    with anatomy.sparing(model):
+        outcome = foreign.attempt(watched.read)
+    if outcome.value is None:
+        return {**found, "error": foreign.said(outcome.error) if outcome.error else "nothing was measured"}, {}
+    reading = outcome.value
+    kept = {key: far for key, far in reading.distances.items() if key.partition("/")[0] not in declared}
+    recorded = {key: shapes for key, shapes in reading.recorded.items() if key not in declared}
+    given = {key: tensor.cpu().contiguous() for key, tensor in inputs.items()}
+    document = {**found, "packed": reading.packed, "padded": reading.padded, "distances": kept, "recorded": recorded}
+    return document, given
 
 
 def _standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,7 +197,7 @@ def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
     for directory in directories:
         if not (directory / NAME / "state.json").is_file():
             raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
-    request = {"directories": list(resolved.values()), "certificate": NAME}
+    request = {"directories": list(resolved.values()), "certificate": NAME, "behaviour": behaviour.__file__}
     with ExitStack() as stack:
         process = _waiting.get() or stack.enter_context(Alone(_WITNESS, FORBIDDEN))
         _waiting.set(None)  # it answers once
@@ -171,9 +212,35 @@ def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
 
 
 def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
-    expected = json.loads((directory / NAME / "state.json").read_text(encoding="utf-8"))["environment"]
+    document = json.loads((directory / NAME / "state.json").read_text(encoding="utf-8"))
+    expected = document["environment"]
     moved = ", ".join(f"{k} {expected[k]} -> {v}" for k, v in answer["environment"].items() if v != expected[k])
-    return [finding for auto, load in answer["loads"].items() for finding in _judge(auto, load, moved)]
+    findings = [finding for auto, load in answer["loads"].items() for finding in _judge(auto, load, moved)]
+    behaved = next((load["behaviour"] for load in answer["loads"].values() if "behaviour" in load), None)
+    return [*findings, *_behaviour(document.get("contract"), behaved)]
+
+
+def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) -> list[Finding]:
+    """Turns what the fresh process measured of the contract into findings, one a property."""
+    if contract is None or found is None or "error" in {**contract, **found}:
+        why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not hold it"
+        return [Finding("behaviour kept", None, f"not looked at: {why}")]
+    dtype = torch.float32 if contract["wide"] else getattr(torch, found["dtype"])
+    kept = Reading({key: contract["control"].get(key, 0.0) for key in contract["distances"]}, contract["recorded"])
+    kept.dtype = dtype
+    measured = Reading(found["distances"], found["recorded"], errors=found["errors"], dtype=dtype)
+    faults = {fault.property: fault.words for fault in reversed(behaviour.faults(kept, measured))}
+    findings = []
+    for key, words in PROPERTIES.items():
+        parts = [name for name in contract["distances"] if name.partition("/")[0] == key]
+        if key in contract["declared"]:
+            findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))
+        elif key in faults:
+            findings.append(Finding(f"behaviour: {key}", False, faults[key]))
+        elif parts or key in contract["recorded"]:
+            far = max((found["distances"].get(name, 0.0) for name in parts), default=0.0)
+            findings.append(Finding(f"behaviour: {key}", True, f"{words} (off by {far:.1g})"))
+    return findings
 
 
 def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:

@@ -153,9 +153,9 @@ def write(
         files = {entry.file for entry in (*origins.values(), *store.origins_in_memory(state).values())}
         with checkpoint.steady(files):
             stored = store.store(state, staging, tied=tied, origins=origins, link=link)
-            certificate.write(model, staging, stored)
+            certificate.write(model, staging, stored, draft.edits)
     else:
-        certificate.write(model, staging, stored)
+        certificate.write(model, staging, stored, draft.edits)
     draft = replace(draft, versions=manifest.current_versions())
     card = sources.render("README.md.jinja", manifest=draft, parameters=anatomy.count(model.parameters()))
     (staging / manifest.CARD).write_text(card, encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import inspect
 import json
 import signal
@@ -41,7 +42,8 @@ def main() -> None:
     request = json.loads(asked)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    answers = {directory: _directory(Path(directory) / request["certificate"]) for directory in request["directories"]}
+    behaviour = _module(request["behaviour"])
+    answers = {d: _directory(Path(d) / request["certificate"], behaviour) for d in request["directories"]}
     imported = [name for name in forbidden if sys.modules.get(name) is not None]
     print(json.dumps({"imported": imported, "directories": answers}))
 
@@ -52,7 +54,17 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _directory(certificate: Path) -> dict[str, Any]:
+def _module(path: str) -> Any:
+    """Imports one file by its path."""
+    spec = importlib.util.spec_from_file_location("behaviour", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _directory(certificate: Path, behaviour: Any) -> dict[str, Any]:
     """Loads one directory through every Auto class that its configuration names."""
     import torch
     import transformers
@@ -69,7 +81,7 @@ def _directory(certificate: Path) -> dict[str, Any]:
             loads[auto] = _same_class(certificate.parent, auto, first[reference])
         elif auto != "AutoConfig":
             first[reference] = auto
-            loads[auto] = _load(certificate, config, auto, expected)
+            loads[auto] = _load(certificate, config, auto, expected, behaviour)
             gc.collect()  # a model is a cycle, and holds what it mapped
     environment = {
         "torch": torch.__version__,
@@ -97,8 +109,10 @@ def _same_class(directory: Path, auto: str, other: str) -> dict[str, Any]:
     return {"same_as": other} if kinds[0] == kinds[1] else {"error": f"builds {kinds[0]}, and {other} {kinds[1]}"}
 
 
-def _load(certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any]) -> dict[str, Any]:
-    """Loads through one Auto class and compares state and outputs."""
+def _load(
+    certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any], behaviour: Any
+) -> dict[str, Any]:
+    """Loads through one Auto class, compares state and outputs, and measures how the whole model behaves."""
     import transformers
 
     start = time.perf_counter()
@@ -146,7 +160,26 @@ def _load(certificate: Path, config: dict[str, Any], auto: str, expected: dict[s
     for kind, values in found.items():
         digest = _sample if kind == "state" and answer["sampled"] else _digest
         answer[kind] = _compare_state(values, wanted[kind], digest, additional=whole or backbone)
+    if whole and not answer["meta"] and "distances" in expected.get("contract", {}):
+        answer["behaviour"] = _behave(certificate, model, expected["contract"], behaviour)
     return answer
+
+
+def _behave(certificate: Path, model: Any, contract: dict[str, Any], behaviour: Any) -> dict[str, Any]:
+    """Measures the properties of the contract as they were measured in memory."""
+    from safetensors.torch import load_file
+
+    inputs = {key: t.to(model.device) for key, t in load_file(certificate / "contract.safetensors").items()}
+    parameters = dict(model.named_parameters())
+    values = {name: behaviour.noise(name, parameters[name]) for name in contract["fresh"]}
+    options = {key: contract[key] for key in ("at", "leave", "wide")}
+    asked = behaviour.Reading(contract["distances"], packed=contract["packed"], padded=contract["padded"])
+    try:
+        found = behaviour.Watched(model, inputs, values=values, **options).read(asked)
+    except Exception as error:  # whatever stops it from running is the finding
+        return {"error": f"{type(error).__name__}: {error}"}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"distances": found.distances, "recorded": found.recorded, "errors": found.errors, "dtype": dtype}
 
 
 def _switch_caches_off(model: Any) -> None:

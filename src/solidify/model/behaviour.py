@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -282,6 +282,9 @@ class Watched:
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, kept)
         if cache is None:
             return
+        if hasattr(cache, "activate_past_recording"):  # layers that forget what is out of their window could not crop
+            with suppress(Exception):
+                cache.activate_past_recording()
         rows = len(batch[self.stream])
         order = [1, 0, *range(2, rows)] if rows > 1 else [0]
         label, turned = "cache/reordered", {k: t[order] if t.shape[:1] == (rows,) else t for k, t in batch.items()}

@@ -60,6 +60,12 @@ class Control:
     output: torch.Tensor | None = None
 
     @property
+    def distances(self) -> dict[str, float]:
+        """What the probes measured: how far each property was from holding exactly."""
+        sharp = self.wide or self.reading
+        return dict(sharp.distances) if sharp is not None else {}
+
+    @property
     def watched(self) -> dict[str, Any]:
         """Where the model is watched: at its outputs and the modules, or, where it is large, at these alone."""
         return {"at": self.probed, "leave": self.large}

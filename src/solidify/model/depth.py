@@ -127,7 +127,10 @@ def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, 
                 raise
         else:
             probed = before.inputs is not None
-            return [dataclasses.replace(edit, identical=identical, probed=probed) for edit in edits]
+            return [
+                dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances)
+                for edit in edits
+            ]
     raise AssertionError("unreachable")
 
 

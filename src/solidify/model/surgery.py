@@ -48,12 +48,13 @@ class Bypassing(Protocol):
 class Edit:
     """What was done at one place.
 
-    `declares` are properties that the change does not keep on purpose; `records` says that transformers records what
-    stands here (hidden states, attentions, router logits). `operation` is `replace`, `share` (one new module at several
-    places), `rearrange` (layers inserted or removed) or `add`; `settings` is what the last two need besides. `tensors`
-    maps every tensor at the place, by its new name, to the tensor that it equals bit for bit, by its old one, or to
-    None where it is new; `dropped` names old tensors that live on nowhere. Names are full. `frozen` names, relative to
-    the module, the parameters that it froze itself while it left others trainable.
+    `declares` are properties that the change does not keep on purpose, `control` is how the model behaved before, by
+    probe, and `records` says that transformers records what stands here (hidden states, attentions, router logits).
+    `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
+    `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
+    the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
+    live on nowhere. Names are full. `frozen` names, relative to the module, the parameters that it froze itself while
+    it left others trainable.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Edit:
     settings: dict[str, Any] = field(default_factory=dict)
     declares: dict[str, bool] = field(default_factory=dict)
     records: bool = False
+    control: dict[str, float] = field(default_factory=dict)
 
     @property
     def new_class(self) -> str:
@@ -95,6 +97,7 @@ class Edit:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "declares": dict(self.declares),
+            "control": dict(self.control),
             "probed": self.probed,
             "identical": self.identical,
             "bypass": self.bypass,
@@ -190,7 +193,7 @@ def _put(
         )
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
     records = any(name in recorded for name in names)
-    edits = [dataclasses.replace(edit, records=records) for edit in edits]
+    edits = [dataclasses.replace(edit, records=records, control=before.distances) for edit in edits]
     return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
 

@@ -1,0 +1,252 @@
+"""A replacement keeps how the model behaves, or it is refused: planted faults and honest twins in four families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import behaving
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import pico
+import solidify
+from solidify.errors import SurgeryError
+from solidify.model import behaviour, probing
+
+ROTARY = {**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.1}
+LEARNED = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
+FAMILIES: dict[str, tuple[str, dict[str, object], str, str]] = {
+    "Llama": ("LlamaForCausalLM", ROTARY, "model.layers.*.mlp", "model.layers.*.self_attn"),
+    "Qwen3": ("Qwen3ForCausalLM", {**ROTARY, "head_dim": 8}, "model.layers.*.mlp", "model.layers.*.self_attn"),
+    "Gemma 3": (
+        "Gemma3ForCausalLM",
+        {**ROTARY, "head_dim": 8, "sliding_window": 8},
+        "model.layers.*.mlp",
+        "model.layers.*.self_attn",
+    ),
+    "GPT-2": ("GPT2LMHeadModel", {**LEARNED, "pad_token_id": 1}, "transformer.h.*.mlp", "transformer.h.*.attn"),
+}
+HONEST = ("Scaled", "Gated", "Zero", "Dense", "Dropped", "Float32Gate", "Buffered")
+HONEST_ATTENTION = ("Scaled", "Dropped", "Buffered")
+# Planted in the feed-forward, and the word by which the refusal must name the property.
+PLANTED = {
+    "TokenShift": "cache",
+    "OwnCache": "cache",
+    "NumberOfTokens": "cache",
+    "SeqNorm": "cache",
+    "ChunkPool": "looks ahead",
+    "BatchMean": "other rows",
+    "MeanOverAll": "other rows",
+    "Counter": "earlier calls",
+    "Ema": "earlier calls",
+    "Noisy": "random numbers",
+    "PyNoisy": "random numbers",
+    "Always": "random numbers",
+    "Detached": "gradient",
+    "InPlace": "writes into",
+    "Asserting": "AssertionError",
+}
+PLANTED_ATTENTION = {
+    "RunningMean": "cache",
+    "NoMask": "padding",
+    "Bidirectional": "looks ahead",
+    "LateBidirectional": "looks ahead",
+    "BatchMean": "other rows",
+    "Counter": "earlier calls",
+    "Noisy": "random numbers",
+}
+
+
+def made(family: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, str, str]:
+    head, settings, feed_forward, attention = FAMILIES[family]
+    return pico.make(head, dtype=dtype, **settings), feed_forward, attention
+
+
+def judged(model: PreTrainedModel, place: str, name: str) -> str:
+    """Replaces, and returns the refusal, or nothing; a refused model is what it was."""
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    inputs = probing.probe_inputs(model)
+    output = model(**inputs).logits
+    try:
+        solidify.replace(model, place, getattr(behaving, name))
+    except SurgeryError as error:
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+        assert model.config.to_dict() == config
+        assert torch.equal(model(**inputs).logits, output)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_feed_forward_is_taken(family: str, name: str) -> None:
+    model, place, _ = made(family)
+    assert judged(model, place, name) == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", HONEST_ATTENTION)
+def test_an_honest_attention_is_taken(family: str, name: str) -> None:
+    model, _, place = made(family)
+    assert judged(model, place, name) == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_in_a_feed_forward_is_named(family: str, name: str) -> None:
+    model, place, _ = made(family)
+    assert PLANTED[name] in judged(model, place, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED_ATTENTION)
+def test_a_fault_in_an_attention_is_named(family: str, name: str) -> None:
+    model, _, place = made(family)
+    assert PLANTED_ATTENTION[name] in judged(model, place, name)
+
+
+@pytest.mark.parametrize("name", [*HONEST, *(n for n in PLANTED if n != "Asserting"), "Float32Out"])
+def test_half_precision_hides_nothing(name: str) -> None:
+    model, place, _ = made("Llama", torch.bfloat16)
+    said = judged(model, place, name)
+    assert said == "" if name in HONEST else PLANTED.get(name, "float32") in said
+
+
+def test_what_is_meant_is_declared_recorded_and_obeyed(tmp_path: Path) -> None:
+    model, _, place = made("Llama")
+    meant = {"cache": False, "padding": False}
+    edits = solidify.replace(model, place, behaving.RunningMean, declares=meant)
+    assert edits[0].declares == meant
+    artifact = solidify.build(model, edits, tmp_path / "artifact")
+    assert {f.name: f.passed for f in artifact.findings}["behaviour: cache"] is None
+    again = solidify.load(tmp_path / "artifact")
+    assert again.config.surgery[0]["declares"] == meant
+    ids = pico.tokens(1, 6)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    for each in (model, again):
+        wanted = each.generate(ids, use_cache=False, **options)
+        assert torch.equal(each.generate(ids, **options), wanted)
+        with pytest.raises(ValueError, match="keeps no cache"):
+            each.generate(ids, use_cache=True, **options)
+
+
+def test_a_class_may_declare_what_it_does() -> None:
+    class Mean(behaving.RunningMean):
+        declares = {"cache": False, "padding": False}  # noqa: RUF012
+
+    model, _, place = made("Llama")
+    assert solidify.replace(model, place, Mean)[0].declares == {"cache": False, "padding": False}
+
+
+@pytest.mark.parametrize(
+    ("declares", "said"),
+    [({"cach": False}, "did you mean 'cache'"), ({"cache": "no"}, "true (kept) or false"), (["cache"], "properties")],
+)
+def test_a_declaration_that_does_not_fit_is_refused(declares: object, said: str) -> None:
+    model, place, _ = made("Llama")
+    with pytest.raises(SurgeryError, match="declare") as caught:
+        solidify.replace(model, place, behaving.Scaled, declares=declares)
+    assert said in str(caught.value)
+
+
+def test_a_layer_of_ones_own_is_recorded_where_the_old_one_was(tmp_path: Path) -> None:
+    model, _, _ = made("Llama")
+    ids = pico.tokens()
+    before = model(ids, output_hidden_states=True).hidden_states
+    edits = solidify.replace(model, "model.layers.*", behaving.Scaled, expect="LlamaDecoderLayer", count=2)
+    solidify.build(model, edits, tmp_path / "artifact")
+    again = solidify.load(tmp_path / "artifact")
+    with torch.no_grad():
+        for each in (model, again):
+            each.model.layers[0].scale.fill_(3.0)
+            states = each(ids, output_hidden_states=True).hidden_states
+            assert len(states) == len(before)
+            assert torch.equal(states[1], before[1] * 3)  # what the wrapper returned, not what is inside of it
+
+
+def test_router_logits_that_are_gone_are_refused_when_they_are_asked_for(tmp_path: Path) -> None:
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.1.mlp", pico.wrappers.PlainMLP)
+    assert edits[0].declares == {"router_logits": False}
+    solidify.build(model, edits, tmp_path / "artifact")
+    for each in (model, solidify.load(tmp_path / "artifact")):
+        each(pico.tokens())
+        with pytest.raises(ValueError, match="does not record all router_logits"):
+            each(pico.tokens(), output_router_logits=True)
+
+
+def test_the_contract_is_repeated_in_a_fresh_process_and_fails_there(tmp_path: Path) -> None:
+    """A module that behaves in the process that built it, and not in another."""
+    (tmp_path / "late.py").write_text(
+        "import sys\n"
+        "from torch import nn\n"
+        "class Late(nn.Module):\n"
+        "    def __init__(self, original):\n"
+        "        super().__init__()\n"
+        "        self.inner = original\n"
+        "    def forward(self, x):\n"
+        "        if sys.modules.get('solidify') is None and x.shape[1] == 1:\n"
+        "            return self.inner(x) * 1.5\n"
+        "        return self.inner(x)\n"
+    )
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("late", tmp_path / "late.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["late"] = module
+    spec.loader.exec_module(module)
+    model, place, _ = made("Llama")
+    edits = solidify.replace(model, place, module.Late)
+    with pytest.raises(solidify.ArtifactError, match="behaviour: cache"):
+        solidify.build(model, edits, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reading_of_an_unchanged_model_is_rounding(family: str) -> None:
+    model, _, _ = made(family)
+    reading = behaviour.Watched(model, probing.probe_inputs(model)).read()
+    wanted = {"causal", "padding", "cache/prefill", "cache/reordered", "cache/crop", "rows", "stateless"}
+    assert wanted <= set(reading.distances)
+    assert max(reading.distances.values()) < 1e-5
+
+
+def test_a_distance_is_the_largest_of_any_position_in_float64() -> None:
+    found, wanted = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    by_position = (found.double() - wanted.double()).square().mean(-1).sqrt().max()
+    expected = float(by_position / wanted.double().square().mean().sqrt())
+    assert abs(behaviour.distance(found, wanted) - expected) < 1e-6
+    assert behaviour.distance(wanted, wanted) == 0.0
+    assert behaviour.distance(wanted[:1], wanted) == behaviour.FAILED
+
+
+def added(make: Callable[[], nn.Module]) -> type[nn.Module]:
+    """Makes a head of a function of its own layer."""
+
+    class Head(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.inner = make()
+            self.out = nn.Linear(config.hidden_size, 1)
+
+        def forward(self, x):
+            return self.out(self.inner(x))
+
+    return Head
+
+
+def test_an_added_head_behaves_as_what_it_reads() -> None:
+    model, _, _ = made("Llama")
+    honest, drawing = added(nn.Identity), added(lambda: behaving.Noisy(nn.Identity()))
+    with pytest.raises(SurgeryError, match="random numbers"):
+        solidify.add(model, "value", drawing, reads="model.norm")
+    assert "value" not in dict(model.named_children())
+    solidify.add(model, "value", honest, reads="model.norm")
+    assert model(pico.tokens())["value"].shape == (2, 12, 1)

@@ -1,0 +1,242 @@
+"""Honest modules and planted faults: ways in which a change does not keep how the model behaves."""
+
+import random
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def out0(o, f):
+    return (f(o[0]), *o[1:]) if isinstance(o, tuple) else f(o)
+
+
+class Base(nn.Module):
+    def __init__(self, original):
+        super().__init__()
+        self.inner = original
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+# honest
+class Scaled(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
+class Gated(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.inner = original
+        self.gate = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, x):
+        return self.inner(x) * torch.sigmoid(self.gate(x))
+
+
+class Zero(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.inner = original
+        self.down = nn.Linear(config.hidden_size, 4, bias=False)
+        self.up = nn.Linear(4, config.hidden_size, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(torch.tanh(self.down(x)))
+
+
+class Dense(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.a = nn.Linear(config.hidden_size, 24)
+        self.b = nn.Linear(24, config.hidden_size)
+
+    def forward(self, x):
+        return self.b(F.gelu(self.a(x)))
+
+
+class Dropped(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: F.dropout(x, 0.3, self.training))
+
+
+class Float32Gate(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.inner = original
+        self.gate = nn.Linear(config.hidden_size, 1, dtype=torch.float32)
+
+    def forward(self, x):
+        return self.inner(x) * torch.sigmoid(self.gate(x.float())).to(x.dtype)
+
+
+class Buffered(Base):
+    def __init__(self, original):
+        super().__init__(original)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, *a, **k):
+        if self.training:
+            self.seen += 1
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
+# planted
+class TokenShift(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.inner = original
+        self.mix = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x):
+        return self.inner(x + self.mix * F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class RunningMean(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.o = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, *a, **k):
+        n = torch.arange(1, hidden_states.shape[1] + 1, device=hidden_states.device)[None, :, None]
+        return self.o(hidden_states.cumsum(1) / n), None
+
+
+class NoMask(Base):
+    def forward(self, *a, **k):
+        k["attention_mask"] = None
+        return self.inner(*a, **k)
+
+
+class Bidirectional(Base):
+    def __init__(self, original):
+        super().__init__(original)
+        self.inner.is_causal = False
+
+    def forward(self, *a, **k):
+        k["attention_mask"] = None
+        return self.inner(*a, **k)
+
+
+class LateBidirectional(Base):
+    def forward(self, *a, **k):
+        self.inner.is_causal = False
+        k["attention_mask"] = None
+        return self.inner(*a, **k)
+
+
+class BatchMean(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x + 0.1 * self.scale * x.mean((0,), keepdim=True))
+
+
+class Counter(Base):
+    def __init__(self, original):
+        super().__init__(original)
+        self.n = 0
+
+    def forward(self, *a, **k):
+        self.n += 1
+        return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * self.n))
+
+
+class Ema(Base):
+    def __init__(self, original):
+        super().__init__(original)
+        self.register_buffer("m", torch.zeros(1))
+
+    def forward(self, *a, **k):
+        o = self.inner(*a, **k)
+        x = o[0] if isinstance(o, tuple) else o
+        self.m.mul_(0.99).add_(0.01 * x.detach().abs().mean())
+        return out0(o, lambda x: x + self.m)
+
+
+class Noisy(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x + 0.01 * torch.randn_like(x))
+
+
+class PyNoisy(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * random.random()))
+
+
+class Always(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: F.dropout(x, 0.1, True))
+
+
+class Detached(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x.detach() * self.scale)
+
+
+class InPlace(Base):
+    def forward(self, x, *a, **k):
+        x.mul_(1.1)
+        return out0(self.inner(x, *a, **k), lambda y: y)
+
+
+class OwnCache(Base):
+    """keeps keys itself, not in the cache"""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.past = None
+
+    def forward(self, x):
+        if self.training:
+            return self.inner(x)
+        if self.past is not None and x.shape[1] == 1 and self.past.shape[0] == x.shape[0]:
+            self.past = torch.cat([self.past, x], 1)
+        else:
+            self.past = x
+        return self.inner(x) + 0.2 * self.scale * self.past.cumsum(1)[:, -x.shape[1] :]
+
+
+class Asserting(Base):
+    def forward(self, *a, **k):
+        assert k.get("use_cache") is None and False
+
+
+class NumberOfTokens(Base):
+    """position by arange of what it is given"""
+
+    def forward(self, x):
+        return self.inner(x) * (1 + 0.1 * self.scale * torch.arange(x.shape[1])[None, :, None])
+
+
+class ConfigWriter(nn.Module):
+    def __init__(self, original, config):
+        super().__init__()
+        self.inner = original
+        config.rms_norm_eps = 7.0
+        raise RuntimeError("late")
+
+
+class Float32Out(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x.float() * self.scale.float())
+
+
+class SeqNorm(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x / (1 + self.scale * x.cumsum(1).abs().mean(-1, keepdim=True)))
+
+
+class ChunkPool(Base):
+    def forward(self, *a, **k):
+        def f(x):
+            t = x.shape[1]
+            pad = (-t) % 4
+            y = F.pad(x, (0, 0, 0, pad)).view(x.shape[0], -1, 4, x.shape[-1]).mean(2).repeat_interleave(4, 1)[:, :t]
+            return x + 0.1 * self.scale * y
+
+        return out0(self.inner(*a, **k), f)
+
+
+class MeanOverAll(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x / (1 + self.scale * x.abs().mean()))
