@@ -157,9 +157,9 @@ def judge(
         noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
         if noisy is not None:
             return sentences(noisy, what, declared, _NOISY)
-    with foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy):
-        with anatomy.sparing(model):
-            reading = Watched(model, control.inputs, **control.watched).read(control.reading, whole=not identical)
+    called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
+    with called, anatomy.sparing(model):
+        reading = Watched(model, control.inputs, **control.watched).read(control.reading, whole=not identical)
     if control.reading is None:
         return []
     if _finite(control.reading) and not _finite(reading):
