@@ -42,6 +42,7 @@ _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summatio
 _FLOOR_HALF = 5e-2
 _AGAIN = {torch.float64: 1e-12, torch.float32: 1e-5}  # the same call once more
 _AGAIN_HALF = 2e-2
+_TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
 _CACHES = ("past_key_values", "cache_params")
 
 
@@ -166,6 +167,35 @@ class Watched:
                 for buffer, value in buffers:
                     if buffer.shape != value.shape or not torch.equal(buffer, value):
                         buffer.data = value
+
+    def judged(self, control: Reading) -> tuple[Reading, list[Fault]]:
+        """Runs all probes and compares them with the control; what is too far off must be so for other tokens too.
+
+        Where a model chooses (experts, keys) and two candidates are equal but for rounding, it may choose otherwise
+        from run to run, and is far off there once in a while; what a change breaks is broken for all tokens.
+        """
+        reading = self.read(control)
+        found = faults(control, reading)
+        for seed in (1, 2):
+            if not any(fault.distance < FAILED for fault in found) or set(self.inputs) - {*_TEXT}:
+                break
+            try:
+                other = faults(control, self._with_other_tokens(seed).read(control))
+            except Exception:  # what does not run at all is no reason to take a fault back
+                break
+            still = {fault.name for fault in other}
+            found = [fault for fault in found if fault.name in still or not fault.distance < FAILED]
+        return reading, found
+
+    def _with_other_tokens(self, seed: int) -> Watched:
+        """Watches the same model with the same tokens in another order."""
+        assert self.stream is not None
+        tokens = self.inputs[self.stream]
+        order = torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(seed)).to(tokens.device)
+        inputs = {**self.inputs, self.stream: tokens.flatten()[order].view(tokens.shape)}
+        other = Watched(self.model, inputs, values=self.values, at=self.at, leave=self.leave)
+        other.dtype = self.dtype
+        return other
 
     def _read(self, control: Reading | None, whole: bool) -> Reading:
         reading = Reading(dtype=self.dtype)

@@ -159,12 +159,15 @@ def judge(
             return sentences(noisy, what, declared, _NOISY)
     called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
     with called, anatomy.sparing(model):
-        reading = Watched(model, control.inputs, **control.watched).read(control.reading, whole=not identical)
+        watched = Watched(model, control.inputs, **control.watched)
+        if control.reading is None or identical:
+            reading, found = watched.read(control.reading, whole=False), list[Fault]()
+        else:
+            reading, found = watched.judged(control.reading)
     if control.reading is None:
         return []
     if _finite(control.reading) and not _finite(reading):
         return [f"with {what} in place the model returns NaN or infinity"]
-    found = [] if identical else behaviour.faults(control.reading, reading)
     if any(fault.name == "router_logits" for fault in found) and not _by_default(model, "output_router_logits"):
         declared["router_logits"] = False
     if control.wide is not None and not identical:
@@ -184,9 +187,9 @@ def _faults(
         values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in fresh.items()}
         watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
         with anatomy.sparing(model):
-            reading = foreign.attempt(watched.read, before).value
-        if reading is not None and _finite(reading):
-            return behaviour.faults(before, reading)
+            outcome = foreign.attempt(watched.judged, before).value
+        if outcome is not None and _finite(outcome[0]):
+            return outcome[1]
     return None
 
 

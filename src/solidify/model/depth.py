@@ -149,11 +149,9 @@ def _judge(model: PreTrainedModel, before: Control, what: str) -> bool:
     old = before.output
     if old is not None and output.value.shape != old.shape:
         raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
-    reading = foreign.attempt(Watched(model, before.inputs).read, before.reading)
-    if reading.error is not None:
-        raise SurgeryError(f"with {what} the model does not run: {foreign.said(reading.error)}")
-    if before.reading is not None and reading.value is not None:
-        found = behaviour.faults(before.reading, reading.value)
+    if before.reading is not None:
+        with foreign.calling(f"with {what} the model does not run"):
+            _, found = Watched(model, before.inputs).judged(before.reading)
         kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
         refuse(
             SurgeryError, "the layers' numbers or kinds do not fit their new places", control.sentences(kept, what, {})

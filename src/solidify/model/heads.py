@@ -96,10 +96,9 @@ class _Before:
         values = {key: behaviour.noise(key, p) for key, p in parameters.items() if p.is_floating_point()}
         if self.reading is None or self.reads not in self.reading.plain:
             return
-        reading = Watched(model, self.inputs, values=values, at=[name], leave=True).read(self.reading)
+        reading, faults = Watched(model, self.inputs, values=values, at=[name], leave=True).judged(self.reading)
         if name not in reading.plain:
             return
-        faults = behaviour.faults(self.reading, reading)
         what = type(head).__name__
         refuse(SurgeryError, f"{what} cannot be added as asked", control.sentences(faults, what, declared))
 
