@@ -156,6 +156,7 @@ def judge(
     if identical and values and sharp is not None:  # what is found with noise is found as it stands too
         noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
         if noisy is not None:
+            _declare_router(model, noisy, declared)
             return sentences(noisy, what, declared, _NOISY)
     called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
     with called, anatomy.sparing(model):
@@ -168,8 +169,7 @@ def judge(
         return []
     if _finite(control.reading) and not _finite(reading):
         return [f"with {what} in place the model returns NaN or infinity"]
-    if any(fault.name == "router_logits" for fault in found) and not _by_default(model, "output_router_logits"):
-        declared["router_logits"] = False
+    _declare_router(model, found, declared)
     if control.wide is not None and not identical:
         found += _faults(model, control, control.wide, {}, wide=True) or []
     told = sentences(found, what, declared)
@@ -193,8 +193,11 @@ def _faults(
     return None
 
 
-def _by_default(model: PreTrainedModel, flag: str) -> bool:
-    return any(getattr(config, flag, False) for config in (model.config, model.config.get_text_config()))
+def _declare_router(model: PreTrainedModel, found: Sequence[Fault], declared: dict[str, bool]) -> None:
+    """Declares that router logits are gone, where they are and nobody asks for them by default."""
+    by_default = any(vars(c).get("output_router_logits") for c in (model.config, model.config.get_text_config()))
+    if any(fault.name == "router_logits" for fault in found) and not by_default:
+        declared["router_logits"] = False
 
 
 def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -142,17 +142,18 @@ def renumber(layer: nn.Module, path: str, place: int) -> None:
         setattr(holder, key, place)
 
 
-def recorders(model: PreTrainedModel) -> dict[str, list[Any]]:
-    """Returns the hooks by which transformers records outputs (hidden states, attentions, router logits), by module."""
+def recorders(model: PreTrainedModel) -> dict[str, tuple[nn.Module, list[Any]]]:
+    """Returns what transformers records (hidden states, attentions, router logits): name -> module, and its hooks."""
     output_capturing.maybe_install_capturing_hooks(model)
-    found = {name: [h for h in m._forward_hooks.values() if _records(h)] for name, m in model.named_modules()}
-    return {name: hooks for name, hooks in found.items() if hooks}
+    found = {name: (m, [h for h in m._forward_hooks.values() if _records(h)]) for name, m in model.named_modules()}
+    return {name: recorded for name, recorded in found.items() if recorded[1]}
 
 
-def record_again(model: PreTrainedModel, before: dict[str, list[Any]], replaced: list[str]) -> None:
+def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list[Any]]], replaced: list[str]) -> None:
     """Records at every module that stands where one was recorded `before`, and no longer inside of it.
 
-    transformers records by class, once and for all. What stands within a `replaced` module is recorded by its class.
+    transformers records by class and name, once and for all. Within a `replaced` module it does so anew; a module that
+    was recorded before and was kept there stays recorded.
     """
     for module in model.modules():
         for number in [number for number, hook in module._forward_hooks.items() if _records(hook)]:
@@ -161,10 +162,21 @@ def record_again(model: PreTrainedModel, before: dict[str, list[Any]], replaced:
             module._output_capturing_hooks_installed = False
     output_capturing.maybe_install_capturing_hooks(model)
     modules = dict(model.named_modules())
-    for name, hooks in before.items():
+    told: dict[str, set[Any]] = {}
+    for name, (_, hooks) in before.items():
         if name in modules and not any(name.startswith(f"{place}.") for place in replaced):
+            told[name] = {_output(hook) for hook in hooks}
             for hook in hooks:
                 _record_at(modules[name], hook)
+    kept = {id(module) for module in modules.values()}
+    for name, (module, hooks) in before.items():
+        outer = next((place for place in replaced if name.startswith(f"{place}.")), None)
+        if outer is None or id(module) not in kept:
+            continue
+        now = {_output(hook) for hook in module._forward_hooks.values() if _records(hook)}
+        for hook in hooks:
+            if _output(hook) not in now | told.get(outer, set()):
+                module.register_forward_hook(hook)
 
 
 def _record_at(module: nn.Module, hook: Any) -> None:

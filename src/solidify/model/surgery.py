@@ -192,7 +192,7 @@ def _put(
             control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical),
         )
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
-    records = any(name in recorded for name in names)
+    records = any(inner == name or inner.startswith(f"{name}.") for inner in recorded for name in names)
     edits = [dataclasses.replace(edit, records=records, control=before.distances) for edit in edits]
     return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
