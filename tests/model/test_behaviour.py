@@ -218,6 +218,21 @@ def test_a_reading_of_an_unchanged_model_is_rounding(family: str) -> None:
     assert max(reading.distances.values()) < 1e-5
 
 
+def test_probing_leaves_nothing_behind_in_shared_modules_and_buffers() -> None:
+    model, _, _ = made("Llama")
+    places = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
+    edits = solidify.share(model, places, pico.wrappers.Bottleneck, arguments={"width": 4})
+    model.model.norm.register_buffer("seen", torch.zeros(1))
+    before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: behaviour.noise(name, parameters[name]) for edit in edits for name in edit.tensors}
+    for wide in (False, True):
+        behaviour.Watched(model, probing.probe_inputs(model), values=values, wide=wide).read()
+    after = model.state_dict(keep_vars=True)
+    assert {name: id(tensor) for name, tensor in after.items()} == {name: known for name, (known, _) in before.items()}
+    assert all(torch.equal(tensor, before[name][1]) for name, tensor in after.items())
+
+
 def test_a_distance_is_the_largest_of_any_position_in_float64() -> None:
     found, wanted = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     by_position = (found.double() - wanted.double()).square().mean(-1).sqrt().max()

@@ -160,7 +160,7 @@ class Watched:
             Exception: the model does not run at all.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with _evaluation(self.model), _chance_kept(), torch.no_grad():
+        with _evaluation(self.model), _chance_kept(), _instead(self.model, self.values), torch.no_grad():
             try:
                 return self._read(control, whole)
             finally:
@@ -445,11 +445,7 @@ class Watched:
         with _caches_off(self.model, not caching):
             try:
                 arguments = {**inputs, **options}
-                outputs = (
-                    torch.func.functional_call(self.model, self.values, (), arguments)
-                    if self.values
-                    else self.model(**arguments)
-                )
+                outputs = self.model(**arguments)
             except _LeftError:
                 pass
             finally:
@@ -535,6 +531,25 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     rows = squares.flatten(2).mean(-1) if squares.ndim > 2 else squares.mean(-1)
     far = float(rows.max().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
     return FAILED if far != far else far
+
+
+@contextmanager
+def _instead(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Puts values in the places of the parameters and buffers of these names, wherever each of them stands.
+
+    (`torch.func.functional_call` leaves a value behind in a module that stands at two places.)
+    """
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    wanted = {id(own[name]): value for name, value in values.items()}
+    tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+    before = [(table, key, tensor) for table in tables for key, tensor in table.items()]
+    for table, key, tensor in before:
+        table[key] = wanted.get(id(tensor), tensor)
+    try:
+        yield
+    finally:
+        for table, key, tensor in before:
+            table[key] = tensor
 
 
 def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
