@@ -98,8 +98,9 @@ def _multinomial(call: Call) -> torch.Tensor:
 
 
 def _rrelu(call: Call) -> torch.Tensor:
-    slope = (float(call["lower"]) + float(call["upper"])) / 2
-    return torch.where(call["self"] >= 0, call["self"], call["self"] * slope)
+    slopes = torch.where(call["self"] >= 0, 1.0, (float(call["lower"]) + float(call["upper"])) / 2).to(call["self"])
+    call["noise"].copy_(slopes)  # which the backward pass takes for the slopes
+    return call["self"] * slopes
 
 
 # What takes the place of each operation that draws: its mean, or else one value that no draw decides.
