@@ -43,6 +43,7 @@ class _Compared:
     """What the terms share: shifting, masking, temperature; `divergence` is what they differ in."""
 
     reduction = "token_sum"
+    shifts = True
 
     def __init__(self, divergence: Divergence, temperature: float) -> None:
         if not temperature > 0:
@@ -117,6 +118,7 @@ class ChunkedDistillation:
     """
 
     reduction = "token_sum"
+    shifts = True
 
     def __init__(
         self, divergence: str = "forward_kl", temperature: float = 1.0, beta: float = 0.5, chunk: int = CHUNK

@@ -21,6 +21,7 @@ class DPO:
     """
 
     reduction = "sequence_mean"
+    shifts = True
 
     def __init__(self, beta: float = 0.1, smoothing: float = 0.0) -> None:
         if not beta > 0:
