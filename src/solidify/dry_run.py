@@ -20,7 +20,7 @@ from solidify.model.surgery import Edit
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.recipe import Recipe
-from solidify.tuning import groups, kernels
+from solidify.tuning import data, groups, kernels
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def plan(recipe: Recipe) -> Plan:
     after = cost(base.model).document()
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
+        data.refuse_untaught(base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         arguments = materials.training_arguments(recipe, Path("nowhere"))
         materials.refuse_unprepared(recipe, base.processor)
