@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from solidify import console, materials
@@ -16,8 +17,9 @@ from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources
 from solidify.model import ledger
 from solidify.model.cost import cost
-from solidify.model.surgery import Edit
+from solidify.model.surgery import Bypassing, Edit
 from solidify.objective.objective import Objective
+from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
 from solidify.recipe import Recipe
 from solidify.tuning import data, groups, kernels
@@ -83,10 +85,10 @@ def plan(recipe: Recipe) -> Plan:
         materials.refuse_unprepared(recipe, base.processor)
         terms = materials.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
-        materials.load_teacher(recipe, device="meta")
         materials.read_texts(recipe)
         trainer = materials.trainer_class(recipe).__name__
-        trainable = _trainable(recipe, base.model)
+        trainable, peft_model = _trainable(recipe, base.model)
+        _rehearse(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
         edits=edits,
         adapter=wanted,
@@ -120,7 +122,19 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
     }
 
 
-def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
+def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, steps: int) -> None:
+    """Binds a second copy of the objective to the model, with the reference that a run would have."""
+    terms = materials.make_terms(recipe)
+    reference: Any = materials.load_teacher(recipe, device="meta")
+    if reference is None and any(term.asks_reference for term in terms):
+        places = [standing.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
+        off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
+        if not off or any(edit.operation != "replace" for edit in edits):
+            reference = materials.load_base(recipe, device="meta").model
+    rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
+
+
+def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
@@ -132,4 +146,4 @@ def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
     for kind, name, parameter in standing.named_parameters(peft_model):
         if parameter.requires_grad:
             counts[f"{kind} {name}"] = counts.get(f"{kind} {name}", 0) + parameter.numel()
-    return counts
+    return counts, peft_model

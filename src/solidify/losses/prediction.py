@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import count, number
 from solidify.losses.chunking import CHUNK, Head, chunked
 from solidify.losses.precision import wide
 
@@ -39,9 +40,9 @@ class NextToken:
     shifts = True
 
     def __init__(self, chunk: int = CHUNK, label_smoothing: float = 0.0) -> None:
-        if not 0 <= label_smoothing < 1:
+        if not 0 <= number("next_token", "label_smoothing", label_smoothing) < 1:
             raise ObjectiveError(f"next_token: label_smoothing is from 0 to below 1, but is {label_smoothing}")
-        self.chunk = chunk
+        self.chunk = count("next_token", "chunk", chunk)
         self.label_smoothing = label_smoothing
 
     def __call__(self, hidden_states: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from solidify.objective.objective import Objective
 from solidify.objective.passes import Passes
 from solidify.objective.sanity import Sanity
 from solidify.objective.supply import Head, Reference, Supply, decoder_captures, decoder_output, is_decoder, shifts_labels
-from solidify.objective.term import REFERENCE, SHIFTS, Part
+from solidify.objective.term import REFERENCE, SHIFTS, Binding, Part
 from solidify.objective.window import Counts, Window
 
 _HIDDEN = {"hidden_states", "head"}
@@ -79,6 +79,9 @@ class ObjectiveEngine:
         wanted: dict[Any, Any] = dict(objective.captures)
         if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self._runs.builds_logits):
             wanted |= decoder_captures(model)
+        for term in objective.terms:
+            if isinstance(term.subject, Binding):
+                term.subject.bind(model)
         self._recorder: Recorder[Any] = Recorder(model, wanted)
         self._window: Window | None = None
         self._unmeasured: list[Mapping[str, Any]] = []

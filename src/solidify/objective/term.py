@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective import memory, weights
 from solidify.objective.capture import Capture
@@ -59,6 +60,14 @@ class Acting(Protocol):
 
     def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
         """Acts on the window's means; `step` counts from 1, `steps` is the planned number."""
+
+
+@runtime_checkable
+class Binding(Protocol):
+    """A term that judges the model that it is bound to, before anything is computed."""
+
+    def bind(self, model: nn.Module) -> None:
+        """Raises ObjectiveError when the term could not work on the model."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +138,8 @@ class Term:
             if not callable(loss):
                 raise ObjectiveError(f"the term {self.name} is a {type(loss).__name__}, which cannot be called")
             return loss
-        try:
+        with foreign.calling(f"the term {self.name} cannot be built", ObjectiveError):
             return loss(**arguments)
-        except (TypeError, ValueError) as error:
-            raise ObjectiveError(f"the term {self.name} cannot be built: {error}") from error
 
     def _bind(self, loss: Any, arguments: dict[str, Any]) -> set[str]:
         """Returns what the term asks to be supplied with; refuses parameters that nobody gives."""
