@@ -24,7 +24,7 @@ import solidify
 from solidify.artifact import certificate
 from solidify.artifact.solidify import assemble
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, probing
+from solidify.model import anatomy, behaviour, probing
 
 COLUMNS = ("feed_forward", "attention_or_mixer", "projector")
 REPRESENTATIVE = (
@@ -160,7 +160,7 @@ def told_of_generation(model: PreTrainedModel) -> str:
     if not model.can_generate():
         return "it cannot, nor can the base"
     inputs = {key: tensor for key, tensor in probing.probe_inputs(model).items() if key != "mm_token_type_ids"}
-    if not contract.record(model, [], inputs).causal:
+    if behaviour.Watched(model, inputs).read().distances.get("causal", 1.0) > 1e-4:
         return "not causal as it is configured, so a cache could not agree"
     options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     try:

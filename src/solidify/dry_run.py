@@ -32,7 +32,8 @@ class Plan:
     `before` and `after` are costs. `adapter` and `trainer` are None without an adapter; `trainable` maps what would be
     trained (`lora` or `full`, and the name) to its number of parameters. `objective` has each term's name, reduction,
     weight (a number, or how it moves) and whether it needs the reference; `groups` are the parameter groups. `tensors`
-    lists which of the base's are `kept` and `dropped`, and which are `new`. `files` is the artifact's code by name,
+    lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of those
+    listed as dropped, as only a build can tell. `files` is the artifact's code by name,
     of which `generated` names what solidify writes, and `requirements` what it needs beside torch and transformers.
     """
 
@@ -115,10 +116,12 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
     """Follows the base's tensors through all edits."""
     origins, _ = ledger.origins(names, [edit.document() for edit in edits])
     used = set(origins.values())
+    unknown = [name for edit in edits for name in edit.unknown if name in origins]
     return {
         "kept": [name for name in names if name in used],
-        "new": [name for name, origin in origins.items() if origin is None],
+        "new": [name for name, origin in origins.items() if origin is None and name not in unknown],
         "dropped": [name for name in names if name not in used],
+        "unknown": unknown,
     }
 
 

@@ -85,7 +85,9 @@ def _step(recipe: Recipe, step: Any, model: PreTrainedModel) -> list[Edit]:
         raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
     weights = recipe.directory / step.weights if step.weights else None
     if isinstance(step, Add):
-        return heads.add(model, step.add, module, reads=step.reads, arguments=step.arguments, weights=weights)
+        return heads.add(
+            model, step.add, module, reads=step.reads, arguments=step.arguments, weights=weights, declares=step.declares
+        )
     put = surgery.share if step.shared else surgery.replace
     return put(
         model,
@@ -95,6 +97,7 @@ def _step(recipe: Recipe, step: Any, model: PreTrainedModel) -> list[Edit]:
         expect=step.expect,
         count=step.count,
         weights=weights,
+        declares=step.declares,
     )
 
 

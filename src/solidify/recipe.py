@@ -31,7 +31,10 @@ class Base(_Section):
 
 
 class Replace(_Section):
-    """One step of surgery: every module that `replace` names becomes a `with`."""
+    """One step of surgery: every module that `replace` names becomes a `with`.
+
+    `declares` says which properties of the contract the change does not keep on purpose (`{cache: false}`).
+    """
 
     replace: str | list[str]
     expect: str
@@ -40,6 +43,7 @@ class Replace(_Section):
     arguments: dict[str, Any] = {}
     weights: str | None = None
     shared: bool = False
+    declares: dict[str, bool] = {}
 
 
 class Insert(_Section):
@@ -67,6 +71,7 @@ class Add(_Section):
     reads: str
     arguments: dict[str, Any] = {}
     weights: str | None = None
+    declares: dict[str, bool] = {}
 
 
 _STEPS: dict[str, type[_Section]] = {"replace": Replace, "insert": Insert, "remove": Remove, "add": Add}

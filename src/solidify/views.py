@@ -119,8 +119,11 @@ def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableTyp
     """Says what becomes of the base's tensors, and names those that are new or go."""
     kept, new, dropped = (len(tensors[key]) for key in ("kept", "new", "dropped"))
     yield f"Tensors: {kept} of the base's {kept + dropped} kept, {dropped} dropped; {new} new"
-    for mark, key in (("added", "new"), ("removed", "dropped")):
-        for names in _folded(tensors[key]):
+    if tensors.get("unknown"):
+        count = len(tensors["unknown"])
+        yield f"  Not known before it is built: whether {count} more are new, or copies of those listed as dropped"
+    for mark, key in (("added", "new"), ("removed", "dropped"), ("changed", "unknown")):
+        for names in _folded(tensors.get(key, [])):
             yield f"  {_MARKS[mark]} {escape(_pattern(names))}{_times(names)}"
     yield ""
 

@@ -159,7 +159,9 @@ def test_looking_ahead_is_found_in_attention_and_in_an_encoder_decoders_decoder(
         decoder_start_token_id=0,
     )
     assert "looks ahead" in refused(t5, "decoder.block.*.layer.2.DenseReluDense", wrappers.Mixing)
-    solidify.replace(t5, "encoder.block.*.layer.1.DenseReluDense", wrappers.Mixing)
+    encoder = "encoder.block.*.layer.1.DenseReluDense"
+    assert "padding reaches what is not padding" in refused(t5, encoder, wrappers.Mixing)
+    solidify.replace(t5, encoder, wrappers.Mixing, declares={"padding": False})
 
 
 def test_a_bypass_that_is_not_the_original_is_refused() -> None:

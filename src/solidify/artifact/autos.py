@@ -15,13 +15,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from solidify import foreign
 from solidify.artifact.descent import Ancestor
 from solidify.errors import ArtifactError
 
 OTHER_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
-
-# What a constructor may raise that was written for other configurations than the one at hand.
-_BUILD_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -113,14 +111,18 @@ def _alone(before: Ancestor, inner: Any) -> tuple[Any, bool]:
         return None, False
     poolable = "add_pooling_layer" in inspect.signature(type(inner).__init__).parameters
     for options in ({}, {"add_pooling_layer": False}) if poolable else ({},):
-        try:
-            with torch.device("meta"):
-                alone = type(inner)(before.config, **options)
-        except _BUILD_ERRORS:
+        alone = _built(type(inner), before, **options)
+        if alone is None:
             continue
         if set(alone.state_dict()) == set(inner.state_dict()):
             return alone, bool(options)
     return None, False
+
+
+def _built(cls: Any, before: Ancestor, **options: Any) -> Any:
+    """Builds a class on the meta device; None where it was written for other configurations than the one at hand."""
+    with torch.device("meta"):
+        return foreign.attempt(cls, before.config, **options).value
 
 
 def _others(before: Ancestor, inner: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
@@ -130,10 +132,8 @@ def _others(before: Ancestor, inner: PreTrainedModel) -> dict[str, type[PreTrain
         for cls in _mapped(auto, before):
             if cls is before.head or cls is type(inner):
                 continue
-            try:
-                with torch.device("meta"):
-                    other = cls(before.config)
-            except _BUILD_ERRORS:
+            other = _built(cls, before)
+            if other is None:
                 continue
             part = other.base_model
             if type(part) is type(inner) and part is not other and set(inner.state_dict()) <= set(part.state_dict()):

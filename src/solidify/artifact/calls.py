@@ -25,7 +25,7 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
     modules: list[dict[str, Any]] = []
     if not names:
         return inputs, outputs, modules
-    found = contract.record(model, names, probing.few_inputs(model), partly=True).calls
+    found = contract.record(model, names, probing.few_inputs(model), partly=True)
     for name in [name for name in names if name in found]:
         taken: Tensors = {}
         try:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify import foreign
 from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, probing, surgery
+from solidify.model import anatomy, control, probing
 from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"
@@ -50,7 +51,7 @@ def write(model: PreTrainedModel, directory: Path, stored: Mapping[str, str]) ->
     entries = checkpoint.read(directory).entries
     state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     if large:
-        first = list(surgery.first_of_each_kind(model, _standing(model, config["surgery"])))
+        first = list(control.first_of_each_kind(model, _standing(model, config["surgery"])))
         entries = {name: e for name, e in entries.items() if any(name.startswith(f"{place}.") for place in first)}
         tensors.realign(entries, state)
         inputs, outputs, modules = calls.record(model, first)
@@ -100,8 +101,9 @@ def _whole_outputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dic
         outputs[f"{case}/logits"] = anatomy.run(model, batch).cpu().contiguous()
         if model.base_model is not model:
             # The part without a head may ask for inputs that its head makes for it; then only its state is compared.
-            with suppress(*contract.CALL_ERRORS):
-                outputs[f"{case}/hidden"] = anatomy.run(model.base_model, batch).cpu().contiguous()
+            hidden = foreign.attempt(anatomy.run, model.base_model, batch).value
+            if hidden is not None:
+                outputs[f"{case}/hidden"] = hidden.cpu().contiguous()
     return inputs, outputs
 
 

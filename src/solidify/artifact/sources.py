@@ -141,6 +141,10 @@ def _entries(
             entry |= {"class": key, "supplied": list(edit.supplied), "arguments": edit.arguments, "bypass": edit.bypass}
         if edit.frozen:
             entry["frozen"] = list(edit.frozen)
+        if edit.declares:
+            entry["declares"] = dict(edit.declares)
+        if edit.records:
+            entry["records"] = True
         last = entries[-1] if number else {}
         if edit.operation != "rearrange" and entry == {k: v for k, v in last.items() if k != "modules"}:
             last["modules"].append(edit.name)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, ledger, probing, surgery
+from solidify.model import anatomy, contract, control, ledger, probing
 
 
 IN_USE = "every new module is in use"
@@ -86,10 +86,10 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Runs a large model until the first new module of each kind was called: a sample, and no proof of the others."""
     replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
-    first = list(surgery.first_of_each_kind(model, replaced))
+    first = list(control.first_of_each_kind(model, replaced))
     if not first:
         return Finding.unseen(IN_USE, "a model of this size is not run as a whole")
-    calls = contract.record(model, first, probing.few_inputs(model), partly=True).calls
+    calls = contract.record(model, first, probing.few_inputs(model), partly=True)
     idle = [name for name in first if name not in calls]
     evidence = f"the first of each kind ({', '.join(first)}) is called in the model's forward pass"
     return Finding(IN_USE, False if idle else None, f"never called: {', '.join(idle)}" if idle else evidence)

@@ -1,57 +1,39 @@
-"""Can B stand where A stood? Shown by a probe: same inputs, same structure, shape and dtype, no look ahead.
+"""Can B stand where A stood? Shown by a probe of the single module: same inputs, same structure, shape and dtype.
 
-The original module's real calls are recorded during one forward pass of the model; the replacement is then called
-with them. Nothing is changed.
+The original's real calls are recorded during one forward pass of the model, before any code of the user's runs; the
+replacement is then called with them. How the whole model behaves is in `behaviour.py`. Nothing is changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
+from solidify import foreign
 from solidify.model import anatomy
-
-# Sequence inputs by which look-ahead is tested, with the stream that they feed.
-_STREAMS = ("input_ids", "decoder_input_ids")
-
-# What calling a foreign module with recorded arguments may raise.
-CALL_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded call of a module: what it was given, and what it gave back."""
+    """One recorded call of a module: what it was given, and what it gave back.
+
+    `habits` says of the original, where it was tried (else it is empty), whether a gradient reaches what it is given
+    (`gradient`), whether it leaves that as it is (`inputs`) and whether it works in bfloat16 (`half_precision`).
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What one forward pass of the untouched model showed.
-
-    `calls` holds the first call of every module asked for (modules that were never called are missing), `causal` the
-    (batch_size, sequence_length) of the streams in which no position sees a later one.
-    """
-
-    calls: dict[str, Call]
-    causal: tuple[tuple[int, int], ...]
+    habits: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 class _EnoughError(Exception):
@@ -60,11 +42,10 @@ class _EnoughError(Exception):
 
 def record(
     model: PreTrainedModel, names: Sequence[str], inputs: Mapping[str, torch.Tensor], *, partly: bool = False
-) -> Probe:
-    """Runs the model on `inputs` and returns what each named module was given and gave back.
+) -> dict[str, Call]:
+    """Runs the model on `inputs` and returns the first call of each named module; what is never called is missing.
 
-    With `partly`, the model is left as soon as all of them were called. Which streams are causal is not known then, and
-    all are taken to be; the original module is the control.
+    With `partly`, the model is left as soon as all of them were called.
     """
     given: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, Call] = {}
@@ -73,7 +54,8 @@ def record(
         """Makes a hook that copies what the module is given."""
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given.setdefault(name, (_copy(args), _copy(kwargs)))
+            if name not in given:
+                given[name] = (copied(args), copied(kwargs))
 
         return keep
 
@@ -81,7 +63,8 @@ def record(
         """Makes a hook that copies what the module gives back."""
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            calls.setdefault(name, Call(*given[name], _copy(output)))
+            if name not in calls:
+                calls[name] = Call(*given[name], copied(output))
             if partly and len(calls) == len(names):
                 raise _EnoughError
 
@@ -93,43 +76,43 @@ def record(
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        logits = anatomy.run(model, inputs)
+        anatomy.run(model, inputs)
     except _EnoughError:
-        return Probe(calls, tuple((len(inputs[k]), inputs[k].shape[1]) for k in _STREAMS if k in inputs))
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    return Probe(calls, _causal_streams(model, inputs, logits))
+    return calls
 
 
-def _copy(value: Any) -> Any:
-    """Copies the tensors in nested arguments, because a model may go on to change them in place."""
+def copied(value: Any) -> Any:
+    """Copies the tensors in nested arguments or outputs, whatever they are nested in: a caller may write into them."""
     if isinstance(value, torch.Tensor):
         return value.clone()
-    if type(value) is dict:
-        return {key: _copy(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_copy(item) for item in value)
-    return deepcopy(value) if isinstance(value, Cache) else value
+    if isinstance(value, Cache):
+        return deepcopy(value)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: copied(item) for key, item in value.items()})
+    if isinstance(value, dict):
+        result: Any = copy(value)
+        result.update({key: copied(item) for key, item in value.items()})
+        return result
+    if isinstance(value, tuple):
+        items = [copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is list:
+        return [copied(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = copy(value)
+        for key, item in vars(value).items():
+            object.__setattr__(result, key, copied(item))
+        return result
+    return value
 
 
-def _causal_streams(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor
-) -> tuple[tuple[int, int], ...]:
-    """Changes the last token of each stream and looks whether any earlier position of the output moves."""
-    streams = []
-    for key in _STREAMS:
-        if key not in inputs:
-            continue
-        tokens = inputs[key]
-        if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(tokens.shape):
-            continue
-        changed = tokens.clone()
-        changed[:, -1] = torch.where(tokens[:, -1] > 3, tokens[:, -1] - 1, tokens[:, -1] + 1)
-        moved = anatomy.run(model, {**inputs, key: changed})
-        if _distance(moved[:, :-1], logits[:, :-1]) <= _rounding(logits):
-            streams.append((int(tokens.shape[0]), int(tokens.shape[1])))
-    return tuple(streams)
+def with_habits(module: nn.Module, call: Call) -> Call:
+    """Adds to a call of an original what the module does beside it: see `Call.habits`."""
+    return dataclasses.replace(call, habits=_habits(module, call))
 
 
 def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
@@ -139,112 +122,125 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
         The faults (none when structure, shapes and dtypes agree), and whether the output is bit-identical.
     """
     with torch.no_grad(), anatomy.evaluation(replacement):
-        try:
-            output = replacement(*_copy(call.args), **_copy(call.kwargs))
-        except CALL_ERRORS as error:
-            given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
-            return [
-                f"{name}: {type(replacement).__name__} fails on what the original takes ({given}): "
-                f"{type(error).__name__}: {error}"
-            ], False
-    old, new = _describe(call.output), _describe(output)
+        outcome = foreign.attempt(replacement, *copied(call.args), **copied(call.kwargs))
+    if outcome.error is not None:
+        given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
+        return [
+            f"{name}: {type(replacement).__name__} fails on what the original takes ({given}): "
+            f"{foreign.said(outcome.error)}"
+        ], False
+    old, new = _describe(call.output), _describe(outcome.value)
     if old != new:
         return [
             f"{name}: the original returns {old}, but {type(replacement).__name__} returns {new}; "
             "return the same structure, shapes and dtypes"
         ], False
-    return [], _equal(call.output, output)
+    return [], _equal(call.output, outcome.value)
 
 
-def looks_ahead(
-    name: str, original: nn.Module, replacement: nn.Module, call: Call, causal: Sequence[tuple[int, int]]
-) -> list[str]:
-    """Tells whether an earlier position of the replacement's output depends on the last position of its input.
-
-    The original module, under the same change, is the control. The replacement is tried as it stands and once more
-    with random values in its own parameters, because a new branch that starts at zero hides what it mixes.
-    """
-    place = _sequence_argument(call, causal)
-    if place is None:
-        return []
-    shape, changed = place
-    own = {id(p) for p in original.parameters()}
-    fresh = {n: p for n, p in replacement.named_parameters() if id(p) not in own and p.is_floating_point()}
-    generator = torch.Generator().manual_seed(0)
-    noisy = {n: p + torch.randn(p.shape, generator=generator).to(p) * 0.5 for n, p in fresh.items()}
-    with torch.no_grad(), anatomy.evaluation(original), anatomy.evaluation(replacement):
-        control = _leak(original, {}, call, changed, shape)
-        for weights, when in (({}, ""), (noisy, ", once its own parameters are not at their start")):
-            leak = _leak(replacement, weights, call, changed, shape)
-            if leak is not None and control is not None and leak[0] > max(4 * control[0], leak[1]):
-                return [
-                    f"{name}: the model is causal, but {type(replacement).__name__} looks ahead{when}: a change of "
-                    f"the last position moves earlier outputs by {leak[0]:.3g}; mask or shift what it mixes"
-                ]
-    return []
+_BROKEN = {
+    "gradient": "no gradient reaches what it is given, so nothing below it could be trained; do not detach it",
+    "inputs": "it writes into what it is given, which others read too; work on a copy",
+    "half_precision": "in bfloat16 it does not return finite bfloat16, as the original does; give what it makes the "
+    "dtype of what it is given",
+}
 
 
-def _leak(
-    module: nn.Module, weights: dict[str, torch.Tensor], call: Call, changed: Call, shape: tuple[int, int]
-) -> tuple[float, float] | None:
-    """Returns how far earlier outputs moved and what rounding may move, or None where nothing can be compared."""
+def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]:
+    """Returns what the original does (see `Call.habits`) and the replacement does not: a sentence by property."""
+    if not call.habits:
+        return {}
+    found = _habits(replacement, call)
+    return {
+        key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}"
+        for key, kept in call.habits.items()
+        if kept and not found.get(key, False)
+    }
+
+
+def _habits(module: nn.Module, call: Call) -> dict[str, bool]:
+    with anatomy.evaluation(module):
+        found = {"inputs": _leaves_inputs(module, call), "gradient": _lets_gradient_through(module, call)}
+        if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
+            found["half_precision"] = _works_in_half(module, call)
+    return found
+
+
+def _leaves_inputs(module: nn.Module, call: Call) -> bool:
+    args, kwargs = copied(call.args), copied(call.kwargs)
+    with torch.no_grad():
+        outcome = foreign.attempt(module, *args, **kwargs)
+    pairs = zip(tensors_in((call.args, call.kwargs)), tensors_in((args, kwargs)), strict=True)
+    return not outcome.failed and all(torch.equal(before, after) for before, after in pairs)
+
+
+def _lets_gradient_through(module: nn.Module, call: Call) -> bool:
+    """Returns whether the first floating argument gets a gradient that is not all zero."""
+    args, kwargs = copied(call.args), copied(call.kwargs)
+    sources = _floating(args, kwargs)
+    if not sources:
+        return False
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
     try:
-        before = torch.func.functional_call(module, weights, _copy(call.args), _copy(call.kwargs))
-        after = torch.func.functional_call(module, weights, _copy(changed.args), _copy(changed.kwargs))
-    except CALL_ERRORS:
-        return None
-    first, second = _first_tensor(before), _first_tensor(after)
-    if first is None or second is None:
-        return None
-    first, second = _by_position(first, shape), _by_position(second, shape)
-    if first is None or second is None or not torch.isfinite(first).all():
-        return None
-    return _distance(first[:, :-1], second[:, :-1]), _rounding(first)
+        with torch.enable_grad():
+            leaf = sources[0].requires_grad_(True)
+            outcome = foreign.attempt(module, *args, **kwargs)
+            first = next((t for t in tensors_in(outcome.value) if t.is_floating_point()), None)
+            if first is None or not first.requires_grad:
+                return False
+            weights = torch.linspace(0.5, 1.5, first.numel(), device=first.device).view(first.shape).to(first.dtype)
+            (found,) = torch.autograd.grad((first * weights).sum(), leaf, allow_unused=True)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return found is not None and bool(found.any())
 
 
-def _sequence_argument(call: Call, causal: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], Call] | None:
-    """Finds the first floating tensor that runs along a causal stream and returns the call with its end changed."""
-    generator = torch.Generator().manual_seed(1)
-    arguments = [(None, i, a) for i, a in enumerate(call.args)] + [(k, None, a) for k, a in call.kwargs.items()]
-    for key, index, value in arguments:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            continue
-        for shape in causal:
-            rows = _by_position(value, shape)
-            if rows is None:
-                continue
-            noise = torch.randn(rows[:, -1].shape, generator=generator).to(rows)
-            rows = rows.clone()
-            rows[:, -1] += 3 * noise * rows.float().std().to(rows).clamp(min=1e-2)
-            other = rows.reshape(value.shape)
-            if key is not None:
-                return shape, Call(call.args, {**call.kwargs, key: other}, None)
-            args = tuple(other if i == index else a for i, a in enumerate(call.args))
-            return shape, Call(args, call.kwargs, None)
-    return None
+def _works_in_half(module: nn.Module, call: Call) -> bool:
+    """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
+    args, kwargs = (_in_half(copied(part)) for part in (call.args, call.kwargs))
+    wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
+    twin = foreign.attempt(deepcopy, module)
+    if twin.value is None:
+        return False
+    for cast in (_all_of_it, _first_children):
+        half = cast(deepcopy(twin.value))
+        with torch.no_grad():
+            outcome = foreign.attempt(half, *copied(args), **copied(kwargs))
+        found = tensors_in(outcome.value)
+        if not outcome.failed and [t.dtype for t in found] == wanted:
+            return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
+    return False
 
 
-def _by_position(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
-    if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == shape:
-        return tensor
-    if tensor.ndim >= 2 and tensor.shape[0] == shape[0] * shape[1]:
-        return tensor.reshape(*shape, *tensor.shape[1:])
-    return None
+def _all_of_it(module: nn.Module) -> nn.Module:
+    return module.to(torch.bfloat16)
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
+def _first_children(module: nn.Module) -> nn.Module:
+    """Casts what has a dtype by default, as far as that can be told: the modules in it that are whole blocks."""
+    for child in module.children():
+        if any(True for _ in child.children()):
+            child.to(torch.bfloat16)
+    return module
 
 
-def _rounding(tensor: torch.Tensor) -> float:
-    """What another order of summation may change: some units in the last place of the largest value.
+def _in_half(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(torch.bfloat16) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        value.update({key: _in_half(item) for key, item in value.items()})
+        return value
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_in_half(item) for item in value)
+    return value
 
-    Half precision is rounded once at the end of sums that are made in float32, so there it is 2 units and not 32.
-    """
-    scale = float(tensor.float().abs().max()) if tensor.numel() else 0.0
-    units = 32 if tensor.dtype in (torch.float32, torch.float64) else 2
-    return units * torch.finfo(tensor.dtype).eps * max(scale, 1e-3)
+
+def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    found = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    return [tensor for tensor in found if tensor.is_floating_point()]
 
 
 def _describe(value: Any) -> str:
@@ -265,20 +261,25 @@ def _equal(a: Any, b: Any) -> bool:
         return all(_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
         return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if dataclasses.is_dataclass(a) and not isinstance(a, type):
+        return all(_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
     return True
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Returns the tensors in a nested value, in order."""
+    return list(_tensors_in(value))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    return [t for item in value for t in tensors_in(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _first_tensor(value: Any) -> torch.Tensor | None:
-    return next(iter(tensors_in(value)), None)
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def constructor(module_class: type[nn.Module]) -> dict[str, inspect.Parameter]:

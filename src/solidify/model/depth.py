@@ -7,19 +7,21 @@ which entry of the configuration, changed, makes the list longer or shorter.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify import foreign
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract, operations, probing, surgery
+from solidify.model import anatomy, behaviour, control, operations, surgery
+from solidify.model.behaviour import Watched
+from solidify.model.control import Control
 from solidify.model.surgery import Edit
+from solidify.model.transaction import transaction
 
 _INDEX_WORDS = ("idx", "index", "layer", "block", "depth", "number", "_id")
 
@@ -113,52 +115,52 @@ def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, 
     Some families count the same layers twice (a decoder that was cut out of an encoder-decoder): where the model does
     not run with the one number changed that makes the list longer, all that count layers and are equal to it are.
     """
-    inputs = None if anatomy.is_meta(model) else probing.probe_inputs(model)
-    before = None if inputs is None else _Behaviour.of(model, inputs)
+    before = control.take_whole(model)
+    what = "these layers"
     for wide in (False, True):
-        undo = _Undo(model)
         try:
-            edits = [_one(model, name, order, undo, verb, zero, wide=wide) for name, order in orders.items()]
-            surgery.forget_capture_hooks(model)
-            identical = inputs is not None and before is not None and _compare(before, _Behaviour.of(model, inputs))
+            with transaction(model):
+                edits = [_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
+                identical = _judge(model, before, what)
         except SurgeryError:
-            undo()
             if wide:
                 raise
         else:
-            return [dataclasses.replace(edit, identical=identical, probed=inputs is not None) for edit in edits]
+            probed = before.inputs is not None
+            return [dataclasses.replace(edit, identical=identical, probed=probed) for edit in edits]
     raise AssertionError("unreachable")
 
 
-class _Undo:
-    """Remembers lists, numbers within them and the configuration as they were, and puts them back."""
+def _judge(model: PreTrainedModel, before: Control, what: str) -> bool:
+    """Returns whether the model computes what it did before; refuses what no change of depth may bring about.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.steps: list[tuple[str, Any, dict[str, Any], list[tuple[nn.Module, str, int]]]] = []
+    Raises:
+        SurgeryError: it does not run, or does not behave as before.
+    """
+    if before.inputs is None:
+        return False
+    output = foreign.attempt(anatomy.run, model, before.inputs)
+    if output.error is not None:
+        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
+    assert output.value is not None
+    old = before.output
+    if old is not None and output.value.shape != old.shape:
+        raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
+    reading = foreign.attempt(Watched(model, before.inputs).read, before.reading)
+    if reading.error is not None:
+        raise SurgeryError(f"with {what} the model does not run: {foreign.said(reading.error)}")
+    if before.reading is not None and reading.value is not None:
+        found = behaviour.faults(before.reading, reading.value, model.dtype)
+        kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
+        refuse(
+            SurgeryError, "the layers' numbers or kinds do not fit their new places", control.sentences(kept, what, {})
+        )
+    return old is not None and torch.equal(output.value, old)
 
-    def note(self, name: str, before: dict[str, Any]) -> None:
-        """Remembers a list of layers, and the configuration's values that will change with it."""
-        old = _list_at(self.model, name)
-        numbers = [(m, key, value) for m in old.modules() for key, value in vars(m).items() if type(value) is int]
-        self.steps.append((name, old, before, numbers))
 
-    def __call__(self) -> None:
-        """Puts all back."""
-        for name, old, values, numbers in reversed(self.steps):
-            self.model.set_submodule(name, old, strict=True)
-            operations.assign(self.model.config, values)
-            for module, key, value in numbers:
-                setattr(module, key, value)
-        surgery.forget_capture_hooks(self.model)
-
-
-def _one(
-    model: PreTrainedModel, name: str, order: list[int], undo: _Undo, verb: str, zero: Sequence[str], *, wide: bool
-) -> Edit:
+def _one(model: PreTrainedModel, name: str, order: list[int], verb: str, zero: Sequence[str], *, wide: bool) -> Edit:
     """Rearranges one list and writes the record."""
     settings = _settings(model, name, order, wide)
-    undo.note(name, settings["before"])
     old = _list_at(model, name)
     size, parameters, old_keys = len(old), anatomy.count(old.parameters()), list(old.state_dict())
     operations.rearrange(model, [name], settings, {})
@@ -279,56 +281,9 @@ def _length(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int |
     config = deepcopy(owner.config)
     operations.assign(config, after)
     kind = next(cls for cls in type(owner).__mro__ if not hasattr(cls, "changed"))
-    try:
+
+    def build() -> int:
         with torch.device("meta"):
             return len(_list_at(kind(config), inside))
-    except contract.CALL_ERRORS:
-        return None
 
-
-@dataclass(frozen=True)
-class _Behaviour:
-    """What a model returns, and how far its last position, computed from a cache, is from that (None without one)."""
-
-    output: torch.Tensor
-    drift: float | None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> _Behaviour:
-        """Runs the model with and without a cache."""
-        try:
-            output = anatomy.run(model, inputs)
-            stepwise = _stepwise(model, inputs) if "input_ids" in inputs and model.can_generate() else None
-        except contract.CALL_ERRORS as error:
-            raise SurgeryError(f"with these layers the model does not run: {type(error).__name__}: {error}") from error
-        if stepwise is None or output.ndim != 3:
-            return cls(output, None)
-        return cls(output, float((stepwise.float() - output[:, -1].float()).abs().max()))
-
-
-def _compare(before: _Behaviour, after: _Behaviour) -> bool:
-    """Returns whether the model computes what it did before; refuses what no change of depth may bring about."""
-    if after.output.shape != before.output.shape:
-        shapes = f"{list(after.output.shape)}, not {list(before.output.shape)}"
-        raise SurgeryError(f"with these layers the output has shape {shapes}")
-    rounding = 1e3 * torch.finfo(after.output.dtype).eps * max(float(after.output.float().abs().max()), 1e-3)
-    if after.drift is not None and before.drift is not None and after.drift > rounding + 4 * before.drift:
-        raise SurgeryError(
-            f"with these layers the model computes with a cache something else than without (by {after.drift:.3g}); "
-            "the layers' numbers or kinds do not fit their new places"
-        )
-    return torch.equal(after.output, before.output)
-
-
-def _stepwise(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Returns the last position's logits, computed from a cache of the positions before it; None without a cache."""
-    if model.config.is_encoder_decoder or "past_key_values" not in inspect.signature(model.forward).parameters:
-        return None
-    tokens = inputs["input_ids"]
-    with torch.no_grad(), anatomy.evaluation(model):
-        first = model(input_ids=tokens[:, :-1], use_cache=True)
-        cache = first.get("past_key_values")
-        if cache is None:
-            return None
-        last: torch.Tensor = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
-    return last
+    return foreign.attempt(build).value

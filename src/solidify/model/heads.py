@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify import foreign
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract, initial, operations, probing, surgery
+from solidify.model import anatomy, behaviour, control, declaring, initial, operations, probing, surgery
+from solidify.model.behaviour import Reading, Watched
 from solidify.model.surgery import Edit
+from solidify.model.transaction import transaction
 
 
 def add(
@@ -23,6 +27,7 @@ def add(
     reads: str,
     arguments: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
 ) -> list[Edit]:
     """Adds a new module called `name` in place; it is called with what the module `reads` returns.
 
@@ -47,56 +52,65 @@ def add(
         faults.append(f"{name!r} is there already; replace it, or choose another name")
     faults += surgery.constructor_faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
-    before = _outputs(model)
+    before = None if anatomy.is_meta(model) else _Before.of(model, reads)
     supplied = surgery.supplied_to(module)
     settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
-    hooks = _hooks(model, reads)
-    try:
-        with torch.device("meta" if before is None else "cpu"):
+    declared = declaring.declared(module, declares)
+    with transaction(model), foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns"):
+        with surgery.under(model.dtype), torch.device("meta" if before is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
-        head.to(device=model.device, dtype=model.dtype).train(model.training)
+        head.to(device=model.device).train(model.training)
         if weights is not None:
             state = initial.read(weights)
             refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
-        _try(model, name, before)
-    except (SurgeryError, *contract.CALL_ERRORS) as error:
-        _undo(model, parent, child, reads, hooks)
-        if isinstance(error, SurgeryError):
-            raise
-        raise SurgeryError(
-            f"{module.__name__} fails on what {reads} returns: {type(error).__name__}: {error}"
-        ) from error
-    return [_record(model, name, head, arguments, supplied, reads, probed=before is not None)]
+        if before is not None:
+            _try(model, name, before)
+            before.judge(model, name, head, declared)
+    return [_record(model, name, head, arguments, supplied, reads, declared, probed=before is not None)]
 
 
-def _outputs(model: PreTrainedModel) -> torch.Tensor | None:
-    return None if anatomy.is_meta(model) else anatomy.run(model, probing.probe_inputs(model))
+@dataclass(frozen=True)
+class _Before:
+    """The model before a head is added: its output, and how what the head will read behaves."""
+
+    inputs: dict[str, torch.Tensor]
+    output: torch.Tensor
+    reading: Reading | None
+    reads: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, reads: str) -> _Before:
+        """Runs the model as it is."""
+        inputs = probing.probe_inputs(model)
+        reading = foreign.attempt(Watched(model, inputs, until=[reads]).read).value
+        return cls(inputs, anatomy.run(model, inputs), reading, reads)
+
+    def judge(self, model: PreTrainedModel, name: str, head: nn.Module, declared: Mapping[str, bool]) -> None:
+        """Refuses a head whose answer does not behave as what it reads; an answer without positions is not looked at.
+
+        Raises:
+            SurgeryError: it does not, and does not declare it.
+        """
+        parameters = {key: p for key, p in model.named_parameters() if key.startswith(f"{name}.")}
+        values = {key: behaviour.noise(key, p) for key, p in parameters.items() if p.is_floating_point()}
+        if self.reading is None or self.reading.plain is None:
+            return
+        reading = Watched(model, self.inputs, values=values, until=[name]).read(self.reading)
+        if reading.plain is None:
+            return
+        faults = behaviour.faults(self.reading, reading, model.dtype)
+        what = type(head).__name__
+        refuse(SurgeryError, f"{what} cannot be added as asked", control.sentences(faults, what, declared))
 
 
-def _hooks(model: PreTrainedModel, reads: str) -> list[tuple[Any, set[int]]]:
-    """Notes which hooks there are where a head will place its own."""
-    tables = (model._forward_pre_hooks, model._forward_hooks, model.get_submodule(reads)._forward_hooks)
-    return [(table, set(table)) for table in tables]
-
-
-def _undo(model: PreTrainedModel, parent: str, child: str, reads: str, hooks: Sequence[tuple[Any, set[int]]]) -> None:
-    for table, kept in hooks:
-        for key in [key for key in table if key not in kept]:
-            del table[key]
-    model.get_submodule(parent)._modules.pop(child, None)
-
-
-def _try(model: PreTrainedModel, name: str, before: torch.Tensor | None) -> None:
+def _try(model: PreTrainedModel, name: str, before: _Before) -> None:
     """Runs the model once with the new module: its answer must be there, and nothing else may have moved."""
-    if before is None:
-        return
-    inputs = probing.probe_inputs(model)
     with torch.no_grad(), anatomy.evaluation(model):
-        outputs = model(**inputs)
+        outputs = model(**before.inputs)
     if not _is_answer(outputs.get(name)):
         raise SurgeryError(f"{name} must return a tensor or a tuple of tensors, not {type(outputs.get(name)).__name__}")
-    if not torch.equal(anatomy.run(model, inputs), before):
+    if not torch.equal(anatomy.run(model, before.inputs), before.output):
         raise SurgeryError(f"{name} changes what it reads in place, so the model's own outputs move")
 
 
@@ -113,6 +127,7 @@ def _record(
     arguments: dict[str, Any],
     supplied: Sequence[str],
     reads: str,
+    declares: dict[str, bool],
     *,
     probed: bool,
 ) -> Edit:
@@ -132,4 +147,5 @@ def _record(
         bypass=True,  # the model's own outputs are the base's, whatever the head says
         operation="add",
         settings={"reads": reads},
+        declares=declares,
     )

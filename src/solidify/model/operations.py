@@ -4,6 +4,7 @@ Artifacts carry a copy of this file, so it depends on torch and transformers alo
 `operation`, `modules` (full names) and what that operation needs besides.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing  # how outputs are recorded in transformers 5.23; there is no public way
 
 
 def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix: str | None = None) -> None:
@@ -19,9 +21,16 @@ def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix:
     With a `prefix`, only those whose names begin with it are made, to the model without its head, where names lack it.
     """
     part = model if prefix is None else model.base_model
-    for edit in model.config.surgery or []:
+    edits = model.config.surgery or []
+    before = recorders(part) if any(edit.get("records") for edit in edits) else None
+    inside: list[str] = []
+    for edit in edits:
         names = [name.removeprefix(prefix or "") for name in edit["modules"] if name.startswith(prefix or "")]
         OPERATIONS[edit["operation"]](part, names, {**edit, "prefix": prefix or ""}, classes)
+        inside += names if edit["operation"] in ("replace", "share") else []
+    if before is not None:
+        record_again(part, before, inside)
+    withhold(model, {key for edit in edits for key, kept in (edit.get("declares") or {}).items() if not kept})
 
 
 @contextmanager
@@ -124,40 +133,148 @@ def renumber(layer: nn.Module, path: str, place: int) -> None:
         setattr(holder, key, place)
 
 
+def recorders(model: PreTrainedModel) -> dict[str, list[Any]]:
+    """Returns the hooks by which transformers records outputs (hidden states, attentions, router logits), by module."""
+    output_capturing.maybe_install_capturing_hooks(model)
+    found = {name: [h for h in m._forward_hooks.values() if _records(h)] for name, m in model.named_modules()}
+    return {name: hooks for name, hooks in found.items() if hooks}
+
+
+def record_again(model: PreTrainedModel, before: dict[str, list[Any]], replaced: list[str]) -> None:
+    """Records at every module that stands where one was recorded `before`, and no longer inside of it.
+
+    transformers records by class, once and for all. What stands within a `replaced` module is recorded by its class.
+    """
+    for module in model.modules():
+        for number in [number for number, hook in module._forward_hooks.items() if _records(hook)]:
+            del module._forward_hooks[number]
+        if "_output_capturing_hooks_installed" in vars(module):
+            module._output_capturing_hooks_installed = False
+    output_capturing.maybe_install_capturing_hooks(model)
+    modules = dict(model.named_modules())
+    for name, hooks in before.items():
+        if name in modules and not any(name.startswith(f"{place}.") for place in replaced):
+            for hook in hooks:
+                _record_at(modules[name], hook)
+
+
+def _record_at(module: nn.Module, hook: Any) -> None:
+    """Has a module recorded by a hook, and nothing inside of it for the same output."""
+    for inner in module.modules():
+        for number, other in list(inner._forward_hooks.items()):
+            if _records(other) and _output(other) == _output(hook):
+                del inner._forward_hooks[number]
+    module.register_forward_hook(hook)
+
+
+def _records(hook: Any) -> bool:
+    return bool(getattr(hook, "__module__", "") == output_capturing.__name__)
+
+
+def _output(hook: Any) -> Any:
+    """Returns which output a hook records."""
+    return inspect.getclosurevars(hook).nonlocals.get("key")
+
+
+def withhold(model: PreTrainedModel, lost: set[str]) -> None:
+    """Has a model refuse what its changes say that they do not keep: a cache, outputs that are recorded no more.
+
+    Without a cache it generates without one.
+    """
+    if "cache" in lost:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.use_cache = False
+    kept = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Withholding)]
+    if kept:
+        kept[0].lost |= lost
+    elif lost & {"cache", *RECORDED}:
+        model.register_forward_pre_hook(Withholding(lost), with_kwargs=True)
+
+
+RECORDED = ("hidden_states", "attentions", "router_logits")
+
+
+class Withholding:
+    """Refuses calls that ask for what a model does not keep, which it would answer wrongly, or not fully."""
+
+    def __init__(self, lost: set[str]) -> None:
+        self.lost = set(lost)
+
+    def __call__(self, model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Looks at a call."""
+        name = type(model).__name__
+        if "cache" in self.lost and any(kwargs.get(key) is not None for key in ("past_key_values", "cache_params")):
+            raise ValueError(
+                f"{name} keeps no cache (its surgery declares it): call it, or generate, with use_cache=False"
+            )
+        for key in RECORDED:
+            flag = f"output_{key}"
+            if key in self.lost and kwargs.get(flag, getattr(model.config, flag, False)):
+                raise ValueError(
+                    f"{name} does not record all {key} (config.surgery names the modules that return none): call it "
+                    f"without {flag}" + ("; a trainer needs router_aux_loss_coef=0.0" if key == "router_logits" else "")
+                )
+
+
 def add(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
     """Adds modules that read what another module returns; the model's outputs carry what they return, by name."""
     for name in names:
         head = construct(model, name, classes[edit["class"]], edit["supplied"], edit["arguments"])
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent).add_module(child, head)
-        listen(model, name, edit["reads"].removeprefix(edit["prefix"]), head)
+        Listener(model, name, edit["reads"].removeprefix(edit["prefix"]))
 
 
-def listen(model: PreTrainedModel, name: str, reads: str, head: nn.Module) -> None:
-    """Has a head called with what the module `reads` returns, and its answer put into the model's outputs."""
-    answers: dict[str, Any] = {}
+class Listener:
+    """Has the module `name` called with what the module `reads` returns, and its answer put into the model's outputs.
 
-    def start(*_: Any) -> None:
+    Both are found by their names in every pass: a trainer may put others in their places (an adapter's), and a copy of
+    the model has its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, reads: str) -> None:
+        self.model, self.name, self.reads = model, name, reads
+        self.waiting, self.answer = False, None
+        model.register_forward_pre_hook(self.start)
+        for part in {id(part): part for part in (model, model.base_model)}.values():
+            part.register_forward_pre_hook(self.follow)
+        model.get_submodule(reads).register_forward_hook(self.read)
+        model.register_forward_hook(self.speak)
+
+    def start(self, *_: Any) -> None:
         """Waits for an answer while the whole model runs (a trainer may run a part of it only)."""
-        answers[name] = None
+        self.waiting, self.answer = True, None
 
-    def read(_module: nn.Module, _args: Any, output: Any) -> None:
-        """Asks the head."""
-        answer = head(output[0] if isinstance(output, (tuple, list)) else output)
-        if name in answers:
-            answers[name] = answer
+    def follow(self, *_: Any) -> None:
+        """Listens to what stands at `reads` now."""
+        module = standing_at(self.model, self.reads)
+        if self.read not in module._forward_hooks.values():
+            module.register_forward_hook(self.read)
 
-    def speak(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+    def read(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Asks the head, if the module is the one that stands there now."""
+        if module is standing_at(self.model, self.reads):
+            answer = standing_at(self.model, self.name)(output[0] if isinstance(output, (tuple, list)) else output)
+            self.answer = answer if self.waiting else None
+
+    def speak(self, _module: nn.Module, _args: Any, outputs: Any) -> Any:
         """Adds the answer to the outputs."""
-        answer = answers.pop(name)
+        answer, self.waiting, self.answer = self.answer, False, None
         if isinstance(outputs, tuple):
             return (*outputs, answer)
-        outputs[name] = answer
+        outputs[self.name] = answer
         return outputs
 
-    model.register_forward_pre_hook(start)
-    model.get_submodule(reads).register_forward_hook(read)
-    model.register_forward_hook(speak)
+
+def standing_at(model: nn.Module, name: str) -> nn.Module:
+    """Returns what is called at a place now, through what an adapter has put around the modules above it."""
+    module = model
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
 
 
 OPERATIONS = {"replace": replace, "share": share, "rearrange": rearrange, "add": add}

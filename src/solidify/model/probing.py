@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify import foreign
 from solidify.errors import SurgeryError
-from solidify.model import anatomy, contract
-
-# What a forward may raise that is given inputs of another shape than it takes.
-_RUN_ERRORS = (*contract.CALL_ERRORS, AssertionError, ZeroDivisionError)
+from solidify.model import anatomy
 
 Inputs = dict[str, torch.Tensor]
 
@@ -37,13 +35,11 @@ def probe_inputs(
         placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         if anatomy.is_meta(model) or _takes_plain_tokens(model):
             return placed
-        try:
-            anatomy.run(model, placed)
-        except _RUN_ERRORS as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in placed.items())
-            tried.append(f"{shapes}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        else:
+        error = foreign.attempt(anatomy.run, model, placed).error
+        if error is None:
             return placed
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in placed.items())
+        tried.append(f"{shapes}: {foreign.said(error)}")
     raise SurgeryError(
         f"{type(model).__name__} takes {model.main_input_name!r}, and no inputs could be made up that it accepts"
         + "".join(f"\n  - {line}" for line in tried)
@@ -178,11 +174,8 @@ def _images_among(
     batch_size = len(tokens["input_ids"])
     for image in (*_grids(config, batch_size, generator), *_plain_images(config, batch_size, generator)):
         image = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in image.items()}
-        try:
-            with torch.no_grad(), anatomy.evaluation(model):
-                rows = _rows(features(**image))
-        except _RUN_ERRORS:
-            continue
+        with torch.no_grad(), anatomy.evaluation(model):
+            rows = _rows(foreign.attempt(features, **image).value)
         if rows == 0 or rows % batch_size:
             continue
         marks = torch.full((batch_size, rows // batch_size), int(place))

@@ -6,10 +6,12 @@ All or nothing: when any replacement is refused, the model is left as it was. Wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,8 +20,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify import foreign
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract, initial, operations, probing
+from solidify.model import anatomy, contract, control, declaring, initial, operations, provenance
+from solidify.model.control import Control
+from solidify.model.provenance import Original
+from solidify.model.transaction import transaction
 from solidify.weights import mapped, spilling
 
 SUPPLIED = ("config", "layer_idx", "original")
@@ -44,11 +50,13 @@ class Bypassing(Protocol):
 class Edit:
     """What was done at one place.
 
-    `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
-    `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
-    the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
-    live on nowhere. Names are full. `frozen` names, relative to the module, the parameters that it froze itself while
-    it left others trainable.
+    `declares` are properties that the change does not keep on purpose; `records` says that transformers records what
+    stands here (hidden states, attentions, router logits). `operation` is `replace`, `share` (one new module at several
+    places), `rearrange` (layers inserted or removed) or `add`; `settings` is what the last two need besides. `tensors`
+    maps every tensor at the place, by its new name, to the tensor that it equals bit for bit, by its old one, or to
+    None where it is new; `dropped` names old tensors that live on nowhere. On the meta device, `unknown` names those of
+    which only a build can tell whether they are new. Names are full. `frozen` names, relative to
+    the module, the parameters that it froze itself while it left others trainable.
     """
 
     name: str
@@ -66,6 +74,9 @@ class Edit:
     bypass: bool
     operation: str = "replace"
     settings: dict[str, Any] = field(default_factory=dict)
+    declares: dict[str, bool] = field(default_factory=dict)
+    records: bool = False
+    unknown: tuple[str, ...] = ()
 
     @property
     def new_class(self) -> str:
@@ -87,6 +98,7 @@ class Edit:
             "frozen": list(self.frozen),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "declares": dict(self.declares),
             "probed": self.probed,
             "identical": self.identical,
             "bypass": self.bypass,
@@ -102,6 +114,7 @@ def replace(
     expect: str | None = None,
     count: int | None = None,
     weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
 ) -> list[Edit]:
     """Replaces in place every module that `target` names by a `module`, and returns the edits.
 
@@ -110,13 +123,18 @@ def replace(
     `original` (the module that is replaced, still in place) are supplied, all others come from `arguments`. A method
     `adopt(original)` runs once here; `weights` (`.safetensors`, `.pth`) is loaded once here.
 
+    The changed model keeps the behaviour of the one before it (`behaviour.PROPERTIES`): no look-ahead, the same with
+    and without a cache, no influence of padding, of other rows, of earlier calls or of chance, outputs recorded where
+    they were. `declares`, or a class attribute of that name, says what it does not keep on purpose: `{"cache": False}`.
+
     Raises:
         SurgeryError: nothing is hit; another class than `expect` or another number than `count` is hit; places
             overlap or are shared; the constructor's arguments do not fit; the weights do not fit; the replacement
-            differs from the original in output structure, shape or dtype, or looks ahead where the model does not.
-            The model is then as it was.
+            differs from the original in output structure, shape or dtype; the changed model does not run, or does not
+            keep what it does not declare. The model is then as it was, as after any other exception.
     """
-    return _put(model, targets(model, target, expect, count), module, arguments, weights, shared=False)
+    names = targets(model, target, expect, count)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=False)
 
 
 def share(
@@ -128,6 +146,7 @@ def share(
     expect: str | None = None,
     count: int | None = None,
     weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
 ) -> list[Edit]:
     """Puts one and the same new module at every place that `target` names; its weights stay tied, on disk once.
 
@@ -136,7 +155,8 @@ def share(
     Raises:
         SurgeryError: as `replace`.
     """
-    return _put(model, targets(model, target, expect, count), module, arguments, weights, shared=True)
+    names = targets(model, target, expect, count)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=True)
 
 
 def _put(
@@ -145,85 +165,148 @@ def _put(
     module: type[nn.Module],
     arguments: Mapping[str, Any] | None,
     weights: str | Path | None,
+    declares: Mapping[str, bool],
     *,
     shared: bool,
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
-    large = anatomy.large(model)
-    probed = first_of_each_kind(model, names) if large else dict.fromkeys(names, "")
-    inputs = None if anatomy.is_meta(model) else (probing.few_inputs if large else probing.probe_inputs)(model)
-    probe = None if inputs is None else contract.record(model, list(probed), inputs, partly=large)
+    before = control.take(model, names)  # from here on, code of the user's runs
     state = initial.read(weights) if weights is not None else None
-    originals = {name: model.get_submodule(name) for name in names}
-    edits: list[Edit] = []
-    faults: list[str] = []
-    built: dict[str, nn.Module] = {}
-    for name, original in originals.items():
-        first = next(iter(built.values()), None)
-        new = first if shared and first is not None else _build(model, name, original, module, arguments)
-        if state is not None:
-            faults += initial.load(name, new, original, state, names)
-        found, edit = _examine(name, original, new, arguments, probe, shared)
-        faults += found
-        edits.append(edit)
-        built[name] = new
-        if large:
-            spilling.spill(name, new, original)
-            mapped.release([original, new])
-    refuse(SurgeryError, f"{module.__name__} cannot stand where it was asked to stand", faults)
-    for name, new in built.items():
-        model.set_submodule(name, new, strict=True)
-    verify_places(model, built)
-    forget_capture_hooks(model)
-    if inputs is not None:
-        _run_or_undo(model, inputs, originals, _called(module), list(probed) if large else None)
-    return _as_the_first_of_their_kind(edits, originals) if large else edits
+    declares = dict(declares)
+    with transaction(model):
+        new = _Replacing(model, module, arguments, before, state, declares, shared)
+        edits = new.build(names)
+        title = f"{module.__name__} cannot stand where it was asked to stand"
+        refuse(SurgeryError, title, new.faults)
+        recorded = operations.recorders(model)
+        for name, replacement in new.built.items():
+            model.set_submodule(name, replacement, strict=True)
+        verify_places(model, new.built)
+        operations.record_again(model, recorded, list(new.built))
+        fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
+        identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
+        refuse(
+            SurgeryError,
+            title,
+            control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical),
+        )
+        operations.withhold(model, {key for key, kept in declares.items() if not kept})
+    records = any(name in recorded for name in names)
+    edits = [dataclasses.replace(edit, records=records) for edit in edits]
+    return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
 
-def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the first of all places whose modules are of one class and hold tensors of the same names and shapes."""
-    kinds: dict[Any, str] = {}
-    for name in names:
-        kinds.setdefault(_kind(model.get_submodule(name)), name)
-    return {name: kind for kind, name in kinds.items()}
+class _Replacing:
+    """Builds the replacements of one change, examines each by itself and writes its record; gathers `faults`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        module: type[nn.Module],
+        arguments: dict[str, Any],
+        before: Control,
+        weights: dict[str, torch.Tensor] | None,
+        declares: dict[str, bool],
+        shared: bool,
+    ) -> None:
+        self.model, self.module, self.arguments, self.before = model, module, arguments, before
+        self.weights, self.declares, self.shared = weights, declares, shared
+        self.faults: list[str] = []
+        self.built: dict[str, nn.Module] = {}
+        self.originals: dict[str, tuple[nn.Module, object]] = {}
+        self.descents: dict[object, dict[str, str] | None] = {}
+
+    def build(self, names: Sequence[str]) -> list[Edit]:
+        """Builds a replacement for every place; the model still holds the originals."""
+        edits = []
+        for name in names:
+            original = self.model.get_submodule(name)
+            self.originals[name] = (original, control.kind_of(original))
+            old = Original.of(original, with_values=not self.before.large)
+            first = next(iter(self.built.values()), None)
+            new = first if self.shared and first is not None else _build(self.model, name, original, self)
+            if self.weights is not None:
+                self.faults += initial.load(name, new, original, self.weights, names)
+            edits.append(self._examine(name, old, new))
+            self.built[name] = new
+            if self.before.large:
+                spilling.spill(name, new, original)
+                mapped.release([original, new])
+        return edits
+
+    def _examine(self, name: str, old: Original, new: nn.Module) -> Edit:
+        """Probes one replacement and writes its record."""
+        call = self.before.calls.get(name)
+        identical, bypass = False, False
+        if call is not None:
+            faults, identical = contract.compare(name, new, call)
+            if not faults:
+                lost = contract.lost_habits(name, new, call)
+                faults += [
+                    f"{words}; or, if it is meant, declare {{{key}: false}}"
+                    for key, words in lost.items()
+                    if self.declares.get(key) is not False
+                ]
+            if not faults and isinstance(new, Bypassing) and not self.shared:  # one module cannot be several originals
+                bypass = _bypass_is_exact(name, new, call, faults)
+            self.faults += faults
+        traced = self._traced(name, old, new)
+        tensors, dropped, unknown = old.ledger(name, new, traced)
+        return Edit(
+            name=name,
+            old_class=old.kind,
+            module_class=type(new),
+            arguments=dict(self.arguments),
+            supplied=tuple(supplied_to(type(new))),
+            tensors=tensors,
+            dropped=dropped,
+            frozen=frozen(new),
+            parameters_before=old.parameters,
+            parameters_after=anatomy.count(new.parameters()),
+            probed=call is not None,
+            identical=identical,
+            bypass=bypass,
+            operation="share" if self.shared else "replace",
+            declares=self.declares,
+            unknown=unknown,
+        )
+
+    def _traced(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
+        """Returns which tensors of the original the new module took over; None where that cannot be told."""
+        if self.weights is not None or (self.shared and self.built):
+            return {}
+        if not old.open_questions(new):
+            return {}
+        original, kind = self.originals[name]
+        supplied = supplied_to(self.module)
+        key = (kind, operations.layer_index(self.model, name) if "layer_idx" in supplied else None)
+        if key not in self.descents:
+            self.descents[key] = provenance.trace(original, lambda stand_in: self._again(name, stand_in))
+        return self.descents[key]
+
+    def _again(self, name: str, stand_in: nn.Module) -> nn.Module:
+        """Builds the replacement for one place once more, for another module than the one that stands there."""
+        give: dict[str, Any] = {
+            "config": copy.deepcopy(operations.enclosing_config(self.model, name)),
+            "layer_idx": operations.layer_index(self.model, name),
+            "original": stand_in,
+        }
+        with under(self.model.dtype), torch.device("cpu"), torch.no_grad():
+            new = self.module(**{key: give[key] for key in supplied_to(self.module)}, **copy.deepcopy(self.arguments))
+            if isinstance(new, Adopting):
+                new.adopt(stand_in)
+        return new
 
 
-def _kind(module: nn.Module) -> Any:
-    return type(module), tuple((key, tuple(t.shape), t.dtype) for key, t in module.state_dict(keep_vars=True).items())
-
-
-def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, nn.Module]) -> list[Edit]:
+def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, tuple[nn.Module, object]]) -> list[Edit]:
     """Gives edits that were not probed what was found where one of their kind was."""
-    found = {_kind(originals[edit.name]): edit for edit in edits if edit.probed}
+    found = {originals[edit.name][1]: edit for edit in edits if edit.probed}
     result = []
     for edit in edits:
-        first = found.get(_kind(originals[edit.name]), edit)
+        first = found.get(originals[edit.name][1], edit)
         result.append(dataclasses.replace(edit, identical=first.identical, bypass=first.bypass))
     return result
-
-
-def _run_or_undo(
-    model: PreTrainedModel,
-    inputs: Mapping[str, torch.Tensor],
-    originals: Mapping[str, nn.Module],
-    called: str,
-    until: Sequence[str] | None,
-) -> None:
-    """Runs the changed model once (`until` some modules were called); a model may ask more of a module than a call."""
-    try:
-        if until is None:
-            anatomy.run(model, inputs)
-        else:
-            contract.record(model, until, inputs, partly=True)
-    except contract.CALL_ERRORS as error:
-        for name, original in originals.items():
-            model.set_submodule(name, original, strict=True)
-        forget_capture_hooks(model)
-        raise SurgeryError(
-            f"with {called} in place the model does not run: {type(error).__name__}: {error}; it may read an attribute "
-            "of the module that it replaced (as `.weight`): give the new module one"
-        ) from error
 
 
 def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
@@ -298,90 +381,47 @@ def supplied_to(module: type[nn.Module]) -> list[str]:
     return [key for key in SUPPLIED if key in contract.constructor(module)]
 
 
-def _build(
-    model: PreTrainedModel,
-    name: str,
-    original: nn.Module,
-    module: type[nn.Module],
-    arguments: Mapping[str, Any],
-) -> nn.Module:
-    """Constructs the replacement for one place; its mode, device and dtype follow the original."""
+def _build(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
+    """Constructs the replacement for one place; its mode and device follow the original.
+
+    It is made under the model's dtype, as when it is loaded: a dtype that its constructor states stays.
+    """
+    module = asked.module
     supplied = supplied_to(module)
     if "layer_idx" in supplied and operations.layer_index(model, name) is None:
         raise SurgeryError(f"{name} has no number in its name, so there is no layer_idx for {module.__name__}")
     modes = [(m, m.training) for m in original.modules()]
+    own = {id(m) for m in original.modules()}
     reference = anatomy.any_tensor(original)
-    try:
-        with reference.device if reference is not None and reference.is_meta else torch.device("cpu"):
-            new = operations.construct(model, name, module, supplied, dict(arguments))
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        raise SurgeryError(
-            f"{module.__name__} could not be built for {name}: {type(error).__name__}: {error}"
-        ) from error
+    device = reference.device if reference is not None else model.device
+    kept = {id(t) for t in (*original.parameters(), *original.buffers())}
+    with under(model.dtype), foreign.calling(f"{module.__name__} could not be built for {name}"):
+        with device if device.type == "meta" else torch.device("cpu"):
+            new = operations.construct(model, name, module, supplied, asked.arguments)
+        if isinstance(new, Adopting):
+            with torch.no_grad():
+                new.adopt(original)
     if not isinstance(new, nn.Module):
         raise SurgeryError(f"{module.__name__} made a {type(new).__name__} for {name}, not a torch.nn.Module")
-    if isinstance(new, Adopting):
-        with torch.no_grad():
-            new.adopt(original)
-    _follow(new, original)
+    for inner in [m for m in new.modules() if id(m) not in own]:
+        inner.training = original.training
+        for tensor in (*inner._parameters.values(), *inner._buffers.values()):
+            if tensor is not None and id(tensor) not in kept:
+                tensor.data = tensor.data.to(device)
     for inner, training in modes:
         inner.training = training
     return new
 
 
-def _follow(new: nn.Module, original: nn.Module) -> None:
-    """Gives the replacement's own tensors the original's device and main dtype, and its own modules its mode."""
-    kept = {id(t) for t in (*original.parameters(), *original.buffers())}
-    own = {id(m) for m in original.modules()}
-    dtype = anatomy.main_dtype(original)
-    reference = anatomy.any_tensor(original)
-    for module in new.modules():
-        if id(module) in own:
-            continue
-        module.training = original.training
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and reference is not None and id(tensor) not in kept:
-                tensor.data = tensor.data.to(
-                    device=reference.device, dtype=dtype if tensor.is_floating_point() else tensor.dtype
-                )
-
-
-def _examine(
-    name: str,
-    original: nn.Module,
-    new: nn.Module,
-    arguments: Mapping[str, Any],
-    probe: contract.Probe | None,
-    shared: bool,
-) -> tuple[list[str], Edit]:
-    """Probes one replacement and writes its record."""
-    faults: list[str] = []
-    call = probe.calls.get(name) if probe is not None else None
-    identical, bypass = False, False
-    if call is not None and probe is not None:
-        faults, identical = contract.compare(name, new, call)
-        if not faults:
-            faults += contract.looks_ahead(name, original, new, call, probe.causal)
-        if not faults and isinstance(new, Bypassing) and not shared:  # one module cannot be several originals
-            bypass = _bypass_is_exact(name, new, call, faults)
-    tensors, dropped = _ledger(name, original, new)
-    edit = Edit(
-        name=name,
-        old_class=type(original).__name__,
-        module_class=type(new),
-        arguments=dict(arguments),
-        supplied=tuple(supplied_to(type(new))),
-        tensors=tensors,
-        dropped=dropped,
-        frozen=frozen(new),
-        parameters_before=anatomy.count(original.parameters()),
-        parameters_after=anatomy.count(new.parameters()),
-        probed=call is not None,
-        identical=identical,
-        bypass=bypass,
-        operation="share" if shared else "replace",
-    )
-    return faults, edit
+@contextmanager
+def under(dtype: torch.dtype) -> Iterator[None]:
+    """While the block lasts, makes new tensors of a dtype by default, as transformers does while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def frozen(new: nn.Module) -> tuple[str, ...]:
@@ -402,27 +442,6 @@ def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: lis
     return exact
 
 
-def _ledger(name: str, original: nn.Module, new: nn.Module) -> tuple[dict[str, str | None], tuple[str, ...]]:
-    """Finds for every tensor of the replacement the tensor of the original that it equals bit for bit."""
-    old = original.state_dict(keep_vars=True)
-    tensors: dict[str, str | None] = {}
-    for key, tensor in new.state_dict(keep_vars=True).items():
-        candidates = [key, *(k for k in old if key.endswith("." + k)), *old]
-        origin = next((k for k in candidates if k in old and _same(old[k], tensor)), None)
-        tensors[f"{name}.{key}"] = None if origin is None else f"{name}.{origin}"
-    used = {origin for origin in tensors.values() if origin is not None}
-    return tensors, tuple(f"{name}.{key}" for key in old if f"{name}.{key}" not in used)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b:
-        return True
-    if a.is_meta or b.is_meta or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    # A constant tensor (a fresh bias of zeros, say) equals every other such: that is no sign of descent.
-    return torch.equal(a, b) and a.numel() > 1 and bool((a != a.reshape(-1)[0]).any())
-
-
 def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:
     """Makes sure by identity that each replacement stands at its name and that no child has a dotted name."""
     faults = [
@@ -435,18 +454,3 @@ def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> Non
         if "." in child
     ]
     refuse(SurgeryError, "the model is not what the surgery should have made it", faults)
-
-
-def forget_capture_hooks(model: PreTrainedModel) -> None:
-    """Removes transformers' output-capturing hooks, so that it installs them anew and finds the new modules.
-
-    Private in transformers 5.23 (`utils/output_capturing.py`): hooks are installed once, lazily, and a flag on the
-    model says so; without this, the router logits of replaced blocks would be missing after any earlier forward that
-    asked for them.
-    """
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
-                del module._forward_hooks[key]
-        if "_output_capturing_hooks_installed" in vars(module):
-            module._output_capturing_hooks_installed = False

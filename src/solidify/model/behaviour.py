@@ -1,0 +1,576 @@
+"""How a model behaves: properties that a change must keep, and the probes that measure them.
+
+Each probe runs the whole model and returns a distance: 0 where the property holds exactly. What a distance means is
+told by the control, the same probe of the unchanged model. The file depends on torch and transformers alone: a process
+that has no solidify runs it by its path.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+# What a change must keep unless it declares otherwise (`{name: false}`), and what is meant by it.
+PROPERTIES = {
+    "causal": "no position sees a later one",
+    "cache": "with a cache it computes what it computes without: prefill, pieces, single steps, left padding, crop, "
+    "reordered rows",
+    "padding": "padding changes nothing that is not padding",
+    "rows": "a row does not depend on the other rows of its batch",
+    "stateless": "a call does not depend on earlier calls",
+    "deterministic": "no chance in evaluation",
+    "gradient": "a gradient reaches what the module is given",
+    "half_precision": "in half precision it returns what it is given: the same dtype, finite",
+    "inputs": "what the module is given is not written to",
+    "hidden_states": "output_hidden_states returns what it returned before",
+    "attentions": "output_attentions returns what it returned before",
+    "router_logits": "output_router_logits returns what it returned before",
+}
+RECORDS = ("hidden_states", "attentions", "router_logits")
+OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
+FAILED = float("inf")  # the distance of what does not run
+
+_FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
+_FLOOR_HALF = 5e-2
+_AGAIN = {torch.float64: 1e-12, torch.float32: 1e-5}  # the same call once more
+_AGAIN_HALF = 2e-2
+_CACHES = ("past_key_values", "cache_params")
+
+
+def allowed(name: str, control: float, dtype: torch.dtype) -> float:
+    """Returns how large the distance of a probe may be: rounding, and some times what the control shows."""
+    if name in ("stateless", "deterministic"):
+        return max(4 * control, _AGAIN.get(dtype, _AGAIN_HALF))
+    return max(4 * control, _FLOOR.get(dtype, _FLOOR_HALF))
+
+
+@dataclass
+class Reading:
+    """What the probes measured: `distances` by name (`cache/steps` is a part of `cache`; what cannot be measured is
+    missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed."""
+
+    distances: dict[str, float] = field(default_factory=dict)
+    recorded: dict[str, list[Any]] = field(default_factory=dict)
+    plain: torch.Tensor | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    packed: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A property that does not hold: by which probe, how far it is off, and how far it might be."""
+
+    name: str
+    distance: float
+    allowed: float
+    words: str
+
+    @property
+    def property(self) -> str:
+        """The property's name."""
+        return self.name.partition("/")[0]
+
+
+def faults(control: Reading, found: Reading, dtype: torch.dtype) -> list[Fault]:
+    """Compares two readings; what the control cannot show is not asked for."""
+    result = []
+    for name, before in control.distances.items():
+        after, most = found.distances.get(name, FAILED), allowed(name, before, dtype)
+        if before < FAILED and not after <= most:
+            what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
+            result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
+    for key, entries in control.recorded.items():
+        now = found.recorded.get(key, [])
+        if now != entries:
+            what = found.errors.get(key) or f"{len(now)} of them, where there were {len(entries)}"
+            if len(now) == len(entries):
+                what = "their shapes are others"
+            result.append(Fault(key, FAILED, 0.0, f"output_{key}=True: {what}"))
+    return result
+
+
+_WORDS = {
+    "causal": "a change of the last position moves earlier ones",
+    "padding": "padding before or after a row changes it",
+    "rows": "a row alone gives something else than within a batch",
+    "stateless": "the same call, repeated after others, gives something else",
+    "deterministic": "the same call gives something else with other random numbers",
+    "cache/prefill": "a first piece that fills the cache gives something else than the whole",
+    "cache/pieces": "a second piece over the cache gives something else than the whole",
+    "cache/reordered": "a step after the cache's rows were reordered (as by beams) gives something else",
+    "cache/steps": "single steps over the cache give something else than the whole",
+    "cache/crop": "going on after the cache was cropped gives something else",
+}
+
+
+class Watched:
+    """A model, inputs that it takes (among them a stream of tokens (batch_size, sequence_length), if it has one), and where
+    it is watched: at its outputs, or, with `until`, at modules, after the last of which the rest is not run.
+
+    `values` stand in the place of parameters of these names.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        values: Mapping[str, torch.Tensor] | None = None,
+        until: Sequence[str] = (),
+    ) -> None:
+        self.model, self.inputs, self.until = model, dict(inputs), list(until)
+        self.values = dict(values or {})
+        parameters = inspect.signature(model.forward).parameters
+        self.takes = set(parameters)
+        self.stream = next((k for k in ("decoder_input_ids", "input_ids") if k in inputs), None)
+        tokens = inputs[self.stream] if self.stream is not None else next(iter(inputs.values()))
+        self.rows = int(tokens.shape[0])
+        self.positions = int(tokens.shape[1]) if self.stream is not None else 0
+        self.decoder = self.stream is not None and not model.config.is_encoder_decoder
+        self.dtype = model.dtype
+
+    def read(self, control: Reading | None = None, *, whole: bool = True) -> Reading:
+        """Runs all probes; with `control`, in the way in which they worked there. Without `whole`, one run only.
+
+        What the model keeps in buffers, and random numbers, are afterwards what they were.
+
+        Raises:
+            Exception: the model does not run at all.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with _evaluation(self.model), _chance_kept(), torch.no_grad():
+            try:
+                return self._read(control, whole)
+            finally:
+                for buffer, value in buffers:
+                    if buffer.shape != value.shape or not torch.equal(buffer, value):
+                        buffer.data = value
+
+    def _read(self, control: Reading | None, whole: bool) -> Reading:
+        reading = Reading()
+        packs = [(control.packed, control.padded)] if control is not None else self._packs()
+        for packed, padded in packs:
+            batch = self._batch(packed, padded)
+            _seed(0)
+            try:
+                plain = self._call(batch)
+            except Exception:
+                if (packed, padded) == packs[-1]:
+                    raise
+                continue
+            reading.packed, reading.padded = packed, padded
+            break
+        drawn = _state() != _seeded(0)
+        reading.plain = plain.output
+        if not whole or plain.output is None:
+            return reading
+        self._look_ahead(reading, batch, plain.output)
+        self._padding(reading, batch, plain.output)
+        self._cache(reading, batch, plain.output)
+        self._alone(reading, batch, plain.output)
+        self._again(reading, batch, plain.output, drawn)
+        return reading
+
+    def _packs(self) -> list[tuple[bool, bool]]:
+        """Returns in which ways the probes may be rows of one batch: with changed rows, and with a padded one."""
+        if self.stream is None or any(t.shape[:1] != (self.rows,) for t in self.inputs.values()):
+            return [(False, False)]
+        text = set(self.inputs) <= {"input_ids", "attention_mask"} and self.decoder
+        return [*([(True, True)] if text and "attention_mask" in self.takes else []), (True, False), (False, False)]
+
+    def _batch(self, packed: bool, padded: bool) -> dict[str, torch.Tensor]:
+        """Makes the batch: rows as given; packed, also the first with another last token, and padded on the left."""
+        if not packed or self.stream is None:
+            return dict(self.inputs)
+        order = [*range(self.rows), 0, *([0] if padded else [])]
+        batch = {key: tensor[order].clone() for key, tensor in self.inputs.items()}
+        tokens = batch[self.stream]
+        tokens[self.rows, -1] = _other(tokens[self.rows, -1])
+        if padded:
+            batch["attention_mask"] = torch.ones_like(tokens)
+            batch["attention_mask"][-1, : self.pad] = 0
+            tokens[-1, self.pad :] = self.inputs[self.stream][0, : self.positions - self.pad]
+            if "position_ids" in self.takes:
+                batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        elif "attention_mask" in batch and self.decoder:
+            batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        return batch
+
+    @property
+    def pad(self) -> int:
+        """The number of positions that are padding in the padded row."""
+        return max(1, self.positions // 4)
+
+    def _look_ahead(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+        if self.stream is None:
+            return
+        if reading.packed:
+            changed, before = plain[self.rows : self.rows + 1], plain[:1]
+        else:
+            tokens = batch[self.stream].clone()
+            tokens[:, -1] = _other(tokens[:, -1])
+            found = self._try(reading, "causal", {**batch, self.stream: tokens})
+            if found is None or found.output is None:
+                return
+            changed, before = found.output, plain
+        reading.distances["causal"] = distance(changed[:, :-1], before[:, :-1])
+
+    def _padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+        if reading.padded:
+            reading.distances["padding"] = distance(plain[-1:, self.pad :], plain[:1, : self.positions - self.pad])
+        elif (self.stream == "input_ids" and set(self.inputs) <= {"input_ids", "attention_mask", "token_type_ids"}) or (
+            "attention_mask" in self.inputs and self.model.config.is_encoder_decoder
+        ):
+            self._padding_after(reading)
+
+    def _padding_after(self, reading: Reading) -> None:
+        """Pads the first row of what is attended to on the right, and compares it with the row that is not padded."""
+        if "attention_mask" not in self.takes or "input_ids" not in self.inputs:
+            return
+        first = {key: tensor[:1].clone() for key, tensor in self.inputs.items()}
+        length = first["input_ids"].shape[1]
+        kept = length - max(1, length // 4)
+        cut = {k: t[:, :kept] if k != self.stream or self.decoder else t for k, t in first.items()}
+        cut["attention_mask"] = torch.ones_like(cut["input_ids"])
+        mask = torch.ones_like(first["input_ids"])
+        mask[:, kept:] = 0
+        short = self._try(reading, "padding", cut, rows=1)
+        long = self._try(reading, "padding", {**first, "attention_mask": mask}, rows=1)
+        if short is None or long is None or short.output is None or long.output is None:
+            return
+        size = min(short.output.shape[1], kept) if self.decoder else short.output.shape[1]
+        reading.distances["padding"] = distance(long.output[:, :size], short.output[:, :size])
+
+    def _cache(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+        """Feeds the batch in pieces: a prefill, a piece, steps over reordered rows, and again after a crop."""
+        name = next((key for key in _CACHES if key in self.takes), None)
+        if name is None or self.stream is None or self.positions < 4:
+            return
+        kept = self._fresh_cache(name)
+        ends = [self.positions - 5, self.positions - 2] if self.positions > 7 else [1, self.positions - 2]
+        cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, kept)
+        if cache is None:
+            return
+        if self._piece(reading, "cache/pieces", batch, plain, (ends[0], ends[1]), name, cache) is None:
+            return
+        order = [1, 0, *range(2, len(plain))] if len(plain) > 1 else [0]
+        turned = {key: t[order] if t.shape[:1] == (len(order),) else t for key, t in batch.items()}
+        try:
+            cache.reorder_cache(torch.tensor(order, device=plain.device))
+        except Exception:  # this kind of cache cannot; its control cannot either
+            turned, order = dict(batch), list(range(len(plain)))
+        label = "cache/reordered" if order[0] else "cache/steps"
+        for end in range(ends[1], self.positions):
+            if self._piece(reading, label, turned, plain[order], (end, end + 1), name, cache) is None:
+                return
+            label = "cache/steps"
+        back = self.positions - 3
+        try:
+            cache.crop(back - self.positions)  # the number of positions to take away, negative
+        except Exception:
+            return
+        self._piece(reading, "cache/crop", turned, plain[order], (back, self.positions), name, cache)
+
+    def _fresh_cache(self, name: str) -> Any:
+        """Returns a cache of our own where the model may be left before it returns its own; else None."""
+        if not self.until or name != "past_key_values":
+            return None
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def _piece(
+        self,
+        reading: Reading,
+        label: str,
+        batch: Mapping[str, torch.Tensor],
+        plain: torch.Tensor,
+        part: tuple[int, int],
+        name: str,
+        cache: Any,
+    ) -> Any:
+        """Runs positions `part` over a cache, notes how far they are from the plain run, and returns the cache."""
+        begin, end = part
+        assert self.stream is not None
+        inputs = dict(batch)
+        inputs[self.stream] = batch[self.stream][:, begin:end]
+        if self.decoder and "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"][:, :end]
+        for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+            if key in batch:
+                inputs[key] = batch[key][:, begin:end]
+        if begin and self.decoder:  # images and the like are among the first tokens
+            inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
+        options: dict[str, Any] = {"use_cache": True, **({name: cache} if cache is not None else {})}
+        found = self._try(reading, label, inputs, positions=end - begin, **options)
+        if found is None or found.output is None:
+            return None
+        cache = found.cache.get(name) or cache
+        if cache is None:
+            return None
+        wanted, got = plain[:, begin:end], found.output
+        if reading.padded:
+            kept = batch["attention_mask"][:, begin:end].bool()
+            far = max(
+                distance(got[row : row + 1, k], wanted[row : row + 1, k]) for row, k in enumerate(kept) if k.any()
+            )
+        else:
+            far = distance(got, wanted)
+        reading.distances[label] = max(far, reading.distances.get(label, 0.0))
+        return cache
+
+    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+        """Runs the first row alone, and asks for what the model can record."""
+        alone = all(t.shape[:1] == plain.shape[:1] for t in batch.values()) and len(plain) > 1
+        inputs = {key: tensor[:1] for key, tensor in batch.items()} if alone else dict(batch)
+        flags = [key for key in RECORDS if self._records(key)]
+        found = None
+        if not self.until:
+            for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
+                wanted = {f"output_{key}": True for key in asked if key in flags}
+                found = self._try(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
+                if found is not None:
+                    reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
+                    break
+        if found is None:
+            found = self._try(reading, "rows", inputs, rows=1 if alone else None)
+        if alone and found is not None and found.output is not None:
+            reading.distances["rows"] = distance(found.output, plain[:1])
+
+    def _records(self, key: str) -> bool:
+        if key == "hidden_states":
+            return True
+        if key == "attentions":  # kernels that never build the weights cannot return them
+            return bool(self.model.config._attn_implementation == "eager")
+        text = self.model.config.get_text_config()
+        return hasattr(self.model.config, "output_router_logits") or hasattr(text, "output_router_logits")
+
+    def _again(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor, drawn: bool) -> None:
+        """Repeats the first call, with other random numbers; what differs comes from them or from earlier calls."""
+        _seed(1)
+        found = self._try(reading, "stateless", batch)
+        if found is None or found.output is None:
+            return
+        far = distance(found.output, plain)
+        reading.distances |= {"stateless": far, "deterministic": 0.0}
+        if drawn and far > 0:
+            _seed(0)
+            same = self._try(reading, "deterministic", batch)
+            if same is not None and same.output is not None:
+                before = distance(same.output, plain)
+                reading.distances |= {"stateless": before, "deterministic": FAILED if before <= far / 4 else far}
+
+    def _try(self, reading: Reading, label: str, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
+        """Calls the model; an error is noted under the probe's name, which then has no distance."""
+        try:
+            return self._call(inputs, **options)
+        except Exception as error:
+            reading.errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reading.distances.pop(label, None)
+            return None
+
+    def _call(
+        self, inputs: Mapping[str, Any], *, rows: int | None = None, positions: int | None = None, **options: Any
+    ) -> _Seen:
+        """Runs the model and returns what is watched of it, (batch_size, sequence_length, ...) where it has that."""
+        caching = bool(options.get("use_cache"))
+        if "use_cache" in self.takes:
+            options.setdefault("use_cache", False)
+        shape = (rows or len(next(iter(inputs.values()))), positions or self._length(inputs))
+        if self.until:
+            return self._until(inputs, options, shape)
+        inner: list[Any] = []
+        base = self.model.base_model
+        handle = base.register_forward_hook(lambda _m, _a, output: inner.append(output))
+        with _caches_off(self.model, not caching):
+            try:
+                arguments = {**inputs, **options}
+                outputs = (
+                    torch.func.functional_call(self.model, self.values, (), arguments)
+                    if self.values
+                    else self.model(**arguments)
+                )
+            finally:
+                handle.remove()
+        tensors = [outputs.get(key) for key in OUTPUTS] if hasattr(outputs, "get") else []
+        tensors += [t for value in (*inner[-1:], outputs) for t in _tensors(value)]
+        output = next((t for t in tensors if self._fits(t, shape)), None)
+        seen = _Seen(output, {key: outputs.get(key) for key in _CACHES if hasattr(outputs, "get")}, {})
+        for key in RECORDS:
+            if options.get(f"output_{key}"):
+                seen.recorded |= _recorded(outputs, key)
+        return seen
+
+    def _until(self, inputs: Mapping[str, Any], options: dict[str, Any], shape: tuple[int, int]) -> _Seen:
+        """Runs the model until the watched modules were called; what they returned is put side by side."""
+        got: dict[str, torch.Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                found = next((t for t in _tensors(output) if t.is_floating_point()), None)
+                if found is not None:
+                    got[name] = found.clone()
+                if len(got) == len(self.until):
+                    raise _LeftError
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.until]
+        try:
+            arguments = {**inputs, **options}
+            if self.values:
+                torch.func.functional_call(self.model, self.values, (), arguments)
+            else:
+                self.model(**arguments)
+        except _LeftError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        views = [_by_position(got[name], shape) for name in self.until if name in got]
+        if not views or any(view is None for view in views):
+            return _Seen(None, {}, {})
+        output = torch.cat([v.flatten(2).float() for v in views if v is not None], dim=-1)
+        return _Seen(output, {}, {})
+
+    def _length(self, inputs: Mapping[str, Any]) -> int:
+        return int(inputs[self.stream].shape[1]) if self.stream is not None else 0
+
+    def _fits(self, tensor: Any, shape: tuple[int, int]) -> bool:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
+            return False
+        return tensor.shape[0] == shape[0] if self.stream is None else tuple(tensor.shape[:2]) == shape
+
+
+class _LeftError(Exception):
+    """Ends a forward pass of which the rest is of no interest."""
+
+
+@dataclass
+class _Seen:
+    output: torch.Tensor | None
+    cache: dict[str, Any]
+    recorded: dict[str, list[Any]]
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Returns the largest root mean square of a difference at one position, relative to that of all of `wanted`."""
+    if found.shape != wanted.shape:
+        return FAILED
+    if not wanted.numel():
+        return 0.0
+    kept = torch.isfinite(wanted.float())
+    found64, wanted64 = found.double(), wanted.double()
+    wanted64 = wanted64.where(kept, 0.0)
+    difference = (found64.where(kept, 0.0) - wanted64).square()
+    flat = difference.flatten(2) if difference.ndim > 2 else difference[..., None]
+    scale = wanted64.square().mean().sqrt().clamp(min=1e-30)
+    far = float(flat.mean(-1).max().sqrt() / scale)
+    return FAILED if far != far else far
+
+
+def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns other values for a new parameter: a branch that starts at zero hides what it computes.
+
+    The noise depends on the name alone, so that it is the same in every process.
+    """
+    generator = torch.Generator().manual_seed(sum(place * byte for place, byte in enumerate(name.encode(), 1)))
+    fan = parameter.shape[-1] if parameter.ndim > 1 else 1
+    drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5
+    noisy: torch.Tensor = (parameter.detach() + drawn.to(parameter)).to(parameter.dtype)
+    return noisy
+
+
+def _other(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns other tokens."""
+    return torch.where(tokens > 3, tokens - 1, tokens + 1)
+
+
+def _by_position(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
+    """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
+    if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == shape:
+        return tensor
+    if tensor.ndim >= 2 and tensor.shape[0] == shape[0] * shape[1]:
+        return tensor.reshape(*shape, -1)
+    return None
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _recorded(outputs: Any, key: str) -> dict[str, list[Any]]:
+    """Returns the shapes that outputs of a kind have, those of an encoder and a decoder too."""
+    names = [name for name in outputs if name == key or name.endswith(f"_{key}")] if hasattr(outputs, "get") else []
+    found: list[Any] = []
+    for name in names:
+        value = outputs[name]
+        entries = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
+        found += [[list(t.shape) for t in _tensors(entry)] for entry in entries]
+    return {key: found}
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _caches_off(model: nn.Module, off: bool) -> Iterator[None]:
+    """Keeps every part of the model from caching by itself, whatever its own configuration says."""
+    configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)] if off else []
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}.values()
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def _chance_kept() -> Iterator[None]:
+    """Gives random numbers back as they were."""
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before)
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+
+
+def _state() -> tuple[Any, Any]:
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _seeded(number: int) -> tuple[Any, Any]:
+    """Returns the state of random numbers right after they were seeded."""
+    now = torch.random.get_rng_state(), random.getstate()
+    _seed(number)
+    found = _state()
+    torch.random.set_rng_state(now[0])
+    random.setstate(now[1])
+    return found

@@ -1,0 +1,192 @@
+"""The control of a change: how the model behaves before any code of the user's runs, and the judgement afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify import foreign
+from solidify.errors import SurgeryError
+from solidify.model import anatomy, behaviour, contract, probing
+from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
+
+_SCALES = (1.0, 0.1)  # of the noise in new parameters; the second where the first gives infinity
+
+_TITLES = {
+    "causal": "the model is causal, but {what} looks ahead",
+    "cache": "the model keeps a cache, but with {what} it computes something else over it",
+    "padding": "padding reaches what is not padding through {what}",
+    "rows": "through {what} a row depends on the other rows of its batch",
+    "stateless": "with {what} a call depends on earlier calls",
+    "deterministic": "{what} draws random numbers in evaluation",
+    "hidden_states": "with {what} hidden states are not recorded as before",
+    "attentions": "with {what} attentions are not recorded as before",
+    "router_logits": "with {what} router logits are not recorded as before",
+}
+_REMEDIES = {
+    "causal": "mask or shift what it mixes",
+    "cache": "keep what earlier positions leave behind in past_key_values, under its layer_idx",
+    "padding": "obey attention_mask and position_ids",
+    "rows": "compute every row by itself",
+    "stateless": "keep nothing from call to call in evaluation",
+    "deterministic": "draw only while self.training",
+    "hidden_states": "return the hidden states first, as the original does",
+    "attentions": "return the attention weights second, as the original does",
+    "router_logits": "let its router be the family's own class, or a subclass",
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the unchanged model showed: single `calls` of the modules that will be replaced (of a `large` model, of the
+    first of each kind), and a `reading` of its behaviour (None where it cannot be run). `output` is the whole model's,
+    where that was asked for."""
+
+    inputs: dict[str, torch.Tensor] | None
+    calls: dict[str, contract.Call]
+    reading: Reading | None
+    probed: tuple[str, ...] = ()
+    large: bool = False
+    output: torch.Tensor | None = None
+
+    @property
+    def until(self) -> tuple[str, ...]:
+        """The modules after which a large model is left."""
+        return self.probed if self.large else ()
+
+
+def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
+    """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    large = anatomy.large(model)
+    kinds = first_of_each_kind(model, names)
+    probed = tuple(kinds) if large else tuple(names)
+    if anatomy.is_meta(model):
+        return Control(None, {}, None, probed, large)
+    inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
+    calls = contract.record(model, probed, inputs, partly=large)
+    for name in [name for name in kinds if name in calls]:
+        calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
+    until = [name for name in probed if name in calls] if large else []
+    with anatomy.sparing(model):
+        reading = foreign.attempt(Watched(model, inputs, until=until).read).value if until or not large else None
+    return Control(inputs, calls, reading, tuple(until) if large else probed, large)
+
+
+def take_whole(model: PreTrainedModel) -> Control:
+    """Runs the whole model as it is, however large, before a change of its depth.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    if anatomy.is_meta(model):
+        return Control(None, {}, None)
+    inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
+    with anatomy.sparing(model):
+        reading = foreign.attempt(Watched(model, inputs).read).value
+    return Control(inputs, {}, reading, output=anatomy.run(model, inputs))
+
+
+def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, object]:
+    """Returns the first of all places whose modules are of one class and hold tensors of the same names and shapes."""
+    kinds: dict[object, str] = {}
+    for name in names:
+        kinds.setdefault(kind_of(model.get_submodule(name)), name)
+    return {name: kind for kind, name in kinds.items()}
+
+
+def kind_of(module: nn.Module) -> object:
+    """Returns what modules have in common that are treated alike: class, and names, shapes and dtypes of tensors."""
+    return type(module), tuple((key, tuple(t.shape), t.dtype) for key, t in module.state_dict(keep_vars=True).items())
+
+
+def judge(
+    model: PreTrainedModel,
+    control: Control,
+    *,
+    what: str,
+    fresh: Iterable[str],
+    declared: dict[str, bool],
+    identical: bool,
+) -> list[str]:
+    """Returns what of the contract the changed model does not keep, in sentences; what is `declared` is not asked for.
+
+    Router logits that nobody asks for by default, and that the new modules do not have, are added to what is declared.
+
+    It is run as it stands (once only, if all new modules were found `identical`), and once more with noise in its new
+    parameters (`fresh`): a new branch that starts at zero hides what it mixes.
+
+    Raises:
+        SurgeryError: with the change in place, the model does not run.
+    """
+    if control.inputs is None:
+        return []
+    until = control.until
+    remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
+    with foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy):
+        with anatomy.sparing(model):
+            reading = Watched(model, control.inputs, until=until).read(control.reading, whole=not identical)
+    if control.reading is None:
+        return []
+    if _finite(control.reading) and not _finite(reading):
+        return [f"with {what} in place the model returns NaN or infinity"]
+    found = [] if identical else behaviour.faults(control.reading, reading, model.dtype)
+    if any(fault.name == "router_logits" for fault in found) and not _by_default(model, "output_router_logits"):
+        declared["router_logits"] = False
+    told = sentences(found, what, declared)
+    if told or not (values := _new_parameters(model, fresh)):
+        return told
+    noisy = _with_noise(model, control, values)
+    if noisy is None:
+        return []
+    later = behaviour.faults(control.reading, noisy, model.dtype)
+    return sentences(later, what, declared, ", once its own parameters are not at their start")
+
+
+def _by_default(model: PreTrainedModel, flag: str) -> bool:
+    return any(getattr(config, flag, False) for config in (model.config, model.config.get_text_config()))
+
+
+def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {n: p for n in fresh if (p := parameters.get(n)) is not None and p.is_floating_point() and not p.is_meta}
+
+
+def _with_noise(model: PreTrainedModel, control: Control, parameters: Mapping[str, torch.Tensor]) -> Reading | None:
+    """Reads the model with noise in some parameters; None where that gives no finite outputs at all."""
+    for scale in _SCALES:
+        values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in parameters.items()}
+        watched = Watched(model, control.inputs or {}, values=values, until=control.until)
+        with anatomy.sparing(model):
+            reading = foreign.attempt(watched.read, control.reading).value
+        if reading is not None and _finite(reading):
+            return reading
+    return None
+
+
+def _finite(reading: Reading) -> bool:
+    return reading.plain is None or bool(torch.isfinite(reading.plain[: 1 if reading.packed else None]).all())
+
+
+def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = "") -> list[str]:
+    """Says each property that is not kept, by its first fault; what follows from a failed one is left out."""
+    first: dict[str, Fault] = {}
+    for fault in faults:
+        first.setdefault(fault.property, fault)
+    broken = {key: fault for key, fault in first.items() if declared.get(key) is not False}
+    if "causal" in broken:
+        broken.pop("cache", None)  # what looks ahead cannot be computed from a cache
+    if "stateless" in broken or "deterministic" in broken:
+        broken = {k: f for k, f in broken.items() if k in ("stateless", "deterministic", "causal")}
+    return [
+        f"{_TITLES[key].format(what=what)}{when}: {fault.words}; {_REMEDIES[key]}, or, if it is meant, declare "
+        f"{{{key}: false}} ({PROPERTIES[key]})"
+        for key, fault in broken.items()
+    ]

@@ -1,0 +1,116 @@
+"""All or nothing for a model in memory: what user code, PEFT or an interrupt leaves half done is put back.
+
+Remembered are: of every module its class, attributes, children, parameters, buffers, hooks and mode; configurations
+with all they contain; of every parameter its storage, its `requires_grad` and its gradient; the values of buffers, and those
+of parameters where the model is small.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from solidify.model import anatomy
+
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
+@contextmanager
+def transaction(model: nn.Module) -> Iterator[None]:
+    """Runs the block; when it is left by any exception, an interrupt too, the model is put back as it was, in place.
+
+    Of a large model, values that the block wrote into a parameter's own memory cannot be put back; a note on the
+    exception names them then.
+    """
+    before = _Before(model)
+    try:
+        yield
+    except BaseException as error:
+        lost = before.put_back()
+        if lost:
+            error.add_note(f"values were written in place, and the model must be loaded again: {', '.join(lost[:4])}")
+        raise
+
+
+class _Before:
+    """A model as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: dict[int, Any] = {}  # what was remembered, kept alive, by identity
+        self._steps: list[tuple[Any, type, Any]] = []
+        self._parameters: list[_Parameter] = []
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        small = not anatomy.large(model)
+        for module in model.modules():
+            self._object(module)
+        for name, parameter in model.named_parameters():
+            self._parameters.append(_Parameter(name, parameter, small))
+        for buffer in model.buffers():
+            self._buffers.append((buffer, buffer.data, buffer.detach().clone()))
+
+    def _object(self, value: Any) -> None:
+        """Remembers an object's attributes, and the containers and configurations among them."""
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        self._steps.append((value, type(value), dict(vars(value))))
+        for item in vars(value).values():
+            self._value(item)
+
+    def _value(self, value: Any) -> None:
+        if isinstance(value, (PreTrainedConfig, GenerationConfig)):
+            self._object(value)
+        elif type(value) in _CONTAINERS and id(value) not in self._seen:
+            self._seen[id(value)] = value
+            self._steps.append((value, type(value), value.copy()))
+            for item in value.values() if isinstance(value, dict) else value:
+                self._value(item)
+
+    def put_back(self) -> list[str]:
+        """Puts everything back; returns the names of parameters whose values could not be."""
+        for value, kind, content in self._steps:
+            if isinstance(value, _CONTAINERS) and type(value) is kind:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+            else:
+                if type(value) is not kind:
+                    value.__class__ = kind
+                vars(value).clear()
+                vars(value).update(content)
+        for buffer, data, copy in self._buffers:
+            buffer.data = data
+            if not buffer.is_meta and not _same(buffer, copy):
+                buffer.data.copy_(copy)
+        return [parameter.name for parameter in self._parameters if not parameter.put_back()]
+
+
+class _Parameter:
+    """A parameter as it was; with its values, if they are to be kept."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, with_values: bool) -> None:
+        self.name = name
+        self._parameter, self._data, self._version = parameter, parameter.data, parameter._version
+        self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
+        self._values = parameter.detach().clone() if with_values and not parameter.is_meta else None
+
+    def put_back(self) -> bool:
+        """Returns whether all of it is as it was."""
+        written = self._parameter._version != self._version and not self._parameter.is_meta
+        self._parameter.data = self._data
+        self._parameter.requires_grad_(self._requires_grad)
+        self._parameter.grad = self._gradient
+        if self._values is None:
+            return not written
+        if not _same(self._data, self._values):
+            self._data.copy_(self._values)
+        return True
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
