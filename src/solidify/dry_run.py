@@ -33,19 +33,20 @@ class Plan:
     trained (`lora` or `full`, and the name) to its number of parameters. `objective` has each term's name, reduction,
     weight (a number, or how it moves) and whether it needs the reference; `groups` are the parameter groups. `tensors`
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of those
-    listed as dropped, as only a build can tell. `files` is the artifact's code by name,
+    listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`, `new`, `dropped`). `files` is the artifact's code by name,
     of which `generated` names what solidify writes, and `requirements` what it needs beside torch and transformers.
     """
 
     edits: list[Edit]
     adapter: AdapterPlan | None
-    before: dict[str, int]
-    after: dict[str, int]
+    before: dict[str, Any]
+    after: dict[str, Any]
     trainer: str | None
     trainable: dict[str, int]
     objective: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     tensors: dict[str, list[str]]
+    counts: dict[str, int]
     files: dict[str, str]
     generated: list[str]
     requirements: dict[str, str]
@@ -61,6 +62,7 @@ class Plan:
             "objective": self.objective,
             "groups": self.groups,
             "tensors": self.tensors,
+            "counts": self.counts,
             "requirements": self.requirements,
             "generated": self.generated,
             "files": self.files,
@@ -77,7 +79,8 @@ def plan(recipe: Recipe) -> Plan:
     before, names = cost(base.model).document(), list(base.model.state_dict())
     edits = materials.operate(recipe, base.model)
     code = sources.compile_sources(base.model, edits)
-    after = cost(base.model).document()
+    after, records = cost(base.model).document(), [edit.document() for edit in edits]
+    counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
         data.refuse_untaught(base.model)
@@ -100,6 +103,7 @@ def plan(recipe: Recipe) -> Plan:
         objective=[_term(term, entry.weight) for term, entry in zip(terms, recipe.objective, strict=False)],
         groups=[group.model_dump(exclude_none=True) for group in recipe.parameter_groups],
         tensors=_tensors(names, edits),
+        counts=counts,
         files=code.files,
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,

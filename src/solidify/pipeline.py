@@ -20,7 +20,8 @@ from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.dry_run import plan
 from solidify.errors import ArtifactError, RecipeError
 from solidify.findings import Finding, Report
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, ledger, probing
+from solidify.model.cost import cost
 from solidify.recipe import Recipe
 from solidify.tuning import checkpoints, data
 from solidify.tuning.progress import TrainingBar
@@ -151,6 +152,10 @@ def build(
                     structure.untouched(base.model, digests, records),
                 ],
             )
+        report.measured |= {
+            "tensors": ledger.counts(base.model.state_dict(), records),
+            "cost": cost(base.model).document(),
+        }
         with console.stage("Writing the artifact"):
             artifact = build_artifact(
                 base.model,

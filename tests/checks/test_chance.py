@@ -66,7 +66,9 @@ class Around(nn.Module):
             "jitter": lambda: y * torch.empty_like(y).uniform_(0.5, 1.5),
             "path": lambda: y * (0.7 + torch.rand(len(y), 1, 1)).floor() / 0.7,
             "bernoulli": lambda: y * torch.bernoulli(torch.full_like(y, 0.6)),
-            "sampled": lambda: y + torch.multinomial(torch.softmax(y.detach(), -1).flatten(0, 1), 1).view(*y.shape[:2], 1),
+            "sampled": lambda: (
+                y + torch.multinomial(torch.softmax(y.detach(), -1).flatten(0, 1), 1).view(*y.shape[:2], 1)
+            ),
             "gumbel": lambda: y * F.gumbel_softmax(y, tau=2.0),
             "permuted": lambda: y[..., torch.randperm(32)],
             "integers": lambda: y * torch.randint(1, 5, y.shape[:2])[..., None],
@@ -164,4 +166,7 @@ def test_every_operation_of_torch_that_draws_is_known() -> None:
             arguments = {argument.name for argument in operation._schema.arguments}
             if torch.Tag.nondeterministic_seeded in operation.tags and not arguments & {"dropout", "dropout_p"}:
                 drawing.add(name)
-    assert drawing - set(chance._MEANS) <= {"rrelu_with_noise_functional", "normal_functional"}  # made by compilers alone
+    assert drawing - set(chance._MEANS) <= {
+        "rrelu_with_noise_functional",
+        "normal_functional",
+    }  # made by compilers alone

@@ -123,7 +123,10 @@ def test_outputs_that_move_within_rounding_are_not_identical(trash_artifact: Pat
     }  # fmt: skip
     assert certificate._judge("AutoModel", load, "torch 1 -> 2")[1].verdict == "measured"
     assert certificate._judge("AutoModel", load, "")[1].verdict == "failed"
-    assert [f.verdict for f in certificate._judge("AutoModel", {**load, "outputs": {}}, "")] == ["proved", "not looked at"]
+    assert [f.verdict for f in certificate._judge("AutoModel", {**load, "outputs": {}}, "")] == [
+        "proved",
+        "not looked at",
+    ]
     load["outputs"]["short"] = {"equal": True, "distance": 0.0, "scale": 1.0}
     assert [f.verdict for f in certificate._judge("AutoModel", load, "")] == ["proved", "proved"]
     assert {f.verdict for f in certificate._judge("AutoModel", {**load, "sampled": True}, "")} == {"measured"}

@@ -40,7 +40,11 @@ def named(found: list[Finding]) -> dict[str, Finding]:
 def broken(found: dict[str, Finding]) -> set[str]:
     """Returns the rules that are not met; none may count as a failure."""
     assert not any(finding.passed is False for finding in found.values())
-    assert all(f.evidence.startswith(("not met: ", "no, because of: ", "yes, by its")) for f in found.values() if f.passed is None)
+    assert all(
+        f.evidence.startswith(("not met: ", "no, because of: ", "yes, by its"))
+        for f in found.values()
+        if f.passed is None
+    )
     return {name for name, finding in found.items() if finding.passed is None} - {VLLM, SGLANG}
 
 

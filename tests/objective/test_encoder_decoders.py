@@ -49,7 +49,16 @@ def whisper(**more: Any) -> Any:
 
 
 def bert(**more: Any) -> Any:
-    return pico.make("BertForMaskedLM", **{**pico.SIZES, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **more})
+    return pico.make(
+        "BertForMaskedLM",
+        **{
+            **pico.SIZES,
+            "intermediate_size": 48,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            **more,
+        },
+    )
 
 
 FAMILIES = {"T5": t5, "BART": bart, "Whisper": whisper, "BERT": bert}

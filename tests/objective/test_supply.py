@@ -196,7 +196,9 @@ def test_masks_are_boolean_so_that_indexing_takes_the_attended_rows() -> None:
     engine = ObjectiveEngine(Objective([Term(attended)]), pico.llama())
     value = engine.loss(batch)
     assert seen["mask"].dtype == seen["attention_mask"].dtype == torch.bool
-    assert seen["mask"].shape == (batch["input_ids"].numel(),) and seen["attention_mask"].shape == batch["input_ids"].shape
+    assert (
+        seen["mask"].shape == (batch["input_ids"].numel(),) and seen["attention_mask"].shape == batch["input_ids"].shape
+    )
     assert seen["inputs"]["attention_mask"].dtype == torch.long  # the model's own is as it was
     states = engine.model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
     torch.testing.assert_close(value, states[batch["attention_mask"].bool()].square().mean())

@@ -108,7 +108,13 @@ HEADS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     ),
     "BertModel": (SMALL, ("encoder.layer.*.intermediate.dense", "Linear")),
     "ViTForImageClassification": (
-        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "image_size": 16},
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+            "image_size": 16,
+        },
         ("**.fc1", "Linear"),
     ),
 }
@@ -127,7 +133,11 @@ def test_a_head_that_text_cannot_teach_is_refused_by_name_and_still_built(head: 
 
 
 def test_heads_that_text_teaches_pass() -> None:
-    for model in (pico.llama(), pico.olmoe(), pico.make("GPT2LMHeadModel", vocab_size=128, n_embd=32, n_layer=1, n_head=4)):
+    for model in (
+        pico.llama(),
+        pico.olmoe(),
+        pico.make("GPT2LMHeadModel", vocab_size=128, n_embd=32, n_layer=1, n_head=4),
+    ):
         data.refuse_untaught(model)
     with pytest.raises(DataError, match="Linear is neither"):
         data.refuse_untaught(torch.nn.Linear(2, 2))

@@ -19,7 +19,9 @@ def targets(labels: torch.Tensor, length: int) -> torch.Tensor:
             or there is one label a row.
     """
     if labels.ndim != 2:
-        raise ObjectiveError(f"a term on target tokens needs a label for each of them, but labels are {list(labels.shape)}")
+        raise ObjectiveError(
+            f"a term on target tokens needs a label for each of them, but labels are {list(labels.shape)}"
+        )
     if labels.shape[1] != length:
         raise ObjectiveError(
             f"the labels have {labels.shape[1]} positions a row, but the model returned {length}; a term on target "

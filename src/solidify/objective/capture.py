@@ -49,7 +49,9 @@ class Capture:
             raise ObjectiveError("a Capture names modules in exactly one way: modules, class_name or records")
         patterns = self._patterns()
         if self.modules is not None and not (patterns and all(isinstance(each, str) for each in patterns)):
-            raise ObjectiveError(f"a Capture names modules by one pattern or a list of them, but not by {self.modules!r}")
+            raise ObjectiveError(
+                f"a Capture names modules by one pattern or a list of them, but not by {self.modules!r}"
+            )
 
     def _patterns(self) -> list[Any]:
         if isinstance(self.modules, (list, tuple)):

@@ -28,7 +28,15 @@ from solidify.objective.capture import Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.passes import Passes
 from solidify.objective.sanity import Sanity
-from solidify.objective.supply import Head, Reference, Supply, decoder_captures, decoder_output, is_decoder, shifts_labels
+from solidify.objective.supply import (
+    Head,
+    Reference,
+    Supply,
+    decoder_captures,
+    decoder_output,
+    is_decoder,
+    shifts_labels,
+)
 from solidify.objective.term import REFERENCE, SHIFTS, Binding, Part
 from solidify.objective.window import Counts, Window
 

@@ -52,7 +52,9 @@ def _faults(term: Term, supply: Mapping[Any, Any], steps: int) -> list[str]:
         if term.is_statistic and given.value is not None:
             judged = foreign.attempt(term.subject.value, given.value / (ROWS * LENGTH))
             errors += [judged.error] if _counts(term, judged.error) else []
-    return [str(e) if isinstance(e, ObjectiveError) else f"the term {term.name}: {foreign.said(e)}" for e in errors if e]
+    return [
+        str(e) if isinstance(e, ObjectiveError) else f"the term {term.name}: {foreign.said(e)}" for e in errors if e
+    ]
 
 
 def _asked(term: Term) -> list[Any]:
@@ -146,5 +148,3 @@ class _Seen:
 def _head(rows: torch.Tensor) -> torch.Tensor:
     """Stands for a model's head, which has no weights here."""
     return rows[:, :1].expand(-1, WORDS)
-
-
