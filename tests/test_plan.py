@@ -140,11 +140,11 @@ def test_plan_run_card_and_diff_say_the_same_numbers(tiny_base: Path, tmp_path: 
 
 
 def test_experts_of_which_nobody_says_how_many_run_are_named(tiny_base: Path, tmp_path: Path) -> None:
-    (tmp_path / "own_moe.py").write_text(ADOPTING.replace("self.top_k = original.gate.top_k", "self.chosen = 2").replace(
-        "self.top_k", "self.chosen").replace("(16)", "(6)").replace("128, 16", "128, 6").replace(
-        "original.experts.gate_up_proj)", "original.experts.gate_up_proj[:6])").replace(
-        "original.experts.down_proj)", "original.experts.down_proj[:6])").replace(
-        "original.gate.weight", "original.gate.weight[:6]"))  # fmt: skip
+    text = ADOPTING.replace("self.top_k = original.gate.top_k", "self.chosen = 2").replace("self.top_k", "self.chosen")
+    text = text.replace("(16)", "(6)").replace("128, 16", "128, 6").replace("gate.weight", "gate.weight[:6]")
+    for key in ("gate_up_proj", "down_proj"):
+        text = text.replace(f"original.experts.{key})", f"original.experts.{key}[:6])")
+    (tmp_path / "own_moe.py").write_text(text)
     made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled")
     step = made.surgery[0].model_copy(update={"module": "own_moe.py:OwnMoE"})
     plan = dry_run.plan(made.model_copy(update={"surgery": [step], "adapter": None, "data": None, "training": {}}))

@@ -32,9 +32,10 @@ class Plan:
     `before` and `after` are costs. `adapter` and `trainer` are None without an adapter; `trainable` maps what would be
     trained (`lora` or `full`, and the name) to its number of parameters. `objective` has each term's name, reduction,
     weight (a number, or how it moves) and whether it needs the reference; `groups` are the parameter groups. `tensors`
-    lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of those
-    listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`, `new`, `dropped`). `files` is the artifact's code by name,
-    of which `generated` names what solidify writes, and `requirements` what it needs beside torch and transformers.
+    lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
+    those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
+    `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
+    `requirements` what it needs beside torch and transformers.
     """
 
     edits: list[Edit]

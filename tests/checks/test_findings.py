@@ -116,9 +116,10 @@ def test_a_server_that_was_not_run_is_not_proved(trash_artifact: Path) -> None:
 def test_outputs_that_move_within_rounding_are_not_identical(trash_artifact: Path) -> None:
     from solidify.artifact import certificate
 
+    parts = ("state", "attributes", "values")
     load = {
         "loading_info": {}, "meta": [], "sampled": False, "seconds": 0.1,
-        **{kind: {"absent": [], "additional": [], "different": [], "equal": 3} for kind in ("state", "attributes", "values")},
+        **{kind: {"absent": [], "additional": [], "different": [], "equal": 3} for kind in parts},
         "outputs": {"short": {"equal": False, "distance": 1e-6, "scale": 1.0}},
     }  # fmt: skip
     assert certificate._judge("AutoModel", load, "torch 1 -> 2")[1].verdict == "measured"

@@ -87,7 +87,7 @@ ROUTER_TERMS = [losses.load_balance, losses.router_z, losses.router_entropy, los
 
 @pytest.mark.parametrize("loss", ROUTER_TERMS)
 def test_routers_of_the_users_own_are_named_or_refused(loss: Any) -> None:
-    with pytest.raises(ObjectiveError, match="records? router_logits, but the model has none; name the modules"):
+    with pytest.raises(ObjectiveError, match=r"records? router_logits, but the model has none; name the modules"):
         attempt(Term(loss), meta("own"))
     named = Term(loss, arguments={"routers": "model.layers.*.mlp.router"})
     attempt(named, meta("own"))

@@ -178,8 +178,8 @@ def diff(a: Path, b: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns what differs between two model or adapter directories, by section.
 
     Every entry has `change` (`removed`, `added` or `changed`) and `name`. Configuration entries have `old` and `new`;
-    code entries `text`, a unified diff; figures (`tensors kept`, `flops_per_token`) are those that were written down when
-    an artifact was built; tensor entries dtypes and shapes and, where those allow, how far the values
+    code entries `text`, a unified diff; figures (`tensors kept`, `flops_per_token`) are those that were written down
+    when an artifact was built; tensor entries dtypes and shapes and, where those allow, how far the values
     lie apart: `max_abs` and `relative` (norm of the difference by the norm in `a`), None where that is no number. Code
     is compared as text and never run; tensors are read one pair at a time.
 

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the public `torch.
 Call = Mapping[str, Any]  # an operation's arguments by name
 
 
-class Chanceless(TorchDispatchMode):
+class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, nothing that torch draws is random. `unknown` names operations that it left as they are."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.unknown: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,20 +87,23 @@ def _normal(call: Call) -> torch.Tensor:
 
 def _bernoulli(call: Call) -> torch.Tensor:
     p = call.get("p", call["self"])
-    return p.expand_as(call["self"]).clone() if isinstance(p, torch.Tensor) else _full(p, call["self"])
+    subject: torch.Tensor = call["self"]
+    return p.expand_as(subject).clone() if isinstance(p, torch.Tensor) else _full(p, subject)
 
 
 def _multinomial(call: Call) -> torch.Tensor:
-    weights, count = call["self"], call["num_samples"]
+    weights: torch.Tensor = call["self"]
+    count = int(call["num_samples"])
     if call.get("replacement"):
         return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], count).clone()
     return weights.topk(count, dim=-1).indices
 
 
 def _rrelu(call: Call) -> torch.Tensor:
+    subject: torch.Tensor = call["self"]
     slopes = torch.where(call["self"] >= 0, 1.0, (float(call["lower"]) + float(call["upper"])) / 2).to(call["self"])
     call["noise"].copy_(slopes)  # which the backward pass takes for the slopes
-    return call["self"] * slopes
+    return subject * slopes
 
 
 # What takes the place of each operation that draws: its mean, or else one value that no draw decides.
@@ -147,7 +150,9 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 
     Not `everywhere`, only dropout modules are set to zero: a compiled model's kernels are not met one by one.
     """
-    held = [(m, "p", m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    held: list[tuple[nn.Module, str, float]] = [
+        (m, "p", m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
+    ]
     held += [(m, "dropout", m.dropout) for m in model.modules() if isinstance(m, nn.RNNBase)]
     for module, name, _ in held:
         setattr(module, name, 0.0)

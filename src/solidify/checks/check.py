@@ -12,7 +12,6 @@ from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
 
-
 INTACT = "nothing was changed since it was written"
 
 

@@ -14,7 +14,6 @@ from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, contract, control, ledger, probing
 
-
 IN_USE = "every new module is in use"
 START = "start identical"
 UNTOUCHED = "unchanged tensors identical"

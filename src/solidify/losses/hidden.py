@@ -18,9 +18,9 @@ class HiddenMatch:
     """`‖h_S - h_T‖² / (‖h_T‖² + ε)` per attended token, averaged over layers: hidden states against the reference's.
 
     Relative to the reference's norm, so that tokens with massive activations do not stand for all others. `layers`
-    names the model's modules by one pattern or several, `reference_layers` the reference's (default: the same), in the same order
-    or by `pairs` (name in the model to name in the reference). `cosine` times `1 - cos(h_S, h_T)` is added. Without a
-    gradient to the reference. Mean over attended tokens (statistic, linear).
+    names the model's modules by one pattern or several, `reference_layers` the reference's (default: the same), in the
+    same order or by `pairs` (name in the model to name in the reference). `cosine` times `1 - cos(h_S, h_T)` is added.
+    Without a gradient to the reference. Mean over attended tokens (statistic, linear).
 
     Widths must agree. Where they do not, add a projection that is trained with the model (`solidify.add(model,
     "projection", ..., reads="model.layers.3")`) and name it in `layers`.

@@ -23,8 +23,8 @@ class Cost:
     On disk are parameters and saved buffers, each shared tensor once; in memory also the buffers that are computed. A
     matrix of n numbers costs 2n FLOPs per token; of experts counts the share that the router picks, as the module that
     holds them says (`top_k` or a name like it, of its own or of its router), or else the configuration. Attention
-    scores (which grow with the sequence), embeddings looked up and norms are not counted. A skipped expert slot (a trash
-    can) is not known before running, so what is counted is the most.
+    scores (which grow with the sequence), embeddings looked up and norms are not counted. A skipped expert slot (a
+    trash can) is not known before running, so what is counted is the most.
 
     `uncertain` names stacks of matrices in modules of the user's of which nothing says how many a token uses: all are
     counted, and `flops_per_token` is then the most that it can be.
@@ -64,7 +64,7 @@ def flops(model: PreTrainedModel) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Matrices of one shape side by side, of which a token uses `picked` of `size`; None where nothing says how many."""
+    """Matrices of one shape side by side, of which a token uses `picked` of `size`; None where nothing says so."""
 
     size: int
     picked: int | None

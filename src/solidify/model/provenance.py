@@ -2,7 +2,7 @@
 
 Values alone cannot tell: norms of ones that were taken over equal norms of ones that were made anew, and on the meta
 device there are none. So the module is built on a stand-in of the original, whose every tensor holds random numbers of
-its own, and takes over from it; what equals one of these afterwards, descends from it. Both `plan` and a build ask here.
+its own, and takes over from it; what equals one of these afterwards, descends from it. `plan` and build both ask here.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Original:
     ) -> tuple[dict[str, str | None], tuple[str, ...], tuple[str, ...]]:
         """Finds for every tensor of a new module the tensor of the original that it equals bit for bit.
 
-        `traced` says which the module takes over whatever their values, None that this is not known. Returns full names:
-        origins by new name (None for a new tensor), the original's tensors that live on nowhere, and those of the new
-        ones that could be either, on the meta device.
+        `traced` says which the module takes over whatever their values, None that this is not known. Returns full
+        names: origins by new name (None for a new tensor), the original's tensors that live on nowhere, and those of
+        the new ones that could be either, on the meta device.
         """
         tensors: dict[str, str | None] = {}
         state = new.state_dict(keep_vars=True)

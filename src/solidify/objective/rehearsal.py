@@ -45,7 +45,7 @@ def rehearse(objective: Objective, model: nn.Module, *, steps: int = 0) -> None:
 
 def _faults(term: Term, supply: Mapping[Any, Any], steps: int) -> list[str]:
     called = foreign.attempt(term.weight.at, 1, steps)
-    errors = [called.error] if isinstance(called.error, ObjectiveError) else []
+    errors: list[Exception | None] = [called.error] if isinstance(called.error, ObjectiveError) else []
     if not term.is_model and {*_asked(term)} <= {*supply}:
         given = foreign.attempt(term.call, supply)
         errors += [given.error] if _counts(term, given.error) else []

@@ -95,8 +95,8 @@ class Term:
     A class is built with `arguments` first. A `reduction` attribute says what kind of quantity is returned; without
     one, a term that asks for no data is `constant`, any other `token_mean`. A subject that compares each position with
     the next label says `shifts = True`: of a model whose labels stand where they are predicted (an encoder-decoder, a
-    masked model) it gets them one position later, and everything else one position longer. `weight` is a number, or moves
-    (`solidify.objective.weights`). With `statistics="micro_batch"` a statistic is taken over each micro-batch by
+    masked model) it gets them one position later, and everything else one position longer. `weight` is a number, or
+    moves (`solidify.objective.weights`). With `statistics="micro_batch"` a statistic is taken over each micro-batch by
     itself: cheaper, and then it does depend on the split.
     """
 

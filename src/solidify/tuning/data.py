@@ -83,9 +83,10 @@ def refuse_untaught(model: nn.Module) -> None:
     """Raises DataError for a model whose labels are not the tokens that come next, which is all that text gives."""
     if not _reads_on(model):
         raise DataError(
-            f"data: text teaches causal language models and those that read images beside it, and {type(model).__name__} "
-            "is neither: its labels are no next tokens; train it from Python with solidify.ObjectiveTrainer and data of "
-            "your own, and give the recipe's `base` and `surgery` alone to build it"
+            "data: text teaches causal language models and those that read images beside it, and "
+            f"{type(model).__name__} is neither: its labels are no next tokens; train it from Python with "
+            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to build "
+            "it"
         )
 
 
