@@ -103,7 +103,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     arguments = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    with torch.no_grad(), evaluation(model), _caches_off(model), sparing(model):
+    with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
         outputs = model(**arguments)
     output: torch.Tensor | None = next(
         (outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor)), None
@@ -114,7 +114,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 @contextmanager
-def _caches_off(model: nn.Module) -> Iterator[None]:
+def caches_off(model: nn.Module) -> Iterator[None]:
     """Keeps every part of the model from caching, whatever its own configuration says."""
     configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
     caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}.values()

@@ -52,6 +52,9 @@ def allowed(name: str, control: float, dtype: torch.dtype) -> float:
     return max(4 * control, _FLOOR.get(dtype, _FLOOR_HALF))
 
 
+Parts = dict[str, torch.Tensor]  # what is watched, (batch_size, sequence_length, ...) each: the model's output under ""
+
+
 @dataclass
 class Reading:
     """What the probes measured: `distances` by name (`cache/steps` is a part of `cache`; what cannot be measured is
@@ -59,10 +62,11 @@ class Reading:
 
     distances: dict[str, float] = field(default_factory=dict)
     recorded: dict[str, list[Any]] = field(default_factory=dict)
-    plain: torch.Tensor | None = None
+    plain: Parts = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     packed: bool = False
     padded: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ class Fault:
         return self.name.partition("/")[0]
 
 
-def faults(control: Reading, found: Reading, dtype: torch.dtype) -> list[Fault]:
+def faults(control: Reading, found: Reading) -> list[Fault]:
     """Compares two readings; what the control cannot show is not asked for."""
     result = []
     for name, before in control.distances.items():
-        after, most = found.distances.get(name, FAILED), allowed(name, before, dtype)
+        after, most = found.distances.get(name, FAILED), allowed(name, before, control.dtype)
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
@@ -113,10 +117,12 @@ _WORDS = {
 
 
 class Watched:
-    """A model, inputs that it takes (among them a stream of tokens (batch_size, sequence_length), if it has one), and where
-    it is watched: at its outputs, or, with `until`, at modules, after the last of which the rest is not run.
+    """A model, inputs that it takes (among them a stream of tokens (batch_size, sequence_length), if it has one), and
+    where it is watched: at its outputs and at some modules (`at`); with `leave`, at these alone, after the last of
+    which the rest is not run.
 
-    `values` stand in the place of parameters of these names.
+    `values` stand in the place of parameters of these names. In half precision rounding hides much; with `wide` the
+    model is run with all its floating tensors in float32.
     """
 
     def __init__(
@@ -125,10 +131,17 @@ class Watched:
         inputs: Mapping[str, torch.Tensor],
         *,
         values: Mapping[str, torch.Tensor] | None = None,
-        until: Sequence[str] = (),
+        at: Sequence[str] = (),
+        leave: bool = False,
+        wide: bool = False,
     ) -> None:
-        self.model, self.inputs, self.until = model, dict(inputs), list(until)
+        self.model, self.inputs, self.at, self.leave = model, dict(inputs), list(at), leave
         self.values = dict(values or {})
+        self.dtype = torch.float32 if wide else model.dtype
+        if wide:
+            own = {**dict(model.named_parameters()), **dict(model.named_buffers()), **self.values}
+            self.values = {name: t.detach().float() if t.is_floating_point() else t for name, t in own.items()}
+            self.inputs = {key: t.float() if t.is_floating_point() else t for key, t in self.inputs.items()}
         parameters = inspect.signature(model.forward).parameters
         self.takes = set(parameters)
         self.stream = next((k for k in ("decoder_input_ids", "input_ids") if k in inputs), None)
@@ -136,7 +149,6 @@ class Watched:
         self.rows = int(tokens.shape[0])
         self.positions = int(tokens.shape[1]) if self.stream is not None else 0
         self.decoder = self.stream is not None and not model.config.is_encoder_decoder
-        self.dtype = model.dtype
 
     def read(self, control: Reading | None = None, *, whole: bool = True) -> Reading:
         """Runs all probes; with `control`, in the way in which they worked there. Without `whole`, one run only.
@@ -156,7 +168,7 @@ class Watched:
                         buffer.data = value
 
     def _read(self, control: Reading | None, whole: bool) -> Reading:
-        reading = Reading()
+        reading = Reading(dtype=self.dtype)
         packs = [(control.packed, control.padded)] if control is not None else self._packs()
         for packed, padded in packs:
             batch = self._batch(packed, padded)
@@ -170,14 +182,17 @@ class Watched:
             reading.packed, reading.padded = packed, padded
             break
         drawn = _state() != _seeded(0)
-        reading.plain = plain.output
-        if not whole or plain.output is None:
+        reading.plain = plain.parts
+        if not whole or not plain.parts:
             return reading
-        self._look_ahead(reading, batch, plain.output)
-        self._padding(reading, batch, plain.output)
-        self._cache(reading, batch, plain.output)
-        self._alone(reading, batch, plain.output)
-        self._again(reading, batch, plain.output, drawn)
+        self._look_ahead(reading, batch, plain.parts)
+        self._padding(reading, batch, plain.parts)
+        self._cache(reading, batch, plain.parts)
+        self._alone(reading, batch, plain.parts)
+        if control is None and not drawn:  # without chance, the unchanged model is taken to be the same again
+            reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
+        else:
+            self._again(reading, batch, plain.parts, drawn)
         return reading
 
     def _packs(self) -> list[tuple[bool, bool]]:
@@ -210,23 +225,25 @@ class Watched:
         """The number of positions that are padding in the padded row."""
         return max(1, self.positions // 4)
 
-    def _look_ahead(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+    def _look_ahead(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         if self.stream is None:
             return
         if reading.packed:
-            changed, before = plain[self.rows : self.rows + 1], plain[:1]
+            changed, before = _cut(plain, slice(self.rows, self.rows + 1)), _cut(plain, slice(0, 1))
         else:
             tokens = batch[self.stream].clone()
             tokens[:, -1] = _other(tokens[:, -1])
             found = self._try(reading, "causal", {**batch, self.stream: tokens})
-            if found is None or found.output is None:
+            if found is None:
                 return
-            changed, before = found.output, plain
-        reading.distances["causal"] = distance(changed[:, :-1], before[:, :-1])
+            changed, before = found.parts, plain
+        every = slice(None)
+        reading.distances["causal"] = apart(_cut(changed, every, slice(-1)), _cut(before, every, slice(-1)))
 
-    def _padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+    def _padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         if reading.padded:
-            reading.distances["padding"] = distance(plain[-1:, self.pad :], plain[:1, : self.positions - self.pad])
+            whole = _cut(plain, slice(0, 1), slice(0, self.positions - self.pad))
+            reading.distances["padding"] = apart(_cut(plain, slice(-1, None), slice(self.pad, None)), whole)
         elif (self.stream == "input_ids" and set(self.inputs) <= {"input_ids", "attention_mask", "token_type_ids"}) or (
             "attention_mask" in self.inputs and self.model.config.is_encoder_decoder
         ):
@@ -245,44 +262,46 @@ class Watched:
         mask[:, kept:] = 0
         short = self._try(reading, "padding", cut, rows=1)
         long = self._try(reading, "padding", {**first, "attention_mask": mask}, rows=1)
-        if short is None or long is None or short.output is None or long.output is None:
+        if short is None or long is None:
             return
-        size = min(short.output.shape[1], kept) if self.decoder else short.output.shape[1]
-        reading.distances["padding"] = distance(long.output[:, :size], short.output[:, :size])
+        size = slice(kept if self.stream == "input_ids" else None)
+        found = {name: part[:, size] if part.ndim > 2 else part for name, part in long.parts.items()}
+        names = [n for n, part in short.parts.items() if n in found and found[n].shape == part.shape]
+        reading.distances["padding"] = apart({n: found[n] for n in names}, {n: short.parts[n] for n in names})
 
-    def _cache(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+    def _cache(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         """Feeds the batch in pieces: a prefill, a piece, steps over reordered rows, and again after a crop."""
         name = next((key for key in _CACHES if key in self.takes), None)
         if name is None or self.stream is None or self.positions < 4:
             return
         kept = self._fresh_cache(name)
-        ends = [self.positions - 5, self.positions - 2] if self.positions > 7 else [1, self.positions - 2]
+        ends = [self.positions - 5, self.positions - 1] if self.positions > 7 else [1, self.positions - 1]
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, kept)
         if cache is None:
             return
         if self._piece(reading, "cache/pieces", batch, plain, (ends[0], ends[1]), name, cache) is None:
             return
-        order = [1, 0, *range(2, len(plain))] if len(plain) > 1 else [0]
+        rows = len(batch[self.stream])
+        order = [1, 0, *range(2, rows)] if rows > 1 else [0]
         turned = {key: t[order] if t.shape[:1] == (len(order),) else t for key, t in batch.items()}
         try:
-            cache.reorder_cache(torch.tensor(order, device=plain.device))
+            cache.reorder_cache(torch.tensor(order, device=batch[self.stream].device))
         except Exception:  # this kind of cache cannot; its control cannot either
-            turned, order = dict(batch), list(range(len(plain)))
+            turned, order = dict(batch), list(range(rows))
         label = "cache/reordered" if order[0] else "cache/steps"
-        for end in range(ends[1], self.positions):
-            if self._piece(reading, label, turned, plain[order], (end, end + 1), name, cache) is None:
-                return
-            label = "cache/steps"
+        last = (self.positions - 1, self.positions)
+        if self._piece(reading, label, turned, _cut(plain, order), last, name, cache) is None:
+            return
         back = self.positions - 3
         try:
             cache.crop(back - self.positions)  # the number of positions to take away, negative
         except Exception:
             return
-        self._piece(reading, "cache/crop", turned, plain[order], (back, self.positions), name, cache)
+        self._piece(reading, "cache/crop", turned, _cut(plain, order), (back, self.positions), name, cache)
 
     def _fresh_cache(self, name: str) -> Any:
         """Returns a cache of our own where the model may be left before it returns its own; else None."""
-        if not self.until or name != "past_key_values":
+        if not self.leave or name != "past_key_values":
             return None
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
@@ -291,7 +310,7 @@ class Watched:
         reading: Reading,
         label: str,
         batch: Mapping[str, torch.Tensor],
-        plain: torch.Tensor,
+        plain: Parts,
         part: tuple[int, int],
         name: str,
         cache: Any,
@@ -310,29 +329,28 @@ class Watched:
             inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
         options: dict[str, Any] = {"use_cache": True, **({name: cache} if cache is not None else {})}
         found = self._try(reading, label, inputs, positions=end - begin, **options)
-        if found is None or found.output is None:
+        if found is None or not found.parts:
             return None
         cache = found.cache.get(name) or cache
         if cache is None:
             return None
-        wanted, got = plain[:, begin:end], found.output
+        wanted, got = _cut(plain, slice(None), slice(begin, end)), found.parts
         if reading.padded:
             kept = batch["attention_mask"][:, begin:end].bool()
-            far = max(
-                distance(got[row : row + 1, k], wanted[row : row + 1, k]) for row, k in enumerate(kept) if k.any()
-            )
+            far = max(apart(_cut(got, [row], k), _cut(wanted, [row], k)) for row, k in enumerate(kept) if k.any())
         else:
-            far = distance(got, wanted)
+            far = apart(got, wanted)
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
         return cache
 
-    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor) -> None:
+    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         """Runs the first row alone, and asks for what the model can record."""
-        alone = all(t.shape[:1] == plain.shape[:1] for t in batch.values()) and len(plain) > 1
+        rows = len(next(iter(plain.values())))
+        alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
         inputs = {key: tensor[:1] for key, tensor in batch.items()} if alone else dict(batch)
         flags = [key for key in RECORDS if self._records(key)]
         found = None
-        if not self.until:
+        if not self.leave:
             for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
                 wanted = {f"output_{key}": True for key in asked if key in flags}
                 found = self._try(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
@@ -341,8 +359,8 @@ class Watched:
                     break
         if found is None:
             found = self._try(reading, "rows", inputs, rows=1 if alone else None)
-        if alone and found is not None and found.output is not None:
-            reading.distances["rows"] = distance(found.output, plain[:1])
+        if alone and found is not None:
+            reading.distances["rows"] = apart(found.parts, _cut(plain, slice(0, 1)))
 
     def _records(self, key: str) -> bool:
         if key == "hidden_states":
@@ -352,19 +370,19 @@ class Watched:
         text = self.model.config.get_text_config()
         return hasattr(self.model.config, "output_router_logits") or hasattr(text, "output_router_logits")
 
-    def _again(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: torch.Tensor, drawn: bool) -> None:
+    def _again(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, drawn: bool) -> None:
         """Repeats the first call, with other random numbers; what differs comes from them or from earlier calls."""
         _seed(1)
         found = self._try(reading, "stateless", batch)
-        if found is None or found.output is None:
+        if found is None:
             return
-        far = distance(found.output, plain)
+        far = apart(found.parts, plain)
         reading.distances |= {"stateless": far, "deterministic": 0.0}
         if drawn and far > 0:
             _seed(0)
             same = self._try(reading, "deterministic", batch)
-            if same is not None and same.output is not None:
-                before = distance(same.output, plain)
+            if same is not None:
+                before = apart(same.parts, plain)
                 reading.distances |= {"stateless": before, "deterministic": FAILED if before <= far / 4 else far}
 
     def _try(self, reading: Reading, label: str, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
@@ -384,11 +402,11 @@ class Watched:
         if "use_cache" in self.takes:
             options.setdefault("use_cache", False)
         shape = (rows or len(next(iter(inputs.values()))), positions or self._length(inputs))
-        if self.until:
-            return self._until(inputs, options, shape)
         inner: list[Any] = []
-        base = self.model.base_model
-        handle = base.register_forward_hook(lambda _m, _a, output: inner.append(output))
+        got: dict[str, torch.Tensor] = {}
+        handles = [self.model.base_model.register_forward_hook(lambda _m, _a, output: inner.append(output))]
+        handles += [self.model.get_submodule(name).register_forward_hook(self._keep(name, got)) for name in self.at]
+        outputs: Any = {}
         with _caches_off(self.model, not caching):
             try:
                 arguments = {**inputs, **options}
@@ -397,48 +415,43 @@ class Watched:
                     if self.values
                     else self.model(**arguments)
                 )
+            except _LeftError:
+                pass
             finally:
-                handle.remove()
-        tensors = [outputs.get(key) for key in OUTPUTS] if hasattr(outputs, "get") else []
-        tensors += [t for value in (*inner[-1:], outputs) for t in _tensors(value)]
-        output = next((t for t in tensors if self._fits(t, shape)), None)
-        seen = _Seen(output, {key: outputs.get(key) for key in _CACHES if hasattr(outputs, "get")}, {})
+                for handle in handles:
+                    handle.remove()
+        views = {name: self._view(tensor, shape) for name, tensor in got.items()}
+        parts = {name: view for name, view in views.items() if view is not None}
+        if not self.leave:
+            tensors = [outputs.get(key) for key in OUTPUTS] if hasattr(outputs, "get") else []
+            tensors += [t for value in (*inner[-1:], outputs) for t in _tensors(value)]
+            output = next((t for t in tensors if self._fits(t, shape)), None)
+            parts |= {"": output} if output is not None else {}
+        seen = _Seen(parts, {key: outputs.get(key) for key in _CACHES if hasattr(outputs, "get")}, {})
         for key in RECORDS:
             if options.get(f"output_{key}"):
                 seen.recorded |= _recorded(outputs, key)
         return seen
 
-    def _until(self, inputs: Mapping[str, Any], options: dict[str, Any], shape: tuple[int, int]) -> _Seen:
-        """Runs the model until the watched modules were called; what they returned is put side by side."""
-        got: dict[str, torch.Tensor] = {}
+    def _keep(self, name: str, got: dict[str, torch.Tensor]) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found = next((t for t in _tensors(output) if t.is_floating_point()), None)
+            if found is not None and name not in got:
+                got[name] = found.clone()
+            if self.leave and len(got) == len(self.at):
+                raise _LeftError
 
-        def keep(name: str) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                found = next((t for t in _tensors(output) if t.is_floating_point()), None)
-                if found is not None:
-                    got[name] = found.clone()
-                if len(got) == len(self.until):
-                    raise _LeftError
+        return hook
 
-            return hook
-
-        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.until]
-        try:
-            arguments = {**inputs, **options}
-            if self.values:
-                torch.func.functional_call(self.model, self.values, (), arguments)
-            else:
-                self.model(**arguments)
-        except _LeftError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        views = [_by_position(got[name], shape) for name in self.until if name in got]
-        if not views or any(view is None for view in views):
-            return _Seen(None, {}, {})
-        output = torch.cat([v.flatten(2).float() for v in views if v is not None], dim=-1)
-        return _Seen(output, {}, {})
+    def _view(self, tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
+        """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
+        if self.stream is None:
+            return tensor if tensor.shape[:1] == shape[:1] else None
+        if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == shape:
+            return tensor
+        if tensor.ndim >= 2 and tensor.shape[0] == shape[0] * shape[1]:
+            return tensor.reshape(*shape, -1)
+        return None
 
     def _length(self, inputs: Mapping[str, Any]) -> int:
         return int(inputs[self.stream].shape[1]) if self.stream is not None else 0
@@ -455,9 +468,19 @@ class _LeftError(Exception):
 
 @dataclass
 class _Seen:
-    output: torch.Tensor | None
+    parts: Parts
     cache: dict[str, Any]
     recorded: dict[str, list[Any]]
+
+
+def apart(found: Parts, wanted: Parts) -> float:
+    """Returns the largest distance of any part; of what is missing, that of what does not run."""
+    return max((distance(found[n], part) if n in found else FAILED for n, part in wanted.items()), default=0.0)
+
+
+def _cut(parts: Parts, rows: Any, positions: Any = slice(None)) -> Parts:
+    """Returns some rows and positions of every part (a part without positions as it is)."""
+    return {n: part[rows][:, positions] if part.ndim > 2 else part[rows] for n, part in parts.items()}
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -491,15 +514,6 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
 def _other(tokens: torch.Tensor) -> torch.Tensor:
     """Returns other tokens."""
     return torch.where(tokens > 3, tokens - 1, tokens + 1)
-
-
-def _by_position(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
-    if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == shape:
-        return tensor
-    if tensor.ndim >= 2 and tensor.shape[0] == shape[0] * shape[1]:
-        return tensor.reshape(*shape, -1)
-    return None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -121,7 +121,7 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     Returns:
         The faults (none when structure, shapes and dtypes agree), and whether the output is bit-identical.
     """
-    with torch.no_grad(), anatomy.evaluation(replacement):
+    with torch.no_grad(), anatomy.evaluation(replacement), anatomy.caches_off(replacement):
         outcome = foreign.attempt(replacement, *copied(call.args), **copied(call.kwargs))
     if outcome.error is not None:
         given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
@@ -159,7 +159,7 @@ def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]
 
 
 def _habits(module: nn.Module, call: Call) -> dict[str, bool]:
-    with anatomy.evaluation(module):
+    with anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"inputs": _leaves_inputs(module, call), "gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
             found["half_precision"] = _works_in_half(module, call)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,19 +46,21 @@ _REMEDIES = {
 class Control:
     """What the unchanged model showed: single `calls` of the modules that will be replaced (of a `large` model, of the
     first of each kind), and a `reading` of its behaviour (None where it cannot be run). `output` is the whole model's,
-    where that was asked for."""
+    where that was asked for. `wide` is the reading in float32 of a small model in half precision.
+    """
 
     inputs: dict[str, torch.Tensor] | None
     calls: dict[str, contract.Call]
     reading: Reading | None
+    wide: Reading | None = None
     probed: tuple[str, ...] = ()
     large: bool = False
     output: torch.Tensor | None = None
 
     @property
-    def until(self) -> tuple[str, ...]:
-        """The modules after which a large model is left."""
-        return self.probed if self.large else ()
+    def watched(self) -> dict[str, Any]:
+        """Where the model is watched: at its outputs and the modules, or, where it is large, at these alone."""
+        return {"at": self.probed, "leave": self.large}
 
 
 def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
@@ -69,15 +73,26 @@ def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
     kinds = first_of_each_kind(model, names)
     probed = tuple(kinds) if large else tuple(names)
     if anatomy.is_meta(model):
-        return Control(None, {}, None, probed, large)
+        return Control(None, {}, None, None, probed, large)
     inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
     calls = contract.record(model, probed, inputs, partly=large)
     for name in [name for name in kinds if name in calls]:
         calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
-    until = [name for name in probed if name in calls] if large else []
+    called = tuple(name for name in kinds if name in calls)
+    before = Control(inputs, calls, None, None, called, large)
+    reading = _read(model, before) if called or not large else None
+    wide = _read(model, before, wide=True) if is_half(model) and not large else None
+    return dataclasses.replace(before, reading=reading, wide=wide)
+
+
+def is_half(model: PreTrainedModel) -> bool:
+    """Returns whether a model is in half precision, where rounding hides much."""
+    return model.dtype in (torch.bfloat16, torch.float16)
+
+
+def _read(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
     with anatomy.sparing(model):
-        reading = foreign.attempt(Watched(model, inputs, until=until).read).value if until or not large else None
-    return Control(inputs, calls, reading, tuple(until) if large else probed, large)
+        return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
 
 
 def take_whole(model: PreTrainedModel) -> Control:
@@ -89,9 +104,8 @@ def take_whole(model: PreTrainedModel) -> Control:
     if anatomy.is_meta(model):
         return Control(None, {}, None)
     inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
-    with anatomy.sparing(model):
-        reading = foreign.attempt(Watched(model, inputs).read).value
-    return Control(inputs, {}, reading, output=anatomy.run(model, inputs))
+    before = Control(inputs, {}, None)
+    return dataclasses.replace(before, reading=_read(model, before), output=anatomy.run(model, inputs))
 
 
 def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, object]:
@@ -128,26 +142,39 @@ def judge(
     """
     if control.inputs is None:
         return []
-    until = control.until
     remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
     with foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy):
         with anatomy.sparing(model):
-            reading = Watched(model, control.inputs, until=until).read(control.reading, whole=not identical)
+            reading = Watched(model, control.inputs, **control.watched).read(control.reading, whole=not identical)
     if control.reading is None:
         return []
     if _finite(control.reading) and not _finite(reading):
         return [f"with {what} in place the model returns NaN or infinity"]
-    found = [] if identical else behaviour.faults(control.reading, reading, model.dtype)
+    found = [] if identical else behaviour.faults(control.reading, reading)
     if any(fault.name == "router_logits" for fault in found) and not _by_default(model, "output_router_logits"):
         declared["router_logits"] = False
+    if control.wide is not None and not identical:
+        found += _faults(model, control, control.wide, {}, wide=True)
     told = sentences(found, what, declared)
     if told or not (values := _new_parameters(model, fresh)):
         return told
-    noisy = _with_noise(model, control, values)
-    if noisy is None:
-        return []
-    later = behaviour.faults(control.reading, noisy, model.dtype)
+    sharp = control.wide or control.reading
+    later = _faults(model, control, sharp, values, wide=sharp is control.wide)
     return sentences(later, what, declared, ", once its own parameters are not at their start")
+
+
+def _faults(
+    model: PreTrainedModel, control: Control, before: Reading, fresh: Mapping[str, torch.Tensor], *, wide: bool
+) -> list[Fault]:
+    """Reads the model, with noise in `fresh` parameters; what gives no finite outputs like that is not judged."""
+    for scale in _SCALES if fresh else (0.0,):
+        values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in fresh.items()}
+        watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
+        with anatomy.sparing(model):
+            reading = foreign.attempt(watched.read, before).value
+        if reading is not None and _finite(reading):
+            return behaviour.faults(before, reading)
+    return []
 
 
 def _by_default(model: PreTrainedModel, flag: str) -> bool:
@@ -159,20 +186,9 @@ def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, t
     return {n: p for n in fresh if (p := parameters.get(n)) is not None and p.is_floating_point() and not p.is_meta}
 
 
-def _with_noise(model: PreTrainedModel, control: Control, parameters: Mapping[str, torch.Tensor]) -> Reading | None:
-    """Reads the model with noise in some parameters; None where that gives no finite outputs at all."""
-    for scale in _SCALES:
-        values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in parameters.items()}
-        watched = Watched(model, control.inputs or {}, values=values, until=control.until)
-        with anatomy.sparing(model):
-            reading = foreign.attempt(watched.read, control.reading).value
-        if reading is not None and _finite(reading):
-            return reading
-    return None
-
-
 def _finite(reading: Reading) -> bool:
-    return reading.plain is None or bool(torch.isfinite(reading.plain[: 1 if reading.packed else None]).all())
+    rows = slice(1 if reading.packed else None)
+    return all(bool(torch.isfinite(part[rows]).all()) for part in reading.plain.values())
 
 
 def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = "") -> list[str]:

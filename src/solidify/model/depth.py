@@ -150,7 +150,7 @@ def _judge(model: PreTrainedModel, before: Control, what: str) -> bool:
     if reading.error is not None:
         raise SurgeryError(f"with {what} the model does not run: {foreign.said(reading.error)}")
     if before.reading is not None and reading.value is not None:
-        found = behaviour.faults(before.reading, reading.value, model.dtype)
+        found = behaviour.faults(before.reading, reading.value)
         kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
         refuse(
             SurgeryError, "the layers' numbers or kinds do not fit their new places", control.sentences(kept, what, {})

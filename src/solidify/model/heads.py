@@ -83,7 +83,7 @@ class _Before:
     def of(cls, model: PreTrainedModel, reads: str) -> _Before:
         """Runs the model as it is."""
         inputs = probing.probe_inputs(model)
-        reading = foreign.attempt(Watched(model, inputs, until=[reads]).read).value
+        reading = foreign.attempt(Watched(model, inputs, at=[reads], leave=True).read).value
         return cls(inputs, anatomy.run(model, inputs), reading, reads)
 
     def judge(self, model: PreTrainedModel, name: str, head: nn.Module, declared: Mapping[str, bool]) -> None:
@@ -94,12 +94,12 @@ class _Before:
         """
         parameters = {key: p for key, p in model.named_parameters() if key.startswith(f"{name}.")}
         values = {key: behaviour.noise(key, p) for key, p in parameters.items() if p.is_floating_point()}
-        if self.reading is None or self.reading.plain is None:
+        if self.reading is None or self.reads not in self.reading.plain:
             return
-        reading = Watched(model, self.inputs, values=values, until=[name]).read(self.reading)
-        if reading.plain is None:
+        reading = Watched(model, self.inputs, values=values, at=[name], leave=True).read(self.reading)
+        if name not in reading.plain:
             return
-        faults = behaviour.faults(self.reading, reading, model.dtype)
+        faults = behaviour.faults(self.reading, reading)
         what = type(head).__name__
         refuse(SurgeryError, f"{what} cannot be added as asked", control.sentences(faults, what, declared))
 

@@ -76,10 +76,19 @@ def place(model: PreTrainedModel, name: str, new: nn.Module) -> None:
     What holds it is not initialised any more, because the family's code for that may know its old parts; unless it has
     buffers of its own, which that code may fill after loading.
     """
+    stand_in(model.get_submodule(name), new)
     model.set_submodule(name, new, strict=True)
     holder = model.get_submodule(name.rpartition(".")[0])
     if not any(True for _ in holder.buffers(recurse=False)):
         holder._is_hf_initialized = True
+
+
+def stand_in(old: nn.Module, new: nn.Module) -> None:
+    """Lets a module that was put around a whole model answer for it where the model that holds it asks for these."""
+    if isinstance(old, PreTrainedModel) and any(inner is old for inner in new.modules()):
+        for key in ("config", "get_input_embeddings", "set_input_embeddings"):
+            if not hasattr(new, key):
+                vars(new)[key] = getattr(old, key)
 
 
 def share(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:

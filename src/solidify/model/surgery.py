@@ -181,6 +181,7 @@ def _put(
         refuse(SurgeryError, title, new.faults)
         recorded = operations.recorders(model)
         for name, replacement in new.built.items():
+            operations.stand_in(model.get_submodule(name), replacement)
             model.set_submodule(name, replacement, strict=True)
         verify_places(model, new.built)
         operations.record_again(model, recorded, list(new.built))

@@ -1,8 +1,8 @@
 """All or nothing for a model in memory: what user code, PEFT or an interrupt leaves half done is put back.
 
 Remembered are: of every module its class, attributes, children, parameters, buffers, hooks and mode; configurations
-with all they contain; of every parameter its storage, its `requires_grad` and its gradient; the values of buffers, and those
-of parameters where the model is small.
+with all they contain; of every parameter its storage, its `requires_grad` and its gradient; the values of buffers, and,
+where the model is small, those of parameters.
 """
 
 from __future__ import annotations
