@@ -247,7 +247,7 @@ def test_plan_counts_what_peft_trains_in_every_form_of_lora(cli: Solidify, tiny_
 def test_diff_names_every_difference(cli: Solidify, trash_artifact: Path, wrapped_artifact: Path) -> None:
     code, out, _ = cli("diff", trash_artifact, trash_artifact, "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"configuration", "code", "modules", "tensors", "files"}
+    assert set(json.loads(out)) == {"configuration", "code", "modules", "tensors", "figures", "files"}
     assert not any(json.loads(out).values())
     _, out, _ = cli("diff", trash_artifact, wrapped_artifact, "--json")
     document = json.loads(out)

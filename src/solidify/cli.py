@@ -245,14 +245,13 @@ def _show_file(path: Path) -> None:
 
 def _show(document: dict[str, Any]) -> None:
     """Shows a report's findings as a table."""
-    from solidify import console
+    from solidify import console, findings
 
-    rows = [
-        (stage, finding["name"], console.verdict(finding["passed"]), finding["evidence"])
-        for stage, findings in document["stages"].items()
-        for finding in findings
-    ]
+    found = [(stage, findings.Finding.of(each)) for stage, listed in document["stages"].items() for each in listed]
+    rows = [(stage, each.name, console.verdict(each.verdict), each.evidence) for stage, each in found]
     console.results.print(console.table(document["subject"], ("stage", "promise", "verdict", "evidence"), rows))
+    verdicts = [each.verdict for _, each in found]
+    console.results.print(findings.tell({word: verdicts.count(word) for word in findings.VERDICTS}))
     for key, value in document["measured"].items():
         if isinstance(value, float):
             console.results.print(f"{key}: {value:.4f}")

@@ -24,6 +24,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from solidify.findings import FAILED, NOT_LOOKED_AT, PROVED
+
 words = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 results = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -112,9 +114,10 @@ def silence() -> Iterator[None]:
         words.quiet = before
 
 
-def verdict(passed: bool | None) -> str:
-    """Returns a word with its colour: proved, failed, or measured."""
-    return {True: "[green]proved[/green]", False: "[red]FAILED[/red]", None: "measured"}[passed]
+def verdict(word: str) -> str:
+    """Returns a finding's verdict with its colour."""
+    colours = {PROVED: "[green]proved[/green]", FAILED: "[red]FAILED[/red]", NOT_LOOKED_AT: "[dim]not looked at[/dim]"}
+    return colours.get(word, word)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from solidify import console, materials
@@ -16,11 +17,12 @@ from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources
 from solidify.model import ledger
 from solidify.model.cost import cost
-from solidify.model.surgery import Edit
+from solidify.model.surgery import Bypassing, Edit
 from solidify.objective.objective import Objective
+from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
 from solidify.recipe import Recipe
-from solidify.tuning import groups, kernels
+from solidify.tuning import data, groups, kernels
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,22 @@ class Plan:
     `before` and `after` are costs. `adapter` and `trainer` are None without an adapter; `trainable` maps what would be
     trained (`lora` or `full`, and the name) to its number of parameters. `objective` has each term's name, reduction,
     weight (a number, or how it moves) and whether it needs the reference; `groups` are the parameter groups. `tensors`
-    lists which of the base's are `kept` and `dropped`, and which are `new`. `files` is the artifact's code by name,
-    of which `generated` names what solidify writes, and `requirements` what it needs beside torch and transformers.
+    lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
+    those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
+    `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
+    `requirements` what it needs beside torch and transformers.
     """
 
     edits: list[Edit]
     adapter: AdapterPlan | None
-    before: dict[str, int]
-    after: dict[str, int]
+    before: dict[str, Any]
+    after: dict[str, Any]
     trainer: str | None
     trainable: dict[str, int]
     objective: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     tensors: dict[str, list[str]]
+    counts: dict[str, int]
     files: dict[str, str]
     generated: list[str]
     requirements: dict[str, str]
@@ -58,6 +63,7 @@ class Plan:
             "objective": self.objective,
             "groups": self.groups,
             "tensors": self.tensors,
+            "counts": self.counts,
             "requirements": self.requirements,
             "generated": self.generated,
             "files": self.files,
@@ -74,18 +80,20 @@ def plan(recipe: Recipe) -> Plan:
     before, names = cost(base.model).document(), list(base.model.state_dict())
     edits = materials.operate(recipe, base.model)
     code = sources.compile_sources(base.model, edits)
-    after = cost(base.model).document()
+    after, records = cost(base.model).document(), [edit.document() for edit in edits]
+    counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
+        data.refuse_untaught(base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         arguments = materials.training_arguments(recipe, Path("nowhere"))
         materials.refuse_unprepared(recipe, base.processor)
         terms = materials.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
-        materials.load_teacher(recipe, device="meta")
         materials.read_texts(recipe)
         trainer = materials.trainer_class(recipe).__name__
-        trainable = _trainable(recipe, base.model)
+        trainable, peft_model = _trainable(recipe, base.model)
+        _rehearse(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
         edits=edits,
         adapter=wanted,
@@ -96,6 +104,7 @@ def plan(recipe: Recipe) -> Plan:
         objective=[_term(term, entry.weight) for term, entry in zip(terms, recipe.objective, strict=False)],
         groups=[group.model_dump(exclude_none=True) for group in recipe.parameter_groups],
         tensors=_tensors(names, edits),
+        counts=counts,
         files=code.files,
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,
@@ -112,14 +121,28 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
     """Follows the base's tensors through all edits."""
     origins, _ = ledger.origins(names, [edit.document() for edit in edits])
     used = set(origins.values())
+    unknown = [name for edit in edits for name in edit.unknown if name in origins]
     return {
         "kept": [name for name in names if name in used],
-        "new": [name for name, origin in origins.items() if origin is None],
+        "new": [name for name, origin in origins.items() if origin is None and name not in unknown],
         "dropped": [name for name in names if name not in used],
+        "unknown": unknown,
     }
 
 
-def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
+def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, steps: int) -> None:
+    """Binds a second copy of the objective to the model, with the reference that a run would have."""
+    terms = materials.make_terms(recipe)
+    reference: Any = materials.load_teacher(recipe, device="meta")
+    if reference is None and any(term.asks_reference for term in terms):
+        places = [standing.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
+        off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
+        if not off or any(edit.operation != "replace" for edit in edits):
+            reference = materials.load_base(recipe, device="meta").model
+    rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
+
+
+def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
@@ -131,4 +154,4 @@ def _trainable(recipe: Recipe, model: PreTrainedModel) -> dict[str, int]:
     for kind, name, parameter in standing.named_parameters(peft_model):
         if parameter.requires_grad:
             counts[f"{kind} {name}"] = counts.get(f"{kind} {name}", 0) + parameter.numel()
-    return counts
+    return counts, peft_model

@@ -129,6 +129,8 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     findings = [*verify(merged, staging)]
     if attached:
         findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
+    else:
+        findings.append(roundtrip.not_run())
     ledger = roundtrip.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
     return written, [*findings, sums, _counted(ledger, made, merger)]
 
@@ -252,6 +254,8 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     if attached:
         merged = loading.load_base(str(staging), **options).model
         findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
+    else:
+        findings.append(roundtrip.not_run())
     ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)

@@ -1,27 +1,64 @@
-"""What checks return: findings, and a report that gathers them."""
+"""What checks return: findings, and a report that gathers them.
+
+A finding has one of four verdicts. `proved`: the promise was looked at and holds. `failed`: it does not. `measured`:
+something was looked at, but it is no proof of the promise (a figure, a sample, the first module of each kind, a rule
+that was read). `not looked at`: nothing was, and the evidence says why. What was not looked at is never called proved.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from solidify.errors import CheckFailed
 
+PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One promise, whether it holds (None: it was only measured), and the evidence in half a sentence."""
+    """One promise, whether it holds (None: that is not known), and the evidence in half a sentence.
+
+    Of what is not known, `looked` says whether anything was looked at (`measured`) or nothing (`not looked at`).
+
+    Raises:
+        ValueError: something that was not looked at is said to hold, or not to.
+    """
 
     name: str
     passed: bool | None
     evidence: str
+    looked: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses a judgement of what was not looked at."""
+        if not self.looked and self.passed is not None:
+            raise ValueError(f"{self.name}: what was not looked at neither holds nor fails")
+
+    @classmethod
+    def unseen(cls, name: str, why: str) -> Finding:
+        """Makes the finding of a promise that was not looked at; the evidence is `why`."""
+        return cls(name, None, why, looked=False)
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        if self.passed is None:
+            return MEASURED if self.looked else NOT_LOOKED_AT
+        return PROVED if self.passed else FAILED
 
     def document(self) -> dict[str, Any]:
         """Returns the finding as plain values."""
-        return {"name": self.name, "passed": self.passed, "evidence": self.evidence}
+        return {"name": self.name, "passed": self.passed, "verdict": self.verdict, "evidence": self.evidence}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Finding:
+        """Makes a finding of its document again; one without a verdict (of an older report) was looked at."""
+        looked = document.get("verdict") != NOT_LOOKED_AT
+        return cls(document["name"], document["passed"], document["evidence"], looked)
 
 
 @dataclass
@@ -48,14 +85,21 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """Whether something was proved and nothing failed."""
         return not self.failed and any(finding.passed for finding in self.findings)
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """How many findings have each verdict."""
+        found = [finding.verdict for finding in self.findings]
+        return {verdict: found.count(verdict) for verdict in VERDICTS}
 
     def document(self) -> dict[str, Any]:
         """Returns the report as plain values."""
         return {
             "subject": self.subject,
             "passed": self.passed,
+            "verdicts": self.verdicts,
             "stages": {stage: [f.document() for f in found] for stage, found in self.stages.items()},
             "measured": self.measured,
         }
@@ -66,8 +110,14 @@ class Report:
         path.write_text(text, encoding="utf-8")
 
     def require(self) -> None:
-        """Raises CheckFailed when a finding failed or nothing was checked."""
+        """Raises CheckFailed when a finding failed or nothing was proved."""
         if self.passed:
             return
         lines = [f"{finding.name}: {finding.evidence}" for finding in self.failed] or ["nothing was checked"]
         raise CheckFailed("a check failed:\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def tell(counts: Mapping[str, int]) -> str:
+    """Writes how many findings have each verdict: `31 proved, 2 measured, 1 not looked at`."""
+    told = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return ", ".join(told) or "nothing was looked at"

@@ -24,7 +24,7 @@ from solidify.model import anatomy, depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import Add, Base, Insert, Recipe, Remove
-from solidify.tuning import batching, data, groups, images
+from solidify.tuning import batching, data, defaults, groups, images
 from solidify.tuning.groups import ParameterGroup
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 
@@ -125,8 +125,10 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 on a CPU is refused
         "disable_tqdm": True,  # solidify shows a bar of its own
-        **recipe.training,
+        **defaults.following(recipe.training),
     }
+    faults = defaults.faults(recipe.training, held_out=recipe.data.eval is not None)
+    refuse(RecipeError, "the training section does not fit", faults)
     if recipe.data.image is not None:
         refuse(RecipeError, "images do not go with the training section", _against_images(recipe))
         values = {"remove_unused_columns": False, **values}  # a row's images are a column that the model does not take
@@ -134,12 +136,12 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     if trainer_class(recipe) is ObjectiveSFTTrainer:
         kind = SFTConfig
         # TRL would add its own load balance to the loss of every MoE model; here the objective says what is in it.
-        defaults = {
+        own = {
             "router_aux_loss_coef": 0.0,
             "max_length": recipe.data.max_length,
             "dataset_text_field": recipe.data.text,
         }
-        values = {**defaults, **values}
+        values = {**own, **values}
     try:
         return kind(**values)
     except (TypeError, ValueError, ImportError) as error:

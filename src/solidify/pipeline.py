@@ -20,7 +20,8 @@ from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.dry_run import plan
 from solidify.errors import ArtifactError, RecipeError
 from solidify.findings import Finding, Report
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, ledger, probing
+from solidify.model.cost import cost
 from solidify.recipe import Recipe
 from solidify.tuning import checkpoints, data
 from solidify.tuning.progress import TrainingBar
@@ -96,7 +97,7 @@ def _finished(recipe: Recipe, directory: Path) -> Report | None:
                 return None
         except ArtifactError:
             return None
-    stages = {stage: [Finding(**finding) for finding in findings] for stage, findings in found["stages"].items()}
+    stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
     return Report(found["subject"], stages, found["measured"])
 
 
@@ -140,7 +141,7 @@ def build(
         with console.stage("Replacing modules"):
             edits = materials.operate(recipe, base.model)
             records = [edit.document() for edit in edits]
-            promised = all(edit.identical or edit.bypass for edit in edits)
+            promised = all(edit.identical for edit in edits)
             after = {} if large else {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
             report.add(
                 "surgery",
@@ -151,6 +152,10 @@ def build(
                     structure.untouched(base.model, digests, records),
                 ],
             )
+        report.measured |= {
+            "tensors": ledger.counts(base.model.state_dict(), records),
+            "cost": cost(base.model).document(),
+        }
         with console.stage("Writing the artifact"):
             artifact = build_artifact(
                 base.model,
@@ -199,17 +204,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     witness = _fit(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
-        probes = materials.ragged(examples, trainer.args.per_device_train_batch_size)
-        report.add(
-            "train",
-            [
-                witness.finding(),
-                trainable.frozen(trainer.model, manifest.read(directory / "artifact")),
-                gradients.parts_sum(trainer.history),
-                gradients.terms(trainer.engine.sanity),
-                gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer)),
-            ],
-        )
+        report.add("train", _after_training(trainer, witness, examples, manifest.read(directory / "artifact")))
     report.measured["history"] = trainer.history
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
@@ -219,6 +214,23 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     gc.collect()
     processes.on_first(lambda: _keep(recipe, directory, report, trained, before, inputs))
     return report
+
+
+def _after_training(
+    trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
+) -> list[Finding]:
+    """Says what training did; its gradients are looked at once more, which a short training needs."""
+    probes = materials.ragged(examples, trainer.args.per_device_train_batch_size)
+    frozen = trainable.frozen(trainer.model, base)
+    split = gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer), witness=witness)
+    return [
+        *trainer.kernel_findings,
+        witness.finding(),
+        frozen,
+        gradients.parts_sum(trainer.history),
+        gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
+        split,
+    ]
 
 
 def _is_trained(recipe: Recipe, directory: Path, resume: bool) -> bool:

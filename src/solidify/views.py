@@ -48,6 +48,7 @@ def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[R
         f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
         f"memory; {total.flops_per_token:,} matrix FLOPs per token"
     )
+    yield from _uncertain(total.document())
     yield "[dim]● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token.[/dim]"
 
 
@@ -86,9 +87,17 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         for key, (label, show) in _COSTS.items()
     ]
     yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
+    yield from _uncertain(after)
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
     yield from _files(document["files"], document["generated"])
+
+
+def _uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Says of which experts it is not known how many a token uses."""
+    if cost["uncertain"]:
+        names = ", ".join(f"{_pattern(each)}{_times(each)}" for each in _folded(cost["uncertain"]))
+        yield escape(f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted.")
 
 
 def _difference(before: float, after: float, show: Any) -> str:
@@ -119,8 +128,11 @@ def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableTyp
     """Says what becomes of the base's tensors, and names those that are new or go."""
     kept, new, dropped = (len(tensors[key]) for key in ("kept", "new", "dropped"))
     yield f"Tensors: {kept} of the base's {kept + dropped} kept, {dropped} dropped; {new} new"
-    for mark, key in (("added", "new"), ("removed", "dropped")):
-        for names in _folded(tensors[key]):
+    if tensors.get("unknown"):
+        count = len(tensors["unknown"])
+        yield f"  Not known before it is built: whether {count} more are new, or copies of those listed as dropped"
+    for mark, key in (("added", "new"), ("removed", "dropped"), ("changed", "unknown")):
+        for names in _folded(tensors.get(key, [])):
             yield f"  {_MARKS[mark]} {escape(_pattern(names))}{_times(names)}"
     yield ""
 
@@ -207,7 +219,8 @@ def _bytes(text: str) -> str:
 
 def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[RenderableType]:
     """Shows what differs between two directories, section by section."""
-    show = {"configuration": _values, "code": _code, "modules": _modules, "tensors": _tensors, "files": _others}
+    show = {"configuration": _values, "code": _code, "modules": _modules, "tensors": _tensors}
+    show |= {"figures": _figures, "files": _others}
     for section, entries in found.items():
         counted = f"{len(entries)} difference{'s' if len(entries) > 1 else ''}" if entries else "the same"
         yield f"[bold]{section}[/bold]: {counted}"
@@ -256,6 +269,12 @@ def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
 
 def _number(value: float | None) -> float:
     return float("inf") if value is None else value
+
+
+def _figures(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for entry in entries:
+        sides = [f"{entry[side]:,}" for side in ("old", "new") if entry[side] is not None]
+        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: {' → '.join(sides)}"
 
 
 def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:

@@ -235,7 +235,8 @@ def test_its_witness_sees_faults(large: None, unwitnessed: None, tmp_path: Path)
         shutil.copytree(artifact.directory, places[words])
         fault(places[words])
     answers = certificate.witness_all([artifact.directory, *places.values()])
-    assert all(finding.passed for finding in answers[artifact.directory])
+    # Of a large model samples are compared, which prove nothing of the whole.
+    assert {finding.verdict for finding in answers[artifact.directory]} == {"proved", "measured"}
     for words, place in places.items():
         failed = [f"{f.name}: {f.evidence}" for f in answers[place] if f.passed is False]
         assert any(words in line for line in failed), (place.name, failed)

@@ -49,3 +49,44 @@ def test_nothing_needs_to_be_loaded() -> None:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     assert cost(empty) == cost(pico.llama())
+
+
+class Mixture(torch.nn.Module):
+    """Experts of its own, as a list or as one parameter; its router may say how many a token gets."""
+
+    def __init__(
+        self, original: torch.nn.Module, experts: int = 4, top_k: int | None = 1, stacked: bool = False
+    ) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(32, experts, bias=False)
+        if top_k is not None:
+            self.router.top_k = top_k
+        if stacked:
+            self.up = torch.nn.Parameter(torch.randn(experts, 32, 32) * 0.1)
+        else:
+            self.ups = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ups = self.up if hasattr(self, "up") else torch.stack([each.weight for each in self.ups])
+        return torch.einsum("...i,eoi,...e->...o", x, ups, self.router(x).softmax(-1))
+
+
+def test_a_mixture_of_the_users_counts_what_a_token_uses_or_says_that_it_is_not_known() -> None:
+    router, expert = 2 * 4 * 32, 2 * 32 * 32
+    for stacked in (False, True):
+        for top_k, counted in ((1, 1), (3, 3), (None, 4)):
+            model = pico.llama()
+            arguments = {"top_k": top_k, "stacked": stacked}
+            before = cost(model).flops_per_token
+            solidify.replace(model, "model.layers.0.mlp", Mixture, arguments=arguments)
+            found = cost(model)
+            assert found.flops_per_token == before - 2 * 3 * 48 * 32 + router + counted * expert
+            place = "model.layers.0.mlp.up" if stacked else "model.layers.0.mlp.ups"
+            assert found.uncertain == ((place,) if top_k is None else ())
+
+
+def test_own_experts_go_by_their_own_router_and_not_by_the_configuration() -> None:
+    model = pico.olmoe()
+    solidify.replace(model, "model.layers.1.mlp", Mixture, arguments={"experts": 8, "top_k": 1, "stacked": True})
+    assert flops(model)["model.layers.1.mlp"] == 2 * 32 * 32  # the configuration says two of eight
+    assert cost(model).uncertain == ()

@@ -179,3 +179,26 @@ def test_a_model_without_a_decoder_of_its_own_has_no_hidden_states_to_give() -> 
     model = pico.make("LlamaModel", **DENSE)
     with pytest.raises(ObjectiveError, match="LlamaModel has no decoder apart from its head"):
         ObjectiveEngine(Objective([Term(Watch())]), model)
+
+
+def test_masks_are_boolean_so_that_indexing_takes_the_attended_rows() -> None:
+    seen: dict[str, Any] = {}
+
+    def attended(
+        mask: torch.Tensor, attention_mask: torch.Tensor, hidden_states: torch.Tensor, inputs: Any
+    ) -> torch.Tensor:
+        seen.update(mask=mask, attention_mask=attention_mask, inputs=inputs)
+        rows = hidden_states.flatten(0, 1)[mask]
+        assert torch.equal(rows, hidden_states[attention_mask])
+        return rows.square().mean()
+
+    batch = pico.collate(pico.ragged(3))
+    engine = ObjectiveEngine(Objective([Term(attended)]), pico.llama())
+    value = engine.loss(batch)
+    assert seen["mask"].dtype == seen["attention_mask"].dtype == torch.bool
+    assert (
+        seen["mask"].shape == (batch["input_ids"].numel(),) and seen["attention_mask"].shape == batch["input_ids"].shape
+    )
+    assert seen["inputs"]["attention_mask"].dtype == torch.long  # the model's own is as it was
+    states = engine.model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
+    torch.testing.assert_close(value, states[batch["attention_mask"].bool()].square().mean())

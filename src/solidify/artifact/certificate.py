@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +227,7 @@ def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) ->
     """Turns what the fresh process measured of the contract into findings, one a property."""
     if contract is None or found is None or "error" in {**contract, **found}:
         why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not hold it"
-        return [Finding("behaviour kept", None, f"not looked at: {why}")]
+        return [Finding.unseen("behaviour kept", why)]
     dtype = torch.float32 if contract["wide"] else getattr(torch, found["dtype"])
     kept = Reading({key: contract["control"].get(key, 0.0) for key in contract["distances"]}, contract["recorded"])
     kept.dtype = dtype
@@ -263,25 +262,26 @@ def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
                 faults.append(f"{len(names)} {kind} {problem}: {', '.join(names[:4])}")
     equal = load["state"]["equal"] + load["attributes"]["equal"]
     how = "bit-identical in samples of every tensor" if load["sampled"] else "bit-identical"
+    held = None if load["sampled"] else True  # a sample is no proof of the whole
     state = Finding(
         f"state identical ({auto})",
-        not faults,
+        False if faults else held,
         "; ".join(faults) if faults else f"{equal} tensors {how}, loading info empty, {load['seconds']:.1f} s",
     )
     outputs = load.get("outputs", {})
     if not outputs:  # this class asks for inputs that the certificate does not hold
-        return [replace(state, evidence=f"{state.evidence}; outputs not compared")]
+        return [state, Finding.unseen(f"outputs identical ({auto})", "it asks for inputs that the certificate lacks")]
     different = {case: o for case, o in outputs.items() if not o["equal"]}
     if not different:
         what = "modules, the first of each kind," if load["sampled"] else "cases"
-        return [state, Finding(f"outputs identical ({auto})", True, f"{len(outputs)} {what} bit-identical")]
+        return [state, Finding(f"outputs identical ({auto})", held, f"{len(outputs)} {what} bit-identical")]
     worst = max(
         (o["distance"] / max(o["scale"], 1e-12) if o["distance"] is not None else float("inf"))
         for o in different.values()
     )
     evidence = f"{', '.join(different)} differ, by {worst:.1e} of the largest output"
     # Elsewhere (another processor, thread count or version) kernels sum in another order; that far may it move.
-    passed = bool(moved) and worst < 1e-3
+    passed = None if moved and worst < 1e-3 else False  # within rounding, and yet not identical
     if moved:
         evidence += f"; the environment is another ({moved})"
     return [state, Finding(f"outputs identical ({auto})", passed, evidence)]

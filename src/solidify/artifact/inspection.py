@@ -171,14 +171,15 @@ def ranges(numbers: Sequence[str]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-SECTIONS = ("configuration", "code", "modules", "tensors", "files")
+SECTIONS = ("configuration", "code", "modules", "tensors", "figures", "files")
 
 
 def diff(a: Path, b: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns what differs between two model or adapter directories, by section.
 
     Every entry has `change` (`removed`, `added` or `changed`) and `name`. Configuration entries have `old` and `new`;
-    code entries `text`, a unified diff; tensor entries dtypes and shapes and, where those allow, how far the values
+    code entries `text`, a unified diff; figures (`tensors kept`, `flops_per_token`) are those that were written down
+    when an artifact was built; tensor entries dtypes and shapes and, where those allow, how far the values
     lie apart: `max_abs` and `relative` (norm of the difference by the norm in `a`), None where that is no number. Code
     is compared as text and never run; tensors are read one pair at a time.
 
@@ -193,6 +194,10 @@ def diff(a: Path, b: Path) -> dict[str, list[dict[str, Any]]]:
             for name, old, new in _pairs(first[section], second[section])
         ]
     result["tensors"] = _tensor_changes(first["weights"], second["weights"])
+    result["figures"] = [
+        {**_change(old, new), "name": name, "old": old, "new": new}
+        for name, old, new in _pairs(first["figures"], second["figures"])
+    ]
     result["files"] = [
         {**_change(old, new), "name": name} for name, old, new in _pairs(first["files"], second["files"])
     ]
@@ -236,9 +241,21 @@ def _contents(directory: Path) -> dict[str, Any]:
         "configuration": {k: [v] for k, v in _flat(values).items() if k.split(".")[0] != "surgery"},
         "code": {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in code},
         "modules": _modules(edits),
+        "figures": _figures(directory),
         "weights": weights,
         "files": {str(path.relative_to(directory)): hashing.digest_bytes(path.read_bytes()) for path in others},
     }
+
+
+def _figures(directory: Path) -> dict[str, int]:
+    """Returns the numbers that were written down when an artifact was built: of the last surgery, and of the whole."""
+    if not (directory / manifest.NAME).is_file():
+        return {}
+    steps = [step for step in manifest.read(directory).lineage if step.get("tensors") and step.get("cost")]
+    if not steps:
+        return {}
+    counted = {f"tensors {key}": value for key, value in steps[-1]["tensors"].items()}
+    return {**counted, **{key: value for key, value in steps[-1]["cost"].items() if isinstance(value, int)}}
 
 
 def _modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, ledger, operations
+from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.weights import checkpoint, format, hashing, store
 from solidify.weights.format import Entry
@@ -111,13 +112,18 @@ def _fill(
     draft = Manifest(
         kind="artifact",
         base=origin,
-        lineage=[*lineage, {"step": "surgery", "edits": records}],
+        lineage=[*lineage, {"step": "surgery", "edits": records, **_figures(model, records)}],
         edits=[*earlier, *records],
         code={name: hashing.digest_bytes(text.encode()) for name, text in code.files.items()},
         requirements=code.requirements,
         recipe=recipe,
     )
     return write(model, staging, draft, link=link)
+
+
+def _figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the numbers that plan, run, card and diff show: of tensors, and of FLOPs."""
+    return {"tensors": ledger.counts(model.state_dict(), records), "cost": cost(model).document()}
 
 
 def _descent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from solidify.adapter import storage
@@ -10,6 +11,8 @@ from solidify.artifact.manifest import Manifest
 from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
+
+INTACT = "nothing was changed since it was written"
 
 
 def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
@@ -47,8 +50,11 @@ def _one(directory: Path, trust_remote_code: bool) -> list[Finding]:
 
 def _intact(directory: Path, record: Manifest) -> Finding:
     faults = manifest.faults(directory, record, fresh=True)
-    counted = f"{len(record.code) + len(record.files)} files and {len(record.tensors)} tensors have their digests"
-    return Finding("nothing was changed since it was written", not faults, "; ".join(faults[:6]) or counted)
+    files = len(record.code) + len(record.files)
+    if not faults and not (files and record.tensors):
+        return Finding.unseen(INTACT, f"the manifest lists {files} files and {len(record.tensors)} tensors")
+    counted = f"{files} files and {len(record.tensors)} tensors have their digests"
+    return Finding(INTACT, not faults, "; ".join(faults[:6]) or counted)
 
 
 def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
@@ -75,7 +81,7 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
     below = _intact(base, manifest.read(base, "artifact"))
-    findings = [intact, fit, Finding("its base is intact", below.passed, below.evidence)]
+    findings = [intact, fit, replace(below, name="its base is intact")]
     if wrong or not below.passed:
         return findings
     trust.require(manifest.read(base, "artifact"), base, trust_remote_code)
@@ -84,4 +90,4 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
         answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)
     except ArtifactError as error:
         return [*findings, Finding("loads in a fresh process", False, str(error))]
-    return findings + [Finding(**finding) for finding in answer["findings"]]
+    return findings + [Finding.of(finding) for finding in answer["findings"]]

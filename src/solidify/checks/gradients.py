@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from solidify import processes
 from solidify.adapter import standing
+from solidify.checks import chance
 from solidify.findings import Finding
 from solidify.objective.sanity import Sanity
 
 REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"
 TERMS = "every term has a gradient"
+PARTS = "loss parts sum to the total"
+FEW = 3  # looks in which a gradient may still be held back by what starts at zero
 
 
 class GradientWitness(TrainerCallback):  # type: ignore[misc]
@@ -33,6 +35,7 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         self.seen: dict[str, float] = {}
         self.stray: set[str] = set()
         self.steps = 0
+        self.looks_beside = 0
         self.hidden = False
 
     def on_pre_optimizer_step(
@@ -58,56 +61,117 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         """Takes it back."""
         self.seen, self.stray, self.steps = dict(state["seen"]), set(state["stray"]), int(state["steps"])
 
+    def look_again(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Takes gradients that were computed after the last step for one more look, by parameter path."""
+        if gradients:
+            self.looks_beside += 1
+        for path, gradient in gradients.items():
+            if not self.seen.get(path):
+                self.seen[path] = float(gradient.abs().max())
+
     def finding(self) -> Finding:
-        """Returns whether every trainable parameter got a gradient in some step, and no frozen one did."""
+        """Returns whether every trainable parameter got a gradient in some step, and no frozen one did.
+
+        What starts at zero holds back the gradient of what stands behind it (LoRA's B that of A) until it has moved:
+        with fewer than `FEW` looks, a parameter that had none yet is no fault, and no proof either.
+        """
         if self.hidden:
-            return Finding(REACHED, None, "not looked at: DeepSpeed keeps the gradients to itself")
+            return Finding.unseen(REACHED, "DeepSpeed keeps the gradients to itself")
+        if not self.steps:
+            return Finding.unseen(REACHED, "no step was taken")
         names = {id(p): name for _, name, p in standing.named_parameters(self.model)}
         paths = dict(self.model.named_parameters())
         dead = [names[id(paths[path])] for path, largest in self.seen.items() if not largest]
-        broken = [path for path, largest in self.seen.items() if largest != largest or largest == float("inf")]
-        faults = [f"never a gradient: {name}" for name in dead]
-        faults += [f"a gradient though frozen: {name}" for name in sorted(self.stray)]
+        broken = [path for path, largest in self.seen.items() if not math.isfinite(largest)]
+        faults = [f"a gradient though frozen: {name}" for name in sorted(self.stray)]
         faults += [f"not finite: {name}" for name in broken]
-        if not self.steps:
-            faults.append("no step was taken")
-        evidence = f"{len(self.seen)} trainable tensors got non-zero gradients in {self.steps} steps, frozen ones none"
-        return Finding(REACHED, not faults, "; ".join(faults[:4]) or evidence)
+        few = self.steps + self.looks_beside < FEW
+        never = [f"never a gradient: {name}" for name in dead]
+        faults += [] if few else never
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        if faults or not dead:
+            got = f"{len(self.seen)} trainable tensors got non-zero gradients in {steps}, frozen ones none"
+            return Finding(REACHED, not faults, "; ".join([*never, *faults][:4] if faults else [got]))
+        told = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
+        return Finding(REACHED, None, f"{told}, too few to tell of {', '.join(dead[:4])}")
 
 
-def accumulation(trainer: Any, examples: Sequence[Mapping[str, Any]], *, tolerance: float = 1e-4) -> Finding:
+def accumulation(
+    trainer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    tolerance: float = 1e-4,
+    witness: GradientWitness | None = None,
+) -> Finding:
     """Computes one step's gradient for several splits of the same ragged examples, through the trainer itself.
 
-    The largest difference of any tensor, relative to that tensor's largest gradient, must stay under `tolerance`:
-    float32 sums in another order; a wrong scale is off by a factor. With several processes, all of them take part: one
-    more split deals the examples out to them.
+    The model is in training mode, with chance taken out (see `chance.py`). The largest difference of any tensor,
+    relative to that tensor's largest gradient, must stay under `tolerance`: float32 sums in another order; a wrong
+    scale is off by a factor. Where splits differ, one of them is repeated on other random numbers: if it differs from
+    itself, chance is left, and nothing can be said. With several processes, all of them take part: one more split deals
+    the examples out to them. `witness` gets one more look at the gradients.
     """
     if trainer.is_deepspeed_enabled:
-        return Finding(ACCUMULATION, None, "not looked at: DeepSpeed keeps the gradients to itself")
+        return Finding.unseen(ACCUMULATION, "DeepSpeed keeps the gradients to itself")
     n, ranks = len(examples), processes.count()
-    sizes = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if n % size == 0]
+    sizes = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if size and n % size == 0]
     splits = [(size, 1) for size in dict.fromkeys(sizes)]
     if ranks > 1 and n % ranks == 0:
         splits.append((1, ranks))
-    with _without_dropout(trainer.model):
+    if len(splits) < 2:
+        return Finding.unseen(ACCUMULATION, f"{n} example{'s' if n != 1 else ''} cannot be split in two ways")
+    with chance.without(trainer.model, everywhere=not trainer.args.torch_compile):
         reference = _gradient(trainer, examples, *splits[0])
-        scales = {name: float(gradient.abs().max()) for name, gradient in reference.items()}
-        largest = max(scales.values(), default=0.0)
-        worst, culprit = 0.0, ""
-        for split in splits[1:]:
-            for name, gradient in _gradient(trainer, examples, *split).items():
-                # A tensor whose gradient is rounding itself (it cancels) is judged by the largest of all.
-                scale = max(scales[name], 1e-3 * largest)
-                distance = float((gradient - reference[name]).abs().max())
-                if scale and distance / scale >= worst:
-                    worst, culprit = distance / scale, name
-    shown = ", ".join(
-        f"{n // size}x{size}" if spread == 1 else f"{n // spread}x1 on each of {spread} processes"
-        for size, spread in splits
-    )
-    evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
-    passed = worst <= tolerance and largest > 0 and len(splits) > 1
-    return Finding(ACCUMULATION, passed, evidence + ("" if passed else f" ({culprit})"))
+        if witness is not None:
+            witness.look_again(reference)
+        if not any(bool(gradient.any()) for gradient in reference.values()):
+            return Finding.unseen(ACCUMULATION, "no gradient is left to compare, all are zero")
+        far = [_furthest(reference, _gradient(trainer, examples, *split)) for split in splits[1:]]
+        worst, culprit = max(far)
+        shown = ", ".join(
+            f"{n // size}x{size}" if spread == 1 else f"{n // spread}x1 on each of {spread} processes"
+            for size, spread in splits
+        )
+        evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
+        if worst <= tolerance:
+            return Finding(ACCUMULATION, True, evidence)
+        if (repeated := _repeated(trainer, examples, splits[0], reference)) > tolerance:
+            return Finding.unseen(
+                ACCUMULATION,
+                f"one and the same split differs from itself by {repeated:.1e} on other random numbers, which torch "
+                "does not draw, so that they could not be switched off",
+            )
+    return Finding(ACCUMULATION, False, f"{evidence} ({culprit})")
+
+
+def _repeated(
+    trainer: Any, examples: Sequence[Mapping[str, Any]], split: tuple[int, int], reference: Mapping[str, torch.Tensor]
+) -> float:
+    """Returns how far a split's gradient is from itself when it is computed on other random numbers."""
+    distances = []
+    for seed in (1, 2):
+        with chance.other_numbers(seed):
+            distances.append(_furthest(reference, _gradient(trainer, examples, *split))[0])
+    return max(distances)
+
+
+def _furthest(reference: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """Returns how far two gradients are apart at most, relative to each tensor's largest, and in which tensor."""
+    scales = {name: float(gradient.abs().max()) for name, gradient in reference.items()}
+    largest = max(scales.values(), default=0.0)
+    worst, culprit = 0.0, ""
+    for name in {**reference, **found}:
+        if name in reference and name in found:
+            distance = float((found[name] - reference[name]).abs().max())
+        else:  # in one of the two nothing reached it
+            distance = float((found.get(name, reference.get(name))).abs().max())  # type: ignore[union-attr]
+        # A tensor whose gradient is rounding itself (it cancels) is judged by the largest of all.
+        scale = max(scales.get(name, 0.0), 1e-3 * largest)
+        off = distance / scale if scale else (math.inf if distance else 0.0)
+        off = off if math.isfinite(off) else math.inf
+        if off >= worst:
+            worst, culprit = off, name
+    return worst, culprit
 
 
 def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, spread: int) -> dict[str, torch.Tensor]:
@@ -136,12 +200,18 @@ def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, sp
     return found
 
 
-def terms(sanity: Sanity) -> Finding:
-    """Says whether every term of the objective has moved what is trained, in some step in which it was looked at."""
+def terms(sanity: Sanity, *, steps: int = FEW) -> Finding:
+    """Says whether every term of the objective has moved what is trained, in some step in which it was looked at.
+
+    In fewer than `FEW` of `steps` a term may have none yet (a divergence from the model itself).
+    """
     if not sanity.reached:
-        return Finding(TERMS, None, "not looked at: a compiled or sharded model does not give one term's gradient")
-    evidence = f"{len(sanity.reached)} terms with a gradient of their own"
+        why = "no term was looked at" if not sanity.rows else "a compiled or sharded model keeps one term's to itself"
+        return Finding.unseen(TERMS, why)
     faults = [f"{name} never had a gradient" for name in sanity.silent]
+    if faults and steps < FEW:
+        return Finding(TERMS, None, f"{'; '.join(faults)}, in too few steps to tell")
+    evidence = f"{len(sanity.reached)} terms with a gradient of their own"
     return Finding(TERMS, not faults, "; ".join(faults) or evidence)
 
 
@@ -149,24 +219,15 @@ def _largest(gradient: torch.Tensor) -> float:
     return float(processes.whole(gradient).abs().max())
 
 
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Sets every dropout to zero, because random masks differ between splits."""
-    before = [(m, m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    for module, _ in before:
-        module.p = 0.0
-    try:
-        yield
-    finally:
-        for module, p in before:
-            module.p = p
-
-
 def parts_sum(history: Sequence[Mapping[str, float]], *, tolerance: float = 1e-5) -> Finding:
     """Compares every logged loss with the sum of its logged weighted parts."""
-    worst = 0.0
+    if not history:
+        return Finding.unseen(PARTS, "nothing was logged")
+    distances = []
     for logs in history:
         total = sum(value for key, value in logs.items() if key.startswith("weighted/"))
-        worst = max(worst, abs(logs["loss"] - total) / max(1.0, abs(logs["loss"])))
-    evidence = f"over {len(history)} logs the weighted parts sum to the loss within {worst:.1e}"
-    return Finding("loss parts sum to the total", bool(history) and worst <= tolerance, evidence)
+        apart = abs(logs["loss"] - total) / max(1.0, abs(logs["loss"]))
+        distances.append(apart if math.isfinite(apart) else math.inf)
+    counted = f"{len(history)} log{'s' if len(history) > 1 else ''}"
+    evidence = f"over {counted} the weighted parts sum to the loss within {max(distances):.1e}"
+    return Finding(PARTS, max(distances) <= tolerance, evidence)

@@ -30,6 +30,9 @@ def adapter_effect(
     model: PeftModel, base: Mapping[str, torch.Tensor], inputs: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> list[Finding]:
     """Runs with the adapter and with it disabled: it must change the outputs, and disabled must be the base exactly."""
+    if not base:
+        names = ("adapter has an effect", "adapter off is the base")
+        return [Finding.unseen(name, "the base's outputs were not recorded") for name in names]
     on = outputs(model, inputs)
     with model.disable_adapter():
         off = outputs(model, inputs)
@@ -47,6 +50,8 @@ def adapter_effect(
 
 def adapter_reload(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> Finding:
     """Compares outputs before saving with those after loading; they must be bit-identical."""
+    if not expected:
+        return Finding.unseen("adapter reload exact", "nothing was run before it was saved")
     different = [case for case in expected if not torch.equal(expected[case], found[case])]
     evidence = f"differs: {', '.join(different)}" if different else f"{len(expected)} cases bit-identical"
     return Finding("adapter reload exact", not different, evidence)
@@ -83,6 +88,11 @@ def merged_equals_attached(attached: Mapping[str, torch.Tensor], merged: Mapping
     allowed = 1e-5 if dtype in (torch.float32, torch.float64) else 3e-2
     evidence = f"outputs differ by {worst:.1e} (rms; allowed {allowed:.0e}), at most by {largest:.1e} of the largest"
     return Finding("merged equals attached", worst <= allowed, evidence)
+
+
+def not_run() -> Finding:
+    """Returns what is said of a large model, of which single weights are compared and no outputs."""
+    return Finding.unseen("merged equals attached", "a model of this size is not run as a whole")
 
 
 def expected_weights(model: PeftModel, *, limit: int = 16) -> dict[str, torch.Tensor]:
@@ -153,7 +163,9 @@ def sums_hold(found: Mapping[str, float]) -> Finding:
     """
     faults = [f"{name} is off by {far:.1f} units in the last place" for name, far in found.items() if not far <= 2]
     evidence = f"{len(found)} sampled weights are W + s·B·A, computed in float32 and rounded"
-    return Finding("merged weights are the sum", not faults if found else None, "; ".join(faults[:4]) or evidence)
+    if not found:
+        return Finding.unseen("merged weights are the sum", "no layer was merged whose sum can be computed beside it")
+    return Finding("merged weights are the sum", not faults, "; ".join(faults[:4]) or evidence)
 
 
 class Sums:

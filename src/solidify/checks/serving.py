@@ -63,7 +63,7 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
     try:
         model = loading.load_artifact(directory, trust_remote_code=True)
     except ArtifactError as error:
-        return [Finding(f"meets the conditions of {s}", None, f"not known: {error}") for s in (VLLM, SGLANG)]
+        return [Finding.unseen(f"meets the conditions of {s}", f"not known: {error}") for s in (VLLM, SGLANG)]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return findings(model, record.edits, config["auto_map"])
 
@@ -104,7 +104,8 @@ def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Find
     single = [rule.name for rule in plans if rule.faults and server in rule.servers]
     alone = f"; on several devices see: {', '.join(single)}" if single else ""
     command = "vllm serve DIR" if server == VLLM else "python -m sglang.launch_server --model-path DIR"
-    return Finding(name, True, f"{command} --model-impl transformers --trust-remote-code{alone}")
+    read = "yes, by its documents, which were read; it was not run here: "
+    return Finding(name, None, f"{read}{command} --model-impl transformers --trust-remote-code{alone}")
 
 
 def _kind(model: PreTrainedModel) -> list[str]:

@@ -14,6 +14,10 @@ from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, contract, control, ledger, probing
 
+IN_USE = "every new module is in use"
+START = "start identical"
+UNTOUCHED = "unchanged tensors identical"
+
 
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it."""
@@ -39,6 +43,8 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     kinds = sorted({edit["new_class"] for edit in declared.values()})
     said = [f"{len(declared)} places hold {', '.join(kinds)}"] if declared else []
     said += [f"{name} has {size} layers" for name, size in _lengths(edits).items()]
+    if not faults and not said:
+        return Finding.unseen("structure", "no edit is in place")
     return Finding("structure", not faults, "; ".join(faults or said))
 
 
@@ -53,6 +59,8 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     An added module must move what the outputs carry under its name, any other the logits.
     """
     declared = ledger.places(edits)
+    if not declared:
+        return Finding.unseen(IN_USE, "no new module was put in")
     if anatomy.large(model):
         return _called(model, declared)
     inputs = probing.probe_inputs(model)
@@ -71,21 +79,19 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
         finally:
             handle.remove()
     evidence = f"doubling the output of each of {len(declared)} modules moves the model's"
-    return Finding("every new module is in use", not idle, f"no effect: {', '.join(idle)}" if idle else evidence)
+    return Finding(IN_USE, not idle, f"no effect: {', '.join(idle)}" if idle else evidence)
 
 
 def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
-    """Runs a large model until the first new module of each kind was called."""
+    """Runs a large model until the first new module of each kind was called: a sample, and no proof of the others."""
     replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
     first = list(control.first_of_each_kind(model, replaced))
-    calls = contract.record(model, first, probing.few_inputs(model), partly=True) if first else {}
+    if not first:
+        return Finding.unseen(IN_USE, "a model of this size is not run as a whole")
+    calls = contract.record(model, first, probing.few_inputs(model), partly=True)
     idle = [name for name in first if name not in calls]
     evidence = f"the first of each kind ({', '.join(first)}) is called in the model's forward pass"
-    return Finding(
-        "every new module is in use",
-        not idle if first else None,
-        f"never called: {', '.join(idle)}" if idle else evidence if first else "not run at this size",
-    )
+    return Finding(IN_USE, False if idle else None, f"never called: {', '.join(idle)}" if idle else evidence)
 
 
 def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str | None) -> torch.Tensor:
@@ -98,9 +104,18 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str |
 
 
 def _double(_module: nn.Module, _args: Any, output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return output * 2
-    return type(output)(t * 2 if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in output)
+    return _doubled(output)
+
+
+def _doubled(value: Any) -> Any:
+    """Doubles all floating tensors within what a module returned, whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return value * 2 if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _doubled(each) for key, each in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_doubled, value))
+    return type(value)(map(_doubled, value)) if isinstance(value, (tuple, list)) else value
 
 
 def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence[Mapping[str, Any]]) -> Finding:
@@ -109,6 +124,8 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     `before` maps the base's tensor names to their digests. Every one of them must be found again, under its own name or
     where an edit says that it went, or be named as dropped by an edit.
     """
+    if not before:
+        return Finding.unseen(UNTOUCHED, "the base has no tensors")
     now = tensors.digests_where_they_stand(model.state_dict())
     origins, dropped = ledger.origins(before, edits)
     used = {origin for origin in origins.values() if origin is not None}
@@ -127,18 +144,20 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     new = sum(1 for origin in origins.values() if origin is None)
     same = sum(1 for name in before if name in used)
     evidence = f"{same} of {len(before)} base tensors byte-identical, {new} new, {len(before) - same} dropped"
-    return Finding("unchanged tensors identical", not faults, "; ".join(faults[:4]) or evidence)
+    return Finding(UNTOUCHED, not faults, "; ".join(faults[:4]) or evidence)
 
 
 def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, promised: bool) -> Finding:
     """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start.
 
-    Without outputs (of a large model), it says what the probe of the first module of each kind showed.
+    Without outputs (of a large model) nothing is proved: it says what the first module of each kind showed.
     """
     if not before:
-        evidence = "the first new module of each kind gives, or gives with `bypass`, its original's outputs bit for bit"
-        return Finding("start identical", promised or None, evidence if promised else "not compared at this size")
+        if not promised:
+            return Finding.unseen(START, "a model of this size is not run as a whole")
+        evidence = "the first new module of each kind gives its original's outputs bit for bit; the whole was not run"
+        return Finding(START, None, evidence)
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
     equal = all(torch.equal(after[k], before[k]) for k in before)
     evidence = "logits bit-identical to the base" if equal else f"logits differ from the base by up to {distance:.3g}"
-    return Finding("start identical", equal if promised else (True if equal else None), evidence)
+    return Finding(START, equal if promised else (True if equal else None), evidence)

@@ -36,6 +36,8 @@ def frozen(model: PeftModel, base: Manifest) -> Finding:
     for kind, name, buffer in standing.named_buffers(model):
         if kind == "base" and name in base.tensors:
             found[name] = tensors.digest(processes.whole(buffer))
+    if not found:
+        return Finding.unseen("frozen tensors unchanged", "the model holds no tensor of the base")
     changed = [name for name, digest in found.items() if base.tensors.get(name, digest) != digest]
     missing = [name for name in base.tensors if name not in found]
     faults = [f"{name} changed" for name in changed] + [f"{name} is not in the model" for name in missing]

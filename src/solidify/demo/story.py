@@ -73,9 +73,9 @@ def tell(output: Path) -> Report:
 def _proof_table(report: Report) -> Any:
     by_name = {finding.name: finding for finding in report.findings}
     rows = [
-        (promise, console.verdict(by_name[name].passed), by_name[name].evidence) for promise, name in PROVED.items()
+        (promise, console.verdict(by_name[name].verdict), by_name[name].evidence) for promise, name in PROVED.items()
     ]
-    rows += [(f.name, console.verdict(f.passed), f.evidence) for f in report.stages["inference"]]
+    rows += [(f.name, console.verdict(f.verdict), f.evidence) for f in report.stages["inference"]]
     return console.table("What was proved", ("promise", "verdict", "evidence"), rows)
 
 

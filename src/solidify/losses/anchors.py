@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from solidify import foreign
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError, refuse
 from solidify.losses.precision import wide
@@ -149,7 +150,9 @@ class _Held:
         """Returns the Fisher by name; refuses one that is not this model's."""
         if self._values is None:
             devices = {each.name: each.parameter.device for each in named(model)}
-            self._values = {n: tensor.float().to(devices.get(n, "cpu")) for n, tensor in load_file(path).items()}
+            with foreign.calling(f"ewc: {path} cannot be read as safetensors", ObjectiveError):
+                found = load_file(path)
+            self._values = {n: tensor.float().to(devices.get(n, "cpu")) for n, tensor in found.items()}
             unknown = sorted(set(self._values) - set(devices))
             refuse(ObjectiveError, f"ewc: {path} is about another model; here is no", unknown[:8])
         return self._values

@@ -10,6 +10,7 @@ from torch import nn
 
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import number, positive, share
 from solidify.losses.precision import wide
 from solidify.modules.trashcan_moe import ASLEEP
 from solidify.objective.capture import Capture
@@ -32,7 +33,7 @@ class KeptShare:
     linear = True
 
     def __init__(self, temperature: float = 1.0) -> None:
-        self.temperature = temperature
+        self.temperature = positive("a soft kept share", "temperature", temperature)
 
     def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens of the soft kept share (layers,)."""
@@ -73,10 +74,8 @@ class BetaPrior(TrashBudget):
 
     def __init__(self, target: float, concentration: float = 1.0, temperature: float = 1.0) -> None:
         _share("beta_prior", target)
-        if not concentration > 0:
-            raise ObjectiveError(f"beta_prior: concentration is above 0, but is {concentration}")
         super().__init__(target, temperature)
-        self.concentration = concentration
+        self.concentration = positive("beta_prior", "concentration", concentration)
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the divergence from the target, averaged over layers; 0 at the target."""
@@ -108,10 +107,10 @@ class TrashController:
     ) -> None:
         _share("trash_controller", target)
         self.target = target
-        self.rate = rate
-        self.ramp = ramp
-        self.momentum = momentum
-        self.start = start
+        self.rate = positive("trash_controller", "rate", rate)
+        self.ramp = share("trash_controller", "ramp", ramp)
+        self.momentum = share("trash_controller", "momentum", momentum)
+        self.start = share("trash_controller", "start", start)
 
     def statistics(self, trash: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per layer, how many slots of attended tokens are kept, then how many there are, then how many of
@@ -126,16 +125,23 @@ class TrashController:
         counted = torch.stack(rows)
         return counted.to(torch.float32 if counted.device.type == "mps" else torch.float64)
 
-    def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
-        """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""
-        wanted = 1 - (1 - self.target) * min(1.0, step / max(1.0, self.ramp * steps))
-        cans = [place for place in standing.modules(model) if type(place.inner).__name__ == "TrashCan"]
-        for place, row in zip(cans, means, strict=True):
+    def bind(self, model: nn.Module) -> None:
+        """Refuses a model whose trash cans it could not move so that it is saved.
+
+        Raises:
+            ObjectiveError: one of them is frozen beside an adapter.
+        """
+        for place in _cans(model):
             if place.called is place.inner and standing.peft_model(model) is not None:
                 raise ObjectiveError(
                     f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
                     "saved; name it in `adapter.train`"
                 )
+
+    def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
+        """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""
+        wanted = 1 - (1 - self.target) * min(1.0, step / max(1.0, self.ramp * steps))
+        for place, row in zip(_cans(model), means, strict=True):
             can: Any = place.inner
             kept, slots, bins = row[0], row[1], row[2:]
             with torch.no_grad():
@@ -146,6 +152,10 @@ class TrashController:
                 share = (kept / slots.clamp(min=torch.finfo(slots.dtype).tiny)).to(can.kept)
                 can.kept.mul_(self.momentum).add_((1 - self.momentum) * share)
                 can.bias += self.rate * (can.kept - wanted)
+
+
+def _cans(model: nn.Module) -> list[standing.Standing]:
+    return [place for place in standing.modules(model) if type(place.inner).__name__ == "TrashCan"]
 
 
 def _bin(asleep: torch.Tensor) -> torch.Tensor:
@@ -161,5 +171,5 @@ def _edge(bins: torch.Tensor, quantile: float) -> float:
 
 
 def _share(term: str, target: float) -> None:
-    if not 0 < target <= 1:
+    if not 0 < number(term, "target", target) <= 1:
         raise ObjectiveError(f"{term}: target is the share of slots to keep, between 0 and 1, but is {target}")

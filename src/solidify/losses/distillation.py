@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import count, positive, share
 from solidify.losses.chunking import CHUNK, Head, chunked
 from solidify.losses.precision import wide
 from solidify.losses.prediction import targets
@@ -43,12 +44,11 @@ class _Compared:
     """What the terms share: shifting, masking, temperature; `divergence` is what they differ in."""
 
     reduction = "token_sum"
+    shifts = True
 
     def __init__(self, divergence: Divergence, temperature: float) -> None:
-        if not temperature > 0:
-            raise ObjectiveError(f"a distillation's temperature is above 0, but is {temperature}")
         self._divergence = divergence
-        self.temperature = temperature
+        self.temperature = positive("a distillation", "temperature", temperature)
 
     def __call__(self, logits: torch.Tensor, reference_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Takes logits (batch_size, sequence_length, vocab_size) and labels with -100 where nothing is predicted."""
@@ -88,7 +88,7 @@ class JensenShannon(_Compared):
     """
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
-        super().__init__(_jensen_shannon(_mixing("jensen_shannon", beta), swapped=False), temperature)
+        super().__init__(_jensen_shannon(share("jensen_shannon", "beta", beta), swapped=False), temperature)
 
 
 class JensenShannonContinuous(_Compared):
@@ -98,7 +98,7 @@ class JensenShannonContinuous(_Compared):
     """
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
-        super().__init__(_jensen_shannon(_mixing("jensen_shannon_continuous", beta), swapped=True), temperature)
+        super().__init__(_jensen_shannon(share("jensen_shannon_continuous", "beta", beta), swapped=True), temperature)
 
 
 _BY_NAME: dict[str, Callable[[float, float], _Compared]] = {
@@ -117,6 +117,7 @@ class ChunkedDistillation:
     """
 
     reduction = "token_sum"
+    shifts = True
 
     def __init__(
         self, divergence: str = "forward_kl", temperature: float = 1.0, beta: float = 0.5, chunk: int = CHUNK
@@ -126,7 +127,7 @@ class ChunkedDistillation:
                 f"chunked_distillation: divergence must be one of {', '.join(_BY_NAME)}, but is {divergence!r}"
             )
         self._term = _BY_NAME[divergence](temperature, beta)
-        self.chunk = chunk
+        self.chunk = count("chunked_distillation", "chunk", chunk)
 
     def __call__(
         self,
@@ -148,12 +149,6 @@ class ChunkedDistillation:
         where = targets(labels, hidden_states.shape[1])
         theirs = reference_hidden_states[:, :-1][where].detach()
         return chunked(hidden_states[:, :-1][where], head, compare, [theirs], size=self.chunk)
-
-
-def _mixing(term: str, beta: float) -> float:
-    if not 0 <= beta <= 1:
-        raise ObjectiveError(f"{term}: beta is between 0 and 1, but is {beta}")
-    return beta
 
 
 def _same_vocabulary(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import number
 from solidify.losses.precision import wide
 from solidify.objective.capture import Capture
 
@@ -17,9 +18,9 @@ class HiddenMatch:
     """`‖h_S - h_T‖² / (‖h_T‖² + ε)` per attended token, averaged over layers: hidden states against the reference's.
 
     Relative to the reference's norm, so that tokens with massive activations do not stand for all others. `layers`
-    names the model's modules by one pattern, `reference_layers` the reference's (default: the same), in the same order
-    or by `pairs` (name in the model to name in the reference). `cosine` times `1 - cos(h_S, h_T)` is added. Without a
-    gradient to the reference. Mean over attended tokens (statistic, linear).
+    names the model's modules by one pattern or several, `reference_layers` the reference's (default: the same), in the
+    same order or by `pairs` (name in the model to name in the reference). `cosine` times `1 - cos(h_S, h_T)` is added.
+    Without a gradient to the reference. Mean over attended tokens (statistic, linear).
 
     Widths must agree. Where they do not, add a projection that is trained with the model (`solidify.add(model,
     "projection", ..., reads="model.layers.3")`) and name it in `layers`.
@@ -29,16 +30,20 @@ class HiddenMatch:
 
     def __init__(
         self,
-        layers: str,
-        reference_layers: str | None = None,
+        layers: str | Sequence[str],
+        reference_layers: str | Sequence[str] | None = None,
         pairs: Mapping[str, str] | None = None,
         cosine: float = 0.0,
         epsilon: float = 1e-6,
     ) -> None:
+        if pairs is not None and not isinstance(pairs, Mapping):
+            raise ObjectiveError(f"hidden_match: pairs map names to names, but are {pairs!r}")
+        if not epsilon >= 0:
+            raise ObjectiveError(f"hidden_match: epsilon is not negative, but is {epsilon}")
         self.captures = {"hidden": Capture(modules=layers, element=0)}
         self.reference_captures = {"reference_hidden": Capture(modules=reference_layers or layers, element=0)}
         self.pairs = dict(pairs) if pairs is not None else None
-        self.cosine = cosine
+        self.cosine = number("hidden_match", "cosine", cosine)
         self.epsilon = epsilon
 
     def statistics(
@@ -92,12 +97,12 @@ class ActivationSparsity:
     linear = True
     KINDS: ClassVar[tuple[str, ...]] = ("l1", "hoyer", "zeros")
 
-    def __init__(self, modules: str, kind: str = "l1", threshold: float = 0.0) -> None:
+    def __init__(self, modules: str | Sequence[str], kind: str = "l1", threshold: float = 0.0) -> None:
         if kind not in self.KINDS:
             raise ObjectiveError(f"activation_sparsity: kind must be one of {', '.join(self.KINDS)}, but is {kind!r}")
         self.captures = {"activations": Capture(modules=modules, element=0)}
         self.kind = kind
-        self.threshold = threshold
+        self.threshold = number("activation_sparsity", "threshold", threshold)
 
     def statistics(self, activations: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per module, the sum over attended tokens (modules,)."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import count, positive
 from solidify.losses.precision import wide
 from solidify.losses.selection import Patterns, chosen, matrices
 
@@ -54,7 +55,7 @@ class GroupLasso:
             raise ObjectiveError(f"group_lasso: groups must be one of {', '.join(self.GROUPS)}, but is {groups!r}")
         self.groups = groups
         self.parameters = parameters
-        self.epsilon = epsilon
+        self.epsilon = positive("group_lasso", "epsilon", epsilon)
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar in float32.
@@ -123,7 +124,7 @@ class Spectral:
 
     def __init__(self, parameters: Patterns = None, start: int = 20) -> None:
         self.parameters = parameters
-        self.start = start
+        self.start = count("spectral", "start", start)
         self.left: dict[str, torch.Tensor] = {}
         self.right: dict[str, torch.Tensor] = {}
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import count, number
 from solidify.losses.chunking import CHUNK, Head, chunked
 from solidify.losses.precision import wide
 
@@ -14,8 +15,13 @@ def targets(labels: torch.Tensor, length: int) -> torch.Tensor:
     """Returns which positions predict a target: (batch_size, length - 1), True where the next label is not -100.
 
     Raises:
-        ObjectiveError: what was returned has another length than the labels, so that rows cannot be told apart.
+        ObjectiveError: what was returned has another length than the labels, so that rows cannot be told apart,
+            or there is one label a row.
     """
+    if labels.ndim != 2:
+        raise ObjectiveError(
+            f"a term on target tokens needs a label for each of them, but labels are {list(labels.shape)}"
+        )
     if labels.shape[1] != length:
         raise ObjectiveError(
             f"the labels have {labels.shape[1]} positions a row, but the model returned {length}; a term on target "
@@ -33,11 +39,12 @@ class NextToken:
     """
 
     reduction = "token_sum"
+    shifts = True
 
     def __init__(self, chunk: int = CHUNK, label_smoothing: float = 0.0) -> None:
-        if not 0 <= label_smoothing < 1:
+        if not 0 <= number("next_token", "label_smoothing", label_smoothing) < 1:
             raise ObjectiveError(f"next_token: label_smoothing is from 0 to below 1, but is {label_smoothing}")
-        self.chunk = chunk
+        self.chunk = count("next_token", "chunk", chunk)
         self.label_smoothing = label_smoothing
 
     def __call__(self, hidden_states: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
@@ -56,6 +63,7 @@ class OutputEntropy:
     """
 
     reduction = "token_sum"
+    shifts = True
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Takes logits (batch_size, sequence_length, vocab_size) and labels with -100 where nothing is predicted."""

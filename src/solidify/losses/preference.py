@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from solidify.errors import ObjectiveError
+from solidify.losses.arguments import number, positive
 from solidify.losses.precision import wide
 from solidify.losses.prediction import targets
 
@@ -21,11 +22,11 @@ class DPO:
     """
 
     reduction = "sequence_mean"
+    shifts = True
 
     def __init__(self, beta: float = 0.1, smoothing: float = 0.0) -> None:
-        if not beta > 0:
-            raise ObjectiveError(f"dpo: beta is above 0, but is {beta}")
-        if not 0 <= smoothing < 0.5:
+        positive("dpo", "beta", beta)
+        if not 0 <= number("dpo", "smoothing", smoothing) < 0.5:
             raise ObjectiveError(f"dpo: smoothing is from 0 to below 1/2, but is {smoothing}")
         self.beta = beta
         self.smoothing = smoothing

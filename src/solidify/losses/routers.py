@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,14 @@ class _OnProbabilities:
 
     `scores` (`softmax`, `sigmoid`, `sqrt_softplus`; default: as the weights show that routers return, else softmax) is
     remembered once shown. P is a token's scores divided by their sum (for sigmoid: DeepSeek-V3, arXiv 2412.19437,
-    eq. 19).
+    eq. 19). `routers` names the routers of a module of your own, by one pattern or several; the others are found by
+    transformers' own record.
     """
 
-    captures: ClassVar[dict[str, Capture]] = {"router": ROUTERS}
+    captures: Mapping[str, Capture] = MappingProxyType({"router": ROUTERS})
 
-    def __init__(self, scores: str | None = None) -> None:
+    def __init__(self, scores: str | None = None, routers: str | Sequence[str] | None = None) -> None:
+        self.captures = _looking(self.captures, routers)
         if scores is not None and scores not in SCORES:
             raise ObjectiveError(f"a router's scores are one of {', '.join(SCORES)}, but not {scores!r}")
         self.scores = scores
@@ -55,15 +58,16 @@ class LoadBalance(_OnProbabilities):
     all, as in AdaMoE (arXiv 2406.13233, section 3.3), so that only real experts are told apart. Statistic.
     """
 
-    captures: ClassVar[dict[str, Capture]] = {
-        "router": ROUTERS,
-        "trash": Capture(class_name="TrashCan", optional=True),
-    }
+    captures: Mapping[str, Capture] = MappingProxyType(
+        {"router": ROUTERS, "trash": Capture(class_name="TrashCan", optional=True)}
+    )
 
-    def __init__(self, null_experts: int = 0, scores: str | None = None) -> None:
-        super().__init__(scores)
-        if null_experts < 0:
-            raise ObjectiveError(f"load_balance: null_experts is not negative, but is {null_experts}")
+    def __init__(
+        self, null_experts: int = 0, scores: str | None = None, routers: str | Sequence[str] | None = None
+    ) -> None:
+        super().__init__(scores, routers)
+        if isinstance(null_experts, bool) or not isinstance(null_experts, int) or null_experts < 0:
+            raise ObjectiveError(f"load_balance: null_experts is not negative and whole, but is {null_experts!r}")
         self.null_experts = null_experts
 
     def statistics(
@@ -107,11 +111,14 @@ class LoadBalance(_OnProbabilities):
 class RouterZ:
     """`mean over tokens of logsumexp(router logits)²`, averaged over layers (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    Statistic, linear. Refused for routers that return probabilities, whose logsumexp says nothing.
+    Statistic, linear. Refused for routers that return probabilities, whose logsumexp says nothing. `routers` as in the
+    other terms.
     """
 
-    captures: ClassVar[dict[str, Capture]] = {"router": ROUTERS}
     linear = True
+
+    def __init__(self, routers: str | Sequence[str] | None = None) -> None:
+        self.captures = _looking({"router": ROUTERS}, routers)
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens (layers,)."""
@@ -138,8 +145,10 @@ class RouterEntropy(_OnProbabilities):
 
     linear = True
 
-    def __init__(self, direction: str = "sharpen", scores: str | None = None) -> None:
-        super().__init__(scores)
+    def __init__(
+        self, direction: str = "sharpen", scores: str | None = None, routers: str | Sequence[str] | None = None
+    ) -> None:
+        super().__init__(scores, routers)
         if direction not in ("sharpen", "spread"):
             raise ObjectiveError(f"router_entropy: direction is sharpen or spread, but is {direction!r}")
         self.direction = direction
@@ -174,6 +183,11 @@ class RouterMutualInformation(_OnProbabilities):
         """Returns minus the mutual information in nats, averaged over layers."""
         total: torch.Tensor = (means[:, -1] - torch.special.entr(means[:, :-1]).sum(-1)).mean()
         return total
+
+
+def _looking(captures: Mapping[str, Capture], routers: str | Sequence[str] | None) -> dict[str, Capture]:
+    """Returns captures with the routers found by name, where they are named."""
+    return {**captures, **({"router": Capture(modules=routers)} if routers is not None else {})}
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:

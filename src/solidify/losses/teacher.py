@@ -125,6 +125,7 @@ class CachedKL:
     """
 
     reduction = "token_sum"
+    decoders_only = True  # its columns stand beside the tokens that a decoder reads
     columns: ClassVar[tuple[str, ...]] = COLUMNS
 
     def __call__(self, logits: torch.Tensor, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:

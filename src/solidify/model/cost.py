@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,25 +12,33 @@ from transformers.pytorch_utils import Conv1D
 
 from solidify.model import anatomy, operations
 
+# How modules call the number of experts that a token is sent to.
+_TOP_K = ("top_k", "topk", "k", "num_experts_per_tok", "moe_top_k", "num_selected_experts", "top_k_experts")
+
 
 @dataclass(frozen=True)
 class Cost:
     """Parameters, bytes on disk, bytes in memory once loaded, and FLOPs of one token's way through all matrices.
 
     On disk are parameters and saved buffers, each shared tensor once; in memory also the buffers that are computed. A
-    matrix of n numbers costs 2n FLOPs per token; of experts counts the share that the router picks. Attention scores
-    (which grow with the sequence), embeddings looked up and norms are not counted. A skipped expert slot (a trash can)
-    is not known before running, so what is counted is the most.
+    matrix of n numbers costs 2n FLOPs per token; of experts counts the share that the router picks, as the module that
+    holds them says (`top_k` or a name like it, of its own or of its router), or else the configuration. Attention
+    scores (which grow with the sequence), embeddings looked up and norms are not counted. A skipped expert slot (a
+    trash can) is not known before running, so what is counted is the most.
+
+    `uncertain` names stacks of matrices in modules of the user's of which nothing says how many a token uses: all are
+    counted, and `flops_per_token` is then the most that it can be.
     """
 
     parameters: int
     bytes: int
     memory: int
     flops_per_token: int
+    uncertain: tuple[str, ...] = ()
 
-    def document(self) -> dict[str, int]:
+    def document(self) -> dict[str, Any]:
         """Returns the figures as plain values."""
-        return asdict(self)
+        return {**asdict(self), "uncertain": list(self.uncertain)}
 
 
 def cost(model: PreTrainedModel) -> Cost:
@@ -42,34 +52,97 @@ def cost(model: PreTrainedModel) -> Cost:
         size + sum(buffer.nbytes for name, buffer in buffers.items() if name not in computed),
         size + sum(buffer.nbytes for buffer in buffers.values()),
         sum(flops(model).values()),
+        tuple(dict.fromkeys(name for name, stack in _stacks(model).items() if stack.picked is None)),
     )
 
 
 def flops(model: PreTrainedModel) -> dict[str, int]:
     """Returns for every module the FLOPs per token of the matrices that it holds itself."""
-    return {name: _flops(model, name, module) for name, module in model.named_modules()}
+    stacks = _stacks(model)
+    return {name: _flops(stacks, name, module) for name, module in model.named_modules()}
 
 
-def _flops(model: PreTrainedModel, name: str, module: nn.Module) -> int:
+@dataclass(frozen=True)
+class _Stack:
+    """Matrices of one shape side by side, of which a token uses `picked` of `size`; None where nothing says so."""
+
+    size: int
+    picked: int | None
+
+    def share(self) -> float:
+        """Returns the share that is counted."""
+        return (self.picked if self.picked is not None else self.size) / self.size
+
+
+def _flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> int:
     if isinstance(module, nn.Embedding):
         return 0
-    number, chosen = experts(operations.enclosing_config(model, name))
+    above = [stacks[outer] for outer in _outer(name) if outer in stacks]  # a list of experts that it stands in
+    share = min((stack.share() for stack in above), default=1.0)
     if isinstance(module, (nn.Linear, Conv1D)):
-        return int(2 * module.weight.numel() * (chosen / number if _is_expert(model, name, number) else 1))
+        return int(2 * module.weight.numel() * share)
     total = 0
-    for parameter in module.parameters(recurse=False):
+    for key, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 2:
-            total += 2 * parameter.numel()
+            total += int(2 * parameter.numel() * share)
         elif parameter.ndim == 3:
-            total += int(2 * parameter.numel() * (chosen / number if number == parameter.shape[0] else 1))
+            own = stacks.get(f"{name}.{key}".lstrip("."))
+            total += int(2 * parameter.numel() * (own.share() if own is not None else share))
     return total
 
 
-def _is_expert(model: PreTrainedModel, name: str, number: int) -> bool:
-    """Returns whether a module stands in a list of as many experts as there are, below the list of layers."""
+def _outer(name: str) -> list[str]:
     parts = name.split(".")
-    lists = [model.get_submodule(".".join(parts[:place])) for place, part in enumerate(parts) if part.isdigit()]
-    return number > 1 and any(isinstance(each, nn.ModuleList) and len(each) == number for each in lists[1:])
+    return [".".join(parts[:place]) for place in range(1, len(parts))]
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, _Stack]:
+    """Finds what may be experts: lists of equal modules within a layer, and parameters with three dimensions."""
+    found: dict[str, _Stack] = {}
+    for name, module in model.named_modules():
+        sizes = {name: len(module)} if isinstance(module, nn.ModuleList) and _side_by_side(name, module) else {}
+        sizes |= {
+            f"{name}.{key}".lstrip("."): parameter.shape[0]
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3
+        }
+        for place, size in sizes.items():
+            holder = name if place != name else name.rpartition(".")[0]
+            if (stack := _stack(model, holder, size)) is not None:
+                found[place] = stack
+    return found
+
+
+def _side_by_side(name: str, modules: nn.ModuleList) -> bool:
+    kinds = {(type(m), tuple((k, p.shape) for k, p in m.named_parameters())) for m in modules}
+    return len(modules) > 1 and len(kinds) == 1 and any(part.isdigit() for part in name.split("."))
+
+
+def _stack(model: PreTrainedModel, holder: str, size: int) -> _Stack | None:
+    """Judges a stack by what holds it; None for one that is no stack of experts, as far as anybody says."""
+    number, chosen = experts(operations.enclosing_config(model, f"{holder}.experts"))
+    near = [model.get_submodule(name) for name in (holder, holder.rpartition(".")[0])]
+    if size == number and not any(map(_users, near)):  # a family's own block, whatever stands around it
+        return _Stack(size, chosen)
+    users = False
+    for outer in [holder, *reversed(_outer(holder))]:
+        if outer.rpartition(".")[2].isdigit() and outer != holder:
+            break  # the layer: what stands around it is about all layers
+        module = model.get_submodule(outer)
+        own = _users(module)
+        users = users or own
+        for each in (module, *module.children()) if own else ():
+            for key in _TOP_K:
+                value = vars(each).get(key)
+                if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= size:
+                    return _Stack(size, value)
+    if size == number:
+        return _Stack(size, chosen)
+    return _Stack(size, None) if users else None
+
+
+def _users(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith(("torch.", "transformers.models.", "transformers.integrations."))
 
 
 def experts(config: PreTrainedConfig) -> tuple[int, int]:

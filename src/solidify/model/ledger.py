@@ -58,3 +58,31 @@ def origins(keys: Iterable[str], edits: Sequence[Record]) -> tuple[dict[str, str
         now |= {new: before.get(old) for new, old in edit["kept"].items()}
         now |= dict.fromkeys(edit["new"], None)
     return now, dropped
+
+
+def counts(keys: Iterable[str], edits: Sequence[Record]) -> dict[str, int]:
+    """Counts what became of the base's tensors: `kept`, `new` and `dropped`; `keys` are the tensors' names after.
+
+    It is the one count that plan, run, card and diff show.
+    """
+    kept: set[str] = set()
+    new = 0
+    for key in keys:
+        origin = _before(key, edits)
+        kept |= {origin} if origin is not None else set()
+        new += origin is None
+    gone: set[str] = set()
+    for place, edit in enumerate(edits):
+        origins_ = (_before(name, edits[:place]) for name in edit["dropped"])
+        gone |= {origin for origin in origins_ if origin is not None}
+    return {"kept": len(kept), "new": new, "dropped": len(gone - kept)}
+
+
+def _before(key: str, edits: Sequence[Record]) -> str | None:
+    """Returns the name that a tensor had before some edits; None for one that an edit made."""
+    for edit in reversed(edits):
+        if key in edit["kept"]:
+            key = edit["kept"][key]
+        elif key in edit["new"]:
+            return None
+    return key

@@ -6,6 +6,7 @@ All or nothing: when any replacement is refused, the model is left as it was. Wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 
 from solidify import foreign
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, contract, control, declaring, initial, operations
+from solidify.model import anatomy, contract, control, declaring, initial, operations, provenance
 from solidify.model.control import Control
+from solidify.model.provenance import Original
 from solidify.model.transaction import transaction
 from solidify.weights import mapped, spilling
 
@@ -53,8 +55,8 @@ class Edit:
     `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
     `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
     the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
-    live on nowhere. Names are full. `frozen` names, relative to the module, the parameters that it froze itself while
-    it left others trainable.
+    live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new. Names
+    are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others trainable.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Edit:
     declares: dict[str, bool] = field(default_factory=dict)
     records: bool = False
     control: dict[str, float] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
     @property
     def new_class(self) -> str:
@@ -215,6 +218,7 @@ class _Replacing:
         self.faults: list[str] = []
         self.built: dict[str, nn.Module] = {}
         self.originals: dict[str, tuple[nn.Module, object]] = {}
+        self.descents: dict[object, dict[str, str] | None] = {}
 
     def build(self, names: Sequence[str]) -> list[Edit]:
         """Builds a replacement for every place; the model still holds the originals."""
@@ -222,7 +226,7 @@ class _Replacing:
         for name in names:
             original = self.model.get_submodule(name)
             self.originals[name] = (original, control.kind_of(original))
-            old = _Old.of(original, with_values=not self.before.large)
+            old = Original.of(original, with_values=not self.before.large)
             first = next(iter(self.built.values()), None)
             new = first if self.shared and first is not None else _build(self.model, name, original, self)
             if self.weights is not None:
@@ -234,7 +238,7 @@ class _Replacing:
                 mapped.release([original, new])
         return edits
 
-    def _examine(self, name: str, old: _Old, new: nn.Module) -> Edit:
+    def _examine(self, name: str, old: Original, new: nn.Module) -> Edit:
         """Probes one replacement and writes its record."""
         call = self.before.calls.get(name)
         identical, bypass = False, False
@@ -250,7 +254,8 @@ class _Replacing:
             if not faults and isinstance(new, Bypassing) and not self.shared:  # one module cannot be several originals
                 bypass = _bypass_is_exact(name, new, call, faults)
             self.faults += faults
-        tensors, dropped = _ledger(name, old, new)
+        traced = self._traced(name, old, new)
+        tensors, dropped, unknown = old.ledger(name, new, traced)
         return Edit(
             name=name,
             old_class=old.kind,
@@ -267,24 +272,34 @@ class _Replacing:
             bypass=bypass,
             operation="share" if self.shared else "replace",
             declares=self.declares,
+            unknown=unknown,
         )
 
+    def _traced(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
+        """Returns which tensors of the original the new module took over; None where that cannot be told."""
+        if self.weights is not None or (self.shared and self.built):
+            return {}
+        if not old.open_questions(new):
+            return {}
+        original, kind = self.originals[name]
+        supplied = supplied_to(self.module)
+        key = (kind, operations.layer_index(self.model, name) if "layer_idx" in supplied else None)
+        if key not in self.descents:
+            self.descents[key] = provenance.trace(original, lambda stand_in: self._again(name, stand_in))
+        return self.descents[key]
 
-@dataclass(frozen=True)
-class _Old:
-    """What an original held before any code of the user's ran: its tensors, and, of a small model, their values."""
-
-    kind: str
-    parameters: int
-    tensors: dict[str, torch.Tensor]
-    values: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, original: nn.Module, *, with_values: bool) -> _Old:
-        """Looks at an original."""
-        state = original.state_dict(keep_vars=True)
-        values = {key: t.detach().clone() for key, t in state.items() if not t.is_meta} if with_values else {}
-        return cls(type(original).__name__, anatomy.count(original.parameters()), dict(state), values)
+    def _again(self, name: str, stand_in: nn.Module) -> nn.Module:
+        """Builds the replacement for one place once more, for another module than the one that stands there."""
+        give: dict[str, Any] = {
+            "config": copy.deepcopy(operations.enclosing_config(self.model, name)),
+            "layer_idx": operations.layer_index(self.model, name),
+            "original": stand_in,
+        }
+        with under(self.model.dtype), torch.device("cpu"), torch.no_grad():
+            new = self.module(**{key: give[key] for key in supplied_to(self.module)}, **copy.deepcopy(self.arguments))
+            if isinstance(new, Adopting):
+                new.adopt(stand_in)
+        return new
 
 
 def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, tuple[nn.Module, object]]) -> list[Edit]:
@@ -428,28 +443,6 @@ def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: lis
     if not exact:
         faults.append(f"{name}: {type(new).__name__} has `bypass`, but with it the output is not the original's")
     return exact
-
-
-def _ledger(name: str, old: _Old, new: nn.Module) -> tuple[dict[str, str | None], tuple[str, ...]]:
-    """Finds for every tensor of the replacement the tensor of the original that it equals bit for bit."""
-    tensors: dict[str, str | None] = {}
-    for key, tensor in new.state_dict(keep_vars=True).items():
-        candidates = [key, *(k for k in old.tensors if key.endswith("." + k)), *old.tensors]
-        origin = next((k for k in candidates if k in old.tensors and _same(old, k, tensor)), None)
-        tensors[f"{name}.{key}"] = None if origin is None else f"{name}.{origin}"
-    used = {origin for origin in tensors.values() if origin is not None}
-    return tensors, tuple(f"{name}.{key}" for key in old.tensors if f"{name}.{key}" not in used)
-
-
-def _same(old: _Old, key: str, tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor is an original's, with the values that this had before any code of the user's ran."""
-    before = old.values.get(key, old.tensors[key])
-    if tensor is old.tensors[key]:
-        return before is tensor or (before.shape == tensor.shape and torch.equal(before, tensor))
-    if before.is_meta or tensor.is_meta or before.shape != tensor.shape or before.dtype != tensor.dtype:
-        return False
-    # A constant tensor (a fresh bias of zeros, say) equals every other such: that is no sign of descent.
-    return torch.equal(before, tensor) and tensor.numel() > 1 and bool((tensor != tensor.reshape(-1)[0]).any())
 
 
 def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:

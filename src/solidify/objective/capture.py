@@ -8,7 +8,7 @@ recomputation during the backward pass (gradient checkpointing) counts nothing t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -25,7 +25,7 @@ from solidify.model import anatomy
 
 @dataclass(frozen=True)
 class Capture:
-    """Which modules a term looks at: by name pattern, by class name, or as the model itself records them.
+    """Which modules a term looks at: by name pattern (or several), by class name, or as the model itself records them.
 
     Exactly one of `modules`, `class_name` and `records` is given. `records` is a key of the model's
     `_can_record_outputs` (`router_logits`, `attentions`). `of` says whether their `output` or their `input` (the first
@@ -33,7 +33,7 @@ class Capture:
     `optional` allows that there are none; `count` says how many there must be.
     """
 
-    modules: str | None = None
+    modules: str | Sequence[str] | None = None
     class_name: str | None = None
     records: str | None = None
     of: str = "output"
@@ -47,6 +47,16 @@ class Capture:
             raise ObjectiveError(f"a Capture is `of` the output or the input of modules, but not of {self.of!r}")
         if sum(way is not None for way in (self.modules, self.class_name, self.records)) != 1:
             raise ObjectiveError("a Capture names modules in exactly one way: modules, class_name or records")
+        patterns = self._patterns()
+        if self.modules is not None and not (patterns and all(isinstance(each, str) for each in patterns)):
+            raise ObjectiveError(
+                f"a Capture names modules by one pattern or a list of them, but not by {self.modules!r}"
+            )
+
+    def _patterns(self) -> list[Any]:
+        if isinstance(self.modules, (list, tuple)):
+            return list(self.modules)
+        return [self.modules]
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns what stands at the places meant, by name.
@@ -56,22 +66,37 @@ class Capture:
         """
         places = {place.name: place for place in standing.modules(model)}
         if self.modules is not None:
-            names = anatomy.match(self.modules, places)[self.modules]
+            hits = anatomy.match(self._patterns(), places)
+            names = list(dict.fromkeys(name for found in hits.values() for name in found))
+            missed = [pattern for pattern, found in hits.items() if not found]
+            if missed and not self.optional:
+                raise ObjectiveError(
+                    f"a loss term looks into {', '.join(missed)}, but the model has none; "
+                    f"{anatomy.suggestions(missed[0], places)}"
+                )
         elif self.records is not None:
             classes = tuple(recorded(model, self.records))
             names = [name for name, place in places.items() if isinstance(place.inner, classes)]
         else:
             names = [name for name, place in places.items() if type(place.inner).__name__ == self.class_name]
         found = {name: places[name].called for name in names}
-        what = self.modules or self.class_name or f"modules that record {self.records}"
+        what = ", ".join(self._patterns()) if self.modules else self.class_name or f"modules that record {self.records}"
         if not found and not self.optional:
-            raise ObjectiveError(f"a loss term looks into {what}, but the model has none")
+            raise ObjectiveError(f"a loss term looks into {what}, but the model has none{self._remedy()}")
         if self.count is not None and len(found) != self.count:
             raise ObjectiveError(
                 f"a loss term was promised {self.count} of {what}, but the model has {len(found)}: "
                 f"{', '.join(list(found)[:8])}"
             )
         return found
+
+    def _remedy(self) -> str:
+        if self.records is None:
+            return ""
+        return (
+            "; name the modules that return them (routers: `routers` in the term's arguments), because only "
+            "transformers' own classes are recorded by themselves"
+        )
 
 
 def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:

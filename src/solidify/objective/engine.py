@@ -22,14 +22,22 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from solidify.errors import ObjectiveError
+from solidify.errors import ObjectiveError, refuse
 from solidify.objective import window as windowing
 from solidify.objective.capture import Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.passes import Passes
 from solidify.objective.sanity import Sanity
-from solidify.objective.supply import Head, Reference, Supply, decoder_captures, decoder_output, is_decoder
-from solidify.objective.term import REFERENCE, Part
+from solidify.objective.supply import (
+    Head,
+    Reference,
+    Supply,
+    decoder_captures,
+    decoder_output,
+    is_decoder,
+    shifts_labels,
+)
+from solidify.objective.term import REFERENCE, SHIFTS, Binding, Part
 from solidify.objective.window import Counts, Window
 
 _HIDDEN = {"hidden_states", "head"}
@@ -72,10 +80,16 @@ class ObjectiveEngine:
         self.step = 0
         self.sanity = Sanity(objective)
         self._runs: Runs = runs or Passes(model)
+        self._shifts = shifts_labels(model)
+        if not self._shifts:
+            refuse(ObjectiveError, "the labels of this model stand where they are predicted", _unshifted(objective))
         self._reference = Reference(objective, model) if objective.asks_reference else None
         wanted: dict[Any, Any] = dict(objective.captures)
         if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self._runs.builds_logits):
             wanted |= decoder_captures(model)
+        for term in objective.terms:
+            if isinstance(term.subject, Binding):
+                term.subject.bind(model)
         self._recorder: Recorder[Any] = Recorder(model, wanted)
         self._window: Window | None = None
         self._unmeasured: list[Mapping[str, Any]] = []
@@ -228,14 +242,16 @@ class ObjectiveEngine:
         inputs = self._runs.view(batch)
         mask = inputs.get("attention_mask")
         tokens = inputs.get("input_ids", inputs.get("labels"))
+        attended = mask.bool() if mask is not None and mask.ndim == 2 else mask
         if mask is None or mask.ndim != 2:
             mask = torch.ones_like(tokens) if tokens is not None else None
         given: dict[Any, Any] = {
             "model": self.model,
             "inputs": inputs,
             "labels": inputs.get("labels"),
-            "attention_mask": inputs.get("attention_mask"),
-            "mask": mask.reshape(-1) if mask is not None else None,
+            "attention_mask": attended,
+            "mask": mask.reshape(-1).bool() if mask is not None else None,
+            SHIFTS: self._shifts,
             **{key: value for key, value in seen.items() if not is_decoder(key)},
         }
         makers: dict[Any, Any] = {}
@@ -250,11 +266,20 @@ class ObjectiveEngine:
         elif decoded is not None:
             makers["logits"] = lambda: _over_rows(given["head"], given["hidden_states"])
         if self._reference is not None:
-            plain = {k: v for k, v in self._for_model(inputs).items() if k not in ("labels", "num_items_in_batch")}
+            plain = {k: v for k, v in self._for_model(inputs).items() if k != "num_items_in_batch"}
             referred = cache(partial(self._reference.run, plain, self._recorder))
             for key in (*self.objective.reference_captures, *REFERENCE):
                 makers[key] = partial(_item, referred, key)
         return Supply(given, makers)
+
+
+def _unshifted(objective: Objective) -> list[str]:
+    """Names the terms that know only labels that stand one position later."""
+    return [
+        f"{term.name} reads columns beside the labels of a decoder-only model, and nothing else"
+        for term in objective.terms
+        if getattr(term.subject, "decoders_only", False)
+    ]
 
 
 @contextmanager

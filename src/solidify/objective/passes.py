@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.objective.supply import without_logits
+from solidify.objective.supply import encodes_and_decodes, without_logits, without_loss
 from solidify.objective.window import Counts, Window, count
 
 
@@ -82,8 +82,7 @@ class Passes:
         plain: Any = standing.plain_model(model)
         # The rule of transformers' Trainer (5.23, trainer.py) for whether the model shifts labels by itself.
         loss_function = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
-        encoder_decoder = getattr(getattr(plain, "config", None), "is_encoder_decoder", False)
-        self.shifts = loss_function is ForCausalLMLoss and not encoder_decoder
+        self.shifts = loss_function is ForCausalLMLoss and not encodes_and_decodes(plain)
         parameters = inspect.signature(plain.forward).parameters
         self._accepts = "num_items_in_batch" in parameters or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
@@ -112,8 +111,8 @@ class Passes:
             ObjectiveError: the model's loss is wanted, but the batch has no labels.
         """
         if "loss" not in needs:
-            given = batch if needs & {"logits", "outputs"} else without_logits(self.model, batch)
-            return None, self.model(**{k: v for k, v in given.items() if k != "labels"})
+            given = (without_loss if needs & {"logits", "outputs"} else without_logits)(self.model, batch)
+            return None, self.model(**given)
         if batch.get("labels") is None:
             raise ObjectiveError("the objective has the term 'model', but the batch has no labels, so there is no loss")
         if self._scaling is None and counts.target_tokens and self._accepts:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from solidify.adapter import standing
 from solidify.adapter.adapters import switched_off
@@ -20,6 +21,7 @@ from solidify.objective.objective import Objective
 
 DECODER = ("", "decoder")  # how the keys begin under which the decoder's output is captured
 
+_DECODED = ("decoder_input_ids", "decoder_inputs_embeds")  # what a decoder reads, as transformers calls it
 _KEEP = "logits_to_keep"  # how transformers' causal models are told for how many positions to build logits
 
 
@@ -72,13 +74,16 @@ class Head:
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Maps hidden states (n, hidden_size) to logits (n, vocab_size)."""
         given = self._kind(last_hidden_state=rows[None])
-        ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+        if encodes_and_decodes(self._plain):
+            asked = {"encoder_outputs": given}  # so that no encoder runs
+        else:
+            asked = {"input_ids": torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)}
         with (
             _returning(self._decoder, given),
             self._autocast(rows),
             self._recorder.paused() if self._recorder else nullcontext(),
         ):
-            logits: torch.Tensor = self._plain.forward(input_ids=ids).logits
+            logits: torch.Tensor = self._plain.forward(**asked).logits
         return logits[0]
 
     def _autocast(self, rows: torch.Tensor) -> AbstractContextManager[Any]:
@@ -144,11 +149,40 @@ def is_decoder(key: Any) -> bool:
     return isinstance(key, tuple) and key[: len(DECODER)] == DECODER
 
 
+def without_loss(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns inputs with which a model computes no loss of its own: without labels.
+
+    An encoder-decoder makes what its decoder reads of the labels: it is made here, by the model's own method; of a
+    family that has none (Whisper), the labels stay, and what it returns beside its outputs is not used.
+    """
+    plain: Any = standing.plain_model(model)
+    kept = {key: value for key, value in inputs.items() if key != "labels"}
+    labels = inputs.get("labels")
+    if not encodes_and_decodes(plain) or labels is None or any(kept.get(key) is not None for key in _DECODED):
+        return kept
+    make = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
+    return {**kept, "decoder_input_ids": make(labels=labels)} if make is not None else {**kept, "labels": labels}
+
+
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns inputs with which a model builds logits of one position only, where it can be told so, and no loss."""
     plain: Any = standing.plain_model(model)
-    kept = {key: value for key, value in inputs.items() if key != "labels"}
+    kept = without_loss(model, inputs)
     return {**kept, _KEEP: 1} if _KEEP in inspect.signature(plain.forward).parameters else kept
+
+
+def encodes_and_decodes(model: nn.Module) -> bool:
+    """Returns whether a decoder of the model reads what an encoder of it made of the inputs."""
+    return bool(getattr(getattr(standing.plain_model(model), "config", None), "is_encoder_decoder", False))
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Returns whether a position's label stands at the next one, as in decoders, and not where it is predicted.
+
+    The rule of transformers' Trainer (5.23, trainer.py), but a model that names no loss is taken for a decoder.
+    """
+    loss = LOSS_MAPPING.get(getattr(standing.plain_model(model), "loss_type", None), ForCausalLMLoss)
+    return loss is ForCausalLMLoss and not encodes_and_decodes(model)
 
 
 class Reference:
@@ -175,7 +209,7 @@ class Reference:
         if not self._own and device not in (None, next(self.model.parameters()).device):
             self.model.to(device)
         logits_asked = self._objective.asks_for("reference_logits")
-        given = dict(inputs) if logits_asked else without_logits(self.model, inputs)
+        given = (without_loss if logits_asked else without_logits)(self.model, inputs)
         with torch.no_grad(), anatomy.evaluation(self.model), recorder.paused(), self._switched():
             own: Recorder[Any] = Recorder(self.model, self._wanted)  # what stands at a name may differ, switched off
             try:

@@ -20,7 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective import memory, weights
 from solidify.objective.capture import Capture
@@ -34,6 +36,10 @@ REDUCTIONS = ("token_sum", "token_mean", "sequence_mean", "statistic", "constant
 REFERENCE = ("reference_logits", "reference_hidden_states", "reference_head")
 OF_DATA = ("inputs", "labels", "attention_mask", "outputs", "logits", "hidden_states", "head", *REFERENCE, "mask")
 SUPPLIED = ("model", *OF_DATA)
+SHIFTS = "shifts"  # in a supply: whether a position's label stands at the next one
+
+# What has one entry for each position of a row, and what stands where a row is longer than it was.
+_BY_POSITION = {"labels": -100, "logits": 0, "hidden_states": 0, "reference_logits": 0, "reference_hidden_states": 0}
 
 
 @runtime_checkable
@@ -56,6 +62,14 @@ class Acting(Protocol):
         """Acts on the window's means; `step` counts from 1, `steps` is the planned number."""
 
 
+@runtime_checkable
+class Binding(Protocol):
+    """A term that judges the model that it is bound to, before anything is computed."""
+
+    def bind(self, model: nn.Module) -> None:
+        """Raises ObjectiveError when the term could not work on the model."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What one term gave for one micro-batch: its weighted share with graph, and its share as a number without."""
@@ -69,8 +83,8 @@ class Term:
 
     A function's parameters that are named like one of these are supplied; all others come from `arguments`.
 
-    - `model`; `inputs`, `labels`, `attention_mask` of the micro-batch; `mask`, its attended tokens, flattened
-      (batch_size * sequence_length,);
+    - `model`; `inputs`, `labels` of the micro-batch; `attention_mask`, boolean where it has two dimensions; `mask`, the
+      attended tokens, boolean and flattened (batch_size * sequence_length,);
     - `outputs`, `logits` (batch_size, sequence_length, vocab_size);
     - `hidden_states` (batch_size, sequence_length, hidden_size), the decoder's last, and `head`, which makes logits of
       any rows of them: then no logits are built that nobody asks for;
@@ -79,8 +93,10 @@ class Term:
     - a word of its `captures` (outputs of modules by name), or of its `reference_captures` (those of the reference).
 
     A class is built with `arguments` first. A `reduction` attribute says what kind of quantity is returned; without
-    one, a term that asks for no data is `constant`, any other `token_mean`. `weight` is a number, or moves
-    (`solidify.objective.weights`). With `statistics="micro_batch"` a statistic is taken over each micro-batch by
+    one, a term that asks for no data is `constant`, any other `token_mean`. A subject that compares each position with
+    the next label says `shifts = True`: of a model whose labels stand where they are predicted (an encoder-decoder, a
+    masked model) it gets them one position later, and everything else one position longer. `weight` is a number, or
+    moves (`solidify.objective.weights`). With `statistics="micro_batch"` a statistic is taken over each micro-batch by
     itself: cheaper, and then it does depend on the split.
     """
 
@@ -122,10 +138,8 @@ class Term:
             if not callable(loss):
                 raise ObjectiveError(f"the term {self.name} is a {type(loss).__name__}, which cannot be called")
             return loss
-        try:
+        with foreign.calling(f"the term {self.name} cannot be built", ObjectiveError):
             return loss(**arguments)
-        except (TypeError, ValueError) as error:
-            raise ObjectiveError(f"the term {self.name} cannot be built: {error}") from error
 
     def _bind(self, loss: Any, arguments: dict[str, Any]) -> set[str]:
         """Returns what the term asks to be supplied with; refuses parameters that nobody gives."""
@@ -200,6 +214,8 @@ class Term:
         """Calls the term (or its `statistics`) with what it asks for; `supply` holds captures by (term, word)."""
         own = {*self.captures, *self.reference_captures}
         given = {key: supply[(self.name, key)] if key in own else supply[key] for key in self.asks}
+        if getattr(self.subject, "shifts", False) and not supply.get(SHIFTS, True):
+            given = {key: _one_later(key, value) for key, value in given.items()}
         result = self.function(**given, **self.arguments)
         if not isinstance(result, torch.Tensor):
             raise ObjectiveError(f"the term {self.name} returned a {type(result).__name__}, not a tensor")
@@ -241,6 +257,14 @@ class Term:
         moved = means.to(sums) + (sums - sums.detach()) / window.attended_tokens
         total: torch.Tensor = self.subject.value(moved)
         return window.ranks * (total - total.detach()) + share * total.detach()
+
+
+def _one_later(key: str, value: Any) -> Any:
+    """Lays out what is supplied so that labels stand one position later, for a term that shifts them itself."""
+    if key not in _BY_POSITION or value is None:
+        return value
+    width = (1, 0) if key == "labels" else (0, 0, 0, 1)
+    return F.pad(value, width, value=_BY_POSITION[key])
 
 
 def _name(loss: Any) -> str:

@@ -9,11 +9,17 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import DataCollatorForSeq2Seq
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from solidify import console
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
+from solidify.objective.supply import shifts_labels
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row
@@ -71,6 +77,25 @@ def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: 
         places.append([str(path) for path in paths])
     refuse(DataError, f"{file} names images that do not exist", few(missing))
     return {IMAGES: places}
+
+
+def refuse_untaught(model: nn.Module) -> None:
+    """Raises DataError for a model whose labels are not the tokens that come next, which is all that text gives."""
+    if not _reads_on(model):
+        raise DataError(
+            "data: text teaches causal language models and those that read images beside it, and "
+            f"{type(model).__name__} is neither: its labels are no next tokens; train it from Python with "
+            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to build "
+            "it"
+        )
+
+
+def _reads_on(model: nn.Module) -> bool:
+    """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    known = not kinds or any(kind.__name__ in listed for kind in kinds)
+    return known and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
 
 
 def few(faults: Sequence[str]) -> list[str]:

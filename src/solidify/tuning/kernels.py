@@ -111,7 +111,12 @@ class Switched:
         for name, reason in self.left.items():
             names.setdefault(reason, []).append(name)
         kept = "".join(f"; left: {', '.join(anatomy.fold(each))} ({reason})" for reason, each in names.items())
-        return Finding("kernels are on", True, f"Liger's forward in {told}{kept}")
+        on = all(
+            _same_code(vars(module).get(key), value)
+            for module, attributes in self._swaps
+            for key, value in attributes.items()
+        )
+        return Finding("kernels are on", on, f"Liger's forward in {told}{kept}")
 
     def verify(self, loss: Callable[[], torch.Tensor], dtype: torch.dtype = torch.float32) -> Finding:
         """Computes a loss with and without the kernels, on the same random numbers and without a graph.
@@ -331,6 +336,10 @@ def _fold(path: str) -> str:
 
 def _within(inner: str, outer: str) -> bool:
     return inner.startswith(f"{outer}.")
+
+
+def _same_code(one: Any, other: Any) -> bool:
+    return getattr(one, "__func__", one) is getattr(other, "__func__", other)
 
 
 def _bound(value: Any, module: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
 from solidify.objective.passes import Scaling, measure_scaling, nothing, share
-from solidify.objective.supply import without_logits
+from solidify.objective.supply import without_logits, without_loss
 from solidify.objective.window import Counts, Window, count
 
 
@@ -46,8 +46,8 @@ class TrainerRuns:
         """Runs the model once; returns its own loss as the window's share (None if unasked for), and its outputs."""
         inputs = self.view(batch)
         if "loss" not in needs:
-            given = inputs if needs & {"logits", "outputs"} else without_logits(self.model, inputs)
-            return None, self.model(**{k: v for k, v in given.items() if k != "labels"})
+            given = (without_loss if needs & {"logits", "outputs"} else without_logits)(self.model, inputs)
+            return None, self.model(**given)
         if inputs.get("labels") is None:
             raise ObjectiveError("the objective has the term 'model', but the batch has no labels, so there is no loss")
         if self.scaling is None and counts.target_tokens:

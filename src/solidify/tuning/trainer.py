@@ -226,10 +226,13 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self.trainer.engine.steps = state.max_steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ends the step, and shows what was found in the first one."""
+        """Ends the step, shows what was found in the first one, and has the last one logged."""
         numbers = self.trainer.after_step()
         if state.global_step == 1 and state.is_world_process_zero:
             console.words.print(sanity_table(self.trainer.engine.sanity, numbers))
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if last and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,150 @@
+"""Tries an objective on a model that has no weights: what a training would refuse in its first step is refused here.
+
+The model is on the meta device. What terms look into is found by name, the forward pass gives shapes where it can run
+there, and every term is called once with made-up values of these shapes. Nothing is learned about the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify import foreign
+from solidify.errors import ObjectiveError, refuse
+from solidify.model import anatomy
+from solidify.objective.capture import Capture
+from solidify.objective.engine import ObjectiveEngine
+from solidify.objective.objective import Objective
+from solidify.objective.supply import Supply, decoder_output
+from solidify.objective.term import REFERENCE, SHIFTS, Term
+from solidify.objective.window import Counts, Window
+
+ROWS, LENGTH, WORDS = 2, 8, 8  # of the made-up batch; the words are those of a made-up head
+
+
+def rehearse(objective: Objective, model: nn.Module, *, steps: int = 0) -> None:
+    """Binds an objective to a model on the meta device and calls each term once; `steps` are those planned.
+
+    Objects of the terms remember this call: rehearse an objective that is not trained afterwards.
+
+    Raises:
+        ObjectiveError: the model has not what a term looks into, a weight cannot be computed, or a term refuses what it
+            would be given. All terms' faults are listed.
+    """
+    engine = ObjectiveEngine(objective, model, steps=steps)
+    try:
+        supply = _Seen(engine, model).supply()
+    finally:
+        engine.close()
+    found = [fault for term in objective.terms for fault in _faults(term, supply, steps)]
+    refuse(ObjectiveError, "the objective does not fit the model", list(dict.fromkeys(found)))
+
+
+def _faults(term: Term, supply: Mapping[Any, Any], steps: int) -> list[str]:
+    called = foreign.attempt(term.weight.at, 1, steps)
+    errors: list[Exception | None] = [called.error] if isinstance(called.error, ObjectiveError) else []
+    if not term.is_model and {*_asked(term)} <= {*supply}:
+        given = foreign.attempt(term.call, supply)
+        errors += [given.error] if _counts(term, given.error) else []
+        if term.is_statistic and given.value is not None:
+            judged = foreign.attempt(term.subject.value, given.value / (ROWS * LENGTH))
+            errors += [judged.error] if _counts(term, judged.error) else []
+    return [
+        str(e) if isinstance(e, ObjectiveError) else f"the term {term.name}: {foreign.said(e)}" for e in errors if e
+    ]
+
+
+def _asked(term: Term) -> list[Any]:
+    own = {*term.captures, *term.reference_captures}
+    return [(term.name, key) if key in own else key for key in term.asks]
+
+
+def _ours(term: Term) -> bool:
+    return type(term.subject).__module__.startswith("solidify.losses.")
+
+
+def _counts(term: Term, error: Exception | None) -> bool:
+    """Returns whether an error is the recipe's fault: made-up values may be no values for a term of the user's."""
+    if error is None or isinstance(error, ObjectiveError):
+        return error is not None
+    impossible = isinstance(error, NotImplementedError) or "meta" in str(error)
+    return _ours(term) and not impossible
+
+
+class _Seen:
+    """What a pass over a made-up batch on the meta device showed, made into values."""
+
+    def __init__(self, engine: ObjectiveEngine, model: nn.Module) -> None:
+        self._engine, self._model = engine, model
+        self._generator = torch.Generator().manual_seed(0)
+        self._ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+
+    def supply(self) -> Supply:
+        """Returns what terms may ask for, as far as it could be made."""
+        objective = self._engine.objective
+        mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+        given: dict[Any, Any] = {
+            "model": self._model,
+            "inputs": {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._ids},
+            "labels": self._ids,
+            "attention_mask": mask,
+            "mask": mask.reshape(-1),
+            SHIFTS: True,
+        }
+        logits, seen = self._pass()
+        given |= self._values(seen, objective.captures, self._model)
+        decoded = decoder_output(self._model, seen)
+        if decoded is not None:
+            given |= {"hidden_states": self._value(decoded[1][0]), "head": _head}
+        if logits is not None:
+            given["logits"] = self._value(logits)
+        reference = self._engine._reference
+        if reference is not None:
+            passed = foreign.attempt(reference.run, {"input_ids": self._ids.to("meta")}, self._engine._recorder)
+            shown = passed.value or {}
+            given |= self._values(shown, objective.reference_captures, reference.model)
+            given |= {k: _head if k == "reference_head" else self._value(shown[k]) for k in REFERENCE if k in shown}
+        return Supply(given, {})
+
+    def _pass(self) -> tuple[torch.Tensor | None, Mapping[Any, Any]]:
+        """Runs the model, and returns its logits and what was seen until it could not go on."""
+        engine = self._engine
+        needs = frozenset(word for word in ("outputs", "logits") if engine.objective.asks_for(word))
+        batch, nothing = {"input_ids": self._ids.to("meta")}, Counts(1, 1, 1)
+        with torch.no_grad(), anatomy.evaluation(self._model), engine._recorder.recording() as seen:
+            outcome = foreign.attempt(engine._runs.run, batch, needs, nothing, Window(1, 1, 1, 1))
+        output = outcome.value[1] if outcome.value is not None else None
+        return (output["logits"] if output is not None and "logits" in output else None), seen
+
+    def _values(self, seen: Mapping[Any, Any], wanted: Mapping[Any, Capture], model: nn.Module) -> dict[Any, Any]:
+        """Makes values of captures; of one that was cut short, none."""
+        return {
+            key: {name: self._value(each) for name, each in seen[key].items()}
+            for key, spec in wanted.items()
+            if key in seen and len(seen[key]) == len(spec.find(model))
+        }
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            parts = [self._value(each) for each in value]
+            shapes: list[torch.Size] = []
+            for place, part in enumerate(parts):
+                if isinstance(part, torch.Tensor) and part.is_floating_point():
+                    if part.shape in shapes:  # beside a router's logits: the weights of the experts that were chosen
+                        parts[place] = part.abs() * (part == part.amax(-1, keepdim=True))
+                    shapes.append(part.shape)
+            return tuple(parts)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_floating_point():
+            return torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
+        made = torch.rand(value.shape, generator=self._generator) - 0.5
+        return made.to(value.dtype).requires_grad_()
+
+
+def _head(rows: torch.Tensor) -> torch.Tensor:
+    """Stands for a model's head, which has no weights here."""
+    return rows[:, :1].expand(-1, WORDS)

@@ -1,0 +1,146 @@
+"""What was not looked at is never called proved: the four verdicts, where they come from and where they are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pico
+import solidify
+from pico import wrappers
+from solidify import cli, console, findings
+from solidify.artifact import sources
+from solidify.checks import check, gradients, roundtrip, structure
+from solidify.findings import Finding, Report
+from solidify.objective.objective import Objective, Term
+from solidify.objective.sanity import Sanity
+
+
+def four() -> list[Finding]:
+    return [
+        Finding("a", True, "x"),
+        Finding("b", False, "x"),
+        Finding("c", None, "x"),
+        Finding.unseen("d", "nobody was there"),
+    ]
+
+
+def test_a_finding_has_one_of_four_verdicts_and_keeps_it_in_its_document() -> None:
+    found = four()
+    assert [finding.verdict for finding in found] == list(findings.VERDICTS)
+    assert [finding.passed for finding in found] == [True, False, None, None]
+    assert [Finding.of(json.loads(json.dumps(each.document()))) for each in found] == found
+    older = {"name": "c", "passed": None, "evidence": "x"}  # a report of before
+    assert Finding.of(older).verdict == "measured"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_was_not_looked_at_is_not_judged(passed: bool) -> None:
+    with pytest.raises(ValueError, match="neither holds nor fails"):
+        Finding("a", passed, "x", looked=False)
+
+
+def test_a_report_holds_when_something_is_proved_and_nothing_failed() -> None:
+    good, bad, measured, unseen = four()
+    assert Report("r", {"s": [good, measured, unseen]}).passed
+    assert not Report("r", {"s": [measured, unseen]}).passed  # nothing was proved
+    assert not Report("r", {"s": [good, bad]}).passed
+    assert Report("r", {"s": [good, measured, unseen]}).verdicts == {
+        "proved": 1,
+        "failed": 0,
+        "measured": 1,
+        "not looked at": 1,
+    }
+
+
+def test_all_four_are_shown_in_the_table_the_document_and_the_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Report("subject", {"stage": four()})
+    document = report.document()
+    assert [each["verdict"] for each in document["stages"]["stage"]] == list(findings.VERDICTS)
+    monkeypatch.setattr(console, "results", console.Console(width=120, highlight=False))
+    cli._show(document)
+    shown = capsys.readouterr().out
+    for word in ("proved", "FAILED", "measured", "not looked at", "1 proved, 1 failed, 1 measured, 1 not looked at"):
+        assert word in shown
+    page = sources.render("report.html.jinja", report=report, recipe={}, versions={})
+    for verdict in findings.VERDICTS:
+        assert f">{verdict}</td>" in page
+    assert "1 proved, 1 failed, 1 measured, 1 not looked at" in page
+
+
+def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
+    model = pico.llama()
+    nothing = [
+        structure.structure(model, []),
+        structure.in_use(model, []),
+        structure.untouched(model, {}, []),
+        structure.start({}, {}, promised=False),
+        gradients.parts_sum([]),
+        gradients.terms(Sanity(Objective([Term("model")]))),
+        roundtrip.adapter_reload({}, {}),
+        roundtrip.sums_hold({}),
+        roundtrip.not_run(),
+        *roundtrip.adapter_effect(model, {}, {}),
+    ]
+    assert {finding.verdict for finding in nothing} == {"not looked at"}
+
+
+def test_a_sample_is_measured_and_a_fault_in_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.llama()
+    edits = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
+    records = [edit.document() for edit in edits]
+    assert structure.in_use(model, records).verdict == "proved"
+    monkeypatch.setattr(structure.anatomy, "large", lambda _model: True)
+    sampled = structure.in_use(model, records)
+    assert sampled.verdict == "measured" and "the first of each kind" in sampled.evidence
+    assert structure.start({}, {}, promised=True).verdict == "measured"
+    model.model.layers[0].forward = lambda hidden_states, **_: hidden_states  # never calls what it holds
+    assert structure.in_use(model, records).verdict == "failed"
+
+
+def test_parts_that_are_no_numbers_do_not_sum() -> None:
+    assert gradients.parts_sum([{"loss": float("nan"), "weighted/model": 1.0}]).verdict == "failed"
+
+
+def test_a_server_that_was_not_run_is_not_proved(trash_artifact: Path) -> None:
+    found = {finding.name: finding for finding in check.check(trash_artifact).findings}
+    assert found["meets the conditions of vLLM"].verdict == "measured"
+    assert found["nothing was changed since it was written"].verdict == "proved"
+
+
+def test_outputs_that_move_within_rounding_are_not_identical(trash_artifact: Path) -> None:
+    from solidify.artifact import certificate
+
+    parts = ("state", "attributes", "values")
+    load = {
+        "loading_info": {}, "meta": [], "sampled": False, "seconds": 0.1,
+        **{kind: {"absent": [], "additional": [], "different": [], "equal": 3} for kind in parts},
+        "outputs": {"short": {"equal": False, "distance": 1e-6, "scale": 1.0}},
+    }  # fmt: skip
+    assert certificate._judge("AutoModel", load, "torch 1 -> 2")[1].verdict == "measured"
+    assert certificate._judge("AutoModel", load, "")[1].verdict == "failed"
+    assert [f.verdict for f in certificate._judge("AutoModel", {**load, "outputs": {}}, "")] == [
+        "proved",
+        "not looked at",
+    ]
+    load["outputs"]["short"] = {"equal": True, "distance": 0.0, "scale": 1.0}
+    assert [f.verdict for f in certificate._judge("AutoModel", load, "")] == ["proved", "proved"]
+    assert {f.verdict for f in certificate._judge("AutoModel", {**load, "sampled": True}, "")} == {"measured"}
+
+
+def test_gradients_of_no_step_and_of_one_example_prove_nothing() -> None:
+    model = solidify.attach(pico.llama(), lora={"target_modules": ["**.q_proj"]})
+    assert gradients.GradientWitness(model).finding().verdict == "not looked at"
+    witness = gradients.GradientWitness(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    witness.steps, witness.seen = 1, {name: float("lora_B" in name) for name in names}
+    assert witness.finding().verdict == "measured"  # LoRA's A: none yet
+    witness.look_again({name: torch.ones(1) for name in names})
+    assert witness.finding().verdict == "proved"
+    witness.steps, witness.seen = 3, {name: float("lora_B" in name) for name in names}
+    assert witness.finding().verdict == "failed"

@@ -1,0 +1,156 @@
+"""Nothing of a recipe fails after the build that `plan` could have known; the numbers of `plan` are those of `run`."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+import pico
+from solidify import dry_run, pipeline, recipe, views
+from solidify.artifact import inspection
+from solidify.errors import ObjectiveError, SolidifyError
+
+USER = Path(pico.__file__).parent / "user_modules"
+
+
+def loaded(directory: Path, base: Path, target: str, expect: str, module: str, **changes: Any) -> recipe.Recipe:
+    """Writes a recipe for a pico model and reads it."""
+    lines = [json.dumps({"text": f"w{n} w{n + 1} w{n + 2} and no other"}) for n in range(20)]
+    (directory / "lines.jsonl").write_text("\n".join(lines))
+    document = {
+        "base": {"model": str(base)},
+        "surgery": [{"replace": target, "expect": expect, "with": f"{USER}/{module}"}],
+        "adapter": {"lora": {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}},
+        "data": {"train": "lines.jsonl", "max_length": 16},
+        "training": {"max_steps": 2, "learning_rate": 1e-3},
+        **changes,
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        (
+            [{"loss": "solidify.losses:hidden_match", "arguments": {"layers": ["model.layers.7"]}}],
+            "looks into model.layers.7",
+        ),
+        ([{"loss": "solidify.losses:trash_budget", "arguments": {"target": 0.5}}], "looks into TrashCan"),
+        ([{"loss": "solidify.losses:weight_penalty", "arguments": {"parameters": "**.nothing"}}], "names no parameter"),
+        ([{"loss": "solidify.losses:next_token", "arguments": {"chunk": 0}}], "chunk is a whole number"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused_in_plan(
+    tiny_base: Path, tmp_path: Path, terms: list[Any], words: str
+) -> None:
+    with pytest.raises(ObjectiveError, match=words):
+        dry_run.plan(loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled",
+                            objective=[{"loss": "model"}, *terms]))  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", ["model.layers.*", ["model.layers.0", "model.layers.1"]])
+def test_hidden_match_takes_a_list_of_layers(tiny_base: Path, tmp_path: Path, layers: Any) -> None:
+    terms = [{"loss": "model"}, {"loss": "solidify.losses:hidden_match", "arguments": {"layers": layers}}]
+    plan = dry_run.plan(
+        loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", objective=terms)
+    )
+    assert [term["name"] for term in plan.objective] == ["model", "hidden_match"]
+
+
+def test_faults_are_those_of_the_recipe(tiny_base: Path, tmp_path: Path) -> None:
+    terms = [{"loss": "solidify.losses:forward_kl"}, {"loss": "solidify.losses:load_balance"}]
+    made = loaded(
+        tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", objective=terms
+    )
+    try:
+        dry_run.plan(made)
+    except SolidifyError as error:
+        pytest.fail(str(error))
+
+
+ADOPTING = '''
+import torch
+from torch import nn
+
+
+class OwnMoE(nn.Module):
+    """Takes the router and the experts over, and brings a norm and a bias of its own."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(128))
+        self.bias = nn.Parameter(torch.zeros(16))
+        self.router = nn.Linear(128, 16, bias=False)
+        self.up = nn.Parameter(torch.empty_like(original.experts.gate_up_proj))
+        self.down = nn.Parameter(torch.empty_like(original.experts.down_proj))
+        self.top_k = original.gate.top_k
+
+    def adopt(self, original):
+        self.router.weight.copy_(original.gate.weight)
+        self.up.copy_(original.experts.gate_up_proj)
+        self.down.copy_(original.experts.down_proj)
+
+    def forward(self, hidden_states):
+        x = hidden_states * self.norm
+        logits = self.router(x) + self.bias
+        top = logits.topk(self.top_k, dim=-1)
+        weights = torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+        gate, up = torch.einsum("...i,eoi->...eo", x, self.up).chunk(2, dim=-1)
+        made = torch.einsum("...eo,eio->...ei", nn.functional.silu(gate) * up, self.down)
+        return (made * weights[..., None]).sum(-2).to(hidden_states.dtype)
+'''
+
+
+def test_plan_run_card_and_diff_say_the_same_numbers(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_moe.py").write_text(ADOPTING)
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled")
+    step = made.surgery[0].model_copy(update={"module": "own_moe.py:OwnMoE"})
+    made = made.model_copy(update={"surgery": [step], "adapter": None, "data": None, "training": {}})
+    plan = dry_run.plan(made).document()
+    assert {key: len(plan["tensors"][key]) for key in ("kept", "new", "dropped", "unknown")} == {
+        **plan["counts"],
+        "unknown": 0,
+    }
+    assert plan["counts"]["new"] == 8 and plan["counts"]["dropped"] == 0
+
+    report = pipeline.build(made, tmp_path / "out")
+    assert report.measured["tensors"] == plan["counts"]
+    assert report.measured["cost"] == plan["after"]
+    untouched = next(f for f in report.findings if f.name == "unchanged tensors identical")
+    assert untouched.evidence == (
+        f"{plan['counts']['kept']} of {plan['counts']['kept']} base tensors byte-identical, 8 new, 0 dropped"
+    )
+    card = (tmp_path / "out" / "artifact" / "README.md").read_text()
+    total = plan["counts"]["kept"]
+    assert f"Tensors: {total} of the base's {total} kept, 0 dropped; 8 new." in card
+    assert f"{plan['after']['flops_per_token']:,} matrix FLOPs per token." in card
+    found = {
+        entry["name"]: entry["new"] for entry in inspection.diff(tiny_base, tmp_path / "out" / "artifact")["figures"]
+    }
+    assert {key: found[f"tensors {key}"] for key in plan["counts"]} == plan["counts"]
+    assert found["flops_per_token"] == plan["after"]["flops_per_token"]
+
+
+def test_experts_of_which_nobody_says_how_many_run_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    text = ADOPTING.replace("self.top_k = original.gate.top_k", "self.chosen = 2").replace("self.top_k", "self.chosen")
+    text = text.replace("(16)", "(6)").replace("128, 16", "128, 6").replace("gate.weight", "gate.weight[:6]")
+    for key in ("gate_up_proj", "down_proj"):
+        text = text.replace(f"original.experts.{key})", f"original.experts.{key}[:6])")
+    (tmp_path / "own_moe.py").write_text(text)
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled")
+    step = made.surgery[0].model_copy(update={"module": "own_moe.py:OwnMoE"})
+    plan = dry_run.plan(made.model_copy(update={"surgery": [step], "adapter": None, "data": None, "training": {}}))
+    names = [f"model.layers.{layer}.mlp.{key}" for layer in range(4) for key in ("up", "down")]
+    assert sorted(plan.after["uncertain"]) == sorted(names)
+    shown = Console(width=200, file=(written := StringIO()))
+    for each in views.plan(plan.document()):
+        shown.print(each)
+    assert "nothing says how many of" in written.getvalue()
