@@ -16,11 +16,11 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify import places
-from solidify.adapter import rewriting, storage
+from solidify.adapter import configured, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
 from solidify.artifact import certificate, loading, manifest, trust
@@ -194,10 +194,11 @@ def _untie(directory: Path) -> None:
 
 def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
     """Finds a plain PEFT adapter and the plain model that it belongs to."""
+    configuration = configured.read(adapter)  # first its kind: other kinds have other files, and need none of LoRA's
     if not (adapter / storage.WEIGHTS).is_file():
         raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
     format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
-    configuration = PeftConfig.from_pretrained(adapter)
+    configured.refuse_marked(adapter / storage.WEIGHTS)
     where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
     checkpoint.read(where)
     record = manifest.read(where) if (where / manifest.NAME).is_file() else None

@@ -412,7 +412,10 @@ def test_adapters_that_cannot_be_merged_here_are_told(bases: dict[Any, Path], tm
     base = bases["memory", torch.float32]
     for place, (settings, words) in enumerate(
         (
-            ({"target_modules": Q, "init_lora_weights": "pissa"}, "'pissa', which changes the base's weights too"),
+            (
+                {"target_modules": Q, "init_lora_weights": "pissa"},
+                "init_lora_weights='pissa' is not offered: it takes the start out of the base's weights",
+            ),
             ({"target_modules": Q, "trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
         )
     ):

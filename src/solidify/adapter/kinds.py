@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType
@@ -37,10 +37,37 @@ _MERGED_STARTS = (*STARTS, "eva")
 
 # Fields of LoraConfig that are right in every value that `value_faults` lets pass.
 FREE = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern trainable_token_indices use_dora "
-    "qalora_group_size megatron_core lora_bias target_parameters use_bdlora ensure_weight_tying".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "trainable_token_indices",
+        "use_dora",
+        "qalora_group_size",
+        "megatron_core",
+        "lora_bias",
+        "target_parameters",
+        "use_bdlora",
+        "ensure_weight_tying",
+    ]
 )
 REFUSED_FIELDS = {
     "velora_config": "its gradients are compressed by what a micro-batch holds, so that they depend on the split; "
@@ -83,8 +110,37 @@ REFUSED_KINDS = {
     "SHIRA": ("it trains single entries of matrices", _FULL),
     **{
         kind: (_OTHER, _LORA)
-        for kind in "ADAMSS BOFT IA3 LILY LOHA LOKR OFT VERA FROD PVERA FOURIERFT GLORA HRA VBLORA UNILORA MISS RANDLORA "
-        "ROAD HIRA C3A WAVEFT DELORA GRALORA TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT".split()
+        for kind in [
+            "ADAMSS",
+            "BOFT",
+            "IA3",
+            "LILY",
+            "LOHA",
+            "LOKR",
+            "OFT",
+            "VERA",
+            "FROD",
+            "PVERA",
+            "FOURIERFT",
+            "GLORA",
+            "HRA",
+            "VBLORA",
+            "UNILORA",
+            "MISS",
+            "RANDLORA",
+            "ROAD",
+            "HIRA",
+            "C3A",
+            "WAVEFT",
+            "DELORA",
+            "GRALORA",
+            "TINYLORA",
+            "PSOFT",
+            "PEANUT",
+            "SHADOW",
+            "SUPERTUNING",
+            "DEFT",
+        ]
     },
 }
 
@@ -121,7 +177,9 @@ def object_fault(lora: Any) -> str | None:
         return None
     if isinstance(lora, PeftConfig) and (fault := kind_fault(lora.peft_type)) is not None:
         return fault
-    return f"LoRA: give LoraConfig's fields as a mapping, not a {type(lora).__name__}: {{'r': 8, 'target_modules': ...}}"
+    return (
+        f"LoRA: give LoraConfig's fields as a mapping, not a {type(lora).__name__}: {{'r': 8, 'target_modules': ...}}"
+    )
 
 
 def model_fault(configuration: PeftConfig) -> str | None:
@@ -138,12 +196,15 @@ def _field_faults(lora: Mapping[str, Any]) -> list[str]:
     found = []
     for field in fields(LoraConfig):
         value = lora.get(field.name)
-        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-        if field.name in FREE or not value or value == default:
+        if field.name in FREE or not value or value == _default(field):
             continue
         why = REFUSED_FIELDS.get(field.name, "nobody has looked at it yet; leave it out")
         found.append(f"LoRA: {field.name} is not offered: {why}")
     return found
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> list[str]:
@@ -164,7 +225,9 @@ def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> lis
 
 def _together(lora: Mapping[str, Any]) -> list[str]:
     """Names variants that PEFT has, but not on one layer at a time."""
-    found = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name in FREE and lora.get(f.name)]
+    found = [
+        f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name in FREE and lora.get(f.name)
+    ]
     found += ["init_lora_weights='mica'"] if lora.get("init_lora_weights") == "mica" else []
     return [f"LoRA: {' and '.join(found)} cannot be combined; take one"] if len(found) > 1 else []
 
@@ -222,12 +285,15 @@ _VALUES: dict[str, tuple[Any, str]] = {
     "rank_pattern": (_pattern(_whole), "a mapping of names to whole numbers of at least 1"),
     "alpha_pattern": (_pattern(_number), "a mapping of names to finite numbers other than 0"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "use_bdlora": (lambda v: v is False or isinstance(v, (Mapping, BdLoraConfig)), "a mapping of BdLoraConfig's fields"),
+    "use_bdlora": (
+        lambda v: v is False or isinstance(v, (Mapping, BdLoraConfig)),
+        "a mapping of BdLoraConfig's fields",
+    ),
     "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
     "revision": (lambda v: isinstance(v, str), "a text"),
     **{
         flag: (_flag, "true or false")
-        for flag in "use_dora use_rslora lora_bias fan_in_fan_out inference_mode ensure_weight_tying".split()
+        for flag in ["use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode", "ensure_weight_tying"]
     },
 }
 
@@ -272,7 +338,9 @@ def parameter_fault(name: str, parameter: nn.Parameter, lora: Mapping[str, Any])
     """Says why a parameter cannot get a low-rank update as declared, or None."""
     if parameter.ndim not in (2, 3):
         return f"LoRA: {name} has {parameter.ndim} dimensions; target_parameters takes 2 or 3"
-    with_it = [key for key in ("use_dora", "use_bdlora", "lora_bias", "lora_dropout", "fan_in_fan_out") if lora.get(key)]
+    with_it = [
+        key for key in ("use_dora", "use_bdlora", "lora_bias", "lora_dropout", "fan_in_fan_out") if lora.get(key)
+    ]
     start = lora.get("init_lora_weights")
     with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") else []
     if with_it:

@@ -16,14 +16,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import standing, storage
+from solidify import foreign
+from solidify.adapter import configured, kinds, standing, storage
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -32,7 +33,6 @@ from solidify.weights.format import Entry, Shape
 
 NAME = "default"
 _KINDS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights as they are attached
 _SPLIT = 2**27  # bytes; of larger matrices some rows are merged at a time
 _BLOCK = 2**23  # bytes that are merged at a time
 
@@ -178,27 +178,19 @@ class Merger:
                 self.used.update(key for key in change.keys)
 
 
-def attach(skeleton: PreTrainedModel, configuration: PeftConfig, bare: Sequence[str] = ()) -> PeftModel:
+def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[str] = ()) -> PeftModel:
     """Puts an adapter without values on a skeleton on the meta device.
 
     Raises:
-        AdapterError: it is no LoRA, it changes the base's weights when it is attached, or PEFT refuses it.
+        AdapterError: it is of a kind that is not offered, or PEFT refuses it.
     """
-    if not isinstance(configuration, LoraConfig):
-        raise AdapterError(f"a {configuration.peft_type} adapter cannot be merged; only LoRA can, with all it trains")
-    start = configuration.init_lora_weights
-    if start not in _PLAIN_STARTS:
-        raise AdapterError(
-            f"the adapter was started by {start!r}, which changes the base's weights too; make it plain LoRA first "
-            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    if configuration.layer_replication or configuration.trainable_token_indices:
-        raise AdapterError("an adapter with layer_replication or trainable_token_indices cannot be merged here")
+    fault = kinds.model_fault(configuration)
+    refuse(AdapterError, "the adapter cannot be merged", [fault] if fault is not None else [])
+    if configuration.trainable_token_indices:
+        raise AdapterError("an adapter with trainable_token_indices cannot be merged here")
     configuration.inference_mode, configuration.init_lora_weights = True, True
-    try:
+    with foreign.calling("PEFT cannot put the adapter on its base", AdapterError):
         model = get_peft_model(skeleton, configuration, adapter_name=NAME)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"PEFT refuses the adapter: {error}") from error
     train_parameters(model, bare, NAME)
     return model
 
@@ -222,7 +214,8 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
     changes, kinds = _changes(model, places)
     faults += kinds
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
-    refuse(AdapterError, "the adapter does not fit the base", faults)
+    hint = configured.layout_hint([key for key in entries if key not in places])
+    refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
     parts = {key: owner for key, place in places.items() if (owner := _owners(model).get(id(place))) is not None}
     return Merger(entries, changes, parts)
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import console
-from solidify.adapter import merging, storage
+from solidify.adapter import configured, merging, storage
 from solidify.adapter.merging import Change, Merger
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.weights import checkpoint, format, hashing, known, store, transfer
@@ -99,7 +98,7 @@ def prepare(skeleton: PreTrainedModel, base: Path, adapter: Path, bare: Sequence
     stored = Stored(skeleton, checkpoint.read(base))
     shapes = {name: Shape.of(tensor) for name, tensor in skeleton.state_dict().items()}
     ties, heads = aliases(skeleton), _embeddings(skeleton)
-    model = merging.attach(skeleton, PeftConfig.from_pretrained(adapter), bare)
+    model = merging.attach(skeleton, configured.read(adapter), bare)
     return Prepared(stored, merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes), ties, heads)
 
 
