@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify import console
+from solidify import console, foreign
 from solidify.adapter import kinds, standing
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
@@ -177,7 +177,7 @@ def _lora_targets(
 
 def _all_linear(named: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
     plain = standing.plain_model(model)
-    head = plain.get_output_embeddings() if isinstance(plain, PreTrainedModel) else None
+    head = foreign.attempt(plain.get_output_embeddings).value if isinstance(plain, PreTrainedModel) else None
     return [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console
+from solidify import console, foreign
 from solidify.adapter import configured, merging, storage
 from solidify.adapter.merging import Change, Merger
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -211,8 +211,12 @@ def _plan(prepared: Prepared) -> _Plan:
 
 
 def _embeddings(model: PreTrainedModel) -> set[str]:
-    """Names the weights of the input and output embeddings, which a configuration can untie."""
-    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    """Names the weights of the input and output embeddings, which a configuration can untie; none in other families.
+
+    A family without embeddings says so by an error of its own (a convolutional one: NotImplementedError).
+    """
+    asked = (foreign.attempt(ask).value for ask in (model.get_input_embeddings, model.get_output_embeddings))
+    modules = [module for module in asked if isinstance(module, nn.Module)]
     weights = {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)}
     found = model.named_parameters(remove_duplicate=False)
     return {name for name, p in found if id(p) in weights} if len(modules) == 2 else set()
