@@ -84,7 +84,7 @@ def test_a_large_artifact_is_not_run(
 ) -> None:
     """Tensors are compared, outputs are not, and base and adapter are never in memory as a whole."""
     monkeypatch.setattr(anatomy, "LARGE", 1)
-    monkeypatch.setattr(export.storage, "load", lambda *args, **options: pytest.fail("loaded as a whole"))
+    monkeypatch.setattr(export.storage, "load_adapter", lambda *args, **options: pytest.fail("loaded as a whole"))
     merged = solidify.merge(everything, tmp_path / "merged")
     assert all(finding.passed for finding in merged.findings)
     assert "merged equals attached" not in {finding.name for finding in merged.findings}

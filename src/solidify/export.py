@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,18 @@ class _Attached:
     why: str
 
     @classmethod
-    def of(cls, model: PeftModel) -> _Attached:
-        """Runs a model on inputs that it accepts."""
-        plain = model.get_base_model()
-        made = foreign.attempt(lambda: {c: probing.probe_inputs(plain, **s) for c, s in certificate.CASES.items()})
+    def of(cls, plain: PreTrainedModel, put: Callable[[PreTrainedModel], PeftModel]) -> _Attached:
+        """Runs a model, with the adapter that `put` puts on it, on inputs that it accepts without."""
+        run = anatomy.answer
+        made = foreign.attempt(
+            lambda: {c: probing.probe_inputs(plain, **s, run=run) for c, s in certificate.CASES.items()}
+        )
+        model = put(plain)
         if made.value is None:
             assert made.error is not None
             return cls(model, {}, None, foreign.said(made.error))
-        return cls(model, made.value, agreement.answers(model, made.value), "")
+        with foreign.calling("the base runs, and with the adapter on it does not", AdapterError):
+            return cls(model, made.value, agreement.answers(model, made.value), "")
 
     def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
         """Compares the merged model with this one, by its changed tensors and by all that it returns."""
@@ -132,7 +136,8 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
     attached = None
     if not anatomy.large(skeleton):
-        attached = _Attached.of(storage.load(sources.base, sources.adapter, trust_remote_code=trust_remote_code))
+        plain = loading.load_artifact(sources.base, trust_remote_code=trust_remote_code)
+        attached = _Attached.of(plain, lambda model: storage.load_adapter(model, sources.adapter))
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base, staging, [*base.code, *kept])
     made, watched, merger = _rewrite(sources, skeleton, staging, record.trained["parameters"], link)
@@ -259,9 +264,8 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
     attached = None
     if not anatomy.large(skeleton):
-        model = loading.load_base(str(sources.base), **options).model
-        with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
-            attached = _Attached.of(PeftModel.from_pretrained(model, str(sources.adapter)).eval())
+        plain = loading.load_base(str(sources.base), **options).model
+        attached = _Attached.of(plain, lambda model: _by_peft(model, sources))
     left = _copy_others(sources.base, staging)
     made, watched, merger = _rewrite(sources, skeleton, staging, (), link)
     if made.untied:
@@ -277,6 +281,11 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     if left:
         findings.append(Finding("left out", None, f"weights in other formats, which hold the base: {', '.join(left)}"))
     return written, [*findings, _counted(ledger, made, merger)]
+
+
+def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+    with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
+        return PeftModel.from_pretrained(model, str(sources.adapter)).eval()
 
 
 def _copy_others(base: Path, staging: Path) -> list[str]:

@@ -312,7 +312,7 @@ def layer_fault(name: str, module: nn.Module, owner: nn.Module | None, lora: Map
     if isinstance(owner, nn.MultiheadAttention):
         whole = name.rpartition(".")[0]
         return f"LoRA: {name} is read by {type(owner).__name__}, which never calls it; name {whole} in `train`"
-    if strange := _unfollowed(module):
+    if strange := unfollowed(module):
         return f"LoRA: {name} is a {kind} with {strange}, which PEFT's update does not follow; name it in `train`"
     start = lora.get("init_lora_weights")
     if isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica"):
@@ -324,7 +324,7 @@ def layer_fault(name: str, module: nn.Module, owner: nn.Module | None, lora: Map
     return None
 
 
-def _unfollowed(module: nn.Module) -> str:
+def unfollowed(module: nn.Module) -> str:
     """Names settings of a layer that its low-rank update does not have, so that merged is not what was attached."""
     if isinstance(module, nn.Embedding):
         return f"max_norm={module.max_norm!r}" if module.max_norm is not None else ""

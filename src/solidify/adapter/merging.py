@@ -243,6 +243,8 @@ def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict
         if not isinstance(layer, LoraLayer) or not isinstance(layer, _KINDS) or NAME not in layer.scaling:
             continue
         target = standing.canonical(model, path)
+        if strange := kinds.unfollowed(layer.get_base_layer()):
+            faults.append(f"{target} has {strange}, which PEFT's update does not follow, so that it cannot be merged")
         own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
         used = tuple(key for p in own for key in keys.get(id(p), ()))
         for name in _results(layer, target):
