@@ -89,7 +89,7 @@ REFUSED_FIELDS = {
 }
 
 _PROMPTS = "it changes what the model reads and no weight, so that it cannot be merged"
-_OTHER = "its update is no low-rank sum, and only LoRA's is planned, saved and merged here"
+_OTHER = "only LoRA, and what `train` names, is planned, saved and merged here"
 _LORA = "attach LoRA (`target_modules`)"
 _FULL = "name what it trains in `train`"
 REFUSED_KINDS = {
@@ -165,9 +165,9 @@ def kind_fault(kind: Any) -> str | None:
         return None
     if word in REFUSED_KINDS:
         why, instead = REFUSED_KINDS[word]
-        return f"a {word} adapter is not offered: {why}; {instead} instead"
+        return f"an adapter of the kind {word} is not offered: {why}; {instead} instead"
     if word in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return f"a {word} adapter is not offered: nobody has looked at it yet; {_LORA} instead"
+        return f"an adapter of the kind {word} is not offered: nobody has looked at it yet; {_LORA} instead"
     return f"peft_type {word!r} is no kind that PEFT has; {_LORA}"
 
 

@@ -24,7 +24,6 @@ _ELSEWHERE = {
     "layers_to_transform": "name the layers in `target_modules`, for example model.layers.3.self_attn.q_proj",
     "layers_pattern": "name the layers in `target_modules`",
     "trainable_token_indices": "name the embedding in `train`",
-    "layer_replication": "it changes the architecture; that is surgery",
 }
 
 
