@@ -213,8 +213,8 @@ layer lacks, as Whisper's does of its convolutions).
 
 PEFT stores the columns of a stacked expert's `lora_B` by rank first (`rank_major`). unsloth-zoo before September 2026
 trained them by expert first; since then it says so in `adapter_config.json` (`lora_B_layout`). An adapter that is
-marked by another order, in its configuration or in the header of its weights, is refused. An adapter of that trainer that
-carries no mark cannot be told from PEFT's.
+marked by another order, in its configuration or in the header of its weights, is refused. An adapter of that trainer
+that carries no mark cannot be told from PEFT's.
 """
 
 

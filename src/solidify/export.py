@@ -86,26 +86,30 @@ def merge(
 
 @dataclass(frozen=True)
 class _Attached:
-    """Base and adapter as one small model: what it returned, for which inputs, or why it could not be run."""
+    """Base and adapter as one small model: what it returned, for which inputs, or why it could not be run.
+
+    `base` is the base once more, without the adapter.
+    """
 
     model: PeftModel
+    base: PreTrainedModel
     inputs: dict[str, probing.Inputs]
     output: agreement.Output | None
     why: str
 
     @classmethod
-    def of(cls, plain: PreTrainedModel, put: Callable[[PreTrainedModel], PeftModel]) -> _Attached:
+    def of(cls, load: Callable[[], PreTrainedModel], put: Callable[[PreTrainedModel], PeftModel]) -> _Attached:
         """Runs a model, with the adapter that `put` puts on it, on inputs that it accepts without."""
-        run = anatomy.answer
+        plain, run = load(), anatomy.answer
         made = foreign.attempt(
             lambda: {c: probing.probe_inputs(plain, **s, run=run) for c, s in certificate.CASES.items()}
         )
-        model = put(plain)
+        model = put(load())
         if made.value is None:
             assert made.error is not None
-            return cls(model, {}, None, foreign.said(made.error))
+            return cls(model, plain, {}, None, foreign.said(made.error))
         with foreign.calling("the base runs, and with the adapter on it does not", AdapterError):
-            return cls(model, made.value, agreement.answers(model, made.value), "")
+            return cls(model, plain, made.value, agreement.answers(model, made.value), "")
 
     def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
         """Compares the merged model with this one, by its changed tensors and by all that it returns."""
@@ -114,7 +118,7 @@ class _Attached:
         if self.output is None:
             return [*found, agreement.not_looked_at(self.why)]
         expected = agreement.chosen(weights, changed)
-        return [*found, agreement.merged_equals_attached(self.output, merged, self.inputs, expected)]
+        return [*found, agreement.merged_equals_attached(self.output, merged, self.base, self.inputs, expected)]
 
 
 def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
@@ -136,8 +140,10 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
     attached = None
     if not anatomy.large(skeleton):
-        plain = loading.load_artifact(sources.base, trust_remote_code=trust_remote_code)
-        attached = _Attached.of(plain, lambda model: storage.load_adapter(model, sources.adapter))
+        attached = _Attached.of(
+            lambda: loading.load_artifact(sources.base, trust_remote_code=trust_remote_code),
+            lambda model: storage.load_adapter(model, sources.adapter),
+        )
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base, staging, [*base.code, *kept])
     made, watched, merger = _rewrite(sources, skeleton, staging, record.trained["parameters"], link)
@@ -264,8 +270,9 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
     attached = None
     if not anatomy.large(skeleton):
-        plain = loading.load_base(str(sources.base), **options).model
-        attached = _Attached.of(plain, lambda model: _by_peft(model, sources))
+        attached = _Attached.of(
+            lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
+        )
     left = _copy_others(sources.base, staging)
     made, watched, merger = _rewrite(sources, skeleton, staging, (), link)
     if made.untied:

@@ -201,8 +201,9 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         merged = reloaded(tmp_path / f"{name} merged")
         attached = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         x = {"x": {"input_ids": pico.tokens()}}
-        weights = agreement.chosen(sums.effective(attached, "default"), list(merged.state_dict()))
-        finding = agreement.merged_equals_attached(agreement.answers(attached, x), merged, x, weights)
+        weights = agreement.chosen(sums.effective(attached, "default"), list(made.given + made.added))
+        answers, plain = agreement.answers(attached, x), AutoModelForCausalLM.from_pretrained(base).eval()
+        finding = agreement.merged_equals_attached(answers, merged, plain, x, weights)
         assert finding.passed, f"{name}: {finding.evidence}"
         return merged, made
 

@@ -1,12 +1,13 @@
 """Is a merged model the attached one? In every output, and as closely as roundings of the same tensors allow.
 
-How close that is depends on the model (a router sends a token elsewhere at a near tie) and is measured on it: the
-changed tensors are computed anew, moved by one unit in the last place in random directions, and the model is run.
+How close that is depends on the model (a router sends a token elsewhere at a near tie) and is measured on it: in the
+base, the changed tensors become what they must be, moved by one unit in the last place in random directions, and it is
+run. Nothing of the merged model has a part in that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -68,13 +69,15 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def merged_equals_attached(
     attached: Output,
     merged: nn.Module,
+    base: nn.Module,
     inputs: Mapping[str, Mapping[str, torch.Tensor]],
     weights: Mapping[str, Callable[[], Weight]],
 ) -> Finding:
-    """Compares all outputs of base and adapter with those of the merged model, which is as it was afterwards.
+    """Compares all outputs of base and adapter with those of the merged model.
 
-    `weights` are what the changed tensors must be, by name (`sums.effective`); the finding fails when some output of
-    the merged model is further from the attached one's than every draw's.
+    `weights` are what the changed tensors must be, by name (`sums.effective`), and `base` is the base without adapter,
+    which is left as it was. The finding fails when some output of the merged model is further from the attached one's
+    than every draw's.
     """
     name = "merged equals attached"
     found = answers(merged, inputs)
@@ -85,9 +88,9 @@ def merged_equals_attached(
     off = {key: distance(tensor, found.tensors[key]) for key, tensor in attached.tensors.items()}
     reach, drawn = dict.fromkeys(off, 0.0), 0
     while drawn < _MOST and (drawn < _DRAWS or any(off[key] > reach[key] for key in off)):
-        with moved(merged, weights, seed=drawn):
-            noisy = answers(merged, inputs).tensors
-        reach = {key: max(reach[key], distance(attached.tensors[key], noisy[key])) for key in reach}
+        with moved(base, weights, seed=drawn):
+            noisy = answers(base, inputs).tensors
+        reach |= {key: max(reach[key], distance(attached.tensors[key], noisy[key])) for key in reach if key in noisy}
         drawn += 1
     faults = [
         f"{key} differs by {off[key]:.1e}, and by at most {reach[key]:.1e} when the changed tensors are moved by one "
@@ -96,14 +99,19 @@ def merged_equals_attached(
         if not off[key] <= reach[key]
     ]
     worst = max(off, key=lambda key: off[key])
-    paths = list(dict.fromkeys(key.partition("/")[2] or key for key in off))
     evidence = (
-        f"{', '.join(paths[:6])}{f' and {len(paths) - 6} more' if len(paths) > 6 else ''}: {worst} differs most, by "
-        f"{off[worst]:.1e}; moved by one unit in the last place, the same tensors make up to {reach[worst]:.1e} of it"
+        f"{_paths(off)}: {worst} differs most, by {off[worst]:.1e}; moved by one unit in the last place, the changed "
+        f"tensors make up to {reach[worst]:.1e} of it"
     )
     if attached.others:
         evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.others.items())}"
     return Finding(name, not faults, "; ".join(faults[:4]) or evidence)
+
+
+def _paths(keys: Iterable[str]) -> str:
+    """Names outputs, the cases left out."""
+    paths = list(dict.fromkeys(key.partition("/")[2] or key for key in keys))
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -123,24 +131,29 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @contextmanager
 def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed: int) -> Iterator[None]:
-    """While the block lasts, the named tensors are what they must be, moved by -1, 0 or 1 unit in the last place."""
+    """While the block lasts, the named tensors are what they must be, moved by -1, 0 or 1 unit in the last place.
+
+    Tensors that are one in the model and must differ are two meanwhile.
+    """
     generator = torch.Generator().manual_seed(seed)
-    own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in weights}
-    seen: set[int] = set()
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for name, tensor in own.items():
-            if id(tensor) in seen or not tensor.is_floating_point():
-                continue
-            seen.add(id(tensor))
-            before.append((tensor, tensor.data))
-            expected = weights[name]()
-            steps = torch.randint(-1, 2, expected.wanted.shape, generator=generator, dtype=torch.int8)
-            tensor.data = (expected.wanted + steps * sums.unit(expected, tensor.dtype)).to(tensor.dtype)
+        for name, weight in weights.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            before.append((held, key, held[key]))
+            expected, dtype = weight(), held[key].dtype
+            value = expected.wanted
+            if dtype.is_floating_point:
+                steps = torch.randint(-1, 2, value.shape, generator=generator, dtype=torch.int8)
+                value = value + steps * sums.unit(expected, dtype)
+            value = value.to(dtype)
+            held[key] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
         yield
     finally:
-        for tensor, data in before:
-            tensor.data = data
+        for held, key, value in reversed(before):
+            held[key] = value
 
 
 def not_looked_at(why: str) -> Finding:
