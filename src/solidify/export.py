@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,15 +138,17 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     record, base = sources.record, sources.base_record
     skeleton = _skeleton(sources.base)
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
     attached = None
-    if not anatomy.large(skeleton):
+    if not large:
         attached = _Attached.of(
             lambda: loading.load_artifact(sources.base, trust_remote_code=trust_remote_code),
             lambda model: storage.load_adapter(model, sources.adapter),
         )
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base, staging, [*base.code, *kept])
-    made, watched, merger = _rewrite(sources, skeleton, staging, record.trained["parameters"], link)
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
     merged = _load_staged(staging)
@@ -168,10 +170,9 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
 
 
 def _rewrite(
-    sources: _Sources, skeleton: PreTrainedModel, staging: Path, bare: Sequence[str], link: bool
+    sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
 ) -> tuple[Rewritten, Finding, Merger]:
     """Merges every tensor that the adapter changes into the files of the staged directory."""
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)
     merger = prepared.merger
     watch = sums.Sums([name for name, change in merger.changes.items() if change.layer is not None])
     merger.watch = watch
@@ -268,13 +269,15 @@ def _stock_base(reference: str | Path | None, revision: str | None, adapter: Pat
 def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
     attached = None
-    if not anatomy.large(skeleton):
+    if not large:
         attached = _Attached.of(
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )
     left = _copy_others(sources.base, staging)
-    made, watched, merger = _rewrite(sources, skeleton, staging, (), link)
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
     findings = [_same_keys(sources.base, staging, made)]

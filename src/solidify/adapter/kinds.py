@@ -155,7 +155,17 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
     """Names what a trained adapter's configuration has that is not offered, by PEFT's own fields."""
-    return [*_field_faults(lora), *_start_faults(lora, _MERGED_STARTS), *value_faults(lora)]
+    tokens = lora.get("trainable_token_indices")
+    return [
+        *_field_faults({key: value for key, value in lora.items() if key != "eva_config"}),
+        *_start_faults(lora, _MERGED_STARTS),
+        *(
+            ["LoRA: trainable_token_indices cannot be merged here; train the embedding in full instead"]
+            if tokens
+            else []
+        ),
+        *value_faults(lora),
+    ]
 
 
 def kind_fault(kind: Any) -> str | None:
@@ -187,8 +197,7 @@ def model_fault(configuration: PeftConfig) -> str | None:
     if (fault := kind_fault(configuration.peft_type)) is not None:
         return fault
     given = {f.name: getattr(configuration, f.name) for f in fields(configuration)}
-    found = [*_field_faults(given), *_start_faults(given, _MERGED_STARTS)]
-    return "; ".join(found) or None
+    return "; ".join(configuration_faults(given)) or None
 
 
 def _field_faults(lora: Mapping[str, Any]) -> list[str]:

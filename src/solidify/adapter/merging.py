@@ -186,8 +186,6 @@ def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[
     """
     fault = kinds.model_fault(configuration)
     refuse(AdapterError, "the adapter cannot be merged", [fault] if fault is not None else [])
-    if configuration.trainable_token_indices:
-        raise AdapterError("an adapter with trainable_token_indices cannot be merged here")
     configuration.inference_mode, configuration.init_lora_weights = True, True
     with foreign.calling("PEFT cannot put the adapter on its base", AdapterError):
         model = get_peft_model(skeleton, configuration, adapter_name=NAME)
@@ -211,13 +209,22 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
         for key, place in places.items()
         if entries[key].shape.sizes != tuple(place.shape)
     ]
-    changes, kinds = _changes(model, places)
-    faults += kinds
+    faults += [
+        f"{key} is {_word(entries[key].shape.dtype)} in the file, and {_word(place.dtype)} is of another kind"
+        for key, place in places.items()
+        if entries[key].shape.dtype.is_floating_point != place.is_floating_point()
+    ]
+    changes, strange = _changes(model, places)
+    faults += strange
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
     hint = configured.layout_hint([key for key in entries if key not in places])
     refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
     parts = {key: owner for key, place in places.items() if (owner := _owners(model).get(id(place))) is not None}
     return Merger(entries, changes, parts)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:

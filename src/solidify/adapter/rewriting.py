@@ -77,7 +77,7 @@ def aliases(model: nn.Module) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A base and an adapter that fits it; only headers were read.
+    """A base and an adapter that fits it; of the base only headers were read.
 
     `ties` are names of tensors that are one; `heads` name the weights of input and output embeddings.
     """
@@ -92,14 +92,16 @@ def prepare(skeleton: PreTrainedModel, base: Path, adapter: Path, bare: Sequence
     """Puts an adapter on a skeleton of its base, on the meta device; `bare` are parameters that it trains in full.
 
     Raises:
-        AdapterError: it is of a kind that cannot be merged, or a tensor of it fits nowhere or is missing.
+        AdapterError: it is of a kind that cannot be merged, or a tensor of it fits nowhere, is missing or not finite.
         ArtifactError: the weights of either are not whole.
     """
     stored = Stored(skeleton, checkpoint.read(base))
     shapes = {name: Shape.of(tensor) for name, tensor in skeleton.state_dict().items()}
     ties, heads = aliases(skeleton), _embeddings(skeleton)
     model = merging.attach(skeleton, configured.read(adapter), bare)
-    return Prepared(stored, merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes), ties, heads)
+    merger = merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes)
+    refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
+    return Prepared(stored, merger, ties, heads)
 
 
 def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str], link: bool) -> Rewritten:
@@ -113,7 +115,6 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         ArtifactError: the base is not what `expected` says, changes while it is read, or there is no room.
     """
     stored, merger = prepared.stored, prepared.merger
-    refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
     plan = _plan(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
     before = {path: _state(path) for path in stored.checkpoint.files}
