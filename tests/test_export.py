@@ -84,7 +84,7 @@ def test_a_large_artifact_is_not_run(
 ) -> None:
     """Tensors are compared, outputs are not, and base and adapter are never in memory as a whole."""
     monkeypatch.setattr(anatomy, "LARGE", 1)
-    monkeypatch.setattr(export.storage, "load", lambda *args, **options: pytest.fail("loaded as a whole"))
+    monkeypatch.setattr(export.storage, "load_adapter", lambda *args, **options: pytest.fail("loaded as a whole"))
     merged = solidify.merge(everything, tmp_path / "merged")
     assert all(finding.passed for finding in merged.findings)
     assert "merged equals attached" not in {finding.name for finding in merged.findings}
@@ -271,17 +271,106 @@ def test_what_a_stock_merge_refuses(stock: Path, tmp_path: Path) -> None:
     refused("pickled adapters are not read", adapter=broken)
 
 
-def test_a_merge_that_is_wrong_does_not_appear(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's merge is disturbed: the sum, and the outputs, tell."""
-    from peft.tuners.lora.layer import Linear
+def one_percent(delta: torch.Tensor) -> torch.Tensor:
+    return 1.01 * delta
 
-    adapter = plain_adapter(stock, tmp_path / "adapter")
-    right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * right(self, name))
-    with pytest.raises(ArtifactError, match=r"merged weights are the sum: .*q_proj\.weight is off by") as caught:
-        solidify.merge(adapter, tmp_path / "merged", base=stock)
-    assert "merged equals attached: outputs differ by" in str(caught.value)
+
+def turned(delta: torch.Tensor) -> torch.Tensor:
+    return delta.T if delta.ndim == 2 else delta
+
+
+def left_out(delta: torch.Tensor) -> torch.Tensor:
+    return 0 * delta if delta.ndim == 2 else delta
+
+
+def swapped(delta: torch.Tensor) -> torch.Tensor:
+    return delta[[1, 0, *range(2, len(delta))]] if delta.ndim == 3 else delta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", [one_percent, turned, left_out, swapped])
+def test_a_merge_that_is_wrong_does_not_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fault: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """PEFT's merge is disturbed, its forward is not: the sums tell, and in float32 the outputs too."""
+    from peft.tuners.lora.layer import Linear, ParamWrapper
+
+    base = tmp_path / "base"
+    pico.olmoe(dtype=dtype).save_pretrained(base)
+    adapter = plain_adapter(base, tmp_path / "adapter", target_parameters=["mlp.experts.down_proj"])
+    assert all(finding.passed for finding in solidify.merge(adapter, tmp_path / "right", base=base).findings)
+    for kind in (Linear, ParamWrapper):
+        right = kind.get_delta_weight
+        monkeypatch.setattr(kind, "get_delta_weight", lambda self, name, right=right: fault(right(self, name)))
+    with pytest.raises(ArtifactError, match=r"merged weights are the sum: .* (is off by|has its update)") as caught:
+        solidify.merge(adapter, tmp_path / "merged", base=base)
+    if dtype == torch.float32:
+        assert "merged equals attached: short/logits differs by" in str(caught.value)
     assert not (tmp_path / "merged").exists()
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "ResNetForImageClassification": (
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},
+        {"target_modules": ["convolution"]},
+        "logits: ",
+    ),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4},
+        {"target_modules": ["q", "wo"]},
+        "logits, encoder_last_hidden_state: ",
+    ),
+    "Wav2Vec2ForCTC": (
+        {
+            "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 32, "conv_dim": [16] * 3, "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 2],
+            "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+        },
+        {"target_modules": ["q_proj"]},
+        "logits: ",
+    ),
+    "ViTMAEForPreTraining": (  # draws which patches it masks, in evaluation too
+        {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32,
+            "image_size": 32, "patch_size": 8, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16,
+        },
+        {"target_modules": ["query", "q_proj"]},
+        "loss, logits, mask, ids_restore: ",
+    ),
+    "BertForQuestionAnswering": (
+        {**pico.SIZES, "intermediate_size": 32},
+        {"target_modules": ["query"], "modules_to_save": ["qa_outputs"]},
+        "start_logits, end_logits: ",
+    ),
+    "PatchTSTForPrediction": (
+        {
+            "num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4, "d_model": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16, "prediction_length": 4,
+        },
+        {"target_modules": ["q_proj"]},
+        "not looked at: SurgeryError: PatchTSTForPrediction takes 'past_values'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_every_kind_are_merged(tmp_path: Path, name: str) -> None:
+    """Without embeddings, with two halves, with other outputs than logits, with inputs that nobody can make up."""
+    sizes, lora, words = FAMILIES[name]
+    model = pico.make(name, **sizes)
+    model.save_pretrained(tmp_path / "base")
+    attached = get_peft_model(model, LoraConfig(**{"r": 4, **lora}))
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    attached.save_pretrained(tmp_path / "adapter")
+    merged = solidify.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    found = {finding.name: finding for finding in merged.findings}
+    assert found["merged weights are the sum"].passed
+    assert found["merged equals attached"].evidence.startswith(words)
+    assert not [finding for finding in merged.findings if finding.passed is False]
 
 
 def test_embeddings_that_were_trained_apart_part(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ Tensor by tensor, in bounded memory. What no change touches is linked or copied;
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
-from solidify import places
-from solidify.adapter import rewriting, storage
+from solidify import foreign, places
+from solidify.adapter import configured, merging, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
 from solidify.artifact import certificate, loading, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
-from solidify.checks import roundtrip
+from solidify.checks import agreement, roundtrip, sums
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
@@ -85,6 +84,43 @@ def merge(
     return Artifact(output, written, findings)
 
 
+@dataclass(frozen=True)
+class _Attached:
+    """Base and adapter as one small model: what it returned, for which inputs, or why it could not be run.
+
+    `base` is the base once more, without the adapter.
+    """
+
+    model: PeftModel
+    base: PreTrainedModel
+    inputs: dict[str, probing.Inputs]
+    output: agreement.Output | None
+    why: str
+
+    @classmethod
+    def of(cls, load: Callable[[], PreTrainedModel], put: Callable[[PreTrainedModel], PeftModel]) -> _Attached:
+        """Runs a model, with the adapter that `put` puts on it, on inputs that it accepts without."""
+        plain, run = load(), anatomy.answer
+        made = foreign.attempt(
+            lambda: {c: probing.probe_inputs(plain, **s, run=run) for c, s in certificate.CASES.items()}
+        )
+        model = put(load())
+        if made.value is None:
+            assert made.error is not None
+            return cls(model, plain, {}, None, foreign.said(made.error))
+        with foreign.calling("the base runs, and with the adapter on it does not", AdapterError):
+            return cls(model, plain, made.value, agreement.answers(model, made.value), "")
+
+    def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
+        """Compares the merged model with this one, by its changed tensors and by all that it returns."""
+        weights, changed = sums.effective(self.model, merging.NAME), list(merger.changes)
+        found = [sums.compare(weights, merged.state_dict(), changed)]
+        if self.output is None:
+            return [*found, agreement.not_looked_at(self.why)]
+        expected = agreement.chosen(weights, changed)
+        return [*found, agreement.merged_equals_attached(self.output, merged, self.base, self.inputs, expected)]
+
+
 def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
     record = manifest.read(adapter, "adapter")
@@ -102,16 +138,17 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     record, base = sources.record, sources.base_record
     skeleton = _skeleton(sources.base)
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
-    inputs, attached = {}, {}
-    if not anatomy.large(skeleton):
-        model = storage.load(sources.base, sources.adapter, trust_remote_code=trust_remote_code)
-        inputs = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
-        attached = roundtrip.outputs(model, inputs)
-        del model
-        gc.collect()
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
+    attached = None
+    if not large:
+        attached = _Attached.of(
+            lambda: loading.load_artifact(sources.base, trust_remote_code=trust_remote_code),
+            lambda model: storage.load_adapter(model, sources.adapter),
+        )
     kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
     copy_code(sources.base, staging, [*base.code, *kept])
-    made, sums, merger = _rewrite(sources, skeleton, staging, record.trained["parameters"], link)
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
     merged = _load_staged(staging)
@@ -127,25 +164,21 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     )
     written = write(merged, staging, draft, stored=made.digests)
     findings = [*verify(merged, staging)]
-    if attached:
-        findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
-    else:
-        findings.append(roundtrip.not_run())
+    findings += [watched] if attached is None else attached.findings(merged, merger)
     ledger = roundtrip.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
-    return written, [*findings, sums, _counted(ledger, made, merger)]
+    return written, [*findings, _counted(ledger, made, merger)]
 
 
 def _rewrite(
-    sources: _Sources, skeleton: PreTrainedModel, staging: Path, bare: Sequence[str], link: bool
+    sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
 ) -> tuple[Rewritten, Finding, Merger]:
     """Merges every tensor that the adapter changes into the files of the staged directory."""
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)
     merger = prepared.merger
-    sums = roundtrip.Sums([name for name, change in merger.changes.items() if change.layer is not None])
-    merger.watch = sums
+    watch = sums.Sums([name for name, change in merger.changes.items() if change.layer is not None])
+    merger.watch = watch
     expected = sources.base_record.tensors if sources.base_record is not None else {}
     made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
-    return made, roundtrip.sums_hold(sums.found), merger
+    return made, watch.finding(), merger
 
 
 def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
@@ -196,10 +229,11 @@ def _untie(directory: Path) -> None:
 
 def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
     """Finds a plain PEFT adapter and the plain model that it belongs to."""
+    configuration = configured.read(adapter)  # first its kind: other kinds have other files, and need none of LoRA's
     if not (adapter / storage.WEIGHTS).is_file():
         raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
     format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
-    configuration = PeftConfig.from_pretrained(adapter)
+    configured.refuse_marked(adapter / storage.WEIGHTS)
     where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
     checkpoint.read(where)
     record = manifest.read(where) if (where / manifest.NAME).is_file() else None
@@ -235,33 +269,33 @@ def _stock_base(reference: str | Path | None, revision: str | None, adapter: Pat
 def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
-    inputs, attached = {}, {}
-    if not anatomy.large(skeleton):
-        model = loading.load_base(str(sources.base), **options).model
-        try:
-            model = PeftModel.from_pretrained(model, str(sources.adapter)).eval()
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise AdapterError(f"PEFT cannot put {sources.adapter} on {sources.base}: {error}") from error
-        inputs = {c: probing.probe_inputs(model.get_base_model(), **s) for c, s in certificate.CASES.items()}
-        attached = roundtrip.outputs(model, inputs)
-        del model
-        gc.collect()
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
+    attached = None
+    if not large:
+        attached = _Attached.of(
+            lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
+        )
     left = _copy_others(sources.base, staging)
-    made, sums, merger = _rewrite(sources, skeleton, staging, (), link)
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
     findings = [_same_keys(sources.base, staging, made)]
-    if attached:
-        merged = loading.load_base(str(staging), **options).model
-        findings.append(roundtrip.merged_equals_attached(attached, roundtrip.outputs(merged, inputs)))
+    if attached is None:
+        findings.append(watched)
     else:
-        findings.append(roundtrip.not_run())
+        findings += attached.findings(loading.load_base(str(staging), **options).model, merger)
     ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)
     if left:
         findings.append(Finding("left out", None, f"weights in other formats, which hold the base: {', '.join(left)}"))
-    return written, [*findings, sums, _counted(ledger, made, merger)]
+    return written, [*findings, _counted(ledger, made, merger)]
+
+
+def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+    with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
+        return PeftModel.from_pretrained(model, str(sources.adapter)).eval()
 
 
 def _copy_others(base: Path, staging: Path) -> list[str]:

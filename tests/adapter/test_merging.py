@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import pico
 from solidify.adapter import merging, rewriting
 from solidify.adapter.rewriting import Prepared, Rewritten
-from solidify.checks import roundtrip
+from solidify.checks import agreement, sums
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
 from solidify.weights import checkpoint, format
@@ -201,7 +201,9 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         merged = reloaded(tmp_path / f"{name} merged")
         attached = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         x = {"x": {"input_ids": pico.tokens()}}
-        finding = roundtrip.merged_equals_attached(roundtrip.outputs(attached, x), roundtrip.outputs(merged, x))
+        weights = agreement.chosen(sums.effective(attached, "default"), list(made.given + made.added))
+        answers, plain = agreement.answers(attached, x), AutoModelForCausalLM.from_pretrained(base).eval()
+        finding = agreement.merged_equals_attached(answers, merged, plain, x, weights)
         assert finding.passed, f"{name}: {finding.evidence}"
         return merged, made
 
@@ -388,18 +390,18 @@ def test_the_sum_is_watched_on_the_module_at_hand(bases: dict[Any, Path], tmp_pa
         for place, kind in enumerate(("rsLoRA, by pattern", "DoRA", "fused experts", "embeddings")):
             adapter = save_adapter(base, tmp_path / f"{dtype}{place}", **KINDS[kind])
             prepared = prepare(base, adapter)
-            sums = roundtrip.Sums(list(prepared.merger.changes))
-            prepared.merger.watch = sums
+            watch = sums.Sums(list(prepared.merger.changes))
+            prepared.merger.watch = watch
             merge(base, adapter, tmp_path / f"{dtype}{place} merged", prepared=prepared)
-            assert set(sums.found) == set(prepared.merger.changes)
-            assert roundtrip.sums_hold(sums.found).passed, (kind, sums.found)
+            assert set(watch.found) == set(prepared.merger.changes)
+            assert watch.finding().passed, (kind, watch.found)
     layer = next(m for m in in_float32(bases, tmp_path).modules() if isinstance(m, merging.Linear))
-    judge = roundtrip.Sums(["q.weight"])
-    wanted = roundtrip.expected_weight(layer, "default")
+    judge = sums.Sums(["q.weight"])
+    wanted = sums.weight(layer, "default").wanted
     told = judge("q.weight", layer)
-    assert told is not None and wanted is not None
-    told(wanted + 8 * torch.finfo(torch.float32).eps * wanted.abs().mean())
-    assert "q.weight is off by" in roundtrip.sums_hold(judge.found).evidence
+    assert told is not None
+    told((wanted + 8 * torch.finfo(torch.float32).eps * wanted.abs().mean()).float())
+    assert "q.weight is off by" in judge.finding().evidence
 
 
 def in_float32(bases: dict[Any, Path], tmp_path: Path) -> PeftModel:
@@ -412,7 +414,10 @@ def test_adapters_that_cannot_be_merged_here_are_told(bases: dict[Any, Path], tm
     base = bases["memory", torch.float32]
     for place, (settings, words) in enumerate(
         (
-            ({"target_modules": Q, "init_lora_weights": "pissa"}, "'pissa', which changes the base's weights too"),
+            (
+                {"target_modules": Q, "init_lora_weights": "pissa"},
+                "init_lora_weights='pissa' is not offered: it takes the start out of the base's weights",
+            ),
             ({"target_modules": Q, "trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
         )
     ):

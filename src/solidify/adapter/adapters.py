@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from solidify import console, processes
 from solidify.adapter import plan as planning
-from solidify.adapter import standing
+from solidify.adapter import standing, trial
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
@@ -47,6 +47,7 @@ def attach(
     wanted = planning.plan(model, lora, train)
     console.words.print(wanted.table())
     configuration = _configuration(model, lora, wanted)
+    probe = trial.inputs(model)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
@@ -61,6 +62,7 @@ def attach(
             faults.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    faults += trial.faults(peft_model, probe)
     if faults and existing is None:
         peft_model.unload()
     refuse(AdapterError, "PEFT did not do what was declared", faults)

@@ -16,14 +16,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import standing, storage
+from solidify import foreign
+from solidify.adapter import configured, kinds, standing, storage
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -32,7 +33,6 @@ from solidify.weights.format import Entry, Shape
 
 NAME = "default"
 _KINDS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights as they are attached
 _SPLIT = 2**27  # bytes; of larger matrices some rows are merged at a time
 _BLOCK = 2**23  # bytes that are merged at a time
 
@@ -178,27 +178,17 @@ class Merger:
                 self.used.update(key for key in change.keys)
 
 
-def attach(skeleton: PreTrainedModel, configuration: PeftConfig, bare: Sequence[str] = ()) -> PeftModel:
+def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[str] = ()) -> PeftModel:
     """Puts an adapter without values on a skeleton on the meta device.
 
     Raises:
-        AdapterError: it is no LoRA, it changes the base's weights when it is attached, or PEFT refuses it.
+        AdapterError: it is of a kind that is not offered, or PEFT refuses it.
     """
-    if not isinstance(configuration, LoraConfig):
-        raise AdapterError(f"a {configuration.peft_type} adapter cannot be merged; only LoRA can, with all it trains")
-    start = configuration.init_lora_weights
-    if start not in _PLAIN_STARTS:
-        raise AdapterError(
-            f"the adapter was started by {start!r}, which changes the base's weights too; make it plain LoRA first "
-            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    if configuration.layer_replication or configuration.trainable_token_indices:
-        raise AdapterError("an adapter with layer_replication or trainable_token_indices cannot be merged here")
+    fault = kinds.model_fault(configuration)
+    refuse(AdapterError, "the adapter cannot be merged", [fault] if fault is not None else [])
     configuration.inference_mode, configuration.init_lora_weights = True, True
-    try:
+    with foreign.calling("PEFT cannot put the adapter on its base", AdapterError):
         model = get_peft_model(skeleton, configuration, adapter_name=NAME)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"PEFT refuses the adapter: {error}") from error
     train_parameters(model, bare, NAME)
     return model
 
@@ -219,12 +209,22 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
         for key, place in places.items()
         if entries[key].shape.sizes != tuple(place.shape)
     ]
-    changes, kinds = _changes(model, places)
-    faults += kinds
+    faults += [
+        f"{key} is {_word(entries[key].shape.dtype)} in the file, and {_word(place.dtype)} is of another kind"
+        for key, place in places.items()
+        if entries[key].shape.dtype.is_floating_point != place.is_floating_point()
+    ]
+    changes, strange = _changes(model, places)
+    faults += strange
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
-    refuse(AdapterError, "the adapter does not fit the base", faults)
+    hint = configured.layout_hint([key for key in entries if key not in places])
+    refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
     parts = {key: owner for key, place in places.items() if (owner := _owners(model).get(id(place))) is not None}
     return Merger(entries, changes, parts)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
@@ -250,6 +250,8 @@ def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict
         if not isinstance(layer, LoraLayer) or not isinstance(layer, _KINDS) or NAME not in layer.scaling:
             continue
         target = standing.canonical(model, path)
+        if strange := kinds.unfollowed(layer.get_base_layer()):
+            faults.append(f"{target} has {strange}, which PEFT's update does not follow, so that it cannot be merged")
         own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
         used = tuple(key for p in own for key in keys.get(id(p), ()))
         for name in _results(layer, target):

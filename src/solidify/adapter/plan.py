@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify import console
-from solidify.adapter import standing
+from solidify import console, foreign
+from solidify.adapter import kinds, standing
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 
@@ -24,7 +24,6 @@ _ELSEWHERE = {
     "layers_to_transform": "name the layers in `target_modules`, for example model.layers.3.self_attn.q_proj",
     "layers_pattern": "name the layers in `target_modules`",
     "trainable_token_indices": "name the embedding in `train`",
-    "layer_replication": "it changes the architecture; that is surgery",
 }
 
 
@@ -142,9 +141,20 @@ def _lora_targets(
 ) -> tuple[list[str], list[str]]:
     if lora is None:
         return [], []
+    if (fault := kinds.object_fault(lora)) is not None:
+        faults.append(fault)
+        return [], []
     known = [f.name for f in fields(LoraConfig)]
+    strange = kinds.faults(lora)
     faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in known]
-    faults += [f"LoRA: leave out {key!r}; {where}" for key, where in _ELSEWHERE.items() if lora.get(key)]
+    faults += [
+        f"LoRA: leave out {key!r}; {where}"
+        for key, where in _ELSEWHERE.items()
+        if lora.get(key) not in (None, False, "none", [], {})
+    ]
+    faults += strange
+    if strange:  # what is targeted is read once it is known to be LoRA, with values that can be read
+        return [], []
     targets, target_parameters = lora.get("target_modules"), lora.get("target_parameters") or []
     if not targets and not target_parameters:
         faults.append("LoRA: give `target_modules`, or leave `lora` out to train only what `train` names")
@@ -158,21 +168,15 @@ def _lora_targets(
         out = set(_hits("LoRA: exclude_modules", excluded, named, faults))
         modules = [name for name in modules if name not in out]
     bare = _hits("LoRA: target_parameters", target_parameters, parameters, faults)
-    for name in modules:
-        if not isinstance(named[name], (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            faults.append(
-                f"LoRA: {name} is a {type(named[name]).__name__}, which has no low-rank update; name the linear layers "
-                "inside it, or name it in `train`"
-            )
-    for name in bare:
-        if parameters[name].ndim not in (2, 3):
-            faults.append(f"LoRA: {name} has {parameters[name].ndim} dimensions; target_parameters takes 2 or 3")
+    layers = [kinds.layer_fault(n, named[n], named.get(n.rpartition(".")[0]), lora) for n in modules]
+    stacks = [kinds.parameter_fault(name, parameters[name], lora) for name in bare]
+    faults += [fault for fault in (*layers, *stacks) if fault is not None]
     return modules, bare
 
 
 def _all_linear(named: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
     plain = standing.plain_model(model)
-    head = plain.get_output_embeddings() if isinstance(plain, PreTrainedModel) else None
+    head = foreign.attempt(plain.get_output_embeddings).value if isinstance(plain, PreTrainedModel) else None
     return [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console
-from solidify.adapter import merging, storage
+from solidify import console, foreign
+from solidify.adapter import configured, merging, storage
 from solidify.adapter.merging import Change, Merger
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.weights import checkpoint, format, hashing, known, store, transfer
@@ -78,7 +77,7 @@ def aliases(model: nn.Module) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A base and an adapter that fits it; only headers were read.
+    """A base and an adapter that fits it; of the base only headers were read.
 
     `ties` are names of tensors that are one; `heads` name the weights of input and output embeddings.
     """
@@ -93,14 +92,16 @@ def prepare(skeleton: PreTrainedModel, base: Path, adapter: Path, bare: Sequence
     """Puts an adapter on a skeleton of its base, on the meta device; `bare` are parameters that it trains in full.
 
     Raises:
-        AdapterError: it is of a kind that cannot be merged, or a tensor of it fits nowhere or is missing.
+        AdapterError: it is of a kind that cannot be merged, or a tensor of it fits nowhere, is missing or not finite.
         ArtifactError: the weights of either are not whole.
     """
     stored = Stored(skeleton, checkpoint.read(base))
     shapes = {name: Shape.of(tensor) for name, tensor in skeleton.state_dict().items()}
     ties, heads = aliases(skeleton), _embeddings(skeleton)
-    model = merging.attach(skeleton, PeftConfig.from_pretrained(adapter), bare)
-    return Prepared(stored, merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes), ties, heads)
+    model = merging.attach(skeleton, configured.read(adapter), bare)
+    merger = merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes)
+    refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
+    return Prepared(stored, merger, ties, heads)
 
 
 def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str], link: bool) -> Rewritten:
@@ -114,7 +115,6 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         ArtifactError: the base is not what `expected` says, changes while it is read, or there is no room.
     """
     stored, merger = prepared.stored, prepared.merger
-    refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
     plan = _plan(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
     before = {path: _state(path) for path in stored.checkpoint.files}
@@ -212,8 +212,12 @@ def _plan(prepared: Prepared) -> _Plan:
 
 
 def _embeddings(model: PreTrainedModel) -> set[str]:
-    """Names the weights of the input and output embeddings, which a configuration can untie."""
-    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    """Names the weights of the input and output embeddings, which a configuration can untie; none in other families.
+
+    A family without embeddings says so by an error of its own (a convolutional one: NotImplementedError).
+    """
+    asked = (foreign.attempt(ask).value for ask in (model.get_input_embeddings, model.get_output_embeddings))
+    modules = [module for module in asked if isinstance(module, nn.Module)]
     weights = {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)}
     found = model.named_parameters(remove_duplicate=False)
     return {name for name, p in found if id(p) in weights} if len(modules) == 2 else set()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import places
-from solidify.adapter import standing
+from solidify.adapter import configured, kinds, standing
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import loading, manifest, tensors
@@ -45,6 +45,8 @@ def save_adapter(
     directory = Path(directory)
     if name not in model.peft_config:
         raise AdapterError(f"the model has no adapter {name!r}; it has: {', '.join(model.peft_config)}")
+    if (fault := kinds.model_fault(model.peft_config[name])) is not None:
+        raise AdapterError(f"the adapter {name!r} cannot be saved: {fault}")
     base_directory, base = _base_of(model)
     with places.staged(directory) as staging:
         model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=False)
@@ -151,7 +153,7 @@ def load_adapter(
     existing = standing.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
-    configuration = PeftConfig.from_pretrained(directory)
+    configuration = configured.read(directory)
     configuration.inference_mode = not trainable
     if existing is None:
         peft_model = get_peft_model(model, configuration, adapter_name=name)

@@ -145,7 +145,7 @@ def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool 
         return AutoTokenizer.from_pretrained(
             reference, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: a family's own reader is given no file at all
         return None  # many models have none, and no stage but training and generation needs it
 
 
@@ -163,7 +163,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
         if not isinstance(found, PreTrainedTokenizerBase):
             return found
         brought = [PROCESSOR_NAME]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
     brought = [name for name in brought if _has(reference, name, revision)]

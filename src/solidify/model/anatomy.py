@@ -100,17 +100,22 @@ def count(parameters: Iterable[torch.Tensor]) -> int:
 
 def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Runs the model in evaluation mode without a cache and returns its logits (or its last hidden state)."""
-    arguments = dict(inputs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        arguments["use_cache"] = False
-    with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
-        outputs = model(**arguments)
+    outputs = answer(model, inputs)
     output: torch.Tensor | None = next(
         (outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor)), None
     )
     if output is None:
         raise ValueError(f"{type(model).__name__} returned none of {', '.join(OUTPUTS)}")
     return output
+
+
+def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """Runs the model in evaluation mode without a cache and returns all that it returns."""
+    arguments = dict(inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
+        return model(**arguments)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ that are in use for one kind of input, the first with which the model runs is ta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,11 +21,18 @@ Inputs = dict[str, torch.Tensor]
 
 
 def probe_inputs(
-    model: PreTrainedModel, *, batch_size: int = 2, length: int = 12, padded: bool = False, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    batch_size: int = 2,
+    length: int = 12,
+    padded: bool = False,
+    seed: int = 0,
+    run: Callable[[PreTrainedModel, Inputs], Any] = anatomy.run,
 ) -> Inputs:
     """Makes random inputs that the model accepts, on its device; of a family with images, images and tokens.
 
-    With `padded`, the first row ends in masked positions. Encoder-decoder models get a shorter decoder sequence.
+    With `padded`, the first row ends in masked positions. Encoder-decoder models get a shorter decoder sequence. `run`
+    is what must not fail with them: `anatomy.answer`, where the model need not return logits.
 
     Raises:
         SurgeryError: the model's main input is of a kind that cannot be made up, or it runs with none that was tried.
@@ -35,7 +42,7 @@ def probe_inputs(
         placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         if anatomy.is_meta(model) or _takes_plain_tokens(model):
             return placed
-        error = foreign.attempt(anatomy.run, model, placed).error
+        error = foreign.attempt(run, model, placed).error
         if error is None:
             return placed
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in placed.items())

@@ -55,8 +55,9 @@ class Edit:
     `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
     `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
     the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
-    live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new. Names
-    are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others trainable.
+    live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
+    Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
+    trainable.
     """
 
     name: str

@@ -1,0 +1,100 @@
+"""The configuration of a trained adapter, as read from its directory: its kind is looked at before anything else.
+
+Whatever a file holds that PEFT would trip over, pass over with a warning, or read in another way than its trainer
+meant, is refused here by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from safetensors import safe_open
+
+from solidify import foreign
+from solidify.adapter import kinds
+from solidify.errors import AdapterError, refuse
+
+_LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred thousand layers is less
+# unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
+# https://github.com/unslothai/unsloth-zoo/pull/1232): `rank_major` is PEFT's own order, `grouped_by_expert` another.
+_LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
+_OWN_LAYOUT = ("rank_major", False, None, "", "peft")
+
+
+def read(directory: Path) -> LoraConfig:
+    """Reads the configuration of the LoRA adapter in a directory.
+
+    Raises:
+        AdapterError: there is none that can be read, it is of another kind than LoRA, or it says something that is not
+            offered. All faults together.
+    """
+    document = _document(directory / CONFIG_NAME)
+    title = f"the adapter {directory} cannot be used"
+    kind = document.get("peft_type")
+    fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
+    refuse(AdapterError, title, [fault] if fault is not None else [])
+    refuse(AdapterError, title, [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)])
+    known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
+    with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
+        return LoraConfig(**{key: value for key, value in document.items() if key in known})
+
+
+def refuse_marked(weights: Path) -> None:
+    """Refuses a file of weights whose header marks a layout of experts that is not PEFT's.
+
+    Raises:
+        AdapterError: it is marked so, or its header cannot be read.
+    """
+    with foreign.calling(f"the header of {weights} cannot be read", AdapterError), safe_open(weights, "pt") as file:
+        metadata = file.metadata() or {}
+    refuse(AdapterError, f"the adapter {weights.parent} cannot be used", _layout_faults(metadata))
+
+
+def layout_hint(keys: list[str]) -> str:
+    """Says which other layout of experts the names of an adapter's tensors speak of; empty when they speak of none."""
+    if any(re.search(r"experts\.\d+\.", key) for key in keys):
+        return (
+            "; its experts are laid out one by one, as by transformers 4 and vLLM, and not in PEFT's fused form, which "
+            "is the one that is read here"
+        )
+    return ""
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """Reads the file, whatever it holds, as a mapping."""
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is no adapter")
+    with foreign.calling(f"{path} cannot be read", AdapterError):
+        if path.stat().st_size > _LARGEST:
+            raise AdapterError(f"{path} is larger than any adapter's configuration ({path.stat().st_size} bytes)")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise AdapterError(f"{path} holds a {type(document).__name__} and not the fields of an adapter")
+    return document
+
+
+def _layout_faults(document: Mapping[str, Any]) -> list[str]:
+    return [
+        f"its experts are laid out as another trainer does ({key}: {value!r}), which is not PEFT's order (rank_major) "
+        "and is not read here yet; save it anew in PEFT's order, by the trainer that wrote it"
+        for key, value in document.items()
+        if _LAYOUT.search(key) and value not in _OWN_LAYOUT
+    ]
+
+
+def _unknown(document: Mapping[str, Any]) -> list[str]:
+    """Names fields that this PEFT does not have; what is empty or switched off changes nothing."""
+    known = {f.name for f in fields(LoraConfig)}
+    return [
+        f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would pass over; install "
+        "the PEFT that wrote it, or remove the field if it changes nothing"
+        for key, value in document.items()
+        if key not in known and value and not _LAYOUT.search(key)
+    ]

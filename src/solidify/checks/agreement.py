@@ -1,0 +1,166 @@
+"""Is a merged model the attached one? In every output, and as closely as roundings of the same tensors allow.
+
+How close that is depends on the model (a router sends a token elsewhere at a near tie) and is measured on it: in the
+base, the changed tensors become what they must be, moved by one unit in the last place in random directions, and it is
+run. Nothing of the merged model has a part in that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify.checks import sums
+from solidify.checks.sums import Weight
+from solidify.findings import Finding
+from solidify.model import anatomy
+
+# Draws with which every judgement begins, and at most. A merged model whose tensors are rounded is one more draw of
+# smaller noise (rounding to nearest is off by a unit over √12, a draw by a unit times √(2/3)): what happens to it and
+# in none of n draws has, for any probability p of a draw, at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
+_DRAWS, _MOST = 8, 128
+
+Answers = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model returned for some inputs: every tensor by where it stands, and what is no tensor by its class."""
+
+    tensors: Answers
+    others: dict[str, str]
+
+
+def answers(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> Output:
+    """Runs the model on every case, and returns all that it returns; what it draws at random is the same each time."""
+    found = Output({}, {})
+    for case, batch in inputs.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            answer = anatomy.answer(model, batch)
+        for name, value in _leaves(case, answer):
+            if isinstance(value, torch.Tensor):
+                found.tensors[name] = value
+            elif value is not None:
+                found.others[name.partition("/")[2]] = type(value).__name__
+    return found
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what is nested in a model's answer, by path."""
+    if isinstance(value, Mapping):
+        parts: Any = value.items()
+    elif isinstance(value, (tuple, list)):
+        parts = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    else:
+        yield name, value
+        return
+    for key, part in parts:
+        yield from _leaves(f"{name}/{key}", part)
+
+
+def merged_equals_attached(
+    attached: Output,
+    merged: nn.Module,
+    base: nn.Module,
+    inputs: Mapping[str, Mapping[str, torch.Tensor]],
+    weights: Mapping[str, Callable[[], Weight]],
+) -> Finding:
+    """Compares all outputs of base and adapter with those of the merged model.
+
+    `weights` are what the changed tensors must be, by name (`sums.effective`), and `base` is the base without adapter,
+    which is left as it was. The finding fails when some output of the merged model is further from the attached one's
+    than every draw's.
+    """
+    name = "merged equals attached"
+    found = answers(merged, inputs)
+    missing = sorted(attached.tensors.keys() ^ found.tensors.keys())
+    if missing or not attached.tensors:
+        both = f"one returns {', '.join(missing[:4])} and the other does not" if missing else "no tensor is returned"
+        return Finding(name, False, both)
+    off = {key: distance(tensor, found.tensors[key]) for key, tensor in attached.tensors.items()}
+    reach, drawn = dict.fromkeys(off, 0.0), 0
+    while drawn < _MOST and (drawn < _DRAWS or any(off[key] > reach[key] for key in off)):
+        with moved(base, weights, seed=drawn):
+            noisy = answers(base, inputs).tensors
+        reach |= {key: max(reach[key], distance(attached.tensors[key], noisy[key])) for key in reach if key in noisy}
+        drawn += 1
+    faults = [
+        f"{key} differs by {off[key]:.1e}, and by at most {reach[key]:.1e} when the changed tensors are moved by one "
+        f"unit in the last place ({drawn} draws)"
+        for key in off
+        if not off[key] <= reach[key]
+    ]
+    worst = max(off, key=lambda key: off[key])
+    evidence = (
+        f"{_paths(off)}: {worst} differs most, by {off[worst]:.1e}; moved by one unit in the last place, the changed "
+        f"tensors make up to {reach[worst]:.1e} of it"
+    )
+    if attached.others:
+        evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.others.items())}"
+    return Finding(name, not faults, "; ".join(faults[:4]) or evidence)
+
+
+def _paths(keys: Iterable[str]) -> str:
+    """Names outputs, the cases left out."""
+    paths = list(dict.fromkeys(key.partition("/")[2] or key for key in keys))
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the root mean square of a difference as a share of `a`'s; of whole numbers, the share that differs."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.is_floating_point():
+        return float((a != b).double().mean()) if a.numel() else 0.0
+    there = torch.isfinite(a)
+    same = torch.where(there, torch.isfinite(b), (a == b) | (a.isnan() & b.isnan()))
+    if not bool(same.all()):
+        return float("inf")
+    first, second = a[there].double(), b[there].double()
+    off, size = (first - second).norm(), first.norm()
+    return 0.0 if float(off) == 0 else float(off / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+@contextmanager
+def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed: int) -> Iterator[None]:
+    """While the block lasts, the named tensors are what they must be, moved by -1, 0 or 1 unit in the last place.
+
+    Tensors that are one in the model and must differ are two meanwhile.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, weight in weights.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            before.append((held, key, held[key]))
+            expected, dtype = weight(), held[key].dtype
+            value = expected.wanted
+            if dtype.is_floating_point:
+                steps = torch.randint(-1, 2, value.shape, generator=generator, dtype=torch.int8)
+                value = value + steps * sums.unit(expected, dtype)
+            value = value.to(dtype)
+            held[key] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
+        yield
+    finally:
+        for held, key, value in reversed(before):
+            held[key] = value
+
+
+def not_looked_at(why: str) -> Finding:
+    """Says that outputs were not compared, and why."""
+    return Finding("merged equals attached", None, f"not looked at: {why}")
+
+
+def chosen(weights: Mapping[str, Callable[[], Weight]], changed: Sequence[str]) -> dict[str, Callable[[], Weight]]:
+    """Returns what the changed tensors must be."""
+    return {name: weights[name] for name in changed if name in weights}

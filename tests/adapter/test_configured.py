@@ -1,0 +1,222 @@
+"""Adapters of others, with whatever is in their configuration and in their tensors: used rightly, or one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+
+import pico
+import solidify
+from solidify.errors import AdapterError, SolidifyError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of adapters of these kinds
+WEIGHTS = "adapter_model.safetensors"
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"target_modules": ["q_proj", "v_proj"]},
+    "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
+    "experts": {"target_modules": [], "target_parameters": EXPERTS},
+    "in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "mlp.gate"]},
+    "embeddings": {"target_modules": ["embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    pico.olmoe().save_pretrained(directory)
+    return directory
+
+
+def adapter(directory: Path, **settings: Any) -> Path:
+    torch.manual_seed(3)
+    model = get_peft_model(pico.olmoe(), LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+    return directory
+
+
+def said(directory: Path, base: Path) -> str:
+    """What merge says, in one SolidifyError and nothing else."""
+    with pytest.raises(SolidifyError) as caught:
+        solidify.merge(directory, beside(directory), base=base)
+    assert not beside(directory).exists()
+    return str(caught.value)
+
+
+def beside(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name} merged")
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in PeftType if kind != PeftType.LORA])
+def test_other_kinds_are_named_whatever_else_is_wrong(tmp_path: Path, base: Path, kind: str) -> None:
+    """By the smallest file there is, and by what PEFT writes; no weights are asked for first."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "base_model_name_or_path": 5}))
+    assert f"an adapter of the kind {kind} is not offered" in said(tmp_path, base)
+    assert kind in {known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+TEXTS: dict[str, tuple[bytes, str]] = {
+    "no JSON": (b"{", "adapter_config.json cannot be read: JSONDecodeError"),
+    "not UTF-8": (b"\xff\xfe{}", "cannot be read: UnicodeDecodeError"),
+    "a list": (b"[]", "holds a list and not the fields of an adapter"),
+    "empty": (b"{}", "does not say of what kind it is (`peft_type`)"),
+    "deep": (b"[" * 200_000, "cannot be read: RecursionError"),
+    "no kind of PEFT's": (b'{"peft_type": "LARO"}', "peft_type 'LARO' is no kind that PEFT has"),
+    "a number for a kind": (b'{"peft_type": 7}', "peft_type '7' is no kind that PEFT has"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_are_no_configuration_are_told(tmp_path: Path, base: Path, name: str) -> None:
+    content, words = TEXTS[name]
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    assert words in said(tmp_path, base)
+
+
+FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"r": 0}, "r must be a whole number of at least 1, not 0"),
+    ({"r": "8"}, "r must be a whole number of at least 1, not '8'"),
+    ({"r": None}, ""),
+    ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),
+    ({"lora_alpha": 0}, "lora_alpha must be a finite number other than 0"),
+    ({"target_modules": {"q_proj": 1}}, "target_modules must be a name or a list of names"),
+    ({"target_modules": "(["}, "PEFT cannot put the adapter on its base"),
+    ({"target_modules": ["no_such"]}, "PEFT cannot put the adapter on its base: "),
+    ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must be a mapping of names to whole numbers"),
+    ({"rank_pattern": {"([": 4}}, "PEFT cannot put the adapter on its base"),
+    ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must be a mapping"),
+    ({"task_type": "WRONG"}, "PEFT does not take its adapter_config.json: ValueError: Invalid task type"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not offered"),
+    ({"kasa_config": {"beta": 1}}, "kasa_config is not offered: it cuts singular values"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not offered"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication is not offered"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
+    ({"sharpness": 3}, "says sharpness=3, which the installed PEFT does not know"),
+    ({"lora_B_layout": "grouped_by_expert"}, "laid out as another trainer does (lora_B_layout: 'grouped_by_expert')"),
+    ({"is_3d_lora_weight": True}, "laid out as another trainer does (is_3d_lora_weight: True)"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a text"),
+)
+
+
+@pytest.mark.parametrize(("changes", "words"), FIELDS)
+def test_odd_fields_are_told(tmp_path: Path, base: Path, changes: dict[str, Any], words: str) -> None:
+    configure(adapter(tmp_path, **KINDS["LoRA"]), **changes)
+    assert words in said(tmp_path, base)
+
+
+def test_what_changes_nothing_is_no_fault(tmp_path: Path, base: Path) -> None:
+    """Fields of a later PEFT that are switched off, and a mark of PEFT's own layout; EVA's start is over."""
+    configure(adapter(tmp_path, **KINDS["experts"]), lora_B_layout="rank_major", use_novelty=False, novelty_config=None)
+    configure(tmp_path, init_lora_weights="eva")
+    assert all(finding.passed for finding in solidify.merge(tmp_path, beside(tmp_path), base=base).findings)
+
+
+def test_a_mark_in_the_header_of_the_weights_is_seen(tmp_path: Path, base: Path) -> None:
+    state = load_file(adapter(tmp_path, **KINDS["experts"]) / WEIGHTS)
+    save_file(state, tmp_path / WEIGHTS, {"format": "pt", "lora_B_layout": "grouped_by_expert"})
+    assert "laid out as another trainer does (lora_B_layout: 'grouped_by_expert')" in said(tmp_path, base)
+
+
+def test_experts_one_by_one_are_called_so(tmp_path: Path, base: Path) -> None:
+    state = load_file(adapter(tmp_path, **KINDS["LoRA"]) / WEIGHTS)
+    key = "base_model.model.model.layers.0.mlp.experts.3.down_proj.lora_A.weight"
+    save_file({**state, key: torch.zeros(4, 16)}, tmp_path / WEIGHTS, {"format": "pt"})
+    words = said(tmp_path, base)
+    assert "its experts are laid out one by one, as by transformers 4 and vLLM" in words
+    assert f"the file holds {key}, for which the model has no place" in words
+
+
+State = dict[str, torch.Tensor]
+
+
+def _first(state: State, part: str) -> str:
+    return next((key for key in sorted(state) if part in key), sorted(state)[0])
+
+
+def _put(state: State, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    key = _first(state, part)
+    return {**state, key: change(state[key]).contiguous()}
+
+
+def _renamed(state: State, by: Callable[[str], str]) -> State:
+    return {by(key): tensor for key, tensor in state.items()}
+
+
+# Faults of tensors, and words of which one must be said.
+TENSORS: dict[str, tuple[Callable[[State], State], tuple[str, ...]]] = {
+    "one is gone": (lambda s: {k: t for k, t in s.items() if k != _first(s, "lora_")}, ("the file lacks",)),
+    "the last is gone": (lambda s: {k: t for k, t in s.items() if k != sorted(s)[-1]}, ("the file lacks",)),
+    "all are gone": (lambda s: {}, ("the file lacks",)),
+    "one more": (lambda s: {**s, "more": torch.zeros(2)}, ("for which the model has no place",)),
+    "another layer": (
+        lambda s: _renamed(s, lambda k: k.replace("layers.1.", "layers.9.").replace("embed_tokens", "x")),
+        ("for which the model has no place",),
+    ),
+    "no prefix": (lambda s: _renamed(s, lambda k: k.removeprefix("base_model.model.")), ("has no place",)),
+    "a name in it": (lambda s: _renamed(s, lambda k: k.replace(".weight", ".default.weight") + "x"), ("has no place",)),
+    "too wide": (lambda s: _put(s, "lora_", lambda t: torch.cat([t, t], 1)), ("has shape",)),
+    "turned": (lambda s: _put(s, "lora_", lambda t: t[None].mT), ("has shape",)),
+    "flat": (lambda s: _put(s, "lora_", lambda t: t.flatten()), ("has shape",)),
+    "no elements": (lambda s: _put(s, "lora_", lambda t: t[:0]), ("has shape",)),
+    "another rank": (lambda s: _put(s, "lora_", lambda t: torch.cat([t, t])), ("has shape",)),
+    "not a number": (lambda s: _put(s, "lora_", lambda t: t * float("nan")), ("holds NaN or infinity",)),
+    "infinity": (lambda s: _put(s, "", lambda t: t + float("inf")), ("holds NaN or infinity",)),
+    "too large": (lambda s: {key: 1e25 * t if "lora_" in key else t for key, t in s.items()}, ("NaN or infinity",)),
+    "whole numbers": (lambda s: _put(s, "lora_", lambda t: t.to(torch.int64)), ("is int64 in the file",)),
+    "truth values": (lambda s: _put(s, "lora_", lambda t: t > 0), ("is bool in the file",)),
+    "complex": (
+        lambda s: _put(s, "lora_", lambda t: t.to(torch.complex64)),
+        ("is complex64 in the file", "cannot be read as safetensors"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "fault"), list(itertools.product(KINDS, TENSORS)))
+def test_tensors_that_do_not_fit_are_told(tmp_path: Path, base: Path, kind: str, fault: str) -> None:
+    change, words = TENSORS[fault]
+    save_file(change(load_file(adapter(tmp_path, **KINDS[kind]) / WEIGHTS)), tmp_path / WEIGHTS, {"format": "pt"})
+    message = said(tmp_path, base)
+    assert any(word in message for word in words), message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_floats_of_other_widths_are_merged_rightly(tmp_path: Path, base: Path, kind: str, dtype: torch.dtype) -> None:
+    state = load_file(adapter(tmp_path, **KINDS[kind]) / WEIGHTS)
+    save_file({key: tensor.to(dtype) for key, tensor in state.items()}, tmp_path / WEIGHTS, {"format": "pt"})
+    assert all(finding.passed for finding in solidify.merge(tmp_path, beside(tmp_path), base=base).findings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_base_is_refused(tmp_path: Path, kind: str) -> None:
+    """As far as names and shapes tell: nothing else of a plain adapter says what it was trained on."""
+    pico.llama(hidden_size=16, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError):
+        solidify.merge(adapter(tmp_path / "adapter", **KINDS[kind]), tmp_path / "out", base=tmp_path / "other")
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
+def test_a_torn_file_is_refused(tmp_path: Path, base: Path, length: int) -> None:
+    content = (adapter(tmp_path, **KINDS["LoRA"]) / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(content[:length])
+    assert "cannot be read as safetensors" in said(tmp_path, base)
