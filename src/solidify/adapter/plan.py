@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify import console
-from solidify.adapter import standing
+from solidify.adapter import patterns, standing
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 
@@ -167,6 +167,7 @@ def _lora_targets(
     for name in bare:
         if parameters[name].ndim not in (2, 3):
             faults.append(f"LoRA: {name} has {parameters[name].ndim} dimensions; target_parameters takes 2 or 3")
+    faults += patterns.faults(lora, [*modules, *bare])
     return modules, bare
 
 
