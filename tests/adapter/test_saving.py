@@ -33,21 +33,22 @@ def outputs(model: nn.Module) -> torch.Tensor:
     return anatomy.run(model, {"input_ids": pico.tokens()})
 
 
-HEADS = [
-    "LlamaForCausalLM",
-    "LlamaForSequenceClassification",
-    "LlamaForTokenClassification",
-    "LlamaForQuestionAnswering",
-]
+HEADS = {
+    "LlamaForCausalLM": ("model.layers.*.mlp", "**.q_proj"),
+    "LlamaForSequenceClassification": ("model.layers.*.mlp", "**.q_proj"),
+    "LlamaForTokenClassification": ("model.layers.*.mlp", "**.q_proj"),
+    "BertForSequenceClassification": ("bert.encoder.layer.*.output.dense", "**.query"),
+}
 
 
 @pytest.fixture(scope="module", params=HEADS)
-def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = pico.make(request.param, **{**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2})
-    edits = solidify.replace(model, "model.layers.*.mlp" if hasattr(model, "model") else "**.mlp", moving.Scored)
+def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    sizes = {**pico.SIZES, "intermediate_size": 48}
+    model = pico.make(request.param, **({**sizes, "num_key_value_heads": 2} if "Llama" in request.param else sizes))
+    place, target = HEADS[request.param]
     directory = tmp_path_factory.mktemp(request.param) / "artifact"
-    solidify.build(model, edits, directory)
-    return directory
+    solidify.build(model, solidify.replace(model, place, moving.Scored), directory)
+    return directory, place, target
 
 
 def head_of(model: Any) -> str:
@@ -55,24 +56,27 @@ def head_of(model: Any) -> str:
     return next(name for name in ("lm_head", "score", "qa_outputs", "classifier") if name in names)
 
 
-def test_heads_and_modules_of_the_same_names_come_back(headed: Path, tmp_path: Path) -> None:
-    head = head_of(solidify.load(headed))
+def test_heads_and_modules_of_the_same_names_come_back(headed: tuple[Path, str, str], tmp_path: Path) -> None:
+    directory, place, target = headed
+    head = head_of(solidify.load(directory))
+    lora = {"r": 2, "target_modules": [target]}
+    inner = [f"{place}.score", f"{place}.classifier"]
     ways: dict[str, dict[str, Any]] = {
-        "lora": {"lora": LORA},
-        "module": {"lora": LORA, "train": ["**.mlp"]},
-        "head": {"lora": LORA, "train": [head]},
-        "inner": {"train": [head, "**.mlp.score"]},
-        "inner lora": {"lora": {"r": 2, "target_modules": ["**.mlp.score", "**.mlp.classifier"]}, "train": [head]},
+        "lora": {"lora": lora},
+        "module": {"lora": lora, "train": [place]},
+        "head": {"lora": lora, "train": [head]},
+        "inner": {"train": [head, f"{place}.score"]},
+        "inner lora": {"lora": {"r": 2, "target_modules": inner}, "train": [head]},
     }
-    base = outputs(solidify.load(headed))
+    base = outputs(solidify.load(directory))
     for name, way in ways.items():
-        model = noise(solidify.attach(solidify.load(headed), **way))
+        model = noise(solidify.attach(solidify.load(directory), **way))
         expected = outputs(model)
         with model.disable_adapter():
             assert torch.equal(outputs(model), base)
         solidify.save_adapter(model, tmp_path / name)
-        assert torch.equal(outputs(solidify.load(headed, tmp_path / name)), expected), name
-        plain = PeftModel.from_pretrained(solidify.load(headed), tmp_path / name).eval()
+        assert torch.equal(outputs(solidify.load(directory, tmp_path / name)), expected), name
+        plain = PeftModel.from_pretrained(solidify.load(directory), tmp_path / name).eval()
         assert torch.equal(outputs(plain), expected), name
 
 

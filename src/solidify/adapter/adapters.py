@@ -68,7 +68,8 @@ def attach(
     faults = planning.compare(peft_model, wanted)
     for warning in caught:
         if issubclass(warning.category, RuntimeWarning):
-            faults.append(str(warning.message))
+            if not patterns.is_false_alarm(str(warning.message), wanted.lora_modules):
+                faults.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if faults and existing is None:

@@ -19,6 +19,10 @@ FIELDS = ("rank_pattern", "alpha_pattern")
 def faults(lora: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     """Returns what is wrong with the patterns of a declaration, whose targets are known."""
     found = []
+    if lora.get("use_bdlora"):
+        found.append(
+            "LoRA: leave out 'use_bdlora'; its lists of modules are ends of names to PEFT, and not compared here"
+        )
     for field in FIELDS:
         values = lora.get(field) or {}
         if not isinstance(values, Mapping):
@@ -49,6 +53,13 @@ def resolved(lora: Mapping[str, Any] | None, targets: Sequence[str]) -> dict[str
         hits = anatomy.match(list(values), targets)
         result[field] = {_exactly(name): values[pattern] for pattern, names in hits.items() for name in names}
     return {field: values for field, values in result.items() if values}
+
+
+def is_false_alarm(warning: str, modules: Sequence[str]) -> bool:
+    """Returns whether PEFT (0.21.2) warns of patterns only because it looks for them among modules, not parameters."""
+    return warning.startswith(tuple(f"The following {field} keys did not match" for field in FIELDS)) and not any(
+        repr(_exactly(name)) in warning for name in modules
+    )
 
 
 def _exactly(name: str) -> str:

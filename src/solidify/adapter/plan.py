@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify import console
-from solidify.adapter import patterns, standing
+from solidify.adapter import patterns, standing, tied
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 
@@ -90,6 +90,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         if other != name and parameter is parameters[name]
     ]
     faults += _overlaps(lora_modules + lora_parameters, modules, bare)
+    faults += tied.faults(model, lora, lora_modules, modules)
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)

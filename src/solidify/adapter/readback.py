@@ -41,7 +41,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
         AdapterError: something did not come back; all that differs is named.
     """
     plain: Any = standing.plain_model(model)
-    with console.silence():
+    with torch.random.fork_rng(), console.silence():
         fresh = loading.load_artifact(base.directory, trust_remote_code=True, **_options(plain, base))
         again = load(fresh, directory)
     mine, theirs = held(model), held(again)

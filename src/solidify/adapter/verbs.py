@@ -8,6 +8,7 @@ weights, looked after.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -161,7 +162,9 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the weights, which are then what they were, bit for bit."""
-        super().unmerge_adapter()
+        with warnings.catch_warnings():  # PEFT warns of every layer in which nothing was merged
+            warnings.filterwarnings("ignore", "Already unmerged")
+            super().unmerge_adapter()
         for parameter, data in self._unmerged:
             parameter.data = data.to(parameter.device)
         self._unmerged = ()

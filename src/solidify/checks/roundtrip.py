@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from solidify.adapter import standing, storage
+from solidify.adapter import readback, standing, storage
 from solidify.adapter.merging import NAME
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError
@@ -22,8 +22,9 @@ from solidify.model import anatomy
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Returns the model's output for every case."""
-    return {case: anatomy.run(model, batch) for case, batch in inputs.items()}
+    """Returns the model's output for every case, in the state in which models are compared."""
+    with readback.alike(model):
+        return {case: anatomy.run(model, batch) for case, batch in inputs.items()}
 
 
 def adapter_effect(
