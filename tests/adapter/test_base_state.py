@@ -146,7 +146,7 @@ def test_an_artifact_that_was_replaced_since_it_was_loaded_is_named(
     shutil.rmtree(place)
     other = pico.llama(seed=5)
     solidify.build(other, solidify.replace(other, "model.layers.*.mlp", pico.wrappers.Scaled), place)
-    with pytest.raises(AdapterError, match="was replaced by another since the model was loaded(.|\n)*weights"):
+    with pytest.raises(AdapterError, match=r"was replaced by another since the model was loaded(.|\n)*weights"):
         solidify.attach(model, lora=LORA)
     again = noise(solidify.attach(solidify.load(place), lora=LORA))
     shutil.rmtree(place)
@@ -161,7 +161,7 @@ def test_a_base_in_another_dtype_is_the_artifact_cast(artifact: Path, tmp_path: 
     spoilt = solidify.load(artifact, dtype=torch.bfloat16)
     with torch.no_grad():
         spoilt.model.norm.weight[0] += 0.5
-    with pytest.raises(AdapterError, match="model.norm.weight holds other numbers"):
+    with pytest.raises(AdapterError, match=r"model.norm.weight holds other numbers"):
         solidify.attach(spoilt, lora=LORA)
 
 

@@ -153,7 +153,7 @@ def test_nothing_is_stored_of_buffers_that_did_not_move(normed: Path, tmp_path: 
 def test_what_moves_and_is_not_saved_is_refused_by_name(tmp_path: Path) -> None:
     artifact = build(tmp_path / "artifact", moving.Unsaved)
     model = solidify.attach(solidify.load(artifact), lora=LORA)
-    with pytest.raises(SolidifyError, match="mlp.mean"):
+    with pytest.raises(SolidifyError, match=r"mlp\.mean"):
         trained(model)
         solidify.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

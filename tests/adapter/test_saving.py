@@ -187,3 +187,17 @@ def test_trained_in_more_digits_than_stored_is_compared_as_stored(tmp_path: Path
     solidify.save_adapter(trained, tmp_path / "adapter")
     after = dict(trained.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_large_model_is_compared_by_its_tensors_and_not_run(
+    wrapped_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = noise(solidify.attach(solidify.load(wrapped_artifact), lora=LORA, train=["model.norm", "**.mlp.scale"]))
+    runs: list[int] = []
+    handle = standing.plain_model(model).register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr(anatomy, "LARGE", 1)
+    solidify.save_adapter(model, tmp_path / "adapter")
+    assert not runs
+    monkeypatch.undo()
+    handle.remove()
+    assert torch.equal(outputs(solidify.load(wrapped_artifact, tmp_path / "adapter")), outputs(model))

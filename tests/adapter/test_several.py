@@ -44,7 +44,7 @@ def logits(model: nn.Module, **inputs: Any) -> torch.Tensor:
 
 
 def two(artifact: Path, way: dict[str, Any], other: dict[str, Any] = OTHER) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Returns a model with the adapters `one` and `two` (active), and what it, with each of them and alone, computes."""
+    """Returns a model with the adapters `one` and `two` (active), and what each and the base alone computes."""
     expected = {"base": logits(solidify.load(artifact))}
     model = perturb(solidify.attach(solidify.load(artifact), name="one", **way), 1)
     expected["one"] = logits(model)
