@@ -62,7 +62,8 @@ def attach(
             peft_model = _inject(model, existing, configuration, name)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise AdapterError(f"PEFT refuses the adapter: {error}") from error
-    verbs.take_over(peft_model)
+    inside = [n for n, _ in standing.plain_parameters(model) if n.startswith(tuple(f"{m}." for m in wanted.modules))]
+    verbs.take_over(peft_model, frozen=set(inside) - set(wanted.full))
     _freeze_inside(peft_model, wanted, name)
     train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
     faults = planning.compare(peft_model, wanted)

@@ -115,12 +115,17 @@ def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter], frozen:
 
 def _frozen_by_their_module(model: nn.Module) -> set[str]:
     """Names what is frozen now, and what new modules froze in their constructors: loading makes it trainable again."""
-    plain = standing.plain_model(model)
-    surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
-    recorded = {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
+    plain, recorded = standing.plain_model(model), frozen_at_surgery(model)
     if standing.peft_model(model) is not None:  # PEFT has frozen everything that it does not train
         return recorded
     return recorded | {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
+
+
+def frozen_at_surgery(model: nn.Module) -> set[str]:
+    """Names the parameters that new modules froze in their constructors, as the configuration records it."""
+    plain = standing.plain_model(model)
+    surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
+    return {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
 
 
 def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:

@@ -160,6 +160,14 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", plain_model(model))
 
 
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters that stand in the plain model's own modules, with their names there."""
+    for name, module in owners(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{name}.{key}" if name else key, parameter
+
+
 def path_alone(model: nn.Module, name: str, adapter: str) -> str:
     """Returns where PEFT's tree has a module of the plain model when one adapter stands on it alone."""
     path = ["base_model", "model"]

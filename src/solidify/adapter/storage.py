@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from solidify import places
 from solidify.adapter import base_state, readback, standing, together, verbs
+from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -180,7 +181,7 @@ def load_adapter(
         together.refuse_overlaps(existing, record.trained["lora"], modules, bare)
         peft_model = existing
         peft_model.add_adapter(name, configuration)
-    verbs.take_over(peft_model)
+    verbs.take_over(peft_model, frozen=planning.frozen_at_surgery(peft_model))
     state = safetensors.torch.load_file(directory / WEIGHTS)
     train_parameters(peft_model, bare, name)
     refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name, moved), state))

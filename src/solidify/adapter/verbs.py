@@ -9,7 +9,7 @@ weights, looked after.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,12 +29,16 @@ from solidify.errors import AdapterError
 _BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of whose copies PEFT can mix rows
 
 
-def take_over(model: PeftModel) -> None:
-    """Gives a model that PEFT has wrapped our verbs, in place, and every adapter a version of the buffers."""
+def take_over(model: PeftModel, frozen: Collection[str] = ()) -> None:
+    """Gives a model that PEFT has wrapped our verbs, in place, and every adapter a version of the buffers.
+
+    `frozen` names parameters that their module froze itself: they stay frozen in trained copies of it.
+    """
     tuner = model.base_model
     if type(tuner) is LoraModel:
         tuner.__class__ = LoraVerbs
     if isinstance(tuner, LoraVerbs):
+        tuner._frozen = {*tuner._frozen, *frozen}
         for name in model.peft_config:
             tuner.hold_buffers(name)
         tuner.set_again()
@@ -43,6 +47,7 @@ def take_over(model: PeftModel) -> None:
 class LoraVerbs(LoraModel):  # type: ignore[misc]
     """PEFT's tuner for LoRA (peft 0.21.2, `peft/tuners/lora/model.py`), careful about what is trained in full."""
 
+    _frozen: Collection[str] = ()  # parameters that stay frozen in copies: PEFT makes all of a copy trainable
     _added: str = ""  # the adapter that was added last
     _bare: bool = False  # an adapter is being added: the plain model stands without any other's parts
     _unmerged: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()  # parameters and what they held before a merge
@@ -95,7 +100,15 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
                 if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                     module.set_adapter([])
             self.active_adapter = list[str]()
+        self._freeze_inside(names)
         self._hold(names, inference_mode)
+
+    def _freeze_inside(self, names: Sequence[str]) -> None:
+        for path, wrapper in self._copies():
+            for copy in (wrapper.modules_to_save[name] for name in names if name in wrapper.modules_to_save):
+                held = {f"{path}.{key}": parameter for key, parameter in copy.named_parameters()}
+                for name in held.keys() & set(self._frozen) if held.keys() - set(self._frozen) else ():
+                    held[name].requires_grad_(False)
 
     def _hold(self, names: Sequence[str], inference_mode: bool | None = None) -> None:
         """Puts some adapters' versions of parameters and buffers in place (none while an adapter is added)."""
