@@ -298,6 +298,7 @@ def test_the_adapter_finds_its_base_from_any_directory(
 
 
 def test_what_a_module_froze_itself_stays_frozen(tmp_path: Path) -> None:
+    """Also after switching, and in an adapter that is loaded to go on."""
     from pico import wrappers
 
     model = pico.olmoe()
@@ -312,6 +313,11 @@ def test_what_a_module_froze_itself_stays_frozen(tmp_path: Path) -> None:
     assert trained() == {"free.weight", "free.bias"}
     with adapters.switched_off(model):
         logits(model)
+    assert trained() == {"free.weight", "free.bias"}
+    model.set_adapter("default")
+    assert trained() == {"free.weight", "free.bias"}
+    solidify.save_adapter(model, tmp_path / "adapter")
+    model = solidify.load_adapter(solidify.load(tmp_path / "frozen"), tmp_path / "adapter", trainable=True)
     assert trained() == {"free.weight", "free.bias"}
 
 

@@ -107,3 +107,108 @@ def test_what_peft_did_is_compared_by_name(wrapped_artifact: Path) -> None:
         "not trainable, but declared: LoRA on model.layers.0.self_attn.q_proj",
         "trainable, but not declared: the base parameter model.norm.weight",
     ]
+
+
+TIES: dict[str, tuple[dict[str, object] | None, list[str], str]] = {
+    "lora on the input": ({"target_modules": ["model.embed_tokens"]}, [], "model.embed_tokens is tied to lm_head"),
+    "lora on the output": ({"target_modules": ["lm_head"]}, [], "name all of lm_head, model.embed_tokens in target"),
+    "the output in full": (None, ["lm_head"], "name model.embed_tokens alone, and it is trained for all"),
+    "both in full": (None, ["lm_head", "model.embed_tokens"], "name model.embed_tokens alone"),
+    "one each": ({"target_modules": ["model.embed_tokens"]}, ["lm_head"], "declare one of the two ways for it"),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_a_tie_is_named_with_the_way_out(case: str) -> None:
+    lora, train, words = TIES[case]
+    model = pico.llama(tie_word_embeddings=True)
+    assert words in message(model, lora, train)
+    with pytest.raises(AdapterError, match="tied"):
+        solidify.attach(model, lora=lora, train=train)
+    planning.plan(pico.llama(), lora, train)  # the same declaration of a model without the tie
+
+
+@pytest.mark.parametrize(
+    ("lora", "train"),
+    [
+        ({"target_modules": ["lm_head", "model.embed_tokens"]}, []),
+        ({"target_modules": ["model.embed_tokens"], "ensure_weight_tying": False}, []),
+        ({"target_modules": ["lm_head"], "ensure_weight_tying": False}, []),
+        (None, ["model.embed_tokens"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_the_ways_out_of_a_tie_work(lora: dict[str, object] | None, train: list[str]) -> None:
+    solidify.attach(pico.llama(tie_word_embeddings=True), lora=lora, train=train)
+
+
+def test_ranks_are_given_by_our_patterns_and_exact_names() -> None:
+    declared = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["**.q_proj", "**.v_proj", "**.mlp.*_proj"],
+        "rank_pattern": {"model.layers.0.self_attn.q_proj": 16, "**.v_proj": 2},
+        "alpha_pattern": {"**.mlp.up_proj": 32, "model.layers.1.**": 32},
+    }
+    model = solidify.attach(pico.llama(), lora=declared)
+    ranks, scales = {}, {}
+    for path, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            name = standing.canonical(model, path)
+            ranks[name], scales[name] = module.r["default"], module.scaling["default"]
+    assert ranks["model.layers.0.self_attn.q_proj"] == 16
+    assert ranks["model.layers.1.self_attn.q_proj"] == 4
+    assert {rank for name, rank in ranks.items() if name.endswith("v_proj")} == {2}
+    assert {scales[n] for n in scales if n.endswith("0.mlp.down_proj")} == {2.0}
+    assert {scales[n] for n in scales if n.endswith(("mlp.up_proj", "1.mlp.down_proj"))} == {8.0}
+
+
+def test_a_rank_pattern_is_no_ending_of_a_longer_name() -> None:
+    nested = torch.nn.Sequential()
+    nested.add_module("lin", torch.nn.Linear(4, 4))
+    nested.add_module("outer", torch.nn.Sequential())
+    nested.outer.add_module("lin", torch.nn.Linear(4, 4))
+    model = solidify.attach(nested, lora={"r": 2, "target_modules": ["lin", "outer.lin"], "rank_pattern": {"lin": 3}})
+    found = {standing.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert found == {"lin": 3, "outer.lin": 2}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_hit_no_target_or_contradict_are_refused(field: str) -> None:
+    lora = {
+        "target_modules": ["**.q_proj"],
+        field: {"**.k_proj": 3, "q_proj": 3, "**.q_proj": 5, "model.layers.0.**": 6, ".*q_proj": 4, "model.**": -1},
+    }
+    text = message(pico.llama(), lora)
+    for key in ("**.k_proj", "q_proj", ".*q_proj"):
+        assert f"{field}: {key!r} hits none of the targets" in text
+    assert f"{field}: model.layers.0.self_attn.q_proj gets 5 by '**.q_proj' and 6 by 'model.layers.0.**'" in text
+    assert "'model.**' is given -1; give it a number above 0" in text
+    assert "leave out 'use_bdlora'" in message(pico.llama(), {"target_modules": [Q], "use_bdlora": object()})
+    assert "maps names or patterns to numbers" in message(pico.llama(), {"target_modules": [Q], field: ["q_proj"]})
+
+
+def test_experts_get_ranks_by_pattern() -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    lora = {"r": 2, "target_parameters": ["**.experts.down_proj"], "rank_pattern": {"model.layers.0.**": 5}}
+    model = solidify.attach(pico.olmoe(), lora=lora)
+    ranks = {standing.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert ranks == {name.rpartition(".")[0]: 5, "model.layers.1.mlp.experts": 2}
+
+
+def test_every_field_of_peft_that_names_modules_is_known() -> None:
+    """A field that a newer PEFT adds is looked at: does it name modules, adapters, or neither?"""
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    ours = {"target_modules", "exclude_modules", "target_parameters", *planning.patterns.FIELDS}
+    refused = {*planning._ELSEWHERE, "use_bdlora"}
+    nothing = {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "init_lora_weights"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "alora_invocation_tokens"),
+        *("use_qalora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "velora_config"),
+        *("monteclora_config", "kasa_config", "megatron_config", "megatron_core", "arrow_config"),
+    }
+    assert {f.name for f in fields(LoraConfig)} == ours | refused | nothing

@@ -59,7 +59,11 @@ def test_frozen_tensors_are_compared_with_what_was_built(trash_artifact: Path) -
 
 def test_a_buffer_that_moves_though_frozen_is_found(trash_artifact: Path) -> None:
     model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
-    standing.plain_model(model).model.layers[0].mlp.trash.bias.fill_(-3.0)
+    bias = "model.layers.0.mlp.trash"
+    standing.owner(model, bias).bias.fill_(-3.0)  # the adapter's own version
+    assert trainable.frozen(model, manifest.read(trash_artifact)).passed
+    with model.disable_adapter():
+        standing.owner(model, bias).bias.fill_(-3.0)  # the base's
     finding = trainable.frozen(model, manifest.read(trash_artifact))
     assert "model.layers.0.mlp.trash.bias changed" in finding.evidence
 

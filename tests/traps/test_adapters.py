@@ -230,9 +230,12 @@ def test_an_adapter_of_an_edited_model_loses_its_custom_part_on_the_original(tmp
 
 def test_unload_leaves_the_trained_copy_in_place(trash_artifact: Path) -> None:
     base = logits(solidify.load(trash_artifact))
-    model = perturbed(solidify.attach(solidify.load(trash_artifact), train=["model.norm"]))
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=QS, modules_to_save=["model.norm"])
+    model = perturbed(get_peft_model(solidify.load(trash_artifact), config))
     assert not torch.equal(logits(model.unload()), base)
 
+    model = perturbed(solidify.attach(solidify.load(trash_artifact), train=["model.norm"]))
+    assert torch.equal(logits(model.unload()), base)
     model = perturbed(solidify.attach(solidify.load(trash_artifact), train=["model.norm"]))
     with adapters.switched_off(model):
         assert torch.equal(logits(model), base)

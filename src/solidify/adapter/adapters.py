@@ -15,13 +15,15 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console, processes
+from solidify import console, foreign, processes
+from solidify.adapter import base_state, patterns, standing, together, trial, verbs
 from solidify.adapter import plan as planning
-from solidify.adapter import standing, trial
+from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
+from solidify.model.transaction import transaction
 
 
 def attach(
@@ -39,34 +41,57 @@ def attach(
 
     Raises:
         AdapterError: the declaration does not fit the model (see `solidify.adapter.plan`), or PEFT made something else
-            trainable than was declared.
+            trainable than was declared. The model is then as it was, as after any other exception.
     """
     existing = standing.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
+    base = base_state.find(model)
+    if base is not None:
+        base_state.refuse_changed(model, base)
     wanted = planning.plan(model, lora, train)
+    if existing is not None:
+        together.refuse_overlaps(
+            existing, [*wanted.lora_modules, *wanted.lora_parameters], wanted.modules, wanted.parameters
+        )
     console.words.print(wanted.table())
-    configuration = _configuration(model, lora, wanted)
+    single = _single(model, wanted.modules)
+    configuration = _configuration(model, lora, wanted, single)
     probe = trial.inputs(model)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
-            peft_model = _inject(model, existing, configuration, name)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"PEFT refuses the adapter: {error}") from error
-    _freeze_inside(peft_model, wanted, name)
-    train_parameters(peft_model, wanted.parameters, name)
-    faults = planning.compare(peft_model, wanted)
-    for warning in caught:
-        if issubclass(warning.category, RuntimeWarning):
-            faults.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    faults += trial.faults(peft_model, probe)
-    if faults and existing is None:
-        peft_model.unload()
-    refuse(AdapterError, "PEFT did not do what was declared", faults)
+    with transaction(existing if existing is not None else model):
+        peft_model, faults = _attached(model, existing, configuration, wanted, name)
+        verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
+        _freeze_inside(peft_model, wanted, name)
+        train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
+        faults = [*planning.compare(peft_model, wanted), *faults, *trial.faults(peft_model, probe)]
+        refuse(AdapterError, "PEFT did not do what was declared", faults)
     return peft_model
+
+
+def _frozen_inside(model: PeftModel, wanted: AdapterPlan) -> set[str]:
+    """Names what stays frozen in modules that are trained in full."""
+    inside = tuple(f"{module}." for module in wanted.modules)
+    return {name for name, _ in standing.plain_parameters(model) if name.startswith(inside)} - set(wanted.full)
+
+
+def _attached(
+    model: Any, existing: PeftModel | None, configuration: LoraConfig, wanted: AdapterPlan, name: str
+) -> tuple[PeftModel, list[str]]:
+    """Has PEFT put an adapter on the model; returns what it warns of that would be a fault.
+
+    Raises:
+        AdapterError: PEFT refuses it.
+    """
+    with warnings.catch_warnings(record=True) as caught, foreign.calling("PEFT refuses the adapter", AdapterError):
+        warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
+        peft_model = _inject(model, existing, configuration, name)
+    faults = []
+    for warning in caught:
+        if not issubclass(warning.category, RuntimeWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not patterns.is_false_alarm(str(warning.message), wanted.lora_modules):
+            faults.append(str(warning.message))
+    return peft_model, faults
 
 
 def _inject(model: Any, existing: PeftModel | None, configuration: LoraConfig, name: str) -> PeftModel:
@@ -90,9 +115,22 @@ def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def _configuration(model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan) -> LoraConfig:
-    fields = dict(lora or {})
+def _single(model: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
+    """Returns the beginnings of names of parameters that are trained one by one, though their module was named.
+
+    PEFT takes the name of a module that is trained in full for the end of a name: `score` is `layers.0.mlp.score` too.
+    Of a module whose name other names end in, no copy is trained, but a version of each of its parameters.
+    """
+    everywhere = [name for name, _ in standing.owners(model)]
+    return tuple(m + "." for m in modules if any(n != m and n.endswith(m) for n in everywhere))
+
+
+def _configuration(
+    model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan, single: Sequence[str]
+) -> LoraConfig:
+    fields = {**(lora or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
     fields.pop("exclude_modules", None)
+    copied = [name for name in wanted.modules if name + "." not in single]
     try:
         return LoraConfig(
             **{
@@ -101,8 +139,8 @@ def _configuration(model: nn.Module, lora: Mapping[str, Any] | None, wanted: Ada
                 "target_modules": _exact(wanted.lora_modules, model)
                 or ([] if wanted.lora_parameters else DUMMY_TARGET_MODULES),
                 "target_parameters": list(wanted.lora_parameters) or None,
-                "modules_to_save": list(wanted.modules) or None,
-                "task_type": fields.get("task_type") or _task_type(model),
+                "modules_to_save": copied or None,
+                "task_type": without_heads(fields.get("task_type") or _task_type(model)),
                 # A tied pair stays tied when one of them is trained, unless the user says otherwise.
                 "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),
             }
@@ -130,23 +168,22 @@ def _exact(names: Sequence[str], model: nn.Module) -> list[str] | str:
 def _task_type(model: nn.Module) -> str | None:
     """Returns PEFT's task type for the model's head, so that PeftModel has its methods; None for other heads."""
     name = type(standing.plain_model(model)).__name__
-    for ending, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-    ):
-        if name.endswith(ending):
-            return task
-    return None
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def without_heads(task: Any) -> Any:
+    """Drops a task type by which PEFT trains, undeclared, every module whose name ends in `score`, `classifier`, ...
+
+    What else it brings (`PeftModelForSequenceClassification`, ...) is for prompts. Heads are named in `train`.
+    """
+    return None if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
 
 
 def train_parameters(model: PeftModel, names: Sequence[str], adapter: str) -> None:
     """Gives the named bare parameters a version of their own for this adapter."""
     if not names:
         return
-    owners = {place.name: place.inner for place in standing.modules(model)}
-    wanted = {name: owners[name.rpartition(".")[0]] for name in names}
+    wanted = {name: standing.owner(model, name.rpartition(".")[0]) for name in names}
     holder = standing.trained_parameters(model)
     if holder is None:
         standing.plain_model(model).add_module(PARAMETERS, TrainedParameters(wanted, adapter))
@@ -174,7 +211,8 @@ def merge_in_memory(model: PeftModel) -> PreTrainedModel:
         plain = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise AdapterError(f"the adapter cannot be merged: {error}") from error
-    plain._modules.pop(PARAMETERS, None)
+    plain._modules.pop(PARAMETERS, None)  # PEFT's own class leaves them
+    plain._modules.pop(BUFFERS, None)
     broken = [n for n, t in plain.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     refuse(AdapterError, "the merged model is not finite", [f"{name} holds NaN or infinity" for name in broken])
     return plain

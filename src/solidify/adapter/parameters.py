@@ -65,6 +65,14 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         """Returns an adapter's version of a parameter."""
         return self._versions(adapter_name)[_key(name)]
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """Returns the plain model's own parameters of which some adapter has a version, by their full names."""
+        return {name: self.base[_key(name)] for name in self._owners[0]}
+
+    def disputed(self, adapter_names: list[str]) -> list[str]:
+        """Returns the names of parameters of which several of some adapters have a version."""
+        return [name for name in self._owners[0] if sum(name in self.names(a) for a in adapter_names) > 1]
+
     def _install(self) -> None:
         """Puts into every owner the version that should run now."""
         active = [] if self.disable_adapters else self.active_adapters
@@ -86,8 +94,14 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         return next((name for name in names if name in self.trained), None)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter (or none) the active and trainable one."""
+        """Makes some adapters (or none) the active and trainable ones.
+
+        Raises:
+            ValueError: two of them have a version of the same parameter.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if disputed := self.disputed(names):
+            raise ValueError(f"adapters {' and '.join(names)} have each a version of {', '.join(disputed)}")
         for name, versions in self.trained.items():
             for parameter in versions.parameters():
                 parameter.requires_grad_(name in names and not inference_mode)

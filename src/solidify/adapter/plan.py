@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify import console, foreign
-from solidify.adapter import kinds, standing
+from solidify.adapter import kinds, patterns, standing, tied
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 
@@ -89,6 +89,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         if other != name and parameter is parameters[name]
     ]
     faults += _overlaps(lora_modules + lora_parameters, modules, bare)
+    faults += tied.faults(model, lora, lora_modules, modules)
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
@@ -113,12 +114,17 @@ def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter], frozen:
 
 def _frozen_by_their_module(model: nn.Module) -> set[str]:
     """Names what is frozen now, and what new modules froze in their constructors: loading makes it trainable again."""
-    plain = standing.plain_model(model)
-    surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
-    recorded = {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
+    plain, recorded = standing.plain_model(model), frozen_at_surgery(model)
     if standing.peft_model(model) is not None:  # PEFT has frozen everything that it does not train
         return recorded
     return recorded | {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
+
+
+def frozen_at_surgery(model: nn.Module) -> set[str]:
+    """Names the parameters that new modules froze in their constructors, as the configuration records it."""
+    plain = standing.plain_model(model)
+    surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
+    return {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
 
 
 def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
@@ -171,6 +177,7 @@ def _lora_targets(
     layers = [kinds.layer_fault(n, named[n], named.get(n.rpartition(".")[0]), lora) for n in modules]
     stacks = [kinds.parameter_fault(name, parameters[name], lora) for name in bare]
     faults += [fault for fault in (*layers, *stacks) if fault is not None]
+    faults += patterns.faults(lora, [*modules, *bare])
     return modules, bare
 
 

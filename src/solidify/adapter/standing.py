@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch._dynamo import OptimizedModule  # what torch.compile(module) returns; it has no public name in torch 2.13
+from transformers import PreTrainedModel
 
+from solidify.adapter.buffers import NAME as BUFFERS
+from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
+
+HOLDERS = (TrainedParameters, TrainedBuffers)  # children of the plain model that are no part of it
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def at(model: nn.Module, name: str) -> Standing | None:
 
 def _walk(name: str, called: nn.Module, seen: set[int]) -> Iterator[Standing]:
     inner = unwrap(called)
-    if id(inner) in seen or isinstance(inner, TrainedParameters):
+    if id(inner) in seen or isinstance(inner, HOLDERS):
         return
     seen.add(id(inner))
     yield Standing(name, called, inner)
@@ -86,7 +92,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, ModulesToSaveWrapper):
             module = module.modules_to_save[module.active_adapters[0]] if is_active(module) else module.original_module
-        elif isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TrainedParameters):
+        elif isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, HOLDERS):
             module = module.original_module
         elif isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
@@ -104,6 +110,112 @@ def trained_parameters(model: nn.Module) -> TrainedParameters | None:
     """Returns the holder of bare parameters that are trained in full, or None."""
     found = plain_model(model)._modules.get(PARAMETERS)
     return found if isinstance(found, TrainedParameters) else None
+
+
+def trained_buffers(model: nn.Module) -> TrainedBuffers | None:
+    """Returns the holder of the adapters' own versions of buffers, or None."""
+    found = plain_model(model)._modules.get(BUFFERS)
+    return found if isinstance(found, TrainedBuffers) else None
+
+
+def owner(model: nn.Module, name: str) -> nn.Module:
+    """Returns the plain model's own module of a name, whatever adapter is active.
+
+    Raises:
+        KeyError: it has none of that name.
+    """
+    module = original(plain_model(model))
+    for part in name.split(".") if name else ():
+        child = module._modules[part]
+        if child is None:
+            raise KeyError(name)
+        module = original(child)
+    return module
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Returns the plain model's own module inside PEFT's wrappers around one place."""
+    while True:
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, HOLDERS):
+            module = module.original_module
+        elif isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        else:
+            return module
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the plain model's own modules with their names (a shared one under its first), whatever is active."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = original(module)
+        if id(module) in seen or isinstance(module, HOLDERS):
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    yield from walk("", plain_model(model))
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters that stand in the plain model's own modules, with their names there."""
+    for name, module in owners(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{name}.{key}" if name else key, parameter
+
+
+def path_alone(model: nn.Module, name: str, adapter: str) -> str:
+    """Returns where PEFT's tree has a module of the plain model when one adapter stands on it alone."""
+    path = ["base_model", "model"]
+    module: Any = plain_model(model)
+    for part in name.split(".") if name else ():
+        module = original(module)._modules[part]
+        path.append(part)
+        inside: Any = module
+        while isinstance(inside, BaseTunerLayer):
+            if adapter in inside._all_available_adapter_names():
+                path.append("base_layer")
+            inside = inside.base_layer
+    return ".".join(path)
+
+
+def full_modules(model: PeftModel, adapter: str) -> set[str]:
+    """Names the modules of which an adapter trains a copy."""
+    return {
+        canonical(model, path)
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    }
+
+
+def versions(model: nn.Module) -> set[int]:
+    """Returns the identities of tensors that are some adapter's versions of single parameters or buffers."""
+    held, buffers = trained_parameters(model), trained_buffers(model)
+    found = {id(p) for p in held.trained.parameters()} if held is not None else set()
+    return found | (buffers.identities() if buffers is not None else set())
+
+
+def set_aside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the plain model's own parameters and persistent buffers that adapters have versions of, by name."""
+    held, buffers = trained_parameters(model), trained_buffers(model)
+    found: dict[str, torch.Tensor] = dict(held.own()) if held is not None else {}
+    return found | (buffers.versions(None) if buffers is not None else {})
+
+
+def ties(model: nn.Module) -> dict[str, set[str]]:
+    """Maps the names of tensors that the plain model ties to the names of the others of their group."""
+    plain = plain_model(model)
+    pairs = plain.all_tied_weights_keys.items() if isinstance(plain, PreTrainedModel) else ()
+    groups: dict[str, set[str]] = {}
+    for name, other in pairs:
+        group = groups.get(name, {name}) | groups.get(other, {other})
+        for member in group:
+            groups[member] = group
+    return {name: group - {name} for name, group in groups.items()}
 
 
 def named_parameters(model: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -124,15 +236,26 @@ def named_parameters(model: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]
 
 
 def named_buffers(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields for every buffer what it is (`full` for a trained copy's, else `base`), whose it is, and itself."""
+    """Yields for every buffer what it is (`full`: an adapter's own version, or `base`), whose it is, and itself."""
+    holder = trained_buffers(model)
+    theirs = holder.identities() if holder is not None else set()
     for path, buffer in model.named_buffers():
         kind, name = _plain_name(model, path)
+        if id(buffer) in theirs:
+            kind = "full"
+        if name.startswith(BUFFERS + "."):
+            name = name.rpartition(".")[2].replace("/", ".")
         yield kind, name, buffer
 
 
 def canonical(model: PeftModel, path: str) -> str:
     """Returns the name in the plain model of a module that stands at `path` in the PeftModel."""
     return _plain_name(model, path)[1]
+
+
+def named(model: PeftModel, path: str) -> tuple[str, str]:
+    """Returns what stands at a path in the PeftModel (`lora`, `full` or `base`), and whose it is in the plain model."""
+    return _plain_name(model, path)
 
 
 def _plain_name(model: PeftModel, path: str) -> tuple[str, str]:
@@ -161,4 +284,4 @@ def _plain_name(model: PeftModel, path: str) -> tuple[str, str]:
 
 def _is_wrapping(module: nn.Module) -> bool:
     """PeftModel holds `base_model` (the tuner), which holds `model` (the plain one)."""
-    return isinstance(module, PeftModel) or type(module).__module__.startswith("peft.tuners")
+    return isinstance(module, (PeftModel, BaseTuner))

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import places
-from solidify.adapter import configured, kinds, standing
-from solidify.adapter.adapters import train_parameters
+from solidify import foreign, places
+from solidify.adapter import base_state, configured, kinds, readback, standing, together, verbs
+from solidify.adapter import plan as planning
+from solidify.adapter.adapters import train_parameters, without_heads
+from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, manifest, tensors
+from solidify.artifact import loading, manifest
 from solidify.artifact.manifest import Manifest
-from solidify.errors import AdapterError, ArtifactError, refuse
+from solidify.errors import AdapterError, refuse
+from solidify.model.transaction import transaction
 from solidify.weights import format, hashing
+from solidify.weights.format import Supply
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -35,11 +38,13 @@ def save_adapter(
 ) -> Path:
     """Writes one adapter, with the digests of the artifact it belongs to; plain PEFT can load it too.
 
-    `recipe` is kept in its manifest.
+    Before it stands where it was asked for, it is loaded again, on a fresh base, and compared with the model: its
+    tensors, and the outputs unless the model is large. `recipe` is kept in its manifest.
 
     Raises:
         AdapterError: the model's base is not an artifact that stands where it was loaded from, or is no longer the one
-            that was loaded; or `name` is not an adapter of the model.
+            that was loaded; `name` is not an adapter of the model; a trained number is NaN or infinite; or what was
+            written does not come back.
         ArtifactError: `directory` exists and is not ours.
     """
     directory = Path(directory)
@@ -47,87 +52,101 @@ def save_adapter(
         raise AdapterError(f"the model has no adapter {name!r}; it has: {', '.join(model.peft_config)}")
     if (fault := kinds.model_fault(model.peft_config[name])) is not None:
         raise AdapterError(f"the adapter {name!r} cannot be saved: {fault}")
-    base_directory, base = _base_of(model)
+    base = base_state.require(model)
+    base_state.refuse_changed(model, base)
+    trained = _trained(model, name)
+    state = _in_base_dtype(held(model, name, trained["buffers"]), base_state.base_tensors(model))
+    refuse(
+        AdapterError, "the adapter is not saved: training has diverged", _not_finite(model, name, trained["buffers"])
+    )
     with places.staged(directory) as staging:
-        model.save_pretrained(staging, selected_adapters=[name], save_embedding_layers=False)
-        if name != "default":  # PEFT puts adapters of other names into a directory of their own
-            for file in (staging / name).iterdir():
-                file.rename(staging / file.name)
-            shutil.rmtree(staging / name)
-        (staging / "README.md").unlink(missing_ok=True)
-        keys = _keys_on_disk(model, _trained(model, name)["parameters"])
-        state = {keys.get(k, k): t for k, t in safetensors.torch.load_file(staging / WEIGHTS).items()}
-        state = _in_base_dtype(state, standing.plain_model(model))
-        safetensors.torch.save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
-        configuration = PeftConfig.from_pretrained(staging)
-        configuration.base_model_name_or_path = str(base_directory)
-        configuration.save_pretrained(staging)
+        digests = format.write_file(staging / WEIGHTS, [Supply.made(key, tensor) for key, tensor in state.items()])
+        configuration = _configuration(model, name, base.directory)
+        configuration.save_pretrained(staging, auto_mapping_dict=configuration.auto_mapping)
         Manifest(
             kind="adapter",
             base={
-                **base.digest(),
-                "path": str(base_directory),
-                "relative": os.path.relpath(base_directory, directory.resolve()),
+                **base.record.digest(),
+                "path": str(base.directory),
+                "relative": os.path.relpath(base.directory, directory.resolve()),
             },
-            trained=_trained(model, name),
+            trained=trained,
             files={CONFIG: hashing.digest_bytes((staging / CONFIG).read_bytes())},
-            tensors=tensors.digests(state.items()),
+            tensors=digests,
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
         ).write(staging)
+        readback.refuse_lossy(
+            model, name, staging, base, load_adapter, lambda m: _named_held(m, name, trained["buffers"])
+        )
     return directory
+
+
+def _configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
+    """Returns an adapter's configuration as PEFT writes it: for use, on the artifact as it stands."""
+    configuration = deepcopy(model.peft_config[name])
+    configuration.base_model_name_or_path = str(base)
+    configuration.inference_mode = True
+    if configuration.task_type is None:
+        head = type(standing.plain_model(model))
+        configuration.auto_mapping = {"base_model_class": head.__name__, "parent_library": head.__module__}
+    return configuration
+
+
+def _not_finite(model: PeftModel, name: str, buffers: Sequence[str]) -> list[str]:
+    """Names every tensor of an adapter that holds NaN or infinity, and how many of its numbers are."""
+    faults = []
+    for key, tensor in held(model, name, buffers).items():
+        bad = int((~torch.isfinite(tensor.detach())).sum()) if tensor.is_floating_point() else 0
+        if bad:
+            what = key.removeprefix("base_model.model.")
+            faults.append(f"{what} holds NaN or infinity ({bad} of {tensor.numel()} numbers)")
+    return faults
 
 
 def _trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
     """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those."""
     holder = standing.trained_parameters(model)
     bare = holder.names(adapter) if holder is not None else []
-    targets = {
-        standing.canonical(model, path)
-        for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in module._all_available_adapter_names()
-    }
     copies = {
         standing.canonical(model, path) + "." + key
         for path, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
-        for key, _ in module.modules_to_save[adapter].named_parameters()
+        for key in _of_copy(module.modules_to_save[adapter], module.original_module)
     }
-    return {"lora": sorted(targets), "full": sorted(copies | set(bare)), "parameters": sorted(bare)}
+    versions = standing.trained_buffers(model)
+    moved = list(versions.moved(adapter)) if versions is not None else []
+    return {
+        "lora": together.targets(model, adapter),
+        "full": sorted({*copies, *bare, *moved}),
+        "parameters": sorted(bare),
+        "buffers": sorted(moved),
+    }
 
 
-def _base_of(model: nn.Module) -> tuple[Path, Manifest]:
-    plain = standing.plain_model(model)
-    where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
-    record = manifest.read(Path(where)) if where and (Path(where) / manifest.NAME).is_file() else None
-    if not where or record is None or record.kind != "artifact":
-        raise AdapterError(
-            f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
-            "the adapter fits; build it first and load it with solidify.load"
-        )
-    return Path(where).resolve(), record
+def _of_copy(copy: nn.Module, original: nn.Module) -> Iterator[str]:
+    """Yields the names of a trained copy's parameters, and of the buffers that moved."""
+    yield from (name for name, _ in copy.named_parameters())
+    saved, own = set(copy.state_dict()), dict(original.named_buffers())
+    yield from (n for n, b in copy.named_buffers() if n in saved and n in own and not torch.equal(b, own[n]))
 
 
-def _keys_on_disk(model: PeftModel, names: Sequence[str]) -> dict[str, str]:
-    """Maps the holder's keys of bare parameters to where PEFT's tree has them, so that plain PEFT loads them too."""
-    paths = {id(parameter): path for path, parameter in model.named_parameters()}
-    owners = {place.name: place.inner for place in standing.modules(model)}
+def _keys_on_disk(model: PeftModel, names: Sequence[str], holder: str, adapter: str) -> dict[str, str]:
+    """Maps a holder's keys of parameters or buffers to where PEFT's tree has them; plain PEFT then loads them too."""
     result = {}
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        result[f"base_model.model.{PARAMETERS}.{name}"] = paths[id(owners[owner]._parameters[attribute])]
+        result[f"base_model.model.{holder}.{name}"] = f"{standing.path_alone(model, owner, adapter)}.{attribute}"
     return result
 
 
-def _in_base_dtype(state: Mapping[str, torch.Tensor], plain: nn.Module) -> dict[str, torch.Tensor]:
+def _in_base_dtype(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Stores what is trained in full in the dtype of what it replaces (training may use float32 for bfloat16)."""
-    own = dict(plain.state_dict(keep_vars=True))
-    own |= {_plain_name(name): tensor for name, tensor in own.items()}
     result = {}
     for key, tensor in state.items():
-        base = own.get(key.removeprefix("base_model.model."))
-        result[key] = tensor if base is None else tensor.to(base.dtype)
+        base = own.get(_plain_name(key.removeprefix("base_model.model.")))
+        result[key] = tensor.detach() if base is None else tensor.detach().to(base.dtype)
     return result
 
 
@@ -144,7 +163,7 @@ def load_adapter(
 
     Raises:
         AdapterError: the adapter was trained on another base (the message says what differs), is incomplete or was
-            changed, or `name` is taken.
+            changed, or `name` is taken. The model is then as it was.
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, "adapter")
@@ -153,39 +172,66 @@ def load_adapter(
     existing = standing.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
+    base_state.refuse_changed(model, base_state.require(model))
     configuration = configured.read(directory)
     configuration.inference_mode = not trainable
-    if existing is None:
-        peft_model = get_peft_model(model, configuration, adapter_name=name)
-    else:
-        peft_model = existing
-        peft_model.add_adapter(name, configuration)
-    state = safetensors.torch.load_file(directory / WEIGHTS)
-    train_parameters(peft_model, record.trained["parameters"], name)
-    keys = {on_disk: held for held, on_disk in _keys_on_disk(peft_model, record.trained["parameters"]).items()}
-    refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name), state))
-    set_peft_model_state_dict(
-        peft_model, {keys.get(key, key): tensor for key, tensor in state.items()}, adapter_name=name
-    )
-    peft_model.set_adapter(name, inference_mode=not trainable)
-    refuse(AdapterError, f"{directory} was not loaded completely", _load_faults(peft_model, state, name))
-    return peft_model.train(trainable)
+    configuration.task_type = without_heads(configuration.task_type)
+    bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
+    with transaction(existing if existing is not None else model):
+        with foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError):
+            if existing is None:
+                peft_model = get_peft_model(model, configuration, adapter_name=name)
+            else:
+                together.refuse_overlaps(existing, record.trained["lora"], configuration.modules_to_save or (), bare)
+                peft_model = existing
+                peft_model.add_adapter(name, configuration)
+        verbs.take_over(peft_model, frozen=planning.frozen_at_surgery(peft_model))
+        state = safetensors.torch.load_file(directory / WEIGHTS)
+        train_parameters(peft_model, bare, name)
+        refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name, moved), state))
+        _fill(peft_model, state, name, bare, moved)
+        peft_model.set_adapter(name, inference_mode=not trainable)
+        refuse(AdapterError, f"{directory} was not loaded completely", _load_faults(peft_model, state, name, moved))
+        return peft_model.train(trainable)
 
 
-def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
+def _fill(
+    model: PeftModel, state: Mapping[str, torch.Tensor], name: str, bare: Sequence[str], moved: Sequence[str]
+) -> None:
+    """Puts the tensors of a file into an adapter; buffers that the file does not hold stay the base's."""
+    keys = {disk: held for held, disk in _keys_on_disk(model, bare, PARAMETERS, name).items()}
+    keys |= {disk: held for held, disk in _keys_on_disk(model, moved, BUFFERS, name).items()}
+    values = {keys.get(key, key): tensor for key, tensor in state.items()}
+    versions = standing.trained_buffers(model)
+    for buffer, tensor in (versions.versions(name) if versions is not None else {}).items():
+        values.setdefault(f"base_model.model.{BUFFERS}.{buffer}", tensor.detach().clone())
+    set_peft_model_state_dict(model, values, adapter_name=name)
+
+
+def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str, buffers: Sequence[str]) -> list[str]:
     """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
-    places = held(model, name)
+    places = held(model, name, buffers)
     changed = [key for key, tensor in state.items() if not torch.equal(places[key].to(tensor.dtype).cpu(), tensor)]
     return [f"{key} differs after loading" for key in changed]
 
 
-def held(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """Returns the adapter's tensors in the model, the very parameters, by their keys on disk."""
+def held(model: PeftModel, name: str, buffers: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Returns the adapter's tensors in the model, the very ones, by their keys on disk.
+
+    `buffers` names those of the plain model's buffers of which the adapter's version counts.
+    """
     state = model.state_dict(keep_vars=True)
     found = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
     holder = standing.trained_parameters(model)
-    keys = _keys_on_disk(model, holder.names(name) if holder is not None else [])
-    return {keys.get(key, key): tensor for key, tensor in found.items()}
+    keys = _keys_on_disk(model, holder.names(name) if holder is not None else [], PARAMETERS, name)
+    keys |= _keys_on_disk(model, buffers, BUFFERS, name)
+    own = f"base_model.model.{BUFFERS}."
+    return {keys.get(key, key): t for key, t in found.items() if key in keys or not key.startswith(own)}
+
+
+def _named_held(model: PeftModel, name: str, buffers: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an adapter in the model that it is from, or in the one on which it was loaded alone."""
+    return held(model, name if name in model.peft_config else "default", buffers)
 
 
 def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -203,20 +249,12 @@ def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
 
 def refuse_wrong_base(model: nn.Module, record: Manifest, directory: Path) -> None:
     """Raises AdapterError with what differs when the model is not the artifact that the adapter was trained on."""
-    try:
-        base_directory, base = _base_of(model)
-    except ArtifactError as error:
-        raise AdapterError(str(error)) from error
-    found = base.digest()
-    words = {
-        "configuration": "its configuration is another",
-        "code": "its modules' source is another",
-        "weights": "its weights are others",
-    }
-    faults = [word for key, word in words.items() if record.base.get(key) != found[key]]
+    base = base_state.require(model)
+    found = base.record.digest()
+    faults = [word for key, word in base_state.WORDS.items() if record.base.get(key) != found[key]]
     refuse(
         AdapterError,
-        f"the adapter {directory} was trained on another base than {base_directory} "
+        f"the adapter {directory} was trained on another base than {base.directory} "
         f"(it was trained on {record.base.get('path')})",
         faults,
     )

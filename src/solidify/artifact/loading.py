@@ -26,6 +26,8 @@ from solidify.source import ownership
 from solidify.weights import layout
 from solidify.weights.hashing import digest_bytes
 
+ORIGIN = "_artifact_digest"  # attribute of a loaded model: the digest of the artifact that it was loaded from
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -204,6 +206,7 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
     )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, f"{directory} was not loaded completely", faults + _foreign_code(model, record))
+    vars(model)[ORIGIN] = record.digest()
     return model.eval()
 
 

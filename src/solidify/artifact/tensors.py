@@ -75,6 +75,11 @@ def realign(entries: Mapping[str, Entry], state: Mapping[str, torch.Tensor]) -> 
             _move(state[name], entry.start % format.ALIGNMENT)
 
 
+def align_to(tensor: torch.Tensor, address: int) -> None:
+    """Moves in place, values unchanged, a matrix that stands otherwise aligned than what stands at an address."""
+    _move(tensor, address % format.ALIGNMENT)
+
+
 def _move(tensor: torch.Tensor, offset: int) -> None:
     if tensor.device.type == "cpu" and tensor.ndim >= 2 and tensor.data_ptr() % format.ALIGNMENT != offset:
         tensor.data = _at(tensor, offset)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from solidify.adapter import storage
+from solidify.adapter import readback, storage
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError
 from solidify.findings import Finding
@@ -18,8 +18,9 @@ from solidify.model import anatomy
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Returns the model's output for every case."""
-    return {case: anatomy.run(model, batch) for case, batch in inputs.items()}
+    """Returns the model's output for every case, in the state in which models are compared."""
+    with readback.alike(model):
+        return {case: anatomy.run(model, batch) for case, batch in inputs.items()}
 
 
 def adapter_effect(

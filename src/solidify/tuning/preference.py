@@ -165,7 +165,7 @@ def _complete_copy(model: PeftModel) -> Iterator[None]:
             f"(and take an older copy off with model.delete_adapter({_START!r}))"
         )
     add = model.add_adapter
-    holder = standing.trained_parameters(model)
+    holder, buffers = standing.trained_parameters(model), standing.trained_buffers(model)
 
     def add_whole(name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter with a version of every single parameter and with the trained modules' buffers."""
@@ -180,6 +180,8 @@ def _complete_copy(model: PeftModel) -> Iterator[None]:
             parts = path.split(".")
             if _TRAINED in parts:
                 held[".".join(name if part == _TRAINED else part for part in parts)].copy_(buffer)
+        if buffers is not None:
+            buffers.take(name, buffers.versions(_TRAINED))
         if holder is not None:
             holder.trained[name].requires_grad_(False)
 

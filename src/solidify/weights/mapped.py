@@ -33,7 +33,7 @@ class _Area:
     offset: int
     inode: tuple[int, int]
     path: str
-    own: int  # bytes that were written to
+    own: int  # bytes that were written to, in memory or swapped out
 
 
 class Maps:
@@ -70,15 +70,22 @@ class Maps:
 def _areas() -> Iterator[_Area]:
     if not _SMAPS.is_file():
         return
+    yield from _read_areas(_SMAPS.read_text(encoding="utf-8", errors="surrogateescape"))
+
+
+def _read_areas(text: str) -> Iterator[_Area]:
+    """Yields the mappings of files that a text as of `smaps` lists; `Swap` comes after `Anonymous` in each."""
     head: re.Match[str] | None = None
-    for line in _SMAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    own = 0
+    for line in text.splitlines():
         found = _HEAD.match(line)
         if found:
-            head = found
-        elif head is not None and line.startswith("Anonymous:") and head[7].startswith("/"):
-            device = os.makedev(int(head[4], 16), int(head[5], 16))
-            own = int(line.split()[1]) * 1024
-            inode = (device, int(head[6]))
+            head, own = found, 0
+        elif line.startswith("Anonymous:"):
+            own += int(line.split()[1]) * 1024
+        elif head is not None and line.startswith("Swap:") and head[7].startswith("/"):
+            own += int(line.split()[1]) * 1024  # a page that was written to and swapped out is not counted above
+            inode = (os.makedev(int(head[4], 16), int(head[5], 16)), int(head[6]))
             yield _Area(int(head[1], 16), int(head[2], 16), int(head[3], 16), inode, head[7], own)
 
 

@@ -1,0 +1,266 @@
+"""Whether the model in memory still is the artifact that it came from: every tensor, module and setting, by name.
+
+An adapter belongs to the weights that it was trained on. A model that has changed since it was loaded (an adapter was
+merged into it, weights were edited, the vocabulary was resized, the artifact was replaced) is another base, and no
+digest on disk would tell. Tensors that still are an unchanged part of the artifact's mapped files are not read again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify import foreign
+from solidify.adapter import standing
+from solidify.adapter.buffers import NAME as BUFFERS
+from solidify.adapter.parameters import NAME as PARAMETERS
+from solidify.artifact import loading, manifest, tensors
+from solidify.artifact.manifest import Manifest
+from solidify.errors import AdapterError, ArtifactError, refuse
+from solidify.model import anatomy
+from solidify.weights import checkpoint
+
+WORDS = {
+    "configuration": "its configuration is another",
+    "code": "its modules' source is another",
+    "weights": "its weights are others",
+}
+_REMEDY = (
+    "an adapter would belong to a base that stands nowhere. If an adapter was merged into the model, or its weights "
+    "or modules were changed on purpose, write that down first (solidify.merge the adapter, or solidify.build the "
+    "model), solidify.load the result, and train on it"
+)
+# Values of a configuration that trainers, tokenizers and PEFT set, and that change no hidden state.
+_INCIDENTAL = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "chunk_size_feed_forward"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("id2label", "label2id", "problem_type", "pretraining_tp", "tie_word_embeddings"),
+}
+_OF_TRAINING = ("dropout", "drop", "_coef", "_loss")  # endings of values that only count while a model trains
+_NAMED = 6  # names in one sentence
+
+
+@dataclass(frozen=True)
+class Base:
+    """The artifact that a model stands for: where it is, and its manifest."""
+
+    directory: Path
+    record: Manifest
+
+
+def find(model: nn.Module) -> Base | None:
+    """Returns the artifact that the model was loaded from; None where it was loaded from something else.
+
+    Raises:
+        AdapterError: its manifest cannot be read any more.
+    """
+    plain = standing.plain_model(model)
+    where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
+    if not where or not (Path(where) / manifest.NAME).is_file():
+        return None
+    try:
+        record = manifest.read(Path(where))
+    except ArtifactError as error:
+        raise AdapterError(str(error)) from error
+    return Base(Path(where).resolve(), record) if record.kind == "artifact" else None
+
+
+def require(model: nn.Module) -> Base:
+    """Returns the artifact that the model was loaded from.
+
+    Raises:
+        AdapterError: it was not loaded from one.
+    """
+    base = find(model)
+    if base is None:
+        plain = standing.plain_model(model)
+        where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
+        raise AdapterError(
+            f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
+            "the adapter fits; build it first and load it with solidify.load"
+        )
+    return base
+
+
+def refuse_changed(model: nn.Module, base: Base) -> None:
+    """Refuses a model that is not, or not any more, the artifact that it was loaded from; remembers which it was.
+
+    A model on the meta device has nothing to compare. Tensors that were loaded in another dtype are compared with the
+    artifact's, cast to it.
+
+    Raises:
+        AdapterError: the model or the artifact has changed since; the message names all that differs.
+    """
+    plain = standing.plain_model(model)
+    if anatomy.is_meta(plain):
+        return
+    now, before = base.record.digest(), vars(plain).get(loading.ORIGIN)
+    if before is not None and before != now:
+        changed = [word for key, word in WORDS.items() if before[key] != now[key]]
+        refuse(
+            AdapterError,
+            f"the artifact {base.directory} was replaced by another since the model was loaded, so an adapter of this "
+            "model would be taken for one of the new artifact; load that, and train on it",
+            changed,
+        )
+    faults = _merged_now(model) or [
+        *_class_faults(plain, base),
+        *_setting_faults(plain, base),
+        *_tensor_faults(model, base),
+    ]
+    title = f"the model in memory is not the artifact {base.directory}, from which it was loaded; {_REMEDY}"
+    refuse(AdapterError, title, faults)
+    vars(plain)[loading.ORIGIN] = now
+
+
+def _merged_now(model: nn.Module) -> list[str]:
+    names = {
+        name
+        for module in standing.plain_model(model).modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in module.merged_adapters
+    }
+    return [f"adapter {name!r} is merged into its weights now: call unmerge_adapter() first" for name in sorted(names)]
+
+
+def _class_faults(plain: nn.Module, base: Base) -> list[str]:
+    """Compares the class of every module with what the artifact's configuration builds, on the meta device."""
+    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    if type(plain).__name__ not in config["architectures"]:
+        return [f"it is a {type(plain).__name__}, and the artifact a {config['architectures'][0]}"]
+    built: Any = foreign.attempt(_skeleton, plain, base.directory)
+    if built.value is None:
+        return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
+    expected = {name: type(module) for name, module in built.value.named_modules()}
+    found = {place.name: type(place.inner) for place in standing.modules(plain)}
+    faults = [
+        f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
+        for name, kind in expected.items()
+        if name in found and found[name] is not kind and not _is_view(found[name], kind)
+    ]
+    faults += [f"{name} ({kind.__name__}) is not in the model" for name, kind in expected.items() if name not in found]
+    extra = [f"{name} ({kind.__name__}) is not in the artifact" for name, kind in found.items() if name not in expected]
+    return _few([*faults, *extra], "modules")
+
+
+def _is_view(found: type, kind: type) -> bool:
+    """Returns whether a class is one that a library derived at run time to shard or quantize a module (FSDP)."""
+    return issubclass(found, kind) and found.__name__.startswith("FSDP")
+
+
+def _skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
+    built: nn.Module = loading.on_meta(type(plain), _stored_configuration(plain, directory))
+    return built
+
+
+def _stored_configuration(plain: PreTrainedModel, directory: Path) -> Any:
+    config = type(plain.config).from_pretrained(directory)
+    config._attn_implementation = plain.config._attn_implementation
+    return config
+
+
+def _setting_faults(plain: nn.Module, base: Base) -> list[str]:
+    """Compares the configuration with the artifact's, but for what trainers set and what changes no hidden state."""
+    assert isinstance(plain, PreTrainedModel)
+    read = foreign.attempt(_stored_configuration, plain, base.directory)
+    if read.value is None:
+        return []  # its class cannot read it; `_class_faults` has said so
+    expected, found = _flat(read.value.to_dict()), _flat(deepcopy(plain.config).to_dict())
+    differing = [key for key in {**expected, **found} if expected.get(key, None) != found.get(key, None)]
+    return [
+        f"config.{key} is {found.get(key)!r}, and {expected.get(key)!r} in the artifact"
+        for key in differing
+        if not set(key.split(".")) & _INCIDENTAL and not key.endswith(_OF_TRAINING)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the plain model's own parameters and persistent buffers by their names there, whatever is active.
+
+    The tensors are the very ones; one that has several names is there under each.
+    """
+    wrapped = standing.peft_model(model)
+    if wrapped is None:
+        return dict(standing.plain_model(model).state_dict(keep_vars=True))
+    found = {name: t for kind, name, t in _held(wrapped) if kind == "base"}
+    found |= standing.set_aside(wrapped)
+    return found
+
+
+def _held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
+    versions = standing.versions(model)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if {PARAMETERS, BUFFERS} & set(path.split(".")):
+            continue
+        lost = module._non_persistent_buffers_set
+        own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in lost}}
+        for key, tensor in own.items():
+            if tensor is not None and id(tensor) not in versions:
+                kind, name = standing.named(model, f"{path}.{key}" if path else key)
+                yield kind, name, tensor
+
+
+def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
+    """Compares every tensor of the base with its digest in the artifact."""
+    found, expected = base_tensors(model), base.record.tensors
+    same = {id(found[name]) for name in expected if name in found}
+    digests = tensors.digests_where_they_stand({n: t for n, t in found.items() if n in expected or id(t) not in same})
+    changed = [name for name, digest in expected.items() if name in digests and digests[name] != digest]
+    changed = [name for name in changed if not _is_cast(found[name], name, base)]
+    ties = standing.ties(model)
+    extra = [
+        name
+        for name, digest in digests.items()
+        if name not in expected and digest not in [expected.get(other) for other in ties.get(name, ())]
+    ]
+    faults = [f"{name} is not in the model" for name in expected if name not in found]
+    faults += [_difference(name, found[name], base) for name in changed]
+    faults += [f"{name} is not in the artifact" for name in extra]
+    return _few(faults, f"of {len(expected)} tensors")
+
+
+def _few(faults: list[str], what: str) -> list[str]:
+    if len(faults) <= _NAMED:
+        return faults
+    return [*faults[:_NAMED], f"and {len(faults) - _NAMED} more ({len(faults)} {what} differ)"]
+
+
+def _entry(base: Base, name: str) -> Any:
+    return checkpoint.read(base.directory).entries.get(name)
+
+
+def _is_cast(tensor: torch.Tensor, name: str, base: Base) -> bool:
+    """Returns whether a tensor is the artifact's in another dtype, as it was loaded."""
+    entry = _entry(base, name)
+    if entry is None or entry.shape.dtype == tensor.dtype or entry.shape.sizes != tuple(tensor.shape):
+        return False
+    stored = entry.read()
+    return tensors.digest(stored) == base.record.tensors[name] and torch.equal(stored.to(tensor.dtype), tensor.cpu())
+
+
+def _difference(name: str, tensor: torch.Tensor, base: Base) -> str:
+    entry = _entry(base, name)
+    if entry is not None and entry.shape.sizes != tuple(tensor.shape):
+        return f"{name} has shape {list(tensor.shape)}, and {list(entry.shape.sizes)} in the artifact"
+    return f"{name} holds other numbers than in the artifact"

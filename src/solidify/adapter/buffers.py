@@ -1,0 +1,192 @@
+"""Gives every adapter its own version of the model's persistent buffers, because training moves some of them.
+
+BatchNorm's running statistics, moving averages, counts: they move when the model runs in training mode, in frozen
+modules too, and then belong to what was trained. PEFT knows of parameters alone. Here one holder, a child of the plain
+model, keeps the versions of all that are not running now; the running version stands in the module that it belongs to,
+which may change it in place or put another tensor there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+NAME = "trained_buffers"
+
+
+class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
+    """Holds versions of persistent buffers, by adapter, and the plain model's own.
+
+    Written against `AuxiliaryTrainingWrapper` of peft 0.21.2 (`peft/utils/other.py`), whose instances PEFT finds,
+    switches, disables and saves. It wraps no module: it exchanges tensors in `_buffers` of their owners.
+    """
+
+    def __init__(self, owners: dict[str, nn.Module], adapter_name: str) -> None:
+        super().__init__(nn.Identity(), adapter_name, owners=owners)
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        """Makes room for the versions."""
+        self._owners: tuple[dict[str, nn.Module]] = (dict(kwargs["owners"]),)  # in a tuple: no children of this
+        self.base = _Versions(self._running())
+        self.trained = nn.ModuleDict({})
+        self._installed: str | None = None
+        self._active_adapter: list[str] = []
+        self.register_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_post_hook(_take_up)
+
+    def check_module(self) -> None:
+        """There is no wrapped module to judge."""
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        """Adds versions for an adapter that has none; they start as the plain model's own."""
+        super().update(adapter_name)
+        if adapter_name not in self.trained:
+            own = self.versions(None)
+            self.trained[adapter_name] = _Versions({name: b.detach().clone() for name, b in own.items()})
+
+    def names(self) -> list[str]:
+        """Returns the full names of the buffers."""
+        return list(self._owners[0])
+
+    def versions(self, adapter_name: str | None) -> dict[str, torch.Tensor]:
+        """Returns an adapter's version of every buffer (None: the plain model's own), the very tensors."""
+        _settle(self)
+        slot = self._slot(adapter_name)
+        return {name: slot.version(name) for name in self.names()}
+
+    def moved(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Returns an adapter's version of those buffers that are not the plain model's own, bit for bit."""
+        if adapter_name not in self.trained:
+            return {}
+        own = self.versions(None)
+        return {name: b for name, b in self.versions(adapter_name).items() if not _alike(b, own[name])}
+
+    def take(self, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:
+        """Gives an adapter's version of some buffers other values."""
+        mine = self.versions(adapter_name)
+        with torch.no_grad():
+            for name, value in values.items():
+                mine[name].copy_(value)
+
+    def identities(self) -> set[int]:
+        """Returns the identities of all tensors that are an adapter's version."""
+        _settle(self)
+        return {id(b) for slot in self.trained.values() for b in slot.buffers()}
+
+    def _running(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, owner in self._owners[0].items():
+            buffer = owner._buffers[name.rpartition(".")[2]]
+            assert buffer is not None
+            found[name] = buffer
+        return found
+
+    def _slot(self, adapter_name: str | None) -> _Versions:
+        found: Any = self.base if adapter_name is None else self.trained[adapter_name]
+        assert isinstance(found, _Versions)
+        return found
+
+    def _install(self) -> None:
+        """Puts into every owner the version that should run now."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.trained]
+        wanted = active[0] if active else None
+        if wanted == self._installed:
+            return
+        _settle(self)
+        slot = self._slot(wanted)
+        for name, owner in self._owners[0].items():
+            owner._buffers[name.rpartition(".")[2]] = slot.version(name)
+        self._installed = wanted
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Returns the adapter's buffers by their full names."""
+        stored = self.adapter_state_dict_load_map(adapter_name)
+        own = self.versions(adapter_name) if stored else {}
+        return {name: state_dict.get(key, own[name]) for name, key in stored.items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Maps the names on disk to those in memory."""
+        if adapter_name not in self.trained:
+            return {}
+        return {name: f"trained.{adapter_name}.{_key(name)}" for name in self.names()}
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Returns which of the asked-for adapters has buffers here."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        return next((name for name in names if name in self.trained), None)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Lets one adapter's buffers (or none's) run."""
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._install()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches between the active adapter's buffers and the plain model's."""
+        super().enable_adapters(enabled)
+        self._install()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Forgets an adapter."""
+        if adapter_name in self.trained:
+            left = [name for name in new_active_adapters or [] if name in self.trained and name != adapter_name]
+            self.set_adapter(left)
+            del self.trained[adapter_name]
+            self._adapters.discard(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Leaves the running versions in their owners (without `merge`, the plain model's own)."""
+        if not merge:
+            self.set_adapter([])
+        return nn.Identity()
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.trained.keys())
+
+
+class _Versions(nn.Module):
+    """One version of all the buffers."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, buffer in buffers.items():
+            self.register_buffer(_key(name), buffer)
+
+    def version(self, name: str) -> torch.Tensor:
+        """Returns a buffer by its full name."""
+        found = self._buffers[_key(name)]
+        assert found is not None
+        return found
+
+
+def _settle(holder: TrainedBuffers, *_: Any) -> None:
+    """Notes the running tensors in their slot: a module may have put others into its buffers, or moved them."""
+    slot = holder._slot(holder._installed)
+    for name, buffer in holder._running().items():
+        slot._buffers[_key(name)] = buffer
+
+
+def _take_up(holder: TrainedBuffers, _keys: Any) -> None:
+    """Puts tensors that were loaded into the running slot into the owners."""
+    slot = holder._slot(holder._installed)
+    for name, owner in holder._owners[0].items():
+        owner._buffers[name.rpartition(".")[2]] = slot.version(name)
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Returns whether two tensors are equal bit for bit (a NaN is itself)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    flat = (t.detach().cpu().contiguous().reshape(-1) for t in (a, b))
+    return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in flat))
+
+
+def _key(name: str) -> str:
+    """Turns a dotted name into one that a module's buffer may have."""
+    return name.replace(".", "/")

@@ -1,0 +1,235 @@
+"""Whether an adapter that was just written comes back: on a fresh base, bit for bit, in its tensors and outputs.
+
+Both models run in the same state (evaluation, nothing asks for gradients, matrices aligned alike), because PyTorch
+chooses its kernels by these too; then equal models give equal bits, and no tolerance is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from solidify import console, foreign
+from solidify.adapter import standing
+from solidify.adapter.base_state import Base
+from solidify.artifact import certificate, loading, tensors
+from solidify.errors import AdapterError, SurgeryError, refuse
+from solidify.model import anatomy, probing
+
+Load = Callable[[nn.Module, Path], PeftModel]
+Held = Callable[[PeftModel], Mapping[str, torch.Tensor]]
+_NAMED = 6  # names in one sentence
+
+
+def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load: Load, held: Held) -> None:
+    """Loads an adapter from where it was written on a fresh base and compares it with the model that it is from.
+
+    `load` puts it on a model, `held` returns its tensors in a model by their keys on disk. A large model, one on
+    several devices and one for which no inputs can be made up is not run: its tensors are compared.
+
+    Raises:
+        AdapterError: something did not come back; all that differs is named.
+    """
+    plain: Any = standing.plain_model(model)
+    with torch.random.fork_rng(), console.silence():
+        fresh = loading.load_artifact(base.directory, trust_remote_code=True, **_options(plain, base))
+        again = load(fresh, directory)
+    mine, theirs = held(model), held(again)
+    faults = [f"{key} is not there" for key in mine if key not in theirs]
+    faults += [f"{key} holds other numbers" for key in theirs if key in mine and not _same(mine[key], theirs[key])]
+    refuse(AdapterError, "the adapter is not saved: it does not come back from its file", faults)
+    if anatomy.large(plain) or len({p.device for p in plain.parameters()}) != 1:
+        return
+    fresh = standing.plain_model(again.to(plain.device))
+    with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
+        _align(plain, fresh)
+        faults = _output_faults(plain, fresh)
+    if faults:
+        hints = _state_faults(plain, fresh)
+        words = "; what it holds besides: " + "; ".join(hints) if hints else ""
+        refuse(AdapterError, f"the adapter is not saved: loaded again, it computes something else{words}", faults)
+
+
+def _options(plain: Any, base: Base) -> dict[str, Any]:
+    """Returns how a base has to be loaded to compute as this one: its dtype, and the kernels that it uses."""
+    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    options: dict[str, Any] = {}
+    if str(plain.dtype).removeprefix("torch.") != config.get("dtype"):
+        options["dtype"] = plain.dtype
+    for kind in ("attn", "experts"):
+        parts = {"": plain.config, **{n: getattr(plain.config, n, None) for n in plain.config.sub_configs}}
+        found = {n: vars(part).get(f"_{kind}_implementation_internal") for n, part in parts.items() if part is not None}
+        words = {n: word for n, word in found.items() if word is not None}
+        if words:
+            options[f"{kind}_implementation"] = words if len(set(words.values())) > 1 else next(iter(words.values()))
+    return options
+
+
+def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Returns whether a tensor came back, in the dtype that it is stored in."""
+    return torch.equal(mine.detach().to(theirs.dtype).cpu(), theirs.detach().cpu())
+
+
+@contextmanager
+def alike(model: nn.Module) -> Iterator[None]:
+    """While the block lasts, a model is in the state in which models are compared; it gets its own back.
+
+    Evaluation mode, no parameter that asks for gradients (which PyTorch folds matrices by), and buffers that come
+    back as they were, though a module may move them.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with anatomy.evaluation(model), torch.no_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for module, key, buffer, before in buffers:
+                module._buffers[key] = buffer
+                if not _same(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextmanager
+def active_alone(model: PeftModel, name: str) -> Iterator[None]:
+    """While the block lasts, one adapter alone is active; before and after it is as it was."""
+    tuner: Any = model.base_model
+    before, off = list(model.active_adapters), _is_off(model)
+    if before == [name] and not off:
+        yield
+        return
+    tuner._enable_adapter_layers(True)
+    tuner.set_adapter(name)
+    try:
+        yield
+    finally:
+        tuner.set_adapter(before if len(before) != 1 else before[0])
+        if off:
+            tuner._enable_adapter_layers(False)
+
+
+def _is_off(model: PeftModel) -> bool:
+    return any(m.disable_adapters for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+
+
+@contextmanager
+def _as_stored(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Gives trained tensors that are kept in more digits than they are stored in, for a while, the stored values."""
+    wider = [(tensor, tensor.data, theirs[key]) for key, tensor in mine.items() if tensor.dtype != theirs[key].dtype]
+    try:
+        for tensor, _, stored in wider:
+            tensor.data = stored.data.to(tensor.device)
+        yield
+    finally:
+        for tensor, data, _ in wider:
+            tensor.data = data
+
+
+def _align(plain: nn.Module, fresh: nn.Module) -> None:
+    """Aligns the matrices of a fresh model as those of another of the same parts."""
+    parts = zip(plain.parameters(), fresh.parameters(), strict=False)
+    for mine, theirs in parts:
+        if mine.shape == theirs.shape and mine.device.type == "cpu":
+            tensors.align_to(theirs, mine.data_ptr())
+
+
+def _output_faults(plain: Any, fresh: Any) -> list[str]:
+    """Runs both models on the same inputs and names the outputs that differ in any bit."""
+    faults = []
+    for case, settings in certificate.CASES.items():
+        try:
+            batch = probing.probe_inputs(plain, **settings)
+        except SurgeryError:
+            continue  # no inputs can be made up for it
+        expected, found = _run(plain, batch), _run(fresh, batch)
+        if expected.failed and found.failed:
+            continue  # it does not run on these at all
+        if expected.failed or found.failed:
+            said = foreign.said(expected.error or found.error or RuntimeError())
+            faults.append(f"case {case!r}: one of the two fails with {said}")
+            continue
+        mine, theirs = expected.value or {}, found.value or {}
+        if not set(mine) & set(theirs):  # what a setting asks for besides may be missing in one of them
+            faults.append(f"case {case!r}: {', '.join(mine) or 'nothing'} is not what a fresh one returns")
+        faults += [
+            f"case {case!r}: {key} differs by up to {_distance(mine[key], theirs[key]):.2g}"
+            for key in mine
+            if key in theirs and not _equal(mine[key], theirs[key])
+        ]
+    return faults
+
+
+def _run(model: Any, batch: Mapping[str, torch.Tensor]) -> foreign.Outcome[dict[str, torch.Tensor]]:
+    arguments: dict[str, Any] = dict(batch)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+
+    def call() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return dict(_tensors("", model(**arguments)))
+
+    with torch.random.fork_rng(), anatomy.sparing(model):
+        return foreign.attempt(call)
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor in what a model returns, with its name."""
+    if isinstance(value, torch.Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, (tuple, list)):
+        for place, part in enumerate(value):
+            yield from _tensors(f"{name}[{place}]", part)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max()) if a.shape == b.shape and a.numel() else float("nan")
+
+
+def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
+    """Names state that no adapter holds and that differs: buffers that are not saved, and plain numbers of modules."""
+    others = {place.name: place.inner for place in standing.modules(fresh)}
+    faults = []
+    for place in standing.modules(plain):
+        other = others.get(place.name)
+        if other is None:
+            continue
+        for key, buffer in place.inner._buffers.items():
+            twin = other._buffers.get(key)
+            if buffer is not None and twin is not None and not _equal(buffer, twin):
+                kept = "" if key not in place.inner._non_persistent_buffers_set else " (not persistent: register it so)"
+                faults.append(f"the buffer {place.name}.{key}{kept}")
+        for key, value in vars(place.inner).items():
+            if isinstance(value, torch.Tensor) and not isinstance(vars(other).get(key), torch.Tensor):
+                faults.append(f"the tensor {place.name}.{key}, which is no buffer (keep it in a persistent one)")
+            plain_value = isinstance(value, (bool, int, float, str)) and not key.startswith("_") and key != "training"
+            if plain_value and vars(other).get(key) != value:
+                faults.append(f"{place.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")
+    return [*faults[:_NAMED], *(["..."] if len(faults) > _NAMED else [])]

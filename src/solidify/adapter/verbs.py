@@ -1,0 +1,304 @@
+"""PEFT's verbs for several adapters, made right for what is trained in full, or refused by name.
+
+PEFT knows low-rank updates well. Of copies of modules it lets one adapter's run and asks no questions, and of single
+parameters and buffers (`parameters.py`, `buffers.py`) it knows nothing. `LoraVerbs` takes the class of PEFT's tuner in
+models that carry our adapters: it is that class, with every verb that touches more than one adapter, or the base's own
+weights, looked after.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from solidify.adapter import standing
+from solidify.adapter.buffers import NAME as BUFFERS
+from solidify.adapter.buffers import TrainedBuffers
+from solidify.adapter.parameters import NAME as PARAMETERS
+from solidify.errors import AdapterError
+
+_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of whose copies PEFT can mix rows
+
+
+def take_over(model: PeftModel, frozen: Collection[str] = ()) -> None:
+    """Gives a model that PEFT has wrapped our verbs, in place, and every adapter a version of the buffers.
+
+    `frozen` names parameters that their module froze itself: they stay frozen in trained copies of it.
+    """
+    tuner = model.base_model
+    if type(tuner) is LoraModel:
+        tuner.__class__ = LoraVerbs
+    if isinstance(tuner, LoraVerbs):
+        tuner._frozen = {*tuner._frozen, *frozen}
+        for name in model.peft_config:
+            tuner.hold_buffers(name)
+        tuner.set_again()
+
+
+class LoraVerbs(LoraModel):  # type: ignore[misc]
+    """PEFT's tuner for LoRA (peft 0.21.2, `peft/tuners/lora/model.py`), careful about what is trained in full."""
+
+    _frozen: Collection[str] = ()  # parameters that stay frozen in copies: PEFT makes all of a copy trainable
+    _added: str = ""  # the adapter that was added last
+    _bare: bool = False  # an adapter is being added: the plain model stands without any other's parts
+    _unmerged: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()  # parameters and what they held before a merge
+
+    def hold_buffers(self, adapter: str) -> None:
+        """Gives an adapter a version of every persistent buffer of the plain model."""
+        holder = standing.trained_buffers(self.model)
+        if holder is not None:
+            holder.update(adapter)
+            return
+        owners = {
+            f"{name}.{key}" if name else key: module
+            for name, module in standing.owners(self.model)
+            for key, buffer in module._buffers.items()
+            if buffer is not None and key not in module._non_persistent_buffers_set
+        }
+        if owners:
+            self.model.add_module(BUFFERS, TrainedBuffers(owners, adapter))
+
+    def set_again(self) -> None:
+        """Puts in place what belongs to the active adapters; what may be trained stays as it is."""
+        with _trainable_kept(self.model):
+            self.set_adapter(self.active_adapters)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter as PEFT does, to the plain model as it is without any, so that copies are the base's."""
+        self._restore()
+        self._added, self._bare = adapter_name, True
+        try:
+            self._hold([])
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.hold_buffers(adapter_name)
+        finally:
+            self._bare = False
+            self._hold([name for name in self.active_adapters if name in self.peft_config])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activates one adapter, or several of which no two train the same thing in full.
+
+        Raises:
+            AdapterError: two of them do; nothing is changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._refuse_disputed(names)
+        self._restore()
+        if names:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            for module in self.model.modules():
+                if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                    module.set_adapter([])
+            self.active_adapter = list[str]()
+        self._freeze_inside(names)
+        self._hold(names, inference_mode)
+
+    def _freeze_inside(self, names: Sequence[str]) -> None:
+        for path, wrapper in self._copies():
+            for copy in (wrapper.modules_to_save[name] for name in names if name in wrapper.modules_to_save):
+                held = {f"{path}.{key}": parameter for key, parameter in copy.named_parameters()}
+                for name in held.keys() & set(self._frozen) if held.keys() - set(self._frozen) else ():
+                    held[name].requires_grad_(False)
+
+    def _hold(self, names: Sequence[str], inference_mode: bool | None = None) -> None:
+        """Puts some adapters' versions of parameters and buffers in place (none while an adapter is added)."""
+        names = [] if self._bare else list(names)
+        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        if held is not None:
+            with _trainable_kept(held) if inference_mode is None else nullcontext():
+                held.set_adapter([n for n in names if n in held.trained], inference_mode=bool(inference_mode))
+        if buffers is not None:
+            theirs = [name for name in names if name in buffers.trained]
+            moved = [name for name in theirs if buffers.moved(name)] if len(theirs) > 1 else theirs
+            buffers.set_adapter((moved or theirs)[:1])
+
+    def _refuse_disputed(self, names: Sequence[str]) -> None:
+        if len(names) < 2:
+            return
+        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        disputed = held.disputed(list(names)) if held is not None else []
+        disputed += [
+            name for name, wrapper in self._copies() if sum(adapter in wrapper.modules_to_save for adapter in names) > 1
+        ]
+        if buffers is not None and sum(bool(buffers.moved(name)) for name in names) > 1:
+            disputed += [key for name in names for key in buffers.moved(name)]
+        if disputed:
+            raise AdapterError(
+                f"adapters {' and '.join(names)} cannot be active together: each trained its own "
+                f"{_some(disputed)}; activate one of them"
+            )
+
+    def _copies(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        for path, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                yield standing.canonical(self.model, path), module
+
+    def _in_full(self, adapter: str) -> list[str]:
+        """Names what an adapter has beside its low-rank updates."""
+        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        names = [path for path, wrapper in self._copies() if adapter in wrapper.modules_to_save]
+        names += held.names(adapter) if held is not None else []
+        return names + (list(buffers.moved(adapter)) if buffers is not None else [])
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Switches all adapters on or off; what may be trained stays as it is, and off is the base bit for bit."""
+        self._restore()
+        with _trainable_kept(self.model):
+            super()._enable_adapter_layers(enabled)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds adapters into the weights until `unmerge_adapter`, which gives the very same weights back.
+
+        Raises:
+            AdapterError: others than the active ones are to be merged, and something is trained in full.
+        """
+        names = list(adapter_names) if adapter_names is not None else list(self.active_adapters)
+        if set(names) != set(self.active_adapters):
+            self._refuse_in_full("merge_adapter", sorted({*names, *self.active_adapters}), "call set_adapter first")
+        done = {id(parameter) for parameter, _ in self._unmerged} | standing.versions(self.model)
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        for parameter in {id(p): p for layer in layers for p in layer.get_base_layer().parameters()}.values():
+            if id(parameter) not in done:
+                self._unmerged = [*self._unmerged, (parameter, parameter.data)]
+                parameter.data = parameter.data.clone()  # what is mapped from a file stays as it is
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the weights, which are then what they were, bit for bit."""
+        with warnings.catch_warnings():  # PEFT warns of every layer in which nothing was merged
+            warnings.filterwarnings("ignore", "Already unmerged")
+            super().unmerge_adapter()
+        for parameter, data in self._unmerged:
+            parameter.data = data.to(parameter.device)
+        self._unmerged = ()
+
+    def _restore(self) -> None:
+        if self._unmerged:
+            self.unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Takes PEFT's modules out: with `merge`, the named (or the active) adapters stay in the weights, else none."""
+        self._restore()
+        names = list(adapter_names) if adapter_names is not None else list(self.active_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if merge and unknown:
+            raise AdapterError(f"the model has no adapter {unknown[0]!r}; it has: {', '.join(self.peft_config)}")
+        super()._enable_adapter_layers(True)
+        self.set_adapter(names if merge else [])
+        plain: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names if merge else None
+        )
+        for name in (PARAMETERS, BUFFERS):
+            plain._modules.pop(name, None)
+        return plain
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; of the others those stay active that were."""
+        if adapter_name not in self.peft_config:
+            super().delete_adapter(adapter_name)  # says so
+        active = adapter_name in self.active_adapters
+        left = [name for name in self.active_adapters if name != adapter_name]
+        left = left or [name for name in self.peft_config if name != adapter_name][:1]
+        with nullcontext() if active else _trainable_kept(self.model):
+            self.set_adapter(left[:1])  # PEFT hands no more than one on to copies of modules
+            super().delete_adapter(adapter_name)
+            self.set_adapter(left)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """Adds a weighted sum of low-rank adapters.
+
+        Raises:
+            AdapterError: one of them trained something in full, of which PEFT makes no sum.
+        """
+        self._refuse_in_full(
+            "add_weighted_adapter", adapters, "PEFT sums low-rank updates alone; merge one adapter after the other"
+        )
+        super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+
+    def _refuse_in_full(self, verb: str, adapters: Sequence[str], remedy: str) -> None:
+        found = {name: parts for name in adapters if name in self.peft_config and (parts := self._in_full(name))}
+        if found:
+            what = "; ".join(f"{name!r} trained {_some(parts)}" for name, parts in found.items())
+            raise AdapterError(f"{verb} cannot take adapters that trained something in full ({what}): {remedy}")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Runs with an adapter for each row (`adapter_names`), where PEFT can mix them.
+
+        Raises:
+            AdapterError: an adapter of a row trained something in full that cannot be another for each row.
+        """
+        rows = kwargs.get("adapter_names")
+        if rows is not None:
+            self._refuse_mixed(rows)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _refuse_mixed(self, rows: Sequence[str]) -> None:
+        names = [name for name in dict.fromkeys(rows) if name in self.peft_config]
+        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        running = [*names, *self.active_adapters]
+        found = [f"{n} (of {a!r})" for a in running if held is not None for n in held.names(a)]
+        found += [f"{n} (of {a!r})" for a in running if buffers is not None for n in buffers.moved(a)]
+        for path, wrapper in self._copies():
+            here = [name for name in running if name in wrapper.modules_to_save]
+            if here and not (isinstance(wrapper.original_module, _BY_ROW) and set(running) <= set(here)):
+                found.append(f"{path} (of {here[0]!r})")
+        if found:
+            raise AdapterError(
+                "adapter_names cannot mix adapters in one batch of which one trained this in full: "
+                f"{_some(list(dict.fromkeys(found)))}; run the rows of each adapter by themselves (set_adapter)"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads as PEFT does, but lets no adapter's file write into the base."""
+        own = {id(p) for p in _base_tensors(self.model)}
+        tree = {f"{prefix}model.{name}": t for name, t in self.model.state_dict(keep_vars=True).items()}
+        held = (f"{prefix}model.{PARAMETERS}.", f"{prefix}model.{BUFFERS}.")
+        base = [key for key, tensor in tree.items() if id(tensor) in own and not key.startswith(held)]
+        written = [key for key in base if key in state_dict]
+        if written and len(written) < len(base):
+            if self._added in self.peft_config and self._added not in self.active_adapters:
+                self.delete_adapter(self._added)
+            raise AdapterError(
+                f"this file holds {_some(written)}, which PEFT's own loading would write into the base itself; load "
+                "it with solidify.load_adapter"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the parameters and buffers that stand in the plain model's own modules now."""
+    for _, module in standing.owners(plain):
+        yield from (p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None)
+
+
+@contextmanager
+def _trainable_kept(model: nn.Module) -> Iterator[None]:
+    """Lets PEFT's switches change what is active, and not what may be trained."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,211 @@
+"""Is the model in memory the artifact that it came from, when an adapter is attached, loaded and saved?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import pico
+import solidify
+from solidify.adapter import base_state
+from solidify.errors import AdapterError
+from solidify.weights import mapped
+
+Q = "model.layers.*.self_attn.q_proj"
+LORA: dict[str, Any] = {"r": 2, "target_modules": [Q]}
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Llama with scaled feed-forwards."""
+    directory = tmp_path_factory.mktemp("artifacts") / "scaled"
+    model = pico.llama()
+    solidify.build(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
+    return directory
+
+
+def noise(model: nn.Module) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def one_number(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.original.down_proj.weight[3, 5] += 1e-6
+
+
+def through_data(model: Any) -> None:
+    model.model.norm.weight.data = model.model.norm.weight.data * 1.5
+
+
+def data_in_place(model: Any) -> None:
+    model.model.layers[0].self_attn.k_proj.weight.data[0, 0].neg_()
+
+
+def resized(model: Any) -> None:
+    model.resize_token_embeddings(132)
+
+
+def swapped(model: Any) -> None:
+    model.model.layers[0].mlp.original.act_fn = nn.GELU()
+
+
+def initialised(model: Any) -> None:
+    nn.init.normal_(model.lm_head.weight)
+
+
+def setting(model: Any) -> None:
+    model.config.rms_norm_eps = 0.1
+
+
+def added(model: Any) -> None:
+    model.model.layers[0].register_parameter("extra", nn.Parameter(torch.ones(1)))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "one number": (one_number, "model.layers.1.mlp.original.down_proj.weight holds other numbers"),
+    "through data": (through_data, "model.norm.weight holds other numbers"),
+    "data in place": (data_in_place, "model.layers.0.self_attn.k_proj.weight holds other numbers"),
+    "resized": (resized, r"shape \[132, 32\], and \[128, 32\] in the artifact"),
+    "swapped": (swapped, "model.layers.0.mlp.original.act_fn is a GELU, and a SiLU"),
+    "initialised": (initialised, "lm_head.weight holds other numbers"),
+    "setting": (setting, "config.rms_norm_eps is 0.1"),
+    "added": (added, "model.layers.0.extra is not in the artifact"),
+}
+
+
+def by_solidify(directory: Path) -> Any:
+    return solidify.load(directory)
+
+
+def by_transformers(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("load", [by_solidify, by_transformers])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_refused_before_it_is_trained(artifact: Path, change: str, load: Any) -> None:
+    model = load(artifact)
+    apply, words = CHANGES[change]
+    apply(model)
+    with pytest.raises(AdapterError, match=words) as caught:
+        solidify.attach(model, lora=LORA)
+    assert "solidify.merge" in str(caught.value)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("load", [by_solidify, by_transformers])
+def test_a_model_as_it_was_loaded_is_attached_saved_and_loaded(artifact: Path, tmp_path: Path, load: Any) -> None:
+    model = noise(solidify.attach(load(artifact), lora=LORA, train=["model.norm", "**.mlp.scale"]))
+    solidify.save_adapter(model, tmp_path / "adapter")
+    solidify.load_adapter(load(artifact), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("change", ["one number", "through data", "data in place", "swapped", "setting"])
+def test_a_base_that_changes_after_attach_is_refused_when_the_adapter_is_saved(
+    artifact: Path, tmp_path: Path, change: str
+) -> None:
+    model = noise(solidify.attach(solidify.load(artifact), lora=LORA))
+    apply, words = CHANGES[change]
+    apply(model.get_base_model())
+    with pytest.raises(AdapterError, match=words):
+        solidify.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_is_not_loaded_on_a_changed_base(artifact: Path, tmp_path: Path) -> None:
+    solidify.save_adapter(noise(solidify.attach(solidify.load(artifact), lora=LORA)), tmp_path / "adapter")
+    model = solidify.load(artifact)
+    one_number(model)
+    with pytest.raises(AdapterError, match="holds other numbers"):
+        solidify.load_adapter(model, tmp_path / "adapter")
+
+
+def test_an_adapter_that_was_merged_in_memory_makes_another_base(artifact: Path, tmp_path: Path) -> None:
+    first = noise(solidify.attach(solidify.load(artifact), lora=LORA, train=["**.mlp.scale"]))
+    merged = first.merge_and_unload()
+    with pytest.raises(AdapterError, match=r"q_proj.weight holds other numbers(.|\n)*mlp.scale"):
+        solidify.attach(merged, lora={"r": 2, "target_modules": ["**.v_proj"]})
+
+
+def test_an_artifact_that_was_replaced_since_it_was_loaded_is_named(
+    artifact: Path, copy_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = copy_of(artifact, "artifact")
+    model = solidify.load(place)
+    shutil.rmtree(place)
+    other = pico.llama(seed=5)
+    solidify.build(other, solidify.replace(other, "model.layers.*.mlp", pico.wrappers.Scaled), place)
+    with pytest.raises(AdapterError, match=r"was replaced by another since the model was loaded(.|\n)*weights"):
+        solidify.attach(model, lora=LORA)
+    again = noise(solidify.attach(solidify.load(place), lora=LORA))
+    shutil.rmtree(place)
+    shutil.copytree(artifact, place)
+    with pytest.raises(AdapterError, match="was replaced by another since the model was loaded"):
+        solidify.save_adapter(again, tmp_path / "adapter")
+
+
+def test_a_base_in_another_dtype_is_the_artifact_cast(artifact: Path, tmp_path: Path) -> None:
+    model = solidify.attach(solidify.load(artifact, dtype=torch.bfloat16), lora=LORA)
+    solidify.save_adapter(noise(model), tmp_path / "adapter")
+    spoilt = solidify.load(artifact, dtype=torch.bfloat16)
+    with torch.no_grad():
+        spoilt.model.norm.weight[0] += 0.5
+    with pytest.raises(AdapterError, match=r"model.norm.weight holds other numbers"):
+        solidify.attach(spoilt, lora=LORA)
+
+
+def test_what_trainers_set_is_no_other_base(artifact: Path, tmp_path: Path) -> None:
+    model = solidify.load(artifact)
+    model.config.use_cache = False
+    peft_model = noise(solidify.attach(model, lora=LORA))
+    model.config.pad_token_id, model.config.attention_dropout, model.config.output_hidden_states = 5, 0.1, True
+    solidify.save_adapter(peft_model, tmp_path / "adapter")
+
+
+def test_the_backbone_alone_is_named(artifact: Path) -> None:
+    from transformers import AutoModel
+
+    backbone = AutoModel.from_pretrained(artifact, trust_remote_code=True)
+    with pytest.raises(AdapterError, match="and the artifact a Solid"):
+        solidify.attach(backbone, lora={"r": 2, "target_modules": ["**.q_proj"]})
+
+
+def test_what_is_still_mapped_is_not_read_again(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests of a file are known, and the system says that no page of it was written to."""
+    from solidify.artifact import tensors
+
+    model = solidify.load(artifact)
+    if not mapped.places(model.state_dict()):
+        pytest.skip("this system does not tell what is mapped")
+    read: list[int] = []
+    digest = tensors.digest
+    monkeypatch.setattr(tensors, "digest", lambda t: (read.append(t.nbytes), digest(t))[1])
+    base = base_state.require(model)
+    base_state.refuse_changed(model, base)
+    assert sum(read) == 0
+    one_number(model)
+    with pytest.raises(AdapterError):
+        base_state.refuse_changed(model, base)
+    assert sum(read) > 0
+
+
+def test_a_page_that_was_written_to_and_swapped_out_is_the_processes_own() -> None:
+    text = """7f0000000000-7f0000010000 rw-p 00000000 08:01 42   /somewhere/model.safetensors
+Anonymous:           {} kB
+Swap:                {} kB
+VmFlags: rd wr
+"""
+    assert [area.own for area in mapped._read_areas(text.format(0, 0))] == [0]
+    assert [area.own for area in mapped._read_areas(text.format(0, 8))] == [8192]
+    assert [area.own for area in mapped._read_areas(text.format(4, 8))] == [12288]
