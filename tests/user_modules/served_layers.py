@@ -55,3 +55,28 @@ class Reader(nn.Module):
 
     def forward(self, hidden_states):
         return F.linear(hidden_states, self.original.weight) * 0.5
+
+
+class DoubleRMSNorm(nn.Module):
+    """A norm by its name, which does more than one."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+        self.weight = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, hidden_states):
+        return self.original(hidden_states) * self.weight
+
+
+class Masked(nn.Module):
+    """Has a tensor of a name that a server takes for a mask of old."""
+
+    def __init__(self, original, config):
+        super().__init__()
+        self.original = original
+        self.attn = nn.Module()
+        self.attn.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, hidden_states):
+        return self.original(hidden_states) + self.attn.bias

@@ -20,6 +20,7 @@ from solidify.checks.rule import SGLANG, VLLM, Rule, full, listed
 from solidify.checks.served_call import Observed
 
 SILU = ("silu", "swish")
+_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of heads, in vLLM's attention for CPUs
 _LOST_BY_SGLANG = (".attn.bias", ".attn.masked_bias", ".masked_bias")  # any tensor whose name holds one of these
 _LOST_BY_VLLM = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
@@ -33,6 +34,7 @@ def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
         _embeddings(model),
         _alike(model),
         _dispatch(model, seen),
+        _heads(model, seen),
         _activation(model),
         _types(model),
         _names(model),
@@ -72,14 +74,22 @@ def _does_more(module: nn.Linear) -> bool:
 
 
 def _called(model: PreTrainedModel, seen: Observed) -> Rule:
-    modules = dict(model.base_model.named_modules()) if seen.called else {}
-    idle = [name for name, module in modules.items() if name not in seen.called and _may_be_fused(module)]
+    called = {_alternative(name) for name in seen.called}
+    modules = dict(model.base_model.named_modules()) if called else {}
+    idle = [name for name, module in modules.items() if _alternative(name) not in called and _may_be_fused(module)]
     return Rule(
         "what holds linear layers is called",
         [f"{place} is not called, but read by other modules" for place in listed(model, idle)],
         "every linear layer, and every module of several, is called as a module",
         "Call it: the servers pack, split or fuse what it holds, and only its own forward knows of that",
     )
+
+
+def _alternative(name: str) -> str:
+    """Returns a name without its numbers after the first: of experts within a layer some are called, not all."""
+    first = re.match(r"\D*\d+", name)
+    start = first.group() if first else ""
+    return start + re.sub(r"\d+", "*", name[len(start) :])
 
 
 def _may_be_fused(module: nn.Module) -> bool:
@@ -152,6 +162,44 @@ def _dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
         "`attention(self, ..., scaling=self.scaling)` there, once",
         (VLLM,),
     )
+
+
+def _heads(model: PreTrainedModel, seen: Observed) -> Rule:
+    """Both keep a cache of the shape that the configuration states, whatever arrives."""
+    values = model.config.get_text_config()
+    queries = int(values.num_attention_heads)
+    keys, size = int(values.to_dict().get("num_key_value_heads") or queries), _head_size(model)
+    odd: dict[tuple[int, int, int], list[str]] = {}
+    for arrival in seen.arrivals:
+        if arrival.heads != (queries, keys, size):
+            odd.setdefault(arrival.heads, []).append(arrival.module)
+    return Rule(
+        "heads are those of the configuration",
+        [
+            f"{place} attends with {q} heads of queries, {k} of keys, of {width}, not {queries}, {keys}, of {size}"
+            for (q, k, width), names in odd.items()
+            for place in listed(model, names)
+        ],
+        f"{queries} of queries and {keys} of keys, of {size}",
+        "Give the attention function what num_attention_heads, num_key_value_heads and head_dim state",
+    )
+
+
+def head_size(model: PreTrainedModel) -> Rule:
+    """Judges the size of the heads: a limit of one backend, not of the server."""
+    size = _head_size(model)
+    return Rule(
+        "size of heads on CPUs",
+        [] if size in _SIZES else [f"it is {size}"],
+        str(size),
+        f"vLLM's attention for CPUs has sizes {', '.join(map(str, _SIZES))}",
+        (VLLM,),
+    )
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    values = model.config.get_text_config()
+    return int(values.to_dict().get("head_dim") or values.hidden_size // values.num_attention_heads)
 
 
 def _unreadable(module: nn.Module) -> str:

@@ -28,11 +28,15 @@ _CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError,
 
 @dataclass(frozen=True)
 class Arrival:
-    """One call of the attention function: by which module, for which layer, and whether the keyword came along."""
+    """One call of the attention function: by which module, for which layer, and whether the keyword came along.
+
+    `heads` are the numbers of heads of the queries and of the keys, and the size of a head.
+    """
 
     module: str
     layer_idx: Any
     passed: bool
+    heads: tuple[int, int, int]
 
 
 @dataclass
@@ -71,6 +75,7 @@ def observe(backbone: PreTrainedModel) -> Observed:
                 seen.refused = _said(error)
                 seen.runs_without = _works(backbone, inputs)
                 seen.arrivals.clear()
+                seen.called.clear()
     return seen
 
 
@@ -139,7 +144,12 @@ def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
     ) -> Any:
         """Notes who called, and lets each position see only itself."""
         seen.arrivals.append(
-            Arrival(names.get(module, "?"), vars(module).get("layer_idx"), options.get(KEYWORD) is seen)
+            Arrival(
+                names.get(module, "?"),
+                vars(module).get("layer_idx"),
+                options.get(KEYWORD) is seen,
+                (query.shape[1], key.shape[1], query.shape[-1]),
+            )
         )
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return value.transpose(1, 2).contiguous(), None

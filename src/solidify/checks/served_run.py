@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import loading
 from solidify.checks import served_call
-from solidify.errors import SolidifyError
+from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
 from solidify.model import anatomy
 
@@ -56,14 +56,18 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
 
     The artifact's code runs in this process and in the server's: the caller has asked whether it may. What is no
     causal language model is not run.
+
+    Raises:
+        SolidifyError: the interpreter cannot be run, or has no vLLM.
     """
+    _require(python)
     model = loading.load_artifact(directory, trust_remote_code=True)
     if not model.can_generate() or model.config.is_encoder_decoder:
         return Finding(NAME, None, "not run: only models that generate by a decoder alone are compared token by token")
     prompts = [served_call.ordinary(model.base_model, length) for length in LENGTHS]
     try:
         answer = run(directory, python, prompts, dtype=model.dtype, compiled=compiled)
-    except SolidifyError as error:
+    except ArtifactError as error:
         return Finding(NAME, False, str(error))
     return judged(compare(model, prompts, answer["tokens"], answer["logprobs"]), answer)
 
@@ -87,7 +91,7 @@ def run(
     """Returns what vLLM generates in a process of its own, see `vllm_alone.py`.
 
     Raises:
-        SolidifyError: the interpreter or the server failed; its last words are in the message.
+        ArtifactError: the server did not serve it; its last words are in the message.
     """
     request = {
         "directory": str(directory),
@@ -107,16 +111,25 @@ def run(
                 subprocess.run(
                     command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=scratch, timeout=PATIENCE
                 )
-        except OSError as error:
-            raise SolidifyError(f"{python} cannot be run: {error}") from error
         except subprocess.TimeoutExpired as error:
-            raise SolidifyError(f"vLLM had not answered after {PATIENCE} seconds") from error
+            raise ArtifactError(f"vLLM had not answered after {PATIENCE} seconds") from error
         if not answered.is_file():
             raise SolidifyError(
                 f"vLLM did not serve it: {_last_words(log.read_text(encoding='utf-8', errors='replace'))}"
             )
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     return answer
+
+
+def _require(python: str | Path) -> None:
+    """Finds out whether an interpreter has vLLM."""
+    question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run([str(python), "-I", "-c", question], capture_output=True)
+    except OSError as error:
+        raise SolidifyError(f"{python} cannot be run: {error}; name a Python interpreter that has vLLM") from error
+    if done.returncode:
+        raise SolidifyError(f"{python} has no vLLM; docs/serving.md says how an environment of its own is made")
 
 
 def _last_words(log: str) -> str:

@@ -55,7 +55,7 @@ def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[
     needed = (
         [Rule("architecture", kind, "", "Serve it with transformers")] if kind else _needed(model, places, auto_map)
     )
-    plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model)]
+    plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model), replaced.head_size(model)]
     return [rule.finding() for rule in (*needed, *plans)] + [_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
 
 
@@ -84,7 +84,7 @@ def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Find
     if broken:
         return Finding(f"rules of {server}", None, f"not met; not run: {', '.join(broken)}")
     single = [rule.name for rule in plans if rule.faults and server in rule.servers]
-    alone = f"; on several devices see: {', '.join(single)}" if single else ""
+    alone = f"; limited by: {', '.join(single)}" if single else ""
     command = "vllm serve DIR" if server == VLLM else "python -m sglang.launch_server --model-path DIR"
     run = f"to be tried: {command} --model-impl transformers --trust-remote-code"
     return Finding(f"rules of {server}", None, f"met; not run: {run}{alone}")
@@ -226,18 +226,10 @@ def _experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
     return Rule(
         "experts",
         faults,
-        _experts_evidence(blocks),
+        f"{len(blocks)} blocks hold `experts` as the servers replace them" if blocks else "there are none",
         "An MoE block keeps its experts in the attribute `experts`: a ModuleList, or a module whose parameters are all "
         "stacked (num_experts, ., .), called as experts(hidden_states, top_k_index, top_k_weights)",
     )
-
-
-def _experts_evidence(blocks: Mapping[str, nn.Module]) -> str:
-    if not blocks:
-        return "there are none"
-    own = {type(m).__name__ for m in blocks.values() if not type(m).__module__.startswith("transformers.models.")}
-    kernel = f"; the servers compute {', '.join(sorted(own))} by their own kernel for gated units" if own else ""
-    return f"{len(blocks)} blocks hold `experts` as the servers replace them{kernel}"
 
 
 def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number: int, seen: Observed) -> list[str]:
