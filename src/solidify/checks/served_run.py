@@ -114,9 +114,8 @@ def run(
         except subprocess.TimeoutExpired as error:
             raise ArtifactError(f"vLLM had not answered after {PATIENCE} seconds") from error
         if not answered.is_file():
-            raise SolidifyError(
-                f"vLLM did not serve it: {_last_words(log.read_text(encoding='utf-8', errors='replace'))}"
-            )
+            words = _last_words(log.read_text(encoding="utf-8", errors="replace"))
+            raise ArtifactError(f"vLLM did not serve it: {words}")
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     return answer
 
