@@ -83,5 +83,9 @@ def test_a_part_that_is_built_from_the_configuration_calls_no_tensor_useless(art
     """Servers build it so, and leave out what it calls useless: the head would stay as it was drawn (S31)."""
     config = AutoConfig.from_pretrained(artifact, trust_remote_code=True)
     assert parts(artifact)
-    for kind in parts(artifact).values():
-        assert hidden(kind.from_config(config, trust_remote_code=True), artifact) == set()
+    for auto, kind in parts(artifact).items():
+        part = kind.from_config(config, trust_remote_code=True)
+        lost = hidden(part, artifact)
+        if auto != "AutoModel":  # with another head stands the family's own part, with the family's own hints
+            lost = {key for key in lost if not key.startswith(f"{part.base_model_prefix}.")}
+        assert lost == set(), auto
