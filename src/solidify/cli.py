@@ -130,6 +130,9 @@ def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: R
 @app.command()
 def check(
     directory: Annotated[Path, typer.Argument(help="An artifact, an adapter, or the output of a run.")],
+    serve: Annotated[
+        Path | None, typer.Option("--serve", help="A Python that has vLLM: the artifact is served there and compared.")
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -139,7 +142,7 @@ def check(
     from solidify.checks.check import check as check_directory
 
     with console.stage(f"Checking {directory}"):
-        report = check_directory(directory, trust_remote_code=trust_remote_code)
+        report = check_directory(directory, trust_remote_code=trust_remote_code, serve=serve)
     if as_json:
         _print_json(report.document())
     else:

@@ -11,42 +11,48 @@ class InterfaceAttention(nn.Module):
 
     def __init__(self, original, config, layer_idx):
         super().__init__()
-        self.original = original
+        self.q_proj, self.k_proj = original.q_proj, original.k_proj
+        self.v_proj, self.o_proj = original.v_proj, original.o_proj
+        self.head_dim = original.head_dim
+        self.scaling = original.scaling
+        self.num_key_value_groups = original.num_key_value_groups
         self.config = config
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        return self.attend(hidden_states, attention_mask, kwargs), None
+        query, key, value = self.project(hidden_states)
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)[0]
+        return self.o_proj(mixed.reshape((*hidden_states.shape[:-1], -1))), None
 
-    def attend(self, hidden_states, attention_mask, kwargs):
-        shape = (*hidden_states.shape[:-1], -1, self.original.head_dim)
-        query, key, value = (
+    def project(self, hidden_states):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return [
             projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.original.q_proj, self.original.k_proj, self.original.v_proj)
-        )
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-        return self.original.o_proj(self.mix(query, key, value, attention_mask, kwargs).flatten(-2))
-
-    def mix(self, query, key, value, attention_mask, kwargs):
-        function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        return function(self, query, key, value, attention_mask, scaling=self.original.scaling, **kwargs)[0]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        ]
 
 
 class OwnAttention(InterfaceAttention):
     """Computes attention itself, whatever the configuration says."""
 
-    def mix(self, query, key, value, attention_mask, kwargs):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    def forward(self, hidden_states, **kwargs):
+        query, key, value = self.project(hidden_states)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return self.o_proj(mixed.flatten(-2)), None
 
 
 class DeafAttention(InterfaceAttention):
     """Uses the interface, but keeps the keyword arguments to itself."""
 
-    def mix(self, query, key, value, attention_mask, kwargs):
-        return super().mix(query, key, value, attention_mask, {})
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        query, key, value = self.project(hidden_states)
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
+        return self.o_proj(mixed.flatten(-2)), None
 
 
-class ClosedAttention(InterfaceAttention):
+class ClosedAttention(DeafAttention):
     """Takes what it knows and nothing else."""
 
     def forward(
@@ -58,7 +64,47 @@ class ClosedAttention(InterfaceAttention):
         past_key_values=None,
         use_cache=None,
     ):
-        return self.attend(hidden_states, attention_mask, {}), None
+        return super().forward(hidden_states, attention_mask)
+
+
+class HidingAttention(InterfaceAttention):
+    """Calls the attention function where nobody looks for it, with a number that it works out on the way."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return self.attend(hidden_states, attention_mask, kwargs), None
+
+    def attend(self, hidden_states, attention_mask, kwargs):
+        return InterfaceAttention.forward(self, hidden_states, attention_mask, **kwargs)[0]
+
+
+class RepeatingAttention(InterfaceAttention):
+    """Gives the attention function as many keys as queries, whatever the configuration says."""
+
+    def __init__(self, original, config, layer_idx):
+        super().__init__(original, config, layer_idx)
+        self.repeats, self.num_key_value_groups = self.num_key_value_groups, 1
+
+    def project(self, hidden_states):
+        query, key, value = super().project(hidden_states)
+        return [query, *(t.repeat_interleave(self.repeats, dim=1) for t in (key, value))]
+
+
+class HeldAttention(nn.Module):
+    """Holds the attention that it replaces, and reads its parts instead of calling it."""
+
+    def __init__(self, original, config, layer_idx):
+        super().__init__()
+        self.original = original
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = original.scaling
+        self.num_key_value_groups = original.num_key_value_groups
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        query, key, value = InterfaceAttention.project(self.original, hidden_states)
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)[0]
+        return self.original.o_proj(mixed.reshape((*hidden_states.shape[:-1], -1))), None
 
 
 class NumberlessAttention(InterfaceAttention):

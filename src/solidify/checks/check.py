@@ -8,6 +8,7 @@ from pathlib import Path
 from solidify.adapter import storage
 from solidify.artifact import certificate, manifest, trust
 from solidify.artifact.manifest import Manifest
+from solidify.checks.served_run import served
 from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
@@ -15,7 +16,7 @@ from solidify.findings import Finding, Report
 INTACT = "nothing was changed since it was written"
 
 
-def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
+def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str | Path | None = None) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
     Of a stock model that solidify merged, files and tensors are compared.
@@ -32,20 +33,20 @@ def check(directory: str | Path, *, trust_remote_code: bool = False) -> Report:
     parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
     if parts and not (directory / manifest.NAME).is_file():
         for part in parts:
-            report.add(part, _one(directory / part, trust_remote_code))
+            report.add(part, _one(directory / part, trust_remote_code, serve))
     else:
         record = manifest.read(directory)
-        report.add(record.kind, _one(directory, trust_remote_code))
+        report.add(record.kind, _one(directory, trust_remote_code, serve))
     return report
 
 
-def _one(directory: Path, trust_remote_code: bool) -> list[Finding]:
+def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
     record = manifest.read(directory)
     if record.kind == "adapter":
         return _adapter(directory, record, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
         return [_intact(directory, record)]
-    return _artifact(directory, record, trust_remote_code)
+    return _artifact(directory, record, trust_remote_code, serve)
 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
@@ -57,7 +58,7 @@ def _intact(directory: Path, record: Manifest) -> Finding:
     return Finding(INTACT, not faults, "; ".join(faults[:6]) or counted)
 
 
-def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
+def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
     intact = _intact(directory, record)
     if not intact.passed:
         return [intact]
@@ -65,7 +66,8 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> lis
     findings = [intact, *certificate.witness(directory)]
     if any(finding.passed is False for finding in findings):
         return findings
-    return [*findings, *serving(directory, record)]
+    findings += serving(directory, record)
+    return [*findings, served(directory, serve)] if serve is not None else findings
 
 
 def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:

@@ -28,11 +28,15 @@ _CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError,
 
 @dataclass(frozen=True)
 class Arrival:
-    """One call of the attention function: by which module, for which layer, and whether the keyword came along."""
+    """One call of the attention function: by which module, for which layer, and whether the keyword came along.
+
+    `heads` are the numbers of heads of the queries and of the keys, and the size of a head.
+    """
 
     module: str
     layer_idx: Any
     passed: bool
+    heads: tuple[int, int, int]
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Observed:
 
     `causal` is None where the model cannot be called at all. `received` names the modules that were given the keyword,
     `mixers` those that mix positions by themselves (inner ones first), and `experts` says for modules of that name with
-    how many positional arguments they were called.
+    how many positional arguments they were called. `called` names every module that was called as one.
     """
 
     refused: str = ""
@@ -51,6 +55,7 @@ class Observed:
     received: set[str] = field(default_factory=set)
     mixers: list[str] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
 
 
 def observe(backbone: PreTrainedModel) -> Observed:
@@ -70,6 +75,7 @@ def observe(backbone: PreTrainedModel) -> Observed:
                 seen.refused = _said(error)
                 seen.runs_without = _works(backbone, inputs)
                 seen.arrivals.clear()
+                seen.called.clear()
     return seen
 
 
@@ -110,18 +116,22 @@ def _length(backbone: PreTrainedModel) -> int:
 
 
 def _inputs(backbone: PreTrainedModel, length: int) -> dict[str, Any]:
-    """Makes one row of ordinary tokens (none that the configuration gives a meaning) and their positions."""
-    text = backbone.config.get_text_config()
-    special = {v for c in (backbone.config, text) for k, v in vars(c).items() if "token" in k and isinstance(v, int)}
-    ordinary = [token for token in range(int(text.vocab_size)) if token not in special]
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(ordinary), (1, length), generator=generator)
+    """Makes one row of ordinary tokens and their positions."""
     return {
-        "input_ids": torch.tensor(ordinary)[chosen].to(backbone.device),
+        "input_ids": torch.tensor([ordinary(backbone, length)], device=backbone.device),
         "position_ids": torch.arange(length, device=backbone.device)[None],
         "use_cache": False,
         "return_dict": False,
     }
+
+
+def ordinary(backbone: PreTrainedModel, length: int) -> list[int]:
+    """Draws tokens to which the configuration gives no meaning; always the same for one length."""
+    text = backbone.config.get_text_config()
+    special = {v for c in (backbone.config, text) for k, v in vars(c).items() if "token" in k and isinstance(v, int)}
+    tokens = [token for token in range(int(text.vocab_size)) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+    return [tokens[place] for place in torch.randint(len(tokens), (length,), generator=generator).tolist()]
 
 
 @contextmanager
@@ -134,7 +144,12 @@ def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
     ) -> Any:
         """Notes who called, and lets each position see only itself."""
         seen.arrivals.append(
-            Arrival(names.get(module, "?"), vars(module).get("layer_idx"), options.get(KEYWORD) is seen)
+            Arrival(
+                names.get(module, "?"),
+                vars(module).get("layer_idx"),
+                options.get(KEYWORD) is seen,
+                (query.shape[1], key.shape[1], query.shape[-1]),
+            )
         )
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return value.transpose(1, 2).contiguous(), None
@@ -174,6 +189,7 @@ def _keep(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Notes what a module was given and what it returned."""
+        seen.called.add(name)
         if kwargs.get(KEYWORD) is seen:
             seen.received.add(name)
         if name.rpartition(".")[2] == "experts":

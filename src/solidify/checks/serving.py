@@ -1,10 +1,11 @@
 """May the transformers backends of vLLM and SGLang serve an artifact? Rule by rule, and what to do where not.
 
-The rules are the documented ones: vLLM's "Supported Models", sections "Custom models" and "Writing custom models"
+The rules are read, no server is run for them (`served_run.py` runs one): the documented ones, vLLM's "Supported
+Models", sections "Custom models" and "Writing custom models"
 (https://docs.vllm.ai/en/stable/models/supported_models.html), and SGLang's "Transformers fallback"
-(https://docs.sglang.io/supported_models/transformers_fallback.html). What is not documented but follows from how both
-load a model (the head is built anew, ties come from the configuration) is a rule too. Facts come from the loaded model
-and from calling it as the servers do (`served_call.py`). A rule that is not met is no failure of the artifact.
+(https://docs.sglang.io/supported_models/transformers_fallback.html); and what is not documented but follows from their
+sources (the head is built anew, ties come from the configuration, and see `replaced.py`). Facts come from the loaded
+model and from calling it as the servers do (`served_call.py`). A rule that is not met is no failure of the artifact.
 """
 
 from __future__ import annotations
@@ -12,47 +13,27 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.artifact import loading
 from solidify.artifact.manifest import Manifest
-from solidify.checks import served_call
+from solidify.checks import replaced, served_call
+from solidify.checks.rule import SGLANG, VLLM, Rule, full, listed, prefix
 from solidify.checks.served_call import KEYWORD, Observed
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, cost, ledger
 
-VLLM, SGLANG = "vLLM", "SGLang"
-_SHOWN = 3
-
 Record = Mapping[str, Any]  # of an edit
 Places = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One condition: what speaks against it, what shows that it holds, what to do, and which servers ask for it."""
-
-    name: str
-    faults: Sequence[str]
-    holds: str
-    remedy: str
-    servers: tuple[str, ...] = (VLLM, SGLANG)
-
-    def finding(self) -> Finding:
-        """Returns True for a rule that is met, None (no failure) for one that is not."""
-        if not self.faults:
-            return Finding(f"serving: {self.name}", True, self.holds)
-        more = f" and {len(self.faults) - _SHOWN} more" if len(self.faults) > _SHOWN else ""
-        return Finding(
-            f"serving: {self.name}", None, f"not met: {'; '.join(self.faults[:_SHOWN])}{more}. {self.remedy}"
-        )
 
 
 def serving(directory: Path, record: Manifest) -> list[Finding]:
@@ -63,7 +44,7 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
     try:
         model = loading.load_artifact(directory, trust_remote_code=True)
     except ArtifactError as error:
-        return [Finding.unseen(f"meets the conditions of {s}", f"not known: {error}") for s in (VLLM, SGLANG)]
+        return [Finding.unseen(f"rules of {server}", f"not known; not run: {error}") for server in (VLLM, SGLANG)]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return findings(model, record.edits, config["auto_map"])
 
@@ -74,7 +55,7 @@ def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[
     needed = (
         [Rule("architecture", kind, "", "Serve it with transformers")] if kind else _needed(model, places, auto_map)
     )
-    plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model)]
+    plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model), replaced.head_size(model)]
     return [rule.finding() for rule in (*needed, *plans)] + [_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
 
 
@@ -93,19 +74,30 @@ def _needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str])
         _is_causal(model, seen),
         _experts(model, places, seen),
         _ties(model),
+        *replaced.rules(model, seen),
+        *_hints(model, auto_map),
     ]
 
 
 def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Finding:
-    name = f"meets the conditions of {server}"
     broken = [rule.name for rule in needed if rule.faults and server in rule.servers]
     if broken:
-        return Finding(name, None, f"no, because of: {', '.join(broken)}")
+        return Finding(f"rules of {server}", None, f"not met; not run: {', '.join(broken)}")
     single = [rule.name for rule in plans if rule.faults and server in rule.servers]
-    alone = f"; on several devices see: {', '.join(single)}" if single else ""
+    alone = f"; limited by: {', '.join(single)}" if single else ""
     command = "vllm serve DIR" if server == VLLM else "python -m sglang.launch_server --model-path DIR"
-    read = "yes, by its documents, which were read; it was not run here: "
-    return Finding(name, None, f"{read}{command} --model-impl transformers --trust-remote-code{alone}")
+    run = f"to be tried: {command} --model-impl transformers --trust-remote-code"
+    return Finding(f"rules of {server}", None, f"met; not run: {run}{alone}")
+
+
+def _hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
+    """Judges the artifact's part without a head, built as the servers build it; a model in memory has none."""
+    place = auto_map.get("AutoModel", "").rpartition(".")[2]
+    part = vars(sys.modules[type(model).__module__]).get(place)
+    if part is None:
+        return []
+    with torch.device("meta"):
+        return [replaced.hints(model, part(deepcopy(model.config)))]
 
 
 def _kind(model: PreTrainedModel) -> list[str]:
@@ -114,24 +106,6 @@ def _kind(model: PreTrainedModel) -> list[str]:
     if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
         return [f"it takes {model.main_input_name}, no tokens; both serve language models"]
     return []
-
-
-def _prefix(model: PreTrainedModel) -> str:
-    return "" if model.base_model is model else model.base_model_prefix + "."
-
-
-def _full(model: PreTrainedModel, name: str) -> str:
-    """Returns the name in the whole model of a module of its part without a head."""
-    return (_prefix(model) + name).removesuffix(".") or "the model"
-
-
-def _listed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Returns full names; those that differ in numbers only become one, with their number."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        full = _full(model, name)
-        groups.setdefault(anatomy.fold([full])[0], []).append(full)
-    return [each[0] if len(each) == 1 else f"{folded} ({len(each)} times)" for folded, each in groups.items()]
 
 
 def _auto_map(auto_map: Mapping[str, str]) -> Rule:
@@ -155,14 +129,14 @@ def _backend_flag(model: PreTrainedModel) -> Rule:
 
 
 def _in_the_base_model(model: PreTrainedModel, places: Places) -> Rule:
-    prefix = _prefix(model)
+    start = prefix(model)
     added = [name for name, edit in places.items() if edit["operation"] == "add"]
-    outside = [name for name in places if not name.startswith(prefix) and name not in added]
+    outside = [name for name in places if not name.startswith(start) and name not in added]
     return Rule(
         "changes lie in the base model",
         [f"{name} belongs to the head, which the servers build themselves" for name in outside]
         + [f"{name} adds to the outputs, of which the servers read the hidden states only" for name in added],
-        f"all {len(places)} lie in {_full(model, '')}",
+        f"all {len(places)} lie in {full(model, '')}",
         "Move the change into the part without a head, or serve it with transformers",
     )
 
@@ -171,13 +145,13 @@ def _keywords(model: PreTrainedModel, seen: Observed) -> Rule:
     faults = []
     if seen.refused:
         what = f"refuses {KEYWORD}" if seen.runs_without else "fails when it is called as the servers do"
-        faults.append(f"{_full(model, '')} {what} ({seen.refused})")
+        faults.append(f"{full(model, '')} {what} ({seen.refused})")
     lost = [_last_with_keyword(arrival.module, seen) for arrival in seen.arrivals if not arrival.passed]
-    faults += [f"{place} does not pass them on" for place in _listed(model, dict.fromkeys(lost))]
+    faults += [f"{place} does not pass them on" for place in listed(model, dict.fromkeys(lost))]
     return Rule(
         "keyword arguments reach the attention",
         faults,
-        f"from {_full(model, '')} to the attention function, in {len(seen.arrivals)} modules",
+        f"from {full(model, '')} to the attention function, in {len(seen.arrivals)} modules",
         "Let every forward on the way take **kwargs and hand it on, down to the attention function",
     )
 
@@ -190,12 +164,12 @@ def _last_with_keyword(module: str, seen: Observed) -> str:
 
 
 def _attention(model: PreTrainedModel, seen: Observed) -> Rule:
-    mixers = _listed(model, seen.mixers)
+    mixers = listed(model, seen.mixers)
     faults = [f"{place} mixes positions by itself" for place in mixers]
     layers = _layers(model)
     numbers = [arrival.layer_idx for arrival in seen.arrivals]
     for arrival in seen.arrivals:
-        place, number = _full(model, arrival.module), arrival.layer_idx
+        place, number = full(model, arrival.module), arrival.layer_idx
         if not isinstance(number, int) or not 0 <= number < layers:
             faults.append(f"{place} has layer_idx {number!r}, but num_hidden_layers is {layers}")
         elif numbers.count(number) > 1:
@@ -229,10 +203,10 @@ def _is_causal(model: PreTrainedModel, seen: Observed) -> Rule:
         faults = ["not known, because the model cannot be called"]
     elif seen.causal and model.config.get_text_config() is model.config:
         wrong = [name for name, value in values.items() if not value]
-        faults = [f"{place} has it False, but the model is causal" for place in _listed(model, wrong)]
+        faults = [f"{place} has it False, but the model is causal" for place in listed(model, wrong)]
     elif not seen.causal:
         wrong = [arrival.module for arrival in seen.arrivals if values.get(arrival.module, True)]
-        faults = [f"{place} does not have it False, but the model is an encoder" for place in _listed(model, wrong)]
+        faults = [f"{place} does not have it False, but the model is an encoder" for place in listed(model, wrong)]
     return Rule(
         "is_causal tells encoders",
         faults,
@@ -247,27 +221,19 @@ def _experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
     faults = [fault for name, module in blocks.items() for fault in _experts_faults(model, name, module, number, seen)]
     inside = tuple(f"{name}." for name in places)
     for name, module in model.base_model.named_modules():
-        if _full(model, name).startswith(inside) and name not in blocks and number > 1 and _size(module) == number:
-            faults.append(f"{_full(model, name)} holds {number} experts, but is not called `experts`")
+        if full(model, name).startswith(inside) and name not in blocks and number > 1 and _size(module) == number:
+            faults.append(f"{full(model, name)} holds {number} experts, but is not called `experts`")
     return Rule(
         "experts",
         faults,
-        _experts_evidence(blocks),
+        f"{len(blocks)} blocks hold `experts` as the servers replace them" if blocks else "there are none",
         "An MoE block keeps its experts in the attribute `experts`: a ModuleList, or a module whose parameters are all "
         "stacked (num_experts, ., .), called as experts(hidden_states, top_k_index, top_k_weights)",
     )
 
 
-def _experts_evidence(blocks: Mapping[str, nn.Module]) -> str:
-    if not blocks:
-        return "there are none"
-    own = {type(m).__name__ for m in blocks.values() if not type(m).__module__.startswith("transformers.models.")}
-    kernel = f"; the servers compute {', '.join(sorted(own))} by their own kernel for gated units" if own else ""
-    return f"{len(blocks)} blocks hold `experts` as the servers replace them{kernel}"
-
-
 def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number: int, seen: Observed) -> list[str]:
-    place = _full(model, name)
+    place = full(model, name)
     faults = []
     flat = [key for key, parameter in module.named_parameters() if parameter.ndim != 3]
     if not isinstance(module, nn.ModuleList) and (flat or not list(module.parameters())):
@@ -305,7 +271,7 @@ def _ties(model: PreTrainedModel) -> Rule:
     faults = []
     for parameter, group in names.items():
         allowed = 2 if stated and parameter is pair[0] is pair[1] else 1
-        if len(group) > allowed and any(name.startswith(_prefix(model)) for name in group):
+        if len(group) > allowed and any(name.startswith(prefix(model)) for name in group):
             faults.append(f"{_together(group)} are one tensor")
     if stated and None not in pair and pair[0] is not pair[1]:
         faults.append("the configuration ties the head to the embeddings, but they are two tensors")
@@ -328,14 +294,14 @@ def _weight(module: nn.Module | None) -> nn.Parameter | None:
 
 
 def _tensor_parallel(model: PreTrainedModel, places: Places) -> Rule:
-    base, prefix = model.base_model, _prefix(model)
+    base, start = model.base_model, prefix(model)
     plan: dict[str, str] = dict(base.tp_plan or {})
     modules = dict(base.named_modules(remove_duplicate=False))
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     there = {*modules, *(name for name, _ in base.named_parameters(remove_duplicate=False))}
-    inside = [name.removeprefix(prefix) for name in places if name.startswith(prefix)]
+    inside = [name.removeprefix(start) for name in places if name.startswith(start)]
     before = {  # what stood at each place, by the place's name now
-        (place + old.removeprefix(edit["name"])).removeprefix(prefix)
+        (place + old.removeprefix(edit["name"])).removeprefix(start)
         for place, edit in places.items()
         for old in (*edit["dropped"], *edit["kept"].values())
         if old.startswith(edit["name"])
@@ -352,8 +318,8 @@ def _tensor_parallel(model: PreTrainedModel, places: Places) -> Rule:
         if style not in ("colwise", "rowwise") and hit & linear:
             odd.setdefault(style, []).append(pattern)
     faults = [] if plan else ["the configuration has no base_model_tp_plan"]
-    faults += [f"{place} is in the plan, but was replaced" for place in _listed(model, replaced)]
-    faults += [f"{place} is in the plan, but is not there any more" for place in _listed(model, gone)]
+    faults += [f"{place} is in the plan, but was replaced" for place in listed(model, replaced)]
+    faults += [f"{place} is in the plan, but is not there any more" for place in listed(model, gone)]
     faults += [f"{', '.join(names)} are planned as {style}, not colwise or rowwise" for style, names in odd.items()]
     return Rule(
         "tensor parallel plan",
@@ -369,19 +335,19 @@ def _pipeline_parallel(model: PreTrainedModel) -> Rule:
     decoder = base.get_decoder()
     children = dict(base.named_modules()) if plan else dict(decoder.named_children())
     names = plan or [name for name, child in children.items() if any(True for _ in child.parameters())]
-    faults = [f"{_full(model, name)} is planned, but is not there" for name in names if name not in children]
+    faults = [f"{full(model, name)} is planned, but is not there" for name in names if name not in children]
     lists = {name: child for name in names if isinstance(child := children.get(name), nn.ModuleList)}
     layers = _layers(model)
     if len(lists) != 1:
         faults.append(f"it takes exactly one ModuleList to split, but there are: {', '.join(lists) or 'none'}")
     faults += [
-        f"{_full(model, n)} is not num_hidden_layers = {layers} long" for n, m in lists.items() if len(m) != layers
+        f"{full(model, n)} is not num_hidden_layers = {layers} long" for n, m in lists.items() if len(m) != layers
     ]
     missing = ["the configuration has no base_model_pp_plan; vLLM infers the split"] if not faults and not plan else []
     return Rule(
         "pipeline parallel plan",
         faults or missing,
-        f"{_full(model, next(iter(lists), ''))} is split",
+        f"{full(model, next(iter(lists), ''))} is split",
         "Keep one ModuleList of num_hidden_layers layers, and the names in base_model_pp_plan",
         (SGLANG,) if missing else (VLLM, SGLANG),
     )
