@@ -195,6 +195,23 @@ def test_every_output_is_compared() -> None:
     assert "logits" not in found.evidence
 
 
+def test_an_attached_model_that_answers_otherwise_is_found() -> None:
+    """As a head does that an adapter trains while a frozen copy of it answers: what was merged is right."""
+    torch.manual_seed(0)
+    plain, inputs = Answering(), {"x": {"x": torch.randn(3, 4)}}
+    trained = copy.deepcopy(plain)
+    with torch.no_grad():
+        trained.second.weight.add_(0.1 * torch.randn(4, 4))
+    weight = sums.Weight(trained.second.weight.detach(), trained.second.weight.detach())
+    weights = {"second.weight": lambda: weight}
+    base = agreement.answers(trained, inputs)
+    assert agreement.merged_equals_attached(base, trained, copy.deepcopy(plain), inputs, weights).passed
+    frozen = agreement.answers(plain, inputs)
+    found = agreement.merged_equals_attached(frozen, trained, copy.deepcopy(plain), inputs, weights)
+    assert found.passed is False
+    assert "x/head/score differs by" in found.evidence
+
+
 def test_an_output_that_is_gone_is_told() -> None:
     class Fewer(Answering):
         def forward(self, x: torch.Tensor) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 How close that is depends on the model (a router sends a token elsewhere at a near tie) and is measured on it: in the
 base, the changed tensors become what they must be, moved by one unit in the last place in random directions, and it is
-run. Nothing of the merged model has a part in that.
+run. What two such draws differ by is the measure; neither the attached nor the merged model has a part in it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from solidify.checks.sums import Weight
 from solidify.findings import Finding
 from solidify.model import anatomy
 
-# Draws with which every judgement begins, and at most. A merged model whose tensors are rounded is one more draw of
-# smaller noise (rounding to nearest is off by a unit over √12, a draw by a unit times √(2/3)): what happens to it and
-# in none of n draws has, for any probability p of a draw, at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
+# Draws with which every judgement begins, and at most. Base + adapter and the merged model differ like two draws of
+# smaller noise: rounding a weight to nearest is off by a unit over √12, a draw by a unit times √(2/3), and what is
+# rounded on the way through the model is of the size of the former. What befalls them, and none of n pairs of draws,
+# has for any probability p of a pair at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
 _DRAWS, _MOST = 8, 128
 
 Answers = dict[str, torch.Tensor]
@@ -76,8 +77,7 @@ def merged_equals_attached(
     """Compares all outputs of base and adapter with those of the merged model.
 
     `weights` are what the changed tensors must be, by name (`sums.effective`), and `base` is the base without adapter,
-    which is left as it was. The finding fails when some output of the merged model is further from the attached one's
-    than every draw's.
+    which is left as it was. The finding fails when some output of the two is further apart than that of any two draws.
     """
     name = "merged equals attached"
     found = answers(merged, inputs)
@@ -86,15 +86,16 @@ def merged_equals_attached(
         both = f"one returns {', '.join(missing[:4])} and the other does not" if missing else "no tensor is returned"
         return Finding(name, False, both)
     off = {key: distance(tensor, found.tensors[key]) for key, tensor in attached.tensors.items()}
-    reach, drawn = dict.fromkeys(off, 0.0), 0
-    while drawn < _MOST and (drawn < _DRAWS or any(off[key] > reach[key] for key in off)):
+    reach, drawn, last = dict.fromkeys(off, 0.0), 0, dict[str, torch.Tensor]()
+    while drawn <= _MOST and (drawn <= _DRAWS or any(off[key] > reach[key] for key in off)):
         with moved(base, weights, seed=drawn):
             noisy = answers(base, inputs).tensors
-        reach |= {key: max(reach[key], distance(attached.tensors[key], noisy[key])) for key in reach if key in noisy}
-        drawn += 1
+        pairs = {key: (last[key], noisy[key]) for key in off if key in last and key in noisy}
+        reach |= {key: max(reach[key], distance(*pair)) for key, pair in pairs.items()}
+        drawn, last = drawn + 1, noisy
     faults = [
-        f"{key} differs by {off[key]:.1e}, and by at most {reach[key]:.1e} when the changed tensors are moved by one "
-        f"unit in the last place ({drawn} draws)"
+        f"{key} differs by {off[key]:.1e}; moved by one unit in the last place, the changed tensors make at most "
+        f"{reach[key]:.1e} of it ({drawn} draws)"
         for key in off
         if not off[key] <= reach[key]
     ]
