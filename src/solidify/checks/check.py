@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, manifest, trust
+from solidify.artifact import certificate, companions, loading, manifest, trust, vocabulary
 from solidify.artifact.manifest import Manifest
 from solidify.checks.serving import serving
 from solidify.errors import ArtifactError
@@ -59,7 +59,15 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool) -> lis
     findings = [intact, *certificate.witness(directory)]
     if any(finding.passed is False for finding in findings):
         return findings
-    return [*findings, *serving(directory, record)]
+    return [*findings, *_tokenizer(directory), *serving(directory, record)]
+
+
+def _tokenizer(directory: Path) -> list[Finding]:
+    """Compares the tokenizer of an artifact, whose code may run, with its model."""
+    if not companions.has_tokenizer(directory):
+        return []
+    held = loading.load_base(str(directory), device="meta", trust_remote_code=True)
+    return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
 def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
