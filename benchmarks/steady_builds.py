@@ -66,6 +66,8 @@ def build_often(asked: argparse.Namespace, scratch: Path) -> None:
         once += bool(settled)
         for evidence in settled:
             print(f"build {done}: {evidence}", flush=True)
+        if done % 10 == 0:
+            print(f"{done - refused} of {done} built", flush=True)
     minutes = (time.monotonic() - start) / 60
     print(f"{done - refused} of {done} built ({asked.layers} layers, {os.cpu_count()} cores, {minutes:.0f} minutes)")
     print(f"one pass differed, and fresh loads did not, in {once}")
