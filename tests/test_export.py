@@ -21,7 +21,7 @@ import solidify
 from solidify import export
 from solidify.__main__ import main
 from solidify.adapter import adapters
-from solidify.artifact import inspection, manifest
+from solidify.artifact import companions, inspection, manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
 from solidify.weights import checkpoint
@@ -150,8 +150,8 @@ def test_a_stock_model_stays_one(stock: Path, tmp_path: Path, kind: str) -> None
     merged = solidify.merge(adapter, tmp_path / "merged", base=stock)
     assert {**contents(stock), **contents(adapter)} == before
     assert merged.manifest.kind == "stock"
-    assert all(finding.passed for finding in merged.findings if finding.name != "left out")
-    left = next(finding for finding in merged.findings if finding.name == "left out")
+    assert all(finding.passed for finding in merged.findings if finding.name != companions.TRAVELS)
+    left = next(finding for finding in merged.findings if finding.name == companions.TRAVELS)
     assert "pytorch_model.bin" in left.evidence
     ours, theirs = checkpoint.read(tmp_path / "merged").entries, checkpoint.read(stock).entries
     assert {(n, e.shape, e.file.name) for n, e in ours.items()} == {
@@ -213,7 +213,8 @@ def test_a_stock_base_is_found_where_the_adapter_says(
     stock: Path, wrapped_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A directory, the hub's cache, or a sentence."""
-    monkeypatch.setattr("solidify.export.snapshot_download", lambda name, **options: str(tmp_path / "cache"))
+    cache = tmp_path / "models--someone--something/snapshots/1"
+    monkeypatch.setattr("solidify.export.snapshot_download", lambda name, **options: str(cache))
     adapter = plain_adapter(stock, tmp_path / "adapter")
     solidify.merge(adapter, tmp_path / "one")
 
@@ -222,13 +223,20 @@ def test_a_stock_base_is_found_where_the_adapter_says(
         (adapter / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": base}))
 
     named("someone/something")
-    (tmp_path / "cache").mkdir()
-    for path in stock.iterdir():  # as the cache does: links into a store
+    cache.mkdir(parents=True)
+    shutil.copytree(stock, cache.parent.parent / "blobs")
+    for path in (cache.parent.parent / "blobs").iterdir():  # as the cache does: links into a store
         if path.is_file():
-            (tmp_path / "cache" / path.name).symlink_to(path)
+            (cache / path.name).symlink_to(path)
     solidify.merge(adapter, tmp_path / "two")
     assert manifest.read(tmp_path / "one").tensors == manifest.read(tmp_path / "two").tensors
     assert not any(path.is_symlink() for path in (tmp_path / "two").iterdir())
+    (cache.parent.parent / "blobs").rename(tmp_path / "elsewhere")
+    for path in cache.iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere" / path.name)
+    with pytest.raises(ArtifactError, match=r"config\.json of the base .* is a link that leads out of the base"):
+        solidify.merge(adapter, tmp_path / "three")
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AdapterError, match="neither a model directory nor in the hub's cache; say where it is"):

@@ -53,7 +53,7 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A hub id, a directory, an artifact, or builtin:tiny-olmoe.")],
+    model: Annotated[str, typer.Argument(help="A hub id, a directory, an artifact, or builtin:NAME.")],
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:

@@ -14,7 +14,8 @@ from solidify import console, materials
 from solidify.adapter import adapters, standing
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
-from solidify.artifact import sources
+from solidify.artifact import sources, vocabulary
+from solidify.errors import RecipeError
 from solidify.model import ledger
 from solidify.model.cost import cost
 from solidify.model.surgery import Bypassing, Edit
@@ -78,6 +79,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     base = materials.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
+    vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
     edits = materials.operate(recipe, base.model)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]

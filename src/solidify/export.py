@@ -6,7 +6,6 @@ Tensor by tensor, in bounded memory. What no change touches is linked or copied;
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from solidify import foreign, places
 from solidify.adapter import configured, merging, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
-from solidify.artifact import certificate, loading, manifest, trust
+from solidify.artifact import certificate, companions, loading, manifest, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
 from solidify.checks import agreement, roundtrip, sums
@@ -32,7 +31,6 @@ from solidify.model import anatomy, probing
 from solidify.weights import checkpoint, format, hashing
 
 _NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,9 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
         attached = _Attached.of(
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )
-    left = _copy_others(sources.base, staging)
+    carried = companions.copy_all(sources.base, staging)
+    if reason := carried.left.get("config.json"):
+        raise ArtifactError(f"config.json of the base {sources.base} is {reason}; put the file itself there")
     made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
@@ -288,34 +288,12 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)
-    if left:
-        findings.append(Finding("left out", None, f"weights in other formats, which hold the base: {', '.join(left)}"))
-    return written, [*findings, _counted(ledger, made, merger)]
+    return written, [*findings, *carried.findings(), _counted(ledger, made, merger)]
 
 
 def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
         return PeftModel.from_pretrained(model, str(sources.adapter)).eval()
-
-
-def _copy_others(base: Path, staging: Path) -> list[str]:
-    """Copies all files but weights and manifest; returns weights of other formats, which would be the unmerged ones."""
-    weights = {path.name for path in checkpoint.weight_files(base)}
-    left = []
-    for path in sorted(base.rglob("*")):
-        name = path.relative_to(base)
-        if not path.is_file() or str(name) in {*weights, checkpoint.INDEX, manifest.NAME} or _hidden(name):
-            continue
-        if path.name.endswith(_OTHER_WEIGHTS):
-            left.append(str(name))
-            continue
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, staging / name)
-    return left
-
-
-def _hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
 
 
 def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:

@@ -18,7 +18,7 @@ from solidify import processes, references
 from solidify.artifact import loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
-from solidify.builtin import corpus, tiny_olmoe
+from solidify.builtin import bases, corpus
 from solidify.errors import DataError, RecipeError, refuse
 from solidify.model import anatomy, depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
@@ -42,11 +42,9 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
 
 def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
     name = source.model
-    if name == tiny_olmoe.NAME:
-        loaded = loading.load_base(str(tiny_olmoe.directory()), dtype=source.dtype, device=device)
+    if (built_in := bases.directory(name)) is not None:
+        loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
         return replace(loaded, origin={**loaded.origin, "model": name})
-    if name.startswith("builtin:"):
-        raise RecipeError(f"there is no {name!r}; built in: {tiny_olmoe.NAME}")
     beside = recipe.directory / name
     return loading.load_base(
         str(beside) if beside.is_dir() else name,
@@ -375,5 +373,5 @@ def _alternating(modalities: Sequence[Any]) -> list[int]:
 
 def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
-    name = str(tiny_olmoe.directory()) if reference == tiny_olmoe.NAME else reference
-    return loading.load_base(name, device="meta", trust_remote_code=trust_remote_code).model
+    name = bases.directory(reference) or reference
+    return loading.load_base(str(name), device="meta", trust_remote_code=trust_remote_code).model

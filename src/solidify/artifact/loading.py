@@ -151,6 +151,11 @@ def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool 
         return None  # many models have none, and no stage but training and generation needs it
 
 
+def tokenizer_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Returns the tokenizer that stands in a model's directory; None where there is none."""
+    return _tokenizer(str(directory), None, trust_remote_code=trust_remote_code)
+
+
 def _processor(reference: str, revision: str | None, *, trust_remote_code: bool, needed: bool) -> Any:
     """Returns what prepares images, sound or text with either for a model; None where that is the tokenizer alone.
 

@@ -13,7 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from solidify import console, places
-from solidify.artifact import certificate, descent, manifest, sources, tensors, trust
+from solidify.artifact import (
+    certificate,
+    companions,
+    descent,
+    loading,
+    manifest,
+    sources,
+    tensors,
+    trust,
+    unchanged,
+    vocabulary,
+)
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -55,21 +66,22 @@ def build(
     The directory appears by rename once every tensor, buffer and output has been found bit-identical by a process in
     which solidify and peft cannot be imported. Of a large model (`anatomy.LARGE`), samples of every tensor and the
     outputs of the first new module of each kind are. `base` says where the model came from (its `name_or_path` when
-    left out); `recipe` is kept in the manifest. `tokenizer` may be a processor, which holds one.
+    left out); `recipe` is kept in the manifest. `tokenizer` may be a processor, which holds one; without it, the base's
+    travels, as every file of the base does that is not written anew (`companions.carry`).
 
     Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
     they are copied. Tensors that are mapped from files and unchanged never pass through memory.
 
     Raises:
-        ArtifactError: an edit does not stand in the model, a source cannot travel, `directory` exists and is not
-            ours, or the fresh process found a difference. Nothing is left behind.
+        ArtifactError: an edit does not stand in the model, the tokenizer has ids without an embedding, a source cannot
+            travel, `directory` exists and is not ours, or the fresh process found a difference. Nothing is left behind.
     """
     directory = Path(directory)
     places.refuse_foreign(directory)
     with places.staged(directory) as staging:
-        written = _fill(model, edits, staging, tokenizer, base, recipe, link)
+        written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
-            findings = verify(model, staging)
+            findings = [*verify(model, staging), *findings]
         trust.remember(written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
 
@@ -86,7 +98,7 @@ def assemble(
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
     places.refuse_foreign(directory)
     with places.staged(directory) as staging:
-        return _fill(model, edits, staging, tokenizer, base, recipe, link=True)
+        return _fill(model, edits, staging, tokenizer, base, recipe, link=True)[0]
 
 
 def _fill(
@@ -97,8 +109,13 @@ def _fill(
     base: dict[str, Any] | None,
     recipe: dict[str, Any] | None,
     link: bool,
-) -> Manifest:
+) -> tuple[Manifest, list[Finding]]:
     refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
+    source = companions.directory_of(model.config)
+    travelling = tokenizer
+    if tokenizer is None and source is not None and companions.has_tokenizer(source):
+        travelling = loading.tokenizer_in(source, trust_remote_code=descent.is_solid(model))
+    vocabulary.refuse_unfit(model, travelling)
     code = sources.compile_sources(model, edits)
     origin, lineage, earlier = _descent(model, base)
     for name, text in code.files.items():
@@ -108,6 +125,7 @@ def _fill(
         model.generation_config.save_pretrained(staging)
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
+    carried = companions.Carried() if source is None else companions.carry(source, staging, tokenizer)
     records = [edit.document() for edit in edits]
     draft = Manifest(
         kind="artifact",
@@ -118,7 +136,8 @@ def _fill(
         requirements=code.requirements,
         recipe=recipe,
     )
-    return write(model, staging, draft, link=link)
+    written = write(model, staging, draft, link=link)
+    return written, [*vocabulary.findings(model, travelling), *carried.findings()]
 
 
 def _figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -220,7 +239,7 @@ def copy_code(source: Path, target: Path, names: Sequence[str]) -> None:
 
 def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
     if not edits:
-        return ["there are none; an artifact needs at least one replacement"]
+        return [unchanged.words(model)]
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     faults = []
     for name, record in ledger.places([edit.document() for edit in edits]).items():
@@ -253,11 +272,11 @@ def _config(model: PreTrainedModel, code: sources.Sources) -> str:
 
 
 def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
-    weights = {path.name for path in checkpoint.weight_files(directory)}
+    told = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
     return {
-        str(path.relative_to(directory)): hashing.digest_bytes(path.read_bytes())
+        name: hashing.digest_bytes(path.read_bytes())
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in weights | code | {manifest.NAME}
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in told
     }
 
 

@@ -22,6 +22,7 @@ from typing import Any
 PAGE = 4096  # bytes that a sample looks at in one place
 SAMPLES = 5
 _PR_SET_PDEATHSIG = 1
+REPEATS = 2  # fresh loads that must agree where the first did not
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
 
 
@@ -81,7 +82,8 @@ def _directory(certificate: Path, behaviour: Any) -> dict[str, Any]:
             loads[auto] = _same_class(certificate.parent, auto, first[reference])
         elif auto != "AutoConfig":
             first[reference] = auto
-            loads[auto] = _load(certificate, config, auto, expected, behaviour)
+            forgiving = not any("once" in load for load in loads.values())
+            loads[auto] = _load_steadily(certificate, config, auto, expected, behaviour, forgiving=forgiving)
             gc.collect()  # a model is a cycle, and holds what it mapped
     environment = {
         "torch": torch.__version__,
@@ -107,6 +109,30 @@ def _same_class(directory: Path, auto: str, other: str) -> dict[str, Any]:
             return {"error": f"{type(error).__name__}: {error}"}
         kinds.append(f"{type(model).__module__}.{type(model).__name__}")
     return {"same_as": other} if kinds[0] == kinds[1] else {"error": f"builds {kinds[0]}, and {other} {kinds[1]}"}
+
+
+def _load_steadily(
+    certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any], behaviour: Any, *, forgiving: bool
+) -> dict[str, Any]:
+    """Loads and compares as `_load`; if a single pass differs, loads anew, to see whether that is the model's doing.
+
+    Kernel libraries settle on their way when they are first used, and the first pass of a process was seen to differ in
+    its last bits from all others. If fresh loads in the same process are bit-identical throughout, `once` says which
+    case differed and how far. What differs by itself (an alignment, a buffer, chance) differs again; a process in which
+    a second pass differs is not `forgiving`.
+    """
+    answer = _load(certificate, config, auto, expected, behaviour)
+    different = {name: case for name, case in answer.get("outputs", {}).items() if not case["equal"]}
+    if not forgiving or len(different) != 1 or any(case["distance"] is None for case in different.values()):
+        return answer
+    for _ in range(REPEATS):
+        gc.collect()
+        again = _load(certificate, config, auto, expected, behaviour)
+        if "error" in again or not all(case["equal"] for case in again.get("outputs", {}).values()):
+            return answer
+    (name, case), *_ = different.items()
+    again["once"] = {"case": name, "by": case["distance"] / max(case["scale"], 1e-12)}
+    return again
 
 
 def _load(

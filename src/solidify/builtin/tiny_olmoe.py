@@ -20,6 +20,7 @@ from solidify.builtin import corpus
 from solidify.weights.hashing import digest_values
 
 NAME = "builtin:tiny-olmoe"
+REPORT = ".report.json"  # hidden, so that it does not travel with the files of the model
 CONFIG = {
     "vocab_size": 1024,
     "hidden_size": 128,
@@ -47,12 +48,12 @@ END, PADDING = "<|endoftext|>", "<|padding|>"
 def directory() -> Path:
     """Returns where the model stands, training it first when the cache does not have it (a minute or two)."""
     train, heldout = corpus.texts("train"), corpus.texts("heldout")
-    key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__])[:8]
+    key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__, REPORT])[:8]
     place = places.cache() / "models" / f"tiny-olmoe-{key}"
-    if not (place / "report.json").is_file():
+    if not (place / REPORT).is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
-            if not (place / "report.json").is_file():
+            if not (place / REPORT).is_file():
                 with places.staged(place) as staging:
                     _make(staging, train, heldout)
     return place
@@ -60,7 +61,7 @@ def directory() -> Path:
 
 def report() -> dict[str, float]:
     """Returns the model's held-out loss and a unigram model's, in nats per token."""
-    figures: dict[str, float] = json.loads((directory() / "report.json").read_text(encoding="utf-8"))
+    figures: dict[str, float] = json.loads((directory() / REPORT).read_text(encoding="utf-8"))
     return figures
 
 
@@ -79,7 +80,7 @@ def _make(staging: Path, train: Sequence[str], heldout: Sequence[str]) -> None:
     }
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    (staging / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (staging / REPORT).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

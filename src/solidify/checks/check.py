@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, manifest, trust
+from solidify.artifact import certificate, companions, loading, manifest, trust, vocabulary
 from solidify.artifact.manifest import Manifest
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
@@ -66,8 +66,16 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve:
     findings = [intact, *certificate.witness(directory)]
     if any(finding.passed is False for finding in findings):
         return findings
-    findings += serving(directory, record)
+    findings += [*_tokenizer(directory), *serving(directory, record)]
     return [*findings, served(directory, serve)] if serve is not None else findings
+
+
+def _tokenizer(directory: Path) -> list[Finding]:
+    """Compares the tokenizer of an artifact, whose code may run, with its model."""
+    if not companions.has_tokenizer(directory):
+        return []
+    held = loading.load_base(str(directory), device="meta", trust_remote_code=True)
+    return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
 def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:

@@ -1,0 +1,119 @@
+"""Does a tokenizer fit a model: has every id an embedding, and does the model stop where the tokenizer ends?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from solidify import foreign
+from solidify.errors import ArtifactError, SolidifyError
+from solidify.findings import Finding
+
+FITS, ENDS = "tokenizer: every id has an embedding", "tokenizer: the model stops at its end token"
+_SHOWN = 4
+_ROLES = frozenset(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)  # what every tokenizer has: bos, eos, pad, ...
+
+
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer that a processor holds, or that it is; None where there is none."""
+    found = processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
+    return found if isinstance(found, PreTrainedTokenizerBase) else None
+
+
+def refuse_unfit(model: PreTrainedModel, processor: Any, kind: type[SolidifyError] = ArtifactError) -> None:
+    """Raises `kind` when text can become an id for which the model has no embedding; it may be on the meta device."""
+    for finding in findings(model, processor):
+        if finding.passed is False:
+            raise kind(f"the tokenizer does not fit the model: {finding.evidence}")
+
+
+def findings(model: PreTrainedModel, processor: Any) -> list[Finding]:
+    """Compares a tokenizer (or the one in a processor) with the embeddings and configurations of a model.
+
+    Ids without an embedding fail. More embeddings than ids are usual, and fit. End, padding and first tokens that
+    differ from the configurations are named, and what to set; a model that was trained so is no failure.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None:
+        return []
+    return _embedded(model, tokenizer) + (_stops(model, tokenizer) if model.can_generate() else [])
+
+
+def _embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Compares ids and rows, where it is a plain table that turns ids into vectors."""
+    table = foreign.attempt(model.get_input_embeddings).value
+    if isinstance(table, nn.Embedding):
+        return [_fits(tokenizer, table.num_embeddings)]
+    if table is None or model.main_input_name != "input_ids":
+        return []
+    return [Finding(FITS, None, f"not looked at: a {type(table).__name__} takes the ids")]
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    if not beyond:
+        return Finding(FITS, True, f"{len(vocabulary)} ids, the embeddings have {rows} rows")
+    placeholders = {t for role, t in tokenizer.special_tokens_map.items() if role not in _ROLES and isinstance(t, str)}
+    listed = _listed([f"{token!r} (id {number})" for number, token in beyond])
+    if all(token in placeholders for _, token in beyond):
+        # A family's tokenizer names the places of images and sound, also beside a model that takes text alone.
+        return Finding(FITS, None, f"{listed} stands for what this model does not take; text that holds it fails")
+    return Finding(
+        FITS,
+        False,
+        f"{listed} has no embedding, there are {rows} rows; before the surgery call "
+        f"model.resize_token_embeddings({beyond[-1][0] + 1}) (for a recipe: save model and tokenizer so, and name that "
+        "directory as base), or take the tokenizer that the model was trained with",
+    )
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Compares end, padding and first token with what generation and other programs read."""
+    words = model.config.get_text_config(decoder=True)
+    sources = {"generation_config": model.generation_config, "config": words}
+    faults = []
+    if tokenizer.eos_token_id is not None:
+        faults = [fault for where, source in sources.items() for fault in _against_end(where, source, tokenizer)]
+    for role in ("pad_token", "bos_token"):
+        own = getattr(tokenizer, f"{role}_id")
+        for where, source in sources.items():
+            other = _ids(source, f"{role}_id")
+            if own is not None and other and own not in other:
+                faults.append(f"{role} is id {own} of the tokenizer and {_plain(other)} in {where}")
+    if tokenizer.eos_token_id is None and not faults:
+        return []
+    remedy = "; set these on the model (or the tokenizer) before the build"
+    return [Finding(ENDS, None, "; ".join(faults) + remedy) if faults else Finding(ENDS, True, _ended(tokenizer))]
+
+
+def _against_end(where: str, source: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    own, ends = tokenizer.eos_token_id, _ids(source, "eos_token_id")
+    if own in ends or (where == "config" and not ends):
+        return []
+    return [
+        f"the tokenizer ends with {tokenizer.eos_token!r} (id {own}), and {where}.eos_token_id is {_plain(ends)}: "
+        f"{where}.eos_token_id = {_plain([*ends, own])} stops there too"
+    ]
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"{tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) ends generation"
+
+
+def _ids(source: Any, key: str) -> list[int]:
+    """Returns the ids that a configuration gives for a role: none, one or several."""
+    value = source.to_dict().get(key) if isinstance(source, PreTrainedConfig) else getattr(source, key, None)
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def _plain(ids: Sequence[int]) -> str:
+    return "None" if not ids else str(ids[0]) if len(ids) == 1 else str(list(ids))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
