@@ -55,6 +55,7 @@ def judged(base: PreTrainedModel, fault: Fault | None = None, **lora: Any) -> tu
     answers, expected = agreement.answers(model, INPUTS), agreement.chosen(weights, changed)
     outputs = agreement.merged_equals_attached(answers, merged, base, INPUTS, expected)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in base.state_dict().items())  # it is as it was
+    assert not any(module._forward_hooks for module in base.modules())
     return sums.compare(weights, state, changed), outputs
 
 

@@ -1,15 +1,18 @@
 """Is a merged model the attached one? In every output, and as closely as roundings of the same tensors allow.
 
 How close that is depends on the model (a router sends a token elsewhere at a near tie) and is measured on it: in the
-base, the changed tensors become what they must be, moved by one unit in the last place in random directions, and it is
-run. What two such draws differ by is the measure; neither the attached nor the merged model has a part in it.
+base, the changed tensors become what they must be, moved by one unit in the last place in random directions, as is what
+their modules return, and it is run. What two such draws differ by is the measure; neither the attached nor the merged
+model has a part in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +24,9 @@ from solidify.findings import Finding
 from solidify.model import anatomy
 
 # Draws with which every judgement begins, and at most. Base + adapter and the merged model differ like two draws of
-# smaller noise: rounding a weight to nearest is off by a unit over √12, a draw by a unit times √(2/3), and what is
-# rounded on the way through the model is of the size of the former. What befalls them, and none of n pairs of draws,
-# has for any probability p of a pair at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
+# smaller noise: a weight, and a sum that is computed in another order, is rounded to nearest, off by a unit over √12,
+# and a draw by a unit times √(2/3). What befalls them, and none of n pairs of draws, has for any probability p of a
+# pair at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
 _DRAWS, _MOST = 8, 128
 
 Answers = dict[str, torch.Tensor]
@@ -134,27 +137,54 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed: int) -> Iterator[None]:
     """While the block lasts, the named tensors are what they must be, moved by -1, 0 or 1 unit in the last place.
 
-    Tensors that are one in the model and must differ are two meanwhile.
+    What their modules return is moved so too. Tensors that are one in the model and must differ are two meanwhile.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def steps(like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(-1, 2, like.shape, generator=generator, dtype=torch.int8).to(like.device)
+
+    def rounded(output: Any, terms: int) -> Any:
+        if isinstance(output, tuple):
+            return tuple(rounded(part, terms) for part in output)
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
+            return output
+        # Sums are kept in float32: in sixteen lanes, of n products, with half a unit each time, evenly to both sides.
+        eps = torch.finfo(output.dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(terms) / 8
+        return output + (steps(output) * eps * torch.maximum(output.abs(), output.abs().mean())).to(output.dtype)
+
     before: list[tuple[dict[str, Any], str, Any]] = []
+    owners = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    hooks = [
+        owner.register_forward_hook(partial(lambda terms, module, given, output: rounded(output, terms), _terms(owner)))
+        for owner in owners.values()
+    ]
     try:
         for name, weight in weights.items():
             owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module = owners[owner]
             held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
             before.append((held, key, held[key]))
             expected, dtype = weight(), held[key].dtype
             value = expected.wanted
             if dtype.is_floating_point:
-                steps = torch.randint(-1, 2, value.shape, generator=generator, dtype=torch.int8)
-                value = value + steps * sums.unit(expected, dtype)
+                value = value + steps(value) * sums.unit(expected, dtype)
             value = value.to(dtype)
             held[key] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for held, key, value in reversed(before):
             held[key] = value
+
+
+def _terms(module: nn.Module) -> int:
+    """Returns of how many products a number is a sum that a module returns, as far as its parameters' shapes tell."""
+    sizes = [
+        p.shape[-1] if p.ndim == 3 else p[0].numel() for p in module._parameters.values() if p is not None and p.ndim
+    ]
+    return max(sizes, default=1)
 
 
 def not_looked_at(why: str) -> Finding:
