@@ -28,11 +28,10 @@ def olmoe(dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedMode
 def opinionated(model: PreTrainedModel) -> PreTrainedModel:
     """Draws every matrix so wide that the most probable token stands out, and differs from text to text."""
     torch.manual_seed(1)
-    widths = {"embed": 0.5, "gate.weight": 0.3}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=next((w for part, w in widths.items() if part in name), 0.15))
+                parameter.normal_(std=0.2 if "embed" in name else 0.3)
     return model
 
 

@@ -17,36 +17,42 @@ class InterfaceAttention(nn.Module):
         self.scaling = original.scaling
         self.num_key_value_groups = original.num_key_value_groups
         self.config = config
-        self.layer_idx = layer_idx
+        self.layer_idx = self.place = layer_idx
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        query, key, value = self.project(hidden_states)
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        query, key, value = self.project(hidden_states, past_key_values)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)[0]
         return self.o_proj(mixed.reshape((*hidden_states.shape[:-1], -1))), None
 
-    def project(self, hidden_states):
+    def project(self, hidden_states, past_key_values):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        return [
+        query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
-        ]
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.place)
+        return query, key, value
 
 
 class OwnAttention(InterfaceAttention):
     """Computes attention itself, whatever the configuration says."""
 
-    def forward(self, hidden_states, **kwargs):
-        query, key, value = self.project(hidden_states)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        query, key, value = self.project(hidden_states, past_key_values)
+        if attention_mask is None:
+            lengths = query.shape[2], key.shape[2]
+            attention_mask = torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0])
+        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=True).transpose(1, 2)
         return self.o_proj(mixed.flatten(-2)), None
 
 
 class DeafAttention(InterfaceAttention):
     """Uses the interface, but keeps the keyword arguments to itself."""
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        query, key, value = self.project(hidden_states)
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        query, key, value = self.project(hidden_states, past_key_values)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling)[0]
         return self.o_proj(mixed.flatten(-2)), None
@@ -64,7 +70,7 @@ class ClosedAttention(DeafAttention):
         past_key_values=None,
         use_cache=None,
     ):
-        return super().forward(hidden_states, attention_mask)
+        return super().forward(hidden_states, attention_mask, past_key_values)
 
 
 class HidingAttention(InterfaceAttention):
@@ -74,7 +80,7 @@ class HidingAttention(InterfaceAttention):
         return self.attend(hidden_states, attention_mask, kwargs), None
 
     def attend(self, hidden_states, attention_mask, kwargs):
-        return InterfaceAttention.forward(self, hidden_states, attention_mask, **kwargs)[0]
+        return super().forward(hidden_states, attention_mask, **kwargs)[0]
 
 
 class RepeatingAttention(InterfaceAttention):
@@ -84,8 +90,8 @@ class RepeatingAttention(InterfaceAttention):
         super().__init__(original, config, layer_idx)
         self.repeats, self.num_key_value_groups = self.num_key_value_groups, 1
 
-    def project(self, hidden_states):
-        query, key, value = super().project(hidden_states)
+    def project(self, hidden_states, past_key_values):
+        query, key, value = super().project(hidden_states, past_key_values)
         return [query, *(t.repeat_interleave(self.repeats, dim=1) for t in (key, value))]
 
 
@@ -100,8 +106,12 @@ class HeldAttention(nn.Module):
         self.scaling = original.scaling
         self.num_key_value_groups = original.num_key_value_groups
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        query, key, value = InterfaceAttention.project(self.original, hidden_states)
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.original.head_dim)
+        parts = (self.original.q_proj, self.original.k_proj, self.original.v_proj)
+        query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in parts)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         mixed = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)[0]
         return self.original.o_proj(mixed.reshape((*hidden_states.shape[:-1], -1))), None
