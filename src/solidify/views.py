@@ -12,6 +12,7 @@ from rich.text import Text
 from solidify import console
 from solidify.artifact.inspection import Branch, ranges
 from solidify.model import anatomy
+from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import Cost
 
 _MARKS = {"removed": "[red]-[/red]", "added": "[green]+[/green]", "changed": "[yellow]~[/yellow]"}
@@ -75,6 +76,7 @@ def _kind(branch: Branch) -> Text:
 def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows what a recipe would do, from the plain values of a plan."""
     yield _surgery(document["edits"])
+    yield from _declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
     if document["trainable"]:
         yield _trained(document["trainable"], document["after"]["parameters"])
@@ -122,6 +124,17 @@ def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
         rows.append((operation, escape(_pattern(names)), escape(old), escape(new), _numbers(names), change))
     columns = ("operation", "module", "was", "becomes", "x", "parameters")
     return console.table("Surgery", columns, rows, numbers=(4, 5))
+
+
+def _declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Says which properties the changes do not keep on purpose, and what follows."""
+    lost: dict[str, list[str]] = {}
+    for edit in edits:
+        for key in (key for key, kept in edit.get("declares", {}).items() if not kept):
+            lost.setdefault(key, []).append(edit["name"])
+    for key, names in lost.items():
+        what = f"{_pattern(names)}: {key} is not kept, as declared ({PROPERTIES[key]})"
+        yield escape(what + (". It generates without a cache." if key == "cache" else "."))
 
 
 def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:

@@ -29,6 +29,7 @@ from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, ledger, operations
+from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import cost
 from solidify.model.surgery import Edit
 from solidify.weights import checkpoint, format, hashing, store
@@ -182,8 +183,7 @@ def write(
     else:
         certificate.write(model, staging, stored, draft.edits)
     draft = replace(draft, versions=manifest.current_versions())
-    card = sources.render("README.md.jinja", manifest=draft, parameters=anatomy.count(model.parameters()))
-    (staging / manifest.CARD).write_text(card, encoding="utf-8")
+    (staging / manifest.CARD).write_text(_card(model, staging, draft), encoding="utf-8")
     finished = replace(
         draft,
         tensors=stored,
@@ -192,6 +192,17 @@ def write(
     )
     finished.write(staging)
     return finished
+
+
+def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
+    """Writes the model card: how to load it, what was changed, and what it does not keep of its base's behaviour."""
+    config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+    head = config["architectures"][0]
+    auto = next(auto for auto, place in config["auto_map"].items() if place.rpartition(".")[2] == head)
+    declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
+    lost = {key: words for key, words in PROPERTIES.items() if key in declared}
+    parameters = anatomy.count(model.parameters())
+    return sources.render("README.md.jinja", manifest=draft, parameters=parameters, auto=auto, lost=lost)
 
 
 def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:

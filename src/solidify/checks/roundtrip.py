@@ -89,5 +89,7 @@ def only_these_changed(base: Mapping[str, str], merged: Mapping[str, str], allow
     changed = {name for name, digest in merged.items() if base.get(name) != digest}
     faults = [f"{name} changed though the adapter does not train it" for name in sorted(changed - set(allowed))]
     faults += [f"{name} is gone" for name in base if name not in merged]
+    if not changed and not faults:
+        faults.append("no tensor changed: the adapter's update is zero, as before its first training step")
     evidence = f"{len(changed)} tensors changed, {len(merged) - len(changed)} byte-identical to the base"
-    return Finding("only what was trained changed", not faults and bool(changed), "; ".join(faults[:4]) or evidence)
+    return Finding("only what was trained changed", not faults, "; ".join(faults[:4]) or evidence)
