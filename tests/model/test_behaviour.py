@@ -9,8 +9,9 @@ import behaving
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+import families
 import pico
 import solidify
 from solidify.errors import SurgeryError
@@ -114,6 +115,59 @@ def test_half_precision_hides_nothing(name: str) -> None:
     model, place, _ = made("Llama", torch.bfloat16)
     said = judged(model, place, name)
     assert said == "" if name in HONEST else PLANTED.get(name, "float32") in said
+
+
+ELSEWHERE = {
+    "BERT": ("bert", "AutoModelForMaskedLM", "bert.encoder.layer.*.attention"),
+    "ViT": ("vit", "AutoModelForImageClassification", "vit.layers.*"),
+    "Mamba": ("mamba", "AutoModelForCausalLM", "backbone.layers.*.mixer"),
+    "Qwen3 attention": ("qwen3", "AutoModelForCausalLM", "model.layers.*.self_attn"),
+    "Qwen3": ("qwen3", "AutoModelForCausalLM", "model.layers.*.mlp"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "word"),
+    [
+        ("BERT", "NoMaskAtAll", "padding"),
+        ("BERT", "Scaled", ""),
+        ("ViT", "CumulatedRows", "other rows"),
+        ("ViT", "Scaled", ""),
+        ("Mamba", "Shift", "over the cache"),
+        ("Mamba", "PlainSame", ""),
+        ("Qwen3 attention", "MemoMask", "other rows"),  # by which it is found: the mask of another row is used
+        ("Qwen3 attention", "PlainNoCache", "cache"),
+        ("Qwen3 attention", "PlainSame", ""),
+        ("Qwen3", "PlainStep", "cache"),
+        ("Qwen3", "ZeroBufferShift", "cache"),
+        ("Qwen3", "HalfDetached", "gradient"),
+        ("Qwen3", "PlainSame", ""),
+    ],
+)
+def test_faults_and_twins_in_other_families(family: str, name: str, word: str) -> None:
+    kind, auto, place = ELSEWHERE[family]
+    model = families.tiny(kind, auto)
+    try:
+        solidify.replace(model, place, getattr(behaving, name))
+    except SurgeryError as error:
+        assert word, str(error)
+        assert word in str(error)
+    else:
+        assert not word
+
+
+def test_a_declared_lack_of_a_cache_is_obeyed_however_a_cache_is_given() -> None:
+    model, _, place = made("Llama")
+    solidify.replace(model, place, behaving.RunningMean, declares={"cache": False, "padding": False})
+    ids, cache = pico.tokens(1, 6), DynamicCache()
+    for call in (
+        lambda: model(ids, None, None, cache),
+        lambda: model.model(ids, past_key_values=cache),
+        lambda: model(ids, use_cache=True),
+    ):
+        with pytest.raises(ValueError, match="keeps no cache"):
+            call()
+    assert model(ids).past_key_values is None
 
 
 def test_what_is_meant_is_declared_recorded_and_obeyed(tmp_path: Path) -> None:

@@ -63,11 +63,20 @@ def attributes(model: nn.Module) -> None:
     model.model.layers[0].extra = [1]
 
 
+def trace(model: nn.Module) -> None:
+    weight = model.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * 0)
+    weight.register_post_accumulate_grad_hook(lambda _: None)
+    weight.marker = 1
+    torch.set_grad_enabled(False)
+    type(model.model.norm).forward = lambda self, x: x
+
+
 class OwnError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("change", [swap, rename, hook, configure, freeze, write, buffers, attributes])
+@pytest.mark.parametrize("change", [swap, rename, hook, configure, freeze, write, buffers, attributes, trace])
 @pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyboardInterrupt, OwnError])
 def test_everything_is_put_back(change: object, kind: type[BaseException]) -> None:
     model = pico.llama()
@@ -77,6 +86,12 @@ def test_everything_is_put_back(change: object, kind: type[BaseException]) -> No
         raise kind
     assert snapshot(model) == before
     assert model.config.rms_norm_eps == eps
+    assert torch.is_grad_enabled()
+    assert not hasattr(model.lm_head.weight, "marker")
+    loss = model(pico.tokens(), labels=pico.tokens()).loss
+    loss.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0 or not model.lm_head.weight.requires_grad
+    assert model.model.norm(torch.full((1, 32), 3.0)).abs().max() < 2
 
 
 def test_what_ends_well_stays() -> None:

@@ -240,3 +240,84 @@ class ChunkPool(Base):
 class MeanOverAll(Base):
     def forward(self, *a, **k):
         return out0(self.inner(*a, **k), lambda x: x / (1 + self.scale * x.abs().mean()))
+
+
+# Faults that others planted, in families of other kinds.
+class Shift(Base):
+    """Adds a fifth of the position before."""
+
+    def forward(self, x, *a, **k):
+        y = self.inner(x, *a, **k)
+        return y + 0.2 * self.scale * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class NoMaskAtAll(Base):
+    """Drops the attention mask, wherever it is given."""
+
+    def forward(self, *a, **k):
+        if "attention_mask" in k:
+            k["attention_mask"] = None
+        else:
+            a = (a[0], None, *a[2:])
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
+class CumulatedRows(Base):
+    """A row sees the rows before it."""
+
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x * self.scale + 0.1 * (x.cumsum(0) - x))
+
+
+class MemoMask(Base):
+    """Keeps a mask by its shape."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.kept = {}
+
+    def forward(self, *a, **k):
+        mask = k.get("attention_mask")
+        if mask is not None:
+            k["attention_mask"] = self.kept.setdefault(tuple(mask.shape), mask)
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
+class Plain(nn.Module):
+    """Has no parameters of its own, and gives what the original gives where it is called once."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.inner = original
+
+
+class PlainNoCache(Plain):
+    def forward(self, *a, **k):
+        k["past_key_values"] = None
+        return self.inner(*a, **k)
+
+
+class PlainStep(Plain):
+    def forward(self, x):
+        return self.inner(x) * (2 if x.shape[1] == 1 else 1)
+
+
+class PlainSame(Plain):
+    def forward(self, *a, **k):
+        return self.inner(*a, **k)
+
+
+class ZeroBufferShift(Plain):
+    """A shift that a buffer of zeros hides."""
+
+    def __init__(self, original, config):
+        super().__init__(original)
+        self.register_buffer("mix", torch.zeros(config.hidden_size))
+
+    def forward(self, x):
+        return self.inner(x + self.mix * F.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class HalfDetached(Base):
+    def forward(self, x):
+        return self.inner(torch.cat([x[:, :1], x[:, 1:].detach()], 1)) * self.scale

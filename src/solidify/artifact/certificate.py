@@ -103,7 +103,8 @@ def _contract(
     declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
     first = list(control.first_of_each_kind(model, _standing(model, entries)))
     made = {name for edit in edits for name in edit["new"]}
-    parameters = {name: p for name, p in model.named_parameters() if name in made and p.is_floating_point()}
+    state = (*model.named_parameters(), *model.named_buffers())
+    parameters = {name: tensor for name, tensor in state if name in made and tensor.is_floating_point()}
     before: dict[str, float] = {}
     for edit in edits:
         before |= {key: max(far, before.get(key, 0.0)) for key, far in edit.get("control", {}).items()}
@@ -126,7 +127,14 @@ def _contract(
     kept = {key: far for key, far in reading.distances.items() if key.partition("/")[0] not in declared}
     recorded = {key: shapes for key, shapes in reading.recorded.items() if key not in declared}
     given = {key: tensor.cpu().contiguous() for key, tensor in inputs.items()}
-    document = {**found, "packed": reading.packed, "padded": reading.padded, "distances": kept, "recorded": recorded}
+    document = {
+        **found,
+        "packed": reading.packed,
+        "padded": reading.padded,
+        "way": reading.way,
+        "distances": kept,
+        "recorded": recorded,
+    }
     return document, given
 
 
@@ -251,6 +259,10 @@ def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) ->
             findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))
         elif key in faults:
             findings.append(Finding(f"behaviour: {key}", False, faults[key]))
+        elif not parts and key not in contract["recorded"] and key in ("causal", "cache", "padding", "rows"):
+            findings.append(
+                Finding.unseen(f"behaviour: {key}", "the model before its changes could not be tried for it")
+            )
         elif parts or key in contract["recorded"]:
             far = max((found["distances"].get(name, 0.0) for name in parts), default=0.0)
             findings.append(Finding(f"behaviour: {key}", True, f"{words} (off by {far:.1g})"))

@@ -196,10 +196,11 @@ def _behave(certificate: Path, model: Any, contract: dict[str, Any], behaviour: 
     from safetensors.torch import load_file
 
     inputs = {key: t.to(model.device) for key, t in load_file(certificate / "contract.safetensors").items()}
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: behaviour.noise(name, parameters[name]) for name in contract["fresh"]}
     options = {key: contract[key] for key in ("at", "leave", "wide")}
     asked = behaviour.Reading(contract["distances"], packed=contract["packed"], padded=contract["padded"])
+    asked.way = tuple(contract["way"])
     try:
         found = behaviour.Watched(model, inputs, values=values, **options).read(asked)
     except Exception as error:  # whatever stops it from running is the finding

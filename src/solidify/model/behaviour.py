@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 # What a change must keep unless it declares otherwise (`{name: false}`), and what is meant by it.
 PROPERTIES = {
@@ -43,7 +43,13 @@ _FLOOR_HALF = 5e-2
 _AGAIN = {torch.float64: 1e-12, torch.float32: 1e-5}  # the same call once more
 _AGAIN_HALF = 2e-2
 _TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "state")
+# Ways to use a cache, from the fullest on: the second piece, the single step, and which positions the mask speaks of.
+_WAYS = [
+    (piece, step, mask)
+    for mask in ("all", "own")
+    for piece, step in (("reordered", "crop"), ("reordered", "steps"), ("pieces", "steps"), ("singles", "steps"))
+]
 
 
 def allowed(name: str, control: float, dtype: torch.dtype) -> float:
@@ -68,6 +74,7 @@ class Reading:
     packed: bool = False
     padded: bool = False
     dtype: torch.dtype = torch.float32
+    way: tuple[str, str, str] = ("reordered", "crop", "all")
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ _WORDS = {
     "cache/prefill": "a first piece that fills the cache gives something else than the whole",
     "cache/pieces": "a second piece over the cache gives something else than the whole",
     "cache/reordered": "a second piece over the cache, its rows reordered as by beams, gives something else",
+    "cache/singles": "a single step over the cache gives something else than the whole",
     "cache/steps": "single steps over the cache give something else than the whole",
     "cache/crop": "a single step after the cache was cropped gives something else than the whole",
 }
@@ -209,22 +217,25 @@ class Watched:
                 if (packed, padded) == packs[-1]:
                     raise
                 continue
-            reading.packed, reading.padded = packed, padded
-            break
-        drawn = _state() != _seeded(0)
-        reading.plain = plain.parts
+            reading.packed, reading.padded, reading.plain = packed, padded, plain.parts
+            drawn = _state() != _seeded(0)
+            self._look_ahead(reading, batch, plain.parts)
+            # Padding on the left says something of models alone in which no position sees a later one.
+            if (
+                control is not None
+                or not padded
+                or reading.distances.get("causal", 0.0) <= allowed("causal", 0.0, self.dtype)
+            ):
+                break
         if not whole or not plain.parts:
+            reading.distances.clear()
             return reading
-        self._look_ahead(reading, batch, plain.parts)
         self._padding(reading, batch, plain.parts)
-        self._cache(reading, batch, plain.parts)
+        self._cache(reading, batch, plain.parts, control)
         self._alone(reading, batch, plain.parts)
-        before = control.distances.get("rows") if control is not None else None
-        if drawn or (
-            control is not None and (before is None or not reading.distances.get("rows", FAILED) <= 4 * before)
-        ):
+        if control is not None or drawn:
             self._again(reading, batch, plain.parts, drawn)
-        else:  # the row alone, after all that was run in between, is what it was at first, and nothing was drawn
+        else:  # without chance, the unchanged model is taken to be the same again
             reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
         return reading
 
@@ -302,42 +313,67 @@ class Watched:
         names = [n for n, part in short.parts.items() if n in found and found[n].shape == part.shape]
         reading.distances["padding"] = apart({n: found[n] for n in names}, {n: short.parts[n] for n in names})
 
-    def _cache(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
-        """Feeds the batch in pieces: a prefill, a piece over reordered rows, and a single step after a crop."""
+    def _cache(
+        self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, control: Reading | None
+    ) -> None:
+        """Feeds the batch in pieces, in the way in which the control worked: the first in which all is rounding.
+
+        Some caches can be neither reordered nor cropped, and some models want the mask of the new positions alone.
+        """
         name = next((key for key in _CACHES if key in self.takes), None)
         if name is None or self.stream is None or self.positions < 4:
             return
-        kept = self._fresh_cache(name)
+        best: dict[str, float] | None = None
+        for way in _WAYS if control is None else [control.way]:
+            trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
+            self._pieces(trial, batch, plain, name)
+            whole = _WAYS[-1] == way or {key.partition("/")[2] for key in trial.distances} >= {
+                "prefill",
+                way[0],
+                way[1],
+            }
+            if control is not None or (whole and _rounding(trial)) or best is None:
+                best, reading.way = trial.distances, way
+            if control is not None or (whole and _rounding(trial)):
+                reading.errors |= trial.errors
+                break
+        reading.distances |= best or {}
+
+    def _pieces(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str) -> None:
+        """Runs a prefill, a second piece (over reordered rows), and a single step (after a crop)."""
+        assert self.stream is not None
         ends = [self.positions - 5, self.positions - 1] if self.positions > 7 else [1, self.positions - 1]
-        cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, kept)
+        cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
         if hasattr(cache, "activate_past_recording"):  # layers that forget what is out of their window could not crop
             with suppress(Exception):
                 cache.activate_past_recording()
         rows = len(batch[self.stream])
-        order = [1, 0, *range(2, rows)] if rows > 1 else [0]
-        label, turned = "cache/reordered", {k: t[order] if t.shape[:1] == (rows,) else t for k, t in batch.items()}
+        order = [1, 0, *range(2, rows)] if rows > 1 and reading.way[0] == "reordered" else list(range(rows))
+        turned = {k: t[order] if t.shape[:1] == (rows,) else t for k, t in batch.items()}
+        if reading.way[0] == "singles":  # some take one position at a time, once there is a cache
+            ends[1] = ends[0] + 1
+        wanted, back = _cut(plain, order), ends[1]
         try:
-            cache.reorder_cache(torch.tensor(order, device=batch[self.stream].device))
-        except Exception:  # this kind of cache cannot; its control cannot either
-            label, turned, order = "cache/pieces", dict(batch), list(range(rows))
-        wanted = _cut(plain, order)
-        if self._piece(reading, label, turned, wanted, (ends[0], ends[1]), name, cache) is None:
-            return
-        label, back = "cache/crop", ends[1] - 2
-        try:
-            cache.crop(back - ends[1])  # the number of positions to take away, negative
-        except Exception:
-            label, back = "cache/steps", ends[1]
-        for place in range(back, min(back + 1 + (label == "cache/steps"), self.positions)):
-            if self._piece(reading, label, turned, wanted, (place, place + 1), name, cache) is None:
+            if reading.way[0] == "reordered":
+                cache.reorder_cache(torch.tensor(order, device=batch[self.stream].device))
+            if self._piece(reading, f"cache/{reading.way[0]}", turned, wanted, (ends[0], ends[1]), name, cache) is None:
                 return
+            if reading.way[1] == "crop":
+                back = ends[1] - 2
+                cache.crop(back - ends[1])  # the number of positions to take away, negative
+        except Exception as error:
+            reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
+            return
+        self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
 
     def _fresh_cache(self, name: str) -> Any:
         """Returns a cache of our own where the model may be left before it returns its own; else None."""
         if not self.leave or name != "past_key_values":
             return None
+        if self.model.config.is_encoder_decoder:
+            return EncoderDecoderCache(DynamicCache(), DynamicCache())
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     def _piece(
@@ -356,7 +392,7 @@ class Watched:
         inputs = dict(batch)
         inputs[self.stream] = batch[self.stream][:, begin:end]
         if self.decoder and "attention_mask" in batch:
-            inputs["attention_mask"] = batch["attention_mask"][:, :end]
+            inputs["attention_mask"] = batch["attention_mask"][:, 0 if reading.way[2] == "all" else begin : end]
         for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
             if key in batch:
                 inputs[key] = batch[key][:, begin:end]
@@ -382,7 +418,8 @@ class Watched:
         """Runs the first row alone, and asks for what the model can record."""
         rows = len(next(iter(plain.values())))
         alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
-        inputs = {key: tensor[:1] for key, tensor in batch.items()} if alone else dict(batch)
+        row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
+        inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
         flags = [key for key in RECORDS if self._records(key)]
         found = None
         if not self.leave:
@@ -395,7 +432,7 @@ class Watched:
         if found is None:
             found = self._try(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:
-            reading.distances["rows"] = apart(found.parts, _cut(plain, slice(0, 1)))
+            reading.distances["rows"] = apart(found.parts, _cut(plain, slice(row, row + 1)))
 
     def _records(self, key: str) -> bool:
         if key == "hidden_states":
@@ -406,19 +443,33 @@ class Watched:
         return hasattr(self.model.config, "output_router_logits") or hasattr(text, "output_router_logits")
 
     def _again(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, drawn: bool) -> None:
-        """Repeats the first call, with other random numbers; what differs comes from them or from earlier calls."""
+        """Repeats the first call with its rows the other way round and other random numbers.
+
+        The shapes are the same and the contents are not, so that what was kept of an earlier call is found, and what
+        depends on a row's place among the others. What differs is told apart by the call as it was.
+        """
+        rows = len(next(iter(plain.values())))
+        turn = list(reversed(range(rows))) if all(len(t) == rows for t in batch.values()) else list(range(rows))
         _seed(1)
-        found = self._try(reading, "stateless", batch)
+        found = self._try(reading, "stateless", {k: t[turn] if len(t) == rows else t for k, t in batch.items()})
         if found is None:
             return
-        far = apart(found.parts, plain)
-        reading.distances |= {"stateless": far, "deterministic": 0.0}
-        if drawn and far > 0:
-            _seed(0)
-            same = self._try(reading, "deterministic", batch)
-            if same is not None:
-                before = apart(same.parts, plain)
-                reading.distances |= {"stateless": before, "deterministic": FAILED if before <= far / 4 else far}
+        far = apart(found.parts, _cut(plain, turn))
+        reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
+        if far <= allowed("stateless", 0.0, self.dtype) and not (drawn and far > 0):
+            return
+        _seed(1)
+        other = self._try(reading, "stateless", batch)
+        _seed(0)
+        same = self._try(reading, "stateless", batch)
+        if other is None or same is None:
+            return
+        chance, state = apart(other.parts, same.parts), apart(same.parts, plain)
+        if chance > 4 * state:
+            reading.distances["deterministic"] = FAILED if drawn else chance
+        reading.distances["stateless"] = state
+        if max(chance, state) <= allowed("stateless", 0.0, self.dtype):  # the order of the rows alone makes it differ
+            reading.distances["rows"] = max(reading.distances.get("rows", 0.0), far)
 
     def _try(self, reading: Reading, label: str, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
         """Calls the model; an error is noted under the probe's name, which then has no distance."""
@@ -552,14 +603,21 @@ def _instead(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[N
             table[key] = tensor
 
 
-def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Returns other values for a new parameter: a branch that starts at zero hides what it computes.
+def _rounding(reading: Reading) -> bool:
+    """Returns whether all that was measured is rounding."""
+    return all(far <= allowed(name, 0.0, reading.dtype) for name, far in reading.distances.items())
 
+
+def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns other values for a new parameter or buffer: a branch that starts at zero hides what it computes.
+
+    A buffer grows (some, such as variances, may not be negative), a parameter may do either.
     The noise depends on the name alone, so that it is the same in every process.
     """
     generator = torch.Generator().manual_seed(sum(place * byte for place, byte in enumerate(name.encode(), 1)))
     fan = parameter.shape[-1] if parameter.ndim > 1 else 1
     drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5
+    drawn = drawn if isinstance(parameter, nn.Parameter) else drawn.abs()
     noisy: torch.Tensor = (parameter.detach() + drawn.to(parameter)).to(parameter.dtype)
     return noisy
 

@@ -33,7 +33,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    habits: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    habits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _EnoughError(Exception):
@@ -160,11 +160,18 @@ def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]
     return {
         key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}"
         for key, kept in call.habits.items()
-        if key in _ALONE and kept and not found.get(key, False)
+        if key in _ALONE and not _covers(found.get(key, False), kept)
     }
 
 
-def _habits(module: nn.Module, call: Call) -> dict[str, bool]:
+def _covers(found: Any, wanted: Any) -> bool:
+    """Returns whether all that is wanted was found: a yes, or a yes at every place."""
+    if isinstance(wanted, torch.Tensor):
+        return isinstance(found, torch.Tensor) and bool((found | ~wanted).all())
+    return bool(found) or not wanted
+
+
+def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
     with anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
@@ -177,8 +184,8 @@ def _untouched(before: Any, after: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
 
 
-def _lets_gradient_through(module: nn.Module, call: Call) -> bool:
-    """Returns whether the first floating argument gets a gradient that is not all zero."""
+def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool:
+    """Returns where (along all axes but the last) the first floating argument gets a gradient that is not zero."""
     args, kwargs = copied(call.args), copied(call.kwargs)
     sources = _floating(args, kwargs)
     if not sources:
@@ -198,7 +205,7 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> bool:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return found is not None and bool(found.any())
+    return False if found is None else (found != 0).any(-1)
 
 
 def _works_in_half(module: nn.Module, call: Call) -> bool:

@@ -161,8 +161,8 @@ def judge(
     called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
     with called, anatomy.sparing(model):
         watched = Watched(model, control.inputs, **control.watched)
-        if control.reading is None or identical:
-            reading, found = watched.read(control.reading, whole=False), list[Fault]()
+        if control.reading is None:
+            reading, found = watched.read(whole=False), list[Fault]()
         else:
             reading, found = watched.judged(control.reading)
     if control.reading is None:
@@ -170,10 +170,10 @@ def judge(
     if _finite(control.reading) and not _finite(reading):
         return [f"with {what} in place the model returns NaN or infinity"]
     _declare_router(model, found, declared)
-    if control.wide is not None and not identical:
+    if control.wide is not None:
         found += _faults(model, control, control.wide, {}, wide=True) or []
     told = sentences(found, what, declared)
-    if told or identical or not values or sharp is None:
+    if told or not values or sharp is None:
         return told
     later = _faults(model, control, sharp, values, wide=sharp is control.wide) or []
     return sentences(later, what, declared, _NOISY)
@@ -201,7 +201,8 @@ def _declare_router(model: PreTrainedModel, found: Sequence[Fault], declared: di
 
 
 def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    parameters |= dict(model.named_buffers(remove_duplicate=False))
     return {n: p for n in fresh if (p := parameters.get(n)) is not None and p.is_floating_point() and not p.is_meta}
 
 
@@ -218,8 +219,9 @@ def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], 
     broken = {key: fault for key, fault in first.items() if declared.get(key) is not False}
     if "causal" in broken:
         broken.pop("cache", None)  # what looks ahead cannot be computed from a cache
-    if "stateless" in broken or "deterministic" in broken:
-        broken = {k: f for k, f in broken.items() if k in ("stateless", "deterministic", "causal")}
+    first_of_all = {"stateless", "deterministic", "rows"} & set(broken)  # they make the others seem broken
+    if first_of_all:
+        broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in behaviour.RECORDS}
     return [
         f"{_TITLES[key].format(what=what)}{when}: {fault.words}; {_REMEDIES[key]}, or, if it is meant, declare "
         f"{{{key}: false}} ({PROPERTIES[key]})"

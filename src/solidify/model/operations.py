@@ -208,11 +208,14 @@ def withhold(model: PreTrainedModel, lost: set[str]) -> None:
                 config.use_cache = False
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.use_cache = False
-    kept = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Withholding)]
-    if kept:
-        kept[0].lost |= lost
-    elif lost & {"cache", *RECORDED}:
-        model.register_forward_pre_hook(Withholding(lost), with_kwargs=True)
+    if not lost & {"cache", *RECORDED}:
+        return
+    for part in {id(part): part for part in (model, model.base_model)}.values():
+        kept = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, Withholding)]
+        if kept:
+            kept[0].lost |= lost
+        else:
+            part.register_forward_pre_hook(Withholding(lost), with_kwargs=True)
 
 
 RECORDED = ("hidden_states", "attentions", "router_logits")
@@ -224,16 +227,19 @@ class Withholding:
     def __init__(self, lost: set[str]) -> None:
         self.lost = set(lost)
 
-    def __call__(self, model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Looks at a call."""
         name = type(model).__name__
-        if "cache" in self.lost and any(kwargs.get(key) is not None for key in ("past_key_values", "cache_params")):
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        caches = any(given.get(key) is not None for key in ("past_key_values", "cache_params"))
+        if "cache" in self.lost and (caches or given.get("use_cache")):
             raise ValueError(
                 f"{name} keeps no cache (its surgery declares it): call it, or generate, with use_cache=False"
             )
         for key in RECORDED:
             flag = f"output_{key}"
-            if key in self.lost and kwargs.get(flag, getattr(model.config, flag, False)):
+            asked = given.get(flag)
+            if key in self.lost and (getattr(model.config, flag, False) if asked is None else asked):
                 raise ValueError(
                     f"{name} does not record all {key} (config.surgery names the modules that return none): call it "
                     f"without {flag}" + ("; a trainer needs router_aux_loss_coef=0.0" if key == "router_logits" else "")

@@ -1,8 +1,8 @@
 """All or nothing for a model in memory: what user code, PEFT or an interrupt leaves half done is put back.
 
-Remembered are: of every module its class, attributes, children, parameters, buffers, hooks and mode; configurations
-with all they contain; of every parameter its storage, its `requires_grad` and its gradient; the values of buffers, and,
-where the model is small, those of parameters.
+Remembered are: of every module its class (with what the class holds), attributes, children, parameters, buffers, hooks
+and mode; configurations with all they contain; of every parameter its storage, attributes, hooks, `requires_grad` and
+gradient; the values of buffers, and, where the model is small, those of parameters; whether gradients are computed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from solidify.model import anatomy
 
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor; torch 2.13 has no public list of them
 _CONTAINERS = (dict, list, set, OrderedDict)
 
 
@@ -47,6 +48,9 @@ class _Before:
         self._parameters: list[_Parameter] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         small = not anatomy.large(model)
+        self._gradients = torch.is_grad_enabled()
+        kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+        self._classes = {kind: dict(vars(kind)) for kind in kinds}
         for module in model.modules():
             self._object(module)
         for name, parameter in model.named_parameters():
@@ -83,6 +87,9 @@ class _Before:
                     value.__class__ = kind
                 vars(value).clear()
                 vars(value).update(content)
+        torch.set_grad_enabled(self._gradients)
+        for kind, attributes in self._classes.items():
+            _put_back_class(kind, attributes)
         for buffer, data, copy in self._buffers:
             buffer.data = data
             if not buffer.is_meta and not _same(buffer, copy):
@@ -97,6 +104,8 @@ class _Parameter:
         self.name = name
         self._parameter, self._data, self._version = parameter, parameter.data, parameter._version
         self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
+        self._attributes = dict(vars(parameter))
+        self._hooks = {key: _copied(getattr(parameter, key)) for key in _HOOKS}
         self._values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
     def put_back(self) -> bool:
@@ -105,11 +114,31 @@ class _Parameter:
         self._parameter.data = self._data
         self._parameter.requires_grad_(self._requires_grad)
         self._parameter.grad = self._gradient
+        vars(self._parameter).clear()
+        vars(self._parameter).update(self._attributes)
+        for key, hooks in self._hooks.items():
+            now = getattr(self._parameter, key)
+            if now is not None:
+                now.clear()
+                now.update(hooks or {})
         if self._values is None:
             return not written
         if not _same(self._data, self._values):
             self._data.copy_(self._values)
         return True
+
+
+def _copied(hooks: Any) -> Any:
+    return None if hooks is None else dict(hooks)
+
+
+def _put_back_class(kind: type, attributes: dict[str, Any]) -> None:
+    """Gives a class the attributes that it had: a patched forward is one of all models of the class."""
+    for key in [key for key in vars(kind) if key not in attributes]:
+        delattr(kind, key)
+    for key, value in attributes.items():
+        if vars(kind).get(key) is not value:
+            setattr(kind, key, value)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
