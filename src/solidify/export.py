@@ -162,21 +162,25 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     )
     written = write(merged, staging, draft, stored=made.digests)
     findings = [*verify(merged, staging)]
-    findings += [watched] if attached is None else attached.findings(merged, merger)
+    findings += watched if attached is None else attached.findings(merged, merger)
     ledger = roundtrip.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
     return written, [*findings, _counted(ledger, made, merger)]
 
 
 def _rewrite(
     sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
-) -> tuple[Rewritten, Finding, Merger]:
-    """Merges every tensor that the adapter changes into the files of the staged directory."""
+) -> tuple[Rewritten, list[Finding], Merger]:
+    """Merges every tensor that the adapter changes into the files of the staged directory.
+
+    The findings are what there is to say of a model that is too large to be run: of a sample of its tensors.
+    """
     merger = prepared.merger
     watch = sums.Sums([name for name, change in merger.changes.items() if change.layer is not None])
     merger.watch = watch
     expected = sources.base_record.tensors if sources.base_record is not None else {}
     made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
-    return made, watch.finding(), merger
+    unseen = agreement.not_looked_at("a model of this size is not run as a whole")
+    return made, [watch.finding(list(merger.changes)), unseen], merger
 
 
 def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
@@ -282,7 +286,7 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
         _untie(staging)
     findings = [_same_keys(sources.base, staging, made)]
     if attached is None:
-        findings.append(watched)
+        findings += watched
     else:
         findings += attached.findings(loading.load_base(str(staging), **options).model, merger)
     ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})

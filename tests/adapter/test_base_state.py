@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import pico
 import solidify
-from solidify.adapter import base_state
+from solidify.adapter import base_state, reading
 from solidify.errors import AdapterError
 from solidify.weights import mapped
 
@@ -171,6 +171,86 @@ def test_what_trainers_set_is_no_other_base(artifact: Path, tmp_path: Path) -> N
     peft_model = noise(solidify.attach(model, lora=LORA))
     model.config.pad_token_id, model.config.attention_dropout, model.config.output_hidden_states = 5, 0.1, True
     solidify.save_adapter(peft_model, tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Llama that classifies sequences, with scaled feed-forwards."""
+    directory = tmp_path_factory.mktemp("classifier") / "scaled"
+    sizes = {**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0}
+    model = pico.make("LlamaForSequenceClassification", **sizes)
+    solidify.build(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
+    return directory
+
+
+def padding(config: Any) -> None:
+    config.pad_token_id = 2
+
+
+def permuted(config: Any) -> None:
+    config.id2label = dict(zip(config.id2label, reversed(config.id2label.values()), strict=True))
+    config.label2id = {label: number for number, label in config.id2label.items()}
+
+
+def another_loss(config: Any) -> None:
+    config.problem_type = "regression"
+
+
+def another_start(config: Any) -> None:
+    config.decoder_start_token_id = 5
+
+
+SETTINGS: list[tuple[Callable[[Any], None], str]] = [
+    (padding, "config.pad_token_id is 2, and 0 in the artifact"),
+    (permuted, "config.id2label.0 is 'LABEL_2', and 'LABEL_0' in the artifact"),
+    (permuted, "config.label2id.LABEL_0 is 2, and 0 in the artifact"),
+    (another_loss, "config.problem_type is 'regression', and None in the artifact"),
+    (another_start, "config.decoder_start_token_id is 5, and None in the artifact"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), SETTINGS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_setting_that_outputs_labels_or_the_loss_follow_is_refused(
+    classifier: Path, tmp_path: Path, change: Callable[[Any], None], said: str, when: str
+) -> None:
+    model = solidify.load(classifier)
+    if when == "after":
+        peft_model = solidify.attach(model, lora=LORA)
+    change(model.config)
+    with pytest.raises(AdapterError, match=said):
+        if when == "before":
+            solidify.attach(model, lora=LORA)
+        else:
+            solidify.save_adapter(peft_model, tmp_path / "adapter")
+
+
+def test_what_a_classifier_s_loss_writes_down_itself_is_no_other_base(classifier: Path, tmp_path: Path) -> None:
+    peft_model = noise(solidify.attach(solidify.load(classifier), lora=LORA))
+    permuted(peft_model.config), permuted(peft_model.config)
+    peft_model(input_ids=pico.tokens(), labels=torch.tensor([0] * len(pico.tokens()))).loss.backward()
+    assert peft_model.config.problem_type == "single_label_classification"
+    solidify.save_adapter(peft_model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("head", "read"),
+    [
+        ("GPT2ForSequenceClassification", {"pad_token_id"}),
+        ("LlamaForCausalLM", set()),
+        ("GPT2LMHeadModel", set()),
+        ("BertForSequenceClassification", set()),
+        ("BartForSequenceClassification", {"pad_token_id", "eos_token_id"}),
+        ("T5ForConditionalGeneration", {"pad_token_id"}),
+    ],
+)
+def test_whose_outputs_follow_a_token_s_id_is_read_in_the_code(head: str, read: set[str]) -> None:
+    import transformers
+
+    kind = getattr(transformers, head)
+    with torch.device("meta"):
+        model = kind(kind.config_class())
+    assert reading.settings_read(model, {"pad_token_id", "eos_token_id", "bos_token_id"}) == read
 
 
 def test_the_backbone_alone_is_named(artifact: Path) -> None:

@@ -210,3 +210,56 @@ def test_accuracy_in_memory_is_accuracy_in_a_fresh_process(normed: Path, tmp_pat
     )
     arguments = [str(normed), str(tmp_path / "adapter"), str(tmp_path / "expected.pt")]
     assert subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode == 0
+
+
+def test_peft_s_own_loading_takes_the_buffers_that_a_file_holds(normed: Path, tmp_path: Path) -> None:
+    other = trained(solidify.attach(solidify.load(normed), lora=LORA))
+    expected = logits(other)
+    other.save_pretrained(tmp_path / "plain")
+    model = trained(solidify.attach(solidify.load(normed), lora=LORA), steps=1)
+    before = logits(model)
+    model.load_adapter(str(tmp_path / "plain"), "three")
+    assert torch.equal(logits(model), before)
+    model.set_adapter("three")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+
+
+def test_peft_s_own_loading_of_a_file_without_buffers_leaves_the_base_s(normed: Path, tmp_path: Path) -> None:
+    still = solidify.attach(solidify.load(normed), lora=LORA)
+    with torch.no_grad():
+        for parameter in (p for p in still.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    still.eval()
+    expected = logits(still)
+    solidify.save_adapter(still, tmp_path / "still")
+    model = trained(solidify.attach(solidify.load(normed), lora=LORA))
+    before = logits(model)
+    model.load_adapter(str(tmp_path / "still"), "three")
+    model.set_adapter("three")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+
+
+def test_peft_s_own_loading_of_our_moved_buffers_is_refused_and_leaves_nothing(normed: Path, tmp_path: Path) -> None:
+    solidify.save_adapter(trained(solidify.attach(solidify.load(normed), lora=LORA)), tmp_path / "moved")
+    model = trained(solidify.attach(solidify.load(normed), lora=LORA), steps=1)
+    before, state = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"norm.running_mean.* load it with solidify.load_adapter"):
+        model.load_adapter(str(tmp_path / "moved"), "three")
+    assert set(model.peft_config) == {"default"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert state.keys() == model.state_dict().keys() and torch.equal(logits(model), before)
+
+
+def test_a_copy_and_buffers_that_another_adapter_moved_inside_it_do_not_run_together(normed: Path) -> None:
+    model = solidify.attach(solidify.load(normed), train=["model.layers.1.mlp"])
+    model = solidify.attach(model, lora=LORA, name="two")
+    model.base_model.set_adapter(["default", "two"])  # nothing has moved yet
+    model.set_adapter("two")
+    trained(model)
+    with pytest.raises(AdapterError, match=r"cannot be active together: .*model.layers.1.mlp.norm.running_mean"):
+        model.base_model.set_adapter(["default", "two"])
+    assert model.active_adapters == ["two"]

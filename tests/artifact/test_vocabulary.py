@@ -112,7 +112,7 @@ def test_embeddings_that_a_user_wraps_are_not_looked_at() -> None:
     model = llama()
     solidify.replace(model, "model.embed_tokens", pico.wrappers.Scaled)
     (finding,) = [f for f in vocabulary.findings(model, added("<think>")) if f.name == vocabulary.FITS]
-    assert finding.passed is None and finding.evidence == "not looked at: a Scaled takes the ids"
+    assert finding.verdict == "not looked at" and finding.evidence == "a Scaled takes the ids"
 
 
 def test_a_processor_is_judged_by_the_tokenizer_that_it_holds() -> None:

@@ -13,7 +13,7 @@ import solidify
 from pico import wrappers
 from solidify import cli, console, findings
 from solidify.artifact import sources
-from solidify.checks import check, gradients, roundtrip, structure
+from solidify.checks import agreement, check, gradients, roundtrip, structure, sums
 from solidify.findings import Finding, Report
 from solidify.objective.objective import Objective, Term
 from solidify.objective.sanity import Sanity
@@ -83,8 +83,9 @@ def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
         gradients.parts_sum([]),
         gradients.terms(Sanity(Objective([Term("model")]))),
         roundtrip.adapter_reload({}, {}),
-        roundtrip.sums_hold({}),
-        roundtrip.not_run(),
+        sums.compare({}, {}, []),
+        sums.Sums([]).finding(["a.weight"]),
+        agreement.not_looked_at("no inputs can be made up"),
         *roundtrip.adapter_effect(model, {}, {}),
     ]
     assert {finding.verdict for finding in nothing} == {"not looked at"}
@@ -101,6 +102,16 @@ def test_a_sample_is_measured_and_a_fault_in_it_failed(monkeypatch: pytest.Monke
     assert structure.start({}, {}, promised=True).verdict == "measured"
     model.model.layers[0].forward = lambda hidden_states, **_: hidden_states  # never calls what it holds
     assert structure.in_use(model, records).verdict == "failed"
+
+
+def test_a_sum_is_proved_when_every_changed_weight_was_compared() -> None:
+    sampled = sums.Sums(["a.weight", "b.weight"])
+    sampled.found = {"a.weight": sums.Off(0.5, 0.0, 1.0)}
+    assert sampled.finding(["a.weight"]).verdict == "proved"
+    finding = sampled.finding(["a.weight", "b.weight"])
+    assert finding.verdict == "measured" and finding.evidence.startswith("1 sampled of 2 changed tensors")
+    sampled.found["b.weight"] = sums.Off(2.0, 0.0, 1.0)
+    assert sampled.finding(["a.weight", "b.weight", "c.weight"]).verdict == "failed"
 
 
 def test_parts_that_are_no_numbers_do_not_sum() -> None:

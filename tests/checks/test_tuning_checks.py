@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import moving
 import pytest
 import torch
 
@@ -181,6 +182,22 @@ def test_accumulation_is_judged_without_dropout_and_leaves_no_trace(trash_artifa
     assert trainer.history == history
 
 
+@pytest.mark.parametrize("module", [moving.Counted, moving.Averaged])
+def test_accumulation_leaves_buffers_as_training_left_them(tmp_path: Path, module: type) -> None:
+    model = pico.llama()
+    solidify.replace(model, "model.layers.*.mlp", module)
+    model = solidify.attach(model, lora=LORA)
+    trainer = train(model, tmp_path)
+    there = dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in there.items()}
+    assert any(bool(b.any()) for name, b in before.items() if name.endswith(("passes", "mean")))
+    finding = gradients.accumulation(trainer, pico.ragged(8))
+    after = dict(model.named_buffers())
+    assert all(after[name] is there[name] and torch.equal(after[name], before[name]) for name in before)
+    assert "differs from itself" not in finding.evidence
+    assert gradients.accumulation(trainer, pico.ragged(8)) == finding  # every split begins where the first did
+
+
 def test_parts_that_do_not_sum_are_found() -> None:
     good = {"loss": 3.0, "weighted/model": 2.5, "weighted/penalty": 0.5}
     assert gradients.parts_sum([good]).passed
@@ -206,6 +223,40 @@ def test_an_adapter_without_effect_is_found(trash_artifact: Path) -> None:
     fresh = solidify.attach(solidify.load(trash_artifact), lora=LORA)
     effect, off = roundtrip.adapter_effect(fresh, expected, cases(base))
     assert not effect.passed
+
+
+def headed(path: Path) -> Any:
+    """Builds a model with a head of its own beside the logits."""
+    model = pico.llama()
+    solidify.build(model, solidify.add(model, "value_head", wrappers.ValueHead, reads="model.norm"), path)
+    return solidify.load(path)
+
+
+def test_a_head_that_is_trained_alone_is_looked_at(tmp_path: Path) -> None:
+    base = headed(tmp_path / "headed")
+    inputs = cases(base)
+    expected = roundtrip.outputs(base, inputs)
+    model = solidify.attach(base, train=["value_head"])
+    effect, _ = roundtrip.adapter_effect(model, expected, inputs)
+    assert effect.verdict == "failed"
+    head = standing.plain_model(model).value_head
+    with torch.no_grad():
+        head.modules_to_save["default"].linear.weight.add_(1.0)
+    effect, off = roundtrip.adapter_effect(model, expected, inputs)
+    assert (effect.verdict, off.verdict) == ("proved", "proved") and "value_head moves most" in effect.evidence
+    moved = roundtrip.outputs(model, inputs)
+    assert roundtrip.adapter_reload(moved, roundtrip.outputs(model, inputs)).verdict == "proved"
+    assert "case/value_head" in roundtrip.adapter_reload(expected, moved).evidence
+    with torch.no_grad():
+        head.original_module.linear.weight.add_(1.0)
+    _, off = roundtrip.adapter_effect(model, expected, inputs)
+    assert off.verdict == "failed" and "value_head" in off.evidence
+
+
+def test_an_output_that_is_gone_did_not_come_back() -> None:
+    outputs = {"case/logits": torch.ones(2), "case/value": torch.ones(2)}
+    finding = roundtrip.adapter_reload(outputs, {"case/logits": torch.ones(2)})
+    assert finding.verdict == "failed" and "case/value" in finding.evidence
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_found(trash_artifact: Path) -> None:

@@ -31,6 +31,20 @@ class Unscaled(nn.Module):
         return y + self.gain(self.norm(y.reshape(-1, y.shape[-1])).reshape(y.shape))
 
 
+class Counted(nn.Module):
+    """Counts the passes of training, and its output grows with them."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1
+        return self.original(x) * (1 + self.passes)
+
+
 class Averaged(nn.Module):
     """Puts another tensor into its buffer with every step of training."""
 

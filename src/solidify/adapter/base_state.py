@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import foreign
-from solidify.adapter import standing
+from solidify.adapter import reading, standing
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import loading, manifest, tensors
@@ -44,9 +44,10 @@ _REMEDY = (
 _INCIDENTAL = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "chunk_size_feed_forward"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-    *("id2label", "label2id", "problem_type", "pretraining_tp", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp", "tie_word_embeddings"),
 }
+_TOKENS = frozenset(name for name in _INCIDENTAL if name.endswith("_token_id"))
+_LABELS = ("id2label", "label2id")  # their keys are anybody's words
 _OF_TRAINING = ("dropout", "drop", "_coef", "_loss")  # endings of values that only count while a model trains
 _NAMED = 6  # names in one sentence
 
@@ -181,8 +182,22 @@ def _setting_faults(plain: nn.Module, base: Base) -> list[str]:
     return [
         f"config.{key} is {found.get(key)!r}, and {expected.get(key)!r} in the artifact"
         for key in differing
-        if not set(key.split(".")) & _INCIDENTAL and not key.endswith(_OF_TRAINING)
+        if not _is_incidental(key, plain) and not _is_inferred(key, expected.get(key), found.get(key), plain)
     ]
+
+
+def _is_incidental(key: str, plain: nn.Module) -> bool:
+    """Returns whether a setting changes no output of the model; a token's id may (a classifier pools by it)."""
+    parts = key.split(".")
+    if parts[0] in _LABELS or parts[-1] in reading.settings_read(plain, _TOKENS):
+        return False
+    return bool(set(parts) & _INCIDENTAL) or key.endswith(_OF_TRAINING)
+
+
+def _is_inferred(key: str, stored: Any, found: Any, plain: PreTrainedModel) -> bool:
+    """Returns whether a setting is what a classifier's loss writes down itself, from the labels, where none is set."""
+    kinds = ["regression"] if plain.config.num_labels == 1 else ["single_label", "multi_label"]
+    return key == "problem_type" and stored is None and str(found).removesuffix("_classification") in kinds
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

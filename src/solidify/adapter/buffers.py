@@ -25,6 +25,8 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
     switches, disables and saves. It wraps no module: it exchanges tensors in `_buffers` of their owners.
     """
 
+    other_param_names = ("base", "trained")  # none of these is the plain model's, says PEFT's state of the base
+
     def __init__(self, owners: dict[str, nn.Module], adapter_name: str) -> None:
         super().__init__(nn.Identity(), adapter_name, owners=owners)
 
@@ -34,6 +36,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         self.base = _Versions(self._running())
         self.trained = nn.ModuleDict({})
         self._installed: str | None = None
+        self._asked = adapter_name
         self._active_adapter: list[str] = []
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_settle)
@@ -105,15 +108,23 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the adapter's buffers by their full names."""
-        stored = self.adapter_state_dict_load_map(adapter_name)
-        own = self.versions(adapter_name) if stored else {}
-        return {name: state_dict.get(key, own[name]) for name, key in stored.items()}
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Maps the names on disk to those in memory."""
         if adapter_name not in self.trained:
             return {}
-        return {name: f"trained.{adapter_name}.{_key(name)}" for name in self.names()}
+        own = self.versions(adapter_name)
+        return {name: state_dict.get(_stored(adapter_name, name), own[name]) for name in self.names()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Asks PEFT for no buffer, of which a file may hold some or none; `renamed` finds those that it holds.
+
+        PEFT calls this for the adapter into which it then loads: that one is remembered.
+        """
+        self._asked = adapter_name
+        return {}
+
+    def renamed(self, name: str) -> str | None:
+        """Returns where the adapter that PEFT loads into has its version of a buffer; None where it has none."""
+        known = self._asked in self.trained and name in self._owners[0]
+        return _stored(self._asked, name) if known else None
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Returns which of the asked-for adapters has buffers here."""
@@ -185,6 +196,11 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     flat = (t.detach().cpu().contiguous().reshape(-1) for t in (a, b))
     return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in flat))
+
+
+def _stored(adapter_name: str, name: str) -> str:
+    """Returns the key under which the holder's state has an adapter's version of a buffer."""
+    return f"trained.{adapter_name}.{_key(name)}"
 
 
 def _key(name: str) -> str:

@@ -88,24 +88,32 @@ def alike(model: nn.Module) -> Iterator[None]:
     back as they were, though a module may move them.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with buffers_kept(model):
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            with anatomy.evaluation(model), torch.no_grad():
+                yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """When the block ends, every buffer is the very tensor that it was, with the numbers that it held."""
     buffers = [
-        (module, key, buffer, buffer.clone())
+        (module, key, buffer, buffer if buffer is None else buffer.clone())
         for module in model.modules()
         for key, buffer in module._buffers.items()
-        if buffer is not None
     ]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with anatomy.evaluation(model), torch.no_grad():
-            yield
+        yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
         with torch.no_grad():
             for module, key, buffer, before in buffers:
                 module._buffers[key] = buffer
-                if not _same(buffer, before):
+                if buffer is not None and before is not None and not _same(buffer, before):
                     buffer.copy_(before)
 
 

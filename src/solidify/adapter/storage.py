@@ -202,9 +202,6 @@ def _fill(
     keys = {disk: held for held, disk in _keys_on_disk(model, bare, PARAMETERS, name).items()}
     keys |= {disk: held for held, disk in _keys_on_disk(model, moved, BUFFERS, name).items()}
     values = {keys.get(key, key): tensor for key, tensor in state.items()}
-    versions = standing.trained_buffers(model)
-    for buffer, tensor in (versions.versions(name) if versions is not None else {}).items():
-        values.setdefault(f"base_model.model.{BUFFERS}.{buffer}", tensor.detach().clone())
     set_peft_model_state_dict(model, values, adapter_name=name)
 
 

@@ -132,11 +132,25 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         ]
         if buffers is not None and sum(bool(buffers.moved(name)) for name in names) > 1:
             disputed += [key for name in names for key in buffers.moved(name)]
+        disputed += self._moved_inside_copies(names)
         if disputed:
             raise AdapterError(
                 f"adapters {' and '.join(names)} cannot be active together: each trained its own "
                 f"{_some(disputed)}; activate one of them"
             )
+
+    def _moved_inside_copies(self, names: Sequence[str]) -> list[str]:
+        """Names buffers that one adapter moved in a module of which another runs a copy, with buffers of its own."""
+        buffers = standing.trained_buffers(self.model)
+        if buffers is None:
+            return []
+        copied = {(path, name) for path, wrapper in self._copies() for name in names if name in wrapper.modules_to_save}
+        return [
+            key
+            for name in names
+            for key in buffers.moved(name)
+            if any(other != name and key.startswith(f"{path}.") for path, other in copied)
+        ]
 
     def _copies(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
         for path, module in self.model.named_modules():
@@ -274,13 +288,29 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         base = [key for key, tensor in tree.items() if id(tensor) in own and not key.startswith(held)]
         written = [key for key in base if key in state_dict]
         if written and len(written) < len(base):
-            if self._added in self.peft_config and self._added not in self.active_adapters:
-                self.delete_adapter(self._added)
+            self._drop_added()
             raise AdapterError(
                 f"this file holds {_some(written)}, which PEFT's own loading would write into the base itself; load "
                 "it with solidify.load_adapter"
             )
+        self._rename_buffers(state_dict, f"{prefix}model.{BUFFERS}.", tree)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rename_buffers(self, state_dict: dict[str, Any], prefix: str, tree: Collection[str]) -> None:
+        """Gives buffers that a file holds under their full names those of the adapter that is being loaded."""
+        buffers = standing.trained_buffers(self.model)
+        states = (f"{prefix}base.", f"{prefix}trained.")  # of whole models, as PyTorch writes and loads them
+        for key in [k for k in state_dict if k.startswith(prefix) and k not in tree and not k.startswith(states)]:
+            place = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
+            if place is None:
+                self._drop_added()
+                raise AdapterError(f"this file holds the buffer {key.removeprefix(prefix)}, which the model has not")
+            state_dict[prefix + place] = state_dict.pop(key)
+
+    def _drop_added(self) -> None:
+        """Forgets an adapter that was added for a file that is refused."""
+        if self._added in self.peft_config and self._added not in self.active_adapters:
+            self.delete_adapter(self._added)
 
 
 def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:

@@ -49,7 +49,7 @@ def _embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
         return [_fits(tokenizer, table.num_embeddings)]
     if table is None or model.main_input_name != "input_ids":
         return []
-    return [Finding(FITS, None, f"not looked at: a {type(table).__name__} takes the ids")]
+    return [Finding.unseen(FITS, f"a {type(table).__name__} takes the ids")]
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:

@@ -29,6 +29,7 @@ from solidify.model import anatomy
 # pair at most the chance p(1 - p)ⁿ < 1 / (e n), 1 in 350.
 _DRAWS, _MOST = 8, 128
 
+NAME = "merged equals attached"
 Answers = dict[str, torch.Tensor]
 
 
@@ -82,12 +83,11 @@ def merged_equals_attached(
     `weights` are what the changed tensors must be, by name (`sums.effective`), and `base` is the base without adapter,
     which is left as it was. The finding fails when some output of the two is further apart than that of any two draws.
     """
-    name = "merged equals attached"
     found = answers(merged, inputs)
     missing = sorted(attached.tensors.keys() ^ found.tensors.keys())
     if missing or not attached.tensors:
         both = f"one returns {', '.join(missing[:4])} and the other does not" if missing else "no tensor is returned"
-        return Finding(name, False, both)
+        return Finding(NAME, False, both)
     off = {key: distance(tensor, found.tensors[key]) for key, tensor in attached.tensors.items()}
     reach, drawn, last = dict.fromkeys(off, 0.0), 0, dict[str, torch.Tensor]()
     while drawn <= _MOST and (drawn <= _DRAWS or any(off[key] > reach[key] for key in off)):
@@ -109,7 +109,7 @@ def merged_equals_attached(
     )
     if attached.others:
         evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.others.items())}"
-    return Finding(name, not faults, "; ".join(faults[:4]) or evidence)
+    return Finding(NAME, not faults, "; ".join(faults[:4]) or evidence)
 
 
 def _paths(keys: Iterable[str]) -> str:
@@ -189,7 +189,7 @@ def _terms(module: nn.Module) -> int:
 
 def not_looked_at(why: str) -> Finding:
     """Says that outputs were not compared, and why."""
-    return Finding("merged equals attached", None, f"not looked at: {why}")
+    return Finding.unseen(NAME, why)
 
 
 def chosen(weights: Mapping[str, Callable[[], Weight]], changed: Sequence[str]) -> dict[str, Callable[[], Weight]]:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from solidify import processes
-from solidify.adapter import standing
+from solidify.adapter import readback, standing
 from solidify.checks import chance
 from solidify.findings import Finding
 from solidify.objective.sanity import Sanity
@@ -105,7 +105,8 @@ def accumulation(
 ) -> Finding:
     """Computes one step's gradient for several splits of the same ragged examples, through the trainer itself.
 
-    The model is in training mode, with chance taken out (see `chance.py`). The largest difference of any tensor,
+    The model is in training mode, with chance taken out (see `chance.py`); its buffers are put back after each
+    split. The largest difference of any tensor,
     relative to that tensor's largest gradient, must stay under `tolerance`: float32 sums in another order; a wrong
     scale is off by a factor. Where splits differ, one of them is repeated on other random numbers: if it differs from
     itself, chance is left, and nothing can be said. With several processes, all of them take part: one more split deals
@@ -186,8 +187,9 @@ def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, sp
     batches = [trainer.data_collator([dict(e) for e in examples[i : i + size]]) for i in range(0, len(examples), size)]
     window, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(window)
-    for batch in window:
-        trainer.training_step(model, batch, items)
+    with readback.buffers_kept(model):  # they move in training mode, and the next split begins where this one did
+        for batch in window:
+            trainer.training_step(model, batch, items)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if spread > 1:  # all processes must have the same tensors to reduce, whatever their share of the data reached
         for _, parameter in trained:

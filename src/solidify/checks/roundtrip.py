@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,15 @@ from torch import nn
 
 from solidify.adapter import readback, storage
 from solidify.artifact.manifest import Manifest
+from solidify.checks import agreement
 from solidify.errors import AdapterError
 from solidify.findings import Finding
-from solidify.model import anatomy
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Returns the model's output for every case, in the state in which models are compared."""
+    """Returns every tensor that the model returns, by `case/where`, in the state in which models are compared."""
     with readback.alike(model):
-        return {case: anatomy.run(model, batch) for case, batch in inputs.items()}
+        return agreement.answers(model, inputs).tensors
 
 
 def adapter_effect(
@@ -33,15 +34,14 @@ def adapter_effect(
     on = outputs(model, inputs)
     with model.disable_adapter():
         off = outputs(model, inputs)
-    moved = max(float((on[k].double() - base[k].double()).abs().max()) for k in base)
-    exact = all(torch.equal(off[k], base[k]) for k in base)
+    moves = {key: _moved(base[key], on[key]) for key in base if key in on}
+    most = max(moves, key=lambda key: moves[key], default="nothing")
+    moved = moves.get(most, 0.0)
+    different = _different(base, off)
+    told = f"disabled, {_named(different)} {'is' if len(different) == 1 else 'are'} not the base's"
     return [
-        Finding("adapter has an effect", moved > 0, f"logits move by up to {moved:.3g}"),
-        Finding(
-            "adapter off is the base",
-            exact,
-            f"{len(base)} cases bit-identical" if exact else "disabled, the outputs are not the base's",
-        ),
+        Finding("adapter has an effect", moved > 0, f"of {_counted(base)}, {most} moves most, by up to {moved:.3g}"),
+        Finding("adapter off is the base", not different, told if different else f"{_counted(base)} bit-identical"),
     ]
 
 
@@ -49,9 +49,39 @@ def adapter_reload(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
     """Compares outputs before saving with those after loading; they must be bit-identical."""
     if not expected:
         return Finding.unseen("adapter reload exact", "nothing was run before it was saved")
-    different = [case for case in expected if not torch.equal(expected[case], found[case])]
-    evidence = f"differs: {', '.join(different)}" if different else f"{len(expected)} cases bit-identical"
+    different = _different(expected, found)
+    evidence = f"differs: {_named(different)}" if different else f"{_counted(expected)} bit-identical"
     return Finding("adapter reload exact", not different, evidence)
+
+
+def _different(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names outputs that are not bit for bit the same, or that one of two models alone has."""
+    both = [key for key in expected if key in found and _alike(expected[key], found[key])]
+    return [key for key in {**expected, **found} if key not in both]
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Returns by how much the elements of an output move at most; what is of another shape or no number, by inf."""
+    if before.shape != after.shape:
+        return math.inf
+    off = (after.double() - before.double()).abs()
+    moved = float(off.max()) if off.numel() else 0.0
+    return math.inf if math.isnan(moved) else moved
+
+
+def _named(outputs: Sequence[str]) -> str:
+    return ", ".join(outputs[:4]) + (f" and {len(outputs) - 4} more" if len(outputs) > 4 else "")
+
+
+def _counted(outputs: Mapping[str, torch.Tensor]) -> str:
+    """Counts outputs and the cases that they are of."""
+    cases = {key.partition("/")[0] for key in outputs}
+    plural = "s" if len(outputs) != 1 else ""
+    return f"{len(outputs)} output{plural} in {len(cases)} case{'s' if len(cases) != 1 else ''}"
 
 
 def wrong_base_refused(model: nn.Module, record: Manifest, directory: Path) -> Finding:

@@ -63,7 +63,7 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
     _require(python)
     model = loading.load_artifact(directory, trust_remote_code=True)
     if not model.can_generate() or model.config.is_encoder_decoder:
-        return Finding(NAME, None, "not run: only models that generate by a decoder alone are compared token by token")
+        return Finding.unseen(NAME, "only models that generate by a decoder alone are compared token by token")
     prompts = [served_call.ordinary(model.base_model, length) for length in LENGTHS]
     try:
         answer = run(directory, python, prompts, dtype=model.dtype, compiled=compiled)

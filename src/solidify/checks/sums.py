@@ -23,6 +23,7 @@ from solidify.adapter import standing
 from solidify.adapter.merging import NAME
 from solidify.findings import Finding
 
+SUM = "merged weights are the sum"
 # Elements up to which a tensor is computed in float64; beyond, float32 keeps it within three times its own size.
 _EXACT = 2**24
 _SINGLE = torch.finfo(torch.float32).eps  # PEFT computes updates in float32, whatever the base is stored in
@@ -200,7 +201,9 @@ def compare(
     evidence = (
         f"all {len(changed)} are W + s·B·A, computed here and rounded; none leans by more than {leaned:.0e} of it"
     )
-    return Finding("merged weights are the sum", not faults if changed else None, "; ".join(faults[:4]) or evidence)
+    if not changed:
+        return Finding.unseen(SUM, "no tensor was changed")
+    return Finding(SUM, not faults, "; ".join(faults[:4]) or evidence)
 
 
 def _off(expected: Weight, found: torch.Tensor) -> Off:
@@ -242,9 +245,12 @@ class Sums:
 
         return judge
 
-    def finding(self) -> Finding:
-        """Judges what was sampled."""
+    def finding(self, changed: Sequence[str]) -> Finding:
+        """Judges what was sampled of all changed tensors: no proof, unless every one of them was compared."""
+        if not self.found:
+            return Finding.unseen(SUM, f"none of {len(changed)} changed tensors was sampled")
         faults = [line for name, off in self.found.items() for line in fault(name, off)]
-        evidence = f"{len(self.found)} sampled weights are W + s·B·A, computed here and rounded"
-        passed = not faults if self.found else None
-        return Finding("merged weights are the sum", passed, "; ".join(faults[:4]) or evidence)
+        every = set(changed) <= self.found.keys()
+        counted = f"all {len(changed)} changed" if every else f"{len(self.found)} sampled of {len(changed)} changed"
+        evidence = f"{counted} tensors are W + s·B·A, computed here and rounded"
+        return Finding(SUM, False if faults else every or None, "; ".join(faults[:4]) or evidence)
