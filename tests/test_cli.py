@@ -155,11 +155,22 @@ def test_check_ends_with_1_when_a_promise_does_not_hold(
     directory = copy_of(trash_artifact)
     path = directory / "trashcan_moe.py"
     path.write_text(path.read_text() + "# a comment\n")
-    code, out, _ = cli("check", directory, "--json")
+    code, out, words = cli("check", directory, "--json")
     assert code == 1
-    document = json.loads(out)
+    document = json.loads(out)  # one document: what goes on is told on stderr
+    assert words.index(f"… Comparing {directory.name} with its manifest") < words.index("✓ Comparing")
     assert document["passed"] is False
     assert "trashcan_moe.py is not the file that was written" in document["stages"]["artifact"][0]["evidence"]
+
+
+def test_a_report_of_a_run_that_was_stopped_says_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from solidify.cli import _show_file
+    from solidify.findings import Report
+
+    Report("a run").write(tmp_path / "report.json", recipe={}, finished=False)
+    assert next(iter(json.loads((tmp_path / "report.json").read_text()).items())) == ("finished", False)
+    _show_file(tmp_path / "report.json")
+    assert "not finished: the run was stopped" in capsys.readouterr().out
 
 
 def test_inspect_folds_layers_and_speaks_json(cli: Solidify, tiny_base: Path, trash_artifact: Path) -> None:

@@ -19,7 +19,7 @@ from solidify.errors import ObjectiveError, SolidifyError
 USER = Path(pico.__file__).parent / "user_modules"
 
 
-def loaded(directory: Path, base: Path, target: str, expect: str, module: str, **changes: Any) -> recipe.Recipe:
+def loaded(directory: Path, base: Path, target: str, expect: str, module: str, /, **changes: Any) -> recipe.Recipe:
     """Writes a recipe for a pico model and reads it."""
     lines = [json.dumps({"text": f"w{n} w{n + 1} w{n + 2} and no other"}) for n in range(20)]
     (directory / "lines.jsonl").write_text("\n".join(lines))
@@ -154,3 +154,50 @@ def test_experts_of_which_nobody_says_how_many_run_are_named(tiny_base: Path, tm
     for each in views.plan(plan.document()):
         shown.print(each)
     assert "nothing says how many of" in written.getvalue()
+
+
+HALF = {"base": {"model": "builtin:tiny-olmoe", "dtype": "bfloat16"}}
+WHOLE = {"adapter": {"train": ["model.layers.*.mlp.scale"]}}
+SHARDED = {"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (HALF | WHOLE, "would be trained in half precision .* set bf16: true"),
+        ({"training": {"max_steps": 2, **SHARDED}}, "leave out cpu_ram_efficient_loading"),
+    ],
+)
+def test_what_the_trainer_would_refuse_is_refused_in_plan(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **changes)
+    with pytest.raises(SolidifyError, match=words):
+        dry_run.plan(made)
+    with pytest.raises(SolidifyError, match=words):
+        pipeline.run(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_under_autocast_is_planned(tiny_base: Path, tmp_path: Path) -> None:
+    changes = {**HALF, **WHOLE, "training": {"max_steps": 2, "bf16": True}}
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **changes)
+    assert dry_run.plan(made).trainable
+
+
+def test_sharding_that_depends_on_how_a_run_is_started_is_told(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe may be planned and built by one process and trained by several."""
+    changes = {"training": {"max_steps": 2, "fsdp": True}}
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **changes)
+    dry_run.plan(made)
+    assert "training.fsdp: accelerate shards over accelerators that torchrun" in capsys.readouterr().err
+    with pytest.raises(SolidifyError, match="every process would silently hold the whole model"):
+        pipeline.run(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_low_rank_factors_on_a_half_precision_base_are_planned(tiny_base: Path, tmp_path: Path) -> None:
+    made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **HALF)
+    assert dry_run.plan(made).trainable  # PEFT makes them in float32, on the meta device too

@@ -138,11 +138,9 @@ def check(
 ) -> None:
     """Every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
     _quiet()
-    from solidify import console
     from solidify.checks.check import check as check_directory
 
-    with console.stage(f"Checking {directory}"):
-        report = check_directory(directory, trust_remote_code=trust_remote_code, serve=serve)
+    report = check_directory(directory, trust_remote_code=trust_remote_code, serve=serve)
     if as_json:
         _print_json(report.document())
     else:
@@ -255,6 +253,8 @@ def _show(document: dict[str, Any]) -> None:
     console.results.print(console.table(document["subject"], ("stage", "promise", "verdict", "evidence"), rows))
     verdicts = [each.verdict for _, each in found]
     console.results.print(findings.tell({word: verdicts.count(word) for word in findings.VERDICTS}))
+    if document.get("finished") is False:
+        console.results.print("not finished: the run was stopped before its last stage")
     for key, value in document["measured"].items():
         if isinstance(value, float):
             console.results.print(f"{key}: {value:.4f}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -122,7 +123,9 @@ def verdict(word: str) -> str:
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Says what is going on, with a spinner while it does."""
-    with words.status(title + " …"):
+    """Says what is going on: with a spinner while it does, or where nobody can see one turn, by a line at its start."""
+    if not words.is_terminal:
+        words.print(f"… {title}", markup=False)
+    with words.status(escape(title) + " …"):
         yield
-    words.print(f"[green]✓[/green] {title}")
+    words.print(f"[green]✓[/green] {escape(title)}")

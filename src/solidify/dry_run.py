@@ -24,6 +24,7 @@ from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
 from solidify.recipe import Recipe
 from solidify.tuning import data, groups, kernels
+from solidify.tuning.trainer import refuse_half_precision
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def plan(recipe: Recipe) -> Plan:
         data.refuse_untaught(base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         arguments = materials.training_arguments(recipe, Path("nowhere"))
+        materials.refuse_unspreadable(arguments, here=False)
         materials.refuse_unprepared(recipe, base.processor)
         terms = materials.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
         materials.read_texts(recipe)
         trainer = materials.trainer_class(recipe).__name__
         trainable, peft_model = _trainable(recipe, base.model)
+        refuse_half_precision(arguments, peft_model)
         _rehearse(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
         edits=edits,

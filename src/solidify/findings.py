@@ -94,6 +94,11 @@ class Report:
         found = [finding.verdict for finding in self.findings]
         return {verdict: found.count(verdict) for verdict in VERDICTS}
 
+    @property
+    def told(self) -> dict[str, str]:
+        """How many findings of each stage have each verdict, in words."""
+        return {stage: tell(Report("", {stage: found}).verdicts) for stage, found in self.stages.items()}
+
     def document(self) -> dict[str, Any]:
         """Returns the report as plain values."""
         return {
@@ -105,8 +110,9 @@ class Report:
         }
 
     def write(self, path: Path, **more: Any) -> None:
-        """Writes the report as JSON, with further entries."""
-        text = json.dumps({**self.document(), **more}, indent=1, ensure_ascii=False) + "\n"
+        """Writes the report as JSON, with further entries; whether what it is about is `finished` stands first."""
+        first = {"finished": more.pop("finished")} if "finished" in more else {}
+        text = json.dumps({**first, **self.document(), **more}, indent=1, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
 
     def require(self) -> None:

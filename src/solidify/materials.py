@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
-from solidify import processes, references
+from solidify import console, processes, references
 from solidify.artifact import loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
@@ -171,19 +171,35 @@ def join(recipe: Recipe, directory: Path) -> None:
         RecipeError: the recipe shards in a way that would not happen, or that nothing here could gather again.
     """
     if recipe.adapter is not None:
-        arguments = training_arguments(recipe, directory)
-        refuse(RecipeError, "the training cannot be spread like that", _unspreadable(arguments))
+        refuse_unspreadable(training_arguments(recipe, directory), here=True)
     processes.join()
+
+
+def refuse_unspreadable(arguments: TrainingArguments, *, here: bool) -> None:
+    """Raises RecipeError when a training shards in a way that nothing here could gather.
+
+    With `here` also when it would not happen in these processes; without, that is told, as others may train.
+    """
+    unstarted = _unstarted(arguments)
+    if not here and unstarted:
+        console.words.print("\n".join(unstarted), markup=False)
+    faults = [*(unstarted if here else []), *_unspreadable(arguments)]
+    refuse(RecipeError, "the training cannot be spread like that", faults)
+
+
+def _unstarted(arguments: TrainingArguments) -> list[str]:
+    state = arguments.distributed_state
+    alone = state is None or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if not (arguments.fsdp and alone):
+        return []
+    return [
+        "training.fsdp: accelerate shards over accelerators that torchrun or `accelerate launch` gave a process "
+        "each; here every process would silently hold the whole model"
+    ]
 
 
 def _unspreadable(arguments: TrainingArguments) -> list[str]:
     faults = []
-    state = arguments.distributed_state
-    if arguments.fsdp and (state is None or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)):
-        faults.append(
-            "training.fsdp: accelerate shards over accelerators that torchrun or `accelerate launch` gave a process "
-            "each; here every process would silently hold the whole model"
-        )
     configured = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and configured.get("version", 2) != 2:
         faults.append("training.fsdp_config: version must be 2; checks and saving gather what fully_shard spreads")

@@ -73,6 +73,29 @@ def test_all_four_are_shown_in_the_table_the_document_and_the_page(
     assert "1 proved, 1 failed, 1 measured, 1 not looked at" in page
 
 
+def test_the_page_sums_up_stages_and_losses_and_leaves_out_what_is_not_there() -> None:
+    good, _, measured, _ = four()
+    logs = [{"loss": 2.0, "term/model": 1.5, "weighted/model": 1.5}, {"loss": 1.0, "term/model": 0.75}]
+    report = Report("subject", {"build": [good, good, measured]}, {"history": logs, "heldout": 0.5})
+    page = sources.render("report.html.jinja", report=report, recipe={}, versions={})
+    assert "<p>build: 2 proved, 1 measured</p>" in page
+    assert "<tr><td>total</td>\n<td>2</td><td>1</td></tr>" in page
+    assert "<tr><td>model</td>\n<td>1.5</td><td>0.75</td></tr>" in page
+    assert "<h2>measured</h2>" in page and page.count("<table>") == page.count("</table>") == 3
+    bare = sources.render("report.html.jinja", report=Report("subject"), recipe={}, versions={})
+    assert "<h2>measured</h2>" not in bare and "<h2>objective</h2>" not in bare and "<table>" not in bare
+
+
+def test_a_stage_is_told_when_it_starts_where_no_spinner_turns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "words", console.Console(stderr=True, width=120, highlight=False))
+    with console.stage("Loading [it]"):
+        assert capsys.readouterr().err == "… Loading [it]\n"
+    shown = capsys.readouterr()
+    assert "✓" in shown.err and not shown.out
+
+
 def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
     model = pico.llama()
     nothing = [

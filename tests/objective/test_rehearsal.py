@@ -211,3 +211,39 @@ def test_a_frozen_trash_can_that_shall_move_is_found(trash_artifact: Path) -> No
             continue
         with pytest.raises(ObjectiveError, match="that module is frozen"):
             rehearse(Objective(objective), peft_model, steps=3)
+
+
+T5 = {"vocab_size": 128, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+DECODER = "decoder.block.*.layer.2.DenseReluDense"
+CROSS = "decoder.block.*.layer.1.EncDecAttention.k"
+
+
+def encoder_decoder() -> Any:
+    with torch.device("meta"):
+        model = pico.make("T5ForConditionalGeneration", **T5, decoder_start_token_id=0)
+    return solidify.attach(model, lora={"r": 2, "target_modules": ["decoder.block.*.layer.0.SelfAttention.q"]})
+
+
+@pytest.mark.parametrize("modules", [DECODER, CROSS, "encoder.block.*.layer.1.DenseReluDense"])
+def test_what_fits_an_encoder_decoder_passes(modules: str) -> None:
+    attempt(Term(losses.activation_sparsity, arguments={"modules": modules}), encoder_decoder())
+    matching = Term(losses.hidden_match, arguments={"layers": modules})
+    attempt(matching, encoder_decoder(), encoder_decoder().get_base_model())
+    for loss in (losses.next_token, losses.output_entropy):
+        attempt(Term(loss), encoder_decoder())
+
+
+def test_what_an_encoder_decoder_would_refuse_in_training_is_refused() -> None:
+    whole = Term(losses.activation_sparsity, arguments={"modules": "decoder.block.*.layer.0.SelfAttention"})
+    attempt(whole, encoder_decoder())  # element 0 of what it returns
+    with pytest.raises(ObjectiveError, match="one term for each"):
+        attempt(Term(losses.activation_sparsity, arguments={"modules": [DECODER, CROSS]}), encoder_decoder())
+    with pytest.raises(ObjectiveError, match="wide and the reference's"):
+        attempt(
+            Term(
+                losses.hidden_match,
+                arguments={"layers": DECODER, "reference_layers": "decoder.block.*.layer.2.DenseReluDense.wi"},
+            ),
+            encoder_decoder(),
+            encoder_decoder().get_base_model(),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from solidify import console
 from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, manifest, trust, vocabulary
 from solidify.artifact.manifest import Manifest
@@ -50,7 +51,8 @@ def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> 
 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
-    faults = manifest.faults(directory, record, fresh=True)
+    with console.stage(f"Comparing {directory.name} with its manifest"):
+        faults = manifest.faults(directory, record, fresh=True)
     files = len(record.code) + len(record.files)
     if not faults and not (files and record.tensors):
         return Finding.unseen(INTACT, f"the manifest lists {files} files and {len(record.tensors)} tensors")
@@ -63,11 +65,16 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve:
     if not intact.passed:
         return [intact]
     trust.require(record, directory, trust_remote_code)
-    findings = [intact, *certificate.witness(directory)]
+    with console.stage(f"Loading {directory.name} in a fresh process"):
+        findings = [intact, *certificate.witness(directory)]
     if any(finding.passed is False for finding in findings):
         return findings
-    findings += [*_tokenizer(directory), *serving(directory, record)]
-    return [*findings, served(directory, serve)] if serve is not None else findings
+    with console.stage(f"Reading what servers would say of {directory.name}"):
+        findings += [*_tokenizer(directory), *serving(directory, record)]
+    if serve is None:
+        return findings
+    with console.stage(f"Serving {directory.name}"):
+        return [*findings, served(directory, serve)]
 
 
 def _tokenizer(directory: Path) -> list[Finding]:
@@ -97,7 +104,8 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
     trust.require(manifest.read(base, "artifact"), base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory)}
     try:
-        answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)
+        with console.stage(f"Loading {directory.name} on its base in a fresh process"):
+            answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)
     except ArtifactError as error:
         return [*findings, Finding("loads in a fresh process", False, str(error))]
     return findings + [Finding.of(finding) for finding in answer["findings"]]

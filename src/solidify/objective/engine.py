@@ -14,8 +14,7 @@ A plain loop, a LightningModule and the trainers all go through it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from solidify.objective.capture import Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.passes import Passes
 from solidify.objective.sanity import Sanity
+from solidify.objective.sides import Sides, same_random_numbers
 from solidify.objective.supply import (
     Head,
     Reference,
@@ -37,7 +37,7 @@ from solidify.objective.supply import (
     is_decoder,
     shifts_labels,
 )
-from solidify.objective.term import REFERENCE, SHIFTS, Binding, Part
+from solidify.objective.term import OWN_MASKS, REFERENCE, SHIFTS, Binding, Part
 from solidify.objective.window import Counts, Window
 
 _HIDDEN = {"hidden_states", "head"}
@@ -91,6 +91,7 @@ class ObjectiveEngine:
             if isinstance(term.subject, Binding):
                 term.subject.bind(model)
         self._recorder: Recorder[Any] = Recorder(model, wanted)
+        self._sides = Sides(objective, model, self._recorder)
         self._window: Window | None = None
         self._unmeasured: list[Mapping[str, Any]] = []
         self._values: dict[str, torch.Tensor] = {}
@@ -114,19 +115,21 @@ class ObjectiveEngine:
         Raises:
             ObjectiveError: a term is not finite, does not depend on what is trained, or cannot be computed.
         """
+        self._sides.learn(self._for_model(self._runs.view(self._runs.prepare(batch))))
         if self._unmeasured:  # as late as this: a resumed training restores its random numbers after the fetching
             batches, self._unmeasured = self._unmeasured, []
             self._prepass(batches)
         batch = self._runs.prepare(batch)
         counts = self._runs.count(batch)
-        window = self._window or Window(1, counts.target_tokens, counts.attended_tokens, counts.sequences)
+        window = self._window or windowing.of_one(counts)
         with self._recorder.recording(graded=torch.is_grad_enabled()) as seen:
             model_loss, output = self._runs.run(self._for_model(batch), self._needs(outputs), counts, window)
         supply = self._supply(batch, output, seen)
         zero = model_loss if model_loss is not None else torch.zeros((), device=next(self.model.parameters()).device)
         parts: dict[str, Part] = {}
         for term in self.objective.terms:
-            part = term.part(supply, counts, window, zero, term.weight.at(self.step + 1, self.steps))
+            counted, over = self._sides.counted(term, counts), self._sides.counted(term, window)
+            part = term.part(supply, counted, over, zero, term.weight.at(self.step + 1, self.steps))
             if part is not None:
                 parts[term.name] = part
             if term.acts:
@@ -168,7 +171,8 @@ class ObjectiveEngine:
             logs |= {f"term/{name}": value, f"weighted/{name}": weighted[name]}
         for term in self.objective.terms:
             if term.acts and term.name in sums and window is not None:
-                means = windowing.over_ranks(sums[term.name]) / max(window.attended_tokens, 1)
+                over = self._sides.counted(term, window)
+                means = windowing.over_ranks(sums[term.name]) / max(over.attended_tokens, 1)
                 term.subject.after_step(self.model, means, self.step, self.steps)
             if term.moves:
                 logs[f"weight/{term.name}"] = term.weight.at(self.step, self.steps)
@@ -226,7 +230,7 @@ class ObjectiveEngine:
         needs = frozenset(word for word in ("outputs", "logits") if any(word in term.asks for term in terms))
         sums: dict[str, torch.Tensor] = {}
         assert self._window is not None
-        with _same_random_numbers(), torch.no_grad():
+        with same_random_numbers(), torch.no_grad():
             for batch in batches:
                 batch = self._runs.prepare(batch)
                 with self._recorder.recording() as seen:
@@ -234,8 +238,9 @@ class ObjectiveEngine:
                 supply = self._supply(batch, output, seen)
                 for term in terms:
                     self._add(sums, term.name, term.call(supply).detach())
-        for name, total in sums.items():
-            self._window.means[name] = windowing.over_ranks(total) / max(self._window.attended_tokens, 1)
+        for term in terms:
+            over = self._sides.counted(term, self._window)
+            self._window.means[term.name] = windowing.over_ranks(sums[term.name]) / max(over.attended_tokens, 1)
 
     def _supply(self, batch: Mapping[str, Any], output: Any, seen: Mapping[Any, Any]) -> Supply:
         """Gathers what terms may ask for; the reference runs only when one does."""
@@ -252,6 +257,7 @@ class ObjectiveEngine:
             "attention_mask": attended,
             "mask": mask.reshape(-1).bool() if mask is not None else None,
             SHIFTS: self._shifts,
+            OWN_MASKS: self._sides.masks(inputs),
             **{key: value for key, value in seen.items() if not is_decoder(key)},
         }
         makers: dict[Any, Any] = {}
@@ -280,15 +286,6 @@ def _unshifted(objective: Objective) -> list[str]:
         for term in objective.terms
         if getattr(term.subject, "decoders_only", False)
     ]
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Puts the random states back at the end of the block."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = [torch.accelerator.current_device_index()] if accelerator is not None else []
-    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator is not None else "cuda"):
-        yield
 
 
 def _over_rows(head: Head, states: torch.Tensor) -> torch.Tensor:

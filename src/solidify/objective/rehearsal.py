@@ -18,11 +18,12 @@ from solidify.model import anatomy
 from solidify.objective.capture import Capture
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
-from solidify.objective.supply import Supply, decoder_output
-from solidify.objective.term import REFERENCE, SHIFTS, Term
+from solidify.objective.supply import Supply, decoder_output, encodes_and_decodes
+from solidify.objective.term import OWN_MASKS, REFERENCE, SHIFTS, Term
 from solidify.objective.window import Counts, Window
 
 ROWS, LENGTH, WORDS = 2, 8, 8  # of the made-up batch; the words are those of a made-up head
+TARGETS = 6  # how many positions a decoder reads that has an encoder beside it
 
 
 def rehearse(objective: Objective, model: nn.Module, *, steps: int = 0) -> None:
@@ -81,6 +82,7 @@ class _Seen:
         self._engine, self._model = engine, model
         self._generator = torch.Generator().manual_seed(0)
         self._ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+        self._labels = torch.zeros(ROWS, TARGETS, dtype=torch.long) if encodes_and_decodes(model) else self._ids
 
     def supply(self) -> Supply:
         """Returns what terms may ask for, as far as it could be made."""
@@ -88,13 +90,14 @@ class _Seen:
         mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         given: dict[Any, Any] = {
             "model": self._model,
-            "inputs": {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._ids},
-            "labels": self._ids,
+            "inputs": {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._labels},
+            "labels": self._labels,
             "attention_mask": mask,
             "mask": mask.reshape(-1),
-            SHIFTS: True,
+            SHIFTS: self._engine._shifts,
         }
         logits, seen = self._pass()
+        given[OWN_MASKS] = self._engine._sides.masks(given["inputs"])
         given |= self._values(seen, objective.captures, self._model)
         decoded = decoder_output(self._model, seen)
         if decoded is not None:
@@ -103,7 +106,7 @@ class _Seen:
             given["logits"] = self._value(logits)
         reference = self._engine._reference
         if reference is not None:
-            passed = foreign.attempt(reference.run, {"input_ids": self._ids.to("meta")}, self._engine._recorder)
+            passed = foreign.attempt(reference.run, self._batch(), self._engine._recorder)
             shown = passed.value or {}
             given |= self._values(shown, objective.reference_captures, reference.model)
             given |= {k: _head if k == "reference_head" else self._value(shown[k]) for k in REFERENCE if k in shown}
@@ -113,11 +116,19 @@ class _Seen:
         """Runs the model, and returns its logits and what was seen until it could not go on."""
         engine = self._engine
         needs = frozenset(word for word in ("outputs", "logits") if engine.objective.asks_for(word))
-        batch, nothing = {"input_ids": self._ids.to("meta")}, Counts(1, 1, 1)
+        batch, nothing = self._batch(), Counts(1, 1, 1)
+        learned = foreign.attempt(engine._sides.learn, batch)
+        if isinstance(learned.error, ObjectiveError):
+            raise learned.error
         with torch.no_grad(), anatomy.evaluation(self._model), engine._recorder.recording() as seen:
             outcome = foreign.attempt(engine._runs.run, batch, needs, nothing, Window(1, 1, 1, 1))
         output = outcome.value[1] if outcome.value is not None else None
         return (output["logits"] if output is not None and "logits" in output else None), seen
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """Returns what the model reads; of an encoder-decoder also what its decoder reads, which is shorter."""
+        batch = {"input_ids": self._ids.to("meta")}
+        return {**batch, "decoder_input_ids": self._labels.to("meta")} if self._labels is not self._ids else batch
 
     def _values(self, seen: Mapping[Any, Any], wanted: Mapping[Any, Capture], model: nn.Module) -> dict[Any, Any]:
         """Makes values of captures; of one that was cut short, none."""

@@ -37,6 +37,7 @@ REFERENCE = ("reference_logits", "reference_hidden_states", "reference_head")
 OF_DATA = ("inputs", "labels", "attention_mask", "outputs", "logits", "hidden_states", "head", *REFERENCE, "mask")
 SUPPLIED = ("model", *OF_DATA)
 SHIFTS = "shifts"  # in a supply: whether a position's label stands at the next one
+OWN_MASKS = "own masks"  # in a supply: the masks of terms that look along other positions than `mask` says
 
 # What has one entry for each position of a row, and what stands where a row is longer than it was.
 _BY_POSITION = {"labels": -100, "logits": 0, "hidden_states": 0, "reference_logits": 0, "reference_hidden_states": 0}
@@ -84,7 +85,8 @@ class Term:
     A function's parameters that are named like one of these are supplied; all others come from `arguments`.
 
     - `model`; `inputs`, `labels` of the micro-batch; `attention_mask`, boolean where it has two dimensions; `mask`, the
-      attended tokens, boolean and flattened (batch_size * sequence_length,);
+      attended tokens, boolean and flattened (batch_size * sequence_length,): those of the decoder for a term whose
+      captures run along the decoder of an encoder-decoder;
     - `outputs`, `logits` (batch_size, sequence_length, vocab_size);
     - `hidden_states` (batch_size, sequence_length, hidden_size), the decoder's last, and `head`, which makes logits of
       any rows of them: then no logits are built that nobody asks for;
@@ -214,6 +216,8 @@ class Term:
         """Calls the term (or its `statistics`) with what it asks for; `supply` holds captures by (term, word)."""
         own = {*self.captures, *self.reference_captures}
         given = {key: supply[(self.name, key)] if key in own else supply[key] for key in self.asks}
+        if "mask" in given:
+            given["mask"] = supply.get(OWN_MASKS, {}).get(self.name, given["mask"])
         if getattr(self.subject, "shifts", False) and not supply.get(SHIFTS, True):
             given = {key: _one_later(key, value) for key, value in given.items()}
         result = self.function(**given, **self.arguments)

@@ -25,17 +25,24 @@ from solidify.errors import ObjectiveError
 
 Batch = TypeVar("Batch")
 
+# What the decoder of an encoder-decoder reads, or is read from, position by position.
+DECODED = ("labels", "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
+
 # Where a batch's rows and tokens are counted, in this order.
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one micro-batch holds. `sequences` counts pairs where the rows of a batch are pairs."""
+    """What one micro-batch holds. `sequences` counts pairs where the rows of a batch are pairs.
+
+    `decoder_tokens` are those that the decoder of an encoder-decoder attends to.
+    """
 
     target_tokens: float
     attended_tokens: float
     sequences: float
+    decoder_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Window:
     sequences: float
     ranks: int = 1
     means: dict[str, torch.Tensor] = field(default_factory=dict)
+    decoder_tokens: float = 0.0
 
 
 def count(batch: Mapping[str, Any], *, shifts: bool) -> Counts:
@@ -67,18 +75,40 @@ def count(batch: Mapping[str, Any], *, shifts: bool) -> Counts:
         float((targets != -100).sum()) if targets is not None else float(tokens),
         float(mask.sum()) if mask is not None and mask.ndim == 2 else float(tokens),
         float(main.shape[0]),
+        float(decoded.sum()) if (decoded := decoder_mask(batch)) is not None else 0.0,
     )
+
+
+def decoder_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Returns which positions of an encoder-decoder's decoder count (batch_size, target_length), boolean.
+
+    Those of `decoder_attention_mask`, else those that have a label, else all that it reads; None where nothing says.
+    """
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if mask is not None and mask.ndim == 2:
+        return torch.as_tensor(mask).bool()
+    if labels is not None and labels.ndim == 2:
+        return torch.as_tensor(labels != -100)
+    read = next((batch[key] for key in DECODED[1:3] if batch.get(key) is not None), None)
+    return torch.ones(read.shape[:2], dtype=torch.bool, device=read.device) if read is not None else None
 
 
 def measure(counts: Sequence[Counts], device: torch.device) -> Window:
     """Adds up the counts of a window's micro-batches, over all ranks."""
     local = torch.tensor(
-        [[c.target_tokens, c.attended_tokens, c.sequences] for c in counts],
+        [[c.target_tokens, c.attended_tokens, c.sequences, c.decoder_tokens] for c in counts],
         dtype=torch.float64 if device.type != "mps" else torch.float32,
         device=device,
     ).sum(0)
-    target, attended, sequences = over_ranks(local).tolist()
-    return Window(len(counts), target, attended, sequences, ranks())
+    target, attended, sequences, decoded = over_ranks(local).tolist()
+    return Window(len(counts), target, attended, sequences, ranks(), decoder_tokens=decoded)
+
+
+def of_one(counts: Counts) -> Window:
+    """Returns the window that is one micro-batch."""
+    return Window(
+        1, counts.target_tokens, counts.attended_tokens, counts.sequences, decoder_tokens=counts.decoder_tokens
+    )
 
 
 def ranks() -> int:

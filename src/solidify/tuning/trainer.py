@@ -89,13 +89,7 @@ class ObjectiveMixin:
         if self.args.fsdp and (holder := standing.trained_parameters(self.model)) is not None:
             names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
             raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
-        autocast = self.args.bf16 or self.args.fp16
-        half = [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype in _HALF]
-        if half and not autocast:
-            raise ObjectiveError(
-                f"{len(half)} tensors would be trained in half precision ({half[0]}), where small updates are "
-                "lost to rounding; set bf16: true, and they are kept in float32 while they train"
-            )
+        refuse_half_precision(self.args, self.model)
 
     def _is_reentrant(self) -> bool:
         checkpointing = self.args.activation_checkpointing_kwargs or {}
@@ -274,6 +268,19 @@ class ObjectiveSFTTrainer(Grouped, Batched, ObjectiveMixin, SFTTrainer):  # type
     """
 
     runs_of = SFTRuns
+
+
+def refuse_half_precision(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Raises ObjectiveError when something would be trained in half precision, which autocast alone keeps in float32.
+
+    `model` may be on the meta device.
+    """
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in _HALF]
+    if half and not (arguments.bf16 or arguments.fp16):
+        raise ObjectiveError(
+            f"{len(half)} tensors would be trained in half precision ({half[0]}), where small updates are "
+            "lost to rounding; set bf16: true, and they are kept in float32 while they train"
+        )
 
 
 def widen(model: nn.Module) -> list[tuple[torch.Tensor, torch.dtype]]:
