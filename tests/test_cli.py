@@ -245,7 +245,7 @@ def test_plan_shows_every_operation(cli: Solidify, tiny_base: Path, tmp_path: Pa
 
 def test_plan_counts_what_peft_trains_in_every_form_of_lora(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
     targets = ["model.layers.*.self_attn.q_proj"]
-    lora = {"r": 2, "target_modules": targets, "use_dora": True, "init_lora_weights": "pissa"}
+    lora = {"r": 2, "target_modules": targets, "use_dora": True, "init_lora_weights": "gaussian"}
     path = recipe(tmp_path / "recipe", adapter={"lora": lora, "train": ["model.norm"]})
     code, out, err = cli("plan", path, "--json")
     assert code == 0, err

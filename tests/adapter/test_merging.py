@@ -394,14 +394,14 @@ def test_the_sum_is_watched_on_the_module_at_hand(bases: dict[Any, Path], tmp_pa
             prepared.merger.watch = watch
             merge(base, adapter, tmp_path / f"{dtype}{place} merged", prepared=prepared)
             assert set(watch.found) == set(prepared.merger.changes)
-            assert watch.finding().passed, (kind, watch.found)
+            assert watch.finding(list(watch.found)).passed, (kind, watch.found)
     layer = next(m for m in in_float32(bases, tmp_path).modules() if isinstance(m, merging.Linear))
     judge = sums.Sums(["q.weight"])
     wanted = sums.weight(layer, "default").wanted
     told = judge("q.weight", layer)
     assert told is not None
     told((wanted + 8 * torch.finfo(torch.float32).eps * wanted.abs().mean()).float())
-    assert "q.weight is off by" in judge.finding().evidence
+    assert "q.weight is off by" in judge.finding(["q.weight"]).evidence
 
 
 def in_float32(bases: dict[Any, Path], tmp_path: Path) -> PeftModel:

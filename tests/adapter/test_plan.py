@@ -177,15 +177,14 @@ def test_a_rank_pattern_is_no_ending_of_a_longer_name() -> None:
 def test_patterns_that_hit_no_target_or_contradict_are_refused(field: str) -> None:
     lora = {
         "target_modules": ["**.q_proj"],
-        field: {"**.k_proj": 3, "q_proj": 3, "**.q_proj": 5, "model.layers.0.**": 6, ".*q_proj": 4, "model.**": -1},
+        field: {"**.k_proj": 3, "q_proj": 3, "**.q_proj": 5, "model.layers.0.**": 6, ".*q_proj": 4},
     }
     text = message(pico.llama(), lora)
     for key in ("**.k_proj", "q_proj", ".*q_proj"):
         assert f"{field}: {key!r} hits none of the targets" in text
     assert f"{field}: model.layers.0.self_attn.q_proj gets 5 by '**.q_proj' and 6 by 'model.layers.0.**'" in text
-    assert "'model.**' is given -1; give it a number above 0" in text
-    assert "leave out 'use_bdlora'" in message(pico.llama(), {"target_modules": [Q], "use_bdlora": object()})
-    assert "maps names or patterns to numbers" in message(pico.llama(), {"target_modules": [Q], field: ["q_proj"]})
+    for value in ({"model.**": -1}, ["q_proj"]):
+        assert f"{field} must be a mapping" in message(pico.llama(), {"target_modules": [Q], field: value})
 
 
 def test_experts_get_ranks_by_pattern() -> None:
@@ -203,12 +202,12 @@ def test_every_field_of_peft_that_names_modules_is_known() -> None:
     from peft import LoraConfig
 
     ours = {"target_modules", "exclude_modules", "target_parameters", *planning.patterns.FIELDS}
-    refused = {*planning._ELSEWHERE, "use_bdlora"}
+    refused = {*planning._ELSEWHERE, "layer_replication"}
     nothing = {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "init_lora_weights"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "alora_invocation_tokens"),
         *("use_qalora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "velora_config"),
-        *("monteclora_config", "kasa_config", "megatron_config", "megatron_core", "arrow_config"),
+        *("use_bdlora", "monteclora_config", "kasa_config", "megatron_config", "megatron_core", "arrow_config"),
     }
     assert {f.name for f in fields(LoraConfig)} == ours | refused | nothing

@@ -28,7 +28,9 @@ def judge(model: PreTrainedModel, *changes: tuple[Any, ...], auto_map: dict[str,
     """Changes a model and returns what the rules say of it."""
     edits = []
     for target, module, *arguments in changes:
-        edits += solidify.replace(model, target, module, arguments=dict(*arguments))
+        # What a server would do wrong is planted here, also where surgery alone would refuse it.
+        meant = dict.fromkeys(("cache", "padding", "hidden_states"), False)
+        edits += solidify.replace(model, target, module, arguments=dict(*arguments), declares=meant)
     records = [edit.document() for edit in edits]
     return named(serving.findings(model, records, auto_map))
 

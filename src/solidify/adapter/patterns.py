@@ -19,10 +19,6 @@ FIELDS = ("rank_pattern", "alpha_pattern")
 def faults(lora: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     """Returns what is wrong with the patterns of a declaration, whose targets are known."""
     found = []
-    if lora.get("use_bdlora"):
-        found.append(
-            "LoRA: leave out 'use_bdlora'; its lists of modules are ends of names to PEFT, and not compared here"
-        )
     for field in FIELDS:
         values = lora.get(field) or {}
         if not isinstance(values, Mapping):

@@ -19,7 +19,7 @@ def faults(
 
     `targets` get low-rank updates, `modules` are trained in full.
     """
-    apart = lora is not None and lora.get("ensure_weight_tying") is False
+    apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
     found = []
     for group, first in _groups(model):
         low = [name for name in group if name in targets]

@@ -302,6 +302,7 @@ def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
             evidence += (
                 f" in fresh loads; before, one pass ({once['case']}) differed by {once['by']:.1e}, and no later one"
             )
+            held = None  # all but one pass were; that is no proof
         return [state, Finding(f"outputs identical ({auto})", held, evidence)]
     worst = max(
         (o["distance"] / max(o["scale"], 1e-12) if o["distance"] is not None else float("inf"))

@@ -97,6 +97,8 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
     result = []
     for name, before in control.distances.items():
         after, most = found.distances.get(name, FAILED), allowed(name, before, control.dtype)
+        if name == "causal" and before > allowed(name, 0.0, control.dtype):
+            continue  # a model in which positions see later ones may let them see more of them
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))

@@ -149,18 +149,24 @@ def recorders(model: PreTrainedModel) -> dict[str, tuple[nn.Module, list[Any]]]:
     return {name: recorded for name, recorded in found.items() if recorded[1]}
 
 
-def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list[Any]]], replaced: list[str]) -> None:
-    """Records at every module that stands where one was recorded `before`, and no longer inside of it.
-
-    transformers records by class and name, once and for all. Within a `replaced` module it does so anew; a module that
-    was recorded before and was kept there stays recorded.
-    """
+def forget(model: PreTrainedModel) -> None:
+    """Takes the hooks away by which transformers records outputs; it installs them anew when it is first asked."""
     for module in model.modules():
         for number in [number for number, hook in module._forward_hooks.items() if _records(hook)]:
             del module._forward_hooks[number]
         if "_output_capturing_hooks_installed" in vars(module):
             module._output_capturing_hooks_installed = False
-    output_capturing.maybe_install_capturing_hooks(model)
+
+
+def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list[Any]]], replaced: list[str]) -> bool:
+    """Records at every module that stands where one was recorded `before`, and no longer inside of it.
+
+    transformers records by class and name, once and for all. Within a `replaced` module it does so anew; a module that
+    was recorded before and was kept there stays recorded. Returns whether that differs from what transformers does by
+    itself; if not, it is left to do so when it is first asked.
+    """
+    forget(model)
+    alone = _told(model)
     modules = dict(model.named_modules())
     told: dict[str, set[Any]] = {}
     for name, (_, hooks) in before.items():
@@ -177,6 +183,15 @@ def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list
         for hook in hooks:
             if _output(hook) not in now | told.get(outer, set()):
                 module.register_forward_hook(hook)
+    differs = _told(model) != alone
+    if not differs:
+        forget(model)
+    return differs
+
+
+def _told(model: PreTrainedModel) -> dict[str, set[Any]]:
+    """Returns which outputs are recorded at which module."""
+    return {name: {_output(hook) for hook in hooks} for name, (_, hooks) in recorders(model).items()}
 
 
 def _record_at(module: nn.Module, hook: Any) -> None:

@@ -187,7 +187,7 @@ def _put(
             operations.stand_in(model.get_submodule(name), replacement)
             model.set_submodule(name, replacement, strict=True)
         verify_places(model, new.built)
-        operations.record_again(model, recorded, list(new.built))
+        records = operations.record_again(model, recorded, list(new.built))
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
         refuse(
@@ -196,7 +196,6 @@ def _put(
             control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical),
         )
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
-    records = any(inner == name or inner.startswith(f"{name}.") for inner in recorded for name in names)
     edits = [dataclasses.replace(edit, records=records, control=before.distances) for edit in edits]
     return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
