@@ -40,7 +40,7 @@ def test_state_that_can_be_kept_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_state_that_cannot_be_kept_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
     model = pico.llama()
-    edits = solidify.replace(model, "**.mlp", getattr(states, name))
+    edits = solidify.replace(model, "**.mlp", getattr(states, name), declares={"half_precision": False})
     with pytest.raises(ArtifactError) as caught:
         solidify.build(model, edits, tmp_path / "out")
     assert REFUSED[name] in str(caught.value)
