@@ -255,7 +255,7 @@ def test_what_adopt_writes_into_the_original_is_not_lost(
 ) -> None:
     """It changes memory that is mapped from the base; the base stays, and the check says that its tensors changed."""
     before = content(base)
-    step = {**WRAP, "with": f"{pico.HERE}/user_modules/adopting.py:Scribbling"}
+    step = {**WRAP, "with": f"{pico.HERE}/user_modules/adopting.py:Scribbling", "declares": {"gradient": False}}
     report = pipeline.build(recipe(base, step), tmp_path / "out")
     assert content(base) == before
     (finding,) = [f for f in report.findings if f.name == "unchanged tensors identical"]

@@ -87,7 +87,9 @@ def test_buffers_that_are_not_saved_come_back_as_garbage(tmp_path: Path) -> None
 
     for how in ("buffer", "attribute"):
         model = pico.olmoe()
-        edits = solidify.replace(model, "model.layers.0.mlp", wrappers.Forgetful, arguments={"how": how})
+        edits = solidify.replace(
+            model, "model.layers.0.mlp", wrappers.Forgetful, declares={"half_precision": False}, arguments={"how": how}
+        )
         with pytest.raises(ArtifactError, match="a parameter or a persistent buffer"):
             solidify.build(model, edits, tmp_path / "ours")
 
