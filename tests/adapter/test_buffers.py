@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -209,7 +210,9 @@ def test_accuracy_in_memory_is_accuracy_in_a_fresh_process(normed: Path, tmp_pat
         "sys.exit(0 if torch.equal(found, torch.load(sys.argv[3])) else 1)\n"
     )
     arguments = [str(normed), str(tmp_path / "adapter"), str(tmp_path / "expected.pt")]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(Path(pico.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, env=environment)
+    assert done.returncode == 0
 
 
 def test_peft_s_own_loading_takes_the_buffers_that_a_file_holds(normed: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_two_processes_take_the_step_of_one(trash_artifact: Path, tmp_path: Path
     scale = max(float(t.abs().max()) for n, t in one.items() if "/" not in n and n != "loss")
     for name in one:
         if "/" in name or name == "loss":
-            assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5), name
+            # A divergence is a difference of log-probabilities of some 5, of which float32 has seven digits.
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5, abs=1e-7), name
         else:
             assert float((one[name] - two[name]).abs().max()) < 5e-6 * scale, name

@@ -137,7 +137,7 @@ class Forgetful(nn.Module):
             self.register_buffer("table", torch.arange(32) / 32 + 0.5)
 
     def forward(self, hidden_states):
-        return self.original(hidden_states) * self.table
+        return self.original(hidden_states) * self.table.to(hidden_states.dtype)
 
 
 class PartlyFrozen(nn.Module):
