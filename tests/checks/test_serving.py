@@ -89,6 +89,13 @@ BROKEN: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
             INTERFACE: "not known, because the call fails",
         },
     ),
+    "an error of its own": (
+        (ATTENTION, served.ChoosyAttention),
+        {
+            KEYWORDS: "model fails when it is called as the servers do (UnknownKernelError: no kernel called ",
+            INTERFACE: "not known, because the call fails",
+        },
+    ),
     "attention without a number": (
         (ATTENTION, served.NumberlessAttention),
         {INTERFACE: "model.layers.0.self_attn has layer_idx None, but num_hidden_layers is 2"},

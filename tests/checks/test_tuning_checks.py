@@ -153,6 +153,32 @@ def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_
     assert finding.passed is (cls is ObjectiveTrainer)
 
 
+class SlightlyOff(ObjectiveTrainer):
+    """A scale that is wrong by so little that it could be rounding, but is not."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        return loss * (1 + 4e-4 * (self.current_gradient_accumulation_steps > 1))
+
+
+@pytest.mark.parametrize(("cls", "tolerance"), [(ObjectiveTrainer, 2e-7), (SlightlyOff, 1e-4)])
+def test_what_is_called_rounding_is_what_rounding_is_measured_to_do(
+    trash_artifact: Path, tmp_path: Path, cls: Any, tolerance: float
+) -> None:
+    trainer = train(awake(trash_artifact), tmp_path, terms=[Term("model")], cls=cls)
+    batch = pico.ragged(8)
+    whole = gradients._gradient(trainer, batch, 8, 1)
+    off = max(gradients._furthest(whole, gradients._gradient(trainer, batch, size, 1))[0] for size in (4, 2, 1))
+    assert tolerance < off < 10 * tolerance  # where it may be rounding
+    rounded = gradients._rounded(trainer, batch, (8, 1), whole)
+    assert 1e-7 < rounded < 1e-4
+    finding = gradients.accumulation(trainer, batch, tolerance=tolerance)
+    assert finding.passed is (cls is ObjectiveTrainer)
+    assert ("moved by a unit in the last place" in finding.evidence) is (cls is ObjectiveTrainer)
+
+
 def test_a_term_that_never_had_a_gradient_is_found(
     trash_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,19 @@ class ClosedAttention(DeafAttention):
         return super().forward(hidden_states, attention_mask, past_key_values)
 
 
+class UnknownKernelError(Exception):
+    """An error of the user's own, as libraries have them."""
+
+
+class ChoosyAttention(InterfaceAttention):
+    """Knows two kernels by name, and says of any other that it does not, in its own way."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            raise UnknownKernelError(f"no kernel called {self.config._attn_implementation}")
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+
 class HidingAttention(InterfaceAttention):
     """Calls the attention function where nobody looks for it, with a number that it works out on the way."""
 

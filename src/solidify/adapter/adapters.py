@@ -131,7 +131,7 @@ def _configuration(
     fields = {**(lora or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
     fields.pop("exclude_modules", None)
     copied = [name for name in wanted.modules if name + "." not in single]
-    try:
+    with foreign.calling("LoRA", AdapterError):
         return LoraConfig(
             **{
                 **fields,
@@ -145,8 +145,6 @@ def _configuration(
                 "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),
             }
         )
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"LoRA: {error}") from error
 
 
 def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:

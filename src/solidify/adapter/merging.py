@@ -139,8 +139,8 @@ class Merger:
         except ValueError:  # PEFT's word for NaN
             self._tell(f"{change.name} would hold NaN or infinity")
             return base
-        except (RuntimeError, NotImplementedError) as error:
-            raise AdapterError(f"PEFT cannot merge {change.name}: {error}") from error
+        except Exception as error:
+            raise AdapterError(f"PEFT cannot merge {change.name}: {foreign.said(error)}") from error
         finally:
             for module, name, parameter in before:
                 module._parameters[name] = parameter

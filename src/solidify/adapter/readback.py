@@ -6,7 +6,6 @@ chooses its kernels by these too; then equal models give equal bits, and no tole
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from solidify.adapter import standing
 from solidify.adapter.base_state import Base
 from solidify.artifact import certificate, loading, tensors
 from solidify.errors import AdapterError, SurgeryError, refuse
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, behaviour, probing
 
 Load = Callable[[nn.Module, Path], PeftModel]
 Held = Callable[[PeftModel], Mapping[str, torch.Tensor]]
@@ -188,7 +187,7 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
 
 def _run(model: Any, batch: Mapping[str, torch.Tensor]) -> foreign.Outcome[dict[str, torch.Tensor]]:
     arguments: dict[str, Any] = dict(batch)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in behaviour.takes(model):
         arguments["use_cache"] = False
 
     def call() -> dict[str, torch.Tensor]:

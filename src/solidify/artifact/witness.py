@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.util
-import inspect
 import json
 import signal
 import sys
@@ -174,7 +173,7 @@ def _load(
         if strict:
             answer["loading_info"][kind] = sorted(strict)
     if not answer["meta"]:  # some models keep state of what they ran, so they run first, as they did in memory
-        answer |= _outputs(certificate, model, "hidden" if theirs else "logits", whole)
+        answer |= _outputs(certificate, model, "hidden" if theirs else "logits", whole, behaviour)
         answer.setdefault("outputs", {}).update(_called(certificate, model, expected["modules"], own, theirs))
         found = _state(model, known_as, places)
     answer["sampled"] = bool(expected["samples"])
@@ -251,7 +250,7 @@ def _compare_state(found: dict[str, Any], wanted: dict[str, Any], digest: Any, *
     }
 
 
-def _outputs(certificate: Path, model: Any, kind: str, whole: bool) -> dict[str, Any]:
+def _outputs(certificate: Path, model: Any, kind: str, whole: bool, behaviour: Any) -> dict[str, Any]:
     """Runs the certificate's cases through the model, or through its part without a head, and compares."""
     from safetensors.torch import load_file
 
@@ -262,7 +261,7 @@ def _outputs(certificate: Path, model: Any, kind: str, whole: bool) -> dict[str,
         if wanted is not None:
             arguments = {k.split("/")[1]: t.to(model.device) for k, t in inputs.items() if k.startswith(case + "/")}
             try:
-                answer[case] = _compare(_run(model if whole else model.base_model, arguments).cpu(), wanted)
+                answer[case] = _compare(_run(model if whole else model.base_model, arguments, behaviour).cpu(), wanted)
             except Exception as error:  # whatever stops it from running is the finding
                 return {"outputs": answer, "error": f"{case}: {type(error).__name__}: {error}"}
     return {"outputs": answer}
@@ -335,10 +334,10 @@ def _sample(tensor: Any) -> Any:
     return hasher.hexdigest()
 
 
-def _run(model: Any, inputs: dict[str, Any]) -> Any:
+def _run(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
     import torch
 
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in behaviour.takes(model):
         inputs = {**inputs, "use_cache": False}
     with torch.no_grad():
         outputs = model(**inputs)

@@ -8,7 +8,6 @@ model has a part in it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify.checks import sums
+from solidify.checks import rounding, sums
 from solidify.checks.sums import Weight
 from solidify.findings import Finding
 from solidify.model import anatomy
@@ -149,14 +148,14 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
             return tuple(rounded(part, terms) for part in output)
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
             return output
-        # Sums are kept in float32: in sixteen lanes, of n products, with half a unit each time, evenly to both sides.
-        eps = torch.finfo(output.dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(terms) / 8
-        return output + (steps(output) * eps * torch.maximum(output.abs(), output.abs().mean())).to(output.dtype)
+        return output + (steps(output) * rounding.unit(output, terms)).to(output.dtype)
 
     before: list[tuple[dict[str, Any], str, Any]] = []
     owners = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in weights}
     hooks = [
-        owner.register_forward_hook(partial(lambda terms, module, given, output: rounded(output, terms), _terms(owner)))
+        owner.register_forward_hook(
+            partial(lambda terms, module, given, output: rounded(output, terms), rounding.terms(owner))
+        )
         for owner in owners.values()
     ]
     try:
@@ -177,14 +176,6 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
             hook.remove()
         for held, key, value in reversed(before):
             held[key] = value
-
-
-def _terms(module: nn.Module) -> int:
-    """Returns of how many products a number is a sum that a module returns, as far as its parameters' shapes tell."""
-    sizes = [
-        p.shape[-1] if p.ndim == 3 else p[0].numel() for p in module._parameters.values() if p is not None and p.ndim
-    ]
-    return max(sizes, default=1)
 
 
 def not_looked_at(why: str) -> Finding:

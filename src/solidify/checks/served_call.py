@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from solidify import foreign
 from solidify.model import anatomy
 
 KEYWORD = "attention_instances"
 NAME = "solidify_served_call"
 _LENGTHS = (13, 17, 19, 23, 29, 31, 37)
-_CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,18 @@ def observe(backbone: PreTrainedModel) -> Observed:
     seen = Observed()
     inputs = _inputs(backbone, _length(backbone))
     with torch.no_grad(), anatomy.evaluation(backbone), anatomy.sparing(backbone):
-        try:
-            seen.causal = not _mixers(backbone, inputs, -1, Observed())
-        except _CALL_ERRORS as error:
-            seen.refused = _said(error)
+        alone = foreign.attempt(_mixers, backbone, inputs, -1, Observed())
+        if alone.error is not None:
+            seen.refused = foreign.said(alone.error)
             return seen
+        seen.causal = not alone.value
         with _attention(backbone, seen):
-            try:
-                seen.mixers = _mixers(backbone, {**inputs, KEYWORD: seen}, inputs["input_ids"].shape[1] // 2, seen)
-            except _CALL_ERRORS as error:
-                seen.refused = _said(error)
-                seen.runs_without = _works(backbone, inputs)
+            middle = inputs["input_ids"].shape[1] // 2
+            served = foreign.attempt(_mixers, backbone, {**inputs, KEYWORD: seen}, middle, seen)
+            seen.mixers = served.value or []
+            if served.error is not None:
+                seen.refused = foreign.said(served.error)
+                seen.runs_without = not foreign.attempt(backbone, **inputs).failed
                 seen.arrivals.clear()
                 seen.called.clear()
     return seen
@@ -95,18 +96,6 @@ def _mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], place: int, se
         backbone(**{**inputs, "input_ids": changed})
     del seen.arrivals[arrived:]
     return found
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _works(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
-    try:
-        backbone(**inputs)
-    except _CALL_ERRORS:
-        return False
-    return True
 
 
 def _length(backbone: PreTrainedModel) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify import foreign
 from solidify.artifact import loading
 from solidify.artifact.manifest import Manifest
 from solidify.checks import replaced, served_call
@@ -97,7 +98,12 @@ def _hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
     if part is None:
         return []
     with torch.device("meta"):
-        return [replaced.hints(model, part(deepcopy(model.config)))]
+        built = foreign.attempt(part, deepcopy(model.config))
+    if built.error is not None:
+        told = f"{place} cannot be built from the configuration alone: {foreign.said(built.error)}"
+        remedy = "servers build it so; let the constructors of its modules take what the configuration holds"
+        return [Rule("the part without a head is built by its configuration", [told], "", remedy)]
+    return [replaced.hints(model, built.value)]
 
 
 def _kind(model: PreTrainedModel) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify.model import behaviour
 from solidify.weights import mapped
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
@@ -112,7 +112,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
 def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """Runs the model in evaluation mode without a cache and returns all that it returns."""
     arguments = dict(inputs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in behaviour.takes(model):
         arguments["use_cache"] = False
     with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
         return model(**arguments)

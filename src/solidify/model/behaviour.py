@@ -153,8 +153,7 @@ class Watched:
             own = {**dict(model.named_parameters()), **dict(model.named_buffers()), **self.values}
             self.values = {name: t.detach().float() if t.is_floating_point() else t for name, t in own.items()}
             self.inputs = {key: t.float() if t.is_floating_point() else t for key, t in self.inputs.items()}
-        parameters = inspect.signature(model.forward).parameters
-        self.takes = set(parameters)
+        self.takes = takes(model)
         self.stream = next((k for k in ("decoder_input_ids", "input_ids") if k in inputs), None)
         tokens = inputs[self.stream] if self.stream is not None else next(iter(inputs.values()))
         self.rows = int(tokens.shape[0])
@@ -544,6 +543,25 @@ class Watched:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
             return False
         return tensor.shape[0] == shape[0] if self.stream is None else tuple(tensor.shape[:2]) == shape
+
+
+def takes(model: nn.Module) -> set[str]:
+    """Names what a model's `forward` takes, also where a subclass hands on what it does not name (`**kwargs`).
+
+    In transformers' own classes, `**kwargs` are options of kernels, and no sign that another class takes them.
+    """
+    found: set[str] = set()
+    for kind in type(model).__mro__:
+        if "forward" not in vars(kind) or kind is nn.Module:
+            continue
+        parameters = inspect.signature(vars(kind)["forward"]).parameters
+        found |= set(parameters) - {"self"}
+        open_kinds = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+        if kind.__module__.startswith("transformers.") or not {p.kind for p in parameters.values()} & open_kinds:
+            break
+    if "forward" in vars(model):  # put on the instance, by a wrapper that may hide what it takes
+        found |= set(inspect.signature(model.forward).parameters)
+    return found
 
 
 class _LeftError(Exception):

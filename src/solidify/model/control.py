@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,14 @@ class Control:
         return {"at": self.probed, "leave": self.large}
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a changed model does not keep: `faults` in sentences, and properties `lost` that nobody will miss."""
+
+    faults: list[str] = field(default_factory=list)
+    lost: frozenset[str] = frozenset()
+
+
 def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
     """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
 
@@ -135,12 +143,10 @@ def judge(
     *,
     what: str,
     fresh: Iterable[str],
-    declared: dict[str, bool],
+    declared: Mapping[str, bool],
     identical: bool,
-) -> list[str]:
-    """Returns what of the contract the changed model does not keep, in sentences; what is `declared` is not asked for.
-
-    Router logits that nobody asks for by default, and that the new modules do not have, are added to what is declared.
+) -> Judgement:
+    """Judges whether the changed model keeps the contract; what is `declared` is not asked for.
 
     It is run as it stands (once only, if all new modules were found `identical`), and once more with noise in its new
     parameters (`fresh`): a new branch that starts at zero hides what it mixes.
@@ -149,15 +155,14 @@ def judge(
         SurgeryError: with the change in place, the model does not run.
     """
     if control.inputs is None:
-        return []
+        return Judgement()
     remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
     values = _new_parameters(model, fresh)
     sharp = control.wide or control.reading
     if identical and values and sharp is not None:  # what is found with noise is found as it stands too
         noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
         if noisy is not None:
-            _declare_router(model, noisy, declared)
-            return sentences(noisy, what, declared, _NOISY)
+            return _judgement(model, noisy, what, declared, _NOISY)
     called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
     with called, anatomy.sparing(model):
         watched = Watched(model, control.inputs, **control.watched)
@@ -166,17 +171,17 @@ def judge(
         else:
             reading, found = watched.judged(control.reading)
     if control.reading is None:
-        return []
+        return Judgement()
     if _finite(control.reading) and not _finite(reading):
-        return [f"with {what} in place the model returns NaN or infinity"]
-    _declare_router(model, found, declared)
+        return Judgement([f"with {what} in place the model returns NaN or infinity"])
     if control.wide is not None:
         found += _faults(model, control, control.wide, {}, wide=True) or []
-    told = sentences(found, what, declared)
-    if told or not values or sharp is None:
+    told = _judgement(model, found, what, declared)
+    if told.faults or not values or sharp is None:
         return told
     later = _faults(model, control, sharp, values, wide=sharp is control.wide) or []
-    return sentences(later, what, declared, _NOISY)
+    shaken = _judgement(model, later, what, declared, _NOISY)
+    return Judgement(shaken.faults, told.lost | shaken.lost)
 
 
 def _faults(
@@ -193,11 +198,14 @@ def _faults(
     return None
 
 
-def _declare_router(model: PreTrainedModel, found: Sequence[Fault], declared: dict[str, bool]) -> None:
-    """Declares that router logits are gone, where they are and nobody asks for them by default."""
+def _judgement(
+    model: PreTrainedModel, found: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = ""
+) -> Judgement:
+    """Tells what need not be kept from what must be: router logits may go where nobody asks for them by default."""
     by_default = any(vars(c).get("output_router_logits") for c in (model.config, model.config.get_text_config()))
-    if any(fault.name == "router_logits" for fault in found) and not by_default:
-        declared["router_logits"] = False
+    gone = any(fault.name == "router_logits" for fault in found) and not by_default
+    lost = frozenset({"router_logits"} if gone and "router_logits" not in declared else ())
+    return Judgement(sentences(found, what, {**declared, **dict.fromkeys(lost, False)}, when), lost)
 
 
 def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, torch.Tensor]:

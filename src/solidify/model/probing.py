@@ -6,7 +6,6 @@ that are in use for one kind of input, the first with which the model runs is ta
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify import foreign
 from solidify.errors import SurgeryError
-from solidify.model import anatomy
+from solidify.model import anatomy, behaviour
 
 Inputs = dict[str, torch.Tensor]
 
@@ -67,14 +66,14 @@ def few_inputs(model: PreTrainedModel) -> Inputs:
 
 def _takes_plain_tokens(model: PreTrainedModel) -> bool:
     """Returns whether there is nothing to try: a language model takes tokens."""
-    images = "pixel_values" in inspect.signature(model.forward).parameters
+    images = "pixel_values" in behaviour.takes(model)
     books = getattr(model.config, "num_codebooks", None)
     return model.main_input_name == "input_ids" and model.can_generate() and not images and not books
 
 
 def _candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bool, seed: int) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(seed)
-    takes = set(inspect.signature(model.forward).parameters)
+    takes = behaviour.takes(model)
     kind = model.main_input_name
     worded = "input_ids" in takes or kind in ("input_ids", "inputs")
     tokens = _tokens(model, batch_size, length, padded, generator) if worded else {}

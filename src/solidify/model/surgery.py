@@ -176,7 +176,6 @@ def _put(
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
     before = control.take(model, names)  # from here on, code of the user's runs
     state = initial.read(weights) if weights is not None else None
-    declares = dict(declares)
     with transaction(model):
         new = _Replacing(model, module, arguments, before, state, declares, shared)
         edits = new.build(names)
@@ -190,13 +189,11 @@ def _put(
         records = operations.record_again(model, recorded, list(new.built))
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
-        refuse(
-            SurgeryError,
-            title,
-            control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical),
-        )
+        judged = control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical)
+        refuse(SurgeryError, title, judged.faults)
+        declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
-    edits = [dataclasses.replace(edit, records=records, control=before.distances) for edit in edits]
+    edits = [dataclasses.replace(edit, records=records, control=before.distances, declares=declares) for edit in edits]
     return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
 
@@ -210,7 +207,7 @@ class _Replacing:
         arguments: dict[str, Any],
         before: Control,
         weights: dict[str, torch.Tensor] | None,
-        declares: dict[str, bool],
+        declares: Mapping[str, bool],
         shared: bool,
     ) -> None:
         self.model, self.module, self.arguments, self.before = model, module, arguments, before
@@ -271,7 +268,7 @@ class _Replacing:
             identical=identical,
             bypass=bypass,
             operation="share" if self.shared else "replace",
-            declares=self.declares,
+            declares=dict(self.declares),
             unknown=unknown,
         )
 

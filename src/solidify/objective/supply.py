@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from solidify.adapter import standing
 from solidify.adapter.adapters import switched_off
 from solidify.errors import ObjectiveError, refuse
-from solidify.model import anatomy
+from solidify.model import anatomy, behaviour
 from solidify.objective.capture import Capture, Recorder
 from solidify.objective.objective import Objective
 
@@ -168,7 +167,7 @@ def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     """Returns inputs with which a model builds logits of one position only, where it can be told so, and no loss."""
     plain: Any = standing.plain_model(model)
     kept = without_loss(model, inputs)
-    return {**kept, _KEEP: 1} if _KEEP in inspect.signature(plain.forward).parameters else kept
+    return {**kept, _KEEP: 1} if _KEEP in behaviour.takes(plain) else kept
 
 
 def encodes_and_decodes(model: nn.Module) -> bool:
