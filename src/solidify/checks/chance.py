@@ -85,6 +85,17 @@ def _normal(call: Call) -> torch.Tensor:
     return _full(mean, like) if isinstance(like, torch.Tensor) else _made(float(mean), call)
 
 
+def _random(call: Call) -> torch.Tensor:
+    """A whole number; without an upper end, of all that the dtype holds exactly (`Tensor.random_`)."""
+    like: torch.Tensor = call["self"]
+    low, high = int(call.get("from") or 0), call.get("to")
+    if high is None:
+        kind = like.dtype
+        whole = round(2 / torch.finfo(kind).eps) if kind.is_floating_point else 1 if kind == torch.bool else None
+        high = 1 + (torch.iinfo(kind).max if whole is None else whole)
+    return torch.full_like(like, (low + int(high) - 1) // 2)
+
+
 def _bernoulli(call: Call) -> torch.Tensor:
     p = call.get("p", call["self"])
     subject: torch.Tensor = call["self"]
@@ -138,6 +149,9 @@ _MEANS: dict[str, Callable[[Call], Any]] = {
     "poisson": lambda c: c["self"].clone(),
     "binomial": lambda c: c["count"] * c["prob"],
     "_standard_gamma": lambda c: c["self"].clone(),
+    "_sample_dirichlet": lambda c: c["self"] / c["self"].sum(-1, keepdim=True),
+    "random": _random,
+    "random_": _random,
     "multinomial": _multinomial,
     "rrelu_with_noise": _rrelu,
     "rrelu_with_noise_": _rrelu,
