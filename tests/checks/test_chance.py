@@ -163,15 +163,19 @@ def test_the_model_and_the_generators_are_as_they_were(tmp_path: Path) -> None:
 def test_every_operation_of_torch_that_draws_is_known() -> None:
     drawing = set()
     # `dir(torch.ops.aten)` names only what was used before; torch has no public name for the list of all (2.13).
-    for name in {s.name.removeprefix("aten::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")}:
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::")
         packet = foreign.attempt(getattr, torch.ops.aten, name).value  # some are functions of TorchScript alone
-        for overload in packet.overloads() if packet is not None else ():
-            operation = getattr(packet, overload)
-            arguments = {argument.name for argument in operation._schema.arguments}
-            made_of_others = operation.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
-            draws = torch.Tag.nondeterministic_seeded in operation.tags
-            if draws and not made_of_others and not arguments & {"dropout", "dropout_p"}:
-                drawing.add(name)
+        operation = foreign.attempt(getattr, packet, schema.overload_name or "default").value
+        if operation is None or not schema.name.startswith("aten::"):
+            continue
+        names = {argument.name for argument in schema.arguments}
+        if torch.Tag.nondeterministic_seeded not in operation.tags or names & {"dropout", "dropout_p"}:
+            continue
+        if not operation.has_kernel_for_dispatch_key(
+            torch.DispatchKey.CompositeImplicitAutograd
+        ):  # else made of others
+            drawing.add(name)
     by_compilers, without_draws = (
         {"rrelu_with_noise_functional", "normal_functional"},
         "_nested_tensor_softmax_with_shape",
