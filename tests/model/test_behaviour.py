@@ -319,3 +319,26 @@ def test_an_added_head_behaves_as_what_it_reads() -> None:
     assert "value" not in dict(model.named_children())
     solidify.add(model, "value", honest, reads="model.norm")
     assert model(pico.tokens())["value"].shape == (2, 12, 1)
+
+
+class Centred(nn.Module):
+    """Takes off a share of the mean over the rows of its batch; the share is a number, or a buffer of zero."""
+
+    def __init__(self, share: float | None) -> None:
+        super().__init__()
+        if share is None:
+            self.register_buffer("share", torch.zeros(()))
+        else:
+            self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.share * x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("share", [0.02, None], ids=["below what bfloat16 shows", "a buffer that starts at zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_added_head_is_looked_at_as_closely_as_a_replacement(share: float | None, dtype: torch.dtype) -> None:
+    model = made("Llama")[0].to(dtype)
+    with pytest.raises(SurgeryError, match="a row depends on the other rows"):
+        solidify.add(model, "value", added(lambda: Centred(share)), reads="model.norm")
+    solidify.add(model, "value", added(lambda: Centred(0.0)), reads="model.norm")

@@ -130,9 +130,9 @@ def test_a_module_that_stands_in_two_places_is_refused() -> None:
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (wrappers.ReturnsTuple, "returns float32[2, 12, 32], but ReturnsTuple returns (float32[2, 12, 32], None)"),
-        (wrappers.WrongShape, "but WrongShape returns float32[2, 12, 64]"),
-        (wrappers.Upcasts, "but Upcasts returns float64[2, 12, 32]"),
+        (wrappers.ReturnsTuple, "returns float32[4, 12, 32], but ReturnsTuple returns (float32[4, 12, 32], None)"),
+        (wrappers.WrongShape, "but WrongShape returns float32[4, 12, 64]"),
+        (wrappers.Upcasts, "but Upcasts returns float64[4, 12, 32]"),
         (wrappers.TakesNothing, "TakesNothing fails on what the original takes"),
         (wrappers.Mixing, "looks ahead, once its own parameters are not at their start"),
     ],

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ def record(
 
     With `partly`, the model is left as soon as all of them were called.
     """
+    with recording(model, names, partly=partly) as calls, suppress(_EnoughError):
+        anatomy.run(model, inputs)
+    return calls
+
+
+@contextmanager
+def recording(model: PreTrainedModel, names: Sequence[str], *, partly: bool = False) -> Iterator[dict[str, Call]]:
+    """While the block lasts, notes the first call of each named module. `partly`: ends the pass with the last one."""
     given: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, Call] = {}
 
@@ -77,36 +86,38 @@ def record(
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        anatomy.run(model, inputs)
-    except _EnoughError:
-        pass
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return calls
 
 
 def copied(value: Any) -> Any:
     """Copies the tensors in nested arguments or outputs, whatever they are nested in: a caller may write into them."""
+    return _mapped(value, torch.Tensor.clone)
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Rebuilds nested arguments or outputs with every tensor changed; a cache is only copied."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return change(value)
     if isinstance(value, Cache):
         return deepcopy(value)
     if isinstance(value, ModelOutput):
-        return type(value)(**{key: copied(item) for key, item in value.items()})
+        return type(value)(**{key: _mapped(item, change) for key, item in value.items()})
     if isinstance(value, dict):
         result: Any = copy(value)
-        result.update({key: copied(item) for key, item in value.items()})
+        result.update({key: _mapped(item, change) for key, item in value.items()})
         return result
     if isinstance(value, tuple):
-        items = [copied(item) for item in value]
+        items = [_mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) is list:
-        return [copied(item) for item in value]
+        return [_mapped(item, change) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy(value)
         for key, item in vars(value).items():
-            object.__setattr__(result, key, copied(item))
+            object.__setattr__(result, key, _mapped(item, change))
         return result
     return value
 
@@ -181,7 +192,7 @@ def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
 
 def _untouched(before: Any, after: Any) -> bool:
     """Returns whether the tensors in nested arguments still have the values that they had."""
-    return all(torch.equal(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
+    return all(_same(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
 
 
 def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool:
@@ -210,7 +221,7 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool
 
 def _works_in_half(module: nn.Module, call: Call) -> bool:
     """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
-    args, kwargs = (_in_half(copied(part)) for part in (call.args, call.kwargs))
+    args, kwargs = (_mapped(part, _half) for part in (call.args, call.kwargs))
     wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
     for cast in (_all_of_it, _first_children):
         twin = foreign.attempt(deepcopy, module)
@@ -236,15 +247,8 @@ def _first_children(module: nn.Module) -> nn.Module:
     return module
 
 
-def _in_half(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(torch.bfloat16) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        value.update({key: _in_half(item) for key, item in value.items()})
-        return value
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_in_half(item) for item in value)
-    return value
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor.clone()
 
 
 def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -265,7 +269,7 @@ def _describe(value: Any) -> str:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return _same(a, b)
     if isinstance(a, Mapping):
         return all(_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
@@ -273,6 +277,13 @@ def _equal(a: Any, b: Any) -> bool:
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
         return all(_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
     return True
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Returns whether two tensors are equal; a number that is none (where a row is padding) is itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or (a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all()))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -288,6 +299,9 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
+            yield from _tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in vars(value).values():
             yield from _tensors_in(item)
 
 

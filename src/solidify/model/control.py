@@ -91,14 +91,28 @@ def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
     if anatomy.is_meta(model):
         return Control(None, {}, None, None, probed, large)
     inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
-    calls = contract.record(model, probed, inputs, partly=large)
-    for name in [name for name in kinds if name in calls]:
-        calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
+    before = Control(inputs, {}, None, None, tuple(kinds), large)
+    calls, reading = _calls_and_reading(model, before, probed)
     called = tuple(name for name in kinds if name in calls)
-    before = Control(inputs, calls, None, None, called, large)
-    reading = _read(model, before) if called or not large else None
+    for name in called:
+        calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
+    before = dataclasses.replace(before, calls=calls, probed=called)
     wide = _read(model, before, wide=True) if is_half(model) and not large else None
     return dataclasses.replace(before, reading=reading, wide=wide)
+
+
+def _calls_and_reading(
+    model: PreTrainedModel, before: Control, names: Sequence[str]
+) -> tuple[dict[str, contract.Call], Reading | None]:
+    """Returns the first call of each module, and the reading; a small model's first pass serves both."""
+    if not before.large:
+        with contract.recording(model, names) as calls:
+            reading = _read(model, before)
+        if reading is not None:
+            return calls, reading
+    calls = contract.record(model, names, before.inputs or {}, partly=before.large)
+    watched = dataclasses.replace(before, probed=tuple(name for name in before.probed if name in calls))
+    return calls, _read(model, watched) if watched.probed else None
 
 
 def is_half(model: PreTrainedModel) -> bool:
@@ -122,6 +136,38 @@ def take_whole(model: PreTrainedModel) -> Control:
     inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
     before = Control(inputs, {}, None)
     return dataclasses.replace(before, reading=_read(model, before), output=anatomy.run(model, inputs))
+
+
+def take_at(model: PreTrainedModel, name: str) -> Control:
+    """Runs the model as it is, before something is added that reads what one module returns: that is watched alone.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    if anatomy.is_meta(model):
+        return Control(None, {}, None)
+    before = Control(probing.probe_inputs(model), {}, None, None, (name,), large=True)
+    reading = _read(model, before)
+    wide = _read(model, before, wide=True) if is_half(model) and not anatomy.large(model) else None
+    return dataclasses.replace(before, reading=reading, wide=wide, output=anatomy.run(model, before.inputs or {}))
+
+
+def judge_at(
+    model: PreTrainedModel, before: Control, name: str, *, what: str, fresh: Iterable[str], declared: Mapping[str, bool]
+) -> Judgement:
+    """Judges whether what a new module returns behaves as what it reads; a return without positions is not looked at.
+
+    Raises:
+        SurgeryError: with the new module, the model does not run.
+    """
+    control = dataclasses.replace(before, probed=(name,))
+    if control.inputs is None or control.reading is None or not control.reading.plain:
+        return Judgement()
+    with foreign.calling(f"with {what} in place the model does not run", SurgeryError), anatomy.sparing(model):
+        found = Watched(model, control.inputs, **control.watched).read(whole=False)
+    if name not in found.plain:
+        return Judgement()
+    return judge(model, control, what=what, fresh=fresh, declared=declared, identical=True)
 
 
 def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, object]:

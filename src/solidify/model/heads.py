@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from transformers import PreTrainedModel
 
 from solidify import foreign
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, behaviour, control, declaring, initial, operations, probing, surgery
-from solidify.model.behaviour import Reading, Watched
+from solidify.model import anatomy, control, declaring, initial, operations, surgery
+from solidify.model.control import Control
 from solidify.model.surgery import Edit
 from solidify.model.transaction import transaction
 
@@ -52,59 +51,29 @@ def add(
         faults.append(f"{name!r} is there already; replace it, or choose another name")
     faults += surgery.constructor_faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
-    before = None if anatomy.is_meta(model) else _Before.of(model, reads)
+    before = control.take_at(model, reads)
     supplied = surgery.supplied_to(module)
     settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
     with transaction(model), foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns"):
-        with surgery.under(model.dtype), torch.device("meta" if before is None else "cpu"):
+        with surgery.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
         head.to(device=model.device).train(model.training)
         if weights is not None:
             state = initial.read(weights)
             refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
-        if before is not None:
+        if before.inputs is not None:
             _try(model, name, before)
-            before.judge(model, name, head, declared)
-    return [_record(model, name, head, arguments, supplied, reads, declared, probed=before is not None)]
+        what, fresh = type(head).__name__, [f"{name}.{key}" for key in head.state_dict()]
+        judged = control.judge_at(model, before, name, what=what, fresh=fresh, declared=declared)
+        refuse(SurgeryError, f"{what} cannot be added as asked", judged.faults)
+    return [_record(model, name, head, arguments, supplied, reads, declared, probed=before.inputs is not None)]
 
 
-@dataclass(frozen=True)
-class _Before:
-    """The model before a head is added: its output, and how what the head will read behaves."""
-
-    inputs: dict[str, torch.Tensor]
-    output: torch.Tensor
-    reading: Reading | None
-    reads: str
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, reads: str) -> _Before:
-        """Runs the model as it is."""
-        inputs = probing.probe_inputs(model)
-        reading = foreign.attempt(Watched(model, inputs, at=[reads], leave=True).read).value
-        return cls(inputs, anatomy.run(model, inputs), reading, reads)
-
-    def judge(self, model: PreTrainedModel, name: str, head: nn.Module, declared: Mapping[str, bool]) -> None:
-        """Refuses a head whose answer does not behave as what it reads; an answer without positions is not looked at.
-
-        Raises:
-            SurgeryError: it does not, and does not declare it.
-        """
-        parameters = {key: p for key, p in model.named_parameters() if key.startswith(f"{name}.")}
-        values = {key: behaviour.noise(key, p) for key, p in parameters.items() if p.is_floating_point()}
-        if self.reading is None or self.reads not in self.reading.plain:
-            return
-        reading, faults = Watched(model, self.inputs, values=values, at=[name], leave=True).judged(self.reading)
-        if name not in reading.plain:
-            return
-        what = type(head).__name__
-        refuse(SurgeryError, f"{what} cannot be added as asked", control.sentences(faults, what, declared))
-
-
-def _try(model: PreTrainedModel, name: str, before: _Before) -> None:
+def _try(model: PreTrainedModel, name: str, before: Control) -> None:
     """Runs the model once with the new module: its answer must be there, and nothing else may have moved."""
+    assert before.inputs is not None and before.output is not None
     with torch.no_grad(), anatomy.evaluation(model):
         outputs = model(**before.inputs)
     if not _is_answer(outputs.get(name)):

@@ -8,7 +8,7 @@ gradient; the values of buffers, and, where the model is small, those of paramet
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from solidify.model import anatomy
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor; torch 2.13 has no public list of them
 _CONTAINERS = (dict, list, set, OrderedDict)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 @contextmanager
@@ -64,17 +65,19 @@ class _Before:
             return
         self._seen[id(value)] = value
         self._steps.append((value, type(value), dict(vars(value))))
-        for item in vars(value).values():
-            self._value(item)
+        self._values(vars(value).values())
 
-    def _value(self, value: Any) -> None:
-        if isinstance(value, (PreTrainedConfig, GenerationConfig)):
-            self._object(value)
-        elif type(value) in _CONTAINERS and id(value) not in self._seen:
-            self._seen[id(value)] = value
-            self._steps.append((value, type(value), value.copy()))
-            for item in value.values() if isinstance(value, dict) else value:
-                self._value(item)
+    def _values(self, values: Iterable[Any]) -> None:
+        for value in values:
+            kind = type(value)
+            if kind in _CONTAINERS:
+                if id(value) not in self._seen:
+                    self._seen[id(value)] = value
+                    self._steps.append((value, kind, value.copy()))
+                    if value:  # most tables of hooks are empty
+                        self._values(value.values() if isinstance(value, dict) else value)
+            elif kind not in _PLAIN and isinstance(value, (PreTrainedConfig, GenerationConfig)):
+                self._object(value)
 
     def put_back(self) -> list[str]:
         """Puts everything back; returns the names of parameters whose values could not be."""
