@@ -40,7 +40,7 @@ def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("artifacts") / "trash"
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock", count=2)
-    solidify.build(model, edits, directory)
+    pico.artifact(model, edits, directory)
     return directory
 
 
@@ -51,7 +51,7 @@ def wrapped_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.self_attn.o_proj", pico.wrappers.Bottleneck, arguments={"width": 4})
     edits += solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
-    solidify.build(model, edits, directory)
+    pico.artifact(model, edits, directory)
     return directory
 
 

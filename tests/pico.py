@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -43,6 +45,15 @@ def olmoe(layers: int = 2, *, seed: int = 0, dtype: torch.dtype = torch.float32,
 
 def llama(**settings: object) -> PreTrainedModel:
     return make("LlamaForCausalLM", **{**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, **settings})
+
+
+def artifact(model: PreTrainedModel, edits: Sequence[Any], directory: Path, **more: Any) -> Path:
+    """Writes an artifact for tests of what comes after it: as `solidify.build`, but no fresh process looks at it."""
+    from solidify.artifact import trust
+    from solidify.artifact.solidify import assemble
+
+    trust.remember(assemble(model, edits, directory, **more))
+    return directory
 
 
 def tokens(rows: int = 2, length: int = 12, *, seed: int = 0, vocab_size: int = 128) -> torch.Tensor:

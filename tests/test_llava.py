@@ -272,7 +272,7 @@ def test_what_prepares_images_alone_travels_too(tmp_path: Path) -> None:
     read = loading.load_base(str(tmp_path / "vit"))
     assert read.tokenizer is None
     edits = solidify.replace(read.model, "vit.layers.0.mlp", pico.wrappers.Scaled)
-    solidify.build(read.model, edits, tmp_path / "artifact", tokenizer=read.processor)
+    pico.artifact(read.model, edits, tmp_path / "artifact", tokenizer=read.processor)
     again = loading.load_processor(tmp_path / "artifact")
     pixels = again(llava.image(), return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, read.processor(llava.image(), return_tensors="pt")["pixel_values"])

@@ -223,7 +223,7 @@ def test_another_base_is_refused_with_what_differs(saved: Path, tmp_path: Path) 
         model = pico.olmoe(seed=seed)
         edits = solidify.replace(model, "**.o_proj", wrappers.Bottleneck, arguments={"width": width})
         edits += solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
-        solidify.build(model, edits, tmp_path / name)
+        pico.artifact(model, edits, tmp_path / name)
         return tmp_path / name
 
     with pytest.raises(AdapterError, match="its weights are others"):
@@ -278,7 +278,7 @@ def test_a_tied_pair_stays_tied_when_it_is_trained(tmp_path: Path) -> None:
 
     model = pico.llama(tie_word_embeddings=True)
     edits = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
-    solidify.build(model, edits, tmp_path / "tied")
+    pico.artifact(model, edits, tmp_path / "tied")
     trained = attached(tmp_path / "tied", train=["model.embed_tokens"])
     plain = standing.plain_model(trained)
     embedding = plain.get_input_embeddings().weight
@@ -303,7 +303,7 @@ def test_what_a_module_froze_itself_stays_frozen(tmp_path: Path) -> None:
 
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", wrappers.PartlyFrozen)
-    solidify.build(model, edits, tmp_path / "frozen")
+    pico.artifact(model, edits, tmp_path / "frozen")
     model = solidify.attach(solidify.load(tmp_path / "frozen"), train=["model.layers.*.mlp"])
 
     def trained() -> set[str]:

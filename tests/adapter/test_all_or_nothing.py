@@ -30,7 +30,7 @@ def snapshot(model: nn.Module) -> list[object]:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, directory = pico.llama(), tmp_path_factory.mktemp("all-or-nothing")
     edits = solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
-    solidify.build(model, edits, directory / "artifact")
+    pico.artifact(model, edits, directory / "artifact")
     return directory / "artifact"
 
 

@@ -27,7 +27,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico Llama with scaled feed-forwards."""
     directory = tmp_path_factory.mktemp("artifacts") / "scaled"
     model = pico.llama()
-    solidify.build(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
+    pico.artifact(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
     return directory
 
 
@@ -145,7 +145,7 @@ def test_an_artifact_that_was_replaced_since_it_was_loaded_is_named(
     model = solidify.load(place)
     shutil.rmtree(place)
     other = pico.llama(seed=5)
-    solidify.build(other, solidify.replace(other, "model.layers.*.mlp", pico.wrappers.Scaled), place)
+    pico.artifact(other, solidify.replace(other, "model.layers.*.mlp", pico.wrappers.Scaled), place)
     with pytest.raises(AdapterError, match=r"was replaced by another since the model was loaded(.|\n)*weights"):
         solidify.attach(model, lora=LORA)
     again = noise(solidify.attach(solidify.load(place), lora=LORA))
@@ -179,7 +179,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("classifier") / "scaled"
     sizes = {**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0}
     model = pico.make("LlamaForSequenceClassification", **sizes)
-    solidify.build(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
+    pico.artifact(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), directory)
     return directory
 
 

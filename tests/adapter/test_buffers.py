@@ -27,7 +27,7 @@ LORA: dict[str, Any] = {"r": 2, "target_modules": ["**.q_proj"]}
 def build(directory: Path, module: type, **arguments: Any) -> Path:
     model = pico.llama()
     edits = solidify.replace(model, MLP, module, arguments=arguments)
-    solidify.build(model, edits, directory)
+    pico.artifact(model, edits, directory)
     return directory
 
 

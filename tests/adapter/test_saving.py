@@ -47,7 +47,7 @@ def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = pico.make(request.param, **({**sizes, "num_key_value_heads": 2} if "Llama" in request.param else sizes))
     place, target = HEADS[request.param]
     directory = tmp_path_factory.mktemp(request.param) / "artifact"
-    solidify.build(model, solidify.replace(model, place, moving.Scored), directory)
+    pico.artifact(model, solidify.replace(model, place, moving.Scored), directory)
     return directory, place, target
 
 
@@ -164,7 +164,7 @@ def test_saving_changes_nothing_in_the_model(wrapped_artifact: Path, tmp_path: P
 def test_a_tensor_that_is_handed_on_transposed_compares_equal(tmp_path: Path) -> None:
     model = pico.llama()
     edits = solidify.replace(model, "model.layers.*.mlp", moving.Turned)
-    solidify.build(model, edits, tmp_path / "artifact")
+    pico.artifact(model, edits, tmp_path / "artifact")
     trained = solidify.attach(
         solidify.load(tmp_path / "artifact"), lora={"r": 4, "target_modules": ["**.mlp.mix", "**.down_proj"]}
     )
@@ -177,7 +177,7 @@ def test_a_tensor_that_is_handed_on_transposed_compares_equal(tmp_path: Path) ->
 
 def test_trained_in_more_digits_than_stored_is_compared_as_stored(tmp_path: Path) -> None:
     model = pico.llama(dtype=torch.bfloat16)
-    solidify.build(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), tmp_path / "artifact")
+    pico.artifact(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), tmp_path / "artifact")
     trained = solidify.attach(solidify.load(tmp_path / "artifact"), lora=LORA, train=["**.mlp.scale", "model.norm"])
     for parameter in trained.parameters():
         if parameter.requires_grad:

@@ -197,7 +197,7 @@ def test_a_changed_weight_of_a_further_module_is_found(
     embedder: Path, tmp_path: Path, copy_of: Callable[..., Path]
 ) -> None:
     model = AutoModel.from_pretrained(embedder)
-    solidify.build(model, identity(model), tmp_path / "out")
+    pico.artifact(model, identity(model), tmp_path / "out")
     path = tmp_path / "out/2_Dense/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert "2_Dense/model.safetensors" in solidify.check(tmp_path / "out").failed[0].evidence

@@ -27,7 +27,9 @@ def test_a_first_pass_that_is_off_is_told_and_not_held_against_the_model(tmp_pat
     assert {finding.evidence for finding in found.values()} == {"3 cases bit-identical"}
 
 
-@pytest.mark.parametrize("name", ["FirstOfEach", "Twice", "Chance", "Other"])
+@pytest.mark.parametrize(
+    "name", ["FirstOfEach", "Chance", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Twice", "Other"))]
+)
 def test_what_differs_by_itself_is_refused(name: str, tmp_path: Path) -> None:
     model = pico.llama()
     edits = solidify.replace(model, "**.mlp", getattr(passes, name))

@@ -74,7 +74,7 @@ def test_two_artifacts_with_equal_directory_names_run_their_own_code(tmp_path: P
         )
         model = pico.olmoe()
         edits = solidify.replace(model, "**.mlp", references.resolve("mine.py:Signed", place))
-        solidify.build(model, edits, place / "model")
+        pico.artifact(model, edits, place / "model")
         inputs = probing.probe_inputs(model)
         outputs.append(anatomy.run(solidify.load(place / "model"), inputs))
         assert torch.equal(outputs[-1], anatomy.run(model, inputs))

@@ -33,7 +33,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     norm = next(name for name, module in model.base_model.named_modules() if "norm" in type(module).__name__.lower())
     edits = solidify.replace(model, f"{model.base_model_prefix}.{norm}", pico.wrappers.Scaled)
     directory = tmp_path_factory.mktemp("parts") / "artifact"
-    solidify.build(model, edits, directory)
+    pico.artifact(model, edits, directory)
     return directory
 
 

@@ -108,7 +108,8 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "int
 @pytest.mark.parametrize(
     ("name", "settings", "target", "module"),
     [
-        ("LlamaForCausalLM", LLAMA, "model.layers.*.self_attn", "Scaled"),
+        # Whole families are in tests/test_families.py.
+        pytest.param("LlamaForCausalLM", LLAMA, "model.layers.*.self_attn", "Scaled", marks=pytest.mark.slow),
         ("GPT2LMHeadModel", GPT2, "transformer.h.*.mlp", "Scaled"),
         ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}, "**.DenseReluDense", "Scaled"),
         ("ViTForImageClassification", {**VIT, "patch_size": 4}, "classifier", "Bottleneck"),
@@ -133,7 +134,7 @@ def test_other_families_reload_bit_identical(
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     model = pico.olmoe(dtype=torch.bfloat16)
     edits = solidify.replace(model, "**.mlp", TrashCanMoE)
-    solidify.build(model, edits, tmp_path / "out")
+    pico.artifact(model, edits, tmp_path / "out")
     loaded = solidify.load(tmp_path / "out")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     inputs = probing.probe_inputs(model)

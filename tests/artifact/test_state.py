@@ -37,7 +37,12 @@ def test_state_that_can_be_kept_is_kept(tmp_path: Path) -> None:
         assert sum(not finding.name.startswith("behaviour") for finding in findings) == 10
 
 
-@pytest.mark.parametrize("name", REFUSED)
+QUICK = ("TensorAttribute", "NumberFromTensor")  # of each remedy one; a fresh process each takes its time
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in REFUSED]
+)
 def test_state_that_cannot_be_kept_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
     model = pico.llama()
     edits = solidify.replace(model, "**.mlp", getattr(states, name), declares={"half_precision": False})

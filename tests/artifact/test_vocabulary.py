@@ -128,7 +128,7 @@ def test_check_finds_it_too(tmp_path: Path) -> None:
     """An artifact that was built with a tokenizer of its base, or before the tokenizer was looked at."""
     model = llama()
     edits = solidify.replace(model, "**.mlp", pico.wrappers.Scaled)
-    solidify.build(model, edits, tmp_path / "out", tokenizer=words(eos_token="w9"))
+    pico.artifact(model, edits, tmp_path / "out", tokenizer=words(eos_token="w9"))
     found = {finding.name: finding for finding in solidify.check(tmp_path / "out").findings}
     assert found[vocabulary.FITS].passed is True
     assert found[vocabulary.ENDS].passed is None and "(id 12)" in found[vocabulary.ENDS].evidence

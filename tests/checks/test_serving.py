@@ -289,7 +289,7 @@ def test_an_artifact_that_cannot_be_served_is_told_why(tmp_path: Path) -> None:
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.0.self_attn", served.OwnAttention)
     edits += solidify.replace(model, "model.layers.1.mlp", served.PooledMoE, arguments={"name": "pool"})
-    directory = solidify.build(model, edits, tmp_path / "artifact").directory
+    directory = pico.artifact(model, edits, tmp_path / "artifact")
     found = {finding.name: finding for finding in serving.serving(directory, manifest.read(directory))}
     assert found[VLLM].evidence == f"not met; not run: {INTERFACE}, experts"
 

@@ -254,7 +254,7 @@ def test_an_adapter_without_effect_is_found(trash_artifact: Path) -> None:
 def headed(path: Path) -> Any:
     """Builds a model with a head of its own beside the logits."""
     model = pico.llama()
-    solidify.build(model, solidify.add(model, "value_head", wrappers.ValueHead, reads="model.norm"), path)
+    pico.artifact(model, solidify.add(model, "value_head", wrappers.ValueHead, reads="model.norm"), path)
     return solidify.load(path)
 
 

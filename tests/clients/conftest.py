@@ -52,7 +52,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizer
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, arguments={"threshold": -2.0})
     assert not torch.equal(model(pico.tokens()).logits, pico.olmoe()(pico.tokens()).logits)
-    solidify.build(model, edits, directory, tokenizer=tokenizer)
+    pico.artifact(model, edits, directory, tokenizer=tokenizer)
     return directory
 
 
@@ -66,7 +66,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     edits += solidify.replace(model, "model.layers.*.self_attn", pico.wrappers.Scaled)
     for layer in model.model.layers:
         torch.nn.init.constant_(layer.self_attn.scale, 0.7)
-    solidify.build(model, edits, directory, tokenizer=tokenizer)
+    pico.artifact(model, edits, directory, tokenizer=tokenizer)
     return directory
 
 

@@ -212,7 +212,7 @@ def test_a_layer_of_ones_own_is_recorded_where_the_old_one_was(tmp_path: Path) -
     ids = pico.tokens()
     before = model(ids, output_hidden_states=True).hidden_states
     edits = solidify.replace(model, "model.layers.*", behaving.Scaled, expect="LlamaDecoderLayer", count=2)
-    solidify.build(model, edits, tmp_path / "artifact")
+    pico.artifact(model, edits, tmp_path / "artifact")
     again = solidify.load(tmp_path / "artifact")
     with torch.no_grad():
         for each in (model, again):
@@ -226,7 +226,7 @@ def test_router_logits_that_are_gone_are_refused_when_they_are_asked_for(tmp_pat
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.1.mlp", pico.wrappers.PlainMLP)
     assert edits[0].declares == {"router_logits": False}
-    solidify.build(model, edits, tmp_path / "artifact")
+    pico.artifact(model, edits, tmp_path / "artifact")
     for each in (model, solidify.load(tmp_path / "artifact")):
         each(pico.tokens())
         with pytest.raises(ValueError, match="does not record all router_logits"):

@@ -59,7 +59,7 @@ def test_expert_conversion_hijacks_the_names_of_a_new_modules_layers(tmp_path: P
         solidify.attach(model, lora={"r": 2, "target_modules": names})
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.0.mlp", wrappers.RouterlessMoE)
-    solidify.build(model, edits, tmp_path / "ours")
+    pico.artifact(model, edits, tmp_path / "ours")
     ours = solidify.attach(solidify.load(tmp_path / "ours"), lora={"r": 2, "target_modules": names})
     assert {standing.canonical(ours, name) for name in lora_parents(ours)} == set(names)
 

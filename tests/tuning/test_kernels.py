@@ -148,7 +148,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("kernels") / "llama"
     model = pico.llama(num_hidden_layers=3)
     kernels.switch_on(model, {}, MODEL).off()
-    solidify.build(model, solidify.replace(model, "model.layers.1.mlp", wrappers.Scaled), directory)
+    pico.artifact(model, solidify.replace(model, "model.layers.1.mlp", wrappers.Scaled), directory)
     return directory
 
 

@@ -41,7 +41,7 @@ def verdicts(report: Any, verdict: str) -> set[str]:
     return {finding.name for finding in report.findings if finding.verdict == verdict}
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (2, 0)])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), pytest.param(2, 0, marks=pytest.mark.slow)])
 def test_a_short_run_without_evaluation_data_is_no_failure(tmp_path: Path, steps: int, warmup: float) -> None:
     training = {"max_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "warmup_steps": warmup}
     o_proj = "model.layers.*.self_attn.o_proj"

@@ -273,7 +273,7 @@ def test_half_precision_is_trained_in_float32_or_refused(tmp_path: Path) -> None
 
     model = pico.olmoe(dtype=torch.bfloat16)
     edits = solidify.replace(model, "**.mlp", TrashCanMoE, arguments={"threshold": -2.0})
-    solidify.build(model, edits, tmp_path / "bf16")
+    pico.artifact(model, edits, tmp_path / "bf16")
 
     def attach() -> torch.nn.Module:
         return solidify.attach(solidify.load(tmp_path / "bf16"), lora=LORA, train=["**.mlp.trash"])
