@@ -6,7 +6,6 @@ to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from solidify import files
 from solidify.errors import RecipeError, refuse
 
 
@@ -173,21 +173,6 @@ class Recipe(_Section):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `2e-4` is a float. (PyYAML reads YAML 1.1, where it is a string.)"""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
 
@@ -196,10 +181,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             faults are listed together.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"the recipe {path} does not exist")
+    content = files.text(path, RecipeError, largest=files.LARGEST_RECIPE)
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        document = files.parse_yaml(content)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):
@@ -221,18 +205,25 @@ def _override(document: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place: Any = document
     for part in parents:
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
             place = place[int(part)]
         elif isinstance(place, dict):
             place = place.setdefault(part, {})
         else:
             raise RecipeError(f"the override {override!r} points nowhere: there is no {part!r} in the recipe")
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = yaml.load(value, _Loader)
+    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
+        place[int(last)] = _value(override, value)
     elif isinstance(place, dict):
-        place[last] = yaml.load(value, _Loader)
+        place[last] = _value(override, value)
     else:
         raise RecipeError(f"the override {override!r} points nowhere: there is no {last!r} in the recipe")
+
+
+def _value(override: str, value: str) -> Any:
+    try:
+        return files.parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the override {override!r} is not valid YAML: {error}") from error
 
 
 _SECTIONS: dict[str, type[_Section]] = {
@@ -261,4 +252,5 @@ def _sentence(error: Any) -> str:
         return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{where}: this key is required"
-    return f"{where}: {error['msg']}; found {error['input']!r}"
+    found = repr(error["input"])
+    return f"{where}: {error['msg']}; found {found if len(found) <= 200 else found[:200] + ' …'}"

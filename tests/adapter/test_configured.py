@@ -74,11 +74,11 @@ def test_other_kinds_are_named_whatever_else_is_wrong(tmp_path: Path, base: Path
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
-    "no JSON": (b"{", "adapter_config.json cannot be read: JSONDecodeError"),
-    "not UTF-8": (b"\xff\xfe{}", "cannot be read: UnicodeDecodeError"),
-    "a list": (b"[]", "holds a list and not the fields of an adapter"),
+    "no JSON": (b"{", "adapter_config.json is not the JSON that it should be: Expecting property name"),
+    "not UTF-8": (b"\xff\xfe{}", "is not text in UTF-8: the byte at place 0 is none"),
+    "a list": (b"[]", "holds a list, and not an object with fields"),
     "empty": (b"{}", "does not say of what kind it is (`peft_type`)"),
-    "deep": (b"[" * 200_000, "cannot be read: RecursionError"),
+    "deep": (b"[" * 200_000, "is nested too deeply"),
     "no kind of PEFT's": (b'{"peft_type": "LARO"}', "peft_type 'LARO' is no kind that PEFT has"),
     "a number for a kind": (b'{"peft_type": 7}', "peft_type '7' is no kind that PEFT has"),
 }

@@ -6,7 +6,6 @@ meant, is refused here by name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 
-from solidify import foreign
+from solidify import files, foreign
 from solidify.adapter import kinds
 from solidify.errors import AdapterError, refuse
 
@@ -71,13 +70,7 @@ def _document(path: Path) -> dict[str, Any]:
     """Reads the file, whatever it holds, as a mapping."""
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is no adapter")
-    with foreign.calling(f"{path} cannot be read", AdapterError):
-        if path.stat().st_size > _LARGEST:
-            raise AdapterError(f"{path} is larger than any adapter's configuration ({path.stat().st_size} bytes)")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict):
-        raise AdapterError(f"{path} holds a {type(document).__name__} and not the fields of an adapter")
-    return document
+    return files.document(path, AdapterError, largest=_LARGEST)
 
 
 def _layout_faults(document: Mapping[str, Any]) -> list[str]:

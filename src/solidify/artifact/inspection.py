@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console
+from solidify import console, files
 from solidify.artifact import manifest
 from solidify.errors import ArtifactError
 from solidify.model import cost, ledger
@@ -227,10 +226,7 @@ def _contents(directory: Path) -> dict[str, Any]:
     names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
-    try:
-        values = json.loads((directory / names[0]).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{directory / names[0]} is no JSON: {error}") from error
+    values = files.document(directory / names[0])
     adapter = names[0] != "config.json"
     weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
     edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from solidify import files
 from solidify.errors import ArtifactError, refuse
 from solidify.weights import format
 from solidify.weights.format import Entry, Shape
@@ -99,10 +100,9 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
+    found = files.document(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ArtifactError(f"{index} is not a safetensors index: its weight_map does not map tensors to files")
     return found
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from solidify import console
+from solidify import console, files
 from solidify.errors import ArtifactError
 from solidify.weights import hashing
 
@@ -169,6 +169,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         ArtifactError: the file is no safetensors file or not whole, or holds a dtype that torch lacks.
     """
+    files.require_regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -185,7 +186,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"{name} has {end - start} bytes and not {shape.nbytes}")
             entries[name] = Entry(path, name, shape, 8 + length + start)
         _refuse_gaps(entries, 8 + length, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ArtifactError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
     return entries
 
@@ -203,9 +204,13 @@ def _refuse_gaps(entries: Mapping[str, Entry], begin: int, size: int) -> None:
 
 def header_digest(path: Path) -> str:
     """Returns the digest of what stands before the tensors in a safetensors file."""
+    files.require_regular(path)
     with path.open("rb") as file:
         length = file.read(8)
-        return hashing.digest_bytes(length + file.read(struct.unpack("<Q", length)[0]))
+        count = struct.unpack("<Q", length)[0] if len(length) == 8 else _LARGEST_HEADER + 1
+        if count > _LARGEST_HEADER:
+            raise ArtifactError(f"{path} cannot be read as safetensors: its header is longer than the file")
+        return hashing.digest_bytes(length + file.read(count))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""The one place through which files that others wrote are read as text: regular files, bounded, in one sentence if not.
+
+What a file may hold is bounded too: a YAML alias can stand for more than memory holds, and nesting for more than the
+stack does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from solidify.errors import ArtifactError, SolidifyError
+
+LARGEST = 2**26  # bytes of a JSON file; an index of a hundred thousand tensors is a sixth of it
+LARGEST_RECIPE = 2**20
+DEEPEST = 32  # sections within sections of a recipe
+
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def require_regular(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int | None = None) -> None:
+    """Makes sure that a path leads to a regular file; nothing is opened.
+
+    Raises:
+        SolidifyError: `kind`: nothing is there, it is a pipe, a device or a directory, or larger than `largest` bytes.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise kind(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte in a name
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise kind(f"{str(path)[:200]!r} cannot be read: {words}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise kind(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a device')} and not a file")
+    if largest is not None and found.st_size > largest:
+        raise kind(f"{path} holds {found.st_size} bytes, and at most {largest} are read; it is not what it should be")
+
+
+def text(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST) -> str:
+    """Reads a text file in UTF-8.
+
+    Raises:
+        SolidifyError: `kind`, as `require_regular`, or it cannot be read, or is not UTF-8.
+    """
+    require_regular(path, kind, largest=largest)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise kind(f"{path} is not text in UTF-8: the byte at place {error.start} is none") from error
+
+
+def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+        SolidifyError: `kind`, as `text`, or it is not JSON, is nested too deeply, or holds something else.
+    """
+    try:
+        found = json.loads(text(path, kind, largest=largest))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SolidifyError):
+            raise
+        words = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise kind(f"{path} is not the JSON that it should be: {words}") from error
+    if not isinstance(found, dict):
+        raise kind(f"{path} holds a {type(found).__name__}, and not an object with fields")
+    return found
+
+
+def parse_yaml(content: str) -> Any:
+    """Reads YAML into plain values: no aliases, no tags, no key twice, keys that are words, bounded nesting.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or not of that kind.
+    """
+    try:
+        return yaml.load(content, _Loader)
+    except (ValueError, OverflowError, RecursionError) as error:  # of a number of five thousand digits, for example
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `2e-4` is a float. (PyYAML reads YAML 1.1, where it is a string.) A date is a string."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Composes a node, unless it is an alias or lies too deep."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(f"the alias *{event.anchor} is not read; write out what it stands for", event.start_mark)
+        if self._depth >= DEEPEST:
+            raise _refused(f"it is nested more than {DEEPEST} deep", event.start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Makes a mapping of a node whose keys are words, each of them once."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            word = key.value if isinstance(key, yaml.ScalarNode) else None
+            if word is None or key.tag != "tag:yaml.org,2002:str":
+                raise _refused(f"the key {word if word is not None else 'here'} is no word; quote it", key.start_mark)
+            if word in seen:
+                raise _refused(f"the key {word!r} stands twice", key.start_mark)
+            seen.add(word)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _refused(words: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, words, mark)
+
+
+_WITHOUT = ("float", "timestamp", "merge", "value")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _WITHOUT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _PLAIN
+}
