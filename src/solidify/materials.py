@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
-from solidify import console, processes, references
+from solidify import console, foreign, processes, references
 from solidify.artifact import loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
@@ -140,10 +140,8 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
             "dataset_text_field": recipe.data.text,
         }
         values = {**own, **values}
-    try:
+    with foreign.calling("the training section does not fit", RecipeError):
         return kind(**values)
-    except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(f"the training section does not fit: {error}") from error
 
 
 def _against_images(recipe: Recipe) -> list[str]:

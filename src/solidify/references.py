@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from solidify import files, foreign
 from solidify.errors import RecipeError
 
 
@@ -42,9 +43,13 @@ def resolve(reference: str, directory: Path | None = None) -> Any:
 
 
 def _import_file(path: Path, reference: str) -> ModuleType:
-    if not path.is_file():
-        raise RecipeError(f"the file {path} does not exist (asked for by {reference!r})")
-    content = b"".join(p.name.encode() + p.read_bytes() for p in sorted(path.parent.glob("*.py")))
+    try:
+        files.require_regular(path, RecipeError)
+    except RecipeError as error:
+        raise RecipeError(f"the file {error} (asked for by {reference!r})") from error
+    beside = [p for p in sorted(path.parent.glob("*.py")) if p.is_file()]
+    with foreign.calling(f"a file beside {path} cannot be read", RecipeError):
+        content = b"".join(p.name.encode() + p.read_bytes() for p in beside)
     key = hashlib.sha256(str(path.parent).encode() + content).hexdigest()[:12]
     package = f"solidify_user_{key}"
     name = f"{package}.{path.stem}"
@@ -62,9 +67,9 @@ def _import_file(path: Path, reference: str) -> ModuleType:
     try:
         with _no_bytecode():
             spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
-        del sys.modules[name]
-        raise RecipeError(f"importing {path} failed with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a script that ends itself would end this one, as if all were done
+        sys.modules.pop(name, None)
+        raise RecipeError(f"importing {path} failed with {foreign.said(error)}") from error
     sys.modules[name] = sys.modules.pop(name)  # modules stand in the order they were finished
     return module
 
@@ -80,8 +85,8 @@ def _import(place: str, directory: Path) -> ModuleType:
             raise RecipeError(
                 f"the module {place!r} cannot be imported: {where} (looked in {directory} and on sys.path)"
             ) from error
-        except (ImportError, SyntaxError) as error:
-            raise RecipeError(f"importing {place!r} failed with {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RecipeError(f"importing {place!r} failed with {foreign.said(error)}") from error
 
 
 @contextmanager

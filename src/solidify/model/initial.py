@@ -8,9 +8,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from solidify import files, foreign
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
 
@@ -18,8 +18,9 @@ from solidify.model import anatomy
 def read(path: str | Path) -> dict[str, torch.Tensor]:
     """Reads initial weights from a safetensors or, tensors only, a torch file."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise SurgeryError(f"the weights {path} do not exist")
+    files.require_regular(path, SurgeryError)
     try:
         if path.suffix == ".safetensors":
             loaded: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
@@ -29,8 +30,8 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         raise SurgeryError(
             f"the weights {path} hold more than tensors, and reading them would run code; save a plain state_dict"
         ) from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise SurgeryError(f"the weights {path} cannot be read: {error}") from error
+    except Exception as error:
+        raise SurgeryError(f"the weights {path} cannot be read: {foreign.said(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise SurgeryError(f"the weights {path} hold no state_dict (names and tensors)")
     return state

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
 
 SHAPES = ("linear", "cosine", "exponential")
@@ -189,10 +190,8 @@ def make(weight: float | Weight | Mapping[str, Any]) -> Weight:
                 f"a weight is a number, {{schedule: ...}} or {{constraint: ...}}, but not {dict(weight)}"
             )
         kind, settings = next(iter(weight.items()))
-        try:
+        with foreign.calling(f"the weight's {kind} does not fit", ObjectiveError):
             made: Weight = _KINDS[kind](**settings)
-        except TypeError as error:
-            raise ObjectiveError(f"the weight's {kind} does not fit: {error}") from error
         return made
     if isinstance(weight, Weight):
         return weight

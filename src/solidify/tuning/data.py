@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from solidify import console
+from solidify import console, files, foreign
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.supply import shifts_labels
@@ -36,8 +36,9 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
             image is missing.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"the data file {path} does not exist")
+    files.require_regular(path, DataError)
     kind = _FORMATS.get(path.suffix)
     if kind is None:
         raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
@@ -45,8 +46,9 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         # In pieces, a column that is empty in the first of them is taken for one that is always empty.
         whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
         data = datasets.load_dataset(kind, data_files=str(path), split="train", **whole)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        cause = error.__cause__ or error  # what the library wraps says more than its wrapping
+        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from error
     for column in (text, image):
         if column is not None and column not in data.column_names:
             raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")

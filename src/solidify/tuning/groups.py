@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from solidify import foreign
 from solidify.adapter import standing
 from solidify.errors import RecipeError, refuse
 from solidify.model import anatomy
@@ -177,8 +178,8 @@ def _refused(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[st
     values = {**optimizer.defaults, **group.settings}
     try:
         type(optimizer)([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in values.items() if k in takes})
-    except (ValueError, TypeError) as error:
-        return [f"{group.label}: {error}"]
+    except Exception as error:
+        return [f"{group.label}: {foreign.said(error)}"]
     return []
 
 

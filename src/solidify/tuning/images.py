@@ -14,6 +14,7 @@ import datasets
 from transformers import ProcessorMixin
 from transformers.image_utils import load_image
 
+from solidify import foreign
 from solidify.errors import DataError, refuse
 from solidify.tuning import data
 from solidify.tuning.data import IMAGES
@@ -60,8 +61,8 @@ def _examples(
         try:
             seen = {"images": [load_image(place) for place in places]} if places else {}
             ids = data.ended(list(processor(text=[words], **seen)["input_ids"][0]), processor.tokenizer)
-        except (ValueError, OSError) as error:
-            faults.append(f"row {number}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            faults.append(f"row {number}: {foreign.said(error)}")
             continue
         marks = processor.create_mm_token_type_ids([ids])[0]
         if places and len(ids) > max_length:
