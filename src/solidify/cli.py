@@ -185,6 +185,35 @@ def diff(
 
 
 @app.command()
+def adopt(
+    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
+    files: Annotated[list[Path], typer.Argument(help="Files that stand in it.", show_default=False)],
+) -> None:
+    """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
+    _quiet()
+    from solidify import views
+    from solidify.artifact import adopting
+
+    found = adopting.read(directory, files)
+    _print(views.adopted(found))
+    adopting.keep(directory.resolve(), found)
+
+
+@app.command()
+def trust(
+    directory: Annotated[Path, typer.Argument(help="An artifact that was built elsewhere, and read.")],
+    forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
+) -> None:
+    """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
+    _quiet()
+    from solidify import views
+    from solidify.artifact import trust as trusting
+
+    record = trusting.trust(directory, forget=forget)
+    _print(views.trusted(directory, record, forget=forget))
+
+
+@app.command()
 def generate(
     directory: Annotated[Path, typer.Argument(help="An artifact.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],

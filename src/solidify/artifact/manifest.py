@@ -130,7 +130,9 @@ def _parse(path: Path) -> Manifest:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
-    refuse(ArtifactError, f"{path} is not a manifest that solidify writes", _form_faults(manifest) or name_faults(manifest))
+    refuse(
+        ArtifactError, f"{path} is not a manifest that solidify writes", _form_faults(manifest) or name_faults(manifest)
+    )
     return manifest
 
 

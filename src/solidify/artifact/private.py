@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from solidify.artifact import manifest, trust
-from solidify.artifact.manifest import CARD, NAME, Manifest
+from solidify.artifact.manifest import CARD, Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.weights.hashing import digest_bytes
 
@@ -81,6 +81,8 @@ def _point(thing: Any, old: str, new: str, seen: set[int]) -> Any:
             thing[key] = _point(value, old, new, seen)
     elif isinstance(thing, list):
         thing[:] = [_point(each, old, new, seen) for each in thing]
-    elif type(thing).__module__.partition(".")[0] in ("transformers", "transformers_modules") and hasattr(thing, "__dict__"):
+    elif type(thing).__module__.partition(".")[0] in ("transformers", "transformers_modules") and hasattr(
+        thing, "__dict__"
+    ):
         _point(vars(thing), old, new, seen)
     return thing

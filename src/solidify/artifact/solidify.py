@@ -83,8 +83,19 @@ def build(
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging), *findings]
-        trust.remember(written)  # before it appears: who is killed in between finds nothing, or all
+        _remember(model, written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
+
+
+def _remember(model: PreTrainedModel, written: Manifest) -> None:
+    """Notes that the artifact was built here, unless code of strangers is in it, which ran by permission."""
+    if not (strange := trust.strange_classes(model)):
+        trust.remember(written)
+        return
+    console.words.print(
+        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran by permission. From now on "
+        "it asks again; to run it from now on, say so: solidify trust DIR"
+    )
 
 
 def assemble(

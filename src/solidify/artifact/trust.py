@@ -100,7 +100,7 @@ def leads(directory: Path, record: Manifest) -> list[str]:
             else:
                 own = not any("/" in word for word in _texts(value))
             if not own:
-                faults.append(f"{key} in {shown(name)} leads to {ascii(value)}")
+                faults.append(f"{key} in {shown(name)} leads to {value!a}")
     return faults
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solidify import console
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, manifest, trust, vocabulary
+from solidify.artifact import certificate, companions, loading, manifest, private, trust, vocabulary
 from solidify.artifact.manifest import Manifest
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
@@ -36,13 +36,13 @@ def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str 
         for part in parts:
             report.add(part, _one(directory / part, trust_remote_code, serve))
     else:
-        record = manifest.read(directory)
+        record = manifest.read(directory, closed=False)
         report.add(record.kind, _one(directory, trust_remote_code, serve))
     return report
 
 
 def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
-    record = manifest.read(directory)
+    record = manifest.read(directory, closed=False)
     if record.kind == "adapter":
         return _adapter(directory, record, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
@@ -52,7 +52,7 @@ def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
     with console.stage(f"Comparing {directory.name} with its manifest"):
-        faults = manifest.faults(directory, record, fresh=True)
+        faults = [*manifest.faults(directory, record, fresh=True), *trust.leads(directory, record)]
     files = len(record.code) + len(record.files)
     if not faults and not (files and record.tensors):
         return Finding.unseen(INTACT, f"the manifest lists {files} files and {len(record.tensors)} tensors")
@@ -65,8 +65,8 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve:
     if not intact.passed:
         return [intact]
     trust.require(record, directory, trust_remote_code)
-    with console.stage(f"Loading {directory.name} in a fresh process"):
-        findings = [intact, *certificate.witness(directory)]
+    with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
+        findings = [intact, *certificate.witness(own)]
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
@@ -90,18 +90,19 @@ def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list
     if not intact.passed:
         return [intact]
     base = storage.find_base(record, directory)
-    fits = manifest.read(base, "artifact").digest()
+    below_record = manifest.read(base, "artifact", closed=False)
+    fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(
         "the base is the recorded one",
         not wrong,
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
-    below = _intact(base, manifest.read(base, "artifact"))
+    below = _intact(base, below_record)
     findings = [intact, fit, replace(below, name="its base is intact")]
     if wrong or not below.passed:
         return findings
-    trust.require(manifest.read(base, "artifact"), base, trust_remote_code)
+    trust.require(below_record, base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory)}
     try:
         with console.stage(f"Loading {directory.name} on its base in a fresh process"):
