@@ -155,10 +155,10 @@ def name_faults(manifest: Manifest) -> list[str]:
     """Says which names of files lead out of the directory, cannot be read by people, or are not one file's alone."""
     names = [NAME, *manifest.code, *manifest.files, *manifest.headers]
     faults = [f"{shown(name)} is no name of a file inside of the directory" for name in names if not is_inside(name)]
-    first: dict[str, str] = {}
-    for name in names:
-        other = first.setdefault(_folded(name), name)
-        if other is not name:
+    first: dict[str, int] = {}
+    for place, name in enumerate(names):
+        other = names[first.setdefault(_folded(name), place)]
+        if first[_folded(name)] != place:
             how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
             faults.append(f"{shown(name)} {how}")
     faults += [f"{shown(name)} is listed among code" for name in manifest.code if not name.endswith(".py")]

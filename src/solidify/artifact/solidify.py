@@ -93,8 +93,8 @@ def _remember(model: PreTrainedModel, written: Manifest) -> None:
         trust.remember(written)
         return
     console.words.print(
-        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran by permission. From now on "
-        "it asks again; to run it from now on, say so: solidify trust DIR"
+        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran by permission, so "
+        "it asks again when it is loaded; to let it run from now on, say so: solidify trust DIR"
     )
 
 
