@@ -23,6 +23,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where resul
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
+Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base stands now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
@@ -133,6 +134,7 @@ def check(
     serve: Annotated[
         Path | None, typer.Option("--serve", help="A Python that has vLLM: the artifact is served there and compared.")
     ] = None,
+    base: Base = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -140,7 +142,7 @@ def check(
     _quiet()
     from solidify.checks.check import check as check_directory
 
-    report = check_directory(directory, trust_remote_code=trust_remote_code, serve=serve)
+    report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve)
     if as_json:
         _print_json(report.document())
     else:
@@ -153,7 +155,7 @@ def check(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A trained adapter, of solidify or of plain PEFT.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new model.")],
-    base: Annotated[str | None, typer.Option("--base", help="Where its base stands now, if it moved.")] = None,
+    base: Base = None,
     copy: Copy = False,
     trust_remote_code: Trust = False,
 ) -> None:

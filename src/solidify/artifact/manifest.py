@@ -245,6 +245,13 @@ def _entries(directory: Path, folders: set[str], prefix: str = "") -> Iterator[t
             yield name, "file" if entry.is_file(follow_symlinks=False) else "a pipe, a socket or a device"
 
 
+def told(reference: str) -> str:
+    """Returns how a base is named to others: by its id of the hub; a directory by its last part, not by where it is."""
+    path = Path(reference)
+    local = path.is_absolute() or PureWindowsPath(reference).is_absolute() or path.parts[:1] in (("..",), ("~",))
+    return PureWindowsPath(reference).name if local or path.is_dir() else reference
+
+
 def is_plain(path: Path) -> bool:
     """Returns whether a path is a file that can be read to its end: no link, pipe or device."""
     try:

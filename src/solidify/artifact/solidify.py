@@ -213,7 +213,8 @@ def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
-    return sources.render("README.md.jinja", manifest=draft, parameters=parameters, auto=auto, lost=lost)
+    told = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    return sources.render("README.md.jinja", **told)
 
 
 def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:

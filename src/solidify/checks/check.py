@@ -17,10 +17,17 @@ from solidify.findings import Finding, Report
 INTACT = "nothing was changed since it was written"
 
 
-def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str | Path | None = None) -> Report:
+def check(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    serve: str | Path | None = None,
+) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
-    Of a stock model that solidify merged, files and tensors are compared.
+    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact
+    stands now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
     of it runs.
@@ -34,17 +41,17 @@ def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str 
     parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
     if parts and not (directory / manifest.NAME).is_file():
         for part in parts:
-            report.add(part, _one(directory / part, trust_remote_code, serve))
+            report.add(part, _one(directory / part, base, trust_remote_code, serve))
     else:
         record = manifest.read(directory, closed=False)
-        report.add(record.kind, _one(directory, trust_remote_code, serve))
+        report.add(record.kind, _one(directory, base, trust_remote_code, serve))
     return report
 
 
-def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
+def _one(directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
     record = manifest.read(directory, closed=False)
     if record.kind == "adapter":
-        return _adapter(directory, record, trust_remote_code)
+        return _adapter(directory, record, base, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
         return [_intact(directory, record)]
     return _artifact(directory, record, trust_remote_code, serve)
@@ -85,11 +92,11 @@ def _tokenizer(directory: Path) -> list[Finding]:
     return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
-def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
+def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool) -> list[Finding]:
     intact = _intact(directory, record)
     if not intact.passed:
         return [intact]
-    base = storage.find_base(record, directory)
+    base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
     below_record = manifest.read(base, "artifact", closed=False)
     fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
