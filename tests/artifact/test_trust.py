@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -324,3 +325,21 @@ def word_tokenizer() -> Any:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 3, "b": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+
+
+def test_every_row_of_the_threat_model_names_its_test() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "trust.md").read_text()
+    rows = [line for line in text.split("## The threat model")[1].split("\n## ")[0].splitlines() if line[:1] == "|"][2:]
+    assert len(rows) >= 15
+    assert [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+` \|$", row)] == []
+
+
+def test_a_card_names_a_base_and_not_where_it_stands(tmp_path: Path) -> None:
+    pico.llama().save_pretrained(tmp_path / "secret" / "base")
+    model = loading.load_base(str(tmp_path / "secret" / "base")).model
+    edits = solidify.replace(model, "**.mlp", pico.wrappers.Scaled)
+    card = (pico.artifact(model, edits, tmp_path / "artifact") / "README.md").read_text()
+    assert "Base model: `base`" in card
+    assert "secret" not in card
+    assert "base_model:" not in card
+    assert manifest.told("owner/name") == "owner/name"
