@@ -128,6 +128,48 @@ def test_an_output_that_is_not_ours_is_left_alone(cli: Solidify, tiny_base: Path
     assert "nothing says where results go" in err
 
 
+def test_a_file_is_shown_and_listed_and_code_is_trusted_by_name(
+    cli: Solidify, trash_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "another machine"))
+    directory = tmp_path / "artifact"
+    shutil.copytree(trash_artifact, directory)
+    (directory / "NOTES.md").write_text("mine [red]\x1b[31mx\n")
+    for words in (["inspect"], ["generate", "--prompt", "x"], ["trust"], ["diff", directory]):
+        code, out, err = cli(words[0], directory, *words[1:])
+        assert (code, out) == (2, "")
+        assert "NOTES.md is a file that the manifest does not list" in err.replace("\n", " ")
+    assert cli("check", directory)[0] == 1
+    code, out, _ = cli("adopt", directory, directory / "NOTES.md")
+    assert code == 0
+    assert "mine [red]\\x1b[31mx" in out
+    code, _, err = cli("inspect", directory)
+    assert code == 2
+    assert "carries code that was not built on this machine" in err
+    code, out, _ = cli("trust", directory)
+    assert code == 0
+    assert "trashcan_moe.py" in out
+    assert cli("inspect", directory)[0] == 0
+    assert cli("trust", directory, "--forget")[0] == 0
+    assert cli("inspect", directory)[0] == 2
+
+
+def test_an_adapter_is_checked_where_its_base_stands_now(cli: Solidify, trash_artifact: Path, tmp_path: Path) -> None:
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(trash_artifact, base)
+    adapter = solidify.save_adapter(awake(base), tmp_path / "adapter")
+    base.rename(moved)
+    code, _, err = cli("check", adapter)
+    assert code == 2
+    assert "say where it is (--base)" in err
+    (moved / "NOTES.md").write_text("mine")  # so that it ends before a fresh process is needed
+    code, out, _ = cli("check", adapter, "--base", moved, "--json")
+    assert code == 1
+    verdicts = {finding["name"]: finding["verdict"] for finding in json.loads(out)["stages"]["adapter"]}
+    assert verdicts["the base is the recorded one"] == "proved"
+    assert verdicts["its base is intact"] == "failed"
+
+
 def test_an_adapter_of_another_base_is_refused(
     cli: Solidify, trash_artifact: Path, wrapped_artifact: Path, tmp_path: Path
 ) -> None:

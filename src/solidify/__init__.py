@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from solidify.adapter.storage import load as load
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
+    from solidify.artifact.adopting import adopt as adopt
     from solidify.artifact.solidify import Artifact as Artifact
     from solidify.artifact.solidify import build as build
+    from solidify.artifact.trust import trust as trust
     from solidify.checks.check import check as check
     from solidify.dry_run import plan as plan
     from solidify.errors import AdapterError as AdapterError
@@ -74,6 +76,7 @@ _WHERE = {
     "SurgeryError": "errors",
     "Term": "objective.term",
     "add": "model.heads",
+    "adopt": "artifact.adopting",
     "attach": "adapter.adapters",
     "build": "artifact.solidify",
     "check": "checks.check",
@@ -87,6 +90,7 @@ _WHERE = {
     "run": "pipeline",
     "save_adapter": "adapter.storage",
     "share": "model.surgery",
+    "trust": "artifact.trust",
     "windows": "objective.window",
 }
 

@@ -23,6 +23,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where resul
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
+Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base stands now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
@@ -133,6 +134,7 @@ def check(
     serve: Annotated[
         Path | None, typer.Option("--serve", help="A Python that has vLLM: the artifact is served there and compared.")
     ] = None,
+    base: Base = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -140,7 +142,7 @@ def check(
     _quiet()
     from solidify.checks.check import check as check_directory
 
-    report = check_directory(directory, trust_remote_code=trust_remote_code, serve=serve)
+    report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve)
     if as_json:
         _print_json(report.document())
     else:
@@ -153,7 +155,7 @@ def check(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A trained adapter, of solidify or of plain PEFT.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new model.")],
-    base: Annotated[str | None, typer.Option("--base", help="Where its base stands now, if it moved.")] = None,
+    base: Base = None,
     copy: Copy = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -182,6 +184,35 @@ def diff(
         _print_json(differences)
         return
     _print(views.differences(differences))
+
+
+@app.command()
+def adopt(
+    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
+    files: Annotated[list[Path], typer.Argument(help="Files that stand in it.", show_default=False)],
+) -> None:
+    """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
+    _quiet()
+    from solidify import views
+    from solidify.artifact import adopting
+
+    found = adopting.read(directory, files)
+    _print(views.adopted(found))
+    adopting.keep(directory.resolve(), found)
+
+
+@app.command()
+def trust(
+    directory: Annotated[Path, typer.Argument(help="An artifact that was built elsewhere, and read.")],
+    forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
+) -> None:
+    """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
+    _quiet()
+    from solidify import views
+    from solidify.artifact import trust as trusting
+
+    record = trusting.trust(directory, forget=forget)
+    _print(views.trusted(directory, record, forget=forget))
 
 
 @app.command()

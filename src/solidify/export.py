@@ -21,7 +21,7 @@ from solidify import foreign, places
 from solidify.adapter import configured, merging, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
-from solidify.artifact import certificate, companions, loading, manifest, trust
+from solidify.artifact import certificate, companions, loading, manifest, private, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
 from solidify.checks import agreement, roundtrip, sums
@@ -77,8 +77,8 @@ def merge(
         written, findings = work(sources, staging, link, trust_remote_code)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
-    if not stock:
-        trust.remember(written)
+    if sources.base_record is not None and not stock and trust.known(sources.base_record):
+        trust.remember(written)  # a permission (`trust_remote_code`) holds for this command alone
     return Artifact(output, written, findings)
 
 
@@ -121,12 +121,12 @@ class _Attached:
 
 def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
-    record = manifest.read(adapter, "adapter")
+    record = manifest.read(adapter, "adapter", closed=False)
     where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
     base_record = manifest.read(where, "artifact")
     refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
-    without = replace(base_record, tensors={})  # these are compared when they pass
-    refuse(ArtifactError, f"{where} is not what was written", manifest.faults(where, without, card=False))
+    faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
+    refuse(ArtifactError, f"{where} is not what was written", faults)
     trust.require(base_record, where, trust_remote_code)
     return _Sources(adapter, record, where, base_record)
 
@@ -134,7 +134,10 @@ def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) ->
 def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
     assert sources.record is not None and sources.base_record is not None
     record, base = sources.record, sources.base_record
-    skeleton = _skeleton(sources.base)
+    with private.copy(sources.base, base) as own:
+        skeleton = _skeleton(own, sources.base)
+        kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
+        copy_code(own, staging, [*base.code, *kept])
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
     large = anatomy.large(skeleton)
     prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
@@ -144,8 +147,6 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
             lambda: loading.load_artifact(sources.base, trust_remote_code=trust_remote_code),
             lambda model: storage.load_adapter(model, sources.adapter),
         )
-    kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
-    copy_code(sources.base, staging, [*base.code, *kept])
     made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)
@@ -191,10 +192,11 @@ def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
     return replace(ledger, evidence=ledger.evidence + more) if ledger.passed else ledger
 
 
-def _skeleton(directory: Path) -> PreTrainedModel:
-    """Builds the model of an artifact, whose code was verified, on the meta device."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    return loading.on_meta(getattr(transformers, _auto_class(directory)), config).eval()
+def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
+    """Builds the model of an artifact on the meta device, from a private copy of its verified code."""
+    config = AutoConfig.from_pretrained(own, trust_remote_code=True)
+    private.point_back(config, own, directory)
+    return loading.on_meta(getattr(transformers, _auto_class(own)), config).eval()
 
 
 def _load_staged(directory: Path) -> PreTrainedModel:
@@ -239,6 +241,9 @@ def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
     where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
     checkpoint.read(where)
     record = manifest.read(where) if (where / manifest.NAME).is_file() else None
+    if record is not None:
+        faults = manifest.faults(where, record, card=False, weights=False)
+        refuse(ArtifactError, f"{where} is not what was written", faults)
     if record is not None and record.kind != "stock":
         raise AdapterError(
             f"{adapter} was not saved by solidify, so nothing tells that it was trained on the {record.kind} {where}; "

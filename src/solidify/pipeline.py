@@ -63,7 +63,8 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
         report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume, link=link))
         if recipe.adapter is not None:
             train(recipe, directory, report=report, resume=resume)
-            processes.on_first(lambda: merge(directory, report=report, link=link))
+            allowed = recipe.base.trust_remote_code
+            processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
             report.write(directory / "report.json", recipe=recipe.document(), finished=False)
@@ -194,7 +195,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model, processor = processes.in_turn(lambda: _artifact(directory))
+        model, processor = processes.in_turn(lambda: _artifact(directory, recipe.base.trust_remote_code))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
@@ -238,8 +239,11 @@ def _is_trained(recipe: Recipe, directory: Path, resume: bool) -> bool:
     return resume and _made_by(directory / "adapter", recipe.document(), "adapter")
 
 
-def _artifact(directory: Path) -> tuple[PreTrainedModel, Any]:
-    return loading.load_artifact(directory / "artifact"), loading.load_processor(directory / "artifact")
+def _artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:
+    return (
+        loading.load_artifact(directory / "artifact", trust_remote_code=allowed),
+        loading.load_processor(directory / "artifact", trust_remote_code=allowed),
+    )
 
 
 def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
@@ -276,7 +280,7 @@ def _release(recipe: Recipe, directory: Path, trainer: Any) -> Any:
     trained = adapters.trained_state(model)
     if not processes.is_first():
         return None
-    fresh = loading.load_artifact(directory / "artifact")
+    fresh = loading.load_artifact(directory / "artifact", trust_remote_code=recipe.base.trust_remote_code)
     with console.silence():
         again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
     here = dict([*again.named_parameters(), *again.named_buffers()])
@@ -300,7 +304,7 @@ def _keep(
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
         storage.save_adapter(model, target, recipe=recipe.document())
-        again = storage.load(directory / "artifact", target)
+        again = storage.load(directory / "artifact", target, trust_remote_code=recipe.base.trust_remote_code)
         report.add(
             "train",
             [
@@ -310,10 +314,12 @@ def _keep(
         )
 
 
-def merge(directory: Path, *, report: Report, link: bool = True) -> None:
+def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_code: bool = False) -> None:
     """Merges `directory/adapter` into `directory/merged`; weight files that stay are linked, or copied."""
     with console.stage("Merging the adapter and loading the result in a fresh process"):
-        merged = export.merge(directory / "adapter", directory / "merged", link=link)
+        merged = export.merge(
+            directory / "adapter", directory / "merged", link=link, trust_remote_code=trust_remote_code
+        )
     report.add("merge", merged.findings)
 
 

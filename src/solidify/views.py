@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -10,7 +11,9 @@ from rich.markup import escape
 from rich.text import Text
 
 from solidify import console
+from solidify.artifact.adopting import Adopted
 from solidify.artifact.inspection import Branch, ranges
+from solidify.artifact.manifest import Manifest
 from solidify.model import anatomy
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import Cost
@@ -296,3 +299,26 @@ def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
 
 def _times(names: Sequence[str]) -> str:
     return f" x {_numbers(names)}" if len(names) > 1 else ""
+
+
+def adopted(files: Sequence[Adopted]) -> Iterator[RenderableType]:
+    """Shows what files hold, letter by letter, before they are listed."""
+    for file in files:
+        how = "no text" if file.text is None else "as follows"
+        if file.text is not None and len(file.text.encode()) < file.size:
+            how = f"its first {len(file.text.encode())} bytes as follows"
+        change = "" if file.before is None else " (listed with other contents until now)"
+        yield Text(f"{file.name}: {file.size} bytes, {how}{change}", style="bold")
+        yield from (Text(f"  {_printable(line)}") for line in (file.text or "").splitlines())
+        yield Text(f"  blake3 {file.digest}", style="dim")
+
+
+def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[RenderableType]:
+    """Shows which code was trusted, or is no more."""
+    yield Text(f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}")
+    yield from (Text(f"  {name}  blake3 {digest}", style="dim") for name, digest in sorted(record.code.items()))
+
+
+def _printable(line: str) -> str:
+    """Returns a line of a file with everything in it visible, whatever a terminal would make of it."""
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

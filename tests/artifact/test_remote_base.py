@@ -12,7 +12,7 @@ from pico import wrappers
 from solidify import recipe as recipes
 from solidify import references
 from solidify.artifact import loading, manifest
-from solidify.errors import RecipeError
+from solidify.errors import ArtifactError, RecipeError
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,6 +70,8 @@ def test_its_code_travels_with_the_artifact(remote: Path, tmp_path: Path) -> Non
     text = (artifact / "modeling_solid_mine.py").read_text()
     assert "from .modeling_mine import" in text
     assert "is_custom_code" not in text  # its own initialisation may write in place
-    model = solidify.load(artifact)
+    with pytest.raises(ArtifactError, match="solidify trust"):  # the permission was the run's
+        solidify.load(artifact)
+    model = solidify.load(artifact, trust_remote_code=True)
     base = loading.load_base(str(remote), trust_remote_code=True).model
     assert model(pico.tokens()).logits.equal(base(pico.tokens()).logits)

@@ -166,7 +166,7 @@ def load_adapter(
             changed, or `name` is taken. The model is then as it was.
     """
     directory = Path(directory).resolve()
-    record = manifest.read(directory, "adapter")
+    record = manifest.read(directory, "adapter", closed=False)
     refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
     refuse_wrong_base(model, record, directory)
     existing = standing.peft_model(model)
@@ -281,7 +281,7 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     """
     tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:
-        if (candidate / manifest.NAME).is_file() and manifest.read(candidate).kind == "artifact":
+        if (candidate / manifest.NAME).is_file() and manifest.read(candidate, closed=False).kind == "artifact":
             return candidate
     raise AdapterError(
         f"the base of {adapter} is not at {' nor at '.join(dict.fromkeys(map(str, tried)))}; say where it is (--base)"

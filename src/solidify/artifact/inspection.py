@@ -223,13 +223,13 @@ def _told(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
 
 def _contents(directory: Path) -> dict[str, Any]:
     """Reads what a directory holds; values of the configuration and modules stand in lists, so that None is a value."""
+    edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
     names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
     values = files.document(directory / names[0])
     adapter = names[0] != "config.json"
     weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
-    edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
     code = sorted(directory.rglob("*.py"))
     told = {*code, *weights, directory / checkpoint.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
     others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)

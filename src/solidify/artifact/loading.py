@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import inspect
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
-from solidify.artifact import conversion, manifest, trust
+from solidify.artifact import conversion, manifest, private, trust
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
 from solidify.model import ledger
 from solidify.source import ownership
-from solidify.weights import layout
+from solidify.weights import checkpoint, layout
 from solidify.weights.hashing import digest_bytes
 
 ORIGIN = "_artifact_digest"  # attribute of a loaded model: the digest of the artifact that it was loaded from
@@ -64,8 +65,10 @@ def load_base(
     """
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
-    if manifest.kind(Path(reference)) == "artifact":
+    if (kind := manifest.kind(Path(reference))) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
+    if kind is not None:
+        _refuse_changed(Path(reference), "stock")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(reference, **options)
@@ -133,13 +136,39 @@ def on_meta(head: Any, config: Any, dtype: str | None = None) -> PreTrainedModel
     return model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
 
 
+def _refuse_changed(directory: Path, kind: str) -> None:
+    """Refuses a directory of ours whose files, but for its weights, are not what was written."""
+    record = manifest.read(directory, kind)
+    faults = manifest.faults(directory, record, card=False, weights=False)
+    refuse(ArtifactError, f"{directory} is not what was written", faults)
+
+
 def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_remote_code: bool) -> BaseModel:
     options: dict[str, Any] = {"device_map": "meta"} if device == "meta" else {}
     options |= {"dtype": getattr(torch, dtype)} if dtype else {}
-    model = load_artifact(directory, trust_remote_code=trust_remote_code, **options)
-    origin = manifest.read(directory, "artifact").base
-    processor = _processor(str(directory), None, trust_remote_code=True, needed=device != "meta")
-    return BaseModel(model, _tokenizer(str(directory), None, trust_remote_code=True), origin, processor)
+    directory = directory.resolve()
+    with _opened(directory, trust_remote_code) as (record, own):
+        model = _model(directory, record, own, options)
+        processor = _processor(str(own), None, trust_remote_code=True, needed=device != "meta")
+        tokenizer = _tokenizer(str(own), None, trust_remote_code=True)
+        for thing in (processor, tokenizer):
+            private.point_back(thing, own, directory)
+    return BaseModel(model, tokenizer, record.base, processor)
+
+
+@contextmanager
+def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -> Iterator[tuple[Manifest, Path]]:
+    """Yields an artifact's manifest and a private copy of its files, all verified; no code of it has run yet.
+
+    While the block lasts, its weight files stay as they are, or ArtifactError says that they did not.
+    """
+    record = manifest.read(directory, "artifact")
+    with checkpoint.steady([directory / name for name in record.headers]):
+        faults = manifest.faults(directory, record, card=False, weights=weights)
+        refuse(ArtifactError, f"{directory} is not what was written", faults)
+        trust.require(record, directory, trust_remote_code)
+        with private.copy(directory, record) as own:
+            yield record, own
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
@@ -152,7 +181,12 @@ def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool 
 
 
 def tokenizer_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Returns the tokenizer that stands in a model's directory; None where there is none."""
+    """Returns the tokenizer that stands in a model's directory, an artifact's or not; None where there is none."""
+    if manifest.kind(directory) == "artifact":
+        with _opened(directory.resolve(), trust_remote_code, weights=False) as (_, own):
+            found = _tokenizer(str(own), None, trust_remote_code=True)
+            private.point_back(found, own, directory.resolve())
+            return found
     return _tokenizer(str(directory), None, trust_remote_code=trust_remote_code)
 
 
@@ -200,19 +234,24 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
             on this machine and `trust_remote_code` is not given, or transformers would run other code than its own.
     """
     directory = Path(directory).resolve()
-    record = manifest.read(directory, "artifact")
-    refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
-    trust.require(record, directory, trust_remote_code)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    with _opened(directory, trust_remote_code) as (record, own):
+        return _model(directory, record, own, options)
+
+
+def _model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """Loads the model of an artifact from a private copy of it."""
+    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
     head = config["architectures"][0]
     auto = next(a for a, reference in config["auto_map"].items() if reference.endswith("." + head))
     model, info = getattr(transformers, auto).from_pretrained(
-        directory, trust_remote_code=True, output_loading_info=True, **options
+        own, trust_remote_code=True, output_loading_info=True, **options
     )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, f"{directory} was not loaded completely", faults + _foreign_code(model, record))
+    private.point_back(model, own, directory)
     vars(model)[ORIGIN] = record.digest()
-    return model.eval()
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
@@ -243,24 +282,30 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     transformers reads the artifact's configuration class for it, which is code of the artifact.
 
     Raises:
-        ArtifactError: there is none, or the artifact's code may not run.
+        ArtifactError: there is none, a file is not what was written, or the artifact's code may not run.
     """
-    directory = Path(directory).resolve()
-    trust.require(manifest.read(directory, "artifact"), directory, trust_remote_code)
-    tokenizer = _tokenizer(str(directory), None, trust_remote_code=True)
+    tokenizer = tokenizer_in(_artifact(directory), trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ArtifactError(f"{directory} holds no tokenizer; build it with tokenizer=...")
     return tokenizer
+
+
+def _artifact(directory: str | Path) -> Path:
+    """Returns the directory of an artifact."""
+    found = Path(directory).resolve()
+    manifest.read(found, "artifact")
+    return found
 
 
 def load_processor(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Returns the processor that stands in an artifact (which holds the tokenizer), or else its tokenizer.
 
     Raises:
-        ArtifactError: there is neither, or the artifact's code may not run.
+        ArtifactError: there is neither, a file is not what was written, or the artifact's code may not run.
         RecipeError: a package that the processor is made of is not installed.
     """
-    directory = Path(directory).resolve()
-    trust.require(manifest.read(directory, "artifact"), directory, trust_remote_code)
-    processor = _processor(str(directory), None, trust_remote_code=True, needed=True)
-    return processor if processor is not None else load_tokenizer(directory, trust_remote_code=True)
+    directory = _artifact(directory)
+    with _opened(directory, trust_remote_code, weights=False) as (_, own):
+        processor = _processor(str(own), None, trust_remote_code=True, needed=True)
+        private.point_back(processor, own, directory)
+    return processor if processor is not None else load_tokenizer(directory, trust_remote_code=trust_remote_code)

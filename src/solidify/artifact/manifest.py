@@ -1,15 +1,22 @@
-"""The manifest: what an artifact or an adapter is made of, and the digests that prove it."""
+"""The manifest: what an artifact or an adapter is made of, and the digests that prove it.
+
+It is closed: what it does not list does not belong to the directory, and refuses it (`strangers`).
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.weights import checkpoint, format, known
 from solidify.weights.hashing import ALGORITHM, digest_bytes, digest_values
 
@@ -17,6 +24,14 @@ NAME = "solidify.json"
 CARD = "README.md"
 FORMAT = 1
 PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
+KINDS = ("artifact", "adapter", "stock")
+# What version control, the hub's client and file browsers leave. Nothing that loads a model opens any of it by name,
+# and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
+LEFT_BY_TOOLS = (".gitattributes", ".gitignore", ".DS_Store")
+LEFT_BY_TOOLS_IN = (".git", ".cache/huggingface")
+_DRAFT = f".{NAME}."  # of a manifest whose writing was interrupted
+_DIGESTS = ("code", "files", "tensors", "headers")
+_NAMED = 6  # names in one sentence
 
 
 @dataclass(frozen=True)
@@ -52,28 +67,51 @@ class Manifest:
             "weights": digest_values(self.tensors),
         }
 
+    def listed(self) -> dict[str, str]:
+        """Returns the digest of every file but the manifest itself; that of a weight file is its header's."""
+        return {**self.code, **self.files, **self.headers}
+
     def write(self, directory: Path) -> None:
-        """Writes the manifest into `directory`."""
+        """Writes the manifest into `directory`, at once: who reads it finds the old one or this one.
+
+        Raises:
+            ArtifactError: a file has a name that no manifest may hold.
+        """
+        refuse(ArtifactError, f"{directory} cannot be listed", name_faults(self))
         document = asdict(self)
-        (directory / NAME).write_text(_text(document, digest_values(document)), encoding="utf-8")
+        draft = directory / f"{_DRAFT}{os.getpid()}"
+        draft.write_text(_text(document, digest_values(document)), encoding="utf-8")
+        draft.replace(directory / NAME)
 
 
 def _text(document: dict[str, Any], digest: str) -> str:
     return json.dumps({**document, "digest": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
-def read(directory: Path, kind: str | None = None) -> Manifest:
-    """Reads the manifest of `directory`.
+def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Manifest:
+    """Reads the manifest of `directory`, and looks whether the directory holds what it lists and nothing else.
+
+    Of the files, names and kinds are looked at and no content (`faults` does). Who looks for strangers in another way
+    asks for one that is not `closed`.
 
     Raises:
         ArtifactError: there is none, it is not readable, was changed, is of a newer format, or of another kind than
-            `kind`.
+            `kind`; a name in it leads elsewhere; something stands in the directory that it does not list, or lacks.
     """
     path = directory / NAME
     if not directory.is_dir():
         raise ArtifactError(f"the directory {directory} does not exist")
     if not path.is_file():
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
+    manifest = _parse(path)
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
+    if closed:
+        refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text)
@@ -88,22 +126,138 @@ def read(directory: Path, kind: str | None = None) -> Manifest:
         if digest != digest_values(document) or text != _text(document, digest):
             raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
         manifest = Manifest(**{key: value for key, value in document.items() if key in known})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
-    if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
+    refuse(
+        ArtifactError, f"{path} is not a manifest that solidify writes", _form_faults(manifest) or name_faults(manifest)
+    )
     return manifest
+
+
+def _form_faults(manifest: Manifest) -> list[str]:
+    """Says which fields are not of the form that they are written in."""
+    faults = [] if manifest.kind in KINDS else [f"`kind` is {manifest.kind!r}, which is none of {', '.join(KINDS)}"]
+    for key in (*_DIGESTS, "requirements", "versions"):
+        value = getattr(manifest, key)
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            faults.append(f"`{key}` does not map names to texts")
+    for key in ("lineage", "edits"):
+        value = getattr(manifest, key)
+        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+            faults.append(f"`{key}` is no list of records")
+    faults += [f"`{key}` is no record" for key in ("base", "trained") if not isinstance(getattr(manifest, key), dict)]
+    return faults
+
+
+def name_faults(manifest: Manifest) -> list[str]:
+    """Says which names of files lead out of the directory, cannot be read by people, or are not one file's alone."""
+    names = [NAME, *manifest.code, *manifest.files, *manifest.headers]
+    faults = [f"{shown(name)} is no name of a file inside of the directory" for name in names if not is_inside(name)]
+    first: dict[str, int] = {}
+    for place, name in enumerate(names):
+        other = names[first.setdefault(_folded(name), place)]
+        if first[_folded(name)] != place:
+            how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
+            faults.append(f"{shown(name)} {how}")
+    faults += [f"{shown(name)} is listed among code" for name in manifest.code if not name.endswith(".py")]
+    return faults
+
+
+def is_inside(name: str) -> bool:
+    """Returns whether a name from a file is a relative path that stays where it starts, on every system."""
+    parts = name.split("/")
+    plain = name.isprintable() and "\\" not in name and not PureWindowsPath(name).drive
+    return plain and not any(part in ("", ".", "..") for part in parts)
+
+
+def shown(name: str) -> str:
+    """Returns a name from a file or a directory in printable letters."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def kind(directory: Path) -> str | None:
     """Returns what a directory is by its manifest; None where there is none.
 
     Raises:
-        ArtifactError: the manifest is not readable, or was changed.
+        ArtifactError: as `read`.
     """
     return read(directory).kind if (directory / NAME).is_file() else None
+
+
+def strangers(directory: Path, manifest: Manifest) -> list[str]:
+    """Compares the names in a directory with those that its manifest lists; opens none of the files.
+
+    Returns one sentence for everything that is missing or not listed, that is a link, or no plain file. What tools
+    leave that no loader reads (`LEFT_BY_TOOLS`, `LEFT_BY_TOOLS_IN`) may stand there.
+    """
+    listed = {NAME, *manifest.listed()}
+    folders = {str(parent) for name in (*listed, *LEFT_BY_TOOLS_IN) for parent in PurePosixPath(name).parents}
+    by_case = {_folded(name): name for name in listed}
+    seen, faults = set(), []
+    for name, what in _entries(directory, folders):
+        if what == "file" and name in listed:
+            seen.add(name)
+        elif _is_left_by_tools(name, what):
+            continue
+        elif what == "file" and _folded(name) in by_case:
+            faults.append(f"{shown(name)} is not {shown(by_case[_folded(name)])}, which is listed: the case differs")
+        elif what in ("file", "directory"):
+            faults.append(f"{shown(name)} is a {what} that the manifest does not list; {_remedy(directory, what)}")
+        else:
+            faults.append(f"{shown(name)} is {what}; a model is made of plain files")
+            seen.add(name)  # it is there, as what it should not be
+    return [*faults, *(f"{shown(name)} is missing" for name in sorted(listed - seen))]
+
+
+def _is_left_by_tools(name: str, what: str) -> bool:
+    if what == "directory":
+        return name in LEFT_BY_TOOLS_IN
+    return what == "file" and (name in LEFT_BY_TOOLS or name.startswith(_DRAFT))
+
+
+def _remedy(directory: Path, what: str) -> str:
+    return "remove it" if what == "directory" else f"remove it, or list it on purpose (solidify adopt {directory} FILE)"
+
+
+def _entries(directory: Path, folders: set[str], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields everything in a directory with what it is; goes into the folders alone, and follows no link."""
+    try:
+        with os.scandir(directory) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ArtifactError(f"{directory} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_symlink():
+            yield name, "a link"
+        elif entry.is_dir(follow_symlinks=False):
+            if name in folders:
+                yield from _entries(Path(entry.path), folders, f"{name}/")
+            else:
+                yield name, "directory"
+        else:
+            yield name, "file" if entry.is_file(follow_symlinks=False) else "a pipe, a socket or a device"
+
+
+def told(reference: str) -> str:
+    """Returns how a base is named to others: by its id of the hub; a directory by its last part, not by where it is."""
+    path = Path(reference)
+    local = path.is_absolute() or PureWindowsPath(reference).is_absolute() or path.parts[:1] in (("..",), ("~",))
+    return PureWindowsPath(reference).name if local or path.is_dir() else reference
+
+
+def is_plain(path: Path) -> bool:
+    """Returns whether a path is a file that can be read to its end: no link, pipe or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def current_versions() -> dict[str, str]:
@@ -117,40 +271,45 @@ def current_versions() -> dict[str, str]:
     return found
 
 
-def faults(directory: Path, manifest: Manifest, *, card: bool = True, fresh: bool = False) -> list[str]:
+def faults(
+    directory: Path, manifest: Manifest, *, card: bool = True, fresh: bool = False, weights: bool = True
+) -> list[str]:
     """Compares a directory with its manifest, without running any of its code; on demand without its model card, which
-    people may edit.
+    people may edit, and without its weights.
 
     Tensors in files that are unchanged since their digests were computed are not read again, unless `fresh`.
 
     Returns one sentence for every file or tensor that is missing, additional or changed.
     """
-    result = []
+    result = strangers(directory, manifest)
     for name, expected in {**manifest.code, **manifest.files}.items():
-        path = directory / name
-        if name == CARD and not card:
+        if (name == CARD and not card) or not is_plain(directory / name):
             continue
-        if not path.is_file():
-            result.append(f"{name} is missing")
-        elif digest_bytes(path.read_bytes()) != expected:
-            result.append(f"{name} is not the file that was written (its digest differs)")
-    extra = sorted(p.name for p in directory.glob("*.py") if p.name not in manifest.code)
-    result += [f"{name} is code that the manifest does not know" for name in extra]
-    if manifest.tensors:
+        if digest_bytes((directory / name).read_bytes()) != expected:
+            result.append(f"{shown(name)} is not the file that was written (its digest differs)")
+    if weights and all(is_plain(directory / name) for name in manifest.headers):
         result += _tensor_faults(directory, manifest, fresh)
     return result
 
 
 def _tensor_faults(directory: Path, manifest: Manifest, fresh: bool) -> list[str]:
+    if not manifest.tensors and not manifest.headers:
+        return []
     adapter = directory / "adapter_model.safetensors"
     try:
-        paths = [adapter] if manifest.kind == "adapter" else checkpoint.read(directory).files
+        paths = [adapter] if manifest.kind == "adapter" else checkpoint.weight_files(directory)
+        names = {path.relative_to(directory).as_posix(): path for path in paths}
+        if names.keys() != manifest.headers.keys():
+            differing = ", ".join(map(shown, sorted(names.keys() ^ manifest.headers.keys())[:_NAMED]))
+            return [f"its weights are other files than the manifest says: {differing}"]
+        if manifest.kind != "adapter":
+            checkpoint.read(directory)
         found = known.digests(paths, fresh=fresh)
-    except (ArtifactError, OSError) as error:
+    except (ArtifactError, OSError, ValueError) as error:
         return [str(error)]
     expected = manifest.tensors
     changed = [name for name in expected if name in found and found[name] != expected[name]]
-    heads = {path.name: format.header_digest(path) for path in paths}
+    heads = {name: format.header_digest(path) for name, path in names.items()}
     return [
         *(
             f"the header of {name} is not the one that was written"

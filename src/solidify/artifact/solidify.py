@@ -83,8 +83,19 @@ def build(
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging), *findings]
-        trust.remember(written)  # before it appears: who is killed in between finds nothing, or all
+        _remember(model, written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
+
+
+def _remember(model: PreTrainedModel, written: Manifest) -> None:
+    """Notes that the artifact was built here, unless code of strangers is in it, which ran by permission."""
+    if not (strange := trust.strange_classes(model)):
+        trust.remember(written)
+        return
+    console.words.print(
+        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran by permission, so "
+        "it asks again when it is loaded; to let it run from now on, say so: solidify trust DIR"
+    )
 
 
 def assemble(
@@ -202,7 +213,8 @@ def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
-    return sources.render("README.md.jinja", manifest=draft, parameters=parameters, auto=auto, lost=lost)
+    told = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    return sources.render("README.md.jinja", **told)
 
 
 def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:

@@ -1,26 +1,159 @@
-"""Whose code may run: an artifact built on this machine is known by its code's digest, any other must be allowed."""
+"""Whose code may run: what was built on this machine, what was trusted by name, else what one command is allowed to.
+
+What is trusted is no code alone, but everything that decides what runs: one digest of every listed file but the model
+card and the weights. Permission (`trust_remote_code`) is for the command that it was given to; nothing notes it.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from solidify import places
-from solidify.artifact.manifest import Manifest
-from solidify.errors import ArtifactError
+from solidify.artifact import manifest
+from solidify.artifact.manifest import CARD, NAME, Manifest, shown
+from solidify.errors import ArtifactError, refuse
+from solidify.weights.hashing import digest_bytes, digest_values
+
+_CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
+_DYNAMIC = "transformers_modules"  # the package that transformers imports the code of models into
+_NAMED = 6  # names in one sentence
 
 
-def remember(manifest: Manifest) -> None:
-    """Notes that the code of this artifact was written here."""
+def fingerprint(record: Manifest) -> str:
+    """Returns the digest of all that decides what runs: code, configurations, tokenizer, templates, certificate."""
+    return digest_values({name: d for name, d in {**record.code, **record.files}.items() if name != CARD})
+
+
+def remember(record: Manifest) -> None:
+    """Notes that what this manifest lists may run here: it was built here, or is trusted by name."""
     directory = places.cache() / "trusted"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / manifest.digest()["code"]).touch()
+    (directory / fingerprint(record)).touch()
 
 
-def require(manifest: Manifest, directory: Path, trust_remote_code: bool) -> None:
-    """Raises ArtifactError unless the code was written here or the caller allows it."""
-    if trust_remote_code or (places.cache() / "trusted" / manifest.digest()["code"]).is_file():
+def known(record: Manifest) -> bool:
+    """Returns whether what this manifest lists may run here without being asked for."""
+    return (places.cache() / "trusted" / fingerprint(record)).is_file()
+
+
+def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
+    """Raises ArtifactError unless the code was built or trusted here, or the caller allows it for this once."""
+    if trust_remote_code or known(record):
         return
     raise ArtifactError(
-        f"{directory} carries code that was not built on this machine: {', '.join(sorted(manifest.code))}. "
-        "Read it; to run it, pass trust_remote_code=True (--trust-remote-code)"
+        f"{directory} carries code that was not built on this machine: {', '.join(sorted(record.code)[:_NAMED])}. "
+        "Read it; to run it this once, pass trust_remote_code=True (--trust-remote-code), and to run it from now on, "
+        f"say so: solidify trust {directory}"
     )
+
+
+def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
+    """Lets the code of an artifact, exactly as it stands, run on this machine from now on; or, to `forget`, no more.
+
+    Returns its manifest, which names what was trusted.
+
+    Raises:
+        ArtifactError: it is no artifact, something in it is not what was written, or it leads to other code.
+    """
+    directory = Path(directory).resolve()
+    record = manifest.read(directory, "artifact")
+    if forget:
+        (places.cache() / "trusted" / fingerprint(record)).unlink(missing_ok=True)
+        return record
+    faults = manifest.faults(directory, record, card=False, weights=False)
+    refuse(ArtifactError, f"{directory} is not what was written", faults)
+    refuse_leading(directory, record)
+    remember(record)
+    return record
+
+
+def refuse_leading(directory: Path, record: Manifest, where: Path | None = None) -> None:
+    """Raises ArtifactError when something in a directory (or in a copy of it) leads to code that is not its own."""
+    refuse(ArtifactError, f"{directory} would run code that is not its own", leads(where or directory, record))
+
+
+def leads(directory: Path, record: Manifest) -> list[str]:
+    """Says what in the JSON files of a model's directory leads to code or weights that are not its own listed files.
+
+    `auto_map` and `custom_pipelines` name classes, `..._implementation` may name a repository of kernels, and
+    `adapter_config.json` has transformers load another model.
+    """
+    if record.kind == "adapter":
+        return []
+    faults = []
+    for name in sorted(record.files):
+        if name.rpartition("/")[2] == "adapter_config.json":
+            faults.append(f"{shown(name)} puts an adapter on it, and may name another base")
+        if not name.endswith(".json"):
+            continue
+        for key, value in _settings(directory / name):
+            if key == "auto_map":
+                own = all(_leads_home(reference, record) for reference in _texts(value))
+            elif key == "custom_pipelines":
+                impl = [task.get("impl", "") if isinstance(task, dict) else task for task in _values(value)]
+                own = all(_leads_home(reference, record) for reference in _texts(impl))
+            else:
+                own = not any("/" in word for word in _texts(value))
+            if not own:
+                faults.append(f"{key} in {shown(name)} leads to {value!a}")
+    return faults
+
+
+def _leads_home(reference: str, record: Manifest) -> bool:
+    found = _CLASS.fullmatch(reference)
+    return found is not None and f"{found[1]}.py" in record.code
+
+
+def _settings(path: Path) -> list[tuple[str, Any]]:
+    """Returns what a JSON file says, at any depth, of where code is; what is no JSON is none to transformers either."""
+    found: list[tuple[str, Any]] = []
+
+    def look(mapping: dict[str, Any]) -> dict[str, Any]:
+        found.extend((k, v) for k, v in mapping.items() if k in _LEADING or k.endswith("_implementation"))
+        return mapping
+
+    if not manifest.is_plain(path):
+        return []
+    try:
+        json.loads(path.read_text(encoding="utf-8"), object_hook=look)
+    except ValueError:
+        return []
+    except RecursionError as error:
+        raise ArtifactError(f"{path} is nested too deeply to be a configuration") from error
+    return found
+
+
+_LEADING = ("auto_map", "custom_pipelines")
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yields every text in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def strange_classes(model: Any) -> list[str]:
+    """Names the classes of a model whose code came with a model, and is not that of an artifact that is known here."""
+    classes = {type(model), type(model.config), *(type(module) for module in model.modules())}
+    carried = [cls for cls in classes if cls.__module__.partition(".")[0] == _DYNAMIC]
+    where = Path(str(model.config._name_or_path or "nowhere"))
+    record = manifest.read(where, "artifact") if carried and (where / NAME).is_file() else None
+    own = set(record.code.values()) if record is not None and known(record) else set()
+    return sorted(cls.__name__ for cls in carried if _source_digest(cls) not in own)
+
+
+def _source_digest(cls: type) -> str:
+    path = Path(inspect.getsourcefile(cls) or "nowhere")
+    return digest_bytes(path.read_bytes()) if path.is_file() else ""

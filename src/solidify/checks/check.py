@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solidify import console
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, manifest, trust, vocabulary
+from solidify.artifact import certificate, companions, loading, manifest, private, trust, vocabulary
 from solidify.artifact.manifest import Manifest
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
@@ -17,10 +17,17 @@ from solidify.findings import Finding, Report
 INTACT = "nothing was changed since it was written"
 
 
-def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str | Path | None = None) -> Report:
+def check(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    serve: str | Path | None = None,
+) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
-    Of a stock model that solidify merged, files and tensors are compared.
+    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact
+    stands now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
     of it runs.
@@ -34,17 +41,17 @@ def check(directory: str | Path, *, trust_remote_code: bool = False, serve: str 
     parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
     if parts and not (directory / manifest.NAME).is_file():
         for part in parts:
-            report.add(part, _one(directory / part, trust_remote_code, serve))
+            report.add(part, _one(directory / part, base, trust_remote_code, serve))
     else:
-        record = manifest.read(directory)
-        report.add(record.kind, _one(directory, trust_remote_code, serve))
+        record = manifest.read(directory, closed=False)
+        report.add(record.kind, _one(directory, base, trust_remote_code, serve))
     return report
 
 
-def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
-    record = manifest.read(directory)
+def _one(directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
+    record = manifest.read(directory, closed=False)
     if record.kind == "adapter":
-        return _adapter(directory, record, trust_remote_code)
+        return _adapter(directory, record, base, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
         return [_intact(directory, record)]
     return _artifact(directory, record, trust_remote_code, serve)
@@ -52,7 +59,7 @@ def _one(directory: Path, trust_remote_code: bool, serve: str | Path | None) -> 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
     with console.stage(f"Comparing {directory.name} with its manifest"):
-        faults = manifest.faults(directory, record, fresh=True)
+        faults = [*manifest.faults(directory, record, fresh=True), *trust.leads(directory, record)]
     files = len(record.code) + len(record.files)
     if not faults and not (files and record.tensors):
         return Finding.unseen(INTACT, f"the manifest lists {files} files and {len(record.tensors)} tensors")
@@ -65,8 +72,8 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve:
     if not intact.passed:
         return [intact]
     trust.require(record, directory, trust_remote_code)
-    with console.stage(f"Loading {directory.name} in a fresh process"):
-        findings = [intact, *certificate.witness(directory)]
+    with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
+        findings = [intact, *certificate.witness(own)]
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
@@ -85,23 +92,24 @@ def _tokenizer(directory: Path) -> list[Finding]:
     return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
-def _adapter(directory: Path, record: Manifest, trust_remote_code: bool) -> list[Finding]:
+def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool) -> list[Finding]:
     intact = _intact(directory, record)
     if not intact.passed:
         return [intact]
-    base = storage.find_base(record, directory)
-    fits = manifest.read(base, "artifact").digest()
+    base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
+    below_record = manifest.read(base, "artifact", closed=False)
+    fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(
         "the base is the recorded one",
         not wrong,
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
-    below = _intact(base, manifest.read(base, "artifact"))
+    below = _intact(base, below_record)
     findings = [intact, fit, replace(below, name="its base is intact")]
     if wrong or not below.passed:
         return findings
-    trust.require(manifest.read(base, "artifact"), base, trust_remote_code)
+    trust.require(below_record, base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory)}
     try:
         with console.stage(f"Loading {directory.name} on its base in a fresh process"):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import loading
+from solidify.artifact import loading, manifest, private
 from solidify.checks import served_call
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
@@ -66,7 +66,8 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
         return Finding.unseen(NAME, "only models that generate by a decoder alone are compared token by token")
     prompts = [served_call.ordinary(model.base_model, length) for length in LENGTHS]
     try:
-        answer = run(directory, python, prompts, dtype=model.dtype, compiled=compiled)
+        with private.copy(directory, manifest.read(directory, "artifact")) as own:
+            answer = run(own, python, prompts, dtype=model.dtype, compiled=compiled)
     except ArtifactError as error:
         return Finding(NAME, False, str(error))
     return judged(compare(model, prompts, answer["tokens"], answer["logprobs"]), answer)
