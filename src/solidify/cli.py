@@ -107,10 +107,12 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
     """Surgery and solidification only: writes OUTPUT/artifact."""
     loaded = _recipe(recipe, set_)
     _quiet()
-    from solidify import dry_run, pipeline
+    from solidify import dry_run, pipeline, results
 
     dry_run.plan(loaded)
-    report = pipeline.build(loaded, pipeline.output_of(loaded, output), link=not copy)
+    directory = pipeline.output_of(loaded, output)
+    results.refuse_others(directory, loaded.document(), "adapter", "merged")
+    report = pipeline.build(loaded, directory, link=not copy)
     _show(report.document())
     report.require()
 

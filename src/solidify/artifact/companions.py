@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from solidify import disk
 from solidify.artifact import manifest, vocabulary
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
@@ -113,7 +114,7 @@ def _copy(path: Path, target: Path, name: str, carried: Carried) -> None:
 def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Yields what may travel, by name; fills `left` with what does not, and why."""
     own = _own_weights(base)
-    root, parts = _root(base), _module_directories(base)
+    root, parts = disk.root(base), _module_directories(base)
     for here, directories, files in os.walk(base):
         for directory in sorted(directories):
             name = (Path(here) / directory).relative_to(base).as_posix()
@@ -165,13 +166,6 @@ def _against(name: str, path: Path, root: Path, parts: set[str]) -> str:
             return ""  # a further module of a sentence-transformers model, with weights of its own
         return "weights of the base in another format, or of another program"
     return ""
-
-
-def _root(base: Path) -> Path:
-    """Returns what links may lead to: the base, or for a snapshot in the hub's cache the repository it belongs to."""
-    base = base.resolve()
-    snapshot = base.parent.name == "snapshots" and (base.parent.parent / "blobs").is_dir()
-    return base.parent.parent if snapshot else base
 
 
 def _module_directories(base: Path) -> set[str]:

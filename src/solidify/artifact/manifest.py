@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from solidify import disk
 from solidify.errors import ArtifactError
 from solidify.weights import checkpoint, format, known
 from solidify.weights.hashing import ALGORITHM, digest_bytes, digest_values
@@ -92,6 +93,7 @@ def read(directory: Path, kind: str | None = None) -> Manifest:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+    disk.refuse_names(path, [*manifest.code, *manifest.files, *manifest.headers])
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
     return manifest
