@@ -279,3 +279,13 @@ def test_weights_that_are_a_link_out_of_a_base_do_not_get_into_a_result(tmp_path
     (tmp_path / "secret.safetensors").rename(base / "real.safetensors")
     file.symlink_to("real.safetensors")
     assert (export.merge(adapter, tmp_path / "merged", base=base).directory / file.name).is_file()
+
+
+def test_the_name_of_a_data_file_is_no_pattern(tmp_path: Path) -> None:
+    from solidify.tuning import data
+
+    names = ["run[1].jsonl", "run1.jsonl", "a*.jsonl", "ab.jsonl", "q?.jsonl", "b{x,y}.jsonl", "[!a].jsonl"]
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    for name in names:
+        assert data.read(tmp_path / name, "text")["text"][:] == [name]

@@ -15,6 +15,9 @@ def main() -> None:
     except CheckFailed as error:
         print(f"solidify: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # outside of a verb, which says more
+        print("solidify: interrupted; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)
     except SolidifyError as error:
         print(f"solidify: {error}", file=sys.stderr)
         sys.exit(2)

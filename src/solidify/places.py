@@ -182,6 +182,8 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
             output.parent.mkdir(parents=True, exist_ok=True)
             _sweep(output)
             directory.mkdir()
+            for parent in made:
+                disk.sync(parent.parent)
         except OSError as error:
             _remove(made)
             raise ArtifactError(f"{output.parent} cannot be written to: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,7 +45,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     try:
         # In pieces, a column that is empty in the first of them is taken for one that is always empty.
         whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-        data = datasets.load_dataset(kind, data_files=str(path), split="train", **whole)
+        data = datasets.load_dataset(kind, data_files=_literal(path), split="train", **whole)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
     for column in (text, image):
@@ -64,6 +65,11 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         fn_kwargs={"image": image, "file": str(path)},
     )
     return found.select_columns([text, IMAGES])
+
+
+def _literal(path: Path) -> str:
+    """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
+    return glob.escape(str(path.resolve()))
 
 
 def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:
