@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 
 import pico
 import solidify
-from solidify import disk, export, places
+from solidify import disk, export, pipeline, places, recipe
+from solidify.artifact import certificate
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding, Report
 from training import awake
@@ -289,3 +290,56 @@ def test_the_name_of_a_data_file_is_no_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     for name in names:
         assert data.read(tmp_path / name, "text")["text"][:] == [name]
+
+
+RECIPE = """
+base: {{model: {base}}}
+surgery:
+  - {{replace: model.layers.0.self_attn.o_proj, expect: Linear, with: wrappers.py:Bottleneck, arguments: {{width: 4}}}}
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Builds on a base by a recipe; no fresh process looks at it."""
+    monkeypatch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(pico.HERE / "user_modules" / "wrappers.py", tmp_path / "recipes")
+
+    def work(base: str | Path, output: Path) -> Report:
+        path = tmp_path / "recipes" / "recipe.yaml"
+        path.write_text(RECIPE.format(base=base))
+        return pipeline.build(recipe.load(path), output)
+
+    return work
+
+
+def test_a_base_may_be_named_by_the_way_to_it(build: Callable[..., Report], tmp_path: Path) -> None:
+    pico.llama().save_pretrained(tmp_path / "bases" / "x", max_shard_size="20KB")
+    assert build("../bases/x", tmp_path / "out").passed
+
+
+def test_a_base_of_pickled_weights_is_a_base(build: Callable[..., Report], tmp_path: Path) -> None:
+    model, base = pico.llama(), tmp_path / "base"
+    model.save_pretrained(base)
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    assert build(base, tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_not_lost_without_a_word(build: Callable[..., Report], tmp_path: Path, name: str) -> None:
+    base = tmp_path / "base"
+    pico.llama().save_pretrained(base)
+    (base / name).write_text("{broken")
+    with pytest.raises(ArtifactError, match=r"tokenizer of .* cannot be read"):
+        build(base, tmp_path / "out")
+    assert not (tmp_path / "out" / "artifact").exists()
+
+
+def test_a_build_over_its_own_base_is_refused(build: Callable[..., Report], tmp_path: Path) -> None:
+    base = small(tmp_path / "run" / "artifact")
+    before = contents(base)
+    with pytest.raises(ArtifactError, match="is an input of this command"):
+        build(base, tmp_path / "run")
+    assert contents(base) == before

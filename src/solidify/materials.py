@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from solidify import console, processes, references
-from solidify.artifact import loading, manifest
+from solidify.artifact import companions, loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases, corpus
@@ -46,7 +46,7 @@ def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | 
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
         return replace(loaded, origin={**loaded.origin, "model": name})
     beside = recipe.directory / name
-    return loading.load_base(
+    loaded = loading.load_base(
         str(beside) if beside.is_dir() else name,
         revision=source.revision,
         dtype=source.dtype,
@@ -54,6 +54,9 @@ def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | 
         trust_remote_code=source.trust_remote_code,
         scratch=scratch,
     )
+    if loaded.tokenizer is None and (standing := companions.directory_of(loaded.model.config)) is not None:
+        companions.refuse_broken_tokenizer(standing)
+    return loaded
 
 
 def inputs(recipe: Recipe) -> list[Path]:

@@ -18,6 +18,7 @@ PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifac
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 SHOWN = 6
+_GENERATED = "generated_from_trainer"  # a tag in those cards
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
 used: set[Path] = set()  # hidden directories of this process
 
@@ -104,11 +105,18 @@ def in_checkpoints(directory: Path) -> list[str]:
     for path in sorted(directory.iterdir()):
         if path.name == "runs" and path.is_dir() and not path.is_symlink():
             continue  # what trackers write; nothing there is ever removed
+        if path.name == "README.md" and _by_a_trainer(path):
+            continue
         if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
             faults.append(f"{path.name} is no checkpoint")
         else:
             faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path)]
     return faults
+
+
+def _by_a_trainer(card: Path) -> bool:
+    """Returns whether a model card is the one that transformers' and TRL's trainers put beside their checkpoints."""
+    return not card.is_symlink() and card.is_file() and _GENERATED in card.read_text(encoding="utf-8", errors="replace")
 
 
 def checkpoint_faults(directory: Path) -> list[str]:

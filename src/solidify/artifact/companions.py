@@ -16,10 +16,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer
 
 from solidify import disk
 from solidify.artifact import manifest, vocabulary
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.weights import checkpoint
 
@@ -73,6 +74,21 @@ def directory_of(config: Any) -> Path | None:
 def has_tokenizer(base: Path) -> bool:
     """Returns whether a tokenizer stands among the files of a base."""
     return any(_TOKENIZER.fullmatch(path.name) for path in base.iterdir())
+
+
+def refuse_broken_tokenizer(base: Path) -> None:
+    """Raises ArtifactError when files of a base's tokenizer are there and cannot be read: it would be lost unsaid."""
+    faults = []
+    for path in sorted(base.glob("*.json")):
+        if not (_TOKENIZER.fullmatch(path.name) or _PROCESSOR.fullmatch(path.name)):
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+        except Exception as error:  # the package `tokenizers` raises nothing more special
+            faults.append(f"{path.name}: {error}")
+    refuse(ArtifactError, f"the tokenizer of {base} cannot be read; mend it, or take its files away", faults)
 
 
 def carry(base: Path, target: Path, preparing: Any = None) -> Carried:

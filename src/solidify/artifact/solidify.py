@@ -124,6 +124,8 @@ def _fill(
     travelling = tokenizer
     if tokenizer is None and source is not None and companions.has_tokenizer(source):
         travelling = loading.tokenizer_in(source, trust_remote_code=descent.is_solid(model))
+        if travelling is None:
+            companions.refuse_broken_tokenizer(source)
     vocabulary.refuse_unfit(model, travelling)
     code = sources.compile_sources(model, edits)
     origin, lineage, earlier = _descent(model, base)
