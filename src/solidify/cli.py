@@ -23,7 +23,7 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            print(f"solidify: interrupted; {error or 'nothing half-written is left'}", file=sys.stderr)
+            print(f"solidify: interrupted; {str(error) or 'nothing half-written is left'}", file=sys.stderr)
             raise typer.Exit(130) from error
 
 
