@@ -205,3 +205,25 @@ def test_a_link_that_calls_itself_temporary_is_not_followed(tmp_path: Path, monk
     (tmp_path / "tmp" / f"{disk.PREFIX}1-x").symlink_to(tmp_path / "mine")
     disk.sweep()
     assert (tmp_path / "mine" / disk.LOCK).is_file()
+
+
+def test_data_that_travels_with_code_is_unpacked_into_a_held_directory(tmp_path: Path) -> None:
+    """An artifact's own code is apart from solidify: what it leaves when it is killed is known all the same."""
+    from solidify.source import payload
+
+    text = payload._CARRIER.format(title="Data.", imports="", files="", package="", seat="'x.py'", anchors="")
+    (tmp_path / "carrier.py").write_text(text)
+    script = "import sys, time; sys.path.insert(0, sys.argv[1]); import carrier; print(carrier.DIRECTORY, flush=True)"
+    script += "; time.sleep(60)"
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        directory = Path(process.stdout.readline().strip())
+        assert not disk.abandoned(directory)
+    finally:
+        process.kill()
+        process.communicate()
+    assert disk.abandoned(directory)

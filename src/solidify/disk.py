@@ -20,7 +20,7 @@ except ImportError:  # a system without them has no other process's locks to loo
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = "solidify-"  # of temporary directories
-LOCK = "solidify.lock"  # in each, held as long as its process lives
+LOCK = ".solidify.lock"  # in each, held as long as its process lives
 _WITHOUT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # file systems that have no such thing as syncing
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -145,7 +145,7 @@ def _hold(directory: Path) -> int | None:
     """Puts a lock and this process's number in a directory; the lock has its name when it is held."""
     if fcntl is None:
         return None
-    draft = directory / f".{LOCK}"
+    draft = directory / f"{LOCK}.new"
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,11 +163,11 @@ def sweep() -> None:
         return
     with suppress(OSError):
         for path in Path(tempfile.gettempdir()).iterdir():
-            if path.name.startswith(PREFIX) and _abandoned(path):
+            if path.name.startswith(PREFIX) and abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _abandoned(directory: Path) -> bool:
+def abandoned(directory: Path) -> bool:
     """Returns whether a directory of this user's has a lock that nobody holds."""
     try:
         if directory.is_symlink() or directory.stat().st_uid != os.getuid():
