@@ -14,7 +14,7 @@ import solidify
 
 PACKAGE = Path(solidify.__file__).parent
 ROOMS = ("weights", "model", "source", "artifact", "adapter", "objective", "losses", "tuning", "checks")
-SPINE_BELOW = {"errors", "files", "foreign", "findings", "places", "console", "processes"}
+SPINE_BELOW = {"errors", "disk", "files", "foreign", "findings", "ours", "places", "results", "console", "processes"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

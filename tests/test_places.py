@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from solidify import places
+from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError
+from solidify.weights.hashing import digest_bytes
+
+
+def ours(directory: Path, text: str) -> None:
+    """Makes a directory a result of ours, told from others by a text."""
+    directory.mkdir(exist_ok=True)
+    (directory / "told").write_text(text)
+    Manifest("stock", {}, files={"told": digest_bytes(text.encode())}).write(directory)
 
 
 def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -22,12 +31,12 @@ def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with places.staged(out) as staging:
-        (staging / "report.json").write_text("old")
+        ours(staging, "old")
     with pytest.raises(KeyboardInterrupt), places.staged(out) as staging:
         (staging / "half").write_text("x")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (out / "report.json").read_text() == "old"
+    assert (out / "told").read_text() == "old"
 
 
 def test_what_a_killed_run_left_is_swept_up(tmp_path: Path) -> None:
@@ -103,13 +112,13 @@ def test_a_link_to_a_result_stays_one(tmp_path: Path) -> None:
     """The result is written where the link leads to."""
     for text in ("old", "new"):
         with places.staged(tmp_path / "there") as staging:
-            (staging / "report.json").write_text(text)
+            ours(staging, text)
         if text == "old":
             (tmp_path / "here").symlink_to(tmp_path / "there")
     with places.staged(tmp_path / "here") as staging:
-        (staging / "report.json").write_text("newest")
+        ours(staging, "newest")
     assert (tmp_path / "here").is_symlink()
-    assert (tmp_path / "there" / "report.json").read_text() == "newest"
+    assert (tmp_path / "there" / "told").read_text() == "newest"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "there"]
 
 
@@ -119,8 +128,8 @@ def test_a_newer_result_takes_the_place(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(places, "_exchanged", lambda a, b: False)  # as on systems without it
     for text in ("old", "new"):
         with places.staged(tmp_path / "out") as staging:
-            (staging / "report.json").write_text(text)
-    assert (tmp_path / "out" / "report.json").read_text() == "new"
+            ours(staging, text)
+    assert (tmp_path / "out" / "told").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

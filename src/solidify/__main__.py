@@ -38,6 +38,9 @@ def _run() -> None:
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt:  # outside of a verb, which says more
+        _say("interrupted; nothing half-written is left")
+        sys.exit(130)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class _Interruptible(TyperGroup):
+    """The command, which Ctrl-C ends with one line and the exit code that shells expect of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a verb; one that says more about its interruption has done so."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print(f"solidify: interrupted; {str(error) or 'nothing half-written is left'}", file=sys.stderr)
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
     name="solidify",
+    cls=_Interruptible,
     help="Change the architecture of a pretrained Hugging Face model, and prove that the result is solid.",
     no_args_is_help=True,
     add_completion=False,
@@ -97,9 +115,12 @@ def run(
     from solidify import pipeline
 
     directory = pipeline.output_of(loaded, output)
-    try:
-        pipeline.run(loaded, directory, resume=resume, link=not copy)
-    finally:
+    with _resumable(directory, "run", recipe, output, set_):
+        try:
+            pipeline.run(loaded, directory, resume=resume, link=not copy)
+        except Exception:
+            _show_file(directory / "report.json")
+            raise
         _show_file(directory / "report.json")
 
 
@@ -108,10 +129,12 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
     """Surgery and solidification only: writes OUTPUT/artifact."""
     loaded = _recipe(recipe, set_)
     _quiet()
-    from solidify import dry_run, pipeline
+    from solidify import dry_run, pipeline, results
 
     dry_run.plan(loaded)
-    report = pipeline.build(loaded, pipeline.output_of(loaded, output), link=not copy)
+    directory = pipeline.output_of(loaded, output)
+    results.refuse_others(directory, loaded.document(), "adapter", "merged")
+    report = pipeline.build(loaded, directory, link=not copy)
     _show(report.document())
     report.require()
 
@@ -123,7 +146,9 @@ def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: R
     _quiet()
     from solidify import pipeline
 
-    report = pipeline.train(loaded, pipeline.output_of(loaded, output), resume=resume)
+    directory = pipeline.output_of(loaded, output)
+    with _resumable(directory, "train", recipe, output, set_):
+        report = pipeline.train(loaded, directory, resume=resume)
     _show(report.document())
     report.require()
 
@@ -236,6 +261,23 @@ def generate(
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+@contextmanager
+def _resumable(
+    directory: Path, verb: str, recipe: Path, output: Path | None, overrides: list[str] | None
+) -> Iterator[None]:
+    """Has an interruption say what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from solidify import results
+
+        words = ["solidify", verb, str(recipe), *(["--output", str(output)] if output is not None else [])]
+        words += [word for override in overrides or [] for word in ("--set", override)]
+        raise KeyboardInterrupt(
+            f"kept: {results.kept(directory)}; go on with: {shlex.join([*words, '--resume'])}"
+        ) from error
 
 
 def _quiet() -> None:

@@ -65,15 +65,11 @@ def merge(
         ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
     """
     adapter, output = Path(adapter).resolve(), Path(output)
-    places.refuse_foreign(output)
+    places.refuse_foreign(output, [adapter])
     stock = not (adapter / manifest.NAME).is_file() and (adapter / storage.CONFIG).is_file()
     sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
-    if output.resolve() in (adapter, sources.base):
-        raise ArtifactError(f"the output {output} is an input of the merge; name another")
-    if any(parent in (adapter, sources.base) for parent in output.resolve().parents):
-        raise ArtifactError(f"the output {output} lies in an input of the merge; name another")
     work = _stock if stock else _artifact
-    with places.staged(output) as staging:
+    with places.staged(output, [adapter, sources.base]) as staging:
         written, findings = work(sources, staging, link, trust_remote_code)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
+from solidify import disk
 from solidify.errors import CheckFailed
 
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
@@ -110,10 +113,29 @@ class Report:
         }
 
     def write(self, path: Path, **more: Any) -> None:
-        """Writes the report as JSON, with further entries; whether what it is about is `finished` stands first."""
+        """Writes the report as JSON, whole, with further entries; whether what it is about is `finished` stands first.
+
+        Its last entry is its own digest.
+        """
         first = {"finished": more.pop("finished")} if "finished" in more else {}
-        text = json.dumps({**first, **self.document(), **more}, indent=1, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        document = {**first, **self.document(), **more}
+        text = json.dumps({**document, "digest": _digest(document)}, indent=1, ensure_ascii=False) + "\n"
+        disk.write(path, text)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """Returns what a report's file holds.
+
+        Raises:
+            OSError: there is none.
+            ValueError: it is no report, or not as it was written.
+        """
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or not {"subject", "stages", "digest"} <= set(document):
+            raise ValueError(f"{path} is no report of solidify")
+        if document.pop("digest") != _digest(document):
+            raise ValueError(f"{path} is not the report that was written (its digest differs)")
+        return document
 
     def require(self) -> None:
         """Raises CheckFailed when a finding failed or nothing was proved."""
@@ -121,6 +143,10 @@ class Report:
             return
         lines = [f"{finding.name}: {finding.evidence}" for finding in self.failed] or ["nothing was checked"]
         raise CheckFailed("a check failed:\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def tell(counts: Mapping[str, int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from solidify import console, export, materials, places, processes
+from solidify import console, disk, export, materials, ours, places, processes, results
 from solidify.adapter import adapters, storage
 from solidify.adapter import plan as planning
 from solidify.artifact import certificate, loading, manifest, sources, tensors
@@ -61,33 +60,47 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
         return report
     try:
         report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume, link=link))
+        processes.on_first(lambda: results.drop_misfits(directory, recipe.document()))
         if recipe.adapter is not None:
             train(recipe, directory, report=report, resume=resume)
             allowed = recipe.base.trust_remote_code
             processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
-            report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+            _write(recipe, directory, report, finished=False)
     processes.on_first(lambda: _end(recipe, directory, report))
     return report
 
 
 def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
     """Opens the report of a run, or finds that there is nothing left to do."""
-    places.refuse_foreign(directory)
+    _refuse_foreign(recipe, directory)
     if resume and (earlier := _finished(recipe, directory)) is not None:
         return earlier, True
     _refuse_early(recipe)
+    results.announce(directory, recipe.document(), resume=resume)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
-    report.write(directory / "report.json", recipe=recipe.document(), finished=False)
+    _write(recipe, directory, report, finished=False)
     return report, False
+
+
+def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
+    """Refuses an output that is not wholly ours, or that the recipe reads; also where the checkpoints go."""
+    given = materials.inputs(recipe)
+    places.refuse_foreign_run(directory, given)
+    if recipe.adapter is not None and "output_dir" in recipe.training:
+        places.refuse_foreign_checkpoints(Path(str(recipe.training["output_dir"])), given)
+
+
+def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
+    report.write(directory / ours.REPORT, recipe=recipe.document(), files=ours.page_digests(directory), **more)
 
 
 def _finished(recipe: Recipe, directory: Path) -> Report | None:
     """Returns the report of an earlier run of this recipe that passed, if all its results are whole."""
     try:
-        found = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        found = Report.read(directory / ours.REPORT)
     except (OSError, ValueError):
         return None
     if not (found.get("finished") and found.get("passed") and found.get("recipe") == recipe.document()):
@@ -98,6 +111,8 @@ def _finished(recipe: Recipe, directory: Path) -> Report | None:
                 return None
         except ArtifactError:
             return None
+    if results.misfits(directory):
+        return None
     stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
     return Report(found["subject"], stages, found["measured"])
 
@@ -110,9 +125,9 @@ def _end(recipe: Recipe, directory: Path, report: Report) -> None:
 def finish(recipe: Recipe, directory: Path, report: Report) -> None:
     """Writes the report of a run, as JSON and as a page."""
     versions = manifest.current_versions()
-    report.write(directory / "report.json", recipe=recipe.document(), finished=True, versions=versions)
     page = sources.render("report.html.jinja", report=report, recipe=recipe.document(), versions=versions)
-    (directory / "report.html").write_text(page, encoding="utf-8")
+    disk.write(directory / ours.PAGE, page)
+    _write(recipe, directory, report, finished=True, versions=versions)
 
 
 def build(
@@ -128,12 +143,12 @@ def build(
     """
     report = report or Report(str(directory))
     target = directory / "artifact"
-    document = {key: recipe.document()[key] for key in ("base", "surgery")}
+    document = results.built_by(recipe.document())
     if resume and _made_by(target, document, "artifact"):
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
-    with places.scratch(target) as scratch, spilling.into(scratch), certificate.prepared():
+    with places.scratch(target, materials.inputs(recipe)) as scratch, spilling.into(scratch), certificate.prepared():
         with console.stage("Loading the base"):
             base = materials.load_base(recipe, scratch=scratch)
             large = anatomy.large(base.model)
@@ -191,7 +206,8 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     if recipe.adapter is None:
         raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
     materials.join(recipe, directory)
-    if processes.on_first(lambda: _is_trained(recipe, directory, resume)):
+    if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
+        report.add("train", [kept])
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
@@ -234,9 +250,16 @@ def _after_training(
     ]
 
 
-def _is_trained(recipe: Recipe, directory: Path, resume: bool) -> bool:
-    places.refuse_foreign(directory / "adapter")
-    return resume and _made_by(directory / "adapter", recipe.document(), "adapter")
+def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
+    """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
+    target = directory / "adapter"
+    places.refuse_foreign(target, materials.inputs(recipe))
+    if "output_dir" in recipe.training:
+        places.refuse_foreign_checkpoints(Path(str(recipe.training["output_dir"])), materials.inputs(recipe))
+    results.refuse_others(directory, recipe.document(), "artifact")
+    if not (resume and _made_by(target, recipe.document(), "adapter")) or "adapter" in results.misfits(directory):
+        return None
+    return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
 
 
 def _artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:

@@ -1,4 +1,8 @@
-"""Where solidify keeps and puts things: its cache, and output directories that appear whole or not at all."""
+"""What may be written where, and output directories that appear whole or not at all.
+
+An output is new, or a directory whose whole content a manifest of ours lists, as it was written. It is never an input
+of the command, nor above or below one, nor a home directory, a file system's root or the root of a repository.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +10,147 @@ import ctypes
 import errno
 import hashlib
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from solidify import console
+from solidify import console, disk, ours
+from solidify.artifact import manifest
 from solidify.errors import ArtifactError, SolidifyError
 
-# A directory with one of these files was made by solidify and may be replaced by a newer one.
-MARKERS = ("solidify.json", "report.json")
-_HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
+cache = disk.cache
+_REPOSITORY = (".git", ".hg", ".svn", ".jj", ".bzr", "_darcs", ".fslckout", "CVS")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 _HERE = -100  # AT_FDCWD
-_used: set[Path] = set()  # hidden directories of this process
 
 
-def cache() -> Path:
-    """Returns the user's cache directory for solidify (`SOLIDIFY_HOME`, else under `XDG_CACHE_HOME` or ~/.cache)."""
-    home = os.environ.get("SOLIDIFY_HOME")
-    if home:
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "solidify"
-
-
-def refuse_foreign(output: Path) -> None:
-    """Raises ArtifactError when `output` exists and was not made by solidify: nothing of the user's is overwritten."""
+def refuse_foreign(output: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ArtifactError unless `output` is new, empty, or wholly ours and unchanged, and apart from all inputs."""
+    _refuse_place(output, inputs)
     if not output.exists() and not output.is_symlink():
         return
-    if output.is_dir() and (all(map(_left, output.iterdir())) or any((output / m).is_file() for m in MARKERS)):
+    if not output.is_dir():
+        raise ArtifactError(f"the output {output} exists and is not a directory; name another, or remove it first")
+    if not (faults := ours.foreign(output)):
         return
-    what = "a directory that solidify did not make" if output.is_dir() else "not a directory"
-    raise ArtifactError(f"the output {output} exists and is {what}; name another, or remove it first")
+    if any((output / name / manifest.NAME).is_file() for name in ours.PARTS) and not (output / manifest.NAME).exists():
+        faults = ["it holds the results of a whole run"]
+    _refuse(output, faults)
+
+
+def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ArtifactError unless a directory may hold the results of a run: new, or with what a run of ours wrote.
+
+    Every entry of it is one of the parts that a run writes, whole and unchanged, a checkpoint of a training of ours, or
+    the report that lists them.
+    """
+    _refuse_place(directory, inputs)
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir():
+        raise ArtifactError(f"the output {directory} exists and is not a directory; name another, or remove it first")
+    if (directory / manifest.NAME).exists():
+        _refuse(directory, ["it holds a single model or adapter, and no run"])
+    _refuse(directory, ours.in_run(directory))
+
+
+def refuse_foreign_checkpoints(directory: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ArtifactError unless a training may put its checkpoints into a directory, where old ones are removed."""
+    _refuse_place(directory, inputs)
+    if directory.exists() or directory.is_symlink():
+        _refuse(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])
+
+
+def _refuse(output: Path, faults: list[str]) -> None:
+    if not faults:
+        return
+    shown = faults[: ours.SHOWN]
+    more = f" and {len(faults) - ours.SHOWN} more" if len(faults) > ours.SHOWN else ""
+    raise ArtifactError(
+        f"the output {output} exists and holds what solidify did not write there: {'; '.join(shown)}{more}; "
+        "name another, or remove it first"
+    )
+
+
+def _refuse_place(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuses places that are not for results, by the names that they resolve to and by what the system calls them."""
+    try:
+        resolved, home = output.resolve(), Path.home().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"the output {output} is no place to write to: {error}") from error
+    if resolved.parent == resolved:
+        raise ArtifactError(f"the output {output} is the root of the file system; name a directory for the results")
+    if resolved == home or resolved in home.parents:
+        raise ArtifactError(f"the output {output} is a home directory, or holds it; name a directory for the results")
+    if (found := next((name for name in _REPOSITORY if os.path.lexists(resolved / name)), None)) is not None:
+        raise ArtifactError(f"the output {output} is the root of a repository (it holds {found}); name another")
+    own = {_identity(resolved)} - {None}
+    above = {_identity(parent) for parent in resolved.parents} - {None}
+    for given in inputs:
+        for path in _reached(Path(given)):
+            parents = {_identity(parent) for parent in path.parents} - {None}
+            if path == resolved or _identity(path) in own:
+                raise ArtifactError(f"the output {output} is an input of this command; name another")
+            if resolved in path.parents or own & parents:
+                raise ArtifactError(f"the output {output} holds an input of this command, {path}; name another")
+            if path in resolved.parents or _identity(path) in above:
+                raise ArtifactError(f"the output {output} lies in an input of this command, {path}; name another")
+
+
+def _reached(path: Path) -> Iterator[Path]:
+    """Yields an input and, of a directory, also what links in it lead to; nothing for what is not there."""
+    try:
+        if not path.exists():
+            return
+        yield path.resolve()
+        if path.is_dir():
+            for here, directories, files in os.walk(path):
+                links = [Path(here) / name for name in (*directories, *files) if (Path(here) / name).is_symlink()]
+                yield from (link.resolve() for link in links if link.exists())
+    except (OSError, RuntimeError, ValueError):
+        return
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _announce(output: Path) -> None:
+    """Says what is about to be replaced, if something is."""
+    if (output / manifest.NAME).is_file():
+        record = manifest.read(output)
+        made = record.versions.get("solidify", "?")
+        console.words.print(
+            f"{output} holds an earlier {record.kind} (of solidify {made}); it is replaced when the new one is whole",
+            markup=False,
+        )
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     """Yields a directory beside `output` that takes its name when the block ends without an error.
 
-    What stood at `output` before (an earlier result of ours) is replaced in the same moment.
+    What stood at `output` before (an earlier result of ours) is replaced in the same moment, which is said before.
+    What was written is on the disk before it has its name.
 
     Raises:
-        ArtifactError: `output` exists and is not ours, another process writes it now, or its place cannot be written.
+        ArtifactError: `output` exists and is not ours, is (or holds, or lies in) one of the command's `inputs`, another
+            process writes it now, or its place cannot be written.
     """
-    refuse_foreign(output)
+    inputs = list(inputs)
+    refuse_foreign(output, inputs)
+    _announce(output)
     with _beside(output, "partial") as staging:
         yield staging
+        disk.sync_tree(staging)
+        refuse_foreign(output, inputs)  # much may have happened there meanwhile
         output = output.resolve()
         try:
             _put(staging, output)
@@ -63,13 +159,13 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch(output: Path) -> Iterator[Path]:
+def scratch(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     """Yields a directory beside `output`, on its file system, that is gone when the block ends.
 
     Raises:
         ArtifactError: `output` exists and is not ours, another process writes it now, or its place cannot be written.
     """
-    refuse_foreign(output)
+    refuse_foreign(output, inputs)
     with _beside(output, "scratch") as directory:
         yield directory
 
@@ -86,10 +182,12 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
             output.parent.mkdir(parents=True, exist_ok=True)
             _sweep(output)
             directory.mkdir()
+            for parent in made:
+                disk.sync(parent.parent)
         except OSError as error:
             _remove(made)
             raise ArtifactError(f"{output.parent} cannot be written to: {error.strerror}") from error
-        _used.add(directory)
+        ours.used.add(directory)
         try:
             yield directory
         except Exception as error:
@@ -99,7 +197,7 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
             raise ArtifactError(words) from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
-            _used.discard(directory)
+            ours.used.discard(directory)
             _remove(made)
 
 
@@ -124,10 +222,14 @@ def _put(staging: Path, output: Path) -> None:
     """Gives a finished directory its name; where the system can, what stood there changes places with it at once."""
     if not output.exists():
         staging.rename(output)
-    elif not _exchanged(staging, output):
+        disk.sync(output.parent)
+    elif _exchanged(staging, output):
+        disk.sync(output.parent)
+    else:
         old = output.parent / f".{output.name}.replaced-{os.getpid()}"
         output.rename(old)
         staging.rename(output)
+        disk.sync(output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -167,30 +269,14 @@ def _alone(output: Path) -> Iterator[None]:
 
 def _sweep(output: Path) -> None:
     """Removes what runs that were killed left beside `output`; a result that was about to be replaced goes back."""
-    for left in [path for path in output.parent.iterdir() if _left(path)]:
-        found = _HIDDEN.fullmatch(left.name)
+    for left in [path for path in output.parent.iterdir() if ours.left(path)]:
+        found = ours.HIDDEN.fullmatch(left.name)
         assert found is not None
         if found[1] != output.name:
             continue
         if found[2] == "replaced" and not output.exists():
             left.rename(output)
+        elif not left.is_dir():
+            left.unlink(missing_ok=True)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _left(path: Path) -> bool:
-    """Returns whether a path is a hidden directory that a run has left which is over."""
-    found = _HIDDEN.fullmatch(path.name)
-    return found is not None and path not in _used and not _alive(int(found[3]))
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -59,7 +59,7 @@ def save_adapter(
     refuse(
         AdapterError, "the adapter is not saved: training has diverged", _not_finite(model, name, trained["buffers"])
     )
-    with places.staged(directory) as staging:
+    with places.staged(directory, [base.directory]) as staging:
         digests = format.write_file(staging / WEIGHTS, [Supply.made(key, tensor) for key, tensor in state.items()])
         configuration = _configuration(model, name, base.directory)
         configuration.save_pretrained(staging, auto_mapping_dict=configuration.auto_mapping)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify import foreign
+from solidify import disk, foreign
 from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
@@ -343,7 +342,8 @@ class Alone:
         self._command = [sys.executable, "-P", str(script), *arguments]
 
     def __enter__(self) -> Alone:
-        self._scratch = tempfile.TemporaryDirectory(prefix="solidify-")
+        self._scratch = disk.temporary()
+        scratch = self._scratch.__enter__()
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -352,10 +352,10 @@ class Alone:
             text=True,
             env={
                 **os.environ,
-                "HF_MODULES_CACHE": str(Path(self._scratch.name) / "modules"),
+                "HF_MODULES_CACHE": str(scratch / "modules"),
                 "HF_HUB_OFFLINE": "1",
             },
-            cwd=self._scratch.name,
+            cwd=scratch,
         )
         return self
 
@@ -375,7 +375,7 @@ class Alone:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
-        self._scratch.cleanup()
+        self._scratch.__exit__(None, None, None)
 
 
 _waiting: ContextVar[Alone | None] = ContextVar("_waiting", default=None)

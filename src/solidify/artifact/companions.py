@@ -16,9 +16,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer
 
+from solidify import disk
 from solidify.artifact import manifest, vocabulary
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.weights import checkpoint
 
@@ -74,6 +76,21 @@ def has_tokenizer(base: Path) -> bool:
     return any(_TOKENIZER.fullmatch(path.name) for path in base.iterdir())
 
 
+def refuse_broken_tokenizer(base: Path) -> None:
+    """Raises ArtifactError when files of a base's tokenizer are there and cannot be read: it would be lost unsaid."""
+    faults = []
+    for path in sorted(base.glob("*.json")):
+        if not (_TOKENIZER.fullmatch(path.name) or _PROCESSOR.fullmatch(path.name)):
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+        except Exception as error:  # the package `tokenizers` raises nothing more special
+            faults.append(f"{path.name}: {error}")
+    refuse(ArtifactError, f"the tokenizer of {base} cannot be read; mend it, or take its files away", faults)
+
+
 def carry(base: Path, target: Path, preparing: Any = None) -> Carried:
     """Copies the files of a base into an artifact's directory, where they do not stand yet.
 
@@ -113,7 +130,7 @@ def _copy(path: Path, target: Path, name: str, carried: Carried) -> None:
 def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Yields what may travel, by name; fills `left` with what does not, and why."""
     own = _own_weights(base)
-    root, parts = _root(base), _module_directories(base)
+    root, parts = disk.root(base), _module_directories(base)
     for here, directories, files in os.walk(base):
         for directory in sorted(directories):
             name = (Path(here) / directory).relative_to(base).as_posix()
@@ -165,13 +182,6 @@ def _against(name: str, path: Path, root: Path, parts: set[str]) -> str:
             return ""  # a further module of a sentence-transformers model, with weights of its own
         return "weights of the base in another format, or of another program"
     return ""
-
-
-def _root(base: Path) -> Path:
-    """Returns what links may lead to: the base, or for a snapshot in the hub's cache the repository it belongs to."""
-    base = base.resolve()
-    snapshot = base.parent.name == "snapshots" and (base.parent.parent / "blobs").is_dir()
-    return base.parent.parent if snapshot else base
 
 
 def _module_directories(base: Path) -> set[str]:

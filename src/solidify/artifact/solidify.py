@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,8 +79,7 @@ def build(
             travel, `directory` exists and is not ours, or the fresh process found a difference. Nothing is left behind.
     """
     directory = Path(directory)
-    places.refuse_foreign(directory)
-    with places.staged(directory) as staging:
+    with places.staged(directory, _inputs(model, edits)) as staging:
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging), *findings]
@@ -108,9 +108,17 @@ def assemble(
     recipe: dict[str, Any] | None = None,
 ) -> Manifest:
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
-    places.refuse_foreign(directory)
-    with places.staged(directory) as staging:
+    with places.staged(directory, _inputs(model, edits)) as staging:
         return _fill(model, edits, staging, tokenizer, base, recipe, link=True)[0]
+
+
+def _inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
+    """Returns what an artifact is made from: the directory of its base, and the files of the new modules' classes."""
+    base = str(getattr(model.config, "_name_or_path", "") or "")
+    known = dict(model.named_modules(remove_duplicate=False))
+    classes = {type(known[edit.name]) for edit in edits if edit.name in known}
+    files = (vars(sys.modules[cls.__module__]).get("__file__") for cls in classes if cls.__module__ in sys.modules)
+    return [Path(place) for place in (base, *files) if place]
 
 
 def _fill(
@@ -127,6 +135,8 @@ def _fill(
     travelling = tokenizer
     if tokenizer is None and source is not None and companions.has_tokenizer(source):
         travelling = loading.tokenizer_in(source, trust_remote_code=descent.is_solid(model))
+        if travelling is None:
+            companions.refuse_broken_tokenizer(source)
     vocabulary.refuse_unfit(model, travelling)
     code = sources.compile_sources(model, edits)
     origin, lineage, earlier = _descent(model, base)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from solidify.errors import ArtifactError
 from solidify.weights import format, hashing, known, mapped
 from solidify.weights.format import Entry
 
@@ -52,7 +53,10 @@ def digests_where_they_stand(state: Mapping[str, torch.Tensor]) -> dict[str, str
     places = mapped.places(state)
     stored: dict[tuple[str, int], str] = {}
     for path in dict.fromkeys(path for path, _ in places.values()):
-        header = format.read_header(path)
+        try:
+            header = format.read_header(path)
+        except ArtifactError:
+            continue  # mapped too, but of another format (PyTorch's own): its tensors are read in memory
         found = known.digests([path])
         stored |= {(str(path), entry.start): found[name] for name, entry in header.items()}
     found = {name: stored[str(path), start] for name, (path, start) in places.items() if (str(path), start) in stored}

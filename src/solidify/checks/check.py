@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from solidify import console
+from solidify import console, results
 from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, manifest, private, trust, vocabulary
 from solidify.artifact.manifest import Manifest
@@ -42,6 +42,8 @@ def check(
     if parts and not (directory / manifest.NAME).is_file():
         for part in parts:
             report.add(part, _one(directory / part, base, trust_remote_code, serve))
+        if len(parts) > 1:
+            report.add("run", [results.together(directory)])
     else:
         record = manifest.read(directory, closed=False)
         report.add(record.kind, _one(directory, base, trust_remote_code, serve))

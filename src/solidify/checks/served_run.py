@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from solidify import disk
 from solidify.artifact import loading, manifest, private
 from solidify.checks import served_call
 from solidify.errors import ArtifactError, SolidifyError
@@ -102,8 +102,8 @@ def run(
         "length": max(LENGTHS) + COUNT,
         "compiled": compiled,
     }
-    with tempfile.TemporaryDirectory(prefix="solidify-") as scratch:
-        asked, answered, log = (Path(scratch) / name for name in ("request.json", "answer.json", "log.txt"))
+    with disk.temporary() as scratch:
+        asked, answered, log = (scratch / name for name in ("request.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if key not in _HIDDEN} | {"HF_HUB_OFFLINE": "1"}
         command = [str(python), str(_ALONE), str(asked), str(answered)]

@@ -40,13 +40,28 @@ import tempfile
 import zlib
 {imports}from pathlib import Path
 
+HELD = []
 FILES = {{
 {files}}}
+
+
+def hold(directory):
+    """Locks a directory as long as this process lives, so that what a killed one leaves is known as such."""
+    try:
+        import fcntl
+
+        file = open(directory / ".solidify.lock.new", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(file.name, directory / ".solidify.lock")
+        return file
+    except (ImportError, OSError):
+        return None
 
 
 def unpack():
     """Writes the files into a directory that is removed when this process ends."""
     directory = Path(tempfile.mkdtemp(prefix="solidify-"))
+    HELD.append(hold(directory))
     process = os.getpid()
     atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == process else None)
     for name, text in FILES.items():

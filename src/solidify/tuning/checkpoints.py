@@ -17,9 +17,10 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from solidify import disk, ours
 from solidify.errors import ObjectiveError
 
-NAME = "objective.pt"
+NAME = ours.OBJECTIVE
 
 
 def place(directory: str | Path, step: int) -> Path:
@@ -31,7 +32,20 @@ def write(directory: Path, remembered: Mapping[str, Any]) -> None:
     """Writes what is remembered into a checkpoint, in one piece or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(dict(remembered), directory / f".{NAME}")
+    disk.sync(directory / f".{NAME}")
     (directory / f".{NAME}").replace(directory / NAME)
+
+
+def seal(directory: Path) -> None:
+    """Lists the files of a checkpoint that is complete, once they would outlive a power cut; without it, none is whole.
+
+    Raises:
+        OSError: the disk became full.
+    """
+    disk.sync_tree(directory)
+    files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
+    disk.write(directory / ours.LISTING, json.dumps({"files": files}, indent=1) + "\n")
+    disk.sync(directory.parent)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -57,7 +71,9 @@ def last(directory: str | Path, fingerprint: str, processes: int) -> Path | None
 
 
 def _whole(path: Path, processes: int) -> bool:
-    """The first process writes its counters last; of the others there is a file each, an archive with its end."""
+    """The first process lists its files last; of the others there is a file each, an archive with its end."""
+    if not (path / ours.LISTING).is_file() or ours.checkpoint_faults(path):
+        return False
     try:
         json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

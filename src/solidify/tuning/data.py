@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,7 +46,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     try:
         # In pieces, a column that is empty in the first of them is taken for one that is always empty.
         whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-        data = datasets.load_dataset(kind, data_files=str(path), split="train", **whole)
+        data = datasets.load_dataset(kind, data_files=_literal(path), split="train", **whole)
     except Exception as error:
         cause = error.__cause__ or error  # what the library wraps says more than its wrapping
         raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from error
@@ -66,6 +67,11 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         fn_kwargs={"image": image, "file": str(path)},
     )
     return found.select_columns([text, IMAGES])
+
+
+def _literal(path: Path) -> str:
+    """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
+    return glob.escape(str(path.resolve()))
 
 
 def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from solidify import console
@@ -147,11 +148,23 @@ class ObjectiveMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes what transformers does not know of first: it writes its counters last and then drops older ones."""
+        """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
         if self.args.should_save:
             target = checkpoints.place(self._get_output_dir(trial=trial), self.state.global_step)  # type: ignore[attr-defined]
             checkpoints.write(target, self._remembered())
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            checkpoints.seal(target)
+            rotate_checkpoints(
+                output_dir=str(target.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves as transformers does, but gathers only what is trained where it would gather the whole base."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from solidify import files
+from solidify import disk, files
 from solidify.errors import ArtifactError, refuse
 from solidify.weights import format
 from solidify.weights.format import Entry, Shape
@@ -68,6 +68,7 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         names = sorted(set(_weight_map(index).values()))
     elif (directory / WEIGHTS).is_file():
+        disk.refuse_names(directory / WEIGHTS, [WEIGHTS])
         names = [WEIGHTS]
     else:
         raise ArtifactError(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
@@ -103,6 +104,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = files.document(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ArtifactError(f"{index} is not a safetensors index: its weight_map does not map tensors to files")
+    disk.refuse_names(index, set(found.values()))
+    refuse(ArtifactError, f"{index} does not name weight files beside it", [
+        repr(name) for name in sorted(set(found.values())) if "/" in name or not name.endswith(".safetensors")
+    ])  # fmt: skip
     return found
 
 

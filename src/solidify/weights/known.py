@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from solidify import console, places
+from solidify import console, disk
 from solidify.errors import ArtifactError
 from solidify.weights import format, hashing
 
@@ -109,4 +109,4 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 
 def _note(found: os.stat_result) -> Path:
     identity = f"{hashing.ALGORITHM} {found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
-    return places.cache() / "digests" / f"{hashing.digest_bytes(identity.encode())}.json"
+    return disk.cache() / "digests" / f"{hashing.digest_bytes(identity.encode())}.json"

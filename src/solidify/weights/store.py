@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def store(
     left_out = set(tied)
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
     refuse(ArtifactError, "tensors that are shared but not tied cannot be reloaded", _shared(kept))
-    stored = {**(origins or {}), **origins_in_memory(kept)}
+    stored = _under_one_name({**(origins or {}), **origins_in_memory(kept)})
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
     supplies = {
@@ -127,6 +128,16 @@ def _whole_files(stored: Mapping[str, Entry]) -> dict[Path, dict[str, Entry]]:
         if all(name in stored and _same_place(stored[name], entry) for name, entry in header.items()):
             found[path] = header
     return dict(sorted(found.items()))
+
+
+def _under_one_name(stored: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Gives a file that is reached by several paths (`../base`, a link) one of them."""
+    names: dict[tuple[int, int], Path] = {}
+    paths: dict[Path, Path] = {}
+    for path in dict.fromkeys(entry.file for entry in stored.values()):
+        found = path.stat()
+        paths[path] = names.setdefault((found.st_dev, found.st_ino), path)
+    return {name: replace(entry, file=paths[entry.file]) for name, entry in stored.items()}
 
 
 def _same_place(a: Entry, b: Entry) -> bool:

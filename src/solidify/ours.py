@@ -1,0 +1,159 @@
+"""What in a directory is ours: listed by a manifest or a report of ours, and as that was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from solidify.artifact import manifest
+from solidify.errors import SolidifyError
+from solidify.findings import Report
+
+PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
+REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
+LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
+SHOWN = 6
+_GENERATED = "generated_from_trainer"  # a tag in those cards
+HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
+used: set[Path] = set()  # hidden directories of this process
+
+
+def foreign(directory: Path) -> list[str]:
+    """Says what in a directory is not listed by its manifest, or is not as that lists it; nothing of an empty one."""
+    entries = [path for path in sorted(directory.iterdir()) if not left(path)]
+    if not entries:
+        return []
+    if not (directory / manifest.NAME).is_file():
+        return [f"it has no {manifest.NAME}, but {_names(entries)}"]
+    try:
+        record = manifest.read(directory)
+        return [*_unlisted(directory, record), *manifest.faults(directory, record)]
+    except (SolidifyError, OSError) as error:
+        return [str(error)]
+
+
+def _unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
+    listed = {manifest.NAME, *record.code, *record.files, *record.headers}
+    holding = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    faults = []
+    for here, directories, files in os.walk(directory):
+        for name in sorted([*directories, *files]):
+            path = Path(here) / name
+            told = path.relative_to(directory).as_posix()
+            if path.is_symlink() or told not in (holding if path.is_dir() else listed):
+                faults.append(f"{told} is not listed by its manifest")
+        directories[:] = [name for name in directories if not (Path(here) / name).is_symlink()]
+    return faults
+
+
+def in_run(directory: Path) -> list[str]:
+    """Says what in a run's directory is no part of a run of ours, or is not as that wrote it."""
+    report = _report(directory)
+    faults = []
+    for path in sorted(directory.iterdir()):
+        if left(path):
+            continue
+        if path.is_symlink() or path.name not in (*PARTS, REPORT, PAGE, CHECKPOINTS):
+            faults.append(f"{path.name} is no part of a run")
+        elif path.name in PARTS:
+            faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
+        elif path.name == CHECKPOINTS:
+            faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
+        elif path.name == REPORT and report is None:
+            faults.append(f"{REPORT} is not the report that a run wrote")
+        elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest(path):
+            faults.append(f"{PAGE} is not the page that a run wrote")
+    return faults
+
+
+def _in_part(path: Path) -> list[str]:
+    if not path.is_dir():
+        return ["not a directory"]
+    if (faults := foreign(path)) or not (path / manifest.NAME).is_file():
+        return faults
+    kind = manifest.read(path).kind
+    return [] if kind in PARTS[path.name] else [f"it holds an {kind}"]
+
+
+def _report(directory: Path) -> dict[str, Any] | None:
+    """Returns a run's report as it was written; None if there is none, or somebody changed it."""
+    try:
+        return Report.read(directory / REPORT)
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    return blake3(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def page_digests(directory: Path) -> dict[str, str]:
+    """Returns what a report lists of the files beside it."""
+    return {PAGE: _digest(directory / PAGE)} if (directory / PAGE).is_file() else {}
+
+
+def in_checkpoints(directory: Path) -> list[str]:
+    """Says what in a directory of checkpoints is not one that a trainer of solidify wrote or was about to write."""
+    if not directory.is_dir():
+        return ["not a directory"]
+    faults = []
+    for path in sorted(directory.iterdir()):
+        if path.name == "runs" and path.is_dir() and not path.is_symlink():
+            continue  # what trackers write; nothing there is ever removed
+        if path.name == "README.md" and _by_a_trainer(path):
+            continue
+        if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
+            faults.append(f"{path.name} is no checkpoint")
+        else:
+            faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path)]
+    return faults
+
+
+def _by_a_trainer(card: Path) -> bool:
+    """Returns whether a model card is the one that transformers' and TRL's trainers put beside their checkpoints."""
+    return not card.is_symlink() and card.is_file() and _GENERATED in card.read_text(encoding="utf-8", errors="replace")
+
+
+def checkpoint_faults(directory: Path) -> list[str]:
+    """Says what in a checkpoint its list does not name. One that was not finished has no list, but our own file."""
+    names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
+    try:
+        listed = json.loads((directory / LISTING).read_text(encoding="utf-8"))["files"]
+        sizes = {name: (directory / name).stat().st_size for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        begun = not names or names & {OBJECTIVE, f".{OBJECTIVE}"}
+        return [] if begun else ["was not written by a trainer of solidify"]
+    own = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # other processes' come later
+    return [
+        f"holds {name}, which is not as the trainer wrote it"
+        for name in sorted(names)
+        if not own.fullmatch(name) and listed.get(name) != sizes[name]
+    ]
+
+
+def _names(paths: list[Path]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(path.name for path in paths[:SHOWN]) + more
+
+
+def left(path: Path) -> bool:
+    """Returns whether a path is a hidden directory that a run has left which is over."""
+    found = HIDDEN.fullmatch(path.name)
+    return found is not None and path not in used and not _alive(int(found[3]))
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

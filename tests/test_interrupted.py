@@ -1,0 +1,180 @@
+"""A run that is interrupted says how to go on, a finished one is finished, and two recipes are not mixed up."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import pico
+from solidify import cli, pipeline, recipe, results
+from solidify.artifact import certificate, manifest
+from solidify.checks import check
+from solidify.errors import ArtifactError
+from solidify.findings import Finding, Report
+
+
+def document(**training: Any) -> dict[str, Any]:
+    return {
+        "base": {"model": "base"},
+        "surgery": [{"replace": "model.layers.*.mlp", "expect": "LlamaMLP", "with": "wrappers.py:Scaled"}],
+        "adapter": {"train": ["model.layers.*.mlp.scale"]},
+        "objective": [{"loss": "model"}],
+        "data": {"train": "train.txt", "max_length": 16},
+        "training": {
+            "max_steps": 2,
+            "save_steps": 1,
+            "learning_rate": 0.01,
+            "per_device_train_batch_size": 2,
+            **training,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, data and modules."""
+    root = tmp_path_factory.mktemp("recipes")
+    pico.llama(eos_token_id=2).save_pretrained(root / "base")
+    words = {f"w{number}": number for number in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w2", unk_token="w3")
+    wrapped.save_pretrained(root / "base")
+    (root / "train.txt").write_text(
+        "\n".join(f"w{n} w{n + 1} w{n + 2} w{n + 3} w{n + 4} w{n + 5}" for n in range(5, 21))
+    )
+    shutil.copy(pico.HERE / "user_modules" / "wrappers.py", root)
+    return root
+
+
+def load(beside: Path, name: str, content: dict[str, Any]) -> recipe.Recipe:
+    (beside / name).write_text(yaml.safe_dump(content))
+    return recipe.load(beside / name)
+
+
+@pytest.fixture(autouse=True)
+def unwitnessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process looks at what is built here."""
+    monkeypatch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+
+
+@pytest.fixture(scope="module")
+def trained(beside: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "out"
+    made = load(beside, "a.yaml", document())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+        pipeline.run(made, output)
+    return output
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+def end(*words: Any) -> tuple[int, str]:
+    """Runs the command in this process; returns its exit code."""
+    try:
+        cli.app([str(word) for word in words])
+    except SystemExit as ended:
+        return int(ended.code or 0), ""
+    except Exception as error:
+        return 2, str(error)
+    return 0, ""
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    load(beside, "a.yaml", document())
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    monkeypatch.setattr(pipeline, "train", interrupted)
+    for verb in ("run", "train"):
+        code, _ = end(verb, beside / "a.yaml", "--output", copied, "--set", "training.seed=1")
+        out, err = capsys.readouterr()
+        assert code == 130
+        assert out == ""
+        (line,) = err.strip().splitlines()
+        assert line.startswith("solidify: interrupted; kept: artifact, adapter, merged, checkpoints/checkpoint-2 in")
+        assert line.endswith(
+            f"go on with: solidify {verb} {beside / 'a.yaml'} --output {copied} --set training.seed=1 --resume"
+        )
+    monkeypatch.setattr("solidify.checks.check.check", interrupted)
+    assert end("check", copied)[0] == 130
+    assert capsys.readouterr().err == "solidify: interrupted; nothing half-written is left\n"
+
+
+def test_a_finished_training_is_finished(beside: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(beside, "a.yaml", document())
+    before = (copied / "adapter").stat().st_ino
+    code, words = end("train", beside / "a.yaml", "--output", copied, "--resume")
+    assert (code, words) == (0, "")
+    assert "trained before" in capsys.readouterr().out
+    assert (copied / "adapter").stat().st_ino == before
+
+
+def test_two_recipes_are_not_mixed(beside: Path, copied: Path) -> None:
+    other = document()
+    other["surgery"][0]["replace"] = "model.layers.0.mlp"
+    other["adapter"]["train"] = ["model.layers.0.mlp.scale"]
+    load(beside, "b.yaml", other)
+    before = {name: manifest.read(copied / name) for name in ("artifact", "adapter", "merged")}
+    for verb in ("build", "train"):
+        code, words = end(verb, beside / "b.yaml", "--output", copied)
+        assert code == 2
+        assert "holds results of another recipe" in words
+    assert {name: manifest.read(copied / name) for name in before} == before
+    assert results.together(copied).passed
+
+
+def test_a_run_over_another_recipes_results_says_so_and_leaves_its_own(
+    beside: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = document()
+    other["surgery"][0]["replace"] = "model.layers.0.mlp"
+    for section in ("adapter", "objective", "data", "training"):
+        del other[section]
+    pipeline.run(load(beside, "b.yaml", other), copied)
+    assert "holds results of another recipe" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name for path in copied.iterdir()} == {"artifact", "checkpoints", "report.json", "report.html"}
+
+
+@pytest.mark.parametrize("part", ["artifact", "adapter", "merged"])
+def test_check_finds_results_of_two_recipes(
+    beside: Path, copied: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The honest twin: the same directory before."""
+    monkeypatch.setattr(check, "_one", lambda *_: [Finding("each for itself", True, "is well")])
+    assert check.check(copied).passed
+    pipeline.run(load(beside, "b.yaml", document(learning_rate=0.02, seed=7)), tmp_path / "other")
+    if part == "artifact":
+        other = document()
+        other["surgery"][0]["replace"] = "model.layers.0.mlp"
+        pipeline.build(load(beside, "c.yaml", other), tmp_path / "other")
+    shutil.rmtree(copied / part)
+    shutil.copytree(tmp_path / "other" / part, copied / part)
+    found = check.check(copied)
+    assert [finding.name for finding in found.failed] == [results.TOGETHER]
+
+
+def test_a_failed_run_keeps_its_words(beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops a run is in its report, which appears whole."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ArtifactError("no")
+
+    monkeypatch.setattr(pipeline, "merge", broken)
+    with pytest.raises(ArtifactError):
+        pipeline.run(load(beside, "a.yaml", document(seed=3)), copied)
+    assert Report.read(copied / "report.json")["finished"] is False
+    pipeline.places.refuse_foreign_run(copied)
