@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import console, foreign, processes
-from solidify.adapter import base_state, patterns, standing, together, trial, verbs
+from solidify.adapter import base_state, patterns, standing, tied, together, trial, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -63,6 +63,7 @@ def attach(
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
         _freeze_inside(peft_model, wanted, name)
         train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
+        faults += tied.parted(peft_model, lora)
         faults = [*planning.compare(peft_model, wanted), *faults, *trial.faults(peft_model, probe)]
         refuse(AdapterError, "PEFT did not do what was declared", faults)
     return peft_model

@@ -148,11 +148,19 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     faults = [
         f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
         for name, kind in expected.items()
-        if name in found and found[name] is not kind and not _is_view(found[name], kind)
+        if name in found and _own(found[name]) is not _own(kind) and not _is_view(found[name], kind)
     ]
     faults += [f"{name} ({kind.__name__}) is not in the model" for name, kind in expected.items() if name not in found]
     extra = [f"{name} ({kind.__name__}) is not in the artifact" for name, kind in found.items() if name not in expected]
     return _few([*faults, *extra], "modules")
+
+
+def _own(kind: type) -> type:
+    """Returns a class; for one that torch derived for a single parametrized module (weight norm), what it derived from.
+
+    (`torch.nn.utils.parametrize` names it so, and has no other mark of the class itself; torch 2.13.)
+    """
+    return kind.__bases__[0] if kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}" else kind
 
 
 def _is_view(found: type, kind: type) -> bool:

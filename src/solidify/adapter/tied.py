@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +44,39 @@ def faults(
                 + (f"name {first} alone, and it is trained for all" if first else "they cannot be trained in full")
             )
     return found
+
+
+def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
+    """Returns which ties an adapter that stands on the model would part: trained in full, or by updates of their own.
+
+    PEFT (0.21.2) keeps ties of embeddings that it knows by name (`peft/utils/other.py`, EMBEDDING_LAYER_NAMES).
+    """
+    apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
+    found = []
+    for group in {tuple(sorted({name, *others})) for name, others in standing.ties(model).items()}:
+        places = {name: standing.at(model, name.rpartition(".")[0]) for name in group}
+        own = {n: p.inner._parameters.get(n.rpartition(".")[2]) for n, p in places.items() if p is not None}
+        full = sorted({id(t) for t in own.values() if t is not None})
+        if len(full) > 1 and any(t is not None and t.requires_grad for t in own.values()):
+            found.append(
+                f"{' and '.join(group)} are tied (one weight), and what is trained would part them: PEFT keeps such a "
+                "tie only where it knows the embeddings by their name; train other parts, or LoRA on all of them"
+            )
+        updates = {
+            _storages(p.called) for p in places.values() if p is not None and isinstance(p.called, BaseTunerLayer)
+        }
+        if len(updates) > 1 and not apart:
+            found.append(
+                f"LoRA: {' and '.join(group)} are tied (one weight), and PEFT gives them updates of their own; name "
+                "none of them, or give ensure_weight_tying: false, and one of them alone"
+            )
+    return found
+
+
+def _storages(layer: nn.Module) -> frozenset[int]:
+    """Returns where in memory the parameters of an update stand; the base layer's are none of them."""
+    inside = {id(p) for p in layer.get_base_layer().parameters()} if isinstance(layer, BaseTunerLayer) else set()
+    return frozenset(p.untyped_storage().data_ptr() for p in layer.parameters() if id(p) not in inside)
 
 
 def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:

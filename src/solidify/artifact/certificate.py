@@ -126,8 +126,11 @@ def _contract(
     kept = {key: far for key, far in reading.distances.items() if key.partition("/")[0] not in declared}
     recorded = {key: shapes for key, shapes in reading.recorded.items() if key not in declared}
     given = {key: tensor.cpu().contiguous() for key, tensor in inputs.items()}
+    heads = [edit["name"] for edit in edits if edit.get("operation") == "add"]
     document = {
         **found,
+        "tried": [watched.rows, watched.positions],
+        "unwatched": [name for name in heads if name not in reading.plain],
         "packed": reading.packed,
         "padded": reading.padded,
         "way": reading.way,
@@ -264,8 +267,11 @@ def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) ->
             )
         elif parts or key in contract["recorded"]:
             far = max((found["distances"].get(name, 0.0) for name in parts), default=0.0)
-            findings.append(Finding(f"behaviour: {key}", True, f"{words} (off by {far:.1g})"))
-    return findings
+            rows, positions = contract.get("tried", (0, 0))
+            sizes = f"; tried with {rows} rows of {positions} tokens" if positions else ""
+            findings.append(Finding(f"behaviour: {key}", True, f"{words} (off by {far:.1g}{sizes})"))
+    why = "what it returns does not stand position by position"
+    return [*findings, *(Finding.unseen(f"behaviour of {name}", why) for name in contract.get("unwatched", ()))]
 
 
 def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from solidify import disk
 from solidify.errors import ArtifactError, refuse
 from solidify.weights import checkpoint, format, known
 from solidify.weights.hashing import ALGORITHM, digest_bytes, digest_values
@@ -29,7 +30,7 @@ KINDS = ("artifact", "adapter", "stock")
 # and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
 LEFT_BY_TOOLS = (".gitattributes", ".gitignore", ".DS_Store")
 LEFT_BY_TOOLS_IN = (".git", ".cache/huggingface")
-_DRAFT = f".{NAME}."  # of a manifest whose writing was interrupted
+_DRAFT = f".{NAME}."  # of a manifest whose writing was interrupted (`disk.write`)
 _DIGESTS = ("code", "files", "tensors", "headers")
 _NAMED = 6  # names in one sentence
 
@@ -79,9 +80,7 @@ class Manifest:
         """
         refuse(ArtifactError, f"{directory} cannot be listed", name_faults(self))
         document = asdict(self)
-        draft = directory / f"{_DRAFT}{os.getpid()}"
-        draft.write_text(_text(document, digest_values(document)), encoding="utf-8")
-        draft.replace(directory / NAME)
+        disk.write(directory / NAME, _text(document, digest_values(document)))
 
 
 def _text(document: dict[str, Any], digest: str) -> str:

@@ -25,11 +25,17 @@ Call = Mapping[str, Any]  # an operation's arguments by name
 
 
 class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, nothing that torch draws is random. `unknown` names operations that it left as they are."""
+    """While it is entered, nothing that torch draws is random.
+
+    `unknown` names operations that it left as they are, `replaced` those whose draws became their mean. What then keeps
+    all (dropout, which multiplies by Bernoulli draws), and single numbers (by which layers are dropped), are not among
+    them: a comparison with a mean may hide what is only there for some draws.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.unknown: set[str] = set()
+        self.replaced: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, without its chance."""
@@ -46,6 +52,8 @@ class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         call |= {**dict(zip(names, args, strict=False)), **kwargs}
         made = _MEANS[name](call)
+        if not name.startswith(_KEEPING) and isinstance(made, torch.Tensor) and made.numel() > 1:
+            self.replaced.add(name)
         if func._schema.name.endswith("_") and isinstance(made, torch.Tensor):
             return call["self"].copy_(made)
         return call["out"].copy_(made) if call.get("out") is not None else made
@@ -156,6 +164,9 @@ _MEANS: dict[str, Callable[[Call], Any]] = {
     "rrelu_with_noise": _rrelu,
     "rrelu_with_noise_": _rrelu,
 }
+
+
+_KEEPING = ("bernoulli", "native_dropout", "_fused_dropout", "_masked_scale", "dropout", "alpha_dropout", "rrelu")
 
 
 @contextmanager

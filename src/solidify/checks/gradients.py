@@ -20,7 +20,7 @@ REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"
 TERMS = "every term has a gradient"
 PARTS = "loss parts sum to the total"
-_MOST = 10  # times the tolerance: more is never rounding
+_MOST, _ROUNDING = 10, 1e-3  # times the tolerance, and in all: more is never rounding (nor told so in half precision)
 _DRAWS = 3
 FEW = 3  # looks in which a gradient may still be held back by what starts at zero
 
@@ -124,7 +124,7 @@ def accumulation(
         splits.append((1, ranks))
     if len(splits) < 2:
         return Finding.unseen(ACCUMULATION, f"{n} example{'s' if n != 1 else ''} cannot be split in two ways")
-    with chance.without(trainer.model, everywhere=not trainer.args.torch_compile):
+    with chance.without(trainer.model, everywhere=not trainer.args.torch_compile) as mode:
         reference = _gradient(trainer, examples, *splits[0])
         if witness is not None:
             witness.look_again(reference)
@@ -138,12 +138,12 @@ def accumulation(
         )
         evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
         if worst <= tolerance:
-            return Finding(ACCUMULATION, True, evidence)
-        if worst <= _MOST * tolerance and ranks == 1 and not trainer.args.torch_compile:
+            return _agreed(evidence, mode)
+        if worst <= min(_MOST * tolerance, _ROUNDING) and ranks == 1 and not trainer.args.torch_compile:
             rounded = _rounded(trainer, examples, splits[0], reference)
             if worst <= rounded:
                 told = f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
-                return Finding(ACCUMULATION, True, told)
+                return _agreed(told, mode)
         if (repeated := _repeated(trainer, examples, splits[0], reference)) > tolerance:
             return Finding.unseen(
                 ACCUMULATION,
@@ -151,6 +151,14 @@ def accumulation(
                 "does not draw, so that they could not be switched off",
             )
     return Finding(ACCUMULATION, False, f"{evidence} ({culprit})")
+
+
+def _agreed(evidence: str, mode: chance.Chanceless) -> Finding:
+    """Splits agree; where a mean stood for numbers that decide what is in the loss, that is measured and not proved."""
+    if not mode.replaced:
+        return Finding(ACCUMULATION, True, evidence)
+    drawn = ", ".join(sorted(mode.replaced))
+    return Finding(ACCUMULATION, None, f"{evidence}; the random numbers of {drawn} stood at their mean")
 
 
 def _rounded(

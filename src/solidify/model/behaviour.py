@@ -30,9 +30,9 @@ PROPERTIES = {
     "gradient": "a gradient reaches what the module is given",
     "half_precision": "in half precision it returns what it is given: the same dtype, finite",
     "inputs": "what the module is given is not written to",
-    "hidden_states": "output_hidden_states returns what it returned before",
-    "attentions": "output_attentions returns what it returned before",
-    "router_logits": "output_router_logits returns what it returned before",
+    "hidden_states": "output_hidden_states returns as many as before, of the same shapes",
+    "attentions": "output_attentions returns as many as before, of the same shapes",
+    "router_logits": "output_router_logits returns as many as before, of the same shapes",
 }
 RECORDS = ("hidden_states", "attentions", "router_logits")
 OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
@@ -75,6 +75,7 @@ class Reading:
     padded: bool = False
     dtype: torch.dtype = torch.float32
     way: tuple[str, str, str] = ("reordered", "crop", "all")
+    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
+    told = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
+    if found.draws and not control.draws and not told:
+        result.append(Fault("deterministic", FAILED, 0.0, "it draws random numbers in evaluation, and did not before"))
     for key, entries in control.recorded.items():
         now = found.recorded.get(key, [])
         if now != entries:
@@ -123,6 +127,7 @@ _WORDS = {
     "cache/reordered": "a second piece over the cache, its rows reordered as by beams, gives something else",
     "cache/singles": "a single step over the cache gives something else than the whole",
     "cache/steps": "single steps over the cache give something else than the whole",
+    "cache/later": "a later single step, of one row alone, gives something else than the whole",
     "cache/crop": "a single step after the cache was cropped gives something else than the whole",
 }
 
@@ -219,7 +224,7 @@ class Watched:
                     raise
                 continue
             reading.packed, reading.padded, reading.plain = packed, padded, plain.parts
-            drawn = _state() != _seeded(0)
+            drawn = reading.draws = _state() != _seeded(0)
             self._look_ahead(reading, batch, plain.parts)
             # Padding on the left says something of models alone in which no position sees a later one.
             if (
@@ -341,9 +346,12 @@ class Watched:
         reading.distances |= best or {}
 
     def _pieces(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str) -> None:
-        """Runs a prefill, a second piece (over reordered rows), and a single step (after a crop)."""
+        """Runs a prefill, a second piece (over reordered rows), and single steps (after a crop).
+
+        The later ones are of one row alone, where the cache can be cut to it: one token is all that the model is given.
+        """
         assert self.stream is not None
-        ends = [self.positions - 5, self.positions - 1] if self.positions > 7 else [1, self.positions - 1]
+        ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
@@ -367,7 +375,15 @@ class Watched:
         except Exception as error:
             reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
             return
-        self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
+        cache = self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
+        if cache is None:
+            return
+        if _first_row_of(cache):
+            turned = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
+            wanted = _cut(wanted, slice(0, 1))
+        for at in range(back + 1, min(back + 3, self.positions)):
+            if self._piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
+                return
 
     def _fresh_cache(self, name: str) -> Any:
         """Returns a cache of our own where the model may be left before it returns its own; else None."""
@@ -530,8 +546,8 @@ class Watched:
         """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
         if self.stream is None:
             return tensor if tensor.shape[:1] == shape[:1] else None
-        if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == shape:
-            return tensor
+        if tensor.ndim >= 2 and tuple(tensor.shape[:2]) == shape:
+            return tensor if tensor.ndim > 2 else tensor[..., None]
         if tensor.ndim >= 2 and tensor.shape[0] == shape[0] * shape[1]:
             return tensor.reshape(*shape, -1)
         return None
@@ -545,6 +561,17 @@ class Watched:
         return tensor.shape[0] == shape[0] if self.stream is None else tuple(tensor.shape[:2]) == shape
 
 
+def _first_row_of(cache: Any) -> bool:
+    """Cuts a cache to its first row, if all its layers can be; returns whether it did."""
+    both = isinstance(cache, EncoderDecoderCache)
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if both else [cache]
+    layers = [layer for part in parts for layer in getattr(part, "layers", ())]
+    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        return False
+    cache.batch_select_indices(torch.tensor([0]))
+    return True
+
+
 def takes(model: nn.Module) -> set[str]:
     """Names what a model's `forward` takes, also where a subclass hands on what it does not name (`**kwargs`).
 
@@ -556,8 +583,8 @@ def takes(model: nn.Module) -> set[str]:
             continue
         parameters = inspect.signature(vars(kind)["forward"]).parameters
         found |= set(parameters) - {"self"}
-        open_kinds = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
-        if kind.__module__.startswith("transformers.") or not {p.kind for p in parameters.values()} & open_kinds:
+        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if kind.__module__.startswith("transformers.") or not hands_on:
             break
     if "forward" in vars(model):  # put on the instance, by a wrapper that may hide what it takes
         found |= set(inspect.signature(model.forward).parameters)
@@ -632,8 +659,13 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
     """Returns other values for a new parameter or buffer: a branch that starts at zero hides what it computes.
 
     A buffer grows (some, such as variances, may not be negative), a parameter may do either.
-    The noise depends on the name alone, so that it is the same in every process.
+    A buffer of zeros and ones is a mask, and stays. The noise depends on the name alone, so that it is the same in
+    every process.
     """
+    if not isinstance(parameter, nn.Parameter) and parameter.numel() > 1:
+        found = set(parameter.detach().flatten()[:4096].tolist()) if parameter.numel() <= 2**24 else set()
+        if found == {0.0, 1.0} and bool(((parameter == 0) | (parameter == 1)).all()):
+            return parameter.detach().clone()
     generator = torch.Generator().manual_seed(sum(place * byte for place, byte in enumerate(name.encode(), 1)))
     fan = parameter.shape[-1] if parameter.ndim > 1 else 1
     drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5

@@ -134,7 +134,7 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
         The faults (none when structure, shapes and dtypes agree), and whether the output is bit-identical.
     """
     args, kwargs = copied(call.args), copied(call.kwargs)
-    with torch.no_grad(), anatomy.evaluation(replacement), anatomy.caches_off(replacement):
+    with torch.no_grad(), _buffers_kept(replacement), anatomy.evaluation(replacement), anatomy.caches_off(replacement):
         outcome = foreign.attempt(replacement, *args, **kwargs)
     if outcome.error is not None:
         given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
@@ -153,6 +153,23 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     return [], _equal(call.output, outcome.value)
 
 
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Puts buffers back: what a module counts of calls that were only made to try it does not belong in it."""
+    tables = [(inner._buffers, dict(inner._buffers)) for inner in module.modules()]
+    values = [(b, b.detach().clone()) for _, before in tables for b in before.values() if b is not None]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for buffer, value in values:
+            if not buffer.is_meta and not _same(buffer, value):
+                buffer.data = value
+
+
+_STATES = ("key_value_states", "encoder_hidden_states")  # what a module is given of an encoder, by transformers' names
 _ALONE = {"gradient", "half_precision"}  # habits that are tried by further calls
 
 _BROKEN = {
@@ -183,7 +200,7 @@ def _covers(found: Any, wanted: Any) -> bool:
 
 
 def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
-    with anatomy.evaluation(module), anatomy.caches_off(module):
+    with _buffers_kept(module), anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
             found["half_precision"] = _works_in_half(module, call)
@@ -201,22 +218,26 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool
     sources = _floating(args, kwargs)
     if not sources:
         return False
+    others = [t for key, t in kwargs.items() if key in _STATES and isinstance(t, torch.Tensor) and t is not sources[0]]
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
-            leaf = sources[0].requires_grad_(True)
+            leaves = [t.requires_grad_(True) for t in (sources[0], *others)]
             outcome = foreign.attempt(module, *args, **kwargs)
             first = next((t for t in tensors_in(outcome.value) if t.is_floating_point()), None)
             if first is None or not first.requires_grad:
                 return False
             weights = torch.linspace(0.5, 1.5, first.numel(), device=first.device).view(first.shape).to(first.dtype)
-            (found,) = torch.autograd.grad((first * weights).sum(), leaf, allow_unused=True)
+            found, *more = torch.autograd.grad((first * weights).sum(), leaves, allow_unused=True)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return False if found is None else (found != 0).any(-1)
+    if found is None:
+        return False
+    seen = [found, *(torch.zeros_like(t) if g is None else g for t, g in zip(others, more, strict=True))]
+    return torch.cat([(g != 0).any(-1).flatten() for g in seen])
 
 
 def _works_in_half(module: nn.Module, call: Call) -> bool:
