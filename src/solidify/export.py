@@ -68,9 +68,11 @@ def merge(
     places.refuse_foreign(output, [adapter])
     stock = not (adapter / manifest.NAME).is_file() and (adapter / storage.CONFIG).is_file()
     sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
-    work = _stock if stock else _artifact
     with places.staged(output, [adapter, sources.base]) as staging:
-        written, findings = work(sources, staging, link, trust_remote_code)
+        if stock:
+            written, findings = _stock(sources, staging, link, trust_remote_code)
+        else:
+            written, findings = _artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
     if sources.base_record is not None and not stock and trust.known(sources.base_record):
@@ -127,7 +129,7 @@ def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) ->
     return _Sources(adapter, record, where, base_record)
 
 
-def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
+def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, list[Finding]]:
     assert sources.record is not None and sources.base_record is not None
     record, base = sources.record, sources.base_record
     with private.copy(sources.base, base) as own:
@@ -140,7 +142,7 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     attached = None
     if not large:
         attached = _Attached.of(
-            lambda: loading.load_artifact(sources.base, trust_remote_code=trust_remote_code),
+            lambda: _permitted(sources.base, base),
             lambda model: storage.load_adapter(model, sources.adapter),
         )
     made, watched, merger = _rewrite(sources, prepared, staging, link)
@@ -162,6 +164,12 @@ def _artifact(sources: _Sources, staging: Path, link: bool, trust_remote_code: b
     findings += watched if attached is None else attached.findings(merged, merger)
     ledger = roundtrip.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
     return written, [*findings, _counted(ledger, made, merger)]
+
+
+def _permitted(directory: Path, record: Manifest) -> PreTrainedModel:
+    """Loads an artifact that `_sources` has asked about: that very one, and no other that stands there by now."""
+    with trust.permitting(trust.fingerprint(record)):
+        return loading.load_artifact(directory)
 
 
 def _rewrite(

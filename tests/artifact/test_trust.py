@@ -20,7 +20,8 @@ import transformers
 
 import pico
 import solidify
-from solidify.artifact import loading, manifest, private, trust
+from solidify import references
+from solidify.artifact import certificate, loading, manifest, private, trust
 from solidify.errors import ArtifactError
 from solidify.weights.hashing import digest_bytes
 from training import awake
@@ -254,6 +255,55 @@ def test_files_that_are_swapped_all_the_time_never_run(trash_artifact: Path, cop
                 outcomes.add("refused")
     assert not witness.exists()
     assert outcomes <= {"refused", "SolidOlmoeForCausalLM"}
+
+
+def test_a_directory_that_is_swapped_after_it_was_allowed_does_not_run(
+    trash_artifact: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: None
+) -> None:
+    """Another artifact, whole in itself, takes the place of the one that was asked about."""
+    directory, other, witness = fresh(copy_of, trash_artifact), fresh(copy_of, trash_artifact), tmp_path / "ran"
+    code = (other / "trashcan_moe.py").read_text()
+    rewritten(other, "trashcan_moe.py", code + f"\nopen({str(witness)!r}, 'w').close()\n")
+    assert not manifest.faults(other, manifest.read(other))
+
+    def swap(_: Path) -> list[Any]:
+        directory.rename(tmp_path / "away")
+        other.rename(directory)
+        return []
+
+    monkeypatch.setattr(certificate, "witness", swap)
+    report = solidify.check(directory, trust_remote_code=True)
+    assert not witness.exists()
+    assert all("carries code" in finding.evidence for finding in report.findings if "rules of" in finding.name)
+
+
+def test_a_tokenizer_of_ones_own_is_code_of_the_artifact(tmp_path: Path) -> None:
+    (tmp_path / "spelling.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class SpellingTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    kind = references.resolve("spelling.py:SpellingTokenizer", tmp_path)
+    kind.register_for_auto_class("AutoTokenizer")
+    tokenizer = kind(tokenizer_object=word_tokenizer().backend_tokenizer, unk_token="<unk>", pad_token="<unk>")
+    model = pico.llama()
+    edits = solidify.replace(model, "**.mlp", pico.wrappers.Scaled)
+    directory = pico.artifact(model, edits, tmp_path / "artifact", tokenizer=tokenizer)
+    assert "spelling.py" in manifest.read(directory).code
+    assert type(loading.load_tokenizer(directory)).__name__ == "SpellingTokenizer"
+    (directory / "spelling.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(ArtifactError, match=r"spelling.py is not the file that was written"):
+        loading.load_tokenizer(directory)
+
+
+def test_code_that_came_with_a_tokenizer_asks_again(tmp_path: Path) -> None:
+    model = pico.llama()
+    strange = type("StrangeTokenizer", (), {"__module__": "transformers_modules.a.b"})()
+    processor = type("Processor", (), {})()
+    assert trust.strange_classes(model) == []
+    assert trust.strange_classes(model, strange) == ["StrangeTokenizer"]
+    assert trust.strange_classes(model, processor) == []
+    processor.tokenizer = strange
+    assert trust.strange_classes(model, processor) == ["StrangeTokenizer"]
 
 
 def test_weights_that_are_swapped_while_they_are_loaded_are_noticed(

@@ -26,7 +26,7 @@ from solidify.artifact import loading, manifest
 from solidify.artifact.manifest import Manifest
 from solidify.errors import AdapterError, refuse
 from solidify.model.transaction import transaction
-from solidify.weights import format, hashing
+from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import Supply
 
 WEIGHTS = "adapter_model.safetensors"
@@ -167,7 +167,13 @@ def load_adapter(
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, "adapter", closed=False)
-    refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
+    with checkpoint.steady([directory / file for file in record.listed()]):
+        refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
+        return _put_on(model, directory, record, name, trainable=trainable)
+
+
+def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
+    """Puts an adapter, whose files were compared with its manifest, on a model."""
     refuse_wrong_base(model, record, directory)
     existing = standing.peft_model(model)
     if existing is not None and name in existing.peft_config:

@@ -161,6 +161,7 @@ def name_faults(manifest: Manifest) -> list[str]:
             how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
             faults.append(f"{shown(name)} {how}")
     faults += [f"{shown(name)} is listed among code" for name in manifest.code if not name.endswith(".py")]
+    faults += [f"{shown(name)} is code, and not listed as such" for name in manifest.files if name.endswith(".py")]
     return faults
 
 
@@ -206,6 +207,9 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
             continue
         elif what == "file" and _folded(name) in by_case:
             faults.append(f"{shown(name)} is not {shown(by_case[_folded(name)])}, which is listed: the case differs")
+        elif what == "a link" and directory.parent.name == "snapshots":
+            faults.append(f"{shown(name)} is a link, as in the hub's cache; download it with local_dir=...")
+            seen.add(name)
         elif what in ("file", "directory"):
             faults.append(f"{shown(name)} is a {what} that the manifest does not list; {_remedy(directory, what)}")
         else:

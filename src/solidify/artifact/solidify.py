@@ -83,13 +83,13 @@ def build(
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging), *findings]
-        _remember(model, written)  # before it appears: who is killed in between finds nothing, or all
+        _remember(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
 
 
-def _remember(model: PreTrainedModel, written: Manifest) -> None:
+def _remember(model: PreTrainedModel, tokenizer: Saveable | None, written: Manifest) -> None:
     """Notes that the artifact was built here, unless code of strangers is in it, which ran by permission."""
-    if not (strange := trust.strange_classes(model)):
+    if not (strange := trust.strange_classes(model, tokenizer)):
         trust.remember(written)
         return
     console.words.print(
@@ -205,12 +205,15 @@ def write(
         certificate.write(model, staging, stored, draft.edits)
     draft = replace(draft, versions=manifest.current_versions())
     (staging / manifest.CARD).write_text(_card(model, staging, draft), encoding="utf-8")
+    others = _other_files(staging, set(draft.code))
     finished = replace(
         draft,
         tensors=stored,
         headers={path.name: format.header_digest(path) for path in checkpoint.weight_files(staging)},
-        files=_other_files(staging, set(draft.code)),
+        code={**draft.code, **{name: digest for name, digest in others.items() if name.endswith(".py")}},
+        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
     )
+    trust.refuse_leading(staging, finished)
     finished.write(staging)
     return finished
 

@@ -6,10 +6,12 @@ card and the weights. Permission (`trust_remote_code`) is for the command that i
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from solidify.weights.hashing import digest_bytes, digest_values
 
 _CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 _DYNAMIC = "transformers_modules"  # the package that transformers imports the code of models into
+_LEADING = ("auto_map", "custom_pipelines")
 _NAMED = 6  # names in one sentence
+_permitted: ContextVar[frozenset[str]] = ContextVar("_permitted", default=frozenset())
 
 
 def fingerprint(record: Manifest) -> str:
@@ -41,9 +45,19 @@ def known(record: Manifest) -> bool:
     return (places.cache() / "trusted" / fingerprint(record)).is_file()
 
 
+@contextmanager
+def permitting(digest: str) -> Iterator[None]:
+    """Lets what has this fingerprint run inside of the block, and nothing else that stands in its place by now."""
+    token = _permitted.set(_permitted.get() | {digest})
+    try:
+        yield
+    finally:
+        _permitted.reset(token)
+
+
 def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
     """Raises ArtifactError unless the code was built or trusted here, or the caller allows it for this once."""
-    if trust_remote_code or known(record):
+    if trust_remote_code or fingerprint(record) in _permitted.get() or known(record):
         return
     raise ArtifactError(
         f"{directory} carries code that was not built on this machine: {', '.join(sorted(record.code)[:_NAMED])}. "
@@ -83,7 +97,7 @@ def leads(directory: Path, record: Manifest) -> list[str]:
     `auto_map` and `custom_pipelines` name classes, `..._implementation` may name a repository of kernels, and
     `adapter_config.json` has transformers load another model.
     """
-    if record.kind == "adapter":
+    if record.kind != "artifact":  # the others have no code of ours; a merged plain model is loaded as any plain one
         return []
     faults = []
     for name in sorted(record.files):
@@ -128,9 +142,6 @@ def _settings(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
-_LEADING = ("auto_map", "custom_pipelines")
-
-
 def _values(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
@@ -144,9 +155,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def strange_classes(model: Any) -> list[str]:
-    """Names the classes of a model whose code came with a model, and is not that of an artifact that is known here."""
-    classes = {type(model), type(model.config), *(type(module) for module in model.modules())}
+def strange_classes(model: Any, preparing: Any = None) -> list[str]:
+    """Names the classes of a model, and of what prepares its inputs, whose code came with a model from elsewhere.
+
+    The code of an artifact that is known here did not.
+    """
+    things = [model.config, *model.modules(), preparing, *getattr(preparing, "__dict__", {}).values()]
+    classes = {type(thing) for thing in things}
     carried = [cls for cls in classes if cls.__module__.partition(".")[0] == _DYNAMIC]
     where = Path(str(model.config._name_or_path or "nowhere"))
     record = manifest.read(where, "artifact") if carried and (where / NAME).is_file() else None
@@ -155,5 +170,5 @@ def strange_classes(model: Any) -> list[str]:
 
 
 def _source_digest(cls: type) -> str:
-    path = Path(inspect.getsourcefile(cls) or "nowhere")
-    return digest_bytes(path.read_bytes()) if path.is_file() else ""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return digest_bytes(Path(file).read_bytes()) if file and Path(file).is_file() else ""

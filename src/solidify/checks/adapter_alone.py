@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, manifest
+from solidify.artifact import certificate, manifest, trust
 from solidify.artifact.loading import load_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.findings import Finding
@@ -28,11 +28,12 @@ def main() -> None:
     stored = load_file(base / certificate.NAME / "inputs.safetensors")
     cases = sorted({key.split("/")[0] for key in stored})
     inputs = {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}
-    plain = load_artifact(base, trust_remote_code=True)
+    with trust.permitting(request["permitted"]):
+        plain, other = load_artifact(base), load_artifact(base)
     expected = roundtrip.outputs(plain, inputs)
     model = storage.load_adapter(plain, directory)
     with_adapter = roundtrip.outputs(model, inputs)
-    again = PeftModel.from_pretrained(load_artifact(base, trust_remote_code=True), directory).eval()
+    again = PeftModel.from_pretrained(other, directory).eval()
     findings = [
         Finding("loads completely", True, "every tensor of the adapter was used once"),
         structure.structure(model, record.edits),

@@ -74,6 +74,12 @@ def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve:
     if not intact.passed:
         return [intact]
     trust.require(record, directory, trust_remote_code)
+    with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
+        return _run(directory, record, intact, serve)
+
+
+def _run(directory: Path, record: Manifest, intact: Finding, serve: str | Path | None) -> list[Finding]:
+    """Runs an artifact, whose code may, in every way in which it is checked."""
     with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
         findings = [intact, *certificate.witness(own)]
     if any(finding.passed is False for finding in findings):
@@ -90,7 +96,7 @@ def _tokenizer(directory: Path) -> list[Finding]:
     """Compares the tokenizer of an artifact, whose code may run, with its model."""
     if not companions.has_tokenizer(directory):
         return []
-    held = loading.load_base(str(directory), device="meta", trust_remote_code=True)
+    held = loading.load_base(str(directory), device="meta")
     return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
@@ -112,7 +118,7 @@ def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_
     if wrong or not below.passed:
         return findings
     trust.require(below_record, base, trust_remote_code)
-    request = {"base": str(base), "adapter": str(directory)}
+    request = {"base": str(base), "adapter": str(directory), "permitted": trust.fingerprint(below_record)}
     try:
         with console.stage(f"Loading {directory.name} on its base in a fresh process"):
             answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)

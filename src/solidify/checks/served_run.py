@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from solidify import disk
-from solidify.artifact import loading, manifest, private
+from solidify.artifact import loading, manifest, private, trust
 from solidify.checks import served_call
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
@@ -61,12 +61,14 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
         SolidifyError: the interpreter cannot be run, or has no vLLM.
     """
     _require(python)
-    model = loading.load_artifact(directory, trust_remote_code=True)
+    record = manifest.read(directory, "artifact")
+    model = loading.load_artifact(directory)
     if not model.can_generate() or model.config.is_encoder_decoder:
         return Finding.unseen(NAME, "only models that generate by a decoder alone are compared token by token")
     prompts = [served_call.ordinary(model.base_model, length) for length in LENGTHS]
     try:
-        with private.copy(directory, manifest.read(directory, "artifact")) as own:
+        trust.require(record, directory, False)
+        with private.copy(directory, record) as own:
             answer = run(own, python, prompts, dtype=model.dtype, compiled=compiled)
     except ArtifactError as error:
         return Finding(NAME, False, str(error))

@@ -43,7 +43,7 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
     The artifact's code runs in this process: the caller has asked whether it may.
     """
     try:
-        model = loading.load_artifact(directory, trust_remote_code=True)
+        model = loading.load_artifact(directory)
     except ArtifactError as error:
         return [Finding.unseen(f"rules of {server}", f"not known; not run: {error}") for server in (VLLM, SGLANG)]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
