@@ -78,6 +78,8 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
         return earlier, True
     _refuse_early(recipe)
     results.announce(directory, recipe.document(), resume=resume)
+    for name in (ours.REPORT, ours.PAGE):
+        places.sweep(directory / name)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     _write(recipe, directory, report, finished=False)
@@ -147,6 +149,7 @@ def build(
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
+    places.refuse_place(directory)
     with places.scratch(target, materials.inputs(recipe)) as scratch, spilling.into(scratch), certificate.prepared():
         with console.stage("Loading the base"):
             base = materials.load_base(recipe, scratch=scratch)
@@ -252,6 +255,7 @@ def _after_training(
 def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
     """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
     target = directory / "adapter"
+    places.refuse_place(directory)
     places.refuse_foreign(target, materials.inputs(recipe))
     if "output_dir" in recipe.training:
         places.refuse_foreign_checkpoints(Path(str(recipe.training["output_dir"])), materials.inputs(recipe))
