@@ -421,11 +421,11 @@ def test_one_builds_and_another_waits(world: World) -> None:
     output.parent.mkdir()
     (world.root / "also-one").symlink_to(output.parent)
     with places.staged(output) as staging:
-        (staging / "report.json").write_text("{}")
+        manifest.Manifest("stock", {}).write(staging)  # an earlier result, which may be replaced
         for name in ("one", "also-one"):
             world.build("memory", world.root / name).refused("another process is writing")
         assert world.build("memory", world.root / "two").code == 0
-    assert [path.name for path in output.iterdir()] == ["report.json"]
+    assert [path.name for path in output.iterdir()] == [manifest.NAME]
     assert [path.name for path in output.parent.iterdir()] == ["artifact"]
     whole(world.root / "two" / "artifact")
     assert world.build("memory", world.root / "also-one").code == 0

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import pico
-from solidify import cli, pipeline, recipe, results
+from solidify import cli, ours, pipeline, recipe, results
 from solidify.artifact import certificate, manifest
 from solidify.checks import check
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
+from solidify.tuning import checkpoints
 
 
 def document(**training: Any) -> dict[str, Any]:
@@ -178,3 +179,44 @@ def test_a_failed_run_keeps_its_words(beside: Path, copied: Path, monkeypatch: p
         pipeline.run(load(beside, "a.yaml", document(seed=3)), copied)
     assert Report.read(copied / "report.json")["finished"] is False
     pipeline.places.refuse_foreign_run(copied)
+
+
+def test_only_a_checkpoint_that_reached_the_disk_is_gone_on_from(copied: Path) -> None:
+    """A power cut leaves names without their content; a kill leaves no list of what was written."""
+    where = copied / "checkpoints"
+    newest, before = where / "checkpoint-2", where / "checkpoint-1"
+    fingerprint = checkpoints.read(newest)["fingerprint"]
+    assert checkpoints.last(where, fingerprint, 1) == newest
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10])
+    assert checkpoints.last(where, fingerprint, 1) == before
+    (before / ours.LISTING).unlink()
+    assert checkpoints.last(where, fingerprint, 1) is None
+
+
+def test_an_older_checkpoint_goes_when_the_newer_is_on_the_disk(
+    beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed: list[list[str]] = []
+    seal = checkpoints.seal
+
+    def watched(directory: Path) -> None:
+        sealed.append(sorted(path.name for path in directory.parent.iterdir()))
+        seal(directory)
+
+    monkeypatch.setattr(checkpoints, "seal", watched)
+    pipeline.run(load(beside, "d.yaml", document(save_total_limit=1)), tmp_path / "out")
+    assert sealed == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_checkpoints_of_others_are_not_removed(beside: Path, tmp_path: Path) -> None:
+    """A training removes old checkpoints where its output_dir says: not those of another program."""
+    theirs = tmp_path / "theirs" / "checkpoint-7"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("weeks of training")
+    made = load(beside, "e.yaml", document(save_total_limit=1, output_dir=str(theirs.parent)))
+    with pytest.raises(ArtifactError, match="checkpoint-7 was not written to its end by a trainer"):
+        pipeline.run(made, tmp_path / "out")
+    assert (theirs / "model.safetensors").read_text() == "weeks of training"
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from solidify.errors import DataError, RecipeError, refuse
 from solidify.model import anatomy, depth, heads, ledger, surgery
 from solidify.model.surgery import Edit
 from solidify.objective.objective import Objective, Term
-from solidify.recipe import Add, Base, Insert, Recipe, Remove, Replace
+from solidify.recipe import Add, Base, Insert, Recipe, Remove
 from solidify.tuning import batching, data, defaults, groups, images
 from solidify.tuning.groups import ParameterGroup
 from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
@@ -57,17 +57,6 @@ def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | 
     if loaded.tokenizer is None and (standing := companions.directory_of(loaded.model.config)) is not None:
         companions.refuse_broken_tokenizer(standing)
     return loaded
-
-
-def inputs(recipe: Recipe) -> list[Path]:
-    """Returns what a recipe reads: its models, its modules' and terms' files, weights and data; none is an output."""
-    models = [source.model for source in (recipe.base, recipe.teacher) if source is not None]
-    made = [step for step in recipe.surgery if isinstance(step, (Replace, Add))]
-    references = [*(step.module for step in made), *(term.loss for term in recipe.objective)]
-    files = [*(name.rpartition(":")[0] for name in references), *(step.weights for step in made)]
-    files += [recipe.data.train, recipe.data.eval] if recipe.data is not None else []
-    names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
-    return [path for path in (*(recipe.directory / name for name in names), *map(Path, models)) if path.exists()]
 
 
 def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:

@@ -18,6 +18,7 @@ PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifac
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 SHOWN = 6
+_LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
 _GENERATED = "generated_from_trainer"  # a tag in those cards
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
 used: set[Path] = set()  # hidden directories of this process
@@ -119,20 +120,24 @@ def _by_a_trainer(card: Path) -> bool:
     return not card.is_symlink() and card.is_file() and _GENERATED in card.read_text(encoding="utf-8", errors="replace")
 
 
-def checkpoint_faults(directory: Path) -> list[str]:
-    """Says what in a checkpoint its list does not name. One that was not finished has no list, but our own file."""
+def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
+    """Says what in a checkpoint its list does not name; with `whole`, also what is not as long as it was.
+
+    One that was not finished has no list, but our own file.
+    """
     names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
     try:
         listed = json.loads((directory / LISTING).read_text(encoding="utf-8"))["files"]
         sizes = {name: (directory / name).stat().st_size for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
+        own = {name for name in names if _LATER.fullmatch(name)}
+        strange = sorted(name for name in names - own if name not in listed)
+        torn = sorted(name for name, size in listed.items() if whole and sizes.get(name) != size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         begun = not names or names & {OBJECTIVE, f".{OBJECTIVE}"}
-        return [] if begun else ["was not written by a trainer of solidify"]
-    own = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # other processes' come later
+        return [] if begun and not whole else ["was not written to its end by a trainer of solidify"]
     return [
-        f"holds {name}, which is not as the trainer wrote it"
-        for name in sorted(names)
-        if not own.fullmatch(name) and listed.get(name) != sizes[name]
+        *(f"holds {name}, which the trainer did not write" for name in strange),
+        *(f"lacks {name} as the trainer wrote it" for name in torn),
     ]
 
 

@@ -79,6 +79,8 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
         return earlier, True
     _refuse_early(recipe)
     results.announce(directory, recipe.document(), resume=resume)
+    for name in (ours.REPORT, ours.PAGE):
+        places.sweep(directory / name)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     _write(recipe, directory, report, finished=False)
@@ -87,10 +89,15 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
 
 def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
     """Refuses an output that is not wholly ours, or that the recipe reads; also where the checkpoints go."""
-    given = materials.inputs(recipe)
-    places.refuse_foreign_run(directory, given)
-    if recipe.adapter is not None and "output_dir" in recipe.training:
-        places.refuse_foreign_checkpoints(Path(str(recipe.training["output_dir"])), given)
+    places.refuse_foreign_run(directory, recipe.inputs())
+    if recipe.adapter is not None:
+        _refuse_foreign_checkpoints(recipe, directory)
+
+
+def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
+    """Refuses a place for checkpoints where others stand: a training removes old ones."""
+    where = Path(str(recipe.training.get("output_dir") or directory / ours.CHECKPOINTS))
+    places.refuse_foreign_checkpoints(where, recipe.inputs())
 
 
 def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
@@ -148,7 +155,8 @@ def build(
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
-    with places.scratch(target, materials.inputs(recipe)) as scratch, spilling.into(scratch), certificate.prepared():
+    places.refuse_place(directory)
+    with places.scratch(target, recipe.inputs()) as scratch, spilling.into(scratch), certificate.prepared():
         with console.stage("Loading the base"):
             base = materials.load_base(recipe, scratch=scratch)
             large = anatomy.large(base.model)
@@ -253,9 +261,9 @@ def _after_training(
 def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
     """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
     target = directory / "adapter"
-    places.refuse_foreign(target, materials.inputs(recipe))
-    if "output_dir" in recipe.training:
-        places.refuse_foreign_checkpoints(Path(str(recipe.training["output_dir"])), materials.inputs(recipe))
+    places.refuse_place(directory)
+    places.refuse_foreign(target, recipe.inputs())
+    _refuse_foreign_checkpoints(recipe, directory)
     results.refuse_others(directory, recipe.document(), "artifact")
     if not (resume and _made_by(target, recipe.document(), "adapter")) or "adapter" in results.misfits(directory):
         return None

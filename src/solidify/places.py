@@ -29,7 +29,7 @@ _HERE = -100  # AT_FDCWD
 
 def refuse_foreign(output: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raises ArtifactError unless `output` is new, empty, or wholly ours and unchanged, and apart from all inputs."""
-    _refuse_place(output, inputs)
+    refuse_place(output, inputs)
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
@@ -47,7 +47,7 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
     Every entry of it is one of the parts that a run writes, whole and unchanged, a checkpoint of a training of ours, or
     the report that lists them.
     """
-    _refuse_place(directory, inputs)
+    refuse_place(directory, inputs)
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir():
@@ -59,7 +59,7 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
 
 def refuse_foreign_checkpoints(directory: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raises ArtifactError unless a training may put its checkpoints into a directory, where old ones are removed."""
-    _refuse_place(directory, inputs)
+    refuse_place(directory, inputs)
     if directory.exists() or directory.is_symlink():
         _refuse(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])
 
@@ -75,15 +75,21 @@ def _refuse(output: Path, faults: list[str]) -> None:
     )
 
 
-def _refuse_place(output: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuses places that are not for results, by the names that they resolve to and by what the system calls them."""
+def refuse_place(output: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ArtifactError for a place that is not for results, or that an input is, holds or lies in.
+
+    Places are known by the names that they resolve to, and by what the system calls them (device and inode).
+    """
     try:
-        resolved, home = output.resolve(), Path.home().resolve()
+        resolved = output.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"the output {output} is no place to write to: {error}") from error
+    homes: list[Path] = []
+    with suppress(OSError, RuntimeError):  # there need not be one
+        homes.append(Path.home().resolve())
     if resolved.parent == resolved:
         raise ArtifactError(f"the output {output} is the root of the file system; name a directory for the results")
-    if resolved == home or resolved in home.parents:
+    if any(resolved in (home, *home.parents) for home in homes):
         raise ArtifactError(f"the output {output} is a home directory, or holds it; name a directory for the results")
     if (found := next((name for name in _REPOSITORY if os.path.lexists(resolved / name)), None)) is not None:
         raise ArtifactError(f"the output {output} is the root of a repository (it holds {found}); name another")
@@ -180,7 +186,7 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
         try:
             made = [parent for parent in output.parents if not parent.exists()]
             output.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(output)
+            sweep(output)
             directory.mkdir()
             for parent in made:
                 disk.sync(parent.parent)
@@ -267,9 +273,10 @@ def _alone(output: Path) -> Iterator[None]:
         yield
 
 
-def _sweep(output: Path) -> None:
+def sweep(output: Path) -> None:
     """Removes what runs that were killed left beside `output`; a result that was about to be replaced goes back."""
-    for left in [path for path in output.parent.iterdir() if ours.left(path)]:
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    for left in [path for path in beside if ours.left(path)]:
         found = ours.HIDDEN.fullmatch(left.name)
         assert found is not None
         if found[1] != output.name:

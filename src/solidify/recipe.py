@@ -6,6 +6,7 @@ to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,6 +172,17 @@ class Recipe(_Section):
     def document(self) -> dict[str, Any]:
         """Returns the recipe as plain values, with the keys of the YAML file."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def inputs(self) -> list[Path]:
+        """Returns what it reads on this machine: models, files of modules and terms, weights, data."""
+        models = [source.model for source in (self.base, self.teacher) if source is not None]
+        made = [step for step in self.surgery if isinstance(step, (Replace, Add))]
+        references = [*(step.module for step in made), *(term.loss for term in self.objective)]
+        files = [*(name.rpartition(":")[0] for name in references), *(step.weights for step in made)]
+        files += [self.data.train, self.data.eval] if self.data is not None else []
+        names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
+        found = [*(self.directory / name for name in names), *map(Path, models)]
+        return [path for path in found if os.path.exists(path)]
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -72,7 +72,7 @@ def last(directory: str | Path, fingerprint: str, processes: int) -> Path | None
 
 def _whole(path: Path, processes: int) -> bool:
     """The first process lists its files last; of the others there is a file each, an archive with its end."""
-    if not (path / ours.LISTING).is_file() or ours.checkpoint_faults(path):
+    if ours.checkpoint_faults(path, whole=True):
         return False
     try:
         json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
