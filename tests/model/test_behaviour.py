@@ -123,6 +123,7 @@ ELSEWHERE = {
     "Mamba": ("mamba", "AutoModelForCausalLM", "backbone.layers.*.mixer"),
     "Qwen3 attention": ("qwen3", "AutoModelForCausalLM", "model.layers.*.self_attn"),
     "Qwen3": ("qwen3", "AutoModelForCausalLM", "model.layers.*.mlp"),
+    "BART": ("bart", "AutoModelForSeq2SeqLM", "model.decoder.layers.*.encoder_attn"),
 }
 
 
@@ -142,6 +143,13 @@ ELSEWHERE = {
         ("Qwen3", "ZeroBufferShift", "cache"),
         ("Qwen3", "HalfDetached", "gradient"),
         ("Qwen3", "PlainSame", ""),
+        ("Qwen3 attention", "ForgetsSteps", "a later single step"),
+        ("Qwen3 attention", "RemembersPlaces", "a later single step"),
+        ("Qwen3", "OneToken", "a later single step"),
+        ("Qwen3", "Seldom", "random numbers in evaluation"),
+        ("BART", "CrossDetached", "no gradient reaches"),
+        ("BART", "Scaled", ""),
+        ("Qwen3", "Tallies", ""),
     ],
 )
 def test_faults_and_twins_in_other_families(family: str, name: str, word: str) -> None:
@@ -342,3 +350,49 @@ def test_an_added_head_is_looked_at_as_closely_as_a_replacement(share: float | N
     with pytest.raises(SurgeryError, match="a row depends on the other rows"):
         solidify.add(model, "value", added(lambda: Centred(share)), reads="model.norm")
     solidify.add(model, "value", added(lambda: Centred(0.0)), reads="model.norm")
+
+
+def test_what_is_counted_of_probes_is_not_in_the_module() -> None:
+    model = pico.llama()
+    solidify.replace(model, "model.layers.*.mlp", behaving.Tallies)
+    assert {float(layer.mlp.tokens) for layer in model.model.layers} == {0.0}
+
+
+def test_a_forward_that_takes_more_words_than_keywords_is_called_as_it_takes() -> None:
+    class Counted(type(pico.llama())):
+        def forward(self, input_ids=None, attention_mask=None, *rest):
+            return super().forward(input_ids, attention_mask)
+
+    class Handed(type(pico.llama())):
+        def forward(self, input_ids=None, **rest):
+            return super().forward(input_ids, **rest)
+
+    plain = pico.llama()
+    assert behaviour.takes(Counted(plain.config)) == {"input_ids", "attention_mask", "rest"}
+    assert {"past_key_values", "use_cache"} <= behaviour.takes(Handed(plain.config))
+
+
+@pytest.mark.parametrize("shape", ["token", "row"])
+def test_a_head_without_features_is_watched_or_said_not_to_be(shape: str, tmp_path: Path) -> None:
+    class Score(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.out = nn.Linear(config.hidden_size, 1)
+
+        def forward(self, x):
+            noisy = self.out(x + torch.randn_like(x)).squeeze(-1)
+            return noisy if shape == "token" else noisy.mean(-1, keepdim=True)
+
+    model = pico.llama()
+    if shape == "token":
+        with pytest.raises(SurgeryError, match="random numbers"):
+            solidify.add(model, "score_head", Score, reads="model.norm")
+        return
+    edits = solidify.add(model, "score_head", wrapped(), reads="model.norm")
+    found = {f.name: f.verdict for f in solidify.build(model, edits, tmp_path / "out").findings}
+    assert found["behaviour of score_head"] == "not looked at"
+
+
+def wrapped() -> type:
+    """A head of the user's own file that gives a number for a row."""
+    return pico.wrappers.RowScore

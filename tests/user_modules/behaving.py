@@ -321,3 +321,70 @@ class ZeroBufferShift(Plain):
 class HalfDetached(Base):
     def forward(self, x):
         return self.inner(torch.cat([x[:, :1], x[:, 1:].detach()], 1)) * self.scale
+
+
+class ForgetsSteps(Base):
+    """What a single step leaves behind in the cache is lost: the step itself is right, the ones after it are not."""
+
+    def __init__(self, original, config, layer_idx):
+        super().__init__(original)
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        output = self.inner(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and hidden_states.shape[1] == 1:
+            layer = past_key_values.layers[self.layer_idx]
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            layer.keys[:, :, -1] = 0
+            layer.values[:, :, -1] = 0
+        return output
+
+
+class RemembersPlaces(Base):
+    """Rotary embeddings of a single token are kept by the number of rows: the token after it stands where it stood."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.places = {}
+
+    def forward(self, hidden_states, *args, position_embeddings=None, **kwargs):
+        if hidden_states.shape[1] == 1:
+            position_embeddings = self.places.setdefault(len(hidden_states), position_embeddings)
+        return self.inner(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+
+class OneToken(Base):
+    """A fast path for a single token that is not what the slow one computes."""
+
+    def forward(self, hidden_states):
+        return self.inner(hidden_states) * (2 if hidden_states.shape[0] * hidden_states.shape[1] == 1 else 1)
+
+
+class Seldom(Base):
+    """Drops what it computes once in fifty calls."""
+
+    def forward(self, hidden_states):
+        if torch.rand(()) < 0.02:
+            return torch.zeros_like(hidden_states)
+        return self.inner(hidden_states)
+
+
+class CrossDetached(Base):
+    """Lets no gradient through to the encoder."""
+
+    def forward(self, hidden_states, key_value_states=None, **kwargs):
+        given = None if key_value_states is None else key_value_states.detach()
+        return self.inner(hidden_states, key_value_states=given, **kwargs)
+
+
+class Tallies(Base):
+    """Counts tokens in a buffer, and masks with one of zeros and ones, as nanoGPT does."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.register_buffer("tokens", torch.zeros(()))
+        self.register_buffer("mask", torch.tril(torch.ones(4, 4)))
+
+    def forward(self, hidden_states):
+        self.tokens += hidden_states.shape[0] * hidden_states.shape[1]
+        return self.inner(hidden_states) * (self.mask[-1] == 1).float().mean().to(hidden_states.dtype)

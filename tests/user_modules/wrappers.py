@@ -263,3 +263,14 @@ class Spoiler(nn.Module):
     def forward(self, hidden_states):
         hidden_states.mul_(2)
         return self.linear(hidden_states)
+
+
+class RowScore(nn.Module):
+    """A number for a row, and none for its positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.out = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states):
+        return self.out(hidden_states.mean(1))

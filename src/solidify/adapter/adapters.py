@@ -75,6 +75,9 @@ def _frozen_inside(model: PeftModel, wanted: AdapterPlan) -> set[str]:
     return {name for name, _ in standing.plain_parameters(model) if name.startswith(inside)} - set(wanted.full)
 
 
+_OF_TIES = "You have requested `ensure_weight_tying`"  # how PEFT's warnings of ties begin (0.21.2)
+
+
 def _attached(
     model: Any, existing: PeftModel | None, configuration: LoraConfig, wanted: AdapterPlan, name: str
 ) -> tuple[PeftModel, list[str]]:
@@ -85,9 +88,12 @@ def _attached(
     """
     with warnings.catch_warnings(record=True) as caught, foreign.calling("PEFT refuses the adapter", AdapterError):
         warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
+        warnings.filterwarnings("always", message=_OF_TIES)
         peft_model = _inject(model, existing, configuration, name)
     faults = []
     for warning in caught:
+        if str(warning.message).startswith(_OF_TIES):
+            continue  # `tied.parted` looks whether the tie is kept
         if not issubclass(warning.category, RuntimeWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif not patterns.is_false_alarm(str(warning.message), wanted.lora_modules):
