@@ -216,7 +216,7 @@ def test_checkpoints_of_others_are_not_removed(beside: Path, tmp_path: Path) -> 
     theirs.mkdir(parents=True)
     (theirs / "model.safetensors").write_text("weeks of training")
     made = load(beside, "e.yaml", document(save_total_limit=1, output_dir=str(theirs.parent)))
-    with pytest.raises(ArtifactError, match="checkpoint-7 was not written to its end by a trainer"):
+    with pytest.raises(ArtifactError, match=r"did not make .it holds checkpoint-7"):
         pipeline.run(made, tmp_path / "out")
     assert (theirs / "model.safetensors").read_text() == "weeks of training"
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_a_build_never_replaces_its_base(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="the output"):
             pico.artifact(model, edits, output)
     (tmp_path / "link").symlink_to(base)
-    with pytest.raises(ArtifactError, match="is an input of this command"):
+    with pytest.raises(ArtifactError, match="is an input of the command"):
         pico.artifact(model, edits, tmp_path / "link")
     assert contents(base) == before
 
@@ -183,7 +183,7 @@ def test_inputs_are_known_by_what_they_are(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds an input"):
         places.refuse_foreign(out, [base])
     for path in (out / "config.json", out):
-        with pytest.raises(ArtifactError, match="input of this command"):
+        with pytest.raises(ArtifactError, match="input of the command"):
             places.refuse_foreign(out, [path])
 
 
@@ -342,6 +342,6 @@ def test_a_broken_tokenizer_is_not_lost_without_a_word(build: Callable[..., Repo
 def test_a_build_over_its_own_base_is_refused(build: Callable[..., Report], tmp_path: Path) -> None:
     base = small(tmp_path / "run" / "artifact")
     before = contents(base)
-    with pytest.raises(ArtifactError, match="is an input of this command"):
+    with pytest.raises(ArtifactError, match="is an input of the command"):
         build(base, tmp_path / "run")
     assert contents(base) == before

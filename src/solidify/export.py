@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
-from solidify import foreign, places
+from solidify import disk, foreign, places
 from solidify.adapter import configured, merging, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
@@ -65,10 +65,10 @@ def merge(
         ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
     """
     adapter, output = Path(adapter).resolve(), Path(output)
-    places.refuse_foreign(output, [adapter])
+    places.refuse_foreign(output, [adapter], work="merge")
     stock = not (adapter / manifest.NAME).is_file() and (adapter / storage.CONFIG).is_file()
     sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
-    with places.staged(output, [adapter, sources.base]) as staging:
+    with places.staged(output, [adapter, sources.base], work="merge") as staging:
         if stock:
             written, findings = _stock(sources, staging, link, trust_remote_code)
         else:
@@ -243,6 +243,10 @@ def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
     format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
     configured.refuse_marked(adapter / storage.WEIGHTS)
     where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
+    if disk.leads_out(where, "config.json"):
+        raise ArtifactError(
+            f"config.json of the base {where} is a link that leads out of the base; put the file itself there"
+        )
     checkpoint.read(where)
     record = manifest.read(where) if (where / manifest.NAME).is_file() else None
     if record is not None:
@@ -288,8 +292,6 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )
     carried = companions.copy_all(sources.base, staging)
-    if reason := carried.left.get("config.json"):
-        raise ArtifactError(f"config.json of the base {sources.base} is {reason}; put the file itself there")
     made, watched, merger = _rewrite(sources, prepared, staging, link)
     if made.untied:
         _untie(staging)

@@ -30,7 +30,7 @@ def foreign(directory: Path) -> list[str]:
     if not entries:
         return []
     if not (directory / manifest.NAME).is_file():
-        return [f"it has no {manifest.NAME}, but {_names(entries)}"]
+        return [f"it has no {manifest.NAME}, but {names(entries)}"]
     try:
         record = manifest.read(directory)
         return [*_unlisted(directory, record), *manifest.faults(directory, record)]
@@ -141,7 +141,15 @@ def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
     ]
 
 
-def _names(paths: list[Path]) -> str:
+def anything(directory: Path) -> bool:
+    """Returns whether there is a manifest or a report of ours in a directory, or in a part of a run there."""
+    manifests = [directory / manifest.NAME, *(directory / name / manifest.NAME for name in PARTS)]
+    checkpoints = directory.glob(f"checkpoint-*/{OBJECTIVE}")
+    return any(path.is_file() for path in (*manifests, *checkpoints)) or _report(directory) is not None
+
+
+def names(paths: list[Path]) -> str:
+    """Lists the names of the first of some paths, and how many more there are."""
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     return ", ".join(path.name for path in paths[:SHOWN]) + more
 

@@ -27,9 +27,12 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 _HERE = -100  # AT_FDCWD
 
 
-def refuse_foreign(output: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Raises ArtifactError unless `output` is new, empty, or wholly ours and unchanged, and apart from all inputs."""
-    refuse_place(output, inputs)
+def refuse_foreign(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> None:
+    """Raises ArtifactError unless `output` is new, empty, or wholly ours and unchanged, and apart from all inputs.
+
+    `work` is what the inputs belong to, for the message.
+    """
+    refuse_place(output, inputs, work=work)
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
@@ -67,6 +70,12 @@ def refuse_foreign_checkpoints(directory: Path, inputs: Iterable[str | Path] = (
 def _refuse(output: Path, faults: list[str]) -> None:
     if not faults:
         return
+    if output.is_dir() and not ours.anything(output):
+        entries = ours.names([path for path in sorted(output.iterdir()) if not ours.left(path)])
+        raise ArtifactError(
+            f"the output {output} exists and is a directory that solidify did not make (it holds {entries}); "
+            "name another, or remove it first"
+        )
     shown = faults[: ours.SHOWN]
     more = f" and {len(faults) - ours.SHOWN} more" if len(faults) > ours.SHOWN else ""
     raise ArtifactError(
@@ -75,7 +84,7 @@ def _refuse(output: Path, faults: list[str]) -> None:
     )
 
 
-def refuse_place(output: Path, inputs: Iterable[str | Path] = ()) -> None:
+def refuse_place(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> None:
     """Raises ArtifactError for a place that is not for results, or that an input is, holds or lies in.
 
     Places are known by the names that they resolve to, and by what the system calls them (device and inode).
@@ -99,11 +108,11 @@ def refuse_place(output: Path, inputs: Iterable[str | Path] = ()) -> None:
         for path in _reached(Path(given)):
             parents = {_identity(parent) for parent in path.parents} - {None}
             if path == resolved or _identity(path) in own:
-                raise ArtifactError(f"the output {output} is an input of this command; name another")
+                raise ArtifactError(f"the output {output} is an input of the {work}; name another")
             if resolved in path.parents or own & parents:
-                raise ArtifactError(f"the output {output} holds an input of this command, {path}; name another")
+                raise ArtifactError(f"the output {output} holds an input of the {work}, {path}; name another")
             if path in resolved.parents or _identity(path) in above:
-                raise ArtifactError(f"the output {output} lies in an input of this command, {path}; name another")
+                raise ArtifactError(f"the output {output} lies in an input of the {work}, {path}; name another")
 
 
 def _reached(path: Path) -> Iterator[Path]:
@@ -140,7 +149,7 @@ def _announce(output: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+def staged(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> Iterator[Path]:
     """Yields a directory beside `output` that takes its name when the block ends without an error.
 
     What stood at `output` before (an earlier result of ours) is replaced in the same moment, which is said before.
@@ -151,12 +160,12 @@ def staged(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
             process writes it now, or its place cannot be written.
     """
     inputs = list(inputs)
-    refuse_foreign(output, inputs)
+    refuse_foreign(output, inputs, work=work)
     _announce(output)
     with _beside(output, "partial") as staging:
         yield staging
         disk.sync_tree(staging)
-        refuse_foreign(output, inputs)  # much may have happened there meanwhile
+        refuse_foreign(output, inputs, work=work)  # much may have happened there meanwhile
         output = output.resolve()
         try:
             _put(staging, output)
