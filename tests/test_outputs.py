@@ -235,7 +235,7 @@ def test_a_manifest_that_names_what_is_elsewhere_writes_nothing(run: Path, kind:
     text = manifest._text(forged, manifest.digest_values(forged))  # `write` refuses such names
     (run / "artifact" / manifest.NAME).write_text(text)
     before = contents(run)
-    with pytest.raises(ArtifactError, match=r"payload' leads out|link is a link"):
+    with pytest.raises(ArtifactError, match=r"no name of a file inside|link is (a link|listed among)"):
         export.merge(run / "adapter", run / "out" / "merged", base=run / "artifact")
     assert contents(run) == before
 
