@@ -6,6 +6,7 @@ The examples of the quick run are the same every time; `make test-all` draws oth
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -155,6 +156,52 @@ def test_a_plan_ends_in_a_sentence(place: Path, document: Any) -> None:
 @given(document=spoilt(GOOD))
 def test_a_plan_ends_in_a_sentence_for_many_more(place: Path, document: Any) -> None:
     plans(place, document)
+
+
+def look(place: Path, spoiled: str, content: bytes) -> None:
+    """Looks by every verb that reads a directory at a copy of which one file holds something else."""
+    directory = place / "copy"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(place / "base", directory)
+    (directory / spoiled).write_bytes(content)
+    ends_well("inspect", str(directory))
+    ends_well("diff", str(place / "base"), str(directory))
+    ends_well("check", str(directory))
+
+
+@st.composite
+def spoilt_files(draw: Any) -> tuple[str, bytes]:
+    """The name of a file of a model directory, and other bytes for it: spoilt JSON, or bytes at random."""
+    name = draw(st.sampled_from(["config.json", "generation_config.json", "model.safetensors.index.json"]))
+    good: Any = {"weight_map": {"lm_head.weight": "model.safetensors"}, "metadata": {"total_size": 5}}
+    if name == "config.json":
+        good = pico.llama().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    text = draw(spoilt(good).map(lambda d: json.dumps(d, default=str).encode()))
+    return name, draw(st.one_of(st.just(text), st.binary(max_size=60), st.just(text[: len(text) // 2])))
+
+
+@settings(QUICK, max_examples=25)
+@given(file=spoilt_files())
+def test_a_directory_is_read_or_refused(place: Path, file: tuple[str, bytes]) -> None:
+    look(place, *file)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=500, derandomize=False)
+@given(file=spoilt_files())
+def test_many_more_directories_are_read_or_refused(place: Path, file: tuple[str, bytes]) -> None:
+    look(place, *file)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "base/config.json"])
+def test_what_is_no_file_is_not_opened(place: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(GOOD))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    words = [sys.executable, "-m", "solidify", "plan", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "is a pipe" in done.stderr, done.stderr
 
 
 def test_a_message_does_not_steer_the_terminal_and_knows_ascii(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
+from solidify import files, foreign
 from solidify.artifact import conversion, manifest, private, trust
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.manifest import Manifest
@@ -70,9 +70,12 @@ def load_base(
     if kind is not None:
         _refuse_changed(Path(reference), "stock")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if Path(reference).is_dir():
+        files.document(Path(reference) / "config.json", RecipeError)
     try:
         config = AutoConfig.from_pretrained(reference, **options)
-        name = (config.architectures or [""])[0]
+        named = config.architectures if isinstance(config.architectures, list) else []
+        name = next((each for each in named if isinstance(each, str)), "")
         head = _head(reference, config, name, trust_remote_code)
         if device == "meta":
             model, info = on_meta(head, config, dtype), {}
@@ -83,10 +86,11 @@ def load_base(
                     where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
                 )  # what is mismatched is in `info`, and refused below
             model.config._name_or_path = reference
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        raise RecipeError(f"the base {reference!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        words = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
+        raise RecipeError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
     refuse(
         RecipeError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
