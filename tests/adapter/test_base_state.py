@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import families
 import pico
 import solidify
 from solidify.adapter import base_state, reading
@@ -289,3 +290,18 @@ VmFlags: rd wr
     assert [area.own for area in mapped._read_areas(text.format(0, 0))] == [0]
     assert [area.own for area in mapped._read_areas(text.format(0, 8))] == [8192]
     assert [area.own for area in mapped._read_areas(text.format(4, 8))] == [12288]
+
+
+def test_a_model_with_weight_norm_is_its_artifact(tmp_path: Path) -> None:
+    """torch makes a class of its own for every parametrized module."""
+    model = families.tiny("wav2vec2", "AutoModelForCTC")
+    place = "wav2vec2.encoder.layers.0.feed_forward"
+    pico.artifact(model, solidify.replace(model, place, pico.wrappers.Scaled), tmp_path / "artifact")
+    loaded = solidify.load(tmp_path / "artifact")
+    convolution = loaded.wav2vec2.encoder.pos_conv_embed.conv
+    assert type(convolution).__name__ == "ParametrizedConv1d"
+    solidify.attach(loaded, lora={"r": 2, "target_modules": ["**.q_proj"]})
+    with torch.no_grad():
+        convolution.parametrizations.weight.original1.add_(0.1)
+    with pytest.raises(AdapterError, match=r"pos_conv_embed\.conv\.parametrizations\.weight\.original1"):
+        solidify.attach(loaded, lora={"r": 2, "target_modules": ["**.v_proj"]}, name="other")
