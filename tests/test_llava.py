@@ -232,10 +232,10 @@ def test_a_row_may_have_several_images(tmp_path: Path) -> None:
     ("row", "words"),
     [
         ({"text": "<image>", "image": "gone.png"}, r"names images that do not exist: row 1: .*gone\.png"),
-        ({"text": "<image>", "image": "broken.png"}, "row 1: cannot identify image file"),
+        ({"text": "<image>", "image": "broken.png"}, "row 1: UnidentifiedImageError: cannot identify image file"),
         ({"text": "no place", "image": "red.png"}, "row 1: .*Found total 0 <image> tokens and 1 images"),
         ({"text": "<image> <image>", "image": "red.png"}, "row 1: .*Found total 2 <image> tokens and 1 images"),
-        ({"text": "<image>", "image": None}, "row 1: Found 1 <image> tokens in the text but no images"),
+        ({"text": "<image>", "image": None}, "row 1: ValueError: Found 1 <image> tokens in the text but no images"),
     ],
 )
 def test_rows_that_do_not_fit_their_images_are_refused_by_number(tmp_path: Path, row: Any, words: str) -> None:

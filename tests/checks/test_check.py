@@ -29,7 +29,7 @@ def whole(trash_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_whole_run_holds(whole: Path) -> None:
     report = solidify.check(whole)
     assert report.passed
-    assert list(report.stages) == ["artifact", "adapter", "merged"]
+    assert list(report.stages) == ["artifact", "adapter", "merged", "run"]
     names = {finding.name for finding in report.stages["adapter"]}
     assert {"plain PEFT loads the same", "adapter off is the base", "the base is the recorded one"} <= names
 

@@ -101,6 +101,8 @@ def _contract(
     large = anatomy.large(model)
     declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
     first = list(control.first_of_each_kind(model, _standing(model, entries)))
+    heads = [edit["name"] for edit in edits if edit.get("operation") == "add"]
+    first += [] if large else [name for name in heads if name not in first]
     made = {name for edit in edits for name in edit["new"]}
     state = (*model.named_parameters(), *model.named_buffers())
     parameters = {name: tensor for name, tensor in state if name in made and tensor.is_floating_point()}
@@ -126,7 +128,6 @@ def _contract(
     kept = {key: far for key, far in reading.distances.items() if key.partition("/")[0] not in declared}
     recorded = {key: shapes for key, shapes in reading.recorded.items() if key not in declared}
     given = {key: tensor.cpu().contiguous() for key, tensor in inputs.items()}
-    heads = [edit["name"] for edit in edits if edit.get("operation") == "add"]
     document = {
         **found,
         "tried": [watched.rows, watched.positions],

@@ -101,7 +101,10 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = files.document(index).get("weight_map")
+    try:
+        found = files.document(index).get("weight_map")
+    except ArtifactError as error:
+        raise ArtifactError(f"{index.name} is not a safetensors index: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ArtifactError(f"{index} is not a safetensors index: its weight_map does not map tensors to files")
     disk.refuse_names(index, set(found.values()))
