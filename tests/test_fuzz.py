@@ -99,7 +99,7 @@ def ends_well(*words: str) -> None:
     assert "Traceback" not in told and "nobody foresaw" not in told, told[-3000:]
 
 
-@settings(QUICK, max_examples=400)
+@settings(QUICK, max_examples=150)
 @given(st.one_of(spoilt(GOOD).map(lambda d: yaml.safe_dump(d, allow_unicode=True)), st.text(max_size=200)))
 @example("a: &x [1]\nb: *x\n")
 @example("[" * 10_000)
@@ -117,7 +117,7 @@ def test_a_recipe_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
         assert str(path) in str(error)
 
 
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=100)
 @given(st.one_of(st.text(max_size=30), st.tuples(WORDS, WORDS).map("=".join), st.just("surgery.²=1")))
 @example("surgery.0.count=[")
 @example("output=*x")
@@ -145,7 +145,7 @@ def plans(place: Path, document: Any) -> None:
     ends_well("plan", str(place / "recipe.yaml"))
 
 
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=20)
 @given(document=spoilt(GOOD))
 def test_a_plan_ends_in_a_sentence(place: Path, document: Any) -> None:
     plans(place, document)
@@ -180,7 +180,7 @@ def spoilt_files(draw: Any) -> tuple[str, bytes]:
     return name, draw(st.one_of(st.just(text), st.binary(max_size=60), st.just(text[: len(text) // 2])))
 
 
-@settings(QUICK, max_examples=25)
+@settings(QUICK, max_examples=12)
 @given(file=spoilt_files())
 def test_a_directory_is_read_or_refused(place: Path, file: tuple[str, bytes]) -> None:
     look(place, *file)

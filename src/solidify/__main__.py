@@ -51,7 +51,8 @@ def _run() -> None:
 def _say(words: str) -> None:
     """Prints a message without what could steer a terminal: names in it come from files."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
-    print(f"solidify: {shown}", file=sys.stderr)
+    sys.stderr.write(f"solidify: {shown}\n")  # in one piece: several processes may share the terminal
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
