@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import families
 import pico
@@ -56,4 +57,6 @@ def test_an_encoder_decoder_s_shared_embeddings_are_not_half_trained(family: str
 def test_one_update_serves_both_names(family: str) -> None:
     model = families.tiny(family, "AutoModelForCausalLM")
     trained = solidify.attach(model, lora={"r": 2, "target_modules": [embeddings(model), "lm_head"]})
-    assert any(p.requires_grad for p in trained.parameters())
+    layers = [module for module in trained.modules() if isinstance(module, BaseTunerLayer)]
+    memory = [{p.untyped_storage().data_ptr() for p in layer.parameters() if p.requires_grad} for layer in layers]
+    assert len(layers) == 2 and memory[0] == memory[1] and len(memory[0]) == 2

@@ -73,9 +73,9 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def _storages(layer: nn.Module) -> frozenset[int]:
-    """Returns where in memory the parameters of an update stand; the base layer's are none of them."""
-    inside = {id(p) for p in layer.get_base_layer().parameters()} if isinstance(layer, BaseTunerLayer) else set()
+def _storages(layer: Any) -> frozenset[int]:
+    """Returns where in memory the parameters of PEFT's layer stand; its base layer's are none of them."""
+    inside = {id(p) for p in layer.get_base_layer().parameters()}
     return frozenset(p.untyped_storage().data_ptr() for p in layer.parameters() if id(p) not in inside)
 
 
