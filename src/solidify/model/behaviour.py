@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +159,8 @@ class Watched:
             self.values = {name: t.detach().float() if t.is_floating_point() else t for name, t in own.items()}
             self.inputs = {key: t.float() if t.is_floating_point() else t for key, t in self.inputs.items()}
         self.takes = takes(model)
+        configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
+        self.configs = list({id(config): config for config in configs}.values())
         self.stream = next((k for k in ("decoder_input_ids", "input_ids") if k in inputs), None)
         tokens = inputs[self.stream] if self.stream is not None else next(iter(inputs.values()))
         self.rows = int(tokens.shape[0])
@@ -332,7 +334,7 @@ class Watched:
         best: dict[str, float] | None = None
         for way in _WAYS if control is None else [control.way]:
             trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
-            self._pieces(trial, batch, plain, name)
+            self._pieces(trial, batch, plain, name, later=1 if control is None else 2)
             whole = _WAYS[-1] == way or {key.partition("/")[2] for key in trial.distances} >= {
                 "prefill",
                 way[0],
@@ -345,10 +347,13 @@ class Watched:
                 break
         reading.distances |= best or {}
 
-    def _pieces(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str) -> None:
+    def _pieces(
+        self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str, *, later: int
+    ) -> None:
         """Runs a prefill, a second piece (over reordered rows), and single steps (after a crop).
 
-        The later ones are of one row alone, where the cache can be cut to it: one token is all that the model is given.
+        The `later` ones are of one row alone, where the cache can be cut to it: one token is all that the model is
+        given. The control makes one of them: whether the cache can be cut shows there.
         """
         assert self.stream is not None
         ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
@@ -381,7 +386,7 @@ class Watched:
         if _first_row_of(cache):
             turned = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
             wanted = _cut(wanted, slice(0, 1))
-        for at in range(back + 1, min(back + 3, self.positions)):
+        for at in range(back + 1, min(back + 1 + later, self.positions)):
             if self._piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
                 return
 
@@ -510,7 +515,7 @@ class Watched:
         handles = [self.model.base_model.register_forward_hook(lambda _m, _a, output: inner.append(output))]
         handles += [self.model.get_submodule(name).register_forward_hook(self._keep(name, got)) for name in self.at]
         outputs: Any = {}
-        with _caches_off(self.model, not caching):
+        with _caches_off(() if caching else self.configs):
             try:
                 arguments = {**inputs, **options}
                 outputs = self.model(**arguments)
@@ -710,10 +715,9 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _caches_off(model: nn.Module, off: bool) -> Iterator[None]:
+def _caches_off(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
     """Keeps every part of the model from caching by itself, whatever its own configuration says."""
-    configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)] if off else []
-    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}.values()
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
     try:
@@ -735,7 +739,10 @@ def _chance_kept() -> Iterator[None]:
 
 
 def _seed(number: int) -> None:
-    torch.manual_seed(number)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # without one, `torch.manual_seed` writes the stack down for each kind of accelerator
+        torch.default_generator.manual_seed(number)
     random.seed(number)
 
 

@@ -209,7 +209,8 @@ def _records(hook: Any) -> bool:
 
 def _output(hook: Any) -> Any:
     """Returns which output a hook records."""
-    return inspect.getclosurevars(hook).nonlocals.get("key")
+    names = hook.__code__.co_freevars
+    return hook.__closure__[names.index("key")].cell_contents if "key" in names else None
 
 
 def withhold(model: PreTrainedModel, lost: set[str]) -> None:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -314,22 +315,27 @@ def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | N
     if not isinstance(model, PreTrainedModel):
         raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
     modules = {name: m for name, m in model.named_modules() if name}
-    everywhere = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    hits = anatomy.match(target, everywhere)
+    everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    hits = anatomy.match(target, list(everywhere))
     faults = [
         f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
         for pattern, found in hits.items()
         if not found
     ]
     names = [name for found in hits.values() for name in found]
-    faults += [f"{name} is hit by two patterns" for name in sorted({n for n in names if names.count(n) > 1})]
+    faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
     names = list(dict.fromkeys(names))
+    places: dict[int, list[str]] = {}
+    for name, module in everywhere.items():
+        places.setdefault(id(module), []).append(name)
+    hit = set(names)
     for name in names:
-        module = model.get_submodule(name)
-        twins = [n for n in everywhere if model.get_submodule(n) is module and n != name]
+        module = everywhere[name]
+        twins = [twin for twin in places[id(module)] if twin != name]
         if twins:
             faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
-        inside = next((outer for outer in names if name.startswith(outer + ".")), None)
+        parts = name.split(".")
+        inside = next((outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in hit), None)
         if inside:
             faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
         if expect is not None and type(module).__name__ != expect:
