@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from solidify import places
+from solidify import disk, places
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.weights.hashing import digest_bytes
@@ -84,10 +84,10 @@ def test_empty_directories_and_ours_may_be_used_others_not(tmp_path: Path) -> No
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "a"))
-    assert places.cache() == tmp_path / "a"
+    assert disk.cache() == tmp_path / "a"
     monkeypatch.delenv("SOLIDIFY_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert places.cache() == tmp_path / "b" / "solidify"
+    assert disk.cache() == tmp_path / "b" / "solidify"
 
 
 def test_a_run_that_died_under_the_same_number_is_swept_up(tmp_path: Path) -> None:

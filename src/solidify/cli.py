@@ -313,8 +313,10 @@ def _print(shown: Iterable[Any]) -> None:
 
 
 def _show_file(path: Path) -> None:
+    from solidify import files
+
     if path.is_file():
-        _show(json.loads(path.read_text(encoding="utf-8")))
+        _show(files.document(path))
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -21,16 +21,40 @@ except ImportError:  # a system without them has no other process's locks to loo
 
 PREFIX = "solidify-"  # of temporary directories
 LOCK = ".solidify.lock"  # in each, held as long as its process lives
+_ELSEWHERE = "say with SOLIDIFY_HOME where solidify may keep its cache"
 _WITHOUT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # file systems that have no such thing as syncing
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def cache() -> Path:
-    """Returns the user's cache directory for solidify (`SOLIDIFY_HOME`, else under `XDG_CACHE_HOME` or ~/.cache)."""
+    """Returns the user's cache directory for solidify (`SOLIDIFY_HOME`, else under `XDG_CACHE_HOME` or ~/.cache).
+
+    Raises:
+        ArtifactError: none of these is set, and the user has no home.
+    """
     home = os.environ.get("SOLIDIFY_HOME")
-    if home:
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "solidify"
+    try:
+        if home:
+            return Path(home).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "solidify"
+    except RuntimeError as error:
+        raise ArtifactError(f"no home directory is known; {_ELSEWHERE}") from error
+
+
+def cache_for(part: str) -> Path:
+    """Returns a directory of the cache, and makes it if it is not there.
+
+    Raises:
+        ArtifactError: it cannot be made, or not be written to.
+    """
+    directory = cache() / part
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{directory} cannot be made: {error.strerror}; {_ELSEWHERE}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{directory} cannot be written to; {_ELSEWHERE}")
+    return directory
 
 
 def sync(path: Path) -> None:

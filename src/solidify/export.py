@@ -17,11 +17,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
-from solidify import disk, foreign, places
+from solidify import disk, files, foreign, places
 from solidify.adapter import configured, merging, rewriting, storage
 from solidify.adapter.merging import Merger
 from solidify.adapter.rewriting import Rewritten
-from solidify.artifact import certificate, companions, loading, manifest, private, trust
+from solidify.artifact import autos, certificate, companions, loading, manifest, private, trust
 from solidify.artifact.manifest import Manifest
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
 from solidify.checks import agreement, roundtrip, sums
@@ -215,9 +215,7 @@ def _load_staged(directory: Path) -> PreTrainedModel:
 
 
 def _auto_class(directory: Path) -> str:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    head = config["architectures"][0]
-    return str(next(auto for auto, reference in config["auto_map"].items() if reference.endswith("." + head)))
+    return autos.own_class(directory)
 
 
 def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> Manifest:
@@ -230,7 +228,7 @@ def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> M
 def _untie(directory: Path) -> None:
     """Says in the configuration that input and output embeddings, which were trained apart, are not one any more."""
     path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = files.document(path)
     config["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -261,7 +259,7 @@ def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
         raise ArtifactError(
             f"{where} holds an adapter too, which would be applied when it is loaded; remove that first"
         )
-    config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+    config = files.document(where / "config.json")
     if config.get("quantization_config"):
         raise ArtifactError(f"{where} is quantized; merge into the model that it was made from")
     return _Sources(adapter, None, where, record)
@@ -337,7 +335,7 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
     }
     names = {path.name for path in made.files}
     others = {
-        str(path.relative_to(staging)): hashing.digest_bytes(path.read_bytes())
+        str(path.relative_to(staging)): hashing.digest_file(path)
         for path in sorted(staging.rglob("*"))
         if path.is_file() and path.name not in names
     }

@@ -16,7 +16,8 @@ import yaml
 
 from solidify.errors import ArtifactError, SolidifyError
 
-LARGEST = 2**26  # bytes of a JSON file; an index of a hundred thousand tensors is a sixth of it
+LARGEST = 2**28  # bytes of a JSON file; an index of a hundred thousand tensors has 10 MB, a tokenizer up to 40
+LARGEST_BESIDE = 2**30  # bytes of any file that stands beside weights
 LARGEST_RECIPE = 2**20
 DEEPEST = 32  # sections within sections of a recipe
 
@@ -42,17 +43,31 @@ def require_regular(path: Path, kind: type[SolidifyError] = ArtifactError, *, la
         raise kind(f"{path} holds {found.st_size} bytes, and at most {largest} are read; it is not what it should be")
 
 
+def content(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST_BESIDE) -> bytes:
+    """Reads a file as it is.
+
+    Raises:
+        SolidifyError: `kind`, as `require_regular`, or it cannot be read, or grew meanwhile.
+    """
+    require_regular(path, kind, largest=largest)
+    try:
+        with path.open("rb") as file:
+            found = file.read(largest + 1)
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
+    if len(found) > largest:
+        raise kind(f"{path} holds more than the {largest} bytes that are read; it is not what it should be")
+    return found
+
+
 def text(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST) -> str:
     """Reads a text file in UTF-8.
 
     Raises:
         SolidifyError: `kind`, as `require_regular`, or it cannot be read, or is not UTF-8.
     """
-    require_regular(path, kind, largest=largest)
     try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise kind(f"{path} cannot be read: {error.strerror}") from error
+        return content(path, kind, largest=largest).decode("utf-8")
     except UnicodeDecodeError as error:
         raise kind(f"{path} is not text in UTF-8: the byte at place {error.start} is none") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from solidify import disk
+from solidify import disk, files
 from solidify.errors import CheckFailed
 
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
@@ -130,8 +130,8 @@ class Report:
             OSError: there is none.
             ValueError: it is no report, or not as it was written.
         """
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not {"subject", "stages", "digest"} <= set(document):
+        document = files.document(path)
+        if not {"subject", "stages", "digest"} <= set(document):
             raise ValueError(f"{path} is no report of solidify")
         if document.pop("digest") != _digest(document):
             raise ValueError(f"{path} is not the report that was written (its digest differs)")

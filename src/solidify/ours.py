@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from solidify import files
 from solidify.artifact import manifest
 from solidify.errors import SolidifyError
 from solidify.findings import Report
@@ -42,8 +42,8 @@ def _unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
     listed = {manifest.NAME, *record.code, *record.files, *record.headers}
     holding = {parent.as_posix() for name in listed for parent in Path(name).parents}
     faults = []
-    for here, directories, files in os.walk(directory):
-        for name in sorted([*directories, *files]):
+    for here, directories, names in os.walk(directory):
+        for name in sorted([*directories, *names]):
             path = Path(here) / name
             told = path.relative_to(directory).as_posix()
             if path.is_symlink() or told not in (holding if path.is_dir() else listed):
@@ -90,7 +90,7 @@ def _report(directory: Path) -> dict[str, Any] | None:
 
 
 def _digest(path: Path) -> str:
-    return blake3(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return blake3(files.content(path)).hexdigest() if path.is_file() else ""
 
 
 def page_digests(directory: Path) -> dict[str, str]:
@@ -117,7 +117,7 @@ def in_checkpoints(directory: Path) -> list[str]:
 
 def _by_a_trainer(card: Path) -> bool:
     """Returns whether a model card is the one that transformers' and TRL's trainers put beside their checkpoints."""
-    return not card.is_symlink() and card.is_file() and _GENERATED in card.read_text(encoding="utf-8", errors="replace")
+    return not card.is_symlink() and card.is_file() and _GENERATED in files.content(card).decode(errors="replace")
 
 
 def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
@@ -127,7 +127,7 @@ def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
     """
     names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
     try:
-        listed = json.loads((directory / LISTING).read_text(encoding="utf-8"))["files"]
+        listed = files.document(directory / LISTING)["files"]
         sizes = {name: (directory / name).stat().st_size for name in names}
         own = {name for name in names if _LATER.fullmatch(name)}
         strange = sorted(name for name in names - own if name not in listed)

@@ -21,7 +21,6 @@ from solidify import console, disk, ours
 from solidify.artifact import manifest
 from solidify.errors import ArtifactError, SolidifyError
 
-cache = disk.cache
 _REPOSITORY = (".git", ".hg", ".svn", ".jj", ".bzr", "_darcs", ".fslckout", "CVS")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 _HERE = -100  # AT_FDCWD
@@ -268,9 +267,8 @@ def _remove(made: list[Path]) -> None:
 def _alone(output: Path) -> Iterator[None]:
     """Keeps other processes from writing an output; the system ends that with the process, however it dies."""
     name = hashlib.sha256(os.fsencode(output)).hexdigest()[:16]
-    locks = cache() / "locks"
+    locks = disk.cache_for("locks")
     try:
-        locks.mkdir(parents=True, exist_ok=True)
         held = FileLock(locks / name, is_singleton=True).acquire(timeout=0)
     except Timeout as error:
         raise ArtifactError(f"another process is writing {output} now; wait for it, or name another output") from error

@@ -122,6 +122,21 @@ def test_what_is_not_listed_refuses_the_directory_in_every_reader(
     assert len(report.findings) == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "trashcan_moe.py", "generation_config.json", manifest.NAME])
+def test_a_file_without_end_is_not_read(trash_artifact: Path, adapter: Path, copy_of: Copy, name: str) -> None:
+    """A file may claim any size on a disk that has none of it: reading it would not end."""
+    directory = copy_of(trash_artifact)
+    os.truncate(directory / name, 2**40)
+    for read in (lambda: solidify.load(directory, trust_remote_code=True), lambda: inspection.diff(directory, adapter)):
+        with pytest.raises(SolidifyError, match=r"holds \d+ bytes, and at most \d+ are read"):
+            read()
+    if name == manifest.NAME:
+        return
+    report = solidify.check(directory, trust_remote_code=True)
+    assert [finding.name for finding in report.failed] == ["nothing was changed since it was written"]
+    assert "at most" in report.failed[0].evidence
+
+
 def test_the_honest_directory_is_read_by_every_reader(trash_artifact: Path, copy_of: Copy) -> None:
     directory = copy_of(trash_artifact)
     assert manifest.faults(directory, manifest.read(directory)) == []

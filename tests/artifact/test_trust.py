@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import transformers
 
 import pico
 import solidify
-from solidify import references
+from solidify import disk, references
 from solidify.artifact import certificate, loading, manifest, private, trust
 from solidify.errors import ArtifactError
 from solidify.weights.hashing import digest_bytes
@@ -364,9 +365,9 @@ def test_nothing_names_the_copy_afterwards(trash_artifact: Path, tmp_path: Path)
     read.save_pretrained(tmp_path / "saved")
     assert read("a b").input_ids == tokenizer("a b").input_ids
     for thing in (read.init_kwargs, vars(loaded.config), vars(loaded.generation_config)):
-        assert "solidify-private" not in str(thing)
+        assert f"{disk.PREFIX}{os.getpid()}-" not in str(thing)
     for path in (tmp_path / "saved").iterdir():
-        assert b"solidify-private" not in path.read_bytes()
+        assert f"{disk.PREFIX}{os.getpid()}-".encode() not in path.read_bytes()
 
 
 def word_tokenizer() -> Any:

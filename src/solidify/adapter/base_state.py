@@ -7,7 +7,6 @@ digest on disk would tell. Tensors that still are an unchanged part of the artif
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import foreign
+from solidify import files, foreign
 from solidify.adapter import reading, standing
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -137,7 +136,7 @@ def _merged_now(model: nn.Module) -> list[str]:
 
 def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     """Compares the class of every module with what the artifact's configuration builds, on the meta device."""
-    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    config = files.document(base.directory / "config.json")
     if type(plain).__name__ not in config["architectures"]:
         return [f"it is a {type(plain).__name__}, and the artifact a {config['architectures'][0]}"]
     built: Any = foreign.attempt(_skeleton, plain, base.directory)

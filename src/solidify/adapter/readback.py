@@ -6,7 +6,6 @@ chooses its kernels by these too; then equal models give equal bits, and no tole
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from solidify import console, foreign
+from solidify import console, files, foreign
 from solidify.adapter import standing
 from solidify.adapter.base_state import Base
 from solidify.artifact import certificate, loading, tensors, trust
@@ -62,7 +61,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
 
 def _options(plain: Any, base: Base) -> dict[str, Any]:
     """Returns how a base has to be loaded to compute as this one: its dtype, and the kernels that it uses."""
-    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    config = files.document(base.directory / "config.json")
     options: dict[str, Any] = {}
     if str(plain.dtype).removeprefix("torch.") != config.get("dtype"):
         options["dtype"] = plain.dtype

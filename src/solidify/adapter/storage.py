@@ -71,7 +71,7 @@ def save_adapter(
                 "relative": os.path.relpath(base.directory, directory.resolve()),
             },
             trained=trained,
-            files={CONFIG: hashing.digest_bytes((staging / CONFIG).read_bytes())},
+            files={CONFIG: hashing.digest_file(staging / CONFIG)},
             tensors=digests,
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),

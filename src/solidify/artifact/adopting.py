@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from solidify import files as reading
 from solidify.artifact import manifest, trust
 from solidify.artifact.manifest import NAME, Manifest, shown
 from solidify.errors import ArtifactError, refuse
@@ -40,7 +41,7 @@ def read(directory: str | Path, files: Sequence[str | Path]) -> list[Adopted]:
     )
     found = []
     for name in names:
-        content = (directory / name).read_bytes()
+        content = reading.content(directory / name)
         shown_at_most = len(content) if name.endswith(".py") else SHOWN
         text = _text(content[:shown_at_most])
         found.append(Adopted(name, len(content), digest_bytes(content), text, record.listed().get(name)))

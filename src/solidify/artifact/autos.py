@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from solidify import foreign
+from solidify import files, foreign
 from solidify.artifact.descent import Ancestor
 from solidify.errors import ArtifactError
 
@@ -42,6 +43,21 @@ class Family:
     def classes(self) -> list[type[PreTrainedModel]]:
         """All classes beside the model's own."""
         return [*([self.backbone] if self.backbone else []), *self.others.values()]
+
+
+def own_class(directory: Path) -> str:
+    """Returns the Auto class by which an artifact's own head is loaded.
+
+    Raises:
+        ArtifactError: its configuration names none.
+    """
+    config = files.document(directory / "config.json")
+    heads, leading = config.get("architectures"), config.get("auto_map")
+    if isinstance(heads, list) and isinstance(leading, dict):
+        for auto, reference in leading.items():
+            if isinstance(reference, str) and reference.rpartition(".")[2] == heads[0]:
+                return str(auto)
+    raise ArtifactError(f"{directory / 'config.json'} names no Auto class for what it says the model is ({heads!r})")
 
 
 def find(before: Ancestor) -> Family:

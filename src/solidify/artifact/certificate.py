@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify import disk, foreign
+from solidify import disk, files, foreign
 from solidify.artifact import calls, manifest, tensors
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
@@ -49,7 +49,7 @@ def write(
     """
     target = directory / NAME
     target.mkdir()
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = files.document(directory / "config.json")
     places = [name for edit in config["surgery"] for name in edit["modules"]]
     large = anatomy.large(model)
     entries = checkpoint.read(directory).entries
@@ -237,7 +237,7 @@ def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
 
 
 def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
-    document = json.loads((directory / NAME / "state.json").read_text(encoding="utf-8"))
+    document = files.document(directory / NAME / "state.json")
     expected = document["environment"]
     moved = ", ".join(f"{k} {expected[k]} -> {v}" for k, v in answer["environment"].items() if v != expected[k])
     findings = [finding for auto, load in answer["loads"].items() for finding in _judge(auto, load, moved)]

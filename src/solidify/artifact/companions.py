@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 
-from solidify import disk
+from solidify import disk, files
 from solidify.artifact import manifest, vocabulary
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -83,7 +83,7 @@ def refuse_broken_tokenizer(base: Path) -> None:
         if not (_TOKENIZER.fullmatch(path.name) or _PROCESSOR.fullmatch(path.name)):
             continue
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            json.loads(files.text(path, largest=files.LARGEST_BESIDE))
             if path.name == "tokenizer.json":
                 Tokenizer.from_file(str(path))
         except Exception as error:  # the package `tokenizers` raises nothing more special
@@ -131,7 +131,7 @@ def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Yields what may travel, by name; fills `left` with what does not, and why."""
     own = _own_weights(base)
     root, parts = disk.root(base), _module_directories(base)
-    for here, directories, files in os.walk(base):
+    for here, directories, names in os.walk(base):
         for directory in sorted(directories):
             name = (Path(here) / directory).relative_to(base).as_posix()
             reason = _against_directory(Path(here) / directory)
@@ -140,7 +140,7 @@ def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
                 if reason:
                     left[f"{name}/"] = reason
         directories.sort()
-        for file in sorted(files):
+        for file in sorted(names):
             path = Path(here) / file
             name = path.relative_to(base).as_posix()
             if name in own or file.startswith("."):
@@ -187,7 +187,7 @@ def _against(name: str, path: Path, root: Path, parts: set[str]) -> str:
 def _module_directories(base: Path) -> set[str]:
     """Returns the directories of a sentence-transformers model's further modules."""
     try:
-        modules = json.loads((base / "modules.json").read_text(encoding="utf-8"))
+        modules = json.loads(files.text(base / "modules.json"))
         return {str(module["path"]) for module in modules if module["path"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

@@ -235,11 +235,11 @@ def _contents(directory: Path) -> dict[str, Any]:
     others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)
     return {
         "configuration": {k: [v] for k, v in _flat(values).items() if k.split(".")[0] != "surgery"},
-        "code": {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in code},
+        "code": {str(path.relative_to(directory)): files.text(path) for path in code},
         "modules": _modules(edits),
         "figures": _figures(directory),
         "weights": weights,
-        "files": {str(path.relative_to(directory)): hashing.digest_bytes(path.read_bytes()) for path in others},
+        "files": {str(path.relative_to(directory)): hashing.digest_file(path) for path in others},
     }
 
 

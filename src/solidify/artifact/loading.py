@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from solidify import files, foreign
-from solidify.artifact import conversion, manifest, private, trust
+from solidify.artifact import autos, conversion, manifest, private, trust
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
@@ -244,9 +243,7 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
 
 def _model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Loads the model of an artifact from a private copy of it."""
-    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
-    head = config["architectures"][0]
-    auto = next(a for a, reference in config["auto_map"].items() if reference.endswith("." + head))
+    auto = autos.own_class(own)
     model, info = getattr(transformers, auto).from_pretrained(
         own, trust_remote_code=True, output_loading_info=True, **options
     )

@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from solidify import disk
+from solidify import disk, files
 from solidify.errors import ArtifactError, refuse
 from solidify.weights import checkpoint, format, known
-from solidify.weights.hashing import ALGORITHM, digest_bytes, digest_values
+from solidify.weights.hashing import ALGORITHM, digest_file, digest_values
 
 NAME = "solidify.json"
 CARD = "README.md"
@@ -112,7 +112,7 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
 
 def _parse(path: Path) -> Manifest:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.text(path)
         document = json.loads(text)
         known = {f.name for f in fields(Manifest)}
         if document["format"] > FORMAT:
@@ -288,7 +288,12 @@ def faults(
     for name, expected in {**manifest.code, **manifest.files}.items():
         if (name == CARD and not card) or not is_plain(directory / name):
             continue
-        if digest_bytes((directory / name).read_bytes()) != expected:
+        try:
+            found = digest_file(directory / name)
+        except ArtifactError as error:
+            result.append(str(error))
+            continue
+        if found != expected:
             result.append(f"{shown(name)} is not the file that was written (its digest differs)")
     if weights and all(is_plain(directory / name) for name in manifest.headers):
         result += _tensor_faults(directory, manifest, fresh)

@@ -6,7 +6,6 @@ digested, whatever happens to the directory meanwhile. It holds what the manifes
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from solidify import disk, files
 from solidify.artifact import manifest, trust
 from solidify.artifact.manifest import CARD, Manifest
 from solidify.errors import ArtifactError, refuse
@@ -29,8 +29,8 @@ def copy(directory: Path, record: Manifest) -> Iterator[Path]:
     Raises:
         ArtifactError: a file is not, or not any more, the one that the manifest lists, or it leads to other code.
     """
-    with tempfile.TemporaryDirectory(prefix="solidify-private-") as root:  # of mode 0700
-        private = Path(root).resolve() / directory.name
+    with disk.temporary() as root:  # of mode 0700
+        private = root.resolve() / directory.name
         private.mkdir()
         faults = [fault for name in record.listed() if (fault := _take(directory, private, name, record))]
         refuse(ArtifactError, f"{directory} is not what was written", faults)
@@ -48,7 +48,7 @@ def _take(directory: Path, private: Path, name: str, record: Manifest) -> str | 
         return None
     if not manifest.is_plain(source):
         return f"{manifest.shown(name)} is missing"
-    content = source.read_bytes()
+    content = files.content(source)
     if name != CARD and digest_bytes(content) != record.listed()[name]:
         return f"{manifest.shown(name)} is not the file that was written (its digest differs)"
     target.write_bytes(content)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from solidify import console, places
 from solidify.artifact import (
+    autos,
     certificate,
     companions,
     descent,
@@ -220,9 +221,7 @@ def write(
 
 def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     """Writes the model card: how to load it, what was changed, and what it does not keep of its base's behaviour."""
-    config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-    head = config["architectures"][0]
-    auto = next(auto for auto, place in config["auto_map"].items() if place.rpartition(".")[2] == head)
+    auto = autos.own_class(staging)
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
@@ -310,7 +309,7 @@ def _config(model: PreTrainedModel, code: sources.Sources) -> str:
 def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
     told = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
     return {
-        name: hashing.digest_bytes(path.read_bytes())
+        name: hashing.digest_file(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and (name := path.relative_to(directory).as_posix()) not in told
     }

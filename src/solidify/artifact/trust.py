@@ -15,11 +15,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from solidify import places
+from solidify import disk, files
 from solidify.artifact import manifest
 from solidify.artifact.manifest import CARD, NAME, Manifest, shown
 from solidify.errors import ArtifactError, refuse
-from solidify.weights.hashing import digest_bytes, digest_values
+from solidify.weights.hashing import digest_file, digest_values
 
 _CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 _DYNAMIC = "transformers_modules"  # the package that transformers imports the code of models into
@@ -35,14 +35,12 @@ def fingerprint(record: Manifest) -> str:
 
 def remember(record: Manifest) -> None:
     """Notes that what this manifest lists may run here: it was built here, or is trusted by name."""
-    directory = places.cache() / "trusted"
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / fingerprint(record)).touch()
+    (disk.cache_for("trusted") / fingerprint(record)).touch()
 
 
 def known(record: Manifest) -> bool:
     """Returns whether what this manifest lists may run here without being asked for."""
-    return (places.cache() / "trusted" / fingerprint(record)).is_file()
+    return (disk.cache() / "trusted" / fingerprint(record)).is_file()
 
 
 @contextmanager
@@ -77,7 +75,7 @@ def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
     directory = Path(directory).resolve()
     record = manifest.read(directory, "artifact")
     if forget:
-        (places.cache() / "trusted" / fingerprint(record)).unlink(missing_ok=True)
+        (disk.cache() / "trusted" / fingerprint(record)).unlink(missing_ok=True)
         return record
     faults = manifest.faults(directory, record, card=False, weights=False)
     refuse(ArtifactError, f"{directory} is not what was written", faults)
@@ -133,8 +131,9 @@ def _settings(path: Path) -> list[tuple[str, Any]]:
 
     if not manifest.is_plain(path):
         return []
+    content = files.content(path, largest=files.LARGEST)
     try:
-        json.loads(path.read_text(encoding="utf-8"), object_hook=look)
+        json.loads(content.decode("utf-8"), object_hook=look)
     except ValueError:
         return []
     except RecursionError as error:
@@ -171,4 +170,4 @@ def strange_classes(model: Any, preparing: Any = None) -> list[str]:
 
 def _source_digest(cls: type) -> str:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return digest_bytes(Path(file).read_bytes()) if file and Path(file).is_file() else ""
+    return digest_file(Path(file)) if file and Path(file).is_file() else ""

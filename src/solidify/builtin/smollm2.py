@@ -15,7 +15,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from solidify import console, foreign, places
+from solidify import console, disk, foreign, places
 from solidify.errors import RecipeError
 from solidify.weights.hashing import digest_values
 
@@ -64,9 +64,9 @@ def directory() -> Path:
     if carrier is None or find_spec("gguf") is None:
         raise RecipeError(REMEDY)
     made_from = [FILE, carrier.stat().st_size, _version(), CONFIG]
-    place = places.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
+    place = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
     if not (place / "config.json").is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
+        disk.cache_for("models")
         with filelock.FileLock(f"{place}.lock"):  # of several processes one converts it, the others wait
             if not (place / "config.json").is_file():
                 with places.staged(place) as staging, console.stage(f"Converting {NAME} (once)"):

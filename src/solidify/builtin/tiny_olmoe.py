@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from solidify import console, places
+from solidify import console, disk, places
 from solidify.builtin import corpus
 from solidify.weights.hashing import digest_values
 
@@ -49,9 +49,9 @@ def directory() -> Path:
     """Returns where the model stands, training it first when the cache does not have it (a minute or two)."""
     train, heldout = corpus.texts("train"), corpus.texts("heldout")
     key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__, REPORT])[:8]
-    place = places.cache() / "models" / f"tiny-olmoe-{key}"
+    place = disk.cache() / "models" / f"tiny-olmoe-{key}"
     if not (place / REPORT).is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
+        disk.cache_for("models")
         with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
             if not (place / REPORT).is_file():
                 with places.staged(place) as staging:

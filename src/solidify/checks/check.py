@@ -61,7 +61,7 @@ def _one(directory: Path, base: str | Path | None, trust_remote_code: bool, serv
 
 def _intact(directory: Path, record: Manifest) -> Finding:
     with console.stage(f"Comparing {directory.name} with its manifest"):
-        faults = [*manifest.faults(directory, record, fresh=True), *trust.leads(directory, record)]
+        faults = manifest.faults(directory, record, fresh=True) or trust.leads(directory, record)
     files = len(record.code) + len(record.files)
     if not faults and not (files and record.tensors):
         return Finding.unseen(INTACT, f"the manifest lists {files} files and {len(record.tensors)} tensors")

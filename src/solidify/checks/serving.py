@@ -11,7 +11,6 @@ model and from calling it as the servers do (`served_call.py`). A rule that is n
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import foreign
+from solidify import files, foreign
 from solidify.artifact import loading
 from solidify.artifact.manifest import Manifest
 from solidify.checks import replaced, served_call
@@ -46,8 +45,7 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
         model = loading.load_artifact(directory)
     except ArtifactError as error:
         return [Finding.unseen(f"rules of {server}", f"not known; not run: {error}") for server in (VLLM, SGLANG)]
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return findings(model, record.edits, config["auto_map"])
+    return findings(model, record.edits, files.document(directory / "config.json")["auto_map"])
 
 
 def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[str, str]) -> list[Finding]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from solidify import disk, ours
+from solidify import disk, files, ours
 from solidify.errors import ObjectiveError
 
 NAME = ours.OBJECTIVE
@@ -75,7 +75,7 @@ def _whole(path: Path, processes: int) -> bool:
     if ours.checkpoint_faults(path, whole=True):
         return False
     try:
-        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        files.document(path / TRAINER_STATE_NAME)
     except (OSError, ValueError):
         return False
     states = [f"rng_state_{n}.pth" for n in range(processes)] if processes > 1 else ["rng_state.pth"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+
+from solidify import files
 
 ALGORITHM = "blake3"
 
@@ -20,6 +23,15 @@ def tensor_hasher(dtype: torch.dtype, sizes: Sequence[int]) -> blake3:
 def digest_bytes(content: bytes) -> str:
     """Returns the digest of some bytes."""
     return blake3(content).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Returns the digest of a file that stands beside weights.
+
+    Raises:
+        ArtifactError: it is no regular file, is too large to be one of these, or cannot be read.
+    """
+    return digest_bytes(files.content(path))
 
 
 def digest_values(values: Any) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from solidify import console, disk
+from solidify import console, disk, files
 from solidify.errors import ArtifactError
 from solidify.weights import format, hashing
 
@@ -63,7 +63,7 @@ def recall(path: Path) -> dict[str, str] | None:
     """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
     try:
         now = path.stat()
-        note = json.loads(_note(now).read_text(encoding="utf-8"))
+        note = files.document(_note(now))
         found: dict[str, str] = note["digests"]
         changed, links = note["changed"], note["links"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -89,8 +89,8 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
     if 0 <= age < _TICK:
         time.sleep((_TICK - age) / 1e9)
         now = path.stat()
-    note = _note(now)
     try:
+        note = _note(now)
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         document = {"changed": now.st_ctime_ns, "links": now.st_nlink, "digests": found}
@@ -99,7 +99,7 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
         old = sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]
         for file in old:
             file.unlink(missing_ok=True)
-    except OSError:
+    except (OSError, ArtifactError):
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 
 
