@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from solidify.errors import ArtifactError
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "application/vnd.in-toto+json"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_NAMED = 6  # names in one sentence
+_MATERIAL = {"key": "publicKey", "certificate": "x509CertificateChain"}
+_NAMED, _LONGEST = 6, 120  # names in one sentence, letters of one
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Signature:
     def signer(self) -> str:
         """Who signed, as far as the signature says it."""
         names = f" of {', '.join(map(shown, self.names))}" if self.names else ""
-        return f"the {self.kind} sha256:{self.fingerprint}{names}" if self.fingerprint else "a key without a name"
+        return f"the {self.kind} sha256:{self.fingerprint}{names}"
 
 
 def read(directory: Path) -> Signature:
@@ -82,18 +84,16 @@ def _bundle(document: Any, content: bytes) -> Signature:
     payload, form, signatures = _exactly(envelope, "payload", "payloadType", "signatures")
     if media != _BUNDLE or form != _STATEMENT or len(signatures) != 1:
         raise ValueError("it is of another form")
-    value, _ = _exactly(signatures[0], "sig", "keyid")
-    _decoded(value)
+    value, unused = _exactly(signatures[0], "sig", "keyid")
     listed = _resources(json.loads(_decoded(payload)))
-    if material.get("tlogEntries"):
+    kind = "certificate" if "x509CertificateChain" in material else "key"
+    by, entries = _exactly(material, _MATERIAL[kind], "tlogEntries")
+    if not _decoded(value) or unused != "" or entries != []:
         raise ValueError("it was made by a service, and is verified with one")
-    by = {key: held for key, held in material.items() if key != "tlogEntries"}
-    if "publicKey" in by:
-        [hint] = _exactly(*_exactly(by, "publicKey"), "hint")
-        return Signature("key", _text(hint) if hint is not None else "", listed, content=content)
-    [chain] = _exactly(*_exactly(by, "x509CertificateChain"), "certificates")
-    first, *_ = [_decoded(*_exactly(each, "rawBytes")) for each in chain]
-    return Signature("certificate", hashlib.sha256(first).hexdigest(), listed, certificate=first, content=content)
+    if kind == "key":
+        return Signature(kind, _digest(*_exactly(by, "hint")), listed, content=content)
+    first, *_ = [_decoded(*_exactly(each, "rawBytes")) for each in _exactly(by, "certificates")[0]]
+    return Signature(kind, hashlib.sha256(first).hexdigest(), listed, certificate=first, content=content)
 
 
 def _resources(statement: Any) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _resources(statement: Any) -> dict[str, str]:
             raise ValueError("it lists digests that are not SHA-256")
         if _text(name) in found:
             raise ValueError(f"it lists {name!a} twice")
-        found[name] = _text(digest)
+        found[name] = _digest(digest)
     return found
 
 
@@ -123,6 +123,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{ascii(value)[:40]} stands in the place of a text")
     return value
+
+
+def _digest(value: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", _text(value)):
+        raise ValueError(f"{value[:40]!a} stands in the place of a SHA-256")
+    return str(value)
 
 
 def _decoded(value: Any) -> bytes:
@@ -143,7 +149,9 @@ def faults(directory: Path, record: Manifest, found: Signature) -> list[str]:
     for names, words in ((listed - found.files.keys(), "does not list"), (found.files.keys() - listed, "lists also")):
         if names:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            result.append(f"{SIGNATURE} {words} {', '.join(map(shown, sorted(names)[:_NAMED]))}{more}")
+            result.append(
+                f"{SIGNATURE} {words} {', '.join(shown(name[:_LONGEST]) for name in sorted(names)[:_NAMED])}{more}"
+            )
     signed = found.files.get(NAME)
     if signed is not None and hashlib.sha256((directory / NAME).read_bytes()).hexdigest() != signed:
         result.append(f"{SIGNATURE} is of another {NAME} than the one that stands here")

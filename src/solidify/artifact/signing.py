@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -207,15 +206,15 @@ def _by_another(found: Signature, wanted: str | None, key: Path | None) -> list[
     if found.kind != kind:
         option = "--certificate-chain" if found.kind == "certificate" else "--key"
         return [f"it was signed with a {found.kind}: verify it with {option}"]
-    if wanted is not None and found.fingerprint not in ("", wanted):
+    if wanted is not None and found.fingerprint != wanted:
         return [f"it was signed with {found.signer}, and {key} is sha256:{wanted}"]
     return []
 
 
 def _unlike(verifying: Any, directory: Path, found: Signature) -> list[str]:
     """Has the library compare every file with what was signed, and that with the key; returns what is wrong."""
-    with disk.temporary() as draft, redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it calls; and what it prints goes to stderr
+    with disk.temporary() as draft, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls what is deprecated
         (draft / SIGNATURE).write_bytes(found.content)  # the bytes that were read here
         error = foreign.attempt(verifying.verify, directory, draft / SIGNATURE).error
     if error is None:
