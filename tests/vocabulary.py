@@ -33,6 +33,8 @@ OTHERS = {
     "--enforce-eager": "vLLM",
     "--keep": "benchmarks/scale.py",
     "--num_processes": "accelerate launch",
+    "--public_key": "model_signing",
+    "--signature": "model_signing",
     "--size": "benchmarks/scale.py",
 }
 

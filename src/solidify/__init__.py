@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
     from solidify.artifact.adopting import adopt as adopt
+    from solidify.artifact.signing import sign as sign
+    from solidify.artifact.signing import verify as verify
     from solidify.artifact.solidify import Artifact as Artifact
     from solidify.artifact.solidify import build as build
     from solidify.artifact.trust import trust as trust
@@ -90,7 +92,9 @@ _WHERE = {
     "run": "pipeline",
     "save_adapter": "adapter.storage",
     "share": "model.surgery",
+    "sign": "artifact.signing",
     "trust": "artifact.trust",
+    "verify": "artifact.signing",
     "windows": "objective.window",
 }
 

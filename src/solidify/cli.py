@@ -43,6 +43,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base stands now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
+Chain = Annotated[
+    list[Path] | None, typer.Option("--certificate-chain", help="Certificates in PEM, up to the root; repeatable.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
@@ -159,6 +162,7 @@ def check(
     serve: Annotated[
         Path | None, typer.Option("--serve", help="A Python that has vLLM: the artifact is served there and compared.")
     ] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="A public key: its owner's signature must hold.")] = None,
     base: Base = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -167,7 +171,7 @@ def check(
     _quiet()
     from solidify.checks.check import check as check_directory
 
-    report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve)
+    report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve, key=key)
     if as_json:
         _print_json(report.document())
     else:
@@ -238,6 +242,36 @@ def trust(
 
     record = trusting.trust(directory, forget=forget)
     _print(views.trusted(directory, record, forget=forget))
+
+
+@app.command()
+def sign(
+    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
+    key: Annotated[Path, typer.Option("--key", help="A private key in PEM (P-256, P-384, P-521).", show_default=False)],
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="The key's certificate, in PEM.")] = None,
+    certificate_chain: Chain = None,
+) -> None:
+    """Signs a directory, after comparing all of it with its manifest; the signature stands in it (model.sig)."""
+    from solidify import views
+    from solidify.artifact import signing
+
+    made = signing.sign(directory, key, certificate=certificate, certificate_chain=certificate_chain or ())
+    _print(views.signed(directory, made, "is signed by"))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
+    key: Annotated[Path | None, typer.Option("--key", help="The public key of who must have signed it.")] = None,
+    certificate_chain: Chain = None,
+    name: Annotated[str | None, typer.Option("--name", help="Whom the certificate must be for.")] = None,
+) -> None:
+    """Whether a directory is what somebody signed, every file of it; runs none of its code; exit code 1 if not."""
+    from solidify import views
+    from solidify.artifact import signing
+
+    found = signing.verify(directory, key, certificate_chain=certificate_chain or (), name=name)
+    _print(views.signed(directory, found, "is as it was signed by"))
 
 
 @app.command()

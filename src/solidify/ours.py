@@ -10,7 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from solidify import files
-from solidify.artifact import manifest
+from solidify.artifact import manifest, signature
 from solidify.errors import SolidifyError
 from solidify.findings import Report
 
@@ -46,6 +46,8 @@ def _unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
         for name in sorted([*directories, *names]):
             path = Path(here) / name
             told = path.relative_to(directory).as_posix()
+            if told == manifest.SIGNATURE and signature.belongs(directory, record):
+                continue
             if path.is_symlink() or told not in (holding if path.is_dir() else listed):
                 faults.append(f"{told} is not listed by its manifest")
         directories[:] = [name for name in directories if not (Path(here) / name).is_symlink()]

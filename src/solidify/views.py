@@ -14,6 +14,7 @@ from solidify import console
 from solidify.artifact.adopting import Adopted
 from solidify.artifact.inspection import Branch, ranges
 from solidify.artifact.manifest import Manifest
+from solidify.artifact.signature import Signature
 from solidify.model import anatomy
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import Cost
@@ -317,6 +318,11 @@ def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[Rend
     """Shows which code was trusted, or is no more."""
     yield Text(f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}")
     yield from (Text(f"  {name}  blake3 {digest}", style="dim") for name, digest in sorted(record.code.items()))
+
+
+def signed(directory: Path, found: Signature, how: str) -> Iterator[RenderableType]:
+    """Shows whom a signature is by, and of how many files it is."""
+    yield Text(f"{directory} {how} {found.signer}: {len(found.files)} files")
 
 
 def _printable(line: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from solidify import files as reading
 from solidify.artifact import manifest, trust
-from solidify.artifact.manifest import NAME, Manifest, shown
+from solidify.artifact.manifest import NAME, SIGNATURE, Manifest, shown
 from solidify.errors import ArtifactError, refuse
 from solidify.weights.hashing import digest_bytes
 
@@ -95,6 +95,8 @@ def _fault(directory: Path, record: Manifest, name: str) -> str | None:
         return f"{shown(name)} is no file inside of it"
     if name == NAME:
         return f"{NAME} is the manifest itself"
+    if name == SIGNATURE:
+        return f"{SIGNATURE} is the name of a signature, which no manifest lists"
     if name in record.headers:
         return f"{shown(name)} holds weights, which are listed tensor by tensor when they are written; build it anew"
     parts = [directory.joinpath(*Path(name).parts[:count]) for count in range(1, len(Path(name).parts))]

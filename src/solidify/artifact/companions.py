@@ -177,6 +177,8 @@ def _against(name: str, path: Path, root: Path, parts: set[str]) -> str:
         return "a link that leads out of the base"
     if _ADAPTER.fullmatch(name):
         return "an adapter, which would be applied when the artifact is loaded"
+    if name.lower() == manifest.SIGNATURE:
+        return "a signature of the base, and not of what is made of it"
     if name.endswith(_WEIGHTS):
         if PurePosixPath(name).parent.as_posix() in parts and name.endswith(".safetensors"):
             return ""  # a further module of a sentence-transformers model, with weights of its own

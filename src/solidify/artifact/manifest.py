@@ -23,6 +23,8 @@ from solidify.weights.hashing import ALGORITHM, digest_file, digest_values
 
 NAME = "solidify.json"
 CARD = "README.md"
+SIGNATURE = "model.sig"  # signs the manifest and all that it lists (`signing.py`), so no manifest lists it
+LARGEST_SIGNATURE = 2**24  # bytes; a name and a digest for every file
 FORMAT = 1
 PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 KINDS = ("artifact", "adapter", "stock")
@@ -30,7 +32,7 @@ KINDS = ("artifact", "adapter", "stock")
 # and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
 LEFT_BY_TOOLS = (".gitattributes", ".gitignore", ".DS_Store")
 LEFT_BY_TOOLS_IN = (".git", ".cache/huggingface")
-_DRAFT = f".{NAME}."  # of a manifest whose writing was interrupted (`disk.write`)
+_DRAFTS = (f".{NAME}.", f".{SIGNATURE}.")  # of what was interrupted while it was written (`disk.write`)
 _DIGESTS = ("code", "files", "tensors", "headers")
 _NAMED = 6  # names in one sentence
 
@@ -69,7 +71,7 @@ class Manifest:
         }
 
     def listed(self) -> dict[str, str]:
-        """Returns the digest of every file but the manifest itself; that of a weight file is its header's."""
+        """Returns the digest of every file but the manifest and a signature; that of a weight file is its header's."""
         return {**self.code, **self.files, **self.headers}
 
     def write(self, directory: Path) -> None:
@@ -160,6 +162,11 @@ def name_faults(manifest: Manifest) -> list[str]:
         if first[_folded(name)] != place:
             how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
             faults.append(f"{shown(name)} {how}")
+    faults += [
+        f"{shown(name)} is the name of a signature, which no manifest lists"
+        for name in names
+        if _folded(name) == SIGNATURE
+    ]
     faults += [f"{shown(name)} is listed among code" for name in manifest.code if not name.endswith(".py")]
     faults += [f"{shown(name)} is code, and not listed as such" for name in manifest.files if name.endswith(".py")]
     return faults
@@ -194,7 +201,7 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
     """Compares the names in a directory with those that its manifest lists; opens none of the files.
 
     Returns one sentence for everything that is missing or not listed, that is a link, or no plain file. What tools
-    leave that no loader reads (`LEFT_BY_TOOLS`, `LEFT_BY_TOOLS_IN`) may stand there.
+    leave that no loader reads (`LEFT_BY_TOOLS`, `LEFT_BY_TOOLS_IN`) may stand there, and so may a signature.
     """
     listed = {NAME, *manifest.listed()}
     folders = {str(parent) for name in (*listed, *LEFT_BY_TOOLS_IN) for parent in PurePosixPath(name).parents}
@@ -205,6 +212,9 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
             seen.add(name)
         elif _is_left_by_tools(name, what):
             continue
+        elif name == SIGNATURE and what == "file":
+            if (size := (directory / name).lstat().st_size) > LARGEST_SIGNATURE:
+                faults.append(f"{name} holds {size} bytes; no signature holds more than {LARGEST_SIGNATURE}")
         elif what == "file" and _folded(name) in by_case:
             faults.append(f"{shown(name)} is not {shown(by_case[_folded(name)])}, which is listed: the case differs")
         elif what == "a link" and directory.parent.name == "snapshots":
@@ -221,7 +231,7 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
 def _is_left_by_tools(name: str, what: str) -> bool:
     if what == "directory":
         return name in LEFT_BY_TOOLS_IN
-    return what == "file" and (name in LEFT_BY_TOOLS or name.startswith(_DRAFT))
+    return what == "file" and (name in LEFT_BY_TOOLS or name.startswith(_DRAFTS))
 
 
 def _remedy(directory: Path, what: str) -> str:

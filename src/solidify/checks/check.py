@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solidify import console, results
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, manifest, private, trust, vocabulary
+from solidify.artifact import certificate, companions, loading, manifest, private, signing, trust, vocabulary
 from solidify.artifact.manifest import Manifest
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
@@ -23,6 +23,7 @@ def check(
     base: str | Path | None = None,
     trust_remote_code: bool = False,
     serve: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
@@ -30,33 +31,42 @@ def check(
     stands now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
-    of it runs.
+    of it runs. With a public `key`, so is the signature; without one it is said whom a signature names.
 
     Raises:
         ArtifactError: the directory is none of ours, or its code was not built on this machine and
-            `trust_remote_code` is not given.
+            `trust_remote_code` is not given; the key cannot be used, or `model-signing` is not installed.
     """
+    key = None if key is None else Path(key)
+    if key is not None:
+        signing.require_key(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
     parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
     if parts and not (directory / manifest.NAME).is_file():
         for part in parts:
-            report.add(part, _one(directory / part, base, trust_remote_code, serve))
+            report.add(part, _one(directory / part, base, trust_remote_code, serve, key))
         if len(parts) > 1:
             report.add("run", [results.together(directory)])
     else:
         record = manifest.read(directory, closed=False)
-        report.add(record.kind, _one(directory, base, trust_remote_code, serve))
+        report.add(record.kind, _one(directory, base, trust_remote_code, serve, key))
     return report
 
 
-def _one(directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
+def _one(
+    directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None, key: Path | None
+) -> list[Finding]:
     record = manifest.read(directory, closed=False)
+    intact = _intact(directory, record)
+    first = [intact, *signing.findings(directory, record, key, intact=intact.passed is not False)]
+    if not intact.passed or any(finding.passed is False for finding in first):
+        return first
     if record.kind == "adapter":
-        return _adapter(directory, record, base, trust_remote_code)
+        return first + _adapter(directory, record, base, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
-        return [_intact(directory, record)]
-    return _artifact(directory, record, trust_remote_code, serve)
+        return first
+    return first + _artifact(directory, record, trust_remote_code, serve)
 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
@@ -70,18 +80,15 @@ def _intact(directory: Path, record: Manifest) -> Finding:
 
 
 def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
-    intact = _intact(directory, record)
-    if not intact.passed:
-        return [intact]
     trust.require(record, directory, trust_remote_code)
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
-        return _run(directory, record, intact, serve)
+        return _run(directory, record, serve)
 
 
-def _run(directory: Path, record: Manifest, intact: Finding, serve: str | Path | None) -> list[Finding]:
+def _run(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
     """Runs an artifact, whose code may, in every way in which it is checked."""
     with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
-        findings = [intact, *certificate.witness(own)]
+        findings = certificate.witness(own)
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
@@ -101,9 +108,6 @@ def _tokenizer(directory: Path) -> list[Finding]:
 
 
 def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool) -> list[Finding]:
-    intact = _intact(directory, record)
-    if not intact.passed:
-        return [intact]
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
     below_record = manifest.read(base, "artifact", closed=False)
     fits = below_record.digest()
@@ -114,7 +118,7 @@ def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
     below = _intact(base, below_record)
-    findings = [intact, fit, replace(below, name="its base is intact")]
+    findings = [fit, replace(below, name="its base is intact")]
     if wrong or not below.passed:
         return findings
     trust.require(below_record, base, trust_remote_code)

@@ -1,0 +1,665 @@
+"""Signed directories: faults are refused, honest twins pass, and who has `model-signing` alone sees the same."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from model_signing import hashing, signing, verifying
+
+import pico
+import solidify
+from solidify import __main__, places
+from solidify.artifact import manifest, signature
+from solidify.errors import ArtifactError, CheckFailed
+from training import awake
+
+Copy = Callable[..., Path]
+SIGNED = "its signature holds"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A private and a public key, in files."""
+
+    private: Path
+    public: Path
+
+
+def pem(key: Any, path: Path, password: bytes | None = None) -> Path:
+    if hasattr(key, "private_bytes"):
+        how = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+        content = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)
+    else:
+        content = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.write_bytes(content)
+    return path
+
+
+def pair(key: Any, directory: Path, name: str) -> Pair:
+    return Pair(pem(key, directory / f"{name}.pem"), pem(key.public_key(), directory / f"{name}.pub"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def mine(home: Path) -> Pair:
+    return pair(ec.generate_private_key(ec.SECP256R1()), home, "mine")
+
+
+@pytest.fixture(scope="module")
+def other(home: Path) -> Pair:
+    return pair(ec.generate_private_key(ec.SECP384R1()), home, "other")
+
+
+@pytest.fixture(scope="module")
+def signed(trash_artifact: Path, mine: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = Path(shutil.copytree(trash_artifact, tmp_path_factory.mktemp("signed") / "artifact"))
+    solidify.sign(directory, mine.private)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain(mine: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain model that was merged: few files, none of them code."""
+    directory = tmp_path_factory.mktemp("plain") / "stock"
+    pico.llama().save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    names = {path.name: manifest.digest_bytes(path.read_bytes()) for path in directory.glob("*.json")}
+    manifest.Manifest(
+        kind="stock",
+        base={},
+        files=names,
+        tensors=manifest.known.digests([weights]),
+        headers={weights.name: manifest.format.header_digest(weights)},
+    ).write(directory)
+    solidify.sign(directory, mine.private)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something went over a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def solid(*words: object) -> int:
+    """Gives words to the command, and returns how it ended."""
+    before, sys.argv = sys.argv, ["solidify", *map(str, words)]
+    try:
+        __main__.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def agrees(directory: Path, public: Path) -> bool:
+    """Says whether somebody who has `model-signing` alone accepts a directory, as its own command asks."""
+    skipped = hashing.Config().set_ignored_paths(paths=[manifest.SIGNATURE], ignore_git_paths=True)
+    config = verifying.Config().use_elliptic_key_verifier(public_key=public).set_hashing_config(skipped)
+    try:
+        config.verify(directory, directory / manifest.SIGNATURE)
+    except ValueError:
+        return False
+    return True
+
+
+def test_what_was_signed_is_verified_by_us_and_by_who_has_model_signing_alone(
+    signed: Path, mine: Pair, copy_of: Copy
+) -> None:
+    directory = copy_of(signed, "elsewhere, under another name")
+    found = solidify.verify(directory, mine.public)
+    assert found.files.keys() == {manifest.NAME, *manifest.read(directory).listed()}
+    assert found.fingerprint == hashes_of(mine.public)
+    assert agrees(directory, mine.public)
+    assert solidify.load(directory) is not None  # a signature is no stranger to any reader
+    (directory / ".cache" / "huggingface").mkdir(parents=True)
+    (directory / ".cache" / "huggingface" / "x.metadata").write_text("x")
+    assert solidify.verify(directory, mine.public) == found
+    assert agrees(directory, mine.public)
+
+
+def hashes_of(path: Path) -> str:
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(path.read_bytes())
+    return digest.finalize().hex()
+
+
+def test_the_command_of_model_signing_accepts_it(signed: Path, mine: Pair) -> None:
+    words = ["verify", "key", signed, "--signature", signed / manifest.SIGNATURE, "--public_key", mine.public]
+    done = subprocess.run([sys.executable, "-m", "model_signing", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "Verification succeeded"), done.stderr
+
+
+def test_what_the_command_of_model_signing_signed_is_verified(
+    trash_artifact: Path, mine: Pair, other: Pair, copy_of: Copy
+) -> None:
+    directory = copy_of(trash_artifact)
+    skipped = hashing.Config().set_ignored_paths(paths=[manifest.SIGNATURE], ignore_git_paths=True)
+    config = signing.Config().use_elliptic_key_signer(private_key=mine.private).set_hashing_config(skipped)
+    config.sign(directory, directory / manifest.SIGNATURE)
+    solidify.verify(directory, mine.public)
+    with pytest.raises(CheckFailed, match="it was signed with the key"):
+        solidify.verify(directory, other.public)
+
+
+def test_one_changed_byte_of_any_file_is_refused(signed: Path, mine: Pair, copy_of: Copy) -> None:
+    directory = copy_of(signed)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert len(files) > 9
+    for path in files:
+        content = path.read_bytes()
+        place = len(content) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises((CheckFailed, ArtifactError)):
+            solidify.verify(directory, mine.public)
+        path.write_bytes(content)
+    solidify.verify(directory, mine.public)
+
+
+def test_one_changed_byte_of_the_signature_is_refused(plain: Path, mine: Pair, copy_of: Copy) -> None:
+    """Every byte of what is no payload, and of the payload the first, some, and the last."""
+    directory = copy_of(plain)
+    path = directory / manifest.SIGNATURE
+    content = path.read_bytes()
+    start, length = content.index(b'"payload":"') + 11, len(json.loads(content)["dsseEnvelope"]["payload"])
+    inside = {start, start + length - 1, start + length - 2, start + length - 3, *range(start, start + length, 997)}
+    for place in sorted({*range(len(content))} - {*range(start, start + length)} | inside):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(CheckFailed):
+            solidify.verify(directory, mine.public)
+    path.write_bytes(content)
+    solidify.verify(directory, mine.public)
+
+
+def moved(directory: Path, old: str, new: str) -> None:
+    (directory / old).rename(directory / new)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another name": (lambda d: moved(d, "trashcan_moe.py", "trashcan.py"), "trashcan_moe.py is missing"),
+    "a name for the signature": (lambda d: moved(d, "model.sig", "other.sig"), "has no signature"),
+    "an added file": (lambda d: (d / "more.txt").write_text("x"), "more.txt is a file that the manifest does not list"),
+    "a missing file": (lambda d: (d / "README.md").unlink(), "README.md is missing"),
+    "an edited card": (lambda d: (d / "README.md").write_text("x"), "README.md is not the file that was written"),
+    "no signature": (lambda d: (d / "model.sig").unlink(), "has no signature"),
+    "a link for the signature": (lambda d: linked(d / "model.sig"), "model.sig is a link"),
+    "a pipe for the signature": (lambda d: (moved(d, "model.sig", "x"), os.mkfifo(d / "model.sig")), "a pipe"),
+    "a large signature": (lambda d: os.truncate(d / "model.sig", 2**24 + 1), "no signature holds more than 16777216"),
+    "no JSON": (lambda d: (d / "model.sig").write_text("{"), "is no model signature"),
+    "deep JSON": (lambda d: (d / "model.sig").write_text("[" * 100_000), "is no model signature"),
+    "other JSON": (lambda d: (d / "model.sig").write_text("[1]"), "is no model signature"),
+    "an adopted file": (lambda d: adopted(d), "is of another solidify.json"),
+    "a forged manifest": (lambda d: forged(d), "is of another solidify.json"),
+    "other weights": (lambda d: spoilt(d), "model.safetensors is not the file"),
+}
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parent.parent / "moved")
+    path.symlink_to(path.parent.parent / "moved")
+
+
+def adopted(directory: Path) -> None:
+    (directory / "NOTES.md").write_text("x")
+    solidify.adopt(directory, ["NOTES.md"])
+
+
+def forged(directory: Path) -> None:
+    """Changes code, and the manifest with it."""
+    with (directory / "trashcan_moe.py").open("a") as file:
+        file.write("# mine\n")
+    solidify.adopt(directory, ["trashcan_moe.py"])
+
+
+def spoilt(directory: Path) -> None:
+    """Changes the last byte of the weights: the manifest, whose digests are of tensors, is as it was signed."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_as_it_was_signed_is_refused(signed: Path, mine: Pair, copy_of: Copy, fault: str) -> None:
+    directory = copy_of(signed, "artifact")
+    spoil, words = FAULTS[fault]
+    spoil(directory)
+    with pytest.raises(CheckFailed, match=words):
+        solidify.verify(directory, mine.public)
+    if "link" not in fault and "pipe" not in fault and "no JSON" not in fault:
+        assert not (directory / manifest.SIGNATURE).exists() or not outsider(directory, mine)
+
+
+def outsider(directory: Path, mine: Pair) -> bool:
+    with contextlib.suppress(Exception):
+        return agrees(directory, mine.public)
+    return False
+
+
+def test_another_key_is_refused(signed: Path, mine: Pair, other: Pair, copy_of: Copy) -> None:
+    with pytest.raises(CheckFailed, match=f"it was signed with the key sha256:{hashes_of(mine.public)}"):
+        solidify.verify(signed, other.public)
+    directory = copy_of(signed)
+    solidify.sign(directory, other.private)  # takes the place of the first
+    solidify.verify(directory, other.public)
+    with pytest.raises(CheckFailed, match="it was signed with the key"):
+        solidify.verify(directory, mine.public)
+
+
+def test_a_signature_that_names_a_key_which_did_not_make_it_is_refused(
+    signed: Path, mine: Pair, other: Pair, copy_of: Copy
+) -> None:
+    directory = copy_of(signed)
+    solidify.sign(directory, other.private)
+    path = directory / manifest.SIGNATURE
+    path.write_text(path.read_text().replace(hashes_of(other.public), hashes_of(mine.public)))
+    with pytest.raises(CheckFailed, match="was changed after it was signed, or was not signed with the key"):
+        solidify.verify(directory, mine.public)
+
+
+def test_a_signature_that_leaves_files_out_is_refused(trash_artifact: Path, mine: Pair, copy_of: Copy) -> None:
+    """Another tool can sign less than all; it is valid, and no signature of this directory."""
+    directory = copy_of(trash_artifact)
+    skipped = hashing.Config().set_ignored_paths(paths=[manifest.SIGNATURE, "model.safetensors"])
+    config = signing.Config().use_elliptic_key_signer(private_key=mine.private).set_hashing_config(skipped)
+    config.sign(directory, directory / manifest.SIGNATURE)
+    verifying.Config().use_elliptic_key_verifier(public_key=mine.public).verify(
+        directory, directory / manifest.SIGNATURE
+    )
+    with pytest.raises(CheckFailed, match=r"does not list model\.safetensors"):
+        solidify.verify(directory, mine.public)
+
+
+LOOSE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "two statements": lambda b: b.update(dsse_envelope=b["dsseEnvelope"]),
+    "an unknown entry": lambda b: b.update(more=1),
+    "no name of a key": lambda b: b["verificationMaterial"]["publicKey"].update(hint=None),
+    "another log": lambda b: b["verificationMaterial"].update(tlogEntries=[{}]),
+    "a name for the signature": lambda b: b["dsseEnvelope"]["signatures"][0].update(keyid="x"),
+    "two signatures": lambda b: b["dsseEnvelope"]["signatures"].extend(b["dsseEnvelope"]["signatures"]),
+    "another form": lambda b: b["dsseEnvelope"].update(payloadType="text/plain"),
+}
+
+
+@pytest.mark.parametrize("loose", LOOSE)
+def test_a_signature_with_an_entry_to_spare_is_refused(plain: Path, mine: Pair, copy_of: Copy, loose: str) -> None:
+    """Two readers must not see two things in it."""
+    directory = copy_of(plain)
+    path = directory / manifest.SIGNATURE
+    bundle = json.loads(path.read_text())
+    path.write_text(json.dumps(bundle))
+    solidify.verify(directory, mine.public)  # written in another way, and the same
+    LOOSE[loose](bundle)
+    path.write_text(json.dumps(bundle))
+    with pytest.raises(CheckFailed, match="is no model signature"):
+        solidify.verify(directory, mine.public)
+
+
+def test_a_directory_that_is_not_what_was_written_is_not_signed(
+    trash_artifact: Path, mine: Pair, copy_of: Copy
+) -> None:
+    for name, spoil in {
+        "weights": spoilt,
+        "card": lambda d: (d / "README.md").write_text("x"),
+        "more": lambda d: (d / "more.txt").write_text("x"),
+        "missing": lambda d: (d / "config.json").unlink(),
+    }.items():
+        directory = copy_of(trash_artifact, name)
+        spoil(directory)
+        with pytest.raises(ArtifactError, match="is not what was written"):
+            solidify.sign(directory, mine.private)
+        assert not (directory / manifest.SIGNATURE).exists(), name
+
+
+def test_a_file_that_is_changed_while_it_is_signed_is_noticed(
+    trash_artifact: Path, mine: Pair, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(trash_artifact)
+    compared = manifest.faults
+
+    def and_then(*arguments: Any, **more: Any) -> list[str]:
+        found = compared(*arguments, **more)
+        spoilt(directory)
+        return found
+
+    monkeypatch.setattr(manifest, "faults", and_then)
+    with pytest.raises(ArtifactError, match="a file in it was changed meanwhile"):
+        solidify.sign(directory, mine.private)
+    assert not (directory / manifest.SIGNATURE).exists()
+
+
+def test_what_stands_in_the_place_of_a_signature_is_not_lost(trash_artifact: Path, mine: Pair, copy_of: Copy) -> None:
+    directory = copy_of(trash_artifact)
+    (directory / manifest.SIGNATURE).write_text("my own notes")
+    with pytest.raises(ArtifactError, match="that would replace a file"):
+        solidify.sign(directory, mine.private)
+    with pytest.raises(ArtifactError, match="is not listed by its manifest"):
+        places.refuse_foreign(directory)
+    assert (directory / manifest.SIGNATURE).read_text() == "my own notes"
+
+
+def test_a_signed_directory_is_still_ours_to_replace(signed: Path, copy_of: Copy) -> None:
+    directory = copy_of(signed)
+    places.refuse_foreign(directory)
+    adopted(directory)  # the signature is of what stood there before: somebody's own by now
+    with pytest.raises(ArtifactError, match=r"model\.sig is not listed by its manifest"):
+        places.refuse_foreign(directory)
+
+
+def test_what_a_killed_process_left_of_a_signature_is_swept(trash_artifact: Path, mine: Pair, copy_of: Copy) -> None:
+    directory = copy_of(trash_artifact)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = directory / f".{manifest.SIGNATURE}.partial-{gone.stdout.strip()}"
+    left.write_text("half")
+    assert solidify.load(directory) is not None
+    solidify.sign(directory, mine.private)
+    assert not left.exists()
+    assert agrees(directory, mine.public)
+
+
+def test_a_signature_is_listed_by_no_manifest(signed: Path, copy_of: Copy) -> None:
+    directory = copy_of(signed)
+    with pytest.raises(ArtifactError, match="is the name of a signature"):
+        solidify.adopt(directory, [manifest.SIGNATURE])
+    record = manifest.read(directory)
+    for name in ("model.sig", "MODEL.sig"):
+        with pytest.raises(ArtifactError, match="is the name of a signature"):
+            replace(record, files={**record.files, name: "0" * 64}).write(directory)
+
+
+def test_an_adapter_and_the_parts_of_a_run_are_signed(trash_artifact: Path, mine: Pair, copy_of: Copy) -> None:
+    directory = copy_of(trash_artifact, "out/artifact").parent
+    solidify.save_adapter(awake(directory / "artifact"), directory / "adapter")
+    with pytest.raises(ArtifactError, match=r"is the output of a run.*out/artifact and .*out/adapter"):
+        solidify.sign(directory, mine.private)
+    for part in ("artifact", "adapter"):
+        solidify.sign(directory / part, mine.private)
+        solidify.verify(directory / part, mine.public)
+    assert solidify.load(directory / "artifact", directory / "adapter") is not None
+
+
+def test_a_signature_of_a_base_does_not_travel(signed: Path, tmp_path: Path) -> None:
+    model = pico.olmoe()
+    model.save_pretrained(tmp_path / "base")
+    shutil.copy(signed / manifest.SIGNATURE, tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    edits = solidify.replace(model, "lm_head", pico.wrappers.Scaled)
+    directory = pico.artifact(model, edits, tmp_path / "artifact")
+    assert not (directory / manifest.SIGNATURE).exists()
+
+
+CHECKED: dict[str, tuple[Callable[[Path], object], bool, str | None, str]] = {
+    "unsigned": (lambda d: (d / "model.sig").unlink(), False, "not looked at", "there is none"),
+    "signed": (lambda d: None, False, "not looked at", "it names the key sha256:"),
+    "signed, with the key": (lambda d: None, True, "proved", "files are as the key sha256:"),
+    "unsigned, with a key": (lambda d: (d / "model.sig").unlink(), True, "failed", "has no signature"),
+    "of another manifest": (adopted, False, "failed", "is of another solidify.json"),
+    "none at all": (lambda d: (d / "model.sig").write_text("x"), False, "failed", "is no model signature"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_says_whose_signature_is_there_and_proves_only_what_it_verified(
+    plain: Path, mine: Pair, copy_of: Copy, case: str
+) -> None:
+    directory = copy_of(plain)
+    spoil, with_key, verdict, words = CHECKED[case]
+    spoil(directory)
+    report = solidify.check(directory, key=mine.public if with_key else None)
+    (found,) = [each for each in report.findings if each.name == SIGNED]
+    assert found.verdict == verdict
+    assert words in found.evidence
+    assert report.passed == (verdict != "failed")
+
+
+def test_no_code_of_a_directory_runs_whose_signature_does_not_hold(signed: Path, other: Pair) -> None:
+    report = solidify.check(signed, key=other.public)
+    assert [each.name for each in report.findings] == ["nothing was changed since it was written", SIGNED]
+    assert not report.passed
+
+
+def test_check_reads_weights_once_without_a_key(signed: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signature is looked at without a pass over the weights, which the manifest already takes."""
+    directory = copy_of(signed)
+    spoilt(directory)
+    assert signature.belongs(directory, manifest.read(directory))  # says nothing of weights, and reads none
+    report = solidify.check(directory)
+    assert [each.name for each in report.findings] == ["nothing was changed since it was written", SIGNED]
+    assert [each.verdict for each in report.findings] == ["failed", "not looked at"]
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "none": (lambda d: d / "none", "does not exist", "does not exist"),
+    "a directory": (lambda d: d, "is a directory", "is a directory"),
+    "a pipe": (lambda d: fifo(d / "pipe"), "is a pipe", "is a pipe"),
+    "a device": (lambda d: Path("/dev/zero"), "is a device", "is a device"),
+    "huge": (lambda d: huge(d / "huge"), "at most 1048576 are read", "at most 1048576 are read"),
+    "empty": (lambda d: written(d / "empty", b""), "no private key in PEM", "no public key in PEM"),
+    "no PEM": (lambda d: written(d / "text", b"\x00\xff" * 9), "no private key in PEM", "no public key in PEM"),
+    "RSA": (lambda d: rsa_of(d), "is a key of the kind RSA", "is a private key, and a public key is needed"),
+    "RSA, public": (lambda d: rsa_of(d, True), "is a public key, and a private key is needed", "of the kind RSA"),
+    "Ed25519": (lambda d: pem(ed25519.Ed25519PrivateKey.generate(), d / "ed"), "of the kind Ed25519", "private key"),
+    "another curve": (lambda d: pem(ec.generate_private_key(ec.SECP256K1()), d / "k"), "secp256k1", "private key"),
+    "its public one": (lambda d: pem(ec.generate_private_key(ec.SECP256K1()).public_key(), d / "p"), "public", "256k1"),
+}
+
+
+def fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def huge(path: Path) -> Path:
+    path.touch()
+    os.truncate(path, 2**40)
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def rsa_of(directory: Path, public: bool = False) -> Path:
+    key = rsa.generate_private_key(65537, 1024)
+    return pem(key.public_key() if public else key, directory / "rsa")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_key_that_cannot_be_used_is_refused_in_one_sentence(
+    signed: Path, copy_of: Copy, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy_of(signed)
+    before = (directory / manifest.SIGNATURE).read_bytes()
+    make, to_sign, to_verify = BAD[case]
+    key = make(tmp_path)
+    for verb, words in (("sign", to_sign), ("verify", to_verify), ("check", to_verify)):
+        assert solid(verb, directory, "--key", key) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("solidify: ") and said.err.count("\n") == 1, said.err
+        assert words in said.err
+        assert "Traceback" not in said.err and said.out == ""
+    assert (directory / manifest.SIGNATURE).read_bytes() == before
+
+
+def test_an_encrypted_key_is_opened_by_the_environment(
+    trash_artifact: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ec.generate_private_key(ec.SECP521R1())
+    locked, public = pem(key, tmp_path / "locked.pem", b"secret"), pem(key.public_key(), tmp_path / "locked.pub")
+    directory = copy_of(trash_artifact)
+    with pytest.raises(ArtifactError, match="is encrypted; put its password into the environment variable SOLIDIFY_K"):
+        solidify.sign(directory, locked)
+    monkeypatch.setenv("SOLIDIFY_KEY_PASSWORD", "wrong")
+    with pytest.raises(ArtifactError, match="SOLIDIFY_KEY_PASSWORD does not open it"):
+        solidify.sign(directory, locked)
+    monkeypatch.setenv("SOLIDIFY_KEY_PASSWORD", "secret")
+    solidify.sign(directory, locked)
+    solidify.verify(directory, public)
+
+
+def test_without_the_package_there_is_one_sentence(
+    signed: Path, mine: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    for words in (["sign", signed, "--key", mine.private], ["verify", signed, "--key", mine.public]):
+        assert solid(*words) == 2
+        assert capsys.readouterr().err.endswith("pip install 'solidify[sign]'\n")
+    record = manifest.read(signed)
+    assert signature.belongs(signed, record)  # who does not ask needs no package
+
+
+def test_the_command_says_who_signed_and_ends_in_one_where_it_does_not_hold(
+    trash_artifact: Path, mine: Pair, other: Pair, copy_of: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy_of(trash_artifact)
+    assert solid("sign", directory, "--key", mine.private) == 0
+    assert f"is signed by the key sha256:{hashes_of(mine.public)}" in capsys.readouterr().out
+    assert solid("verify", directory, "--key", mine.public) == 0
+    assert f"is as it was signed by the key sha256:{hashes_of(mine.public)}" in capsys.readouterr().out
+    assert solid("verify", directory, "--key", other.public) == 1
+    assert solid("verify", directory) == 2
+    assert solid("verify", directory.parent / "none", "--key", mine.public) == 2
+    assert "is not verified" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Office:
+    """A root, and the certificate of a key, which the root signed."""
+
+    root: Path
+    certificate: Path
+    key: Path
+
+
+def certified(directory: Path, name: str, *, usage: bool = True) -> Office:
+    above, below = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+
+    def named(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+    def made(subject: str, key: Any, ca: bool) -> x509.Certificate:
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(named(subject))
+            .issuer_name(named(f"root of {name}"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=9))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(usage, False, not usage, *[False] * 2, ca, *[False] * 3), critical=True)
+        )
+        if not ca:
+            mail = x509.SubjectAlternativeName([x509.RFC822Name(f"{name}@example.org")])
+            builder = builder.add_extension(mail, critical=False)
+        return builder.sign(above, hashes.SHA256())
+
+    directory.mkdir()
+    paths = Office(directory / "root.pem", directory / "certificate.pem", pem(below, directory / "key.pem"))
+    paths.root.write_bytes(made(f"root of {name}", above, True).public_bytes(serialization.Encoding.PEM))
+    paths.certificate.write_bytes(made(name, below, False).public_bytes(serialization.Encoding.PEM))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def office(home: Path) -> Office:
+    return certified(home / "office", "ada")
+
+
+@pytest.fixture(scope="module")
+def certificated(trash_artifact: Path, office: Office, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = Path(shutil.copytree(trash_artifact, tmp_path_factory.mktemp("certificated") / "artifact"))
+    solidify.sign(directory, office.key, certificate=office.certificate, certificate_chain=[office.root])
+    return directory
+
+
+def test_a_certificate_says_who_signed(certificated: Path, office: Office) -> None:
+    for name in (None, "ada", "ada@example.org"):
+        found = solidify.verify(certificated, certificate_chain=[office.root], name=name)
+        assert found.names == ("ada", "ada@example.org")
+    assert found.signer.endswith(" of ada, ada@example.org")
+    config = verifying.Config().use_certificate_verifier(certificate_chain=[office.root])
+    config.verify(certificated, certificated / manifest.SIGNATURE)
+    (finding,) = [each for each in checked(certificated) if each.name == SIGNED]
+    assert "it names the certificate sha256:" in finding.evidence and finding.verdict == "not looked at"
+
+
+def checked(directory: Path) -> Iterator[solidify.Finding]:
+    from solidify.artifact import signing
+
+    yield from signing.findings(directory, manifest.read(directory), None, intact=True)
+
+
+def test_another_name_root_or_use_of_a_certificate_is_refused(
+    certificated: Path, office: Office, mine: Pair, copy_of: Copy, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckFailed, match=r"its certificate is for ada, ada@example\.org, and not for eve"):
+        solidify.verify(certificated, certificate_chain=[office.root], name="eve")
+    stranger = certified(tmp_path / "stranger", "ada")
+    with pytest.raises(CheckFailed, match="does not lead to those that were given"):
+        solidify.verify(certificated, certificate_chain=[stranger.root])
+    with pytest.raises(CheckFailed, match="was signed with a certificate: verify it with --certificate-chain"):
+        solidify.verify(certificated, mine.public)
+    useless = certified(tmp_path / "useless", "ada", usage=False)
+    directory = copy_of(certificated)
+    solidify.sign(directory, useless.key, certificate=useless.certificate, certificate_chain=[useless.root])
+    with pytest.raises(CheckFailed, match="cannot be used for signing"):
+        solidify.verify(directory, certificate_chain=[useless.root])
+
+
+def test_certificates_that_do_not_fit_are_refused_before_anything_is_written(
+    trash_artifact: Path, office: Office, mine: Pair, copy_of: Copy
+) -> None:
+    directory = copy_of(trash_artifact)
+    with pytest.raises(ArtifactError, match=r"cannot be used with .*does not match"):
+        solidify.sign(directory, mine.private, certificate=office.certificate)
+    with pytest.raises(ArtifactError, match="holds no certificate in PEM"):
+        solidify.sign(directory, mine.private, certificate=mine.public)
+    with pytest.raises(ArtifactError, match="name that of the key"):
+        solidify.sign(directory, mine.private, certificate_chain=[office.root])
+    with pytest.raises(ArtifactError, match="a key is for nobody by name"):
+        solidify.verify(directory, mine.public, name="ada")
+    assert not (directory / manifest.SIGNATURE).exists()
+
+
+def test_a_statement_that_was_exchanged_is_refused(signed: Path, mine: Pair, copy_of: Copy) -> None:
+    """A statement of a changed manifest, under the signature of the true one."""
+    directory = copy_of(signed)
+    adopted(directory)
+    path = directory / manifest.SIGNATURE
+    bundle = json.loads(path.read_text())
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    listed = {"solidify.json": directory / "solidify.json", "NOTES.md": directory / "NOTES.md"}
+    kept = [each for each in statement["predicate"]["resources"] if each["name"] not in listed]
+    new = [{"name": name, "algorithm": "sha256", "digest": hashes_of(file)} for name, file in listed.items()]
+    statement["predicate"]["resources"] = sorted([*kept, *new], key=lambda each: each["name"])
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    path.write_text(json.dumps(bundle))
+    assert signature.belongs(directory, manifest.read(directory))  # it looks right, and is not
+    with pytest.raises(CheckFailed, match="was changed after it was signed"):
+        solidify.verify(directory, mine.public)
