@@ -306,7 +306,8 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
 
 def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
-        return PeftModel.from_pretrained(model, str(sources.adapter)).eval()
+        asked = configured.read(sources.adapter, model)  # without regular expressions of the file
+        return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
 
 
 def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:

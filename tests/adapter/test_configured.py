@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import pico
 import solidify
@@ -220,3 +221,51 @@ def test_a_torn_file_is_refused(tmp_path: Path, base: Path, length: int) -> None
     content = (adapter(tmp_path, **KINDS["LoRA"]) / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(content[:length])
     assert "cannot be read as safetensors" in said(tmp_path, base)
+
+
+SLOW = "(((\\w*)*)*)*!"  # of a stranger: no name of a module is matched in an hour
+EXPRESSIONS: dict[str, dict[str, Any]] = {
+    "rank_pattern": {"rank_pattern": {SLOW: 4}},
+    "alpha_pattern": {"alpha_pattern": {SLOW: 4}},
+    "modules_to_save": {"modules_to_save": [SLOW]},
+    "layers_pattern": {"layers_pattern": SLOW, "layers_to_transform": [0]},
+    "a list of layers_pattern": {"layers_pattern": ["layers", SLOW], "layers_to_transform": [0]},
+}
+
+
+@pytest.mark.parametrize("field", EXPRESSIONS)
+def test_no_regular_expression_of_a_file_is_run(tmp_path: Path, base: Path, field: str) -> None:
+    adapter(tmp_path / "adapter", target_modules=["q_proj"])
+    configure(tmp_path / "adapter", **EXPRESSIONS[field])
+    assert "no regular expression of a file is run" in said(tmp_path / "adapter", base)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*\.(q_proj|v_proj)"},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*_proj", "exclude_modules": r".*\.o_proj"},
+        {"target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*layers\.0.*"},
+        {"target_modules": r".*\.q_proj", "target_parameters": EXPERTS},
+        {
+            "target_modules": r".*\.(q|k)_proj",
+            "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj$": 2},
+            "alpha_pattern": {"k_proj": 3, "layers.1.self_attn.q_proj": 5},
+        },
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
+)  # PEFT's, of what it wrote itself
+def test_expressions_of_honest_adapters_become_names(tmp_path: Path, base: Path, settings: dict[str, Any]) -> None:
+    """What PEFT found by them is what is merged; in the file a slower one of the same hits stands, and is not run."""
+    directory = adapter(tmp_path / "adapter", **settings)
+    found = PeftModel.from_pretrained(pico.olmoe(), directory).merge_and_unload().state_dict()
+    configure(directory, **{key: SLOW for key in ("target_modules", "exclude_modules") if key in settings})
+    solidify.merge(directory, beside(directory), base=base)
+
+    plain = AutoModelForCausalLM.from_pretrained(beside(directory)).state_dict()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in found.items())
+    assert any(not torch.equal(tensor, pico.olmoe().state_dict()[key]) for key, tensor in plain.items())

@@ -14,21 +14,30 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import safe_open
+from torch import nn
 
 from solidify import files, foreign
-from solidify.adapter import kinds
+from solidify.adapter import kinds, patterns
 from solidify.errors import AdapterError, refuse
+from solidify.weights import format
 
 _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred thousand layers is less
 # unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
 # https://github.com/unslothai/unsloth-zoo/pull/1232): `rank_major` is PEFT's own order, `grouped_by_expert` another.
 _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
+# A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, or `.*` before it, and with
+# points that are escaped or not.
+_NAME = re.compile(r"(\^|\\A)?(\.\*\\?\.)?(\w|\.|-|\\\.|\\-)+(\$|\\Z)?")
+_ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
 
 
-def read(directory: Path) -> LoraConfig:
+def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
     """Reads the configuration of the LoRA adapter in a directory.
+
+    One that is to be put on a `model` names modules of it, where the file has a regular expression.
 
     Raises:
         AdapterError: there is none that can be read, it is of another kind than LoRA, or it says something that is not
@@ -39,10 +48,39 @@ def read(directory: Path) -> LoraConfig:
     kind = document.get("peft_type")
     fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
-    refuse(AdapterError, title, [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)])
+    faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
+    refuse(AdapterError, title, faults or _expression_faults(document))
+    if model is not None:
+        document = _with_names(document, directory / WEIGHTS, model)
     known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
         return LoraConfig(**{key: value for key, value in document.items() if key in known})
+
+
+def _expression_faults(document: Mapping[str, Any]) -> list[str]:
+    """Names regular expressions in fields that PEFT (0.21.2) puts into one: only names are taken there."""
+    held = {key: [str(word) for word in document.get(key) or ()] for key in (*patterns.FIELDS, "modules_to_save")}
+    layers = document.get("layers_pattern") or []
+    held["layers_pattern"] = [layers] if isinstance(layers, str) else [str(word) for word in layers]
+    return [
+        f"its {key} holds {word[:80]!r}, and no regular expression of a file is run here; write names of modules, one "
+        f"by one"
+        for key, words in held.items()
+        for word in words
+        if not _NAME.fullmatch(word)
+    ]
+
+
+def _with_names(document: dict[str, Any], weights: Path, model: nn.Module) -> dict[str, Any]:
+    """Puts names in the place of a regular expression that says which modules are adapted: those that have tensors."""
+    targets, excluded = document.get("target_modules"), document.get("exclude_modules")
+    if not isinstance(targets, str) and not isinstance(excluded, str):
+        return document
+    names = {found[1] for key in format.read_header(weights) if (found := _ADAPTED.fullmatch(key))}
+    ends = tuple(f".{word}" for word in document.get("target_parameters") or ())
+    parameters = (re.sub(r"^base_model\.model\.|\.base_layer(?=\.)", "", name) for name, _ in model.named_parameters())
+    owners = {name.rpartition(".")[0] for name in parameters if f".{name}".endswith(ends)} if ends else set()
+    return {**document, "target_modules": sorted(names - owners), "exclude_modules": None}
 
 
 def refuse_marked(weights: Path) -> None:

@@ -98,7 +98,7 @@ def prepare(skeleton: PreTrainedModel, base: Path, adapter: Path, bare: Sequence
     stored = Stored(skeleton, checkpoint.read(base))
     shapes = {name: Shape.of(tensor) for name, tensor in skeleton.state_dict().items()}
     ties, heads = aliases(skeleton), _embeddings(skeleton)
-    model = merging.attach(skeleton, configured.read(adapter), bare)
+    model = merging.attach(skeleton, configured.read(adapter, skeleton), bare)
     merger = merging.read(model, format.read_header(adapter / storage.WEIGHTS), shapes)
     refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
     return Prepared(stored, merger, ties, heads)

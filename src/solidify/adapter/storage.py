@@ -179,7 +179,7 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
     base_state.refuse_changed(model, base_state.require(model))
-    configuration = configured.read(directory)
+    configuration = configured.read(directory, model)
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
