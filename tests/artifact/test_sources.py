@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +53,23 @@ def test_what_the_changes_do_not_need_is_not_in_the_file() -> None:
 
     assert "shared_keys" not in text(solidify.replace)
     assert "shared_keys" in text(solidify.share)
+
+
+@pytest.mark.parametrize(("version", "loads"), [("4.57.1", False), ("5.1.9", False), ("5.2.0", True), ("6.0.0", True)])
+def test_the_artifact_says_which_transformers_it_needs(
+    version: str, loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration is read first, by whatever transformers there is. (5.2.0, 5.10.4 and 5.24.0 were tried.)"""
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    text = sources.compile_sources(model, edits).files["configuration_solid_olmoe.py"]
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)  # a lazy module stands in its own place
+    if loads:
+        exec(text, {})
+        return
+    words = rf"made with transformers 5\.\d+\.\d+ and needs 5\.2 or later; this is transformers {re.escape(version)}"
+    with pytest.raises(ImportError, match=words):
+        exec(text, {})
 
 
 def test_the_model_type_depends_on_code_and_surgery() -> None:

@@ -28,6 +28,7 @@ from solidify.source import closure
 from solidify.weights import hashing
 
 OPERATIONS = "operations.py"
+OLDEST = (5, 2)  # the transformers in which artifacts were seen to load; with 4.57 they end in errors of import
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
                 f".{OPERATIONS.removesuffix('.py')}": {"operate", "unchanged", *(["shared_keys"] if shares else [])},
             },
         ),
+        "made_with": transformers.__version__,
         "model_type": f"solid_{stem}_{digest[:8]}",
         "digest": digest,
     }
@@ -107,7 +109,8 @@ def render(template: str, **context: Any) -> str:
         keep_trailing_newline=True,
         autoescape=jinja2.select_autoescape(["html.jinja", "html"]),
     )
-    return environment.get_template(template).render(**context)
+    oldest = {"oldest": ".".join(map(str, OLDEST)), "oldest_parts": OLDEST}
+    return environment.get_template(template).render(**oldest, **context)
 
 
 def _served(before: Ancestor, family: Family) -> dict[str, type[PreTrainedModel]]:
