@@ -396,3 +396,19 @@ def test_a_head_without_features_is_watched_or_said_not_to_be(shape: str, tmp_pa
 def wrapped() -> type:
     """A head of the user's own file that gives a number for a row."""
     return pico.wrappers.RowScore
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_holds_nan_is_named_before_anything_is_changed(dtype: torch.dtype) -> None:
+    model = pico.llama().to(dtype)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[1, 2] = float("nan")
+    words = r"returns NaN before anything is changed: model\.layers\.0\.mlp\.down_proj\.weight holds NaN"
+    changes: list[Callable[[], object]] = [
+        lambda: solidify.replace(model, "**.o_proj", pico.wrappers.Scaled),
+        lambda: solidify.insert(model, "model.layers.1"),
+        lambda: solidify.remove(model, "model.layers.1"),
+    ]
+    for change in changes:
+        with pytest.raises(SurgeryError, match=words):
+            change()

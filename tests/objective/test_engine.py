@@ -268,3 +268,11 @@ def test_a_statistic_of_each_micro_batch_depends_on_the_split_and_needs_no_secon
     assert not any(term.needs_prepass for term in terms("micro_batch")())
     with pytest.raises(ObjectiveError, match="of the window or of each micro_batch"):
         Term(losses.load_balance, statistics="global")
+
+
+def test_labels_that_are_all_masked_are_told_before_the_first_step() -> None:
+    engine = ObjectiveEngine(Objective([Term("model")]), pico.olmoe())
+    batch = {"input_ids": torch.randint(3, 60, (2, 8)), "labels": torch.full((2, 8), -100)}
+    with pytest.raises(ObjectiveError, match=r"every label is -100 \(masked\), so there is nothing to learn from"):
+        engine.begin([batch, batch])
+    engine.begin([batch, {**batch, "labels": batch["input_ids"]}])

@@ -141,3 +141,16 @@ def test_heads_that_text_teaches_pass() -> None:
         data.refuse_untaught(model)
     with pytest.raises(DataError, match="Linear is neither"):
         data.refuse_untaught(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, -1e-4, float("nan")])
+def test_a_learning_rate_that_teaches_nothing_is_refused_in_the_plan(tmp_path: Path, rate: float) -> None:
+    training = {"max_steps": 1, "learning_rate": rate}
+    asked = written(tmp_path, tiny_olmoe.NAME, "model.layers.*.self_attn.o_proj", "Linear", training=training)
+    with pytest.raises(RecipeError, match="with which nothing is learnt; give it a number above 0"):
+        dry_run.plan(asked)
+
+
+def test_a_part_may_learn_where_the_rest_stands_still() -> None:
+    assert not defaults.faults({"learning_rate": 0}, held_out=True, moved=True)
+    assert defaults.faults({"learning_rate": -1}, held_out=True, moved=True)

@@ -18,6 +18,8 @@ from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
 
 _SCALES = (1.0, 0.1)  # of the noise in new parameters; the second where the first gives infinity
 
+_NAMED = 6  # at most, in a message
+
 _NOISY = ", once its own parameters are not at their start"
 
 _TITLES = {
@@ -93,6 +95,7 @@ def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
     inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
     before = Control(inputs, {}, None, None, tuple(kinds), large)
     calls, reading = _calls_and_reading(model, before, probed)
+    _refuse_spoilt(model, reading)
     called = tuple(name for name in kinds if name in calls)
     for name in called:
         calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
@@ -135,7 +138,9 @@ def take_whole(model: PreTrainedModel) -> Control:
         return Control(None, {}, None)
     inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
     before = Control(inputs, {}, None)
-    return dataclasses.replace(before, reading=_read(model, before), output=anatomy.run(model, inputs))
+    reading = _read(model, before)
+    _refuse_spoilt(model, reading)
+    return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
 
 
 def take_at(model: PreTrainedModel, name: str) -> Control:
@@ -148,6 +153,7 @@ def take_at(model: PreTrainedModel, name: str) -> Control:
         return Control(None, {}, None)
     before = Control(probing.probe_inputs(model), {}, None, None, (name,), large=True)
     reading = _read(model, before)
+    _refuse_spoilt(model, reading)
     wide = _read(model, before, wide=True) if is_half(model) and not anatomy.large(model) else None
     return dataclasses.replace(before, reading=reading, wide=wide, output=anatomy.run(model, before.inputs or {}))
 
@@ -258,6 +264,19 @@ def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, t
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     parameters |= dict(model.named_buffers(remove_duplicate=False))
     return {n: p for n in fresh if (p := parameters.get(n)) is not None and p.is_floating_point() and not p.is_meta}
+
+
+def _refuse_spoilt(model: PreTrainedModel, reading: Reading | None) -> None:
+    """Refuses a model that is broken before anything is changed: NaN hides whatever a change does."""
+    if reading is None or not reading.plain or _finite(reading):
+        return
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    spoilt = [name for name, tensor in tensors if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    if spoilt:
+        raise SurgeryError(
+            f"the model returns NaN before anything is changed: {', '.join(spoilt[:_NAMED])} "
+            f"{'holds' if len(spoilt) == 1 else 'hold'} NaN; mend the base, or load it anew"
+        )
 
 
 def _finite(reading: Reading) -> bool:

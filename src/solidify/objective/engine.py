@@ -99,12 +99,26 @@ class ObjectiveEngine:
         self._sums: dict[str, torch.Tensor] = {}
 
     def begin(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Counts one optimizer step's micro-batches, on all ranks, and keeps them if a term needs their means first."""
+        """Counts one optimizer step's micro-batches, on all ranks, and keeps them if a term needs their means first.
+
+        Raises:
+            ObjectiveError: it is the first, and no label of it counts, though something is to be learnt from labels.
+        """
         self.forget()
         device = next(self.model.parameters()).device
         self._window = windowing.measure([self._runs.count(batch) for batch in batches], device)
+        if not self.step and not self._window.target_tokens and all("labels" in batch for batch in batches):
+            self._refuse_masked()
         if (len(batches) > 1 or self._window.ranks > 1) and any(t.needs_prepass for t in self.objective.terms):
             self._unmeasured = list(batches)
+
+    def _refuse_masked(self) -> None:
+        if self.objective.has_model_term or self.objective.asks_for("labels"):
+            raise ObjectiveError(
+                "in the first step every label is -100 (masked), so there is nothing to learn from; look at what masks "
+                "them: a prompt that is longer than `max_length` leaves no answer, and loss on assistant turns or "
+                "completions needs such turns"
+            )
 
     def loss(self, batch: Mapping[str, Any], *, outputs: bool = False) -> Any:
         """Returns the loss of one micro-batch: its backward pass adds its share of the objective's gradient.

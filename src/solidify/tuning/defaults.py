@@ -28,8 +28,19 @@ def following(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def faults(given: Mapping[str, Any], *, held_out: bool) -> list[str]:
-    """Says which of a training section's fields ask for evaluation data, when there is none."""
+def faults(given: Mapping[str, Any], *, held_out: bool, moved: bool = False) -> list[str]:
+    """Says which of a training section's fields leave nothing to do, or ask for evaluation data when there is none.
+
+    `moved` says that some of what is trained has a learning rate of its own.
+    """
+    rate = given.get("learning_rate")
+    found = []
+    if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not rate > 0 and not (rate == 0 and moved):
+        found = [f"training.learning_rate is {rate}, with which nothing is learnt; give it a number above 0"]
+    return [*found, *_unheld(given, held_out)]
+
+
+def _unheld(given: Mapping[str, Any], held_out: bool) -> list[str]:
     if held_out:
         return []
     strategy = str(given.get("eval_strategy", "no"))
