@@ -109,7 +109,10 @@ def test_a_changed_model_is_refused_before_it_is_trained(artifact: Path, change:
 def test_a_model_as_it_was_loaded_is_attached_saved_and_loaded(artifact: Path, tmp_path: Path, load: Any) -> None:
     model = noise(solidify.attach(load(artifact), lora=LORA, train=["model.norm", "**.mlp.scale"]))
     solidify.save_adapter(model, tmp_path / "adapter")
-    solidify.load_adapter(load(artifact), tmp_path / "adapter")
+    again = solidify.load_adapter(load(artifact), tmp_path / "adapter")
+    tokens = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize("change", ["one number", "through data", "data in place", "swapped", "setting"])
@@ -171,7 +174,11 @@ def test_what_trainers_set_is_no_other_base(artifact: Path, tmp_path: Path) -> N
     model.config.use_cache = False
     peft_model = noise(solidify.attach(model, lora=LORA))
     model.config.pad_token_id, model.config.attention_dropout, model.config.output_hidden_states = 5, 0.1, True
-    solidify.save_adapter(peft_model, tmp_path / "adapter")
+    saved = solidify.save_adapter(peft_model, tmp_path / "adapter")
+    again = solidify.load_adapter(solidify.load(artifact), saved)
+    tokens = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tokens).logits, peft_model.eval()(tokens).logits)
 
 
 @pytest.fixture(scope="module")
