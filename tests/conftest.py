@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from transformers.utils import logging
 
-import pico
-import solidify
-from solidify.modules.trashcan_moe import TrashCanMoE
+# Heavy imports stand in the fixtures: the process that only hands out tests to others reads this file, too.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports the tests without a look for garbage in between, and leaves what was imported out of later looks."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def quiet_and_seeded() -> None:
+    import torch
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -37,6 +49,10 @@ def tiny_base() -> Path:
 @pytest.fixture(scope="session")
 def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with a trash can in every block."""
+    import pico
+    import solidify
+    from solidify.modules.trashcan_moe import TrashCanMoE
+
     directory = tmp_path_factory.mktemp("artifacts") / "trash"
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock", count=2)
@@ -47,6 +63,9 @@ def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wrapped_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with bottlenecks beside o_proj (linear layers and a bare parameter) and scaled MLPs."""
+    import pico
+    import solidify
+
     directory = tmp_path_factory.mktemp("artifacts") / "wrapped"
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.self_attn.o_proj", pico.wrappers.Bottleneck, arguments={"width": 4})
