@@ -30,8 +30,9 @@ demo: install
 test: install
 	$(PYTEST)
 
+# Here every fresh process starts anew; for `make test` most are forks of one that has imported torch (tests/warm.py).
 test-all: install
-	$(PYTEST) -m "(slow or not slow) and not servers"
+	SOLIDIFY_TEST_ANEW=1 $(PYTEST) -m "(slow or not slow) and not servers"
 
 servers: $(SERVERS)/installed
 
