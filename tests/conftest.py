@@ -18,7 +18,29 @@ import pytest
 
 import warm
 
+HERE = Path(__file__).parent
 # Heavy imports stand in the fixtures: the process that only hands out tests to others reads this file, too.
+
+
+# Files that take long, though they hold few tests. They begin first, so that no process is left alone with one at the
+# end; the second needs no base, so that it runs while the first has the base trained.
+LONG = (
+    "test_blocks.py",
+    "test_faults.py",
+    "artifact/test_large.py",
+    "artifact/test_solidify.py",
+    "test_processes.py",
+    "test_cli.py",
+    "test_demo.py",
+    "test_export.py",
+    "adapter/test_buffers.py",
+    "checks/test_agreement.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {HERE / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
 
 
 @pytest.hookimpl(wrapper=True)
