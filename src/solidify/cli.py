@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -293,11 +294,15 @@ def _starting() -> Iterator[None]:
     try:
         _quiet()
         yield
-        if not gc.get_freeze_count():
-            gc.freeze()
+        _keep_what_is_there()
     finally:
         if collects:
             gc.enable()
+
+
+@cache
+def _keep_what_is_there() -> None:
+    gc.freeze()  # once in a process: later there are models, which shall be found when they are garbage
 
 
 def _quiet() -> None:
