@@ -279,7 +279,7 @@ def test_a_merge_into_a_stock_model_is_killed(world: World, plain: Path, every: 
     )
 
 
-@pytest.mark.parametrize("base", ["hub", "memory"])
+@pytest.mark.parametrize("base", ["hub", pytest.param("memory", marks=pytest.mark.slow)])
 def test_the_disk_becomes_full(world: World, base: str) -> None:
     """In the middle, at whichever change of files: from there on nothing more can be made."""
     output = world.root / "full"
