@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes with a thread each: most tests start processes of their own or are too small for a second thread.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -30,8 +30,9 @@ demo: install
 test: install
 	$(PYTEST)
 
+# Here every fresh process starts anew; for `make test` most are forks of one that has imported torch (tests/warm.py).
 test-all: install
-	$(PYTEST) -m "(slow or not slow) and not servers"
+	SOLIDIFY_TEST_ANEW=1 $(PYTEST) -m "(slow or not slow) and not servers"
 
 servers: $(SERVERS)/installed
 

@@ -2,28 +2,87 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-from transformers.utils import logging
 
-import pico
-import solidify
-from solidify.modules.trashcan_moe import TrashCanMoE
+import warm
+
+HERE = Path(__file__).parent
+# Heavy imports stand in the fixtures: the process that only hands out tests to others reads this file, too.
+
+
+# Files that take long, though they hold few tests. They begin first, so that no process is left alone with one at the
+# end; the second needs no base, so that it runs while the first has the base trained.
+LONG = (
+    "test_blocks.py",
+    "test_faults.py",
+    "artifact/test_large.py",
+    "artifact/test_solidify.py",
+    "test_processes.py",
+    "test_cli.py",
+    "test_demo.py",
+    "test_export.py",
+    "adapter/test_buffers.py",
+    "checks/test_agreement.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {HERE / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports the tests without a look for garbage in between, and leaves what was imported out of later looks."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def quiet_and_seeded() -> None:
+    import torch
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python() -> Iterator[list[str]]:
+    """What stands before a script that is run in a fresh process, of solidify's own too: see `warm`."""
+    if os.environ.get("SOLIDIFY_TEST_ANEW"):
+        yield [sys.executable, "-P"]
+        return
+    from solidify.artifact import certificate
+
+    begin = certificate.Alone.__init__
+    with tempfile.TemporaryDirectory() as directory, warm.started(Path(directory)) as words:
+
+        def shared(self: Any, script: Path, arguments: Sequence[str] = ()) -> None:
+            begin(self, script, arguments)
+            self._command = [*words, str(script), *arguments]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(certificate.Alone, "__init__", shared)
+            yield words
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +96,10 @@ def tiny_base() -> Path:
 @pytest.fixture(scope="session")
 def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with a trash can in every block."""
+    import pico
+    import solidify
+    from solidify.modules.trashcan_moe import TrashCanMoE
+
     directory = tmp_path_factory.mktemp("artifacts") / "trash"
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock", count=2)
@@ -47,6 +110,9 @@ def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wrapped_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with bottlenecks beside o_proj (linear layers and a bare parameter) and scaled MLPs."""
+    import pico
+    import solidify
+
     directory = tmp_path_factory.mktemp("artifacts") / "wrapped"
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.self_attn.o_proj", pico.wrappers.Bottleneck, arguments={"width": 4})

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "user_modules"))
@@ -54,6 +58,15 @@ def artifact(model: PreTrainedModel, edits: Sequence[Any], directory: Path, **mo
 
     trust.remember(assemble(model, edits, directory, **more))
     return directory
+
+
+def unwitnessed(patch: pytest.MonkeyPatch) -> None:
+    """Leaves the fresh process out of what is built, where it is not the point; it does not even start."""
+    from solidify.artifact import certificate
+    from solidify.findings import Finding
+
+    patch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+    patch.setattr(certificate, "prepared", nullcontext)
 
 
 def tokens(rows: int = 2, length: int = 12, *, seed: int = 0, vocab_size: int = 128) -> torch.Tensor:

@@ -127,11 +127,15 @@ def contents(directory: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def points(kinds: list[str], *, every: bool) -> list[tuple[str, int]]:
+def points(kinds: list[str], *, every: bool, first: bool = True, last: bool = True) -> list[tuple[str, int]]:
     """Returns at which changes to kill, as a kind and its how-manieth: all, or the first and last of each kind."""
     counted = [(kind, kinds[: number + 1].count(kind)) for number, kind in enumerate(kinds)]
-    ends = [(kind, n) for kind, n in counted if n in (1, kinds.count(kind)) and "/cache/digests" not in kind]
-    return counted if every else ends
+    if every:
+        return counted
+    ends = {kind: {1} if first else set() for kind in kinds if "/cache/digests" not in kind}
+    for kind, numbers in ends.items():
+        numbers.update({kinds.count(kind)} if last else ())
+    return [(kind, number) for kind, number in counted if number in ends.get(kind, ())]
 
 
 def state(directory: Path) -> frozenset[str]:
@@ -150,7 +154,7 @@ def whole(directory: Path) -> None:
 
 
 def kill_everywhere(
-    run: Callable[..., Ended], output: Path, inputs: list[Path], *, old: Path | None = None, every: bool
+    run: Callable[..., Ended], output: Path, inputs: list[Path], *, old: Path | None = None, **where: bool
 ) -> None:
     """Kills a command at every point, each time over what the killed ones before have left.
 
@@ -170,7 +174,7 @@ def kill_everywhere(
     known = [manifest.read(path).tensors for path in (output, old) if path is not None]
     begin()
     seen, killed = set(), 0
-    for kind, number in points(plain.changes, every=every):
+    for kind, number in points(plain.changes, **where):
         ended = run(kill=(kind, number))
         if ended.code == 0 and ended.changes.count(kind) < number:
             begin()
@@ -203,8 +207,8 @@ EVERY = [False, pytest.param(True, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("every", EVERY)
 def test_a_build_is_killed(world: World, every: bool) -> None:
     """A base in the hub's layout is converted first; nothing stands at the output."""
-    output = world.root / "killed" / "artifact"
-    kill_everywhere(lambda **o: world.build("hub", output.parent, **o), output, [world.root / "hub"], every=every)
+    output, base = world.root / "killed" / "artifact", world.root / "hub"
+    kill_everywhere(lambda **o: world.build("hub", output.parent, **o), output, [base], every=every, last=False)
 
 
 @pytest.mark.parametrize("every", EVERY)
@@ -218,6 +222,7 @@ def test_a_build_over_an_older_one_is_killed(world: World, every: bool) -> None:
         [world.root / "memory"],
         old=old / "artifact",
         every=every,
+        first=False,
     )
 
 
@@ -274,7 +279,7 @@ def test_a_merge_into_a_stock_model_is_killed(world: World, plain: Path, every: 
     )
 
 
-@pytest.mark.parametrize("base", ["hub", "memory"])
+@pytest.mark.parametrize("base", ["hub", pytest.param("memory", marks=pytest.mark.slow)])
 def test_the_disk_becomes_full(world: World, base: str) -> None:
     """In the middle, at whichever change of files: from there on nothing more can be made."""
     output = world.root / "full"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pico
 from solidify import cli, ours, pipeline, recipe, results
-from solidify.artifact import certificate, manifest
+from solidify.artifact import manifest
 from solidify.checks import check
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
@@ -62,7 +62,7 @@ def load(beside: Path, name: str, content: dict[str, Any]) -> recipe.Recipe:
 @pytest.fixture(autouse=True)
 def unwitnessed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fresh process looks at what is built here."""
-    monkeypatch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+    pico.unwitnessed(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def trained(beside: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "out"
     made = load(beside, "a.yaml", document())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
+        pico.unwitnessed(patch)
         pipeline.run(made, output)
     return output
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,8 +69,8 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo"),
 ) -> None:
     """The whole loop on an embedded tiny OLMoE, offline; ends with a table of what was proved."""
-    _quiet()
-    from solidify.demo import story
+    with _starting():
+        from solidify.demo import story
 
     story.tell(output)
 
@@ -80,10 +82,10 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """The tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
-    _quiet()
-    from solidify import materials, views
-    from solidify.artifact import inspection
-    from solidify.model.cost import cost
+    with _starting():
+        from solidify import materials, views
+        from solidify.artifact import inspection
+        from solidify.model.cost import cost
 
     loaded = materials.skeleton(model, trust_remote_code=trust_remote_code)
     branches, total = inspection.tree(loaded), cost(loaded)
@@ -98,8 +100,8 @@ def inspect(
 def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     """What a recipe would do: every edit, the exact trainable set, costs, the code to be written. Writes nothing."""
     loaded = _recipe(recipe, set_)
-    _quiet()
-    from solidify import dry_run, views
+    with _starting():
+        from solidify import dry_run, views
 
     planned = dry_run.plan(loaded).document()
     if as_json:
@@ -114,8 +116,8 @@ def run(
 ) -> None:
     """Every stage that the recipe names: build, train, check, merge, report."""
     loaded = _recipe(recipe, set_)
-    _quiet()
-    from solidify import pipeline
+    with _starting():
+        from solidify import pipeline
 
     directory = pipeline.output_of(loaded, output)
     with _resumable(directory, "run", recipe, output, set_):
@@ -131,8 +133,8 @@ def run(
 def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False) -> None:
     """Surgery and solidification only: writes OUTPUT/artifact."""
     loaded = _recipe(recipe, set_)
-    _quiet()
-    from solidify import dry_run, pipeline, results
+    with _starting():
+        from solidify import dry_run, pipeline, results
 
     dry_run.plan(loaded)
     directory = pipeline.output_of(loaded, output)
@@ -146,8 +148,8 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
 def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
     """Adapter training on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
     loaded = _recipe(recipe, set_)
-    _quiet()
-    from solidify import pipeline
+    with _starting():
+        from solidify import pipeline
 
     directory = pipeline.output_of(loaded, output)
     with _resumable(directory, "train", recipe, output, set_):
@@ -168,8 +170,8 @@ def check(
     trust_remote_code: Trust = False,
 ) -> None:
     """Every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
-    _quiet()
-    from solidify.checks.check import check as check_directory
+    with _starting():
+        from solidify.checks.check import check as check_directory
 
     report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve, key=key)
     if as_json:
@@ -189,8 +191,8 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Base + adapter -> a new artifact, or a stock model for plain PEFT; no PEFT is needed to load it."""
-    _quiet()
-    from solidify import console, export
+    with _starting():
+        from solidify import console, export
 
     with console.stage("Merging"):
         merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
@@ -204,9 +206,9 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """What differs: configuration, code, modules, tensors, other files. Runs none of their code."""
-    _quiet()
-    from solidify import views
-    from solidify.artifact import inspection
+    with _starting():
+        from solidify import views
+        from solidify.artifact import inspection
 
     differences = inspection.diff(a, b)
     if as_json:
@@ -221,9 +223,9 @@ def adopt(
     files: Annotated[list[Path], typer.Argument(help="Files that stand in it.", show_default=False)],
 ) -> None:
     """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
-    _quiet()
-    from solidify import views
-    from solidify.artifact import adopting
+    with _starting():
+        from solidify import views
+        from solidify.artifact import adopting
 
     found = adopting.read(directory, files)
     _print(views.adopted(found))
@@ -236,9 +238,9 @@ def trust(
     forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
 ) -> None:
     """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
-    _quiet()
-    from solidify import views
-    from solidify.artifact import trust as trusting
+    with _starting():
+        from solidify import views
+        from solidify.artifact import trust as trusting
 
     record = trusting.trust(directory, forget=forget)
     _print(views.trusted(directory, record, forget=forget))
@@ -283,11 +285,11 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Continues a text greedily, to try the result."""
-    _quiet()
-    import torch
+    with _starting():
+        import torch
 
-    from solidify.adapter.storage import load
-    from solidify.artifact.loading import load_tokenizer
+        from solidify.adapter.storage import load
+        from solidify.artifact.loading import load_tokenizer
 
     model = load(directory, adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -314,11 +316,34 @@ def _resumable(
         ) from error
 
 
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Imports what a verb needs, and leaves the screen to what solidify says.
+
+    That is: no chatter and no notes to developers from the libraries below it. What is imported stays, so nothing is
+    gained by looking through it for garbage, again and again meanwhile and once more at the end: a second or two.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        _quiet()
+        yield
+        _keep_what_is_there()
+    finally:
+        if collects:
+            gc.enable()
+
+
+@cache
+def _keep_what_is_there() -> None:
+    gc.freeze()  # once in a process: later there are models, which shall be found when they are garbage
+
+
 def _quiet() -> None:
-    """Leaves the screen to what solidify says: no chatter and no notes to developers from the libraries below it."""
     import warnings
 
     import datasets
+    from transformers import PreTrainedModel  # noqa: F401  # every verb needs it, some only later
     from transformers.utils import logging
 
     logging.set_verbosity_error()

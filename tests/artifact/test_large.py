@@ -58,7 +58,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unwitnessed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the fresh process out, where it is not the point."""
-    monkeypatch.setattr(certificate, "witness", lambda _: [])
+    pico.unwitnessed(monkeypatch)
 
 
 @pytest.fixture(params=["hub", "memory"])
@@ -105,7 +105,7 @@ def test_it_is_the_artifact_that_is_built_in_memory(
     before = content(base)
     asked = recipe(base, STEPS[kind])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "witness", lambda _: [])
+        pico.unwitnessed(patch)
         pipeline.build(asked, tmp_path / "small")
     monkeypatch.setattr(anatomy, "LARGE", 0)
     monkeypatch.setattr(spilling, "_SMALL", 0)

@@ -116,7 +116,7 @@ def one_update_on_another_expert(state: State, plain: State, changed: list[str])
 FAULTS = (one_percent, a_layer_left_out, turned, two_experts_swapped, one_update_on_another_expert)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_merges_are_refused(dtype: torch.dtype, fault: Fault) -> None:
     """By the sums always; by the outputs too, where the fault is larger than roundings."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import re
@@ -148,6 +149,7 @@ def main() -> None:
     words = sys.stdout
     for recipe in sys.argv[1:]:
         warm_up(recipe)
+    gc.freeze()  # what is there stays shared with every child
     for line in sys.stdin:
         job = json.loads(line)
         scratch = Path(tempfile.mkdtemp())

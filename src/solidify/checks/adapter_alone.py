@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers.utils import logging
+gc.disable()  # what is imported stays: to look through it for garbage, again and again, takes a third of the time
 
-from solidify.adapter import storage
-from solidify.artifact import certificate, manifest, trust
-from solidify.artifact.loading import load_artifact
-from solidify.checks import roundtrip, structure, trainable
-from solidify.findings import Finding
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from solidify.adapter import storage  # noqa: E402
+from solidify.artifact import certificate, manifest, trust  # noqa: E402
+from solidify.artifact.loading import load_artifact  # noqa: E402
+from solidify.checks import roundtrip, structure, trainable  # noqa: E402
+from solidify.findings import Finding  # noqa: E402
+
+gc.freeze()
+gc.enable()
 
 
 def main() -> None:

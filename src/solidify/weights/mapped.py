@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-_SMAPS, _STATM = Path("/proc/self/smaps"), Path("/proc/self/statm")
+_MAPS, _SMAPS, _STATM = Path("/proc/self/maps"), Path("/proc/self/smaps"), Path("/proc/self/statm")
 _MUCH = 2**29  # bytes
-_HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)$")
+_HEAD = r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$"
+_FILES = re.compile(_HEAD, re.MULTILINE)
+_LINES = r"\n(?:[A-Z].*\n)*?"  # what else is said of a mapping, as little as possible
+_DETAILS = re.compile(rf"{_HEAD}{_LINES}Anonymous: +(\d+) kB{_LINES}Swap: +(\d+) kB$", re.MULTILINE)
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
@@ -40,8 +44,9 @@ class Maps:
     """The process's file mappings as they are now."""
 
     def __init__(self) -> None:
-        self._areas = sorted(_areas(), key=lambda area: area.begin)
-        self._begins = [area.begin for area in self._areas]
+        self._spans = _spans()
+        self._areas: list[_Area] | None = None  # read when a tensor stands in a file: the system looks at every page
+        self._begins: list[int] = []
         self._same: dict[_Area, bool] = {}
 
     def place(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
@@ -49,6 +54,12 @@ class Maps:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()
+        span = bisect.bisect_right(self._spans, (address, sys.maxsize)) - 1
+        if span < 0 or address >= self._spans[span][1]:
+            return None
+        if self._areas is None:
+            self._areas = sorted(_areas(), key=lambda area: area.begin)
+            self._begins = [area.begin for area in self._areas]
         index = bisect.bisect_right(self._begins, address) - 1
         area = self._areas[index] if index >= 0 else None
         if area is None or address + tensor.nbytes > area.end or area.own or not self._stands(area):
@@ -67,6 +78,14 @@ class Maps:
         return self._same[area]
 
 
+def _spans() -> list[tuple[int, int]]:
+    """Returns where files are mapped, in order."""
+    if not _MAPS.is_file():
+        return []
+    text = _MAPS.read_text(encoding="utf-8", errors="surrogateescape")
+    return sorted((int(found[0], 16), int(found[1], 16)) for found in _FILES.findall(text))
+
+
 def _areas() -> Iterator[_Area]:
     if not _SMAPS.is_file():
         return
@@ -74,19 +93,11 @@ def _areas() -> Iterator[_Area]:
 
 
 def _read_areas(text: str) -> Iterator[_Area]:
-    """Yields the mappings of files that a text as of `smaps` lists; `Swap` comes after `Anonymous` in each."""
-    head: re.Match[str] | None = None
-    own = 0
-    for line in text.splitlines():
-        found = _HEAD.match(line)
-        if found:
-            head, own = found, 0
-        elif line.startswith("Anonymous:"):
-            own += int(line.split()[1]) * 1024
-        elif head is not None and line.startswith("Swap:") and head[7].startswith("/"):
-            own += int(line.split()[1]) * 1024  # a page that was written to and swapped out is not counted above
-            inode = (os.makedev(int(head[4], 16), int(head[5], 16)), int(head[6]))
-            yield _Area(int(head[1], 16), int(head[2], 16), int(head[3], 16), inode, head[7], own)
+    """Yields the mappings of files that a text as of `smaps` lists."""
+    for begin, end, offset, major, minor, inode, path, anonymous, swapped in _DETAILS.findall(text):
+        device = os.makedev(int(major, 16), int(minor, 16))
+        own = int(anonymous) + int(swapped)  # a page that was written to and swapped out is not anonymous any more
+        yield _Area(int(begin, 16), int(end, 16), int(offset, 16), (device, int(inode)), path, own * 1024)
 
 
 def release(modules: Sequence[nn.Module]) -> None:
