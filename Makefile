@@ -30,9 +30,8 @@ demo: install
 test: install
 	$(PYTEST)
 
-# Here every fresh process starts anew; for `make test` most are forks of one that has imported torch (tests/warm.py).
 test-all: install
-	SOLIDIFY_TEST_ANEW=1 $(PYTEST) -m "(slow or not slow) and not servers"
+	$(PYTEST) -m "(slow or not slow) and not servers"
 
 servers: $(SERVERS)/installed
 

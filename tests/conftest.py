@@ -5,18 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-
-import warm
 
 HERE = Path(__file__).parent
 # Heavy imports stand in the fixtures: the process that only hands out tests to others reads this file, too.
@@ -63,26 +58,6 @@ def quiet_and_seeded() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def python() -> Iterator[list[str]]:
-    """What stands before a script that is run in a fresh process, of solidify's own too: see `warm`."""
-    if os.environ.get("SOLIDIFY_TEST_ANEW"):
-        yield [sys.executable, "-P"]
-        return
-    from solidify.artifact import certificate
-
-    begin = certificate.Alone.__init__
-    with tempfile.TemporaryDirectory() as directory, warm.started(Path(directory)) as words:
-
-        def shared(self: Any, script: Path, arguments: Sequence[str] = ()) -> None:
-            begin(self, script, arguments)
-            self._command = [*words, str(script), *arguments]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(certificate.Alone, "__init__", shared)
-            yield words
 
 
 @pytest.fixture(scope="session")
