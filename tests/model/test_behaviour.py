@@ -150,6 +150,8 @@ ELSEWHERE = {
         ("BART", "CrossDetached", "no gradient reaches"),
         ("BART", "Scaled", ""),
         ("Qwen3", "Tallies", ""),
+        ("Qwen3", "Saturated", ""),
+        ("Qwen3", "Skipped", ""),
     ],
 )
 def test_faults_and_twins_in_other_families(family: str, name: str, word: str) -> None:

@@ -388,3 +388,18 @@ class Tallies(Base):
     def forward(self, hidden_states):
         self.tokens += hidden_states.shape[0] * hidden_states.shape[1]
         return self.inner(hidden_states) * (self.mask[-1] == 1).float().mean().to(hidden_states.dtype)
+
+
+class Saturated(Base):
+    """At some positions all features stand at a bound: nothing that is given there counts, and no gradient is lost."""
+
+    def forward(self, x):
+        output = self.inner(x) * self.scale
+        return torch.where(x[..., :1] > 0, output.clamp(-1e-6, 1e-6), output)
+
+
+class Skipped(Base):
+    """Leaves out the tokens that a router does not choose (mixture of depths)."""
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * (x[..., :1] > 0)

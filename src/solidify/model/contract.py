@@ -170,6 +170,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 _STATES = ("key_value_states", "encoder_hidden_states")  # what a module is given of an encoder, by transformers' names
+_NUDGE = 1e-2  # of the mean size: seen in half precision too, and small beside what makes a router choose otherwise
 _ALONE = {"gradient", "half_precision"}  # habits that are tried by further calls
 
 _BROKEN = {
@@ -185,11 +186,31 @@ def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]
     if not _ALONE & set(call.habits):
         return {}
     found = _habits(replacement, call)
-    return {
-        key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}"
-        for key, kept in call.habits.items()
-        if key in _ALONE and not _covers(found.get(key, False), kept)
-    }
+    lost = [key for key, kept in call.habits.items() if key in _ALONE and not _covers(found.get(key, False), kept)]
+    if "gradient" in lost and not _is_cut_off(replacement, call, found["gradient"]):
+        lost.remove("gradient")
+    return {key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}" for key in lost}
+
+
+def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> bool:
+    """Returns whether the module reads what no gradient reaches: a clamp at its bound, or a token that is left out by
+    a router, has none either, but there a small change of what is given changes nothing."""
+    wanted = call.habits["gradient"]
+    if not isinstance(reached, torch.Tensor) or not bool(reached.any()) or not isinstance(wanted, torch.Tensor):
+        return True
+    missing = wanted & ~reached
+    outputs = []
+    with _buffers_kept(module), anatomy.evaluation(module), anatomy.caches_off(module), torch.no_grad():
+        for size in (0.0, _NUDGE):
+            args, kwargs = copied(call.args), copied(call.kwargs)
+            begin = 0
+            for source in _sources(args, kwargs):
+                places = source.shape[:-1].numel()
+                here = missing[begin : begin + places].view(*source.shape[:-1], 1).to(source.device)
+                source.add_(size * source.abs().mean() * here)
+                begin += places
+            outputs.append(foreign.attempt(module, *args, **kwargs).value)
+    return not _equal(outputs[0], outputs[1])
 
 
 def _covers(found: Any, wanted: Any) -> bool:
@@ -215,16 +236,15 @@ def _untouched(before: Any, after: Any) -> bool:
 def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool:
     """Returns where (along all axes but the last) the first floating argument gets a gradient that is not zero."""
     args, kwargs = copied(call.args), copied(call.kwargs)
-    sources = _floating(args, kwargs)
+    sources = _sources(args, kwargs)
     if not sources:
         return False
-    others = [t for key, t in kwargs.items() if key in _STATES and isinstance(t, torch.Tensor) and t is not sources[0]]
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
-            leaves = [t.requires_grad_(True) for t in (sources[0], *others)]
+            leaves = [t.requires_grad_(True) for t in sources]
             outcome = foreign.attempt(module, *args, **kwargs)
             first = next((t for t in tensors_in(outcome.value) if t.is_floating_point()), None)
             if first is None or not first.requires_grad:
@@ -236,8 +256,15 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool
             parameter.requires_grad_(flag)
     if found is None:
         return False
-    seen = [found, *(torch.zeros_like(t) if g is None else g for t, g in zip(others, more, strict=True))]
+    seen = [found, *(torch.zeros_like(t) if g is None else g for t, g in zip(sources[1:], more, strict=True))]
     return torch.cat([(g != 0).any(-1).flatten() for g in seen])
+
+
+def _sources(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Returns what a gradient should reach: the first floating argument, and the states of an encoder."""
+    found = _floating(args, kwargs)
+    others = [t for key, t in kwargs.items() if key in _STATES and isinstance(t, torch.Tensor) and t is not found[0]]
+    return [*found[:1], *others]
 
 
 def _works_in_half(module: nn.Module, call: Call) -> bool:
