@@ -200,7 +200,7 @@ def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
     """Builds the model of an artifact on the meta device, from a private copy of its verified code."""
     config = AutoConfig.from_pretrained(own, trust_remote_code=True)
     private.point_back(config, own, directory)
-    return loading.on_meta(getattr(transformers, _auto_class(own)), config).eval()
+    return loading.on_meta(getattr(transformers, _auto_class(own)), config, trust_remote_code=True).eval()
 
 
 def _load_staged(directory: Path) -> PreTrainedModel:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 import pico
 import solidify
 from pico import wrappers
+from solidify import materials, pipeline, references
 from solidify import recipe as recipes
-from solidify import references
 from solidify.artifact import loading, manifest
-from solidify.errors import ArtifactError, RecipeError
+from solidify.errors import ArtifactError, RecipeError, SolidifyError
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,3 +79,53 @@ def test_its_code_travels_with_the_artifact(remote: Path, tmp_path: Path) -> Non
     model = solidify.load(artifact, trust_remote_code=True)
     base = loading.load_base(str(remote), trust_remote_code=True).model
     assert model(pico.tokens()).logits.equal(base(pico.tokens()).logits)
+
+
+EVIL: dict[str, dict[str, object]] = {
+    "an Auto class": {
+        "architectures": ["AutoModelForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "payload.Evil"},
+    },
+    "an Auto class, others named": {
+        "architectures": ["AutoModel", "LlamaForCausalLM"],
+        "auto_map": {"AutoModel": "payload.Evil", "AutoModelForCausalLM": "payload.Evil"},
+    },
+    "its own class": {"architectures": ["Evil"], "auto_map": {"AutoModelForCausalLM": "payload.Evil"}},
+    "a function": {"architectures": ["pipeline"], "auto_map": {"AutoModelForCausalLM": "payload.Evil"}},
+    "no Auto class": {"architectures": ["Evil"], "auto_map": {"pipeline": "payload.Evil"}},
+    "a configuration": {"auto_map": {"AutoConfig": "payload.Evil"}, "model_type": "evil"},
+    "kernels": {"_attn_implementation": "somebody/kernels"},
+}
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_no_field_of_a_base_runs_its_code(tmp_path: Path, kind: str) -> None:
+    """Without permission, in every verb that reads a base; a plain adapter may name the base, too."""
+    evil = tmp_path / "evil"
+    pico.llama().save_pretrained(evil)
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps({**config, **EVIL[kind]}))
+    canary = tmp_path / "canary"
+    code = "from transformers import LlamaForCausalLM\nclass Evil(LlamaForCausalLM): pass\n"
+    (evil / "payload.py").write_text(f"open({str(canary)!r}, 'w')\n{code}")
+    adapter = tmp_path / "adapter"
+    get_peft_model(pico.llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(evil)}))
+    asked = tmp_path / "recipe.yaml"
+    step = f"{{replace: '**.o_proj', expect: Linear, with: '{wrappers.__file__}:Scaled'}}"
+    asked.write_text(f"base: {{model: {evil}}}\nsurgery:\n  - {step}\n")
+    readers: list[Callable[[], object]] = [
+        lambda: materials.skeleton(str(evil)),
+        lambda: loading.load_base(str(evil)),
+        lambda: solidify.plan(recipes.load(asked)),
+        lambda: pipeline.build(recipes.load(asked), tmp_path / "out"),
+        lambda: solidify.merge(adapter, tmp_path / "merged", base=evil),
+        lambda: solidify.merge(adapter, tmp_path / "merged"),
+    ]
+    for read in readers:
+        with suppress(SolidifyError):
+            read()
+        assert not canary.exists()
+    with pytest.raises(SolidifyError, match=r"trust_remote_code|no class of a model|code of its own"):
+        loading.load_base(str(evil))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -55,9 +56,15 @@ def own_class(directory: Path) -> str:
     heads, leading = config.get("architectures"), config.get("auto_map")
     if isinstance(heads, list) and isinstance(leading, dict):
         for auto, reference in leading.items():
-            if isinstance(reference, str) and reference.rpartition(".")[2] == heads[0]:
+            if isinstance(reference, str) and reference.rpartition(".")[2] == heads[0] and is_auto_class(auto):
                 return str(auto)
     raise ArtifactError(f"{directory / 'config.json'} names no Auto class for what it says the model is ({heads!r})")
+
+
+def is_auto_class(name: object) -> bool:
+    """Returns whether a name from a file is that of one of transformers' Auto classes for models."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return isinstance(found, type) and issubclass(found, _BaseAutoModelClass)
 
 
 def find(before: Ancestor) -> Family:

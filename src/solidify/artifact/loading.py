@@ -76,8 +76,10 @@ def load_base(
         named = config.architectures if isinstance(config.architectures, list) else []
         name = next((each for each in named if isinstance(each, str)), "")
         head = _head(reference, config, name, trust_remote_code)
+        if not trust_remote_code:
+            _refuse_kernels(reference, config)
         if device == "meta":
-            model, info = on_meta(head, config, dtype), {}
+            model, info = on_meta(head, config, dtype, trust_remote_code=trust_remote_code), {}
         else:
             where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
             with layout.as_it_stands() if where != reference else nullcontext():
@@ -89,6 +91,8 @@ def load_base(
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         words = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
+        if not trust_remote_code and "trust_remote_code" in words:  # a configuration or a class of its own
+            words = "it brings code of its own; read it, and to run it set base.trust_remote_code: true"
         raise RecipeError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
     refuse(
         RecipeError,
@@ -116,9 +120,9 @@ def _commit(reference: str, revision: str | None) -> str | None:
 
 def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
     """Returns what loads the class that the configuration names: the class, or the Auto class that leads to it."""
-    remote = vars(config).get("auto_map") or {}
-    for auto, place in remote.items():
-        if str(place).rpartition(".")[2] == name:
+    remote = vars(config).get("auto_map")
+    for auto, place in remote.items() if isinstance(remote, dict) else ():
+        if str(place).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
                 raise RecipeError(
                     f"the base {reference!r} is a {name}, which is code of its own; read it, and to run it set "
@@ -126,16 +130,38 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
                 )
             return getattr(transformers, auto)
     head = getattr(transformers, name, None)
-    if head is None:
-        raise RecipeError(f"the base {reference!r} is a {name or 'model of no named class'}, which transformers lacks")
+    if not (isinstance(head, type) and issubclass(head, PreTrainedModel)):
+        raise RecipeError(
+            f"the base {reference!r} is a {name or 'model of no named class'}, which is no class of a model that "
+            "transformers has"
+        )
     return head
 
 
-def on_meta(head: Any, config: Any, dtype: str | None = None) -> PreTrainedModel:
-    """Builds a model on the meta device, by its class or by an Auto class (whose code may run)."""
+def _refuse_kernels(reference: str, config: Any) -> None:
+    """Refuses a base whose configuration names a repository as what computes: its code would be fetched and run."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        for key, value in vars(part).items() if part is not None else ():
+            if "_implementation" in key and any("/" in word for word in _texts(value)):
+                raise RecipeError(
+                    f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
+                    "is code of its own; read it, and to run it set base.trust_remote_code: true"
+                )
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [word for part in value.values() for word in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def on_meta(head: Any, config: Any, dtype: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Builds a model on the meta device, by its class, or by an Auto class, whose code runs if that is allowed."""
     with torch.device("meta"):
-        remote = {"trust_remote_code": True} if not issubclass(head, PreTrainedModel) else {}
-        model: PreTrainedModel = head.from_config(config, **remote) if remote else head(config)
+        if issubclass(head, PreTrainedModel):
+            model: PreTrainedModel = head(config)
+        else:
+            model = head.from_config(config, trust_remote_code=trust_remote_code)
     return model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
 
 
