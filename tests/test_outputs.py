@@ -15,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 
 import pico
 import solidify
-from solidify import disk, export, pipeline, places, recipe
+from solidify import disk, export, ours, pipeline, places, recipe
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding, Report
+from solidify.tuning import checkpoints
 from training import awake
 
 
@@ -344,3 +345,61 @@ def test_a_build_over_its_own_base_is_refused(build: Callable[..., Report], tmp_
     with pytest.raises(ArtifactError, match="is an input of the command"):
         build(base, tmp_path / "run")
     assert contents(base) == before
+
+
+def checkpoint(directory: Path, *, sealed: bool) -> Path:
+    """What a trainer leaves: with a list of its files, or killed before it."""
+    checkpoints.write(directory, {"fingerprint": "x", "numbers": torch.zeros(2)})
+    (directory / "adapter_config.json").write_text("{}")
+    if sealed:
+        checkpoints.seal(directory)
+    return directory
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "a file by our name": lambda d: (d / "objective.pt").write_bytes(b"somebody's"),
+    "an archive by our name": lambda d: torch.save({"weights": torch.zeros(2)}, d / "objective.pt"),
+    "our name and a file of another program": lambda d: [
+        (d / name).write_bytes(b"x") for name in ("objective.pt", "other.bin")
+    ],
+    "a draft by our name, and another file": lambda d: [
+        (d / name).write_bytes(b"x") for name in (".objective.pt", "other.bin")
+    ],
+}
+EDITED: dict[str, Callable[[Path], object]] = {
+    "edited": lambda d: (d / "adapter_config.json").write_text("[]"),
+    "longer": lambda d: (d / "adapter_config.json").write_text("{} and more"),
+    "another file": lambda d: (d / "notes.txt").write_text("mine"),
+    "our own file": lambda d: torch.save({"fingerprint": "y", "numbers": torch.zeros(2)}, d / "objective.pt"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_checkpoint_of_another_program_is_not_ours(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    FOREIGN[kind](tmp_path / "checkpoint-1")
+    with pytest.raises(ArtifactError):
+        places.refuse_foreign_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("kind", EDITED)
+def test_a_checkpoint_that_somebody_edited_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    EDITED[kind](checkpoint(tmp_path / "checkpoint-1", sealed=True))
+    with pytest.raises(ArtifactError, match="checkpoint-1 holds"):
+        places.refuse_foreign_checkpoints(tmp_path)
+
+
+def test_checkpoints_of_ours_are_ours(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint-1", sealed=True)
+    checkpoint(tmp_path / "checkpoint-2", sealed=False)
+    (tmp_path / "checkpoint-3").mkdir()
+    (checkpoint(tmp_path / "checkpoint-4", sealed=False) / "objective.pt").rename(
+        tmp_path / "checkpoint-4" / ".objective.pt"
+    )
+    (tmp_path / "checkpoint-4" / "adapter_config.json").unlink()
+    places.refuse_foreign_checkpoints(tmp_path)
+    shutil.copytree(tmp_path, tmp_path.with_name("copied"))
+    places.refuse_foreign_checkpoints(tmp_path.with_name("copied"))
+    assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True) == []
+    (tmp_path / "checkpoint-1" / "adapter_config.json").unlink()
+    assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True)
