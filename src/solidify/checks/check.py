@@ -39,7 +39,7 @@ def check(
     """
     key = None if key is None else Path(key)
     if key is not None:
-        signing.require_key(key)
+        signing.require_usable(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
     parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
