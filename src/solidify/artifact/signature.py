@@ -159,8 +159,8 @@ def _decoded(value: Any) -> bytes:
 def faults(record: Manifest, found: Signature) -> list[str]:
     """Says in what a signature is not one of this directory's manifest and of all files that it lists.
 
-    That is no proof that it is: whether it holds is not looked at, and no file is read. The manifest is the one that was
-    read, whatever stands in the directory by now.
+    That is no proof that it is: whether it holds is not looked at, and no file is read. The manifest is the one that
+    was read, whatever stands in the directory by now.
     """
     listed = {NAME, *record.listed()}
     result = []
