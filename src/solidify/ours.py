@@ -18,6 +18,7 @@ from solidify.findings import Report
 PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
+_OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS)
 SHOWN = 6
 _DIGESTED = 2**26  # bytes; larger files of a checkpoint are known by their size alone
 _LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
@@ -63,7 +64,7 @@ def in_run(directory: Path) -> list[str]:
     for path in sorted(directory.iterdir()):
         if left(path):
             continue
-        if path.is_symlink() or path.name not in (*PARTS, REPORT, PAGE, CHECKPOINTS):
+        if path.is_symlink() or path.name not in _OWN:
             faults.append(f"{path.name} is no part of a run")
         elif path.name in PARTS:
             faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
@@ -74,6 +75,64 @@ def in_run(directory: Path) -> list[str]:
         elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest(path):
             faults.append(f"{PAGE} is not the page that a run wrote")
     return faults
+
+
+def unlike_a_run(directory: Path) -> list[str]:
+    """Says what in a run's directory no part of it accounts for, or is not as the run wrote it; parts are not opened.
+
+    Other than `in_run` it is for who reads a run: what tools leave may stand there, as in a part, and so may what a run
+    that was stopped left of its own; a page that the report lists must be there.
+    """
+    report = _report(directory)
+    pages = _entry(report, "files")
+    places = {CHECKPOINTS, _checkpoints_of(report)}
+    faults = [f"{PAGE} is missing, which {REPORT} lists"] if PAGE in pages and not (directory / PAGE).exists() else []
+    for path in sorted(directory.iterdir()):
+        hidden = HIDDEN.fullmatch(path.name)
+        what = "is a link" if path.is_symlink() else None
+        if what is None and path.name in PARTS:
+            what = _unlike_a_part(path)
+        elif what is None and path.name in places:
+            what = "; ".join(in_checkpoints(path)) or None
+        elif what is None and path.name == REPORT:
+            what = "is not the report that a run wrote" if report is None else None
+        elif what is None and path.name == PAGE:
+            what = "is not the page that a run wrote" if pages.get(PAGE) != _digest(path) else None
+        elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
+            what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
+        if what is not None:
+            faults.append(f"{manifest.shown(path.name)} {what}")
+    return faults
+
+
+def _entry(document: Any, key: str) -> dict[str, Any]:
+    """Returns an entry that is a mapping; an empty one for any other."""
+    found = document.get(key) if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _checkpoints_of(report: dict[str, Any] | None) -> str:
+    """Returns the name that the recipe in a report gives to the checkpoints, if they stand in the run's directory."""
+    where = _entry(_entry(report, "recipe"), "training").get("output_dir")
+    return (
+        Path(where).name
+        if report and isinstance(where, str) and Path(where).parent == Path(str(report["subject"]))
+        else ""
+    )
+
+
+def _unlike_a_part(path: Path) -> str | None:
+    """Says what is wrong with a part of a run as a whole; None of one that is there, or was not written yet."""
+    if not path.is_dir():
+        return "is not a directory"
+    if not os.path.lexists(path / manifest.NAME):
+        entries = sorted(path.iterdir())
+        return f"has no {manifest.NAME}, but {names(entries)}" if entries else None
+    try:
+        kind = manifest.read(path, closed=False).kind
+    except SolidifyError as error:
+        return f"is not what was written: {error}"
+    return None if kind in PARTS[path.name] else f"holds an {kind}"
 
 
 def _in_part(path: Path) -> list[str]:

@@ -69,7 +69,7 @@ def _reported(directory: Path) -> dict[str, Any] | None:
 
 
 def _records(directory: Path) -> dict[str, Manifest]:
-    return {name: manifest.read(directory / name) for name in _standing(directory)}
+    return {name: manifest.read(directory / name, closed=False) for name in _standing(directory)}
 
 
 def _standing(directory: Path) -> list[str]:

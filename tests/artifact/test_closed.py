@@ -18,6 +18,7 @@ from solidify import materials, pipeline
 from solidify import recipe as recipes
 from solidify.artifact import inspection, loading, manifest
 from solidify.errors import SolidifyError
+from solidify.weights.hashing import digest_bytes
 from training import awake
 
 Copy = Callable[..., Path]
@@ -177,7 +178,7 @@ def test_an_adapter_is_closed_too(trash_artifact: Path, adapter: Path, copy_of: 
 
 def test_a_stock_model_is_closed_too(tmp_path: Path) -> None:
     pico.llama().save_pretrained(tmp_path / "stock")
-    names = {path.name: manifest.digest_bytes(path.read_bytes()) for path in (tmp_path / "stock").glob("*.json")}
+    names = {path.name: digest_bytes(path.read_bytes()) for path in (tmp_path / "stock").glob("*.json")}
     weights = tmp_path / "stock" / "model.safetensors"
     record = manifest.Manifest(
         kind="stock",
@@ -234,7 +235,7 @@ def test_weights_are_those_that_the_manifest_names(trash_artifact: Path, copy_of
     text = json.dumps(index)
     (directory / "model.safetensors.index.json").write_text(text)
     record = manifest.read(directory, closed=False)
-    replace(record, files={**record.files, "model.safetensors.index.json": manifest.digest_bytes(text.encode())}).write(
+    replace(record, files={**record.files, "model.safetensors.index.json": digest_bytes(text.encode())}).write(
         directory
     )
     with pytest.raises(SolidifyError, match="leads out of the directory"):
@@ -268,14 +269,19 @@ def test_an_adopted_file_does_not_make_code_of_others_trusted(
         solidify.load(directory)
 
 
+NEW_WEIGHTS = ("model-00002.safetensors", "More.SafeTensors", "adapter_model.safetensors", "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
-    "name", ["../outside.txt", "link.txt", "solidify.json", "model.safetensors", "none", "certificate"]
+    "name", ["../outside.txt", "link.txt", "solidify.json", "model.safetensors", "none", "certificate", *NEW_WEIGHTS]
 )
 def test_what_cannot_be_listed_is_named_and_nothing_changes(trash_artifact: Path, copy_of: Copy, name: str) -> None:
     directory = copy_of(trash_artifact)
     (directory.parent / "outside.txt").write_text("x")
     (directory / "link.txt").symlink_to(directory.parent / "outside.txt")
+    for weights in NEW_WEIGHTS:
+        (directory / weights).write_text("x")
     before = (directory / manifest.NAME).read_bytes()
-    with pytest.raises(SolidifyError, match="is not changed"):
+    with pytest.raises(SolidifyError, match="stands where weights stand" if name in NEW_WEIGHTS else "is not changed"):
         solidify.adopt(directory, [name])
     assert (directory / manifest.NAME).read_bytes() == before

@@ -27,6 +27,7 @@ import solidify
 from solidify import __main__, places
 from solidify.artifact import manifest, signature
 from solidify.errors import ArtifactError, CheckFailed
+from solidify.weights.hashing import digest_bytes
 from training import awake
 
 Copy = Callable[..., Path]
@@ -83,7 +84,7 @@ def plain(mine: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("plain") / "stock"
     pico.llama().save_pretrained(directory)
     weights = directory / "model.safetensors"
-    names = {path.name: manifest.digest_bytes(path.read_bytes()) for path in directory.glob("*.json")}
+    names = {path.name: digest_bytes(path.read_bytes()) for path in directory.glob("*.json")}
     manifest.Manifest(
         kind="stock",
         base={},
@@ -154,7 +155,17 @@ def test_the_command_of_model_signing_accepts_it(signed: Path, mine: Pair) -> No
     assert (done.returncode, done.stdout.strip()) == (0, "Verification succeeded"), done.stderr
 
 
-def test_what_the_command_of_model_signing_signed_is_verified(
+def test_what_the_command_of_model_signing_signed_by_itself_is_verified(
+    trash_artifact: Path, mine: Pair, copy_of: Copy
+) -> None:
+    directory = copy_of(trash_artifact)
+    words = ["sign", "key", directory, "--signature", directory / manifest.SIGNATURE, "--private_key", mine.private]
+    done = subprocess.run([sys.executable, "-m", "model_signing", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    solidify.verify(directory, mine.public)
+
+
+def test_what_the_library_of_model_signing_signed_is_verified(
     trash_artifact: Path, mine: Pair, other: Pair, copy_of: Copy
 ) -> None:
     directory = copy_of(trash_artifact)
@@ -293,6 +304,11 @@ def test_a_signature_that_leaves_files_out_is_refused(trash_artifact: Path, mine
         solidify.verify(directory, mine.public)
 
 
+def put(bundle: dict[str, Any], path: Path) -> None:
+    """Writes a signature as model-signing writes its JSON."""
+    path.write_text(json.dumps(bundle, separators=(",", ":")))
+
+
 LOOSE: dict[str, Callable[[dict[str, Any]], object]] = {
     "two statements": lambda b: b.update(dsse_envelope=b["dsseEnvelope"]),
     "an unknown entry": lambda b: b.update(more=1),
@@ -310,12 +326,82 @@ def test_a_signature_with_an_entry_to_spare_is_refused(plain: Path, mine: Pair, 
     directory = copy_of(plain)
     path = directory / manifest.SIGNATURE
     bundle = json.loads(path.read_text())
-    path.write_text(json.dumps(bundle))
-    solidify.verify(directory, mine.public)  # written in another way, and the same
+    put(bundle, path)
+    solidify.verify(directory, mine.public)
     LOOSE[loose](bundle)
-    path.write_text(json.dumps(bundle))
+    put(bundle, path)
     with pytest.raises(CheckFailed, match="is no model signature"):
         solidify.verify(directory, mine.public)
+
+
+UNREAD: dict[str, Callable[[bytes], bytes]] = {
+    "a line more": lambda b: b + b"\n",
+    "a space before": lambda b: b" " + b,
+    "a space inside": lambda b: b.replace(b":", b": ", 1),
+    "a mark of bytes": lambda b: b"\xef\xbb\xbf" + b,
+    "another encoding": lambda b: b.decode().encode("utf-16"),
+    "a letter in escapes": lambda b: b.replace(b'"mediaType"', b'"mediaTyp\\u0065"', 1),
+    "a sign in escapes": lambda b: b.replace(b"application/vnd", b"application\\/vnd", 1),
+    "another envelope before": lambda b: b.replace(b"{", b'{"dsseEnvelope":{"payload":"ZXZpbA=="},', 1),
+    "another payload before": lambda b: b.replace(b'{"payload"', b'{"payload":"ZXZpbA==","payload"', 1),
+    "another hint before": lambda b: b.replace(b'{"hint"', b'{"hint":"x","hint"', 1),
+    "the same envelope twice": lambda b: b[:-1] + b[b.index(b',"dsseEnvelope"') :],
+    "its entries in another order": lambda b: json.dumps(
+        dict(reversed(json.loads(b).items())), separators=(",", ":")
+    ).encode(),
+    "entries inside in another order": lambda b: (
+        b.replace(b'"signatures"', b'"payloadType":"x","signatures"', 1)
+        .replace(b'"payloadType":"application/vnd.in-toto+json",', b"", 1)
+        .replace(b'"payloadType":"x"', b'"payloadType":"application/vnd.in-toto+json"', 1)
+        .replace(b'"sig":', b'"keyid":"","sig":', 1)
+        .replace(b',"keyid":""}', b"}", 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+def test_a_signature_with_a_byte_that_nobody_reads_is_refused(
+    plain: Path, mine: Pair, copy_of: Copy, unread: str
+) -> None:
+    """Its JSON says the same, or the same to some; there is one way to write it."""
+    directory = copy_of(plain)
+    path = directory / manifest.SIGNATURE
+    content = path.read_bytes()
+    path.write_bytes(UNREAD[unread](content))
+    assert path.read_bytes() != content
+    with pytest.raises(CheckFailed, match="is no model signature"):
+        solidify.verify(directory, mine.public)
+    path.write_bytes(content)
+    solidify.verify(directory, mine.public)
+
+
+STATED: dict[str, Callable[[str], str]] = {
+    "another subject before": lambda s: s.replace("{", '{\n  "subject": [],', 1),
+    "another list before": lambda s: s.replace('"resources"', '"resources": [],\n    "resources"', 1),
+    "a letter in escapes": lambda s: s.replace('"solidify.json"', '"solidify.jso\\u006e"', 1),
+    "no spaces": lambda s: json.dumps(json.loads(s)),
+    "a line more": lambda s: s + "\n",
+}
+
+
+@pytest.mark.parametrize("stated", STATED)
+def test_a_statement_that_two_readers_may_read_in_two_ways_is_refused(
+    plain: Path, mine: Pair, copy_of: Copy, stated: str
+) -> None:
+    """Even if who has the key signed it: the signature is made anew over the other bytes, and holds."""
+    directory = copy_of(plain)
+    path = directory / manifest.SIGNATURE
+    for change, words in ((lambda s: s, None), (STATED[stated], "is no model signature")):
+        bundle = json.loads(path.read_text())
+        envelope = bundle["dsseEnvelope"]
+        text = change(base64.b64decode(envelope["payload"]).decode()).encode()
+        before = f"DSSEv1 {len(envelope['payloadType'])} {envelope['payloadType']} {len(text)} ".encode()
+        key: Any = serialization.load_pem_private_key(mine.private.read_bytes(), None)
+        envelope["payload"] = base64.b64encode(text).decode()
+        envelope["signatures"][0]["sig"] = base64.b64encode(key.sign(before + text, ec.ECDSA(hashes.SHA256()))).decode()
+        put(bundle, path)
+        with pytest.raises(CheckFailed, match=words) if words else contextlib.nullcontext():
+            solidify.verify(directory, mine.public)
 
 
 def test_a_directory_that_is_not_what_was_written_is_not_signed(
@@ -439,6 +525,67 @@ def test_no_code_of_a_directory_runs_whose_signature_does_not_hold(signed: Path,
     report = solidify.check(signed, key=other.public)
     assert [each.name for each in report.findings] == ["nothing was changed since it was written", SIGNED]
     assert not report.passed
+
+
+def exchange(one: Path, other: Path) -> None:
+    one.rename(one.parent / "between")
+    other.rename(one)
+    (one.parent / "between").rename(other)
+
+
+def test_what_check_runs_is_what_it_verified(
+    signed: Path, mine: Pair, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signed directory stands there while its signature is looked at, and another before and after."""
+    from solidify.artifact import signing
+
+    good, evil = copy_of(signed, "artifact"), copy_of(signed, "evil")
+    canary = good.parent / "canary"
+    code = evil / "trashcan_moe.py"
+    code.write_text(f"open({str(canary)!r}, 'a').write('x')\n{code.read_text()}")
+    solidify.adopt(evil, [code.name])
+    looked = signing.findings
+
+    def findings(*arguments: Any, **more: Any) -> list[solidify.Finding]:
+        exchange(good, evil)
+        try:
+            return looked(*arguments, **more)
+        finally:
+            exchange(good, evil)
+
+    monkeypatch.setattr(signing, "findings", findings)
+    exchange(good, evil)
+    report = solidify.check(good, key=mine.public, trust_remote_code=True)
+    assert not canary.exists()
+    assert [each.name for each in report.failed] == [SIGNED]
+    assert f"is of another {manifest.NAME}" in report.failed[0].evidence
+
+
+def test_what_check_verified_and_then_is_exchanged_does_not_run(
+    signed: Path, mine: Pair, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from solidify.artifact import signing
+
+    good, evil = copy_of(signed, "artifact"), copy_of(signed, "evil")
+    canary = good.parent / "canary"
+    code = evil / "trashcan_moe.py"
+    code.write_text(f"open({str(canary)!r}, 'a').write('x')\n{code.read_text()}")
+    solidify.adopt(evil, [code.name])
+    looked = signing.findings
+
+    def findings(*arguments: Any, **more: Any) -> list[solidify.Finding]:
+        try:
+            return looked(*arguments, **more)
+        finally:
+            exchange(good, evil)
+
+    monkeypatch.setattr(signing, "findings", findings)
+    with pytest.raises(ArtifactError, match="is not what was written"):
+        solidify.check(good, key=mine.public, trust_remote_code=True)
+    assert not canary.exists()
+    monkeypatch.undo()
+    exchange(good, evil)
+    assert solidify.check(good, key=mine.public, trust_remote_code=True).passed
 
 
 def test_check_reads_weights_once_without_a_key(signed: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -658,8 +805,8 @@ def test_a_statement_that_was_exchanged_is_refused(signed: Path, mine: Pair, cop
     kept = [each for each in statement["predicate"]["resources"] if each["name"] not in listed]
     new = [{"name": name, "algorithm": "sha256", "digest": hashes_of(file)} for name, file in listed.items()]
     statement["predicate"]["resources"] = sorted([*kept, *new], key=lambda each: each["name"])
-    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
-    path.write_text(json.dumps(bundle))
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement, indent=2).encode()).decode()
+    put(bundle, path)
     assert signature.belongs(directory, manifest.read(directory))  # it looks right, and is not
     with pytest.raises(CheckFailed, match="was changed after it was signed"):
         solidify.verify(directory, mine.public)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +10,18 @@ from pathlib import Path
 import pytest
 
 import solidify
+from solidify import ours
 from solidify.adapter.storage import find_base
 from solidify.artifact import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.export import merge
+from solidify.findings import Finding, Report
 from training import awake
 
 
 @pytest.fixture(scope="module")
 def whole(trash_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's output directory: artifact, adapter, merged model."""
-    import shutil
-
     directory = tmp_path_factory.mktemp("run") / "out"
     shutil.copytree(trash_artifact, directory / "artifact")
     solidify.save_adapter(awake(directory / "artifact"), directory / "adapter")
@@ -32,6 +35,150 @@ def test_a_whole_run_holds(whole: Path) -> None:
     assert list(report.stages) == ["artifact", "adapter", "merged", "run"]
     names = {finding.name for finding in report.stages["adapter"]}
     assert {"plain PEFT loads the same", "adapter off is the base", "the base is the recorded one"} <= names
+
+
+CLOSED = "the run holds what was written"
+
+
+@pytest.fixture(scope="module")
+def finished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a checkpoint, a report and its page, as a run leaves them."""
+    directory = Path(shutil.copytree(whole, tmp_path_factory.mktemp("finished") / "out"))
+    checkpoint = directory / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "objective.pt").write_text("x")
+    (checkpoint / "files.json").write_text(json.dumps({"files": {"objective.pt": 1}}))
+    reported(directory, "the page")
+    return directory
+
+
+def reported(directory: Path, page: str, **more: object) -> None:
+    (directory / "report.html").write_text(page)
+    report = Report(str(directory))
+    report.add("build", [Finding("a promise", True, page)])
+    report.write(directory / "report.json", files=ours.page_digests(directory), finished=True, **more)
+
+
+def other_report(directory: Path) -> None:
+    """Puts the page and the report of another run there: each as it was written, and of another recipe."""
+    reported(directory, "another", recipe={"base": {"model": "other"}, "surgery": []})
+    record = manifest.read(directory / "artifact")
+    replace(record, recipe={"base": {"model": "this"}, "surgery": []}).write(directory / "artifact")
+
+
+def appended(path: Path, text: str = "x") -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a stray file": (lambda d: (d / "stray.py").write_text("x"), "stray.py is no part of a run"),
+    "a stray directory": (lambda d: (d / "more").mkdir(), "more is no part of a run"),
+    "a name in other letters": (lambda d: (d / "Artifact").mkdir(), "Artifact is no part of a run"),
+    "a hidden directory of another": (lambda d: (d / ".mine.partial-1").mkdir(), "mine.partial-1 is no part"),
+    "a cache that holds more": (lambda d: (d / ".cache" / "more").mkdir(parents=True), ".cache is no part of a run"),
+    "a link": (lambda d: (d / "link").symlink_to("artifact"), "link is a link"),
+    "a link for a part": (
+        lambda d: ((d / "merged").rename(d.parent / "away"), (d / "merged").symlink_to(d.parent / "away")),
+        "merged is a link",
+    ),
+    "a pipe": (lambda d: os.mkfifo(d / "pipe"), "pipe is no part of a run"),
+    "a part that is a file": (
+        lambda d: (shutil.rmtree(d / "merged"), (d / "merged").write_text("x")),
+        "merged is not a directory",
+    ),
+    "a part without a manifest": (
+        lambda d: (d / "merged" / "solidify.json").unlink(),
+        "merged has no solidify.json, but README.md",
+    ),
+    "a part of another kind": (
+        lambda d: (shutil.rmtree(d / "merged"), shutil.copytree(d / "adapter", d / "merged")),
+        "merged holds an adapter",
+    ),
+    "a stray checkpoint": (lambda d: (d / "checkpoints" / "mine").mkdir(), "checkpoints mine is no checkpoint"),
+    "an edited report": (lambda d: edited(d / "report.json", "a promise", "more"), "report.json is not the report"),
+    "a report with a line more": (lambda d: appended(d / "report.json", "x"), "report.json is not the report"),
+    "no report": (lambda d: (d / "report.json").unlink(), "report.html is not the page that a run wrote"),
+    "a pipe for the report": (
+        lambda d: ((d / "report.json").unlink(), os.mkfifo(d / "report.json")),
+        "report.json is not the report",
+    ),
+    "an edited page": (lambda d: appended(d / "report.html"), "report.html is not the page that a run wrote"),
+    "a swapped page": (lambda d: (d / "report.html").write_text("of another run"), "report.html is not the page"),
+    "no page": (lambda d: (d / "report.html").unlink(), "report.html is missing, which report.json lists"),
+}
+
+
+def edited(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_what_a_run_did_not_write_fails_its_check_before_any_code_runs(
+    finished: Path, copy_of: Callable[[Path], Path], strange: str
+) -> None:
+    directory = copy_of(finished)
+    spoil, words = STRANGE[strange]
+    spoil(directory)
+    report = solidify.check(directory)
+    (found,) = report.failed
+    assert found.name == CLOSED and words in found.evidence
+    looked = {"nothing was changed since it was written", "its signature holds", "the results belong together", CLOSED}
+    assert {finding.name for finding in report.findings} <= looked
+
+
+HONEST: dict[str, Callable[[Path], object]] = {
+    "a whole run": lambda d: None,
+    "no report yet": lambda d: ((d / "report.json").unlink(), (d / "report.html").unlink()),
+    "parts only": lambda d: [
+        (d / "report.json").unlink(),
+        (d / "report.html").unlink(),
+        shutil.rmtree(d / "checkpoints"),
+    ],
+    "a build alone": lambda d: [shutil.rmtree(d / name) for name in ("adapter", "merged", "checkpoints")],
+    "a part that is empty still": lambda d: (shutil.rmtree(d / "merged"), (d / "merged").mkdir()),
+    "a report that was begun": lambda d: (
+        (d / "report.html").unlink(),
+        Report(str(d)).write(d / "report.json", finished=False, files={}),
+    ),
+    "what version control leaves": lambda d: ((d / ".git").mkdir(), (d / ".gitignore").write_text("*")),
+    "what the hub's client leaves": lambda d: (d / ".cache" / "huggingface").mkdir(parents=True),
+    "what a stopped run left": lambda d: (d / ".merged.partial-999999").mkdir(),
+    "what tools leave in a part": lambda d: (d / "adapter" / ".gitattributes").write_text("x"),
+    "checkpoints that the recipe names": lambda d: (
+        (d / "checkpoints").rename(d / "steps"),
+        reported(d, "x", recipe={"training": {"output_dir": str(d / "steps")}}),
+    ),
+}
+
+
+@pytest.mark.parametrize("honest", HONEST)
+def test_what_a_run_or_a_tool_leaves_is_no_fault(finished: Path, copy_of: Callable[[Path], Path], honest: str) -> None:
+    directory = copy_of(finished)
+    HONEST[honest](directory)
+    assert ours.unlike_a_run(directory) == []
+
+
+def test_a_finished_run_holds(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    """With all that it wrote, and moved elsewhere; the build alone, to be quick."""
+    directory = copy_of(finished)
+    for name in ("adapter", "merged"):
+        shutil.rmtree(directory / name)
+    report = solidify.check(directory)
+    assert report.passed
+    assert [finding.name for finding in report.stages["run"]] == [CLOSED, "the results belong together"]
+    assert report.stages["run"][0].evidence == "artifact, checkpoints, report.json, report.html, and nothing else"
+
+
+def test_the_report_of_another_run_does_not_belong_to_it(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    directory = copy_of(finished)
+    for name in ("adapter", "merged"):
+        shutil.rmtree(directory / name)
+    other_report(directory)
+    (found,) = solidify.check(directory).failed
+    assert found.name == "the results belong together"
+    assert "another recipe than the one of the report" in found.evidence
 
 
 def test_the_merged_model_is_an_artifact_with_one_more_line_in_its_lineage(whole: Path) -> None:

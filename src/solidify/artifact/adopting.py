@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from solidify.artifact.manifest import NAME, SIGNATURE, Manifest, shown
 from solidify.errors import ArtifactError, refuse
 from solidify.weights.hashing import digest_bytes
 
+_WEIGHTS = re.compile(r"(?i)[^/]+\.safetensors|(pytorch|adapter)_model[^/]*\.bin")  # where loaders look for weights
 SHOWN = 2**16  # bytes of a text that are shown; code is shown to its end
 
 
@@ -99,6 +101,10 @@ def _fault(directory: Path, record: Manifest, name: str) -> str | None:
         return f"{SIGNATURE} is the name of a signature, which no manifest lists"
     if name in record.headers:
         return f"{shown(name)} holds weights, which are listed tensor by tensor when they are written; build it anew"
+    if _WEIGHTS.fullmatch(name):
+        return (
+            f"{shown(name)} stands where weights stand, which no plain file may; remove it, or build it anew with them"
+        )
     parts = [directory.joinpath(*Path(name).parts[:count]) for count in range(1, len(Path(name).parts))]
     if any(part.is_symlink() for part in parts) or not manifest.is_plain(directory / name):
         return f"{shown(name)} is no plain file in it"

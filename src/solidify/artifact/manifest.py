@@ -5,6 +5,7 @@ It is closed: what it does not list does not belong to the directory, and refuse
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -61,6 +62,7 @@ class Manifest:
     recipe: dict[str, Any] | None = None
     algorithm: str = ALGORITHM
     format: int = FORMAT
+    sha256 = ""  # of the file that this was read from; no field, since it is not written
 
     def digest(self) -> dict[str, str]:
         """Returns one digest each for configuration, code and weights: the fingerprint that an adapter records."""
@@ -127,6 +129,7 @@ def _parse(path: Path) -> Manifest:
         if digest != digest_values(document) or text != _text(document, digest):
             raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
         manifest = Manifest(**{key: value for key, value in document.items() if key in known})
+        object.__setattr__(manifest, "sha256", hashlib.sha256(text.encode()).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
@@ -232,6 +235,16 @@ def _is_left_by_tools(name: str, what: str) -> bool:
     if what == "directory":
         return name in LEFT_BY_TOOLS_IN
     return what == "file" and (name in LEFT_BY_TOOLS or name.startswith(_DRAFTS))
+
+
+def left_by_tools(path: Path) -> bool:
+    """Returns whether a path is what tools leave at the top of a directory of ours, and not what a loader reads."""
+    if is_plain(path):
+        return path.name in LEFT_BY_TOOLS
+    found = [path.name] if path.is_dir() and not path.is_symlink() else []
+    if found == [".cache"]:
+        found = [f".cache/{each.name}" for each in path.iterdir()]
+    return bool(found) and all(name in LEFT_BY_TOOLS_IN for name in found)
 
 
 def _remedy(directory: Path, what: str) -> str:

@@ -1,7 +1,8 @@
 """The signature of a directory, read: whom it names and what it lists. Who made it is not said here (`signing.py`).
 
 It is a bundle as the package `model-signing` writes it: a statement with the SHA-256 of every file, the manifest among
-them, and who signed that. It is read strictly, with no entry to spare, so that all readers see one and the same thing.
+them, and who signed that. It is read strictly, with no entry and no byte to spare, so that all readers see one and the
+same thing: what was read, written once more as `model-signing` writes it, must be the very file.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def parse(content: bytes) -> Signature:
         ArtifactError: it is none, or none by a key or a certificate.
     """
     try:
-        return _bundle(json.loads(content), content)
+        return _bundle(_plain(content, indent=None), content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = str(error) if type(error) is ValueError else foreign.said(error)
         raise ArtifactError(f"{SIGNATURE} is no model signature by a key or a certificate: {words[:200]}") from error
@@ -85,7 +86,7 @@ def _bundle(document: Any, content: bytes) -> Signature:
     if media != _BUNDLE or form != _STATEMENT or len(signatures) != 1:
         raise ValueError("it is of another form")
     value, unused = _exactly(signatures[0], "sig", "keyid")
-    listed = _resources(json.loads(_decoded(payload)))
+    listed = _resources(_plain(_decoded(payload), indent=2))
     kind = "certificate" if "x509CertificateChain" in material else "key"
     by, entries = _exactly(material, _MATERIAL[kind], "tlogEntries")
     if not _decoded(value) or unused != "" or entries != []:
@@ -96,13 +97,29 @@ def _bundle(document: Any, content: bytes) -> Signature:
     return Signature(kind, hashlib.sha256(first).hexdigest(), listed, certificate=first, content=content)
 
 
+def _plain(content: bytes, *, indent: int | None) -> Any:
+    """Reads JSON that is written in its one plain form: a bundle without spaces, a statement with them."""
+    found = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+    if json.dumps(found, indent=indent, separators=(",", ":" if indent is None else ": ")).encode() != content:
+        raise ValueError("it is not written as model-signing writes it: some bytes were changed, or added")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a mapping whose keys stand there once."""
+    if len(found := dict(pairs)) != len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"it holds {twice[:40]!a} twice")
+    return found
+
+
 def _resources(statement: Any) -> dict[str, str]:
     """Returns the SHA-256 of every file that a statement lists."""
     if statement["predicateType"] != _PREDICATE or statement["predicate"]["serialization"]["method"] != "files":
         raise ValueError("its statement is of another form; sign with solidify, or with model-signing's own command")
     found: dict[str, str] = {}
     for each in statement["predicate"]["resources"]:
-        name, algorithm, digest = _exactly(each, "name", "algorithm", "digest")
+        algorithm, digest, name = _exactly(dict(sorted(each.items())), "algorithm", "digest", "name")
         if algorithm != "sha256":
             raise ValueError("it lists digests that are not SHA-256")
         if _text(name) in found:
@@ -112,8 +129,8 @@ def _resources(statement: Any) -> dict[str, str]:
 
 
 def _exactly(document: Any, *keys: str) -> Sequence[Any]:
-    """Returns the entries of a mapping that has these and no others."""
-    if not isinstance(document, dict) or document.keys() != set(keys):
+    """Returns the entries of a mapping that has these, in this order, and no others."""
+    if not isinstance(document, dict) or tuple(document) != keys:
         found = ", ".join(map(ascii, document)) if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"where it should have {', '.join(keys)}, it has {found or 'nothing'}")
     return [document[key] for key in keys]
@@ -139,10 +156,11 @@ def _decoded(value: Any) -> bytes:
     return found
 
 
-def faults(directory: Path, record: Manifest, found: Signature) -> list[str]:
+def faults(record: Manifest, found: Signature) -> list[str]:
     """Says in what a signature is not one of this directory's manifest and of all files that it lists.
 
-    That is no proof that it is: whether it holds is not looked at, and no file is read but the manifest.
+    That is no proof that it is: whether it holds is not looked at, and no file is read. The manifest is the one that
+    was read, whatever stands in the directory by now.
     """
     listed = {NAME, *record.listed()}
     result = []
@@ -153,7 +171,7 @@ def faults(directory: Path, record: Manifest, found: Signature) -> list[str]:
                 f"{SIGNATURE} {words} {', '.join(shown(name[:_LONGEST]) for name in sorted(names)[:_NAMED])}{more}"
             )
     signed = found.files.get(NAME)
-    if signed is not None and hashlib.sha256((directory / NAME).read_bytes()).hexdigest() != signed:
+    if signed is not None and record.sha256 != signed:
         result.append(f"{SIGNATURE} is of another {NAME} than the one that stands here")
     return result
 
@@ -161,6 +179,6 @@ def faults(directory: Path, record: Manifest, found: Signature) -> list[str]:
 def belongs(directory: Path, record: Manifest) -> bool:
     """Returns whether the signature in a directory is one of its manifest, whoever made it."""
     try:
-        return not faults(directory, record, read(directory))
+        return not faults(record, read(directory))
     except ArtifactError:
         return False

@@ -60,7 +60,7 @@ def sign(
         with foreign.calling(f"{directory} cannot be signed", ArtifactError):
             signing.set_hashing_config(_hashing()).sign(directory, draft / SIGNATURE)
         made = signature.parse((draft / SIGNATURE).read_bytes())
-    wrong = signature.faults(directory, record, made)
+    wrong = signature.faults(record, made)
     if _stamps(directory, record) != before:
         wrong.append("a file in it was changed meanwhile")
     refuse(ArtifactError, f"{directory} is not signed", wrong)
@@ -85,14 +85,34 @@ def verify(
         ArtifactError: the directory is none of ours; the key or a certificate cannot be used; the package
             `model-signing` is not installed.
     """
-    verifying = _library().verifying.Config()
-    wanted = _let_verify(verifying, key, certificate_chain, name)
+    require_usable(key, certificate_chain, name)
     directory = Path(directory).resolve()
     record = _record(directory, closed=False)
+    return verify_record(directory, record, key, certificate_chain=certificate_chain, name=name)
+
+
+def verify_record(
+    directory: Path,
+    record: Manifest,
+    key: str | Path | None = None,
+    *,
+    certificate_chain: Sequence[str | Path] = (),
+    name: str | None = None,
+) -> Signature:
+    """Verifies the signature of a manifest that was read, so that whoever goes on with it goes on with what was signed.
+
+    Otherwise as `verify`.
+
+    Raises:
+        CheckFailed: as `verify`, and where the signature is not of this very manifest.
+        ArtifactError: as `verify`.
+    """
+    verifying = _library().verifying.Config()
+    wanted = _let_verify(verifying, key, certificate_chain, name)
     wrong = manifest.faults(directory, record, weights=False)
     try:
         found = signature.read(directory)
-        wrong += signature.faults(directory, record, found)
+        wrong += signature.faults(record, found)
         wrong += _by_another(found, wanted, None if key is None else Path(key))
     except ArtifactError as error:
         found, wrong = Signature("key", "", {}), [*wrong, str(error)]
@@ -107,9 +127,9 @@ def verify(
     return found
 
 
-def require_key(key: Path) -> None:
-    """Raises ArtifactError when a key could not be used to verify with: it, or the package, is not there or not fit."""
-    _let_verify(_library().verifying.Config(), key, (), None)
+def require_usable(key: str | Path | None, chain: Sequence[str | Path] = (), name: str | None = None) -> None:
+    """Raises ArtifactError when something could not be used to verify with: it, or the package, is not there or fit."""
+    _let_verify(_library().verifying.Config(), key, chain, name)
 
 
 def findings(directory: Path, record: Manifest, key: Path | None, *, intact: bool) -> list[Finding]:
@@ -119,7 +139,7 @@ def findings(directory: Path, record: Manifest, key: Path | None, *, intact: boo
     """
     if key is not None:
         try:
-            found = verify(directory, key)
+            found = verify_record(directory, record, key)
         except CheckFailed as error:
             return [Finding(SIGNED, False, str(error))]
         return [Finding(SIGNED, True, f"{len(found.files)} files are as {found.signer} signed them")]
@@ -129,7 +149,7 @@ def findings(directory: Path, record: Manifest, key: Path | None, *, intact: boo
         found = signature.read(directory)
     except ArtifactError as error:
         return [Finding(SIGNED, False, str(error))]
-    if wrong := signature.faults(directory, record, found):
+    if wrong := signature.faults(record, found):
         return [Finding(SIGNED, False, f"{'; '.join(wrong)} (it names {found.signer}); sign it anew, or remove that")]
     option = "--key" if found.kind == "key" else "--certificate-chain"
     how = f"solidify verify {directory} {option} FILE"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from solidify import console, results
+from solidify import console, ours, results
 from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, manifest, private, signing, trust, vocabulary
 from solidify.artifact.manifest import Manifest
@@ -15,6 +15,7 @@ from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
 
 INTACT = "nothing was changed since it was written"
+CLOSED = "the run holds what was written"
 
 
 def check(
@@ -31,7 +32,8 @@ def check(
     stands now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
-    of it runs. With a public `key`, so is the signature; without one it is said whom a signature names.
+    of it runs. Of a run so are its report and page, and nothing else may stand there. With a public `key`, so is the
+    signature; without one it is said whom a signature names.
 
     Raises:
         ArtifactError: the directory is none of ours, or its code was not built on this machine and
@@ -39,14 +41,19 @@ def check(
     """
     key = None if key is None else Path(key)
     if key is not None:
-        signing.require_key(key)
+        signing.require_usable(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
-    parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
+    parts = [d for d in ours.PARTS if (directory / d / manifest.NAME).is_file()]
     if parts and not (directory / manifest.NAME).is_file():
+        closed = _closed(directory, parts)
         for part in parts:
-            report.add(part, _one(directory / part, base, trust_remote_code, serve, key))
-        if len(parts) > 1:
+            if closed.passed:
+                report.add(part, _one(directory / part, base, trust_remote_code, serve, key))
+            else:
+                report.add(part, _unrun(directory / part, key)[1])
+        report.add("run", [closed])
+        if len(parts) > 1 or (directory / ours.REPORT).exists():
             report.add("run", [results.together(directory)])
     else:
         record = manifest.read(directory, closed=False)
@@ -54,19 +61,34 @@ def check(
     return report
 
 
+def _closed(directory: Path, parts: list[str]) -> Finding:
+    """Looks at what stands in a run's directory beside its parts, which are each looked at for themselves."""
+    faults = ours.unlike_a_run(directory)
+    beside = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
+    return Finding(CLOSED, not faults, "; ".join(faults[:6]) or f"{', '.join([*parts, *beside])}, and nothing else")
+
+
 def _one(
     directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None, key: Path | None
 ) -> list[Finding]:
-    record = manifest.read(directory, closed=False)
-    intact = _intact(directory, record)
-    first = [intact, *signing.findings(directory, record, key, intact=intact.passed is not False)]
-    if not intact.passed or any(finding.passed is False for finding in first):
+    record, first = _unrun(directory, key)
+    if not first[0].passed or any(finding.passed is False for finding in first):
         return first
     if record.kind == "adapter":
         return first + _adapter(directory, record, base, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
         return first
     return first + _artifact(directory, record, trust_remote_code, serve)
+
+
+def _unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Finding]]:
+    """Reads a manifest, and compares the directory and its signature with that, before any of its code runs.
+
+    Whoever goes on with what was found goes on with this manifest, and reads none again.
+    """
+    record = manifest.read(directory, closed=False)
+    intact = _intact(directory, record)
+    return record, [intact, *signing.findings(directory, record, key, intact=intact.passed is not False)]
 
 
 def _intact(directory: Path, record: Manifest) -> Finding:
