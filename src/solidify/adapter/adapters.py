@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify import console, foreign, processes
-from solidify.adapter import base_state, patterns, standing, tied, together, trial, verbs
+from solidify.adapter import base_state, configured, patterns, standing, tied, together, trial, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -142,9 +141,8 @@ def _configuration(
         return LoraConfig(
             **{
                 **fields,
-                # PEFT refuses an adapter without low-rank targets unless they are this private word (peft 0.21).
                 "target_modules": _exact(wanted.lora_modules, model)
-                or ([] if wanted.lora_parameters else DUMMY_TARGET_MODULES),
+                or ([] if wanted.lora_parameters else configured.NO_TARGETS),
                 "target_parameters": list(wanted.lora_parameters) or None,
                 "modules_to_save": copied or None,
                 "task_type": without_heads(fields.get("task_type") or _task_type(model)),

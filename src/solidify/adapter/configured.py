@@ -15,6 +15,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS  # private (0.21): else PEFT wants low-rank targets
 from safetensors import safe_open
 from torch import nn
 
@@ -27,9 +28,10 @@ _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred tho
 # unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
 # https://github.com/unslothai/unsloth-zoo/pull/1232): `rank_major` is PEFT's own order, `grouped_by_expert` another.
 _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
-# A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, or `.*` before it, and with
-# points that are escaped or not.
-_NAME = re.compile(r"(\^|\\A)?(\.\*\\?\.)?(\w|\.|-|\\\.|\\-)+(\$|\\Z)?")
+# A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, and with points that are escaped
+# or not; `.*` may stand for a part of it, at most `_WILD` times, so that matching takes no time.
+_NAME = re.compile(r"(\^|\\A)?(\w|\.\*?|-|\\\.|\\-)+(\$|\\Z)?")
+_WILD = 3
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
 
@@ -67,14 +69,14 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
         f"by one"
         for key, words in held.items()
         for word in words
-        if not _NAME.fullmatch(word)
+        if not _NAME.fullmatch(word) or word.count("*") > _WILD
     ]
 
 
 def _with_names(document: dict[str, Any], weights: Path, model: nn.Module) -> dict[str, Any]:
     """Puts names in the place of a regular expression that says which modules are adapted: those that have tensors."""
     targets, excluded = document.get("target_modules"), document.get("exclude_modules")
-    if not isinstance(targets, str) and not isinstance(excluded, str):
+    if targets == NO_TARGETS or not (isinstance(targets, str) or isinstance(excluded, str)):
         return document
     names = {found[1] for key in format.read_header(weights) if (found := _ADAPTED.fullmatch(key))}
     ends = tuple(f".{word}" for word in document.get("target_parameters") or ())
