@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from solidify import console, results
+from solidify import console, files, results
 from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, manifest, private, signing, trust, vocabulary
 from solidify.artifact.manifest import Manifest
@@ -42,8 +42,8 @@ def check(
         signing.require_key(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
-    parts = [d for d in ("artifact", "adapter", "merged") if (directory / d / manifest.NAME).is_file()]
-    if parts and not (directory / manifest.NAME).is_file():
+    parts = [d for d in ("artifact", "adapter", "merged") if files.is_file(directory / d / manifest.NAME)]
+    if parts and not files.is_file(directory / manifest.NAME):
         for part in parts:
             report.add(part, _one(directory / part, base, trust_remote_code, serve, key))
         if len(parts) > 1:
