@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -67,6 +68,9 @@ def _run() -> None:
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             _end(f"{os.fsdecode(error.filename)[:300]} cannot be used: {error.strerror}", 2)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _discard(sys.stdout)
+            _end(f"stdout or a file cannot be written to: {error.strerror}", 2)
         _end(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)", 2)
 
 

@@ -53,7 +53,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"solidify {version('solidify')}")
+        from solidify import console
+
+        console.write(f"solidify {version('solidify')}")
         raise typer.Exit()
 
 

@@ -229,7 +229,8 @@ def silence() -> Iterator[None]:
 
 def verdict(word: str) -> Text:
     """Returns a finding's verdict with its colour."""
-    return line((word, {PROVED: "green", FAILED: "red", NOT_LOOKED_AT: "dim"}.get(word, "")))
+    told = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
+    return line(told.get(word, word))
 
 
 @contextmanager
