@@ -278,8 +278,6 @@ def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
 @pytest.mark.parametrize("verb", ["inspect", "trust", "check", "plan", "adopt", "diff", "generate"])
 def test_a_long_name_is_told_by_every_verb(tmp_path: Path, verb: str) -> None:
     more = {
-        "sign": ["--key", str(KEYS)],
-        "verify": ["--key", str(KEYS)],
         "adopt": ["x"],
         "diff": [LONG],
         "generate": ["--prompt", "a"],
