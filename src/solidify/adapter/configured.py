@@ -31,8 +31,6 @@ _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
 # points that are escaped or not.
 _NAME = re.compile(r"(\^|\\A)?(\.\*\\?\.)?(\w|\.|-|\\\.|\\-)+(\$|\\Z)?")
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
-_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
-_WORDS = ("base_model_name_or_path", "revision", "peft_type", "task_type")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
 
 
@@ -50,7 +48,6 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
     kind = document.get("peft_type")
     fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
-    refuse(AdapterError, title, _form_faults(document))
     with foreign.calling(f"{title}: its {CONFIG_NAME} is not of the form that PEFT writes", AdapterError):
         faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
         refuse(AdapterError, title, faults or _expression_faults(document))
@@ -59,23 +56,6 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
     known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
         return LoraConfig(**{key: value for key, value in document.items() if key in known})
-
-
-def _form_faults(document: Mapping[str, Any]) -> list[str]:
-    """Says which fields that name modules are not of the form that PEFT writes; what is null is not there."""
-    found = []
-    for key, value in document.items():
-        if key in _NAMES and value is not None and not isinstance(value, str) and not _are_words(value):
-            found.append(f"its {key} is {str(value)[:80]}, and no name or list of names")
-        if key in patterns.FIELDS and value is not None and not isinstance(value, dict):
-            found.append(f"its {key} is {str(value)[:80]}, and maps no names to numbers")
-        if key in _WORDS and value is not None and not isinstance(value, str):
-            found.append(f"its {key} is {str(value)[:80]}, and no text")
-    return found
-
-
-def _are_words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _expression_faults(document: Mapping[str, Any]) -> list[str]:

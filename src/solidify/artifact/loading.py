@@ -114,7 +114,9 @@ def load_base(
 
 def _refuse_unknown(dtype: str | None) -> None:
     found = getattr(torch, dtype, None) if dtype is not None else torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype):
+        raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
+    if not found.is_floating_point:
         raise RecipeError(f"base.dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
 
 
