@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
+from contextlib import suppress
+from typing import Any, NoReturn
 
 DEBUG = "SOLIDIFY_DEBUG"  # set to anything, the original error is shown with its traceback
 
@@ -14,14 +17,32 @@ def main() -> None:
 
     So does what nobody foresaw, unless the environment variable SOLIDIFY_DEBUG is set: then it is raised as it is.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone still shows every word
     try:
+        _open_streams()
         _run()
     except BrokenPipeError:  # who read the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         sys.exit(0)
+    except KeyboardInterrupt:  # outside of a verb, which says more; the first things are still being imported
+        sys.stderr.write("solidify: interrupted; nothing half-written is left\n")
+        sys.exit(130)
+
+
+def _open_streams() -> None:
+    """Gives a stream that was closed (`>&-`) to nobody, so that no file of ours gets its number and what is printed.
+
+    A terminal that knows ASCII alone still shows every word.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run() -> None:
@@ -30,29 +51,78 @@ def _run() -> None:
     from solidify.errors import CheckFailed, SolidifyError
 
     try:
-        app()
+        _require_here()
+        _require_words()
+        try:
+            app()
+        finally:
+            _flush()
     except (CheckFailed, SolidifyError) as error:
         if os.environ.get(DEBUG):
             raise
-        _say(str(error))
-        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+        _end(str(error), 1 if isinstance(error, CheckFailed) else 2)
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:  # outside of a verb, which says more
-        _say("interrupted; nothing half-written is left")
-        sys.exit(130)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        _say(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)")
-        sys.exit(2)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            _end(f"{os.fsdecode(error.filename)[:300]} cannot be used: {error.strerror}", 2)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _discard(sys.stdout)
+            _end(f"stdout or a file cannot be written to: {error.strerror}", 2)
+        _end(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)", 2)
 
 
-def _say(words: str) -> None:
-    """Prints a message without what could steer a terminal: names in it come from files."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in words)
-    sys.stderr.write(f"solidify: {shown}\n")  # in one piece: several processes may share the terminal
-    sys.stderr.flush()
+def _require_here() -> None:
+    """Refuses to start in a directory that is gone: no path that is not absolute leads anywhere there."""
+    from solidify.errors import SolidifyError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        words = "the directory that solidify was started in is gone; change to one that exists (cd)"
+        raise SolidifyError(words) from error
+
+
+def _require_words() -> None:
+    """Refuses arguments that are not text: no file format in which names are written down could hold them."""
+    from solidify.errors import SolidifyError
+
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise SolidifyError(f"the argument {word[:200]!a} is not text in UTF-8; write it in UTF-8") from error
+
+
+def _flush() -> None:
+    """Writes what is printed but not yet written; what cannot be is an error of its own."""
+    from solidify.errors import SolidifyError
+
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(sys.stdout)
+        raise SolidifyError(f"stdout cannot be written to: {error.strerror}") from error
+
+
+def _discard(stream: Any) -> None:
+    """Lets what is left in a stream go nowhere; Python would try to write it once more at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end(words: str, code: int) -> NoReturn:
+    from solidify import console
+
+    try:
+        console.message(words)
+    except OSError:  # there is nobody to tell
+        _discard(sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

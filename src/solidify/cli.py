@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,7 +23,9 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            print(f"solidify: interrupted; {str(error) or 'nothing half-written is left'}", file=sys.stderr)
+            from solidify import console
+
+            console.message(f"interrupted; {str(error) or 'nothing half-written is left'}")
             raise typer.Exit(130) from error
 
 
@@ -53,7 +53,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"solidify {version('solidify')}")
+        from solidify import console
+
+        console.write(f"solidify {version('solidify')}")
         raise typer.Exit()
 
 
@@ -286,17 +288,13 @@ def generate(
 ) -> None:
     """Continues a text greedily, to try the result."""
     with _starting():
-        import torch
-
+        from solidify import console, generation
         from solidify.adapter.storage import load
         from solidify.artifact.loading import load_tokenizer
 
     model = load(directory, adapter, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    console.write(generation.continued(model, tokenizer, prompt, max_new_tokens))
 
 
 @contextmanager
@@ -359,7 +357,9 @@ def _recipe(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, ensure_ascii=False))
+    from solidify import console
+
+    console.write_json(document)
 
 
 def _print(shown: Iterable[Any]) -> None:

@@ -1,16 +1,21 @@
-"""What the person at the keyboard sees: one console for words (stderr), progress bars, and tables."""
+"""What the person at the keyboard sees: one console for words (stderr), one for results, progress bars, and tables.
+
+Everything that is printed passes through here, and nothing in it steers the terminal: names come from files of
+strangers. There is no markup; what is coloured on purpose is a `Text` (see `line`).
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -21,21 +26,117 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from solidify.errors import SolidifyError
 from solidify.findings import FAILED, NOT_LOOKED_AT, PROVED
 
-words = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-results = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+_HARMLESS = {"Zs", "Co"}  # spaces of every width, and signs of private fonts: printed, though no letters
+_JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
+
+
+def printable(text: str, escaped: Any = lambda character: repr(character)[1:-1]) -> str:
+    """Returns a text in which everything that could steer a terminal (but newlines and tabs) is an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or _shows(c) else escaped(c) for c in text)
+
+
+def _shows(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) in _HARMLESS
+
+
+class _Console(Console):
+    """A console without markup, on which a text is shown letter by letter, whatever is in it."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        wide = stream is not None and stream.isatty()
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if wide else 120)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Makes a text of a string: of a line, a cell or a title."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yields the pieces of anything that is printed; those that move the cursor are rich's own."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints.
+
+        Raises:
+            SolidifyError: what it is printed to cannot be written.
+        """
+        with _writing("stderr" if self.stderr else "stdout"):
+            super().print(*objects, **options)
+
+
+@contextmanager
+def _writing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SolidifyError(f"{name} cannot be written to: {error.strerror or error}") from error
+
+
+words = _Console(stderr=True)
+results = _Console()
+
+
+def write(text: str) -> None:
+    """Writes a text to stdout as it is, neither wrapped nor coloured, in printable letters.
+
+    Raises:
+        SolidifyError: stdout cannot be written.
+    """
+    if not results.quiet:
+        with _writing("stdout"):
+            _put(sys.stdout, f"{printable(text)}\n")
+
+
+def write_json(document: Any) -> None:
+    """Writes values to stdout as JSON; what is not printable stands in it as JSON's own escapes.
+
+    Raises:
+        SolidifyError: stdout cannot be written.
+    """
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    write(printable(text, lambda character: json.dumps(character)[1:-1]))
+
+
+def message(text: str) -> None:
+    """Writes a sentence to stderr in one piece: several processes may share the terminal."""
+    _put(sys.stderr, f"solidify: {printable(text)}\n")
+
+
+def _put(stream: TextIO | None, text: str) -> None:
+    if stream is not None:
+        stream.write(text)
+        stream.flush()
+
+
+def line(*parts: str | tuple[str, str]) -> Text:
+    """Makes a text of parts, each a string or a pair of string and style."""
+    pieces = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable(text), style) for text, style in pieces))
+
+
+def _column(format: str) -> TextColumn:
+    return TextColumn(format, markup=False)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
     """Shows a bar and yields a function `advance(note)` that moves it by one and replaces the note beside it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=words) as bar:
+    columns = (_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, _column("{task.fields[note]}"), console=words) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(note: str = "") -> None:
@@ -50,7 +151,7 @@ def bytes_progress(description: str, total: int) -> Iterator[Any]:
     if total < 2**28:
         yield lambda _count: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (_column("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=words) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.update(task, advance=count)
@@ -66,18 +167,29 @@ def table(
 ) -> Table:
     """Makes a table; the columns whose places are in `numbers` are aligned to the right; without rules it is airier."""
     made = Table(
-        title=title, title_justify="left", title_style="bold", box=box.HEAVY_HEAD if ruled else box.SIMPLE_HEAD
+        title=printable(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.HEAVY_HEAD if ruled else box.SIMPLE_HEAD,
     )
     made.pad_edge = ruled
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(_cell, row))
     return made
+
+
+def _cell(content: str | Text) -> str | Text:
+    """Makes what a cell shows before its width is measured."""
+    if isinstance(content, str) or (shown := printable(content.plain)) == content.plain:
+        return content
+    return Text(shown, style=content.style)
 
 
 def source(text: str, language: str, indent: int = 0) -> Padding | Text:
     """Shows a text in a language: coloured and wrapped in a terminal, else as it is."""
+    text = printable(text)
     if not results.is_terminal:
         return Text(textwrap.indent(text.rstrip("\n"), " " * indent))
     coloured = Syntax(text.rstrip("\n"), language, theme="ansi_dark", background_color="default", word_wrap=True)
@@ -115,17 +227,17 @@ def silence() -> Iterator[None]:
         words.quiet = before
 
 
-def verdict(word: str) -> str:
+def verdict(word: str) -> Text:
     """Returns a finding's verdict with its colour."""
-    colours = {PROVED: "[green]proved[/green]", FAILED: "[red]FAILED[/red]", NOT_LOOKED_AT: "[dim]not looked at[/dim]"}
-    return colours.get(word, word)
+    told = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
+    return line(told.get(word, word))
 
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
     """Says what is going on: with a spinner while it does, or where nobody can see one turn, by a line at its start."""
     if not words.is_terminal:
-        words.print(f"… {title}", markup=False)
-    with words.status(escape(title) + " …"):
+        words.print(f"… {title}")
+    with words.status(line(f"{title} …")):
         yield
-    words.print(f"[green]✓[/green] {escape(title)}")
+    words.print(line(("✓", "green"), f" {title}"))

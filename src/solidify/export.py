@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
@@ -66,7 +66,7 @@ def merge(
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     places.refuse_foreign(output, [adapter], work="merge")
-    stock = not (adapter / manifest.NAME).is_file() and (adapter / storage.CONFIG).is_file()
+    stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
     sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
     with places.staged(output, [adapter, sources.base], work="merge") as staging:
         if stock:
@@ -198,16 +198,18 @@ def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
 
 def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
     """Builds the model of an artifact on the meta device, from a private copy of its verified code."""
-    config = AutoConfig.from_pretrained(own, trust_remote_code=True)
-    private.point_back(config, own, directory)
-    return loading.on_meta(getattr(transformers, _auto_class(own)), config, trust_remote_code=True).eval()
+    with foreign.calling(f"the model of {directory} cannot be made", ArtifactError):
+        config = AutoConfig.from_pretrained(own, trust_remote_code=True)
+        private.point_back(config, own, directory)
+        return loading.on_meta(getattr(transformers, _auto_class(own)), config, trust_remote_code=True).eval()
 
 
 def _load_staged(directory: Path) -> PreTrainedModel:
     """Loads a directory that has no manifest yet, with code that was verified where it was copied from."""
-    model, info = getattr(transformers, _auto_class(directory)).from_pretrained(
-        directory, trust_remote_code=True, output_loading_info=True
-    )
+    with foreign.calling("the merged model cannot be loaded", ArtifactError):
+        model, info = getattr(transformers, _auto_class(directory)).from_pretrained(
+            directory, trust_remote_code=True, output_loading_info=True
+        )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, "the merged model does not load completely", faults)
     found: PreTrainedModel = model.eval()
@@ -268,14 +270,14 @@ def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
 def _stock_base(reference: str | Path | None, revision: str | None, adapter: Path) -> Path:
     if not reference:
         raise AdapterError(f"{adapter} does not name its base; say where it is (--base)")
-    if (Path(reference) / "config.json").is_file():
+    if files.is_file(Path(reference) / "config.json"):
         return Path(reference).resolve()
     try:
         return Path(snapshot_download(str(reference), revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise AdapterError(
-            f"the base of {adapter} is {str(reference)!r}, which is neither a model directory nor in the hub's cache; "
-            "say where it is (--base)"
+            f"the base of {adapter} is {str(reference)[:200]!r}, which is neither a model directory nor in the hub's "
+            "cache; say where it is (--base)"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ LARGEST_BESIDE = 2**30  # bytes of any file that stands beside weights
 LARGEST_RECIPE = 2**20
 DEEPEST = 32  # sections within sections of a recipe
 
+_HALF = re.compile("[\ud800-\udfff]")
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -41,6 +43,32 @@ def require_regular(path: Path, kind: type[SolidifyError] = ArtifactError, *, la
         raise kind(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a device')} and not a file")
     if largest is not None and found.st_size > largest:
         raise kind(f"{path} holds {found.st_size} bytes, and at most {largest} are read; it is not what it should be")
+
+
+def is_directory(path: str | Path) -> bool:
+    """Returns whether a directory stands at a path; also no name that no file could have is one."""
+    return _stands(path, Path.is_dir)
+
+
+def is_file(path: str | Path) -> bool:
+    """Returns whether a regular file stands at a path; also no name that no file could have is one."""
+    return _stands(path, Path.is_file)
+
+
+def _stands(path: str | Path, asked: Callable[[Path], bool]) -> bool:
+    try:
+        return asked(Path(path))
+    except (OSError, ValueError):  # too long, not in UTF-8, or behind a door that is closed
+        return False
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether every word in some plain values is text: JSON and YAML can write halves of characters."""
+    if isinstance(value, dict):
+        return all(is_text(key) and is_text(each) for key, each in value.items())
+    if isinstance(value, list):
+        return all(map(is_text, value))
+    return not isinstance(value, str) or not _HALF.search(value)
 
 
 def content(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST_BESIDE) -> bytes:
@@ -79,7 +107,8 @@ def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: 
         SolidifyError: `kind`, as `text`, or it is not JSON, is nested too deeply, or holds something else.
     """
     try:
-        found = json.loads(text(path, kind, largest=largest))
+        read = text(path, kind, largest=largest)
+        found = json.loads(read)
     except (ValueError, RecursionError) as error:
         if isinstance(error, SolidifyError):
             raise
@@ -87,6 +116,8 @@ def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: 
         raise kind(f"{path} is not the JSON that it should be: {words}") from error
     if not isinstance(found, dict):
         raise kind(f"{path} holds a {type(found).__name__}, and not an object with fields")
+    if "\\ud" in read.lower() and not is_text(found):
+        raise kind(f"{path} holds half a character (\\ud…), which is no text; write it in UTF-8")
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
-from solidify import console, foreign, processes, references
+from solidify import console, files, foreign, processes, references
 from solidify.artifact import companions, loading, manifest
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
@@ -47,7 +47,7 @@ def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | 
         return replace(loaded, origin={**loaded.origin, "model": name})
     beside = recipe.directory / name
     loaded = loading.load_base(
-        str(beside) if beside.is_dir() else name,
+        str(beside) if name and files.is_directory(beside) else name,
         revision=source.revision,
         dtype=source.dtype,
         device=device,
@@ -184,7 +184,7 @@ def refuse_unspreadable(arguments: TrainingArguments, *, here: bool) -> None:
     """
     unstarted = _unstarted(arguments)
     if not here and unstarted:
-        console.words.print("\n".join(unstarted), markup=False)
+        console.words.print("\n".join(unstarted))
     faults = [*(unstarted if here else []), *_unspreadable(arguments)]
     refuse(RecipeError, "the training cannot be spread like that", faults)
 

@@ -89,9 +89,15 @@ def refuse_place(output: Path, inputs: Iterable[str | Path] = (), *, work: str =
     Places are known by the names that they resolve to, and by what the system calls them (device and inode).
     """
     try:
+        os.fspath(output).encode()
         resolved = output.resolve()
+        _known(output)
+    except UnicodeEncodeError as error:
+        words = "its name is not text in UTF-8, as names in the files of a model are; name another"
+        raise ArtifactError(f"the output {str(output)[:200]!a} is no place to write to: {words}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"the output {output} is no place to write to: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ArtifactError(f"the output {str(output)[:200]} is no place to write to: {why}; name another") from error
     homes: list[Path] = []
     with suppress(OSError, RuntimeError):  # there need not be one
         homes.append(Path.home().resolve())
@@ -112,6 +118,12 @@ def refuse_place(output: Path, inputs: Iterable[str | Path] = (), *, work: str =
                 raise ArtifactError(f"the output {output} holds an input of the {work}, {path}; name another")
             if path in resolved.parents or _identity(path) in above:
                 raise ArtifactError(f"the output {output} lies in an input of the {work}, {path}; name another")
+
+
+def _known(output: Path) -> None:
+    """Raises OSError when the system could not say what stands at a place: its name is too long, for one."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        output.lstat()
 
 
 def _reached(path: Path) -> Iterator[Path]:
@@ -143,7 +155,6 @@ def _announce(output: Path) -> None:
         made = record.versions.get("solidify", "?")
         console.words.print(
             f"{output} holds an earlier {record.kind} (of solidify {made}); it is replaced when the new one is whole",
-            markup=False,
         )
 
 

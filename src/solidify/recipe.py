@@ -202,6 +202,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path} holds {type(document).__name__}, but a recipe is a mapping of sections")
     for override in overrides or []:
         _override(document, override)
+    if not files.is_text(document):
+        raise RecipeError(f"{path} holds half a character (a surrogate), which is no text; write it in UTF-8")
     document["directory"] = path.resolve().parent
     try:
         return Recipe.model_validate(document)

@@ -86,7 +86,6 @@ def announce(directory: Path, recipe: Mapping[str, Any], *, resume: bool) -> Non
     console.words.print(
         f"{directory} holds results of {whose} ({', '.join(standing)}): each is replaced when its new one is whole, "
         "and what then does not fit the new artifact is removed",
-        markup=False,
     )
 
 
@@ -103,7 +102,7 @@ def drop_misfits(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Removes results that belong to another artifact than the one that stands there now, if they are wholly ours."""
     for name in sorted({*misfits(directory), *others(directory, recipe)} - {"artifact"}):
         places.refuse_foreign(directory / name)
-        console.words.print(f"{directory / name} does not fit the new artifact and is removed", markup=False)
+        console.words.print(f"{directory / name} does not fit the new artifact and is removed")
         shutil.rmtree(directory / name)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from solidify import console
@@ -19,7 +18,7 @@ from solidify.model import anatomy
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import Cost
 
-_MARKS = {"removed": "[red]-[/red]", "added": "[green]+[/green]", "changed": "[yellow]~[/yellow]"}
+_MARKS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
 _COSTS = {
     "parameters": ("parameters", console.amount),
     "bytes": ("on disk", console.size),
@@ -47,21 +46,24 @@ def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[R
     ]
     columns = ["module", "class", "x", "parameters", "share", "bytes", "FLOPs", "●"]
     columns += ["dtype"] if len(dtypes) > 1 else []
-    yield console.table(escape(name), columns, rows, numbers=(2, 3, 4, 5, 6), ruled=False)
+    yield console.table(name, columns, rows, numbers=(2, 3, 4, 5, 6), ruled=False)
     same = f", all {dtypes.pop()}" if len(dtypes) == 1 else ""
     yield (
         f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
         f"memory; {total.flops_per_token:,} matrix FLOPs per token"
     )
     yield from _uncertain(total.document())
-    yield "[dim]● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token.[/dim]"
+    hint = "● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token."
+    yield console.line((hint, "dim"))
 
 
 def _label(branch: Branch) -> Text:
     """Writes the last part of a name, indented, with the numbers that a `*` stands for."""
     last = branch.name.rpartition(".")[2]
     label = Text("│ " * (branch.depth - 1), style="dim")
-    label.append(last, style="bold not dim" if last == "*" else "dim" if not branch.parameters else "not dim")
+    label.append(
+        console.printable(last), style="bold not dim" if last == "*" else "dim" if not branch.parameters else "not dim"
+    )
     if last == "*" and branch.where:
         label.append(f" ({branch.where})", style="cyan not dim")
     return label
@@ -103,7 +105,7 @@ def _uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Says of which experts it is not known how many a token uses."""
     if cost["uncertain"]:
         names = ", ".join(f"{_pattern(each)}{_times(each)}" for each in _folded(cost["uncertain"]))
-        yield escape(f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted.")
+        yield f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted."
 
 
 def _difference(before: float, after: float, show: Any) -> str:
@@ -125,7 +127,7 @@ def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
         grown = sum(edit["parameters_after"] - edit["parameters_before"] for edit in each)
         names = [edit["name"] for edit in each]
         change = f"{grown:+,}" if grown else "-"
-        rows.append((operation, escape(_pattern(names)), escape(old), escape(new), _numbers(names), change))
+        rows.append((operation, _pattern(names), old, new, _numbers(names), change))
     columns = ("operation", "module", "was", "becomes", "x", "parameters")
     return console.table("Surgery", columns, rows, numbers=(4, 5))
 
@@ -138,7 +140,7 @@ def _declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             lost.setdefault(key, []).append(edit["name"])
     for key, names in lost.items():
         what = f"{_pattern(names)}: {key} is not kept, as declared ({PROPERTIES[key]})"
-        yield escape(what + (". It generates without a cache." if key == "cache" else "."))
+        yield what + (". It generates without a cache." if key == "cache" else ".")
 
 
 def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
@@ -150,7 +152,7 @@ def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableTyp
         yield f"  Not known before it is built: whether {count} more are new, or copies of those listed as dropped"
     for mark, key in (("added", "new"), ("removed", "dropped"), ("changed", "unknown")):
         for names in _folded(tensors.get(key, [])):
-            yield f"  {_MARKS[mark]} {escape(_pattern(names))}{_times(names)}"
+            yield console.line("  ", _MARKS[mark], f" {_pattern(names)}{_times(names)}")
     yield ""
 
 
@@ -161,9 +163,7 @@ def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
         counts = {name.partition(" ")[2]: count for name, count in trainable.items() if name.startswith(f"{how} ")}
         for names in _folded(counts):
             number = sum(counts[name] for name in names)
-            rows.append(
-                (word, escape(_pattern(names)), _numbers(names), f"{number:,}", console.share(number, parameters))
-            )
+            rows.append((word, _pattern(names), _numbers(names), f"{number:,}", console.share(number, parameters)))
     total = sum(trainable.values())
     made = console.table("Trained", ("how", "what", "x", "parameters", "of the model"), rows, numbers=(2, 3, 4))
     made.add_section()
@@ -174,8 +174,7 @@ def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
 def _objective(terms: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Shows the terms: what kind of quantity each is, and its weight."""
     rows = [
-        (escape(term["name"]), term["reduction"], escape(_short(term["weight"])), "yes" if term["reference"] else "")
-        for term in terms
+        (term["name"], term["reduction"], _short(term["weight"]), "yes" if term["reference"] else "") for term in terms
     ]
     return console.table("Objective", ("term", "reduction", "weight", "looks at the reference"), rows)
 
@@ -184,7 +183,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     """Shows the parameter groups, if there are any."""
     if groups:
         rows = [
-            (escape(_short(group["parameters"])), escape(_short({k: v for k, v in group.items() if k != "parameters"})))
+            (_short(group["parameters"]), _short({k: v for k, v in group.items() if k != "parameters"}))
             for group in groups
         ]
         yield console.table("Parameter groups", ("parameters", "settings"), rows)
@@ -221,12 +220,12 @@ def _numbers(names: Sequence[str]) -> str:
 def _files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
     """Lists the code of the artifact and shows what of it solidify writes."""
     rows = [
-        (escape(name), "generated" if name in generated else "copied", str(len(text.splitlines())), _bytes(text))
+        (name, "generated" if name in generated else "copied", str(len(text.splitlines())), _bytes(text))
         for name, text in files.items()
     ]
     yield console.table("Code of the artifact", ("file", "", "lines", "bytes"), rows, numbers=(2, 3))
     for name in sorted(generated, key=lambda name: not name.startswith("modeling")):
-        yield f"\n[bold]{escape(name)}[/bold]"
+        yield console.line((f"\n{name}", "bold"))
         yield console.source(files[name], "python")
 
 
@@ -240,15 +239,15 @@ def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Re
     show |= {"figures": _figures, "files": _others}
     for section, entries in found.items():
         counted = f"{len(entries)} difference{'s' if len(entries) > 1 else ''}" if entries else "the same"
-        yield f"[bold]{section}[/bold]: {counted}"
+        yield console.line((section, "bold"), f": {counted}")
         yield from show[section](entries)
 
 
 def _values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
-        sides = [escape(repr(entry[side])) for side in ("old", "new")]
+        sides = [repr(entry[side]) for side in ("old", "new")]
         told = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
-        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: {told}"
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {told}")
 
 
 def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
@@ -256,7 +255,7 @@ def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
         lines = entry["text"].splitlines()
         more, less = (sum(1 for line in lines[2:] if line.startswith(mark)) for mark in "+-")
-        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: +{more} -{less} lines"
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: +{more} -{less} lines")
         if entry["change"] == "changed":
             yield console.source("\n".join(lines[2:]), "diff", indent=6)
 
@@ -267,7 +266,7 @@ def _modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         told = " → ".join(entry[side] for side in ("old", "new") if entry[side])
         groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry["name"])
     for (change, _, told), names in groups.items():
-        yield f"  {_MARKS[change]} {escape(_pattern(names))}: {escape(told)}{_times(names)}"
+        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}")
 
 
 def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
@@ -281,7 +280,7 @@ def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         if "max_abs" in each[0]:
             largest, relative = (max(_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
             apart = f", differs by up to {largest:.2g} (relative norm {relative:.2g})"
-        yield f"  {_MARKS[change]} {escape(_pattern(names))}: {escape(told)}{_times(names)}{apart}"
+        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}{apart}")
 
 
 def _number(value: float | None) -> float:
@@ -291,11 +290,11 @@ def _number(value: float | None) -> float:
 def _figures(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
         sides = [f"{entry[side]:,}" for side in ("old", "new") if entry[side] is not None]
-        yield f"  {_MARKS[entry['change']]} {escape(entry['name'])}: {' → '.join(sides)}"
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {' → '.join(sides)}")
 
 
 def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    yield from (f"  {_MARKS[entry['change']]} {escape(entry['name'])}" for entry in entries)
+    yield from (console.line("  ", _MARKS[entry["change"]], f" {entry['name']}") for entry in entries)
 
 
 def _times(names: Sequence[str]) -> str:
@@ -309,20 +308,22 @@ def adopted(files: Sequence[Adopted]) -> Iterator[RenderableType]:
         if file.text is not None and len(file.text.encode()) < file.size:
             how = f"its first {len(file.text.encode())} bytes as follows"
         change = "" if file.before is None else " (listed with other contents until now)"
-        yield Text(f"{file.name}: {file.size} bytes, {how}{change}", style="bold")
+        yield console.line((f"{file.name}: {file.size} bytes, {how}{change}", "bold"))
         yield from (Text(f"  {_printable(line)}") for line in (file.text or "").splitlines())
-        yield Text(f"  blake3 {file.digest}", style="dim")
+        yield console.line((f"  blake3 {file.digest}", "dim"))
 
 
 def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[RenderableType]:
     """Shows which code was trusted, or is no more."""
-    yield Text(f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}")
-    yield from (Text(f"  {name}  blake3 {digest}", style="dim") for name, digest in sorted(record.code.items()))
+    yield console.line(
+        f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}"
+    )
+    yield from (console.line((f"  {name}  blake3 {digest}", "dim")) for name, digest in sorted(record.code.items()))
 
 
 def signed(directory: Path, found: Signature, how: str) -> Iterator[RenderableType]:
     """Shows whom a signature is by, and of how many files it is."""
-    yield Text(f"{directory} {how} {found.signer}: {len(found.files)} files")
+    yield console.line(f"{directory} {how} {found.signer}: {len(found.files)} files")
 
 
 def _printable(line: str) -> str:

@@ -67,7 +67,7 @@ def find(model: nn.Module) -> Base | None:
     """
     plain = standing.plain_model(model)
     where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
-    if not where or not (Path(where) / manifest.NAME).is_file():
+    if not where or not files.is_file(Path(where) / manifest.NAME):
         return None
     try:
         record = manifest.read(Path(where))

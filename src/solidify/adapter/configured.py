@@ -51,8 +51,9 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
     kind = document.get("peft_type")
     fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
-    faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
-    refuse(AdapterError, title, faults or _expression_faults(document))
+    with foreign.calling(f"{title}: its {CONFIG_NAME} is not of the form that PEFT writes", AdapterError):
+        faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
+        refuse(AdapterError, title, faults or _expression_faults(document))
     if model is not None:
         document = _with_names(document, directory / WEIGHTS, model)
     known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}

@@ -288,6 +288,7 @@ _VALUES: dict[str, tuple[Any, str]] = {
     "lora_alpha": (_number, "a finite number other than 0"),
     "lora_dropout": (_share, "a number from 0 up to, but not, 1"),
     "target_modules": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
+    "layers_pattern": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
     "target_parameters": (lambda v: isinstance(v, str) or _names(v), "a list of names"),
     "modules_to_save": (_names, "a list of names"),

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import foreign, places
+from solidify import files, foreign, places
 from solidify.adapter import base_state, configured, kinds, readback, standing, together, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
@@ -287,7 +287,7 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     """
     tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:
-        if (candidate / manifest.NAME).is_file() and manifest.read(candidate, closed=False).kind == "artifact":
+        if files.is_file(candidate / manifest.NAME) and manifest.read(candidate, closed=False).kind == "artifact":
             return candidate
     raise AdapterError(
         f"the base of {adapter} is not at {' nor at '.join(dict.fromkeys(map(str, tried)))}; say where it is (--base)"

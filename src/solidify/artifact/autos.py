@@ -56,7 +56,8 @@ def own_class(directory: Path) -> str:
     heads, leading = config.get("architectures"), config.get("auto_map")
     if isinstance(heads, list) and isinstance(leading, dict):
         for auto, reference in leading.items():
-            if isinstance(reference, str) and reference.rpartition(".")[2] == heads[0] and is_auto_class(auto):
+            named = isinstance(reference, str) and reference.rpartition(".")[2] == next(iter(heads), None)
+            if named and is_auto_class(auto):
                 return str(auto)
     raise ArtifactError(f"{directory / 'config.json'} names no Auto class for what it says the model is ({heads!r})")
 

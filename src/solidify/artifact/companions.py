@@ -62,8 +62,8 @@ def directory_of(config: Any) -> Path | None:
     reference = str(config._name_or_path or "")
     if not reference:
         return None
-    if Path(reference).is_dir():
-        return Path(reference) if (Path(reference) / "config.json").is_file() else None
+    if files.is_directory(reference):
+        return Path(reference) if files.is_file(Path(reference) / "config.json") else None
     try:
         found = try_to_load_from_cache(reference, "config.json", revision=getattr(config, "_commit_hash", None))
     except HFValidationError:

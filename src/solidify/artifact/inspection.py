@@ -223,8 +223,8 @@ def _told(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
 
 def _contents(directory: Path) -> dict[str, Any]:
     """Reads what a directory holds; values of the configuration and modules stand in lists, so that None is a value."""
-    edits = manifest.read(directory).edits if (directory / manifest.NAME).is_file() else []
-    names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
+    edits = manifest.read(directory).edits if files.is_file(directory / manifest.NAME) else []
+    names = [name for name in ("config.json", "adapter_config.json") if files.is_file(directory / name)]
     if not names:
         raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
     values = files.document(directory / names[0])

@@ -62,14 +62,20 @@ def load_base(
             class was found in its files.
         ArtifactError: it is an artifact that was changed since it was written.
     """
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
+    _refuse_unknown(dtype)
+    if not reference.strip():
+        raise RecipeError("the name of the model is empty; give a hub id, a directory, an artifact, or builtin:NAME")
     if (kind := manifest.kind(Path(reference))) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
+    if kind == "adapter":
+        raise RecipeError(
+            f"{reference} is an adapter, and no model; name a hub id, the directory of a model or an artifact (the one "
+            "that the adapter was trained on, for example), or builtin:NAME"
+        )
     if kind is not None:
         _refuse_changed(Path(reference), "stock")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    if Path(reference).is_dir():
+    if files.is_directory(reference):
         files.document(Path(reference) / "config.json", RecipeError)
     try:
         config = AutoConfig.from_pretrained(reference, **options)
@@ -110,9 +116,17 @@ def load_base(
     return BaseModel(model.eval(), tokenizer, origin, processor)
 
 
+def _refuse_unknown(dtype: str | None) -> None:
+    found = getattr(torch, dtype, None) if dtype is not None else torch.float32
+    if not isinstance(found, torch.dtype):
+        raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
+    if not found.is_floating_point:
+        raise RecipeError(f"base.dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
+
+
 def _commit(reference: str, revision: str | None) -> str | None:
     """Returns the commit of the hub that a base was taken from; None for a directory."""
-    if Path(reference).is_dir():
+    if files.is_directory(reference):
         return None
     place = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
     return Path(place).parent.name if isinstance(place, str) else None
@@ -201,12 +215,13 @@ def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            reference, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # TypeError: a family's own reader is given no file at all
-        return None  # many models have none, and no stage but training and generation needs it
+    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", RecipeError):
+        try:
+            return AutoTokenizer.from_pretrained(
+                reference, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, TypeError):  # TypeError: a family's own reader is given no file at all
+            return None  # many models have none, and no stage but training and generation needs it
 
 
 def tokenizer_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -233,7 +248,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
         if not isinstance(found, PreTrainedTokenizerBase):
             return found
         brought = [PROCESSOR_NAME]
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # of the package that it is made of, or of a file that says something odd
         reason = " ".join(str(error).split())
         brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
     brought = [name for name in brought if _has(reference, name, revision)]
@@ -247,8 +262,8 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
 
 def _has(reference: str, name: str, revision: str | None) -> bool:
     """Returns whether a model has a file; of one from the hub, whether it is in the cache by now."""
-    if Path(reference).is_dir():
-        return (Path(reference) / name).is_file()
+    if files.is_directory(reference):
+        return files.is_file(Path(reference) / name)
     return isinstance(try_to_load_from_cache(reference, name, revision=revision or "main"), str)
 
 
@@ -270,9 +285,10 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
 def _model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Loads the model of an artifact from a private copy of it."""
     auto = autos.own_class(own)
-    model, info = getattr(transformers, auto).from_pretrained(
-        own, trust_remote_code=True, output_loading_info=True, **options
-    )
+    with foreign.calling(f"the model of {directory} cannot be loaded", ArtifactError):
+        model, info = getattr(transformers, auto).from_pretrained(
+            own, trust_remote_code=True, output_loading_info=True, **options
+        )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, f"{directory} was not loaded completely", faults + _foreign_code(model, record))
     private.point_back(model, own, directory)

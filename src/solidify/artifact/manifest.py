@@ -102,16 +102,20 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
             `kind`; a name in it leads elsewhere; something stands in the directory that it does not list, or lacks.
     """
     path = directory / NAME
-    if not directory.is_dir():
+    if not files.is_directory(directory):
         raise ArtifactError(f"the directory {directory} does not exist")
-    if not path.is_file():
+    if not files.is_file(path):
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
     manifest = _parse(path)
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory} is an {manifest.kind}, but an {kind} was expected")
+        raise ArtifactError(f"{directory} is {_a(manifest.kind)}, but {_a(kind)} was expected")
     if closed:
         refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
     return manifest
+
+
+def _a(kind: str) -> str:
+    return "a merged model of stock layout" if kind == "stock" else f"an {kind}"
 
 
 def _parse(path: Path) -> Manifest:
@@ -152,7 +156,32 @@ def _form_faults(manifest: Manifest) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             faults.append(f"`{key}` is no list of records")
     faults += [f"`{key}` is no record" for key in ("base", "trained") if not isinstance(getattr(manifest, key), dict)]
-    return faults
+    return faults or [*_edit_faults(manifest), *(_adapter_faults(manifest) if manifest.kind == "adapter" else [])]
+
+
+def _edit_faults(manifest: Manifest) -> list[str]:
+    """Says which edits lack what every reader of them takes for granted."""
+    texts = ("name", "operation", "new_class")
+    wrong = [n for n, edit in enumerate(manifest.edits) if not all(isinstance(edit.get(key), str) for key in texts)]
+    return [f"the edit {n} does not say as texts what was done where (`{'`, `'.join(texts)}`)" for n in wrong]
+
+
+def _adapter_faults(manifest: Manifest) -> list[str]:
+    """Says what an adapter's manifest leaves open of what it trains, and on which base."""
+    names = {key: manifest.trained.get(key) for key in ("lora", "full", "parameters")}
+    names |= {key: value for key, value in manifest.trained.items() if key not in names}
+    return [
+        *(
+            f"`trained.{key}` is no list of names"
+            for key, value in names.items()
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value)
+        ),
+        *(
+            f"`base.{key}` is no text"
+            for key, value in {"path": None, **manifest.base}.items()
+            if not isinstance(value, str)
+        ),
+    ]
 
 
 def name_faults(manifest: Manifest) -> list[str]:
@@ -197,7 +226,7 @@ def kind(directory: Path) -> str | None:
     Raises:
         ArtifactError: as `read`.
     """
-    return read(directory).kind if (directory / NAME).is_file() else None
+    return read(directory).kind if files.is_file(directory / NAME) else None
 
 
 def strangers(directory: Path, manifest: Manifest) -> list[str]:
@@ -275,7 +304,7 @@ def told(reference: str) -> str:
     """Returns how a base is named to others: by its id of the hub; a directory by its last part, not by where it is."""
     path = Path(reference)
     local = path.is_absolute() or PureWindowsPath(reference).is_absolute() or path.parts[:1] in (("..",), ("~",))
-    return PureWindowsPath(reference).name if local or path.is_dir() else reference
+    return PureWindowsPath(reference).name if local or files.is_directory(path) else reference
 
 
 def is_plain(path: Path) -> bool:

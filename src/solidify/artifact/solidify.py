@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from solidify import console, places
+from solidify import console, foreign, places
 from solidify.artifact import (
     autos,
     certificate,
@@ -145,7 +145,9 @@ def _fill(
         (staging / name).write_text(text, encoding="utf-8")
     (staging / "config.json").write_text(_config(model, code), encoding="utf-8")
     if model.can_generate():
-        model.generation_config.save_pretrained(staging)
+        remedy = "mend generation_config.json of the base"
+        with foreign.calling("the base's settings for generation cannot be written", ArtifactError, remedy=remedy):
+            model.generation_config.save_pretrained(staging)
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
     carried = companions.Carried() if source is None else companions.carry(source, staging, tokenizer)

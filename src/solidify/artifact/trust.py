@@ -75,7 +75,7 @@ def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
     directory = Path(directory).resolve()
     record = manifest.read(directory, "artifact")
     if forget:
-        (disk.cache() / "trusted" / fingerprint(record)).unlink(missing_ok=True)
+        (disk.cache_for("trusted") / fingerprint(record)).unlink(missing_ok=True)
         return record
     faults = manifest.faults(directory, record, card=False, weights=False)
     refuse(ArtifactError, f"{directory} is not what was written", faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -107,7 +108,13 @@ def _ended(tokenizer: PreTrainedTokenizerBase) -> str:
 def _ids(source: Any, key: str) -> list[int]:
     """Returns the ids that a configuration gives for a role: none, one or several."""
     value = source.to_dict().get(key) if isinstance(source, PreTrainedConfig) else getattr(source, key, None)
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [int(value)]
+    try:
+        return (
+            [] if value is None else [index(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+        )
+    except TypeError as error:
+        where = "config" if isinstance(source, PreTrainedConfig) else "generation_config"
+        raise ArtifactError(f"{key} in {where} of the model is {value!r}, and no id of a token; mend it") from error
 
 
 def _plain(ids: Sequence[int]) -> str:

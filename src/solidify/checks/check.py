@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from solidify import console, ours, results
+from solidify import console, files, ours, results
 from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, manifest, private, signing, trust, vocabulary
 from solidify.artifact.manifest import Manifest
@@ -44,8 +44,8 @@ def check(
         signing.require_usable(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
-    parts = [d for d in ours.PARTS if (directory / d / manifest.NAME).is_file()]
-    if parts and not (directory / manifest.NAME).is_file():
+    parts = [d for d in ours.PARTS if files.is_file(directory / d / manifest.NAME)]
+    if parts and not files.is_file(directory / manifest.NAME):
         closed = _closed(directory, parts)
         for part in parts:
             if closed.passed:

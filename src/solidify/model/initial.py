@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from solidify.model import anatomy
 def read(path: str | Path) -> dict[str, torch.Tensor]:
     """Reads initial weights from a safetensors or, tensors only, a torch file."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise SurgeryError(f"the weights {path} do not exist")
     files.require_regular(path, SurgeryError)
     try:

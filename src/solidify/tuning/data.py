@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,7 +38,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
             image is missing.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"the data file {path} does not exist")
     files.require_regular(path, DataError)
     kind = _FORMATS.get(path.suffix)
