@@ -367,10 +367,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     ],
 }
 EDITED: dict[str, Callable[[Path], object]] = {
-    "edited": lambda d: (d / "adapter_config.json").write_text("[]"),
-    "longer": lambda d: (d / "adapter_config.json").write_text("{} and more"),
     "another file": lambda d: (d / "notes.txt").write_text("mine"),
-    "our own file": lambda d: torch.save({"fingerprint": "y", "numbers": torch.zeros(2)}, d / "objective.pt"),
 }
 
 
@@ -383,7 +380,7 @@ def test_a_checkpoint_of_another_program_is_not_ours(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", EDITED)
-def test_a_checkpoint_that_somebody_edited_is_not_replaced(tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_with_a_file_of_somebodys_is_not_replaced(tmp_path: Path, kind: str) -> None:
     EDITED[kind](checkpoint(tmp_path / "checkpoint-1", sealed=True))
     with pytest.raises(ArtifactError, match="checkpoint-1 holds"):
         places.refuse_foreign_checkpoints(tmp_path)

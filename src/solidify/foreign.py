@@ -7,6 +7,7 @@ What ends a process (`KeyboardInterrupt`, `SystemExit`) passes through.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from solidify.errors import SolidifyError, SurgeryError
 
 Value = TypeVar("Value")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ def calling(what: str, kind: type[SolidifyError] = SurgeryError, *, remedy: str 
 
     Raises:
         SolidifyError: `kind` for an error of foreign code; one of ours passes through as it is.
+        OSError: the disk is full.
     """
     try:
         yield
     except SolidifyError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise  # whoever called, the disk is the cause: who writes says how much room is left
         raise kind(f"{what}: {said(error)}{remedy and f'; {remedy}'}") from error
 
 

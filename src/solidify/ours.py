@@ -20,7 +20,7 @@ REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 _OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS)
 SHOWN = 6
-_DIGESTED = 2**26  # bytes; larger files of a checkpoint are known by their size alone
+_LONGEST = 2**26  # bytes of what is read of our file in a checkpoint
 _LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
 _GENERATED = "generated_from_trainer"  # a tag in those cards
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
@@ -184,7 +184,7 @@ def _by_a_trainer(card: Path) -> bool:
 
 
 def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
-    """Says what in a checkpoint its list does not name, or is not as it was listed; with `whole`, also what is missing.
+    """Says what in a checkpoint its list does not name; with `whole`, also what is not as long as it was.
 
     One that was not finished has no list, but our own file.
     """
@@ -193,22 +193,15 @@ def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
         listed = files.document(directory / LISTING)["files"]
         own = {name for name in names if _LATER.fullmatch(name)}
         strange = sorted(name for name in names - own if name not in listed)
-        changed = sorted(name for name in names & set(listed) if listed[name] != as_listed(directory / name))
-        missing = sorted(set(listed) - names) if whole else []
+        sizes = {name: (directory / name).stat().st_size for name in names}
+        torn = sorted(name for name, size in listed.items() if whole and sizes.get(name) != size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         begun = not whole and _is_begun(directory, names)
         return [] if begun else ["was not written to its end by a trainer of solidify"]
     return [
         *(f"holds {name}, which the trainer did not write" for name in strange),
-        *(f"holds {name}, which was changed since the trainer wrote it" for name in changed),
-        *(f"lacks {name} as the trainer wrote it" for name in missing),
+        *(f"lacks {name} as the trainer wrote it" for name in torn),
     ]
-
-
-def as_listed(path: Path) -> list[Any]:
-    """Returns what the list of a checkpoint says of a file: its size, and the digest of one that is soon read."""
-    size = path.stat().st_size
-    return [size, _digest(path) if size <= _DIGESTED else ""]
 
 
 def _is_begun(directory: Path, names: set[str]) -> bool:
@@ -218,7 +211,7 @@ def _is_begun(directory: Path, names: set[str]) -> bool:
     try:
         with zipfile.ZipFile(directory / OBJECTIVE) as archive:
             inside = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
-            return any(each.file_size <= _DIGESTED and b"fingerprint" in archive.read(each) for each in inside[:1])
+            return any(each.file_size <= _LONGEST and b"fingerprint" in archive.read(each) for each in inside[:1])
     except (OSError, zipfile.BadZipFile):
         return False
 

@@ -89,7 +89,7 @@ def test_the_page_sums_up_stages_and_losses_and_leaves_out_what_is_not_there() -
 def test_a_stage_is_told_when_it_starts_where_no_spinner_turns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "words", console.Console(stderr=True, width=120, highlight=False))
+    monkeypatch.setattr(console, "words", console._Console(stderr=True))
     with console.stage("Loading [it]"):
         assert capsys.readouterr().err == "… Loading [it]\n"
     shown = capsys.readouterr()

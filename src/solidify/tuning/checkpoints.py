@@ -43,7 +43,7 @@ def seal(directory: Path) -> None:
         OSError: the disk became full.
     """
     disk.sync_tree(directory)
-    files = {p.relative_to(directory).as_posix(): ours.as_listed(p) for p in directory.rglob("*") if p.is_file()}
+    files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
     disk.write(directory / ours.LISTING, json.dumps({"files": files}, indent=1) + "\n")
     disk.sync(directory.parent)
 
