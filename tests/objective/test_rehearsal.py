@@ -51,7 +51,13 @@ def meta(kind: str = "llama", **declared: Any) -> Any:
 
 
 def attempt(term: Term, model: Any = None, reference: Any = None, steps: int = 3) -> None:
-    rehearse(Objective([term], reference=reference), model if model is not None else meta(), steps=steps)
+    model, calls = model if model is not None else meta(), []
+    handle = model.register_forward_hook(lambda *_: calls.append(term.name))
+    try:
+        rehearse(Objective([term], reference=reference), model, steps=steps)
+    finally:
+        handle.remove()
+    assert calls, "the model was not run"
 
 
 LAYERS = ["model.layers.0", "model.layers.1"]

@@ -6,11 +6,13 @@ there, and every term is called once with made-up values of these shapes. Nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
@@ -106,7 +108,8 @@ class _Seen:
             given["logits"] = self._value(logits)
         reference = self._engine._reference
         if reference is not None:
-            passed = foreign.attempt(reference.run, self._batch(), self._engine._recorder)
+            with _experts_in_batches(reference.model):
+                passed = foreign.attempt(reference.run, self._batch(), self._engine._recorder)
             shown = passed.value or {}
             given |= self._values(shown, objective.reference_captures, reference.model)
             given |= {k: _head if k == "reference_head" else self._value(shown[k]) for k in REFERENCE if k in shown}
@@ -120,7 +123,12 @@ class _Seen:
         learned = foreign.attempt(engine._sides.learn, batch)
         if isinstance(learned.error, ObjectiveError):
             raise learned.error
-        with torch.no_grad(), anatomy.evaluation(self._model), engine._recorder.recording() as seen:
+        with (
+            torch.no_grad(),
+            anatomy.evaluation(self._model),
+            _experts_in_batches(self._model),
+            engine._recorder.recording() as seen,
+        ):
             outcome = foreign.attempt(engine._runs.run, batch, needs, nothing, Window(1, 1, 1, 1))
         output = outcome.value[1] if outcome.value is not None else None
         return (output["logits"] if output is not None and "logits" in output else None), seen
@@ -154,6 +162,22 @@ class _Seen:
             return torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
         made = torch.rand(value.shape, generator=self._generator) - 0.5
         return made.to(value.dtype).requires_grad_()
+
+
+@contextmanager
+def _experts_in_batches(model: nn.Module) -> Iterator[None]:
+    """Has experts compute by batched products: grouped ones take no float32 on the meta device (torch 2.13)."""
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    held = (value for module in model.modules() for value in vars(module).values())
+    configs = {id(value): value for value in held if isinstance(value, PreTrainedConfig)}
+    before = [(config, dict(vars(config))) for config in configs.values()]
+    foreign.attempt(lambda: [module.set_experts_implementation("batched_mm") for module in inner[:1]])
+    try:
+        yield
+    finally:
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
 
 
 def _head(rows: torch.Tensor) -> torch.Tensor:
