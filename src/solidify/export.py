@@ -201,23 +201,19 @@ def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
     with foreign.calling(f"the model of {directory} cannot be made", ArtifactError):
         config = AutoConfig.from_pretrained(own, trust_remote_code=True)
         private.point_back(config, own, directory)
-        return loading.on_meta(getattr(transformers, _auto_class(own)), config, trust_remote_code=True).eval()
+        return loading.on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True).eval()
 
 
 def _load_staged(directory: Path) -> PreTrainedModel:
     """Loads a directory that has no manifest yet, with code that was verified where it was copied from."""
     with foreign.calling("the merged model cannot be loaded", ArtifactError):
-        model, info = getattr(transformers, _auto_class(directory)).from_pretrained(
+        model, info = getattr(transformers, autos.own_class(directory)).from_pretrained(
             directory, trust_remote_code=True, output_loading_info=True
         )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, "the merged model does not load completely", faults)
     found: PreTrainedModel = model.eval()
     return found
-
-
-def _auto_class(directory: Path) -> str:
-    return autos.own_class(directory)
 
 
 def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> Manifest:

@@ -94,6 +94,7 @@ EVIL: dict[str, dict[str, object]] = {
     "a function": {"architectures": ["pipeline"], "auto_map": {"AutoModelForCausalLM": "payload.Evil"}},
     "no Auto class": {"architectures": ["Evil"], "auto_map": {"pipeline": "payload.Evil"}},
     "a configuration": {"auto_map": {"AutoConfig": "payload.Evil"}, "model_type": "evil"},
+    "kernels of the experts": {"_experts_implementation": "somebody/experts"},
     "kernels": {"_attn_implementation": "somebody/kernels"},
 }
 

@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 
-from solidify import disk, files
+from solidify import disk, files, foreign
 from solidify.artifact import manifest, vocabulary
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -82,12 +82,10 @@ def refuse_broken_tokenizer(base: Path) -> None:
     for path in sorted(base.glob("*.json")):
         if not (_TOKENIZER.fullmatch(path.name) or _PROCESSOR.fullmatch(path.name)):
             continue
-        try:
-            json.loads(files.text(path, largest=files.LARGEST_BESIDE))
-            if path.name == "tokenizer.json":
-                Tokenizer.from_file(str(path))
-        except Exception as error:  # the package `tokenizers` raises nothing more special
-            faults.append(f"{path.name}: {error}")
+        read = foreign.attempt(lambda path: json.loads(files.text(path, largest=files.LARGEST_BESIDE)), path)
+        if not read.failed and path.name == "tokenizer.json":
+            read = foreign.attempt(Tokenizer.from_file, str(path))
+        faults += [f"{path.name}: {read.error}"] if read.failed else []
     refuse(ArtifactError, f"the tokenizer of {base} cannot be read; mend it, or take its files away", faults)
 
 

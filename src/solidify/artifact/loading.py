@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from solidify import files, foreign
@@ -154,19 +161,14 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
 
 def _refuse_kernels(reference: str, config: Any) -> None:
     """Refuses a base whose configuration names a repository as what computes: its code would be fetched and run."""
-    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-        for key, value in vars(part).items() if part is not None else ():
-            if "_implementation" in key and any("/" in word for word in _texts(value)):
-                raise RecipeError(
-                    f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
-                    "is code of its own; read it, and to run it set base.trust_remote_code: true"
-                )
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [word for part in value.values() for word in _texts(part)]
-    return [value] if isinstance(value, str) else []
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _refuse_kernels(reference, value)
+        elif "_implementation" in key and any("/" in word for word in trust.texts(value)):
+            raise RecipeError(
+                f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
+                "is code of its own; read it, and to run it set base.trust_remote_code: true"
+            )
 
 
 def on_meta(head: Any, config: Any, dtype: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -240,17 +242,15 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
     Raises:
         RecipeError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
     """
-    reason = "transformers finds a tokenizer alone"
-    try:
-        found = AutoProcessor.from_pretrained(
-            reference, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-        if not isinstance(found, PreTrainedTokenizerBase):
-            return found
-        brought = [PROCESSOR_NAME]
-    except Exception as error:  # of the package that it is made of, or of a file that says something odd
-        reason = " ".join(str(error).split())
+    reason, brought = "transformers finds a tokenizer alone", [PROCESSOR_NAME]
+    read = foreign.attempt(
+        AutoProcessor.from_pretrained, reference, revision=revision or "main", trust_remote_code=trust_remote_code
+    )
+    if read.error is not None:
+        reason = " ".join(str(read.error).split())
         brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
+    elif not isinstance(read.value, PreTrainedTokenizerBase):
+        return read.value
     brought = [name for name in brought if _has(reference, name, revision)]
     if brought and needed:
         raise RecipeError(

@@ -105,12 +105,12 @@ def leads(directory: Path, record: Manifest) -> list[str]:
             continue
         for key, value in _settings(directory / name):
             if key == "auto_map":
-                own = all(_leads_home(reference, record) for reference in _texts(value))
+                own = all(_leads_home(reference, record) for reference in texts(value))
             elif key == "custom_pipelines":
                 impl = [task.get("impl", "") if isinstance(task, dict) else task for task in _values(value)]
-                own = all(_leads_home(reference, record) for reference in _texts(impl))
+                own = all(_leads_home(reference, record) for reference in texts(impl))
             else:
-                own = not any("/" in word for word in _texts(value))
+                own = not any("/" in word for word in texts(value))
             if not own:
                 faults.append(f"{key} in {shown(name)} leads to {value!a}")
     return faults
@@ -145,13 +145,13 @@ def _values(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
     """Yields every text in a value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from texts(part)
 
 
 def strange_classes(model: Any, preparing: Any = None) -> list[str]:

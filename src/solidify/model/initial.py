@@ -22,17 +22,16 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     if not os.path.exists(path):
         raise SurgeryError(f"the weights {path} do not exist")
     files.require_regular(path, SurgeryError)
-    try:
+    with foreign.calling(f"the weights {path} cannot be read", SurgeryError):
         if path.suffix == ".safetensors":
             loaded: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
             return loaded
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SurgeryError(
-            f"the weights {path} hold more than tensors, and reading them would run code; save a plain state_dict"
-        ) from error
-    except Exception as error:
-        raise SurgeryError(f"the weights {path} cannot be read: {foreign.said(error)}") from error
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise SurgeryError(
+                f"the weights {path} hold more than tensors, and reading them would run code; save a plain state_dict"
+            ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise SurgeryError(f"the weights {path} hold no state_dict (names and tensors)")
     return state

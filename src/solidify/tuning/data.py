@@ -44,13 +44,13 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     kind = _FORMATS.get(path.suffix)
     if kind is None:
         raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
-    try:
-        # In pieces, a column that is empty in the first of them is taken for one that is always empty.
-        whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-        data = datasets.load_dataset(kind, data_files=_literal(path), split="train", **whole)
-    except Exception as error:
-        cause = error.__cause__ or error  # what the library wraps says more than its wrapping
-        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from error
+    # In pieces, a column that is empty in the first of them is taken for one that is always empty.
+    whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
+    read = foreign.attempt(datasets.load_dataset, kind, data_files=_literal(path), split="train", **whole)
+    if read.error is not None:
+        cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
+        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
+    data: Any = read.value
     for column in (text, image):
         if column is not None and column not in data.column_names:
             raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")

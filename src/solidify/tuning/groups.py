@@ -176,11 +176,9 @@ def _refused(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[st
     """Has the optimizer's constructor judge the values: it alone looks at them, `add_param_group` does not."""
     takes = inspect.signature(type(optimizer)).parameters
     values = {**optimizer.defaults, **group.settings}
-    try:
-        type(optimizer)([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in values.items() if k in takes})
-    except Exception as error:
-        return [f"{group.label}: {foreign.said(error)}"]
-    return []
+    given = {key: value for key, value in values.items() if key in takes}
+    error = foreign.attempt(type(optimizer), [nn.Parameter(torch.zeros(2, 2))], **given).error
+    return [f"{group.label}: {foreign.said(error)}"] if error is not None else []
 
 
 def uncovered(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

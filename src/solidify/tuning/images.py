@@ -51,6 +51,11 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
     return result
 
 
+def _ids(processor: Any, words: str, places: list[Any]) -> list[int]:
+    seen = {"images": [load_image(place) for place in places]} if places else {}
+    return data.ended(list(processor(text=[words], **seen)["input_ids"][0]), processor.tokenizer)
+
+
 def _examples(
     rows: dict[str, list[Any]], numbers: list[int], *, processor: Any, text: str, max_length: int
 ) -> dict[str, list[Any]]:
@@ -58,12 +63,11 @@ def _examples(
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], IMAGES: []}
     faults: list[str] = []
     for words, places, number in zip(rows[text], rows[IMAGES], numbers, strict=True):
-        try:
-            seen = {"images": [load_image(place) for place in places]} if places else {}
-            ids = data.ended(list(processor(text=[words], **seen)["input_ids"][0]), processor.tokenizer)
-        except Exception as error:
-            faults.append(f"row {number}: {foreign.said(error)}")
+        read = foreign.attempt(_ids, processor, words, places)
+        if read.error is not None or read.value is None:
+            faults += [f"row {number}: {foreign.said(read.error)}"] if read.error is not None else []
             continue
+        ids = read.value
         marks = processor.create_mm_token_type_ids([ids])[0]
         if places and len(ids) > max_length:
             faults.append(
