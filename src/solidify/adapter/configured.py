@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
@@ -24,6 +23,7 @@ from solidify.adapter import kinds, patterns
 from solidify.errors import AdapterError, refuse
 from solidify.weights import format
 
+WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 NO_TARGETS = DUMMY_TARGET_MODULES  # private (0.21): without this word PEFT refuses an adapter without low-rank targets
 _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred thousand layers is less
 # unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
@@ -32,7 +32,7 @@ _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
 # A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, and with points that are escaped
 # or not; `.*` may stand for a part of it, at most `_WILD` times, so that matching takes no time.
 _NAME = re.compile(r"(\^|\\A)?(\w|\.\*?|-|\\\.|\\-)+(\$|\\Z)?")
-_WILD = 3
+_WILD, _WILD_KEYS, _KEYS = 2, 8, 2**12
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
 
@@ -67,11 +67,16 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
     layers = document.get("layers_pattern") or []
     held["layers_pattern"] = [layers] if isinstance(layers, str) else [str(word) for word in layers]
     return [
-        f"its {key} holds {word[:80]!r}, and no regular expression of a file is run here; write names of modules, one "
-        f"by one"
+        f"its {key} holds {word[:80]!r}, and no regular expression of a file is run here; write names of modules, or "
+        "their ends, in which `.*` may stand for a part"
         for key, words in held.items()
         for word in words
         if not _NAME.fullmatch(word) or word.count("*") > _WILD
+    ] + [
+        f"its {key} holds {len(words)} keys, each of which PEFT compares with every module; at most {_KEYS} are read, "
+        f"{_WILD_KEYS} of them with `.*`"
+        for key, words in held.items()
+        if len(words) > _KEYS or sum("*" in word for word in words) > _WILD_KEYS
     ]
 
 

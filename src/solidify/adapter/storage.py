@@ -29,7 +29,7 @@ from solidify.model.transaction import transaction
 from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import Supply
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = configured.WEIGHTS
 CONFIG = "adapter_config.json"
 
 
