@@ -139,7 +139,10 @@ def test_a_tie_is_named_with_the_way_out(case: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_the_ways_out_of_a_tie_work(lora: dict[str, object] | None, train: list[str]) -> None:
-    solidify.attach(pico.llama(tie_word_embeddings=True), lora=lora, train=train)
+    model = solidify.attach(pico.llama(tie_word_embeddings=True), lora=lora, train=train)
+    trained = {standing.canonical(model, name) for name, p in model.named_parameters() if p.requires_grad}
+    asked = [*((lora or {}).get("target_modules", [])), *train]  # type: ignore[misc]
+    assert trained and all(any(name.startswith(word) for word in asked) for name in trained), trained
 
 
 def test_ranks_are_given_by_our_patterns_and_exact_names() -> None:

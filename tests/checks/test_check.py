@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import solidify
 from solidify import ours
 from solidify.adapter.storage import find_base
-from solidify.artifact import manifest
+from solidify.artifact import certificate, manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.export import merge
 from solidify.findings import Finding, Report
@@ -254,3 +255,30 @@ def test_a_merge_never_writes_over_its_inputs(whole: Path) -> None:
 def test_what_is_none_of_ours_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="was not made by solidify"):
         solidify.check(tmp_path)
+
+
+def test_a_stray_file_in_a_part_fails_the_check_of_the_run(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    directory = copy_of(finished)
+    (directory / "adapter" / "stray.py").write_text("x")
+    report = solidify.check(directory)
+    assert any("stray.py" in finding.evidence for finding in report.failed)
+
+
+def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
+    whole: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one, whole by itself, stands in its place when the fresh process reads it."""
+    directory, other = copy_of(whole / "adapter", "adapter"), copy_of(whole / "adapter", "other")
+    record = manifest.read(other)
+    replace(record, lineage=[*record.lineage, {"step": "another"}]).write(other)
+    alone = certificate.run_alone
+
+    def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
+        directory.rename(directory.with_name("away"))
+        other.rename(directory)
+        return alone(script, request)
+
+    assert solidify.check(directory, base=whole / "artifact").passed
+    monkeypatch.setattr(certificate, "run_alone", run_alone)
+    report = solidify.check(directory, base=whole / "artifact")
+    assert ["another adapter stands by now" in finding.evidence for finding in report.failed] == [True]

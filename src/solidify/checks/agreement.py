@@ -144,6 +144,7 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
         return torch.randint(-1, 2, like.shape, generator=generator, dtype=torch.int8).to(like.device)
 
     def rounded(output: Any, terms: int) -> Any:
+        """Moves the tensors in an output by a rounding each."""
         if isinstance(output, tuple):
             return tuple(rounded(part, terms) for part in output)
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():

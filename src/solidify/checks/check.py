@@ -65,7 +65,8 @@ def _closed(directory: Path, parts: list[str]) -> Finding:
     """Looks at what stands in a run's directory beside its parts, which are each looked at for themselves."""
     faults = ours.unlike_a_run(directory)
     beside = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
-    return Finding(CLOSED, not faults, "; ".join(faults[:6]) or f"{', '.join([*parts, *beside])}, and nothing else")
+    held = f"{', '.join([*parts, *beside])}, and nothing else (a report by a digest of its own)"
+    return Finding(CLOSED, not faults, "; ".join(faults[:6]) or held)
 
 
 def _one(
@@ -145,6 +146,7 @@ def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_
         return findings
     trust.require(below_record, base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory), "permitted": trust.fingerprint(below_record)}
+    request["manifest"] = record.sha256
     try:
         with console.stage(f"Loading {directory.name} on its base in a fresh process"):
             answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)

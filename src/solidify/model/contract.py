@@ -63,6 +63,7 @@ def recording(model: PreTrainedModel, names: Sequence[str], *, partly: bool = Fa
         """Makes a hook that copies what the module is given."""
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Copies what the first call gives."""
             if name not in given:
                 given[name] = (copied(args), copied(kwargs))
 
@@ -72,6 +73,7 @@ def recording(model: PreTrainedModel, names: Sequence[str], *, partly: bool = Fa
         """Makes a hook that copies what the module gives back."""
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            """Copies what the first call returns."""
             if name not in calls:
                 whole = _untouched(given[name][0], _args)
                 calls[name] = Call(*given[name], copied(output), {"inputs": whole})
@@ -209,8 +211,9 @@ def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> 
                 here = missing[begin : begin + places].view(*source.shape[:-1], 1).to(source.device)
                 source.add_(size * source.abs().mean() * here)
                 begin += places
-            outputs.append(foreign.attempt(module, *args, **kwargs).value)
-    return not _equal(outputs[0], outputs[1])
+            outputs.append(foreign.attempt(module, *args, **kwargs))
+    plain, nudged = outputs
+    return plain.failed or nudged.failed or not _equal(plain.value, nudged.value)
 
 
 def _covers(found: Any, wanted: Any) -> bool:
