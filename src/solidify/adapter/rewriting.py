@@ -310,6 +310,7 @@ class _Writing:
         shape = unit.shapes[source]
 
         def pieces() -> Iterator[Piece]:
+            """Yields the values that the tensor's own place gets, some rows at a time."""
             for rows in self.merger.ranges({source: change} if change is not None else {}, unit.shapes, unit.rows):
                 base = unit.read(rows)[source]
                 yield key, base if change is None else self.merger.merged(change, base, rows, unit.rows)

@@ -149,6 +149,7 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Yields a module and all within it, PEFT's wrappers left out."""
         module = original(module)
         if id(module) in seen or isinstance(module, HOLDERS):
             return

@@ -75,6 +75,7 @@ def names(der: bytes) -> tuple[str, ...]:
     from cryptography import x509
 
     def read() -> list[str]:
+        """Reads both kinds of names, in their order."""
         held = x509.load_der_x509_certificate(der)
         found = [str(each.value) for each in held.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
         for extension in held.extensions:

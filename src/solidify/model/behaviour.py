@@ -539,6 +539,7 @@ class Watched:
 
     def _keep(self, name: str, got: dict[str, torch.Tensor]) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            """Keeps what the module returns first, and ends the pass after the last."""
             found = next((t for t in _tensors(output) if t.is_floating_point()), None)
             if found is not None and name not in got:
                 got[name] = found.clone()

@@ -88,6 +88,7 @@ def _cut(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
     """Returns inputs whose decoder reads so many positions less; of a single position, as many more."""
 
     def cut(value: torch.Tensor) -> torch.Tensor:
+        """Cuts or repeats along the positions (axis 1)."""
         if value.shape[1] > by:
             return value[:, : value.shape[1] - by].contiguous()
         return value.repeat_interleave(1 + by, dim=1)

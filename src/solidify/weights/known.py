@@ -41,6 +41,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     with console.bytes_progress(title, sum(entry.shape.nbytes for entry in entries)) as advance:
 
         def compute(entry: format.Entry) -> str:
+            """Reads one tensor, and moves the bar."""
             digest = entry.digest()
             advance(entry.shape.nbytes)
             return digest

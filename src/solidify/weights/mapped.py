@@ -146,6 +146,7 @@ def _releaser(places: list[tuple[int, int]]) -> Any:
     system: Any = ctypes.CDLL(None, use_errno=True)
 
     def release(*_: Any) -> None:
+        """Gives the pages back; as a hook, whatever it is given."""
         for begin, length in places:
             if length:
                 system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
