@@ -169,7 +169,8 @@ def test_a_finished_run_holds(finished: Path, copy_of: Callable[[Path], Path]) -
     report = solidify.check(directory)
     assert report.passed
     assert [finding.name for finding in report.stages["run"]] == [CLOSED, "the results belong together"]
-    assert report.stages["run"][0].evidence == "artifact, checkpoints, report.json, report.html, and nothing else (a report by a digest of its own)"
+    held = "artifact, checkpoints, report.json, report.html, and nothing else (a report by a digest of its own)"
+    assert report.stages["run"][0].evidence == held
 
 
 def test_the_report_of_another_run_does_not_belong_to_it(finished: Path, copy_of: Callable[[Path], Path]) -> None:
