@@ -145,7 +145,7 @@ def test_a_file_is_shown_and_listed_and_code_is_trusted_by_name(
     assert "mine [red]\\x1b[31mx" in out
     code, _, err = cli("inspect", directory)
     assert code == 2
-    assert "carries code that was not built on this machine" in err
+    assert "carries code that is not trusted on this machine" in err
     code, out, _ = cli("trust", directory)
     assert code == 0
     assert "trashcan_moe.py" in out
@@ -336,6 +336,18 @@ def test_a_run_leaves_all_it_promised(finished: tuple[Path, subprocess.Completed
     assert "Traceback" not in done.stderr
     assert "trainable set exact" in done.stdout
     assert "<h2>train</h2>" in (directory / "report.html").read_text()
+
+
+def test_what_is_refused_shows_nothing_of_an_earlier_run(
+    cli: Solidify, finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_base: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    asked = recipe(tmp_path / "asked", base={"model": str(tiny_base)}, data={"train": "gone.jsonl"})
+    code, out, err = cli("run", str(asked), "--output", str(output))
+    assert code == 2 and "gone.jsonl" in err
+    assert "proved" not in out + err
+    code, out, err = cli("trust", str(output))
+    assert code == 2 and f"is the output of a run, which has no solidify.json of its own: name {output}/artifact" in err
 
 
 def test_every_result_loads_with_plain_transformers_where_we_cannot_be_imported(

@@ -120,15 +120,19 @@ def run(
     loaded = _recipe(recipe, set_)
     with _starting():
         from solidify import pipeline
+        from solidify.errors import SolidifyError
 
     directory = pipeline.output_of(loaded, output)
     with _resumable(directory, "run", recipe, output, set_):
+        report = directory / "report.json"
+        before = _stamp(report)
         try:
             pipeline.run(loaded, directory, resume=resume, link=not copy)
-        except Exception:
-            _show_file(directory / "report.json")
+        except SolidifyError:
+            if _stamp(report) != before:  # what this command found, not what an earlier one did
+                _show_file(report)
             raise
-        _show_file(directory / "report.json")
+        _show_file(report)
 
 
 @app.command()
@@ -230,7 +234,7 @@ def adopt(
         from solidify.artifact import adopting
 
     found = adopting.read(directory, files)
-    _print(views.adopted(found))
+    _print(views.adopted(directory, found))
     adopting.keep(directory.resolve(), found)
 
 
@@ -369,6 +373,11 @@ def _print(shown: Iterable[Any]) -> None:
 
     for each in shown:
         console.results.print(each, soft_wrap=isinstance(each, (str, Text)))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    found = path.stat() if path.is_file() else None
+    return (found.st_ino, found.st_mtime_ns) if found is not None else None
 
 
 def _show_file(path: Path) -> None:

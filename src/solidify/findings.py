@@ -139,10 +139,13 @@ class Report:
 
     def require(self) -> None:
         """Raises CheckFailed when a finding failed or nothing was proved."""
-        if self.passed:
-            return
+        if not self.passed:
+            raise CheckFailed(self.failure())
+
+    def failure(self) -> str:
+        """Says which findings failed, a line each."""
         lines = [f"{finding.name}: {finding.evidence}" for finding in self.failed] or ["nothing was checked"]
-        raise CheckFailed("a check failed:\n" + "\n".join(f"  - {line}" for line in lines))
+        return "a check failed:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -129,7 +129,8 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         **defaults.following(recipe.training),
     }
     moved = any(group.learning_rate for group in recipe.parameter_groups)
-    faults = defaults.faults(recipe.training, held_out=recipe.data.eval is not None, moved=moved)
+    faults = defaults.of_another_kind(recipe.training, (TrainingArguments, SFTConfig))
+    faults += defaults.faults(recipe.training, held_out=recipe.data.eval is not None, moved=moved)
     refuse(RecipeError, "the training section does not fit", faults)
     if recipe.data.image is not None:
         refuse(RecipeError, "images do not go with the training section", _against_images(recipe))

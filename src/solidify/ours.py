@@ -97,7 +97,8 @@ def unlike_a_run(directory: Path) -> list[str]:
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
         elif what is None and path.name == PAGE:
-            what = "is not the page that a run wrote" if pages.get(PAGE) != _digest(path) else None
+            told = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
+            what = "is not the page that a run wrote" if told and pages.get(PAGE) != _digest(path) else None
         elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
             what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
         if what is not None:

@@ -17,7 +17,7 @@ from solidify.artifact import certificate, loading, manifest, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.dry_run import plan
-from solidify.errors import ArtifactError, RecipeError
+from solidify.errors import ArtifactError, CheckFailed, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
@@ -65,6 +65,10 @@ def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fals
             train(recipe, directory, report=report, resume=resume)
             allowed = recipe.base.trust_remote_code
             processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
+    except SolidifyError as error:
+        if report.failed and not isinstance(error, CheckFailed):  # what failed before is why
+            raise CheckFailed(f"{report.failure()}\nand then: {error}") from error
+        raise
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
             _write(recipe, directory, report, finished=False)

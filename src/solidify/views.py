@@ -12,7 +12,7 @@ from rich.text import Text
 from solidify import console
 from solidify.artifact.adopting import Adopted
 from solidify.artifact.inspection import Branch, ranges
-from solidify.artifact.manifest import Manifest
+from solidify.artifact.manifest import SIGNATURE, Manifest
 from solidify.artifact.signature import Signature
 from solidify.model import anatomy
 from solidify.model.behaviour import PROPERTIES
@@ -301,8 +301,8 @@ def _times(names: Sequence[str]) -> str:
     return f" x {_numbers(names)}" if len(names) > 1 else ""
 
 
-def adopted(files: Sequence[Adopted]) -> Iterator[RenderableType]:
-    """Shows what files hold, letter by letter, before they are listed."""
+def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableType]:
+    """Shows what files hold, letter by letter, before they are listed, and what follows when they are."""
     for file in files:
         how = "no text" if file.text is None else "as follows"
         if file.text is not None and len(file.text.encode()) < file.size:
@@ -311,6 +311,10 @@ def adopted(files: Sequence[Adopted]) -> Iterator[RenderableType]:
         yield console.line((f"{file.name}: {file.size} bytes, {how}{change}", "bold"))
         yield from (Text(f"  {_printable(line)}") for line in (file.text or "").splitlines())
         yield console.line((f"  blake3 {file.digest}", "dim"))
+    if (directory / SIGNATURE).is_file():
+        yield f"{SIGNATURE} is of {directory} without this, and does not hold any more; sign it anew"
+    if any(file.name.endswith(".py") for file in files):
+        yield "This is code: where the code of the directory was trusted, it runs from now on."
 
 
 def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[RenderableType]:

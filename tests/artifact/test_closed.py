@@ -265,7 +265,7 @@ def test_an_adopted_file_does_not_make_code_of_others_trusted(
     directory = copy_of(trash_artifact)
     (directory / "NOTES.md").write_text("mine\n")
     solidify.adopt(directory, ["NOTES.md"])
-    with pytest.raises(SolidifyError, match="carries code that was not built on this machine"):
+    with pytest.raises(SolidifyError, match="carries code that is not trusted on this machine"):
         solidify.load(directory)
 
 

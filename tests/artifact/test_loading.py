@@ -57,7 +57,7 @@ def test_code_from_elsewhere_runs_only_when_allowed(
     trash_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "another machine"))
-    with pytest.raises(ArtifactError, match=r"code that was not built on this machine: .*trashcan_moe.py"):
+    with pytest.raises(ArtifactError, match=r"code that is not trusted on this machine: .*trashcan_moe.py"):
         solidify.load(trash_artifact)
     assert type(solidify.load(trash_artifact, trust_remote_code=True)).__name__ == "SolidOlmoeForCausalLM"
 

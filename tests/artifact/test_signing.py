@@ -392,6 +392,18 @@ def test_what_a_killed_process_left_of_a_signature_is_swept(trash_artifact: Path
     assert agrees(directory, mine.public)
 
 
+def test_who_adopts_a_file_is_told_that_the_signature_ends(
+    signed: Path, mine: Pair, copy_of: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy_of(signed)
+    (directory / "helper.py").write_text("x = 1\n")
+    assert solid("adopt", directory, "helper.py") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "does not hold any more; sign it anew" in told and "This is code" in told
+    with pytest.raises(CheckFailed, match="sign it anew, or remove that"):
+        solidify.verify(directory, mine.public)
+
+
 def test_a_signature_is_listed_by_no_manifest(signed: Path, copy_of: Copy) -> None:
     directory = copy_of(signed)
     with pytest.raises(ArtifactError, match="is the name of a signature"):

@@ -71,9 +71,9 @@ def test_known_code_with_anything_else_that_decides_what_runs_asks_again(
 ) -> None:
     directory = OTHERS[other](copy_of(trash_artifact))
     for read in (solidify.load, loading.load_tokenizer, loading.load_processor, loading.tokenizer_in):
-        with pytest.raises(ArtifactError, match="carries code that was not built on this machine"):
+        with pytest.raises(ArtifactError, match="carries code that is not trusted on this machine"):
             read(directory)
-    with pytest.raises(ArtifactError, match="carries code that was not built on this machine"):
+    with pytest.raises(ArtifactError, match="carries code that is not trusted on this machine"):
         solidify.check(directory)
 
 
@@ -139,7 +139,7 @@ def test_a_permission_is_for_one_command(trash_artifact: Path, copy_of: Copy, tm
     edits = solidify.replace(again, "lm_head", pico.wrappers.Scaled)
     solidify.build(again, edits, tmp_path / "built")
     for directory in (foreign, tmp_path / "merged", tmp_path / "built"):
-        with pytest.raises(ArtifactError, match="carries code that was not built on this machine"):
+        with pytest.raises(ArtifactError, match="carries code that is not trusted on this machine"):
             solidify.load(directory)
         assert solidify.load(directory, trust_remote_code=True) is not None
 
@@ -160,7 +160,7 @@ def test_trust_for_good_is_said_by_name(trash_artifact: Path, copy_of: Copy, tmp
     solidify.merge(tmp_path / "adapter", tmp_path / "merged")
     assert solidify.load(tmp_path / "merged") is not None  # what is made here of what is trusted here
     solidify.trust(directory, forget=True)
-    with pytest.raises(ArtifactError, match="carries code that was not built on this machine"):
+    with pytest.raises(ArtifactError, match="carries code that is not trusted on this machine"):
         solidify.load(directory)
     (directory / "trashcan_moe.py").write_text("x = 1\n")
     with pytest.raises(ArtifactError, match="is not what was written"):

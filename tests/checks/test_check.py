@@ -265,6 +265,22 @@ def test_a_stray_file_in_a_part_fails_the_check_of_the_run(finished: Path, copy_
     assert any("stray.py" in finding.evidence for finding in report.failed)
 
 
+def test_the_adapter_of_a_copied_run_is_tried_on_the_copy(whole: Path, copy_of: Callable[[Path], Path]) -> None:
+    """The manifest says where the base stood, and there it still stands; the run that is checked is another."""
+    directory = copy_of(whole)
+    report = solidify.check(directory)
+    assert report.passed
+    (fit,) = [finding for finding in report.stages["adapter"] if finding.name == "the base is the recorded one"]
+    assert fit.evidence == f"digests of {directory / 'artifact'} match"
+
+
+def test_an_edited_report_does_not_make_its_page_wrong(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    directory = copy_of(finished)
+    edited(directory / "report.json", "a promise", "more")
+    (found,) = solidify.check(directory).failed
+    assert "report.json is not the report" in found.evidence and "report.html" not in found.evidence
+
+
 def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     whole: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

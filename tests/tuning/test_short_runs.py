@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
+from trl import SFTConfig
 
 import pico
 from solidify import dry_run, pipeline, recipe
 from solidify.builtin import tiny_olmoe
-from solidify.errors import DataError, RecipeError
+from solidify.errors import CheckFailed, DataError, RecipeError
 from solidify.tuning import data, defaults
 from training import arguments, in_order
 
@@ -147,10 +149,67 @@ def test_heads_that_text_teaches_pass() -> None:
 def test_a_learning_rate_that_teaches_nothing_is_refused_in_the_plan(tmp_path: Path, rate: float) -> None:
     training = {"max_steps": 1, "learning_rate": rate}
     asked = written(tmp_path, tiny_olmoe.NAME, "model.layers.*.self_attn.o_proj", "Linear", training=training)
-    with pytest.raises(RecipeError, match="with which nothing is learnt; give it a number above 0"):
+    with pytest.raises(RecipeError, match="and nothing is learnt so; give it a number above 0"):
         dry_run.plan(asked)
 
 
 def test_a_part_may_learn_where_the_rest_stands_still() -> None:
     assert not defaults.faults({"learning_rate": 0}, held_out=True, moved=True)
     assert defaults.faults({"learning_rate": -1}, held_out=True, moved=True)
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"learning_rate": "abc"}, "training.learning_rate is 'abc', and not a number"),
+        ({"learning_rate": "0.001x"}, "training.learning_rate is '0.001x', and not a number"),
+        ({"max_steps": "two"}, "training.max_steps is 'two', and not a whole number"),
+        ({"max_steps": 1.5}, "training.max_steps is 1.5, and not a whole number"),
+        ({"max_steps": True}, "training.max_steps is True, and not a whole number"),
+        ({"max_steps": 0}, "training.max_steps is 0; give it a number above 0"),
+        ({"max_steps": -7}, "training.max_steps is -7; give it a number above 0"),
+        ({"num_train_epochs": 0}, "training.num_train_epochs is 0; give it a number above 0"),
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size is 0; give it at least 1"),
+        ({"gradient_accumulation_steps": -1}, "training.gradient_accumulation_steps is -1; give it at least 1"),
+        ({"weight_decay": float("nan")}, "training.weight_decay is nan; give it at least 0"),
+        ({"packing": "perhaps"}, "training.packing is 'perhaps', and not true or false"),
+    ],
+    ids=str,
+)
+def test_a_training_that_cannot_be_is_refused_in_the_plan(tmp_path: Path, training: dict[str, Any], words: str) -> None:
+    settings = {"per_device_train_batch_size": 8, **training}
+    asked = written(tmp_path, tiny_olmoe.NAME, "model.layers.*.self_attn.o_proj", "Linear", training=settings)
+    with pytest.raises(RecipeError) as caught:
+        dry_run.plan(asked)
+    assert words in str(caught.value)
+
+
+def test_the_numbers_of_an_honest_training_are_taken() -> None:
+    kinds = (TrainingArguments, SFTConfig)
+    honest = {
+        "learning_rate": 1e-3,
+        "max_steps": 5,
+        "num_train_epochs": 0.5,
+        "logging_steps": 0.1,
+        "warmup_steps": 0.1,
+        "eval_steps": None,
+        "bf16": True,
+        "optim": "adamw_torch",
+        "lr_scheduler_kwargs": {"min_lr": 0.0},
+        "report_to": "none",
+        "fsdp": "",
+        "max_length": None,
+        "save_total_limit": 1,
+    }
+    assert defaults.of_another_kind(honest, kinds) == []
+    values = TrainingArguments(output_dir="x", use_cpu=True).to_dict()  # transformers' own
+    assert defaults.of_another_kind({k: v for k, v in values.items() if k != "num_train_epochs"}, kinds) == []
+
+
+@pytest.mark.slow
+def test_what_failed_before_is_why_a_later_stage_cannot_go_on(tmp_path: Path) -> None:
+    """An adapter that learnt nothing fails two checks, and then cannot be merged: a failed check, not a wrong input."""
+    training = {"max_steps": 1, "learning_rate": 1e-44, "per_device_train_batch_size": 8}
+    asked = written(tmp_path, tiny_olmoe.NAME, "model.layers.*.self_attn.o_proj", "Linear", training=training)
+    with pytest.raises(CheckFailed, match=r"a check failed:[\s\S]*adapter has an effect[\s\S]*and then: "):
+        pipeline.run(asked, tmp_path / "out")

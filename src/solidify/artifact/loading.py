@@ -36,6 +36,9 @@ from solidify.weights.hashing import digest_bytes
 ORIGIN = "_artifact_digest"  # attribute of a loaded model: the digest of the artifact that it was loaded from
 
 
+_PERMIT = "read it, and to run it set base.trust_remote_code: true (--trust-remote-code)"
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A pretrained model, its tokenizer (None where it has none) and where both came from.
@@ -105,7 +108,7 @@ def load_base(
             raise
         words = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
         if not trust_remote_code and "trust_remote_code" in words:  # a configuration or a class of its own
-            words = "it brings code of its own; read it, and to run it set base.trust_remote_code: true"
+            words = f"it brings code of its own; {_PERMIT}"
         raise RecipeError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
     refuse(
         RecipeError,
@@ -145,10 +148,7 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
     for auto, place in remote.items() if isinstance(remote, dict) else ():
         if str(place).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
-                raise RecipeError(
-                    f"the base {reference!r} is a {name}, which is code of its own; read it, and to run it set "
-                    "base.trust_remote_code: true"
-                )
+                raise RecipeError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
             return getattr(transformers, auto)
     head = getattr(transformers, name, None)
     if not (isinstance(head, type) and issubclass(head, PreTrainedModel)):
@@ -167,7 +167,7 @@ def _refuse_kernels(reference: str, config: Any) -> None:
         elif "_implementation" in key and any("/" in word for word in trust.texts(value)):
             raise RecipeError(
                 f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
-                "is code of its own; read it, and to run it set base.trust_remote_code: true"
+                f"is code of its own; {_PERMIT}"
             )
 
 

@@ -28,6 +28,7 @@ SIGNATURE = "model.sig"  # signs the manifest and all that it lists (`signing.py
 LARGEST_SIGNATURE = 2**24  # bytes; a name and a digest for every file
 FORMAT = 1
 PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
+PARTS = ("artifact", "adapter", "merged")  # of a run, each with a manifest of its own
 KINDS = ("artifact", "adapter", "stock")
 # What version control, the hub's client and file browsers leave. Nothing that loads a model opens any of it by name,
 # and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
@@ -105,6 +106,10 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
     if not files.is_directory(directory):
         raise ArtifactError(f"the directory {directory} does not exist")
     if not files.is_file(path):
+        parts = [part for part in PARTS if files.is_file(directory / part / NAME)]
+        if parts:
+            each = " or ".join(str(directory / part) for part in parts)
+            raise ArtifactError(f"{directory} is the output of a run, which has no {NAME} of its own: name {each}")
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
     manifest = _parse(path)
     if kind is not None and manifest.kind != kind:

@@ -172,7 +172,7 @@ def faults(record: Manifest, found: Signature) -> list[str]:
             )
     signed = found.files.get(NAME)
     if signed is not None and record.sha256 != signed:
-        result.append(f"{SIGNATURE} is of another {NAME} than the one that stands here")
+        result.append(f"{SIGNATURE} is of another {NAME} than the one that stands here; sign it anew, or remove that")
     return result
 
 

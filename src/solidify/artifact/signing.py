@@ -49,7 +49,7 @@ def sign(
     signing = _library().signing.Config()
     _let_sign(signing, Path(key), certificate, certificate_chain)
     directory = Path(directory).resolve()
-    record = _record(directory, closed=True)
+    record = manifest.read(directory)
     _refuse_other(directory)
     _sweep(directory)
     before = _stamps(directory, record)
@@ -87,7 +87,7 @@ def verify(
     """
     require_usable(key, certificate_chain, name)
     directory = Path(directory).resolve()
-    record = _record(directory, closed=False)
+    record = manifest.read(directory, closed=False)
     return verify_record(directory, record, key, certificate_chain=certificate_chain, name=name)
 
 
@@ -165,14 +165,6 @@ def _library() -> Any:
             f"signatures need the package model-signing, which cannot be imported ({error}): "
             "pip install 'solidify[sign]'"
         ) from error
-
-
-def _record(directory: Path, *, closed: bool) -> Manifest:
-    parts = [name for name in ours.PARTS if (directory / name / NAME).is_file()]
-    if parts and not (directory / NAME).exists():
-        each = " and ".join(str(directory / part) for part in parts)
-        raise ArtifactError(f"{directory} is the output of a run, which has no manifest of its own: name {each}")
-    return manifest.read(directory, closed=closed)
 
 
 def _refuse_other(directory: Path) -> None:

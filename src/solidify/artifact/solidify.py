@@ -228,6 +228,7 @@ def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
     told = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    told["tokenizer"] = companions.has_tokenizer(staging)
     return sources.render("README.md.jinja", **told)
 
 

@@ -58,7 +58,7 @@ def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
     if trust_remote_code or fingerprint(record) in _permitted.get() or known(record):
         return
     raise ArtifactError(
-        f"{directory} carries code that was not built on this machine: {', '.join(sorted(record.code)[:_NAMED])}. "
+        f"{directory} carries code that is not trusted on this machine: {', '.join(sorted(record.code)[:_NAMED])}. "
         "Read it; to run it this once, pass trust_remote_code=True (--trust-remote-code), and to run it from now on, "
         f"say so: solidify trust {directory}"
     )

@@ -49,7 +49,8 @@ def check(
         closed = _closed(directory, parts)
         for part in parts:
             if closed.passed:
-                report.add(part, _one(directory / part, base, trust_remote_code, serve, key))
+                below = directory / "artifact" if base is None and "artifact" in parts else base  # of this very run
+                report.add(part, _one(directory / part, below, trust_remote_code, serve, key))
             else:
                 report.add(part, _unrun(directory / part, key)[1])
         report.add("run", [closed])

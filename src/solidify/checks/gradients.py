@@ -88,12 +88,14 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         faults = [f"a gradient though frozen: {name}" for name in sorted(self.stray)]
         faults += [f"not finite: {name}" for name in broken]
         few = self.steps + self.looks_beside < FEW
-        never = [f"never a gradient: {name}" for name in dead]
+        never = [f"never a gradient: {name}" for name in dict.fromkeys(dead)]
         faults += [] if few else never
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         if faults or not dead:
             got = f"{len(self.seen)} trainable tensors got non-zero gradients in {steps}, frozen ones none"
-            return Finding(REACHED, not faults, "; ".join([*never, *faults][:4] if faults else [got]))
+            each = [*dict.fromkeys([*never, *faults])]
+            more = [f"and {len(each) - 4} more"] if len(each) > 4 else []
+            return Finding(REACHED, not faults, "; ".join([*each[:4], *more] if faults else [got]))
         told = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
         return Finding(REACHED, None, f"{told}, too few to tell of {', '.join(dead[:4])}")
 

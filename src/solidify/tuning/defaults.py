@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter
+
+from solidify import foreign
 
 LOGS = 0.01  # of all steps: a training is logged a hundred times, and a short one in every step
 EVALUATIONS = 0.1
@@ -36,8 +40,46 @@ def faults(given: Mapping[str, Any], *, held_out: bool, moved: bool = False) -> 
     rate = given.get("learning_rate")
     found = []
     if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not rate > 0 and not (rate == 0 and moved):
-        found = [f"training.learning_rate is {rate}, with which nothing is learnt; give it a number above 0"]
+        found = [f"training.learning_rate is {rate}, and nothing is learnt so; give it a number above 0"]
     return [*found, *_unheld(given, held_out)]
+
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_steps": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+}
+
+
+def of_another_kind(given: Mapping[str, Any], kinds: Sequence[type]) -> list[str]:
+    """Says which fields are to hold numbers and hold none, or one that no training can have.
+
+    `kinds` are the classes whose fields they may be; a field that may also hold words is not looked at.
+    """
+    hints = {key: hint for kind in reversed(kinds) for key, hint in get_type_hints(kind).items()}
+    found = []
+    for key, value in given.items():
+        allowed = {*(get_args(hints[key]) or (hints[key],))} - {type(None)} if key in hints else set()
+        if not allowed or not allowed <= {int, float, bool} or value is None:
+            continue
+        read = foreign.attempt(TypeAdapter(hints[key]).validate_python, value)
+        if read.failed or (isinstance(value, bool) and bool not in allowed):
+            words = {int: "a whole number", float: "a number", bool: "true or false"}
+            found.append(f"training.{key} is {value!r}, and not {' or '.join(words[k] for k in words if k in allowed)}")
+        elif key in _AT_LEAST and isinstance(read.value, (int, float)) and not read.value >= _AT_LEAST[key]:
+            found.append(f"training.{key} is {value!r}; give it at least {_AT_LEAST[key]}")
+    steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 3)
+    if not found and isinstance(steps, int) and (steps == 0 or steps < -1):
+        found.append(
+            f"training.max_steps is {steps}; give it a number above 0, or leave it out and give num_train_epochs"
+        )
+    if not found and steps == -1 and isinstance(epochs, (int, float)) and not epochs > 0:
+        found.append(f"training.num_train_epochs is {epochs}; give it a number above 0")
+    return found
 
 
 def _unheld(given: Mapping[str, Any], held_out: bool) -> list[str]:
