@@ -220,3 +220,15 @@ def test_checkpoints_of_others_are_not_removed(beside: Path, tmp_path: Path) -> 
         pipeline.run(made, tmp_path / "out")
     assert (theirs / "model.safetensors").read_text() == "weeks of training"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["out", "out/steps", "out/artifact", "out/a/b", ".", "x/../out/steps", "elsewhere"])
+def test_checkpoints_and_a_run_do_not_lie_in_each_other(beside: Path, tmp_path: Path, where: str) -> None:
+    """Before anything is written: a run whose directory holds more than its parts could not be checked."""
+    made = load(beside, "f.yaml", document(output_dir=str(tmp_path / where)))
+    if where == "elsewhere":
+        pipeline._refuse_foreign(made, tmp_path / "out")
+        return
+    with pytest.raises(ArtifactError, match=r"neither may lie in the other; leave it out"):
+        pipeline.run(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

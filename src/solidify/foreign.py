@@ -17,6 +17,8 @@ from solidify.errors import SolidifyError, SurgeryError
 
 Value = TypeVar("Value")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FRAMES = " Exception raised from "  # torch's own frames follow, in C++
+_LONGEST = 2000  # letters of what an error says
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def calling(what: str, kind: type[SolidifyError] = SurgeryError, *, remedy: str 
 
 
 def said(error: BaseException) -> str:
-    """Returns an error in one line: its class, and what it says."""
-    words = " ".join(str(error).split())
+    """Returns an error in one line: its class, and what it says, up to where a list of frames begins."""
+    words = " ".join(str(error).split()).partition(_FRAMES)[0]
+    words = f"{words[:_LONGEST]}…" if len(words) > _LONGEST else words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -85,14 +85,13 @@ def unlike_a_run(directory: Path) -> list[str]:
     """
     report = _report(directory)
     pages = _entry(report, "files")
-    places = {CHECKPOINTS, _checkpoints_of(report)}
     faults = [f"{PAGE} is missing, which {REPORT} lists"] if PAGE in pages and not (directory / PAGE).exists() else []
     for path in sorted(directory.iterdir()):
         hidden = HIDDEN.fullmatch(path.name)
         what = "is a link" if path.is_symlink() else None
         if what is None and path.name in PARTS:
             what = _unlike_a_part(path)
-        elif what is None and path.name in places:
+        elif what is None and path.name == CHECKPOINTS:
             what = "; ".join(in_checkpoints(path)) or None
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
@@ -110,16 +109,6 @@ def _entry(document: Any, key: str) -> dict[str, Any]:
     """Returns an entry that is a mapping; an empty one for any other."""
     found = document.get(key) if isinstance(document, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-def _checkpoints_of(report: dict[str, Any] | None) -> str:
-    """Returns the name that the recipe in a report gives to the checkpoints, if they stand in the run's directory."""
-    where = _entry(_entry(report, "recipe"), "training").get("output_dir")
-    return (
-        Path(where).name
-        if report and isinstance(where, str) and Path(where).parent == Path(str(report["subject"]))
-        else ""
-    )
 
 
 def _unlike_a_part(path: Path) -> str | None:

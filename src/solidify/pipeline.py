@@ -101,7 +101,7 @@ def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
 def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
     """Refuses a place for checkpoints where others stand: a training removes old ones."""
     where = Path(str(recipe.training.get("output_dir") or directory / ours.CHECKPOINTS))
-    places.refuse_foreign_checkpoints(where, recipe.inputs())
+    places.refuse_foreign_checkpoints(where, directory, recipe.inputs())
 
 
 def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:

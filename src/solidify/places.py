@@ -59,8 +59,19 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
     _refuse(directory, ours.in_run(directory))
 
 
-def refuse_foreign_checkpoints(directory: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Raises ArtifactError unless a training may put its checkpoints into a directory, where old ones are removed."""
+def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuses a directory of checkpoints, where old ones are removed, that is not for the training of a `run` alone.
+
+    Raises:
+        ArtifactError: others stand there, or it lies in the run's directory and is not the one that a run has there,
+            or the run lies in it.
+    """
+    here, around = directory.resolve(), run.resolve()
+    if here != around / ours.CHECKPOINTS and (here.is_relative_to(around) or around.is_relative_to(here)):
+        raise ArtifactError(
+            f"training.output_dir is {directory}, and the run's own directory is {run}: neither may lie in the other; "
+            f"leave it out (checkpoints go to {run / ours.CHECKPOINTS}), or name a directory elsewhere"
+        )
     refuse_place(directory, inputs)
     if directory.exists() or directory.is_symlink():
         _refuse(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])

@@ -231,6 +231,7 @@ EXPRESSIONS: dict[str, dict[str, Any]] = {
     "too many parts left open": {"rank_pattern": {".*a.*b.*c": 4}},
     "too many keys": {"rank_pattern": {f"q_proj{n}": 4 for n in range(2**12 + 1)}},
     "too many open keys": {"alpha_pattern": {f".*q{n}_proj": 4 for n in range(9)}},
+    "too many layers_pattern": {"layers_pattern": [f"layers{n}" for n in range(9)], "layers_to_transform": [0]},
     "a list of layers_pattern": {"layers_pattern": ["layers", SLOW], "layers_to_transform": [0]},
 }
 
@@ -241,6 +242,14 @@ def test_no_regular_expression_of_a_file_is_run(tmp_path: Path, base: Path, fiel
     configure(tmp_path / "adapter", **EXPRESSIONS[field])
     told = said(tmp_path / "adapter", base)
     assert "no regular expression of a file is run" in told or "each of which PEFT compares with every module" in told
+
+
+@pytest.mark.parametrize("ranks", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**7}}, {"r": 10**30}], ids=str)
+def test_no_room_is_made_for_a_rank_that_no_tensor_has(tmp_path: Path, base: Path, ranks: dict[str, Any]) -> None:
+    """It would take all memory of the machine."""
+    adapter(tmp_path / "adapter", target_modules=["q_proj"])
+    configure(tmp_path / "adapter", **ranks)
+    assert "no tensor of adapter_model.safetensors has more than" in said(tmp_path / "adapter", base)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,16 @@ def test_its_code_travels_with_the_artifact(remote: Path, tmp_path: Path) -> Non
     assert model(pico.tokens()).logits.equal(base(pico.tokens()).logits)
 
 
+def composite(kind: str) -> dict[str, object]:
+    """An encoder-decoder whose decoder no Auto class of transformers builds: its configuration leads to code."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    part = {"model_type": "bert", "vocab_size": 128, **sizes}
+    leading = {"AutoModelForCausalLM": "payload.Evil", "AutoModel": "payload.Evil", "AutoConfig": "payload.Evil"}
+    decoder = {**part, "is_decoder": True, "add_cross_attention": True, "model_type": kind, "auto_map": leading}
+    heads = {"architectures": ["EncoderDecoderModel"], "model_type": "encoder-decoder", "is_encoder_decoder": True}
+    return {**heads, "encoder": part, "decoder": decoder}
+
+
 EVIL: dict[str, dict[str, object]] = {
     "an Auto class": {
         "architectures": ["AutoModelForCausalLM"],
@@ -94,18 +104,23 @@ EVIL: dict[str, dict[str, object]] = {
     "a function": {"architectures": ["pipeline"], "auto_map": {"AutoModelForCausalLM": "payload.Evil"}},
     "no Auto class": {"architectures": ["Evil"], "auto_map": {"pipeline": "payload.Evil"}},
     "a configuration": {"auto_map": {"AutoConfig": "payload.Evil"}, "model_type": "evil"},
+    "a base of classes": {"architectures": ["PreTrainedModel"]},
+    "a base of a family": {"architectures": ["LlamaPreTrainedModel"]},
+    **{f"a part, {each}": composite(each) for each in ("vit", "clip_vision_model", "encodec", "bert")},
     "kernels of the experts": {"_experts_implementation": "somebody/experts"},
     "kernels": {"_attn_implementation": "somebody/kernels"},
 }
 
 
 @pytest.mark.parametrize("kind", EVIL)
-def test_no_field_of_a_base_runs_its_code(tmp_path: Path, kind: str) -> None:
+def test_no_field_of_a_base_runs_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Without permission, in every verb that reads a base; a plain adapter may name the base, too."""
     evil = tmp_path / "evil"
     pico.llama().save_pretrained(evil)
     config = json.loads((evil / "config.json").read_text())
     (evil / "config.json").write_text(json.dumps({**config, **EVIL[kind]}))
+    asked_of: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
     canary = tmp_path / "canary"
     code = "from transformers import LlamaForCausalLM\nclass Evil(LlamaForCausalLM): pass\n"
     (evil / "payload.py").write_text(f"open({str(canary)!r}, 'w')\n{code}")
@@ -127,6 +142,8 @@ def test_no_field_of_a_base_runs_its_code(tmp_path: Path, kind: str) -> None:
     for read in readers:
         with suppress(SolidifyError):
             read()
-        assert not canary.exists()
-    with pytest.raises(SolidifyError, match=r"trust_remote_code|no class of a model|code of its own"):
+        assert not canary.exists() and not asked_of
+    with pytest.raises(
+        SolidifyError, match=r"trust_remote_code|no class of a model|code of its own|derived from|incomplete"
+    ):
         loading.load_base(str(evil))

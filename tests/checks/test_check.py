@@ -147,10 +147,6 @@ HONEST: dict[str, Callable[[Path], object]] = {
     "what the hub's client leaves": lambda d: (d / ".cache" / "huggingface").mkdir(parents=True),
     "what a stopped run left": lambda d: (d / ".merged.partial-999999").mkdir(),
     "what tools leave in a part": lambda d: (d / "adapter" / ".gitattributes").write_text("x"),
-    "checkpoints that the recipe names": lambda d: (
-        (d / "checkpoints").rename(d / "steps"),
-        reported(d, "x", recipe={"training": {"output_dir": str(d / "steps")}}),
-    ),
 }
 
 

@@ -33,6 +33,7 @@ _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
 # or not; `.*` may stand for a part of it, at most `_WILD` times, so that matching takes no time.
 _NAME = re.compile(r"(\^|\\A)?(\w|\.\*?|-|\\\.|\\-)+(\$|\\Z)?")
 _WILD, _WILD_KEYS, _KEYS = 2, 8, 2**12
+_RANK = 2**10  # up to here a rank that no tensor has, for example where a pattern gives each its own, does no harm
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
 
@@ -55,7 +56,9 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
         faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
         refuse(AdapterError, title, faults or _expression_faults(document))
     if model is not None:
-        document = _with_names(document, directory / WEIGHTS, model)
+        header = format.read_header(directory / WEIGHTS)
+        refuse(AdapterError, title, _rank_faults(document, header))
+        document = _with_names(document, header, model)
     known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
         return LoraConfig(**{key: value for key, value in document.items() if key in known})
@@ -74,18 +77,30 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
         if not _NAME.fullmatch(word) or word.count("*") > _WILD
     ] + [
         f"its {key} holds {len(words)} keys, each of which PEFT compares with every module; at most {_KEYS} are read, "
-        f"{_WILD_KEYS} of them with `.*`"
+        f"{_WILD_KEYS} of them with `.*`, and {_WILD_KEYS} of layers_pattern"
         for key, words in held.items()
-        if len(words) > _KEYS or sum("*" in word for word in words) > _WILD_KEYS
+        if len(words) > (_WILD_KEYS if key == "layers_pattern" else _KEYS)
+        or sum("*" in word for word in words) > _WILD_KEYS
     ]
 
 
-def _with_names(document: dict[str, Any], weights: Path, model: nn.Module) -> dict[str, Any]:
+def _rank_faults(document: Mapping[str, Any], header: Mapping[str, format.Entry]) -> list[str]:
+    """Names ranks that no tensor of the file is long enough for: PEFT would make room for them, whatever it takes."""
+    longest = max([_RANK, *(size for entry in header.values() for size in entry.shape.sizes)])
+    ranks = {"r": document.get("r"), **(document.get("rank_pattern") or {})}
+    return [
+        f"its rank is {rank} ({key}); no tensor of {SAFETENSORS_WEIGHTS_NAME} has more than {longest} rows or columns"
+        for key, rank in ranks.items()
+        if isinstance(rank, int) and rank > longest
+    ]
+
+
+def _with_names(document: dict[str, Any], header: Mapping[str, format.Entry], model: nn.Module) -> dict[str, Any]:
     """Puts names in the place of a regular expression that says which modules are adapted: those that have tensors."""
     targets, excluded = document.get("target_modules"), document.get("exclude_modules")
     if targets == NO_TARGETS or not (isinstance(targets, str) or isinstance(excluded, str)):
         return document
-    names = {found[1] for key in format.read_header(weights) if (found := _ADAPTED.fullmatch(key))}
+    names = {found[1] for key in header if (found := _ADAPTED.fullmatch(key))}
     ends = tuple(f".{word}" for word in document.get("target_parameters") or ())
     parameters = (re.sub(r"^base_model\.model\.|\.base_layer(?=\.)", "", name) for name, _ in model.named_parameters())
     owners = {name.rpartition(".")[0] for name in parameters if f".{name}".endswith(ends)} if ends else set()

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from solidify import files, foreign
+from solidify.artifact import trust
 from solidify.artifact.descent import Ancestor
 from solidify.errors import ArtifactError
 
@@ -74,6 +75,11 @@ def find(before: Ancestor) -> Family:
     Raises:
         ArtifactError: no Auto class maps to the model's class.
     """
+    with trust.never_asking():
+        return _family(before)
+
+
+def _family(before: Ancestor) -> Family:
     heads = _heads(before)
     with torch.device("meta"):
         whole = before.head(before.config)

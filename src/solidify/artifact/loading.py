@@ -88,21 +88,8 @@ def load_base(
     if files.is_directory(reference):
         files.document(Path(reference) / "config.json", RecipeError)
     try:
-        config = AutoConfig.from_pretrained(reference, **options)
-        named = config.architectures if isinstance(config.architectures, list) else []
-        name = next((each for each in named if isinstance(each, str)), "")
-        head = _head(reference, config, name, trust_remote_code)
-        if not trust_remote_code:
-            _refuse_kernels(reference, config)
-        if device == "meta":
-            model, info = on_meta(head, config, dtype, trust_remote_code=trust_remote_code), {}
-        else:
-            where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
-            with layout.as_it_stands() if where != reference else nullcontext():
-                model, info = head.from_pretrained(
-                    where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
-                )  # what is mismatched is in `info`, and refused below
-            model.config._name_or_path = reference
+        with nullcontext() if trust_remote_code else trust.never_asking():
+            model, info, name = _read(reference, dtype, device, options, scratch)
     except Exception as error:
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -124,6 +111,28 @@ def load_base(
     processor = _processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
     tokenizer = _tokenizer(reference, revision, trust_remote_code=trust_remote_code)
     return BaseModel(model.eval(), tokenizer, origin, processor)
+
+
+def _read(
+    reference: str, dtype: str | None, device: str, options: dict[str, Any], scratch: Scratch | None
+) -> tuple[PreTrainedModel, dict[str, Any], str]:
+    """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
+    trusted = options["trust_remote_code"]
+    config = AutoConfig.from_pretrained(reference, **options)
+    named = config.architectures if isinstance(config.architectures, list) else []
+    name = next((each for each in named if isinstance(each, str)), "")
+    head = _head(reference, config, name, trusted)
+    if not trusted:
+        _refuse_kernels(reference, config)
+    if device == "meta":
+        return on_meta(head, config, dtype, trust_remote_code=trusted), {}, name
+    where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
+    with layout.as_it_stands() if where != reference else nullcontext():
+        model, info = head.from_pretrained(
+            where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )  # what is mismatched is in `info`, and refused by the caller
+    model.config._name_or_path = reference
+    return model, info, name
 
 
 def _refuse_unknown(dtype: str | None) -> None:
@@ -156,6 +165,8 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
             f"the base {reference!r} is a {name or 'model of no named class'}, which is no class of a model that "
             "transformers has"
         )
+    if inspect.getattr_static(head, "__init__") is inspect.getattr_static(PreTrainedModel, "__init__"):
+        raise RecipeError(f"the base {reference!r} is a {name}, which is no model but what models are derived from")
     return head
 
 

@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from transformers import dynamic_module_utils
+
 from solidify import disk, files
 from solidify.artifact import manifest
 from solidify.artifact.manifest import CARD, NAME, Manifest, shown
@@ -51,6 +53,21 @@ def permitting(digest: str) -> Iterator[None]:
         yield
     finally:
         _permitted.reset(token)
+
+
+@contextmanager
+def never_asking() -> Iterator[None]:
+    """Keeps transformers from asking at the terminal, inside of the block, whether code may run: it is refused.
+
+    A model of several parts builds them by Auto classes to which nobody can pass what is permitted. The time that
+    transformers gives for an answer is private there (`TIME_OUT_REMOTE_CODE`, 5.23); 0 means that nobody answers.
+    """
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
