@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pico
 from solidify import cli, ours, pipeline, recipe, results
 from solidify.artifact import manifest
 from solidify.checks import check
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, ObjectiveError
 from solidify.findings import Finding, Report
 from solidify.tuning import checkpoints
 
@@ -188,8 +189,17 @@ def test_only_a_checkpoint_that_reached_the_disk_is_gone_on_from(copied: Path) -
     fingerprint = checkpoints.read(newest)["fingerprint"]
     assert checkpoints.last(where, fingerprint, 1) == newest
     weights = newest / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:10])
+    content = weights.read_bytes()
+    for spoilt in (content[:10], bytes([*content[:-1], content[-1] ^ 1])):
+        weights.write_bytes(spoilt)
+        assert checkpoints.last(where, fingerprint, 1) == before
+    weights.write_bytes(content)
+    assert checkpoints.last(where, fingerprint, 1) == newest
+    (newest / checkpoints.NAME).write_bytes(pickle.dumps(print))
+    checkpoints.seal(newest)
     assert checkpoints.last(where, fingerprint, 1) == before
+    with pytest.raises(ObjectiveError, match=r"objective.pt is not what a trainer of solidify writes"):
+        checkpoints.read(newest)
     (before / ours.LISTING).unlink()
     assert checkpoints.last(where, fingerprint, 1) is None
 

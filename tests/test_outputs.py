@@ -376,14 +376,14 @@ def test_a_checkpoint_of_another_program_is_not_ours(tmp_path: Path, kind: str) 
     (tmp_path / "checkpoint-1").mkdir()
     FOREIGN[kind](tmp_path / "checkpoint-1")
     with pytest.raises(ArtifactError):
-        places.refuse_foreign_checkpoints(tmp_path)
+        places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
 
 
 @pytest.mark.parametrize("kind", EDITED)
 def test_a_checkpoint_with_a_file_of_somebodys_is_not_replaced(tmp_path: Path, kind: str) -> None:
     EDITED[kind](checkpoint(tmp_path / "checkpoint-1", sealed=True))
     with pytest.raises(ArtifactError, match="checkpoint-1 holds"):
-        places.refuse_foreign_checkpoints(tmp_path)
+        places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
 
 
 def test_checkpoints_of_ours_are_ours(tmp_path: Path) -> None:
@@ -394,9 +394,9 @@ def test_checkpoints_of_ours_are_ours(tmp_path: Path) -> None:
         tmp_path / "checkpoint-4" / ".objective.pt"
     )
     (tmp_path / "checkpoint-4" / "adapter_config.json").unlink()
-    places.refuse_foreign_checkpoints(tmp_path)
+    places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
     shutil.copytree(tmp_path, tmp_path.with_name("copied"))
-    places.refuse_foreign_checkpoints(tmp_path.with_name("copied"))
+    places.refuse_foreign_checkpoints(tmp_path.with_name("copied"), tmp_path.with_name("run"))
     assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True) == []
     (tmp_path / "checkpoint-1" / "adapter_config.json").unlink()
     assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True)

@@ -14,6 +14,7 @@ from solidify import files
 from solidify.artifact import manifest, signature
 from solidify.errors import SolidifyError
 from solidify.findings import Report
+from solidify.weights.hashing import digest_large
 
 PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
@@ -92,7 +93,7 @@ def unlike_a_run(directory: Path) -> list[str]:
         if what is None and path.name in PARTS:
             what = _unlike_a_part(path)
         elif what is None and path.name == CHECKPOINTS:
-            what = "; ".join(in_checkpoints(path)) or None
+            what = "; ".join(in_checkpoints(path, whole=True)) or None
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
         elif what is None and path.name == PAGE:
@@ -151,8 +152,11 @@ def page_digests(directory: Path) -> dict[str, str]:
     return {PAGE: _digest(directory / PAGE)} if (directory / PAGE).is_file() else {}
 
 
-def in_checkpoints(directory: Path) -> list[str]:
-    """Says what in a directory of checkpoints is not one that a trainer of solidify wrote or was about to write."""
+def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
+    """Says what in a directory of checkpoints is not one that a trainer of solidify wrote or was about to write.
+
+    With `whole`, also what in those that were written to their end is not what was written; all of it is read.
+    """
     if not directory.is_dir():
         return ["not a directory"]
     faults = []
@@ -164,7 +168,8 @@ def in_checkpoints(directory: Path) -> list[str]:
         if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
             faults.append(f"{path.name} is no checkpoint")
         else:
-            faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path)]
+            complete = whole and os.path.lexists(path / LISTING)
+            faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path, whole=complete)]
     return faults
 
 
@@ -174,7 +179,7 @@ def _by_a_trainer(card: Path) -> bool:
 
 
 def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
-    """Says what in a checkpoint its list does not name; with `whole`, also what is not as long as it was.
+    """Says what in a checkpoint its list does not name; with `whole`, also what has not the digest that it lists.
 
     One that was not finished has no list, but our own file.
     """
@@ -183,9 +188,8 @@ def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
         listed = files.document(directory / LISTING)["files"]
         own = {name for name in names if _LATER.fullmatch(name)}
         strange = sorted(name for name in names - own if name not in listed)
-        sizes = {name: (directory / name).stat().st_size for name in names}
-        torn = sorted(name for name, size in listed.items() if whole and sizes.get(name) != size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        torn = sorted(n for n, d in listed.items() if whole and (n not in names or digest_large(directory / n) != d))
+    except (SolidifyError, OSError, ValueError, KeyError, TypeError, AttributeError):
         begun = not whole and _is_begun(directory, names)
         return [] if begun else ["was not written to its end by a trainer of solidify"]
     return [

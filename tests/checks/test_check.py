@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from solidify.artifact import certificate, manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.export import merge
 from solidify.findings import Finding, Report
+from solidify.tuning import checkpoints
 from training import awake
 
 
@@ -48,7 +48,7 @@ def finished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = directory / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "objective.pt").write_text("x")
-    (checkpoint / "files.json").write_text(json.dumps({"files": {"objective.pt": 1}}))
+    checkpoints.seal(checkpoint)
     reported(directory, "the page")
     return directory
 
@@ -106,6 +106,10 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an edited page": (lambda d: appended(d / "report.html"), "report.html is not the page that a run wrote"),
     "a swapped page": (lambda d: (d / "report.html").write_text("of another run"), "report.html is not the page"),
+    "a changed byte of a checkpoint": (
+        lambda d: (d / "checkpoints" / "checkpoint-2" / "objective.pt").write_text("y"),
+        "checkpoint-2 lacks objective.pt as the trainer wrote it",
+    ),
     "no page": (lambda d: (d / "report.html").unlink(), "report.html is missing, which report.json lists"),
 }
 

@@ -17,8 +17,9 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from solidify import disk, files, ours
+from solidify import disk, files, foreign, ours
 from solidify.errors import ObjectiveError
+from solidify.weights.hashing import digest_large
 
 NAME = ours.OBJECTIVE
 
@@ -37,14 +38,14 @@ def write(directory: Path, remembered: Mapping[str, Any]) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Lists the files of a checkpoint that is complete, once they would outlive a power cut; without it, none is whole.
+    """Lists the files of a complete checkpoint and their digests, once they would outlive a power cut; without it, none is whole.
 
     Raises:
         OSError: the disk became full.
     """
     disk.sync_tree(directory)
-    files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
-    disk.write(directory / ours.LISTING, json.dumps({"files": files}, indent=1) + "\n")
+    listed = {p.relative_to(directory).as_posix(): digest_large(p) for p in directory.rglob("*") if p.is_file()}
+    disk.write(directory / ours.LISTING, json.dumps({"files": listed}, indent=1) + "\n")
     disk.sync(directory.parent)
 
 
@@ -52,12 +53,15 @@ def read(directory: Path) -> dict[str, Any]:
     """Reads it again; no code in the file is run.
 
     Raises:
-        ObjectiveError: the checkpoint was not written by a trainer of solidify.
+        ObjectiveError: the checkpoint was not written by a trainer of solidify, or is spoilt.
     """
     path = directory / NAME
     if not path.is_file():
         raise ObjectiveError(f"{directory} holds no {NAME}: a trainer of solidify did not write it, or not to its end")
-    remembered: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    with foreign.calling(f"{path} is not what a trainer of solidify writes", ObjectiveError):
+        remembered: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(remembered, dict) or "fingerprint" not in remembered:
+            raise ObjectiveError(f"{path} does not say of which run it is: a trainer of solidify did not write it")
     return remembered
 
 

@@ -34,6 +34,17 @@ def digest_file(path: Path) -> str:
     return digest_bytes(files.content(path))
 
 
+def digest_large(path: Path) -> str:
+    """Returns the digest of a file of any size, which is read in pieces.
+
+    Raises:
+        ArtifactError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    files.require_regular(path)
+    return str(blake3().update_mmap(path).hexdigest())
+
+
 def digest_values(values: Any) -> str:
     """Returns the digest of plain values, whatever the order of their keys."""
     return digest_bytes(json.dumps(values, sort_keys=True).encode())
