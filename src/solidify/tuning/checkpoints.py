@@ -38,7 +38,7 @@ def write(directory: Path, remembered: Mapping[str, Any]) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Lists the files of a complete checkpoint and their digests, once they would outlive a power cut; without it, none is whole.
+    """Lists a complete checkpoint's files by digest, once they would outlive a power cut; without it, none is whole.
 
     Raises:
         OSError: the disk became full.
