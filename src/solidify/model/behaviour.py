@@ -7,6 +7,7 @@ that has no solidify runs it by its path.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ PROPERTIES = {
 }
 RECORDS = ("hidden_states", "attentions", "router_logits")
 OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
+GRANTED = ("rows", "cache/later")  # what a lean control does not measure
 FAILED = float("inf")  # the distance of what does not run
 
 _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
@@ -65,7 +67,11 @@ Parts = dict[str, torch.Tensor]  # what is watched, (batch_size, sequence_length
 @dataclass
 class Reading:
     """What the probes measured: `distances` by name (`cache/steps` is a part of `cache`; what cannot be measured is
-    missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed."""
+    missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed.
+
+    A `lean` control takes two things of the unchanged model for granted, which cost a pass each and which no family of
+    transformers but one lacks: a row alone is as within the batch, and a later single step is as the first.
+    """
 
     distances: dict[str, float] = field(default_factory=dict)
     recorded: dict[str, list[Any]] = field(default_factory=dict)
@@ -76,6 +82,7 @@ class Reading:
     dtype: torch.dtype = torch.float32
     way: tuple[str, str, str] = ("reordered", "crop", "all")
     draws: bool = False
+    lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,10 @@ class Watched:
         self.positions = int(tokens.shape[1]) if self.stream is not None else 0
         self.decoder = self.stream is not None and not model.config.is_encoder_decoder
 
-    def read(self, control: Reading | None = None, *, whole: bool = True) -> Reading:
+    def read(self, control: Reading | None = None, *, whole: bool = True, lean: bool = False) -> Reading:
         """Runs all probes; with `control`, in the way in which they worked there. Without `whole`, one run only.
+
+        A control may be `lean` (see `Reading`); what it is compared with is not.
 
         What the model keeps in buffers, and random numbers, are afterwards what they were.
 
@@ -178,7 +187,7 @@ class Watched:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with _evaluation(self.model), _chance_kept(), _instead(self.model, self.values), torch.no_grad():
             try:
-                return self._read(control, whole)
+                return self._read(control, whole, lean if control is None else control.lean)
             finally:
                 for buffer, value in buffers:
                     if buffer.shape != value.shape or not torch.equal(buffer, value):
@@ -213,14 +222,14 @@ class Watched:
         other.dtype = self.dtype
         return other
 
-    def _read(self, control: Reading | None, whole: bool) -> Reading:
-        reading = Reading(dtype=self.dtype)
+    def _read(self, control: Reading | None, whole: bool, lean: bool) -> Reading:
+        reading = Reading(dtype=self.dtype, lean=lean)
         packs = [(control.packed, control.padded)] if control is not None else self._packs()
         for packed, padded in packs:
             batch = self._batch(packed, padded)
             _seed(0)
             try:
-                plain = self._call(batch)
+                plain = (self._recording(reading, batch) if whole and lean else None) or self._call(batch)
             except Exception:
                 if (packed, padded) == packs[-1]:
                     raise
@@ -240,7 +249,7 @@ class Watched:
             return reading
         self._padding(reading, batch, plain.parts)
         self._cache(reading, batch, plain.parts, control)
-        self._alone(reading, batch, plain.parts)
+        self._alone(reading, batch, plain.parts, granted=lean and control is None)
         if control is not None or drawn:
             self._again(reading, batch, plain.parts, drawn)
         else:  # without chance, the unchanged model is taken to be the same again
@@ -331,21 +340,32 @@ class Watched:
         name = next((key for key in _CACHES if key in self.takes), None)
         if name is None or self.stream is None or self.positions < 4:
             return
-        best: dict[str, float] | None = None
-        for way in _WAYS if control is None else [control.way]:
-            trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
-            self._pieces(trial, batch, plain, name, later=1 if control is None else 2)
-            whole = _WAYS[-1] == way or {key.partition("/")[2] for key in trial.distances} >= {
-                "prefill",
-                way[0],
-                way[1],
-            }
-            if control is not None or (whole and _rounding(trial)) or best is None:
-                best, reading.way = trial.distances, way
-            if control is not None or (whole and _rounding(trial)):
-                reading.errors |= trial.errors
-                break
-        reading.distances |= best or {}
+        if control is not None:
+            trial = Reading(dtype=self.dtype, padded=reading.padded, way=control.way)
+            self._pieces(trial, batch, plain, name, later=2)
+            reading.way, best = control.way, trial
+        else:
+            best = self._way(reading, batch, plain, name)
+            reading.way = best.way
+        reading.errors |= best.errors
+        reading.distances |= best.distances
+
+    def _way(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str) -> Reading:
+        """Returns what the first way shows in which the unchanged model's cache works, or else the first way of all.
+
+        A lean control takes one single step, of one row alone, if the cache can be cut to it and all is rounding.
+        """
+        first: Reading | None = None
+        for way in _WAYS:
+            for later in (0, 1) if reading.lean else (1,):
+                trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
+                self._pieces(trial, batch, plain, name, later=later)
+                seen = {key.partition("/")[2] for key in trial.distances}
+                if _rounding(trial) and (way == _WAYS[-1] or seen >= {"prefill", way[0], way[1]}):
+                    return trial
+            first = first or dataclasses.replace(trial, errors={})
+        assert first is not None
+        return first
 
     def _pieces(
         self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str, *, later: int
@@ -353,7 +373,7 @@ class Watched:
         """Runs a prefill, a second piece (over reordered rows), and single steps (after a crop).
 
         The `later` ones are of one row alone, where the cache can be cut to it: one token is all that the model is
-        given. The control makes one of them: whether the cache can be cut shows there.
+        given. With none of them, the step after the crop is of one row alone.
         """
         assert self.stream is not None
         ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
@@ -380,13 +400,19 @@ class Watched:
         except Exception as error:
             reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
             return
-        cache = self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
+        first = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
+        single, alone = f"cache/{reading.way[1]}", _cut(wanted, slice(0, 1))
+        if not later and _first_row_of(cache):
+            self._piece(reading, single, first, alone, (back, back + 1), name, cache)
+            if single in reading.distances:
+                reading.distances["cache/later"] = reading.distances[single]
+            return
+        cache = self._piece(reading, single, turned, wanted, (back, back + 1), name, cache)
         if cache is None:
             return
         if _first_row_of(cache):
-            turned = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
-            wanted = _cut(wanted, slice(0, 1))
-        for at in range(back + 1, min(back + 1 + later, self.positions)):
+            turned, wanted = first, alone
+        for at in range(back + 1, min(back + 1 + max(later, 1), self.positions)):
             if self._piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
                 return
 
@@ -436,25 +462,33 @@ class Watched:
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
         return cache
 
-    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
-        """Runs the first row alone, and asks for what the model can record."""
+    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, *, granted: bool) -> None:
+        """Runs the first row alone, unless it is `granted` that it is as within the batch; records, if not yet done."""
         rows = len(next(iter(plain.values())))
         alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
+        if granted or (reading.lean and not alone):
+            reading.distances |= {"rows": 0.0} if alone else {}
+            return
         row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
         inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
-        flags = [key for key in RECORDS if self._records(key)]
-        found = None
-        if not self.leave:
-            for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
-                wanted = {f"output_{key}": True for key in asked if key in flags}
-                found = self._try(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
-                if found is not None:
-                    reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
-                    break
+        found = None if reading.lean else self._recording(reading, inputs, rows=1 if alone else None)
         if found is None:
             found = self._try(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:
             reading.distances["rows"] = apart(found.parts, _cut(plain, slice(row, row + 1)))
+
+    def _recording(self, reading: Reading, inputs: Mapping[str, Any], *, rows: int | None = None) -> _Seen | None:
+        """Calls the model and asks for all that it can record, or for what of it works; None where nothing does."""
+        flags = [key for key in RECORDS if self._records(key)] if not self.leave else []
+        for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))) if flags else ():
+            wanted = {f"output_{key}": True for key in asked if key in flags}
+            _seed(0)
+            found = self._try(reading, asked[0], inputs, rows=rows, **wanted)
+            if found is not None:
+                reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
+                return found
+        _seed(0)
+        return None
 
     def _records(self, key: str) -> bool:
         if key == "hidden_states":
@@ -628,12 +662,14 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if not wanted.numel():
         return 0.0
     a, b = found.float(), wanted.float()
-    kept = torch.isfinite(b)
-    if not bool(kept.all()):
+    size = torch.linalg.vector_norm(b)
+    if not bool(torch.isfinite(size)):
+        kept = torch.isfinite(b)
         a, b = a.where(kept, 0.0), b.where(kept, 0.0)
-    squares = (a - b).square()
-    rows = squares.flatten(2).mean(-1) if squares.ndim > 2 else squares.mean(-1)
-    far = float(rows.max().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))
+        size = torch.linalg.vector_norm(b)
+    off = (a - b).flatten(2) if a.ndim > 2 else a - b
+    rows = torch.linalg.vector_norm(off, dim=-1) / off.shape[-1] ** 0.5
+    far = float(rows.max() / (size / b.numel() ** 0.5).clamp(min=1e-30))
     return FAILED if far != far else far
 
 

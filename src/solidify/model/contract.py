@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from solidify import foreign
@@ -124,9 +126,12 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def with_habits(module: nn.Module, call: Call) -> Call:
-    """Adds to a call of an original what the module does beside it: see `Call.habits`."""
-    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call)})
+def with_habits(module: nn.Module, call: Call, *, lean: bool = False) -> Call:
+    """Adds to a call of an original what the module does beside it: see `Call.habits`.
+
+    With `lean` it is taken for granted that it works in half precision.
+    """
+    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call, lean=lean)})
 
 
 def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
@@ -223,11 +228,11 @@ def _covers(found: Any, wanted: Any) -> bool:
     return bool(found) or not wanted
 
 
-def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
+def _habits(module: nn.Module, call: Call, *, lean: bool = False) -> dict[str, Any]:
     with _buffers_kept(module), anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
-            found["half_precision"] = _works_in_half(module, call)
+            found["half_precision"] = lean or _works_in_half(module, call)
     return found
 
 
@@ -274,8 +279,9 @@ def _works_in_half(module: nn.Module, call: Call) -> bool:
     """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
     args, kwargs = (_mapped(part, _half) for part in (call.args, call.kwargs))
     wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
+    configs = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)}
     for cast in (_all_of_it, _first_children):
-        twin = foreign.attempt(deepcopy, module)
+        twin = foreign.attempt(deepcopy, module, {key: copy(config) for key, config in configs.items()})
         if twin.value is None:
             return False
         with torch.no_grad():
@@ -356,7 +362,12 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-def constructor(module_class: type[nn.Module]) -> dict[str, inspect.Parameter]:
+def constructor(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a module's constructor by name, without `self`."""
+    return _constructor(module_class)  # type: ignore[arg-type]  # torch types a module's hash by hand
+
+
+@lru_cache(maxsize=16)
+def _constructor(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     parameters = list(inspect.signature(module_class.__init__).parameters.values())[1:]
-    return {parameter.name: parameter for parameter in parameters}
+    return MappingProxyType({parameter.name: parameter for parameter in parameters})
