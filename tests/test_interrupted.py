@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ import pico
 from solidify import cli, ours, pipeline, recipe, results
 from solidify.artifact import manifest
 from solidify.checks import check
-from solidify.errors import ArtifactError, ObjectiveError
+from solidify.errors import ArtifactError, ObjectiveError, RecipeError
 from solidify.findings import Finding, Report
 from solidify.tuning import checkpoints
 
@@ -242,3 +243,45 @@ def test_checkpoints_and_a_run_do_not_lie_in_each_other(beside: Path, tmp_path: 
     with pytest.raises(ArtifactError, match=r"neither may lie in the other; leave it out"):
         pipeline.run(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_the_training_names_runs_no_code(
+    beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL reads it without a word about what is permitted; transformers would ask at the terminal."""
+    evil, canary = tmp_path / "evil", tmp_path / "canary"
+    shutil.copytree(beside / "base", evil)
+    leading = {"AutoTokenizer": ["payload.Evil", "payload.Evil"]}
+    (evil / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": leading}))
+    (evil / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "payload.Evil"}}))
+    (evil / "payload.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    asked_of: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
+    made = load(beside, "g.yaml", document(chat_template_path=str(evil)))
+    with pytest.raises(RecipeError, match="does not take the training section"):
+        pipeline.run(made, tmp_path / "out")
+    assert not canary.exists() and not asked_of
+
+
+STRANGE = {
+    "a word for a list": {"label_names": "labels"},
+    "a number for words": {"optim_args": 2.5},
+    "a list for a mapping": {"lr_scheduler_kwargs": []},
+    "a fraction of a row": {"per_device_train_batch_size": 1e5},
+    "an object": {"parallelism_config": "x"},
+    "nobody to report to": {"report_to": "x"},
+    "an unknown argument": {"lr_scheduler_kwargs": {"a": 1}},
+    "an unknown loss": {"loss_type": "x"},
+    "an unknown level": {"log_level": "x"},
+    "an unknown token": {"eos_token": "x"},
+    "no pair": {"optim_args": "x"},
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_training_section_that_no_trainer_takes_ends_in_a_sentence(
+    beside: Path, tmp_path: Path, strange: str
+) -> None:
+    made = load(beside, "h.yaml", document(**STRANGE[strange]))
+    with pytest.raises(RecipeError, match=r"does not fit: training\.|does not take the training section|stopped"):
+        pipeline.run(made, tmp_path / "out")

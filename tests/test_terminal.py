@@ -414,3 +414,18 @@ def test_inspect_says_what_it_takes(place: Path, tmp_path: Path) -> None:
     says("the name of the model is empty", "inspect", "")
     Manifest(kind="adapter", base={"path": "x"}, trained=GOOD_TRAINED).write(tmp_path)
     says("is an adapter, and no model; name a hub id", "inspect", str(tmp_path))
+
+
+def test_who_reads_one_line_ends_nothing_in_a_failure(trash_artifact: Path) -> None:
+    """A closed pipe is no failed check; with `| head -1` the exit code is that of the command."""
+    command = f"{sys.executable} -m solidify inspect {trash_artifact} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    for _ in range(2):
+        assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
+
+
+def test_a_base_that_holds_an_adapter_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    pico.llama().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for device in ("cpu", "meta"):
+        with pytest.raises(RecipeError, match=r"holds an adapter too .*merge that first"):
+            loading.load_base(str(tmp_path), device=device)

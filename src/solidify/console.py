@@ -66,6 +66,10 @@ class _Console(Console):
         for piece in super().render(renderable, options):
             yield piece if piece.control else Segment(printable(piece.text), piece.style)
 
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError: who read the output has read enough, and nothing failed (rich would end with 1)."""
+        raise BrokenPipeError
+
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints.
 

@@ -299,7 +299,13 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     ledger = roundtrip.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)
-    return written, [*findings, *carried.findings(), _counted(ledger, made, merger)]
+    return written, [*findings, *_unread(sources.adapter), *carried.findings(), _counted(ledger, made, merger)]
+
+
+def _unread(adapter: Path) -> list[Finding]:
+    """Says that what a regular expression of the adapter's file reaches was not asked."""
+    why = "no regular expression of a file is run: what the adapter holds tensors for is merged, and all of that"
+    return [Finding.unseen(f"{field} reaches what is merged", why) for field in configured.expressions(adapter)]
 
 
 def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:

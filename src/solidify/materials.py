@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from solidify import console, files, foreign, processes, references
-from solidify.artifact import companions, loading, manifest
+from solidify.artifact import companions, loading, manifest, trust
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases, corpus
@@ -324,15 +324,17 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
         examples, held_out = make_examples(recipe, processor)
         collate = make_collator(recipe, processor)
         options = {"train_dataset": examples, "eval_dataset": held_out, "data_collator": collate}
-    trainer = kind(
-        model=model,
-        args=arguments,
-        processing_class=processor if recipe.data.image is not None else _tokenizer(processor),
-        objective=objective,
-        parameter_groups=parameter_groups(recipe),
-        group_by=recipe.data.group_by,
-        **options,
-    )
+    refused = foreign.calling(f"{kind.__name__} does not take the training section", RecipeError)
+    with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
+        trainer = kind(
+            model=model,
+            args=arguments,
+            processing_class=processor if recipe.data.image is not None else _tokenizer(processor),
+            objective=objective,
+            parameter_groups=parameter_groups(recipe),
+            group_by=recipe.data.group_by,
+            **options,
+        )
     if recipe.data.image is not None and [term.loss for term in recipe.objective] == ["model"]:
         _refuse_idle_rows(trainer)
     return trainer, trainer.train_dataset

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from solidify import console, disk, export, materials, ours, places, processes, results
+from solidify import console, disk, export, foreign, materials, ours, places, processes, results
 from solidify.adapter import adapters, storage
 from solidify.adapter import plan as planning
 from solidify.artifact import certificate, loading, manifest, sources, tensors
@@ -298,7 +298,8 @@ def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradien
         console.words.print(f"Going on from {checkpoint}")
     elif resume and any(where.glob("checkpoint-*")):
         console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    with foreign.calling("the training stopped", RecipeError, remedy="--resume goes on from its last checkpoint"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return witness
 
 

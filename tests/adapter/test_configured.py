@@ -276,7 +276,10 @@ def test_expressions_of_honest_adapters_become_names(tmp_path: Path, base: Path,
     directory = adapter(tmp_path / "adapter", **settings)
     found = PeftModel.from_pretrained(pico.olmoe(), directory).merge_and_unload().state_dict()
     configure(directory, **{key: SLOW for key in ("target_modules", "exclude_modules") if key in settings})
-    solidify.merge(directory, beside(directory), base=base)
+    report = solidify.merge(directory, beside(directory), base=base)
+    unseen = {each.name for each in report.findings if each.verdict == "not looked at"}
+    asked = [key for key in ("target_modules", "exclude_modules") if isinstance(settings.get(key), str)]
+    assert {f"{key} reaches what is merged" for key in asked if settings[key] != "all-linear"} <= unseen
 
     plain = AutoModelForCausalLM.from_pretrained(beside(directory)).state_dict()
     assert all(torch.equal(tensor, plain[key]) for key, tensor in found.items())

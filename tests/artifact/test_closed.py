@@ -61,6 +61,8 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
     "weights": lambda d: written(d / "pytorch_model.bin", "pickled"),
     "compiled code": lambda d: written(d / "__pycache__" / "trashcan_moe.cpython-311.pyc", "x"),
     "a hidden file": lambda d: written(d / ".env", "X=1"),
+    "a name like a draft's": lambda d: written(d / ".model.sig.partial", "x"),
+    "a name like another draft's": lambda d: written(d / ".solidify.json.anything", "x"),
     "an empty directory": lambda d: (d / "additional_chat_templates").mkdir(),
     "a link": lambda d: (d / "note.txt").symlink_to(d / "README.md"),
     "a link for a file": lambda d: linked(d / "trashcan_moe.py"),
@@ -148,7 +150,12 @@ def test_the_honest_directory_is_read_by_every_reader(trash_artifact: Path, copy
 def test_what_tools_leave_is_no_stranger(trash_artifact: Path, copy_of: Copy) -> None:
     """Version control and the hub's client leave files that nothing opens; they are not in what transformers reads."""
     directory = copy_of(trash_artifact)
-    for name in (".git/HEAD", ".gitattributes", ".cache/huggingface/download/config.json.metadata"):
+    for name in (
+        ".git/HEAD",
+        ".gitattributes",
+        ".model.sig.partial-12",
+        ".cache/huggingface/download/config.json.metadata",
+    ):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("x")
     assert solidify.load(directory) is not None

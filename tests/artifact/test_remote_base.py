@@ -147,3 +147,50 @@ def test_no_field_of_a_base_runs_its_code(tmp_path: Path, monkeypatch: pytest.Mo
         SolidifyError, match=r"trust_remote_code|no class of a model|code of its own|derived from|incomplete"
     ):
         loading.load_base(str(evil))
+
+
+def _audio(directory: Path, payload: Path) -> None:
+    there = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(payload)}
+    (directory / "processor_config.json").write_text(json.dumps({"audio_tokenizer": there}))
+
+
+def _audio_beside(directory: Path, payload: Path) -> None:
+    there = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(payload)}
+    (directory / "audio_tokenizer_config.json").write_text(json.dumps(there))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"processor_class": "WhisperProcessor"}))
+
+
+def _tokenizer_of_a_processor(directory: Path, payload: Path) -> None:
+    """Of a family that has a processor and no tokenizer: transformers forgets there what is permitted."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "vocab_size": 32}
+    convolutions |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    pico.make("SEWModel", **sizes, **convolutions).save_pretrained(directory)
+    leading = {"AutoTokenizer": ["payload.Evil", "payload.Evil"]}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": leading}))
+    told = {"feature_extractor_type": "Wav2Vec2FeatureExtractor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps(told))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open
+@pytest.mark.parametrize("spoil", [_audio, _audio_beside, _tokenizer_of_a_processor])
+def test_no_field_of_a_processor_runs_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path, Path], None]
+) -> None:
+    evil, canary = tmp_path / "evil", tmp_path / "canary"
+    pico.llama().save_pretrained(evil)
+    spoil(evil, evil)
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "payload.Evil"}}))
+    code = "from transformers import LlamaForCausalLM\nclass Evil(LlamaForCausalLM): pass\n"
+    (evil / "payload.py").write_text(f"open({str(canary)!r}, 'w')\n{code}")
+    asked_of: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
+    for read in (
+        lambda: materials.skeleton(str(evil)),
+        lambda: loading.load_base(str(evil)),
+        lambda: loading.tokenizer_in(evil),
+    ):
+        with suppress(SolidifyError):
+            read()
+        assert not canary.exists() and not asked_of

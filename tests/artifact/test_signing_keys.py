@@ -15,6 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID as For
 from model_signing import verifying
 
 import solidify
@@ -115,7 +116,9 @@ class Office:
     key: Path
 
 
-def certified(directory: Path, name: str, *, usage: bool = True) -> Office:
+def certified(
+    directory: Path, name: str, *, usage: bool = True, purposes: tuple[x509.ObjectIdentifier, ...] = ()
+) -> Office:
     above, below = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
 
     def named(text: str) -> x509.Name:
@@ -137,6 +140,8 @@ def certified(directory: Path, name: str, *, usage: bool = True) -> Office:
         if not ca:
             mail = x509.SubjectAlternativeName([x509.RFC822Name(f"{name}@example.org")])
             builder = builder.add_extension(mail, critical=False)
+        if not ca and purposes:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         return builder.sign(above, hashes.SHA256())
 
     directory.mkdir()
@@ -190,6 +195,20 @@ def test_another_name_root_or_use_of_a_certificate_is_refused(
     solidify.sign(directory, useless.key, certificate=useless.certificate, certificate_chain=[useless.root])
     with pytest.raises(CheckFailed, match="cannot be used for signing"):
         solidify.verify(directory, certificate_chain=[useless.root])
+
+
+@pytest.mark.parametrize("more", [(), (For.CODE_SIGNING,)], ids=["servers alone", "code too"])
+def test_a_certificate_for_servers_is_none_to_sign_with(
+    trash_artifact: Path, copy_of: Copy, tmp_path: Path, more: tuple[x509.ObjectIdentifier, ...]
+) -> None:
+    holder = certified(tmp_path / "server", "ada", purposes=(For.SERVER_AUTH, *more))
+    directory = copy_of(trash_artifact)
+    solidify.sign(directory, holder.key, certificate=holder.certificate, certificate_chain=[holder.root])
+    if more:
+        assert solidify.verify(directory, certificate_chain=[holder.root]).names[0] == "ada"
+        return
+    with pytest.raises(CheckFailed, match=r"for other uses alone .*, and not for signing code"):
+        solidify.verify(directory, certificate_chain=[holder.root])
 
 
 def test_certificates_that_do_not_fit_are_refused_before_anything_is_written(

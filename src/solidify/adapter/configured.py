@@ -84,6 +84,13 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def expressions(directory: Path) -> list[str]:
+    """Names the fields of an adapter that say by a regular expression what is adapted: none of a file is run."""
+    document = _document(directory / CONFIG_NAME)
+    fields = {key: document.get(key) for key in ("target_modules", "exclude_modules")}
+    return [key for key, value in fields.items() if isinstance(value, str) and value != NO_TARGETS]
+
+
 def _rank_faults(document: Mapping[str, Any], header: Mapping[str, format.Entry]) -> list[str]:
     """Names ranks that no tensor of the file is long enough for: PEFT would make room for them, whatever it takes."""
     longest = max([_RANK, *(size for entry in header.values() for size in entry.shape.sizes)])

@@ -88,6 +88,21 @@ def names(der: bytes) -> tuple[str, ...]:
         return tuple(dict.fromkeys(read()))
 
 
+def purpose_fault(der: bytes) -> str | None:
+    """Returns why a certificate is not one to sign with: it names what it is for, and that is something else."""
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID as For
+
+    with foreign.calling("the certificate cannot be read", ArtifactError):
+        held = x509.load_der_x509_certificate(der).extensions
+        purposes = [extension.value for extension in held if isinstance(extension.value, x509.ExtendedKeyUsage)]
+        named = [each for purpose in purposes for each in purpose]
+    if not named or {For.CODE_SIGNING, For.ANY_EXTENDED_KEY_USAGE} & set(named):
+        return None
+    told = ", ".join(each.dotted_string for each in named)
+    return f"its certificate is for other uses alone (extended key usage {told}), and not for signing code"
+
+
 def _read(path: Path, what: str, wrong: tuple[str, ...]) -> bytes:
     files.require_regular(path, largest=LARGEST)
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from peft.utils import CONFIG_NAME
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -118,6 +119,11 @@ def _read(
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
+    if _has(reference, CONFIG_NAME, options["revision"]):
+        raise RecipeError(
+            f"the base {reference!r} holds an adapter too ({CONFIG_NAME}), which transformers would put on it; merge "
+            "that first (`solidify merge`), or remove the file"
+        )
     config = AutoConfig.from_pretrained(reference, **options)
     named = config.architectures if isinstance(config.architectures, list) else []
     name = next((each for each in named if isinstance(each, str)), "")
@@ -223,12 +229,12 @@ def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -
         faults = manifest.faults(directory, record, card=False, weights=weights)
         refuse(ArtifactError, f"{directory} is not what was written", faults)
         trust.require(record, directory, trust_remote_code)
-        with private.copy(directory, record) as own:
+        with private.copy(directory, record) as own, trust.never_asking():
             yield record, own
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
-    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", RecipeError):
+    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", RecipeError), trust.never_asking():
         try:
             return AutoTokenizer.from_pretrained(
                 reference, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -254,9 +260,10 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
         RecipeError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
     """
     reason, brought = "transformers finds a tokenizer alone", [PROCESSOR_NAME]
-    read = foreign.attempt(
-        AutoProcessor.from_pretrained, reference, revision=revision or "main", trust_remote_code=trust_remote_code
-    )
+    with trust.never_asking():
+        read = foreign.attempt(
+            AutoProcessor.from_pretrained, reference, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     if read.error is not None:
         reason = " ".join(str(read.error).split())
         brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in

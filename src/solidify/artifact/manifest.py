@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import unicodedata
@@ -34,7 +35,7 @@ KINDS = ("artifact", "adapter", "stock")
 # and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
 LEFT_BY_TOOLS = (".gitattributes", ".gitignore", ".DS_Store")
 LEFT_BY_TOOLS_IN = (".git", ".cache/huggingface")
-_DRAFTS = (f".{NAME}.", f".{SIGNATURE}.")  # of what was interrupted while it was written (`disk.write`)
+_DRAFT = re.compile(rf"\.({re.escape(NAME)}|{re.escape(SIGNATURE)})\.partial-\d+")  # of an interrupted `disk.write`
 _DIGESTS = ("code", "files", "tensors", "headers")
 _NAMED = 6  # names in one sentence
 
@@ -268,7 +269,7 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
 def _is_left_by_tools(name: str, what: str) -> bool:
     if what == "directory":
         return name in LEFT_BY_TOOLS_IN
-    return what == "file" and (name in LEFT_BY_TOOLS or name.startswith(_DRAFTS))
+    return what == "file" and (name in LEFT_BY_TOOLS or _DRAFT.fullmatch(name) is not None)
 
 
 def left_by_tools(path: Path) -> bool:

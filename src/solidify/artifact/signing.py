@@ -121,8 +121,10 @@ def verify_record(
             wrong = _unlike(verifying, directory, found)
     if not wrong and found.kind == "certificate":
         found = replace(found, names=keys.names(found.certificate))
+        fault = keys.purpose_fault(found.certificate)
+        wrong = [fault] if fault is not None else []
         if name is not None and name not in found.names:
-            wrong = [f"its certificate is for {', '.join(map(shown, found.names)) or 'nobody'}, and not for {name}"]
+            wrong += [f"its certificate is for {', '.join(map(shown, found.names)) or 'nobody'}, and not for {name}"]
     refuse(CheckFailed, f"{directory} is not verified", wrong)
     return found
 

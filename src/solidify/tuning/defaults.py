@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from solidify import foreign
 
@@ -56,18 +56,24 @@ _AT_LEAST = {
 
 
 def of_another_kind(given: Mapping[str, Any], kinds: Sequence[type]) -> list[str]:
-    """Says which fields are to hold numbers and hold none, or one that no training can have.
+    """Says which fields hold something that is not of their kind, or a number that no training can have.
 
-    `kinds` are the classes whose fields they may be; a field that may also hold words is not looked at.
+    `kinds` are the classes whose fields they may be, and what those are declared to hold decides.
     """
     hints = {key: hint for kind in reversed(kinds) for key, hint in get_type_hints(kind).items()}
     found = []
     for key, value in given.items():
         allowed = {*(get_args(hints[key]) or (hints[key],))} - {type(None)} if key in hints else set()
-        if not allowed or not allowed <= {int, float, bool} or value is None:
+        if not allowed or value is None:
+            continue
+        if not allowed <= {int, float, bool}:  # what is switched on or off becomes words in transformers
+            found += (
+                [f"training.{key} is {value!r}, and not {_declared(hints[key])}"] if _strange(hints[key], value) else []
+            )
             continue
         read = foreign.attempt(TypeAdapter(hints[key]).validate_python, value)
-        if read.failed or (isinstance(value, bool) and bool not in allowed):
+        broken = isinstance(value, float) and float not in allowed
+        if read.failed or broken or (isinstance(value, bool) and bool not in allowed):
             words = {int: "a whole number", float: "a number", bool: "true or false"}
             found.append(f"training.{key} is {value!r}, and not {' or '.join(words[k] for k in words if k in allowed)}")
         elif key in _AT_LEAST and isinstance(read.value, (int, float)) and not read.value >= _AT_LEAST[key]:
@@ -80,6 +86,19 @@ def of_another_kind(given: Mapping[str, Any], kinds: Sequence[type]) -> list[str
     if not found and steps == -1 and isinstance(epochs, (int, float)) and not epochs > 0:
         found.append(f"training.num_train_epochs is {epochs}; give it a number above 0")
     return found
+
+
+def _strange(hint: Any, value: Any) -> bool:
+    """Returns whether a value is not what a field is declared to hold; what cannot be told is not strange."""
+    if isinstance(value, bool):
+        return False
+    adapter = foreign.attempt(TypeAdapter, hint, config=ConfigDict(arbitrary_types_allowed=True)).value
+    return adapter is not None and foreign.attempt(adapter.validate_python, value).failed
+
+
+def _declared(hint: Any) -> str:
+    parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    return " or ".join(str(part) if get_args(part) else str(getattr(part, "__name__", part)) for part in parts)
 
 
 def _unheld(given: Mapping[str, Any], held_out: bool) -> list[str]:
