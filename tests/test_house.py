@@ -14,7 +14,19 @@ import solidify
 
 PACKAGE = Path(solidify.__file__).parent
 ROOMS = ("weights", "model", "source", "artifact", "adapter", "objective", "losses", "tuning", "checks")
-SPINE_BELOW = {"errors", "disk", "files", "foreign", "findings", "ours", "places", "results", "console", "processes"}
+SPINE_BELOW = {
+    "errors",
+    "disk",
+    "files",
+    "foreign",
+    "findings",
+    "ours",
+    "places",
+    "results",
+    "console",
+    "processes",
+    "markup",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -71,7 +83,8 @@ def test_imports_point_left(path: Path) -> None:
 
 def test_the_recipe_is_known_to_the_pipeline_the_command_line_and_the_demo_alone() -> None:
     knowing = {name_of(path) for path in FILES if "solidify.recipe" in imports(path, lazily=True)}
-    assert knowing == {f"solidify{part}" for part in ("", ".materials", ".dry_run", ".pipeline", ".cli", ".demo.story")}
+    parts = ("", ".materials", ".dry_run", ".pipeline", ".building", ".cli", ".demo.story")
+    assert knowing == {f"solidify{part}" for part in parts}
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "modules", "builtin", "demo"])

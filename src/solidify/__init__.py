@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from solidify.artifact.signing import sign as sign
     from solidify.artifact.signing import verify as verify
     from solidify.artifact.solidify import Artifact as Artifact
-    from solidify.artifact.solidify import build as build
     from solidify.artifact.trust import trust as trust
+    from solidify.building import build as build
     from solidify.checks.check import check as check
     from solidify.dry_run import plan as plan
     from solidify.errors import AdapterError as AdapterError
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from solidify.objective.window import windows as windows
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
+    from solidify.session import Surgery as Surgery
     from solidify.tuning.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.tuning.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -76,12 +77,13 @@ _WHERE = {
     "Report": "findings",
     "Schedule": "objective.weights",
     "SolidifyError": "errors",
+    "Surgery": "session",
     "SurgeryError": "errors",
     "Term": "objective.term",
     "add": "model.heads",
     "adopt": "artifact.adopting",
     "attach": "adapter.adapters",
-    "build": "artifact.solidify",
+    "build": "building",
     "check": "checks.check",
     "insert": "model.depth",
     "load": "adapter.storage",

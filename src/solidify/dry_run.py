@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from solidify import console, materials
+from solidify import console, markup, materials
 from solidify.adapter import adapters, standing
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
@@ -22,12 +22,12 @@ from solidify.model.surgery import Bypassing, Edit
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import Recipe
+from solidify.recipe import Recipe, given
 from solidify.tuning import data, groups, kernels
 from solidify.tuning.trainer import refuse_half_precision
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a recipe would do.
 
@@ -71,13 +71,24 @@ class Plan:
             "files": self.files,
         }
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{count:,} tensors {what}" for what, count in self.counts.items())
+        return f"Plan({len(self.edits)} edits; {parts}; {sum(self.trainable.values()):,} parameters trained)"
 
-def plan(recipe: Recipe) -> Plan:
-    """Resolves a recipe on the meta device: every edit, what would be trained, costs. Nothing is written.
+    def _repr_html_(self) -> str:
+        rows = [(edit.name, edit.old_class, edit.new_class) for edit in self.edits]
+        return markup.table(repr(self), ("module", "before", "after"), rows)
+
+
+def plan(recipe: Recipe | str | Path) -> Plan:
+    """Resolves a recipe, or the one at a path, on the meta device: every edit, what would be trained, costs.
+
+    Nothing is written.
 
     Raises:
         SolidifyError: whatever a run would refuse before it computes anything.
     """
+    recipe = given(recipe)
     base = materials.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
     vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)

@@ -19,7 +19,17 @@ from collections.abc import Iterable
 
 
 class SolidifyError(Exception):
-    """Root of everything that solidify raises on purpose."""
+    """Root of everything that solidify raises on purpose.
+
+    `faults` are the single things that are wrong, a sentence each: those of a whole stage are raised together.
+    """
+
+    faults: tuple[str, ...]
+
+    def __init__(self, message: str = "", faults: Iterable[str] = ()) -> None:
+        """Makes an error of a message; without `faults`, that is the one fault."""
+        super().__init__(message)
+        self.faults = tuple(faults) or (message,)
 
 
 class RecipeError(SolidifyError, ValueError):
@@ -54,6 +64,6 @@ def refuse(kind: type[SolidifyError], title: str, faults: Iterable[str]) -> None
     """Raises `kind` with all `faults` under one `title`; does nothing when there is no fault."""
     listed = list(faults)
     if len(listed) == 1:
-        raise kind(f"{title}: {listed[0]}")
+        raise kind(f"{title}: {listed[0]}", listed)
     if listed:
-        raise kind(f"{title}:\n" + "\n".join(f"  - {fault}" for fault in listed))
+        raise kind(f"{title}:\n" + "\n".join(f"  - {fault}" for fault in listed), listed)

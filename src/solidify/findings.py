@@ -15,7 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from solidify import disk, files
+from solidify import disk, files, markup
 from solidify.errors import CheckFailed
 
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
@@ -64,7 +64,7 @@ class Finding:
         return cls(document["name"], document["passed"], document["evidence"], looked)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Findings by stage, in order, and the numbers that were measured beside them."""
 
@@ -101,6 +101,13 @@ class Report:
     def told(self) -> dict[str, str]:
         """How many findings of each stage have each verdict, in words."""
         return {stage: tell(Report("", {stage: found}).verdicts) for stage, found in self.stages.items()}
+
+    def __repr__(self) -> str:
+        return f"Report({self.subject}: {tell(self.verdicts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(stage, f.name, f.verdict, f.evidence) for stage, found in self.stages.items() for f in found]
+        return markup.table(self.subject, ("stage", "promise", "verdict", "evidence"), rows, tell(self.verdicts))
 
     def document(self) -> dict[str, Any]:
         """Returns the report as plain values."""
@@ -140,7 +147,7 @@ class Report:
     def require(self) -> None:
         """Raises CheckFailed when a finding failed or nothing was proved."""
         if not self.passed:
-            raise CheckFailed(self.failure())
+            raise CheckFailed(self.failure(), [f"{finding.name}: {finding.evidence}" for finding in self.failed])
 
     def failure(self) -> str:
         """Says which findings failed, a line each."""

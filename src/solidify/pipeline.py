@@ -21,7 +21,7 @@ from solidify.errors import ArtifactError, CheckFailed, RecipeError, SolidifyErr
 from solidify.findings import Finding, Report
 from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
-from solidify.recipe import Recipe
+from solidify.recipe import Recipe, given
 from solidify.tuning import checkpoints, data
 from solidify.tuning.progress import TrainingBar
 from solidify.weights import hashing, spilling
@@ -40,18 +40,21 @@ def output_of(recipe: Recipe, output: str | Path | None) -> Path:
     return Path(output if output is not None else recipe.output or "")
 
 
-def run(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False, link: bool = True) -> Report:
-    """Does every stage that the recipe names and writes `report.json` and `report.html` beside the results.
+def run(
+    recipe: Recipe | str | Path, output: str | Path | None = None, *, resume: bool = False, link: bool = True
+) -> Report:
+    """Does every stage that a recipe names and writes `report.json` and `report.html` beside the results.
 
-    With `resume`, stages whose result is there, and was made by the same recipe, are not repeated, and training goes on
-    from its last checkpoint. Without `link`, weight files that stay as they are are copied and not linked. Of several
-    processes (torchrun, `accelerate launch`) all train, and the first does
-    everything else.
+    `recipe` may be the path of one. With `resume`, stages whose result is there, and was made by the same recipe, are
+    not repeated, and training goes on from its last checkpoint. Without `link`, weight files that stay as they are are
+    copied and not linked. Of several processes (torchrun, `accelerate launch`) all train, and the first does everything
+    else.
 
     Raises:
         SolidifyError: the recipe or the data is wrong, or a result does not hold.
         CheckFailed: a check failed; the report is written first.
     """
+    recipe = given(recipe)
     directory = output_of(recipe, output)
     materials.join(recipe, directory)
     report, finished = processes.on_first(lambda: _begin(recipe, directory, resume))

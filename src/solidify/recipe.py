@@ -7,6 +7,7 @@ to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -169,6 +170,16 @@ class Recipe(_Section):
             raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
         return self
 
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
+
+        Raises:
+            RecipeError: no such file, not YAML, an unknown key, a wrong type, an override that points nowhere. All
+                faults that a reading of the whole can name are listed together.
+        """
+        return load(path, list(overrides))
+
     def document(self) -> dict[str, Any]:
         """Returns the recipe as plain values, with the keys of the YAML file."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -183,6 +194,11 @@ class Recipe(_Section):
         names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
         found = [*(self.directory / name for name in names), *map(Path, models)]
         return [path for path in found if os.path.exists(path)]
+
+
+def given(recipe: Recipe | str | Path) -> Recipe:
+    """Returns a recipe as it is, or reads the one at a path."""
+    return recipe if isinstance(recipe, Recipe) else load(recipe)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:

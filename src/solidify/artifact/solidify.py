@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from solidify import console, foreign, places
+from solidify import console, foreign, markup, places
 from solidify.artifact import (
     autos,
     certificate,
@@ -29,7 +29,7 @@ from solidify.artifact import (
 )
 from solidify.artifact.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
-from solidify.findings import Finding
+from solidify.findings import Finding, Report, tell
 from solidify.model import anatomy, ledger, operations
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import cost
@@ -45,13 +45,20 @@ class Saveable(Protocol):
         """Writes its files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A finished directory, its manifest, and what the fresh process found."""
 
     directory: Path
     manifest: Manifest
     findings: list[Finding]
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.directory}: {tell(Report('', {'build': self.findings}).verdicts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(finding.name, finding.verdict, finding.evidence) for finding in self.findings]
+        return markup.table(repr(self), ("promise", "verdict", "evidence"), rows)
 
 
 def build(

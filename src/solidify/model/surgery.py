@@ -47,7 +47,7 @@ class Bypassing(Protocol):
     bypass: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit:
     """What was done at one place.
 
@@ -63,10 +63,10 @@ class Edit:
 
     name: str
     old_class: str
-    module_class: type[nn.Module] | None = field(repr=False)
+    module_class: type[nn.Module] | None
     arguments: dict[str, Any]
     supplied: tuple[str, ...]
-    tensors: dict[str, str | None] = field(repr=False)
+    tensors: dict[str, str | None]
     dropped: tuple[str, ...]
     frozen: tuple[str, ...]
     parameters_before: int
@@ -85,6 +85,11 @@ class Edit:
     def new_class(self) -> str:
         """The class name of what stands there now."""
         return self.module_class.__name__ if self.module_class is not None else self.old_class
+
+    def __repr__(self) -> str:
+        new = sum(origin is None for origin in self.tensors.values())
+        change = self.old_class if self.new_class == self.old_class else f"{self.old_class} -> {self.new_class}"
+        return f"Edit({self.operation} {self.name}: {change}, {new} tensors new, {len(self.dropped)} dropped)"
 
     def document(self) -> dict[str, Any]:
         """Returns the record as plain values for a manifest or a report."""

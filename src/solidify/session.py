@@ -1,0 +1,91 @@
+"""Surgery from Python: the edits of one model, selected before they are made, collected, shown and built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify import markup
+from solidify.artifact import solidify
+from solidify.artifact.solidify import Artifact, Saveable
+from solidify.model import depth, heads, selection, surgery
+from solidify.model.selection import Selection, Where
+from solidify.model.surgery import Edit
+
+
+class Surgery:
+    """The changes of one model, in the order in which they are made; every verb is the function of its name.
+
+    Each verb takes what `select` takes, or a selection; it changes the model in place, all or nothing, and returns the
+    records of what it did. `edits` are those of all verbs, and `build` writes the artifact.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Begins without an edit; the model is not touched."""
+        self.model = model
+        self.edits: list[Edit] = []
+
+    def select(self, where: Where) -> Selection:
+        """Finds modules, and changes nothing: print what is returned, or leave it to the notebook, to see them.
+
+        Raises:
+            SurgeryError: nothing is found.
+        """
+        return selection.select(self.model, where)
+
+    def replace(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
+        """Replaces the modules, as `solidify.replace` does with the same options."""
+        return self._keep(surgery.replace(self.model, self._names(where), module, **options))
+
+    def share(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
+        """Puts one new module at all of the places, as `solidify.share` does with the same options."""
+        return self._keep(surgery.share(self.model, self._names(where), module, **options))
+
+    def insert(self, where: Where | Selection, **options: Any) -> list[Edit]:
+        """Inserts a copy after each of the layers, as `solidify.insert` does with the same options."""
+        return self._keep(depth.insert(self.model, self._names(where), **options))
+
+    def remove(self, where: Where | Selection, **options: Any) -> list[Edit]:
+        """Removes the layers, as `solidify.remove` does with the same options."""
+        return self._keep(depth.remove(self.model, self._names(where), **options))
+
+    def add(self, name: str, module: type[nn.Module], *, reads: str, **options: Any) -> list[Edit]:
+        """Adds a module that reads what another returns, as `solidify.add` does with the same options."""
+        return self._keep(heads.add(self.model, name, module, reads=reads, **options))
+
+    def build(
+        self,
+        directory: str | Path,
+        *,
+        tokenizer: Saveable | None = None,
+        base: Mapping[str, Any] | None = None,
+        link: bool = True,
+    ) -> Artifact:
+        """Writes the artifact and verifies it in a fresh process, as `solidify.build` does.
+
+        Raises:
+            SolidifyError: as `solidify.build`; nothing is then left at the directory.
+        """
+        origin = dict(base) if base is not None else None
+        return solidify.build(self.model, self.edits, directory, tokenizer=tokenizer, base=origin, link=link)
+
+    def _names(self, where: Where | Selection) -> str | Sequence[str]:
+        """Hands patterns on as they are: what is wrong with them is said of them."""
+        if isinstance(where, Selection):
+            return list(where)
+        return list(self.select(where)) if isinstance(where, type) or callable(where) else where
+
+    def _keep(self, edits: list[Edit]) -> list[Edit]:
+        self.edits += edits
+        return edits
+
+    def __repr__(self) -> str:
+        return f"Surgery({type(self.model).__name__}, {len(self.edits)} edits)"
+
+    def _repr_html_(self) -> str:
+        rows = [(edit.operation, edit.name, edit.old_class, edit.new_class) for edit in self.edits]
+        return markup.table(repr(self), ("operation", "module", "before", "after"), rows)

@@ -1,0 +1,124 @@
+"""What a Python user sees: a surgery that shows what it hits, recipes by their path, errors and short words."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import pico
+import solidify
+from pico import wrappers
+from solidify.errors import ArtifactError, RecipeError, SurgeryError
+
+
+def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
+    model = pico.llama()
+    surgery = solidify.Surgery(model)
+    by_pattern = surgery.select("model.layers.*.mlp")
+    assert list(by_pattern) == ["model.layers.0.mlp", "model.layers.1.mlp"] and len(by_pattern) == 2
+    assert surgery.select(LlamaMLP) == by_pattern
+    assert surgery.select(lambda name, module: name.endswith(".mlp")) == by_pattern
+    assert surgery.select(["model.layers.1.mlp", "model.layers.0.mlp"]) == by_pattern  # in the order of the model
+    assert repr(by_pattern) == "Selection(2 LlamaMLP)" and by_pattern.classes == {"LlamaMLP": 2}
+    size = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
+    assert str(by_pattern).splitlines() == [
+        "LlamaForCausalLM",
+        "├ model",
+        "│ ├ layers",
+        "│ │ ├ *",
+        f"│ │ │ ├ mlp  ● LlamaMLP x 2, {2 * size:,} parameters",
+    ]
+    page = by_pattern._repr_html_()
+    assert "model.layers.*.mlp" in page and "<table>" in page
+    assert surgery.edits == [] and isinstance(model.model.layers[0].mlp, LlamaMLP)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("model.layer.*.mlp", "names no module; did you mean|names no module"),
+        (["model.layers.*.mlp", "nothing"], "'nothing' names no module"),
+        (nn.Conv2d, "no module is a Conv2d; there are .*Linear"),
+        (lambda name, module: False, "of none of .* modules the function is true"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(where: object, words: str) -> None:
+    with pytest.raises(SurgeryError, match=words):
+        solidify.Surgery(pico.llama()).select(where)  # type: ignore[arg-type]
+
+
+def test_a_surgery_collects_its_edits_and_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pico.unwitnessed(monkeypatch)
+    surgery = solidify.Surgery(pico.llama())
+    surgery.insert("model.layers.1", zero=["self_attn.o_proj", "mlp.down_proj"])
+    hit = surgery.select(lambda name, module: isinstance(module, LlamaMLP) and ".0." in name)
+    assert [edit.name for edit in surgery.replace(hit, wrappers.Scaled, expect="LlamaMLP", count=1)] == list(hit)
+    surgery.replace(["model.layers.1.mlp", "model.layers.2.mlp"], wrappers.Scaled, count=2)
+    with pytest.raises(SurgeryError, match="4 were expected"):
+        surgery.replace("model.layers.*.self_attn.q_proj", wrappers.Scaled, count=4)
+    assert [edit.operation for edit in surgery.edits] == ["rearrange", "replace", "replace", "replace"]
+    assert repr(surgery) == "Surgery(LlamaForCausalLM, 4 edits)" and "Scaled" in surgery._repr_html_()
+    built = surgery.build(tmp_path / "artifact")
+    assert built.directory == tmp_path / "artifact" and len(built.manifest.edits) == 4
+    assert solidify.load(built.directory) is not None
+
+
+def written(directory: Path) -> Path:
+    pico.llama().save_pretrained(directory / "base")
+    step = {"replace": "model.layers.*.mlp", "expect": "LlamaMLP", "with": f"{wrappers.__file__}:Scaled"}
+    (directory / "recipe.yaml").write_text(yaml.safe_dump({"base": {"model": "base"}, "surgery": [step]}))
+    return directory / "recipe.yaml"
+
+
+def test_a_recipe_is_taken_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pico.unwitnessed(monkeypatch)
+    path = written(tmp_path)
+    recipe = solidify.Recipe.load(path, ["surgery.0.count=2"])
+    assert recipe.surgery[0].count == 2  # type: ignore[union-attr]
+    plan = solidify.plan(path)
+    assert repr(plan).startswith("Plan(2 edits; ") and "LlamaMLP" in plan._repr_html_()
+    report = solidify.run(str(path), tmp_path / "out")
+    assert repr(report).startswith(f"Report({tmp_path / 'out'}: ") and "<td" in report._repr_html_()
+    built = solidify.build(path, directory=tmp_path / "other")
+    assert built.directory == tmp_path / "other" / "artifact"
+    assert repr(built).startswith(f"Artifact({built.directory}: ")
+    assert built.manifest.tensors == solidify.build(recipe, directory=tmp_path / "third").manifest.tensors
+    with pytest.raises(ArtifactError, match="a recipe says everything itself; leave out edits, base"):
+        solidify.build(path, [], tmp_path / "fourth", base={})
+    with pytest.raises(RecipeError, match="nothing says where results go"):
+        solidify.build(path)
+    with pytest.raises(ArtifactError, match="an edited model is built from its edits into a directory"):
+        solidify.build(pico.llama())
+
+
+def test_an_error_lists_its_faults(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: {modle: x, dtype: 3}\n")
+    with pytest.raises(RecipeError) as caught:
+        solidify.Recipe.load(tmp_path / "recipe.yaml")
+    assert len(caught.value.faults) >= 3 and all(fault in str(caught.value) for fault in caught.value.faults)
+    assert pickle.loads(pickle.dumps(caught.value)).faults == caught.value.faults
+    with pytest.raises(RecipeError) as single:
+        solidify.Recipe.load(tmp_path / "none.yaml")
+    assert single.value.faults == (str(single.value),)
+
+
+def test_records_are_short_words() -> None:
+    model = pico.llama()
+    (edit, _) = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
+    assert repr(edit) == "Edit(replace model.layers.0.mlp: LlamaMLP -> Scaled, 1 tensors new, 0 dropped)"
+
+
+def test_what_a_notebook_shows_is_escaped() -> None:
+    report = solidify.Report("<script>")
+    report.add("<b>", [solidify.Finding("a", True, "<img src=x>")])
+    page = report._repr_html_()
+    assert "<script>" not in page and "<img" not in page and "&lt;img" in page
+
+
+def test_types_are_published() -> None:
+    assert (Path(solidify.__file__).parent / "py.typed").is_file()
