@@ -70,7 +70,8 @@ class Reading:
     missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed.
 
     A `lean` control takes two things of the unchanged model for granted, which cost a pass each and which no family of
-    transformers but one lacks: a row alone is as within the batch, and a later single step is as the first.
+    transformers but one lacks: a row alone is as within the batch, and a later single step is as the first. Such a
+    control, and what is compared with it, record with the first piece over a cache (`at_prefill`), if there is one.
     """
 
     distances: dict[str, float] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Reading:
     way: tuple[str, str, str] = ("reordered", "crop", "all")
     draws: bool = False
     lean: bool = False
+    at_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Watched:
             batch = self._batch(packed, padded)
             _seed(0)
             try:
-                plain = (self._recording(reading, batch) if whole and lean else None) or self._call(batch)
+                plain = self._call(batch)
             except Exception:
                 if (packed, padded) == packs[-1]:
                     raise
@@ -249,7 +251,8 @@ class Watched:
             return reading
         self._padding(reading, batch, plain.parts)
         self._cache(reading, batch, plain.parts, control)
-        self._alone(reading, batch, plain.parts, granted=lean and control is None)
+        granted = lean and control is None and (reading.at_prefill or self.leave)
+        self._alone(reading, batch, plain.parts, granted=granted)
         if control is not None or drawn:
             self._again(reading, batch, plain.parts, drawn)
         else:  # without chance, the unchanged model is taken to be the same again
@@ -342,11 +345,13 @@ class Watched:
             return
         if control is not None:
             trial = Reading(dtype=self.dtype, padded=reading.padded, way=control.way)
+            trial.at_prefill = reading.at_prefill = control.at_prefill
             self._pieces(trial, batch, plain, name, later=2)
             reading.way, best = control.way, trial
         else:
             best = self._way(reading, batch, plain, name)
-            reading.way = best.way
+            reading.way, reading.at_prefill = best.way, bool(best.recorded)
+        reading.recorded |= best.recorded
         reading.errors |= best.errors
         reading.distances |= best.distances
 
@@ -358,7 +363,7 @@ class Watched:
         first: Reading | None = None
         for way in _WAYS:
             for later in (0, 1) if reading.lean else (1,):
-                trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
+                trial = Reading(dtype=self.dtype, padded=reading.padded, way=way, at_prefill=reading.lean)
                 self._pieces(trial, batch, plain, name, later=later)
                 seen = {key.partition("/")[2] for key in trial.distances}
                 if _rounding(trial) and (way == _WAYS[-1] or seen >= {"prefill", way[0], way[1]}):
@@ -376,7 +381,7 @@ class Watched:
         given. With none of them, the step after the crop is of one row alone.
         """
         assert self.stream is not None
-        ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
+        ends = [self.prefill, max(2, self.positions - 3)]
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
@@ -436,18 +441,13 @@ class Watched:
     ) -> Any:
         """Runs positions `part` over a cache, notes how far they are from the plain run, and returns the cache."""
         begin, end = part
-        assert self.stream is not None
-        inputs = dict(batch)
-        inputs[self.stream] = batch[self.stream][:, begin:end]
-        if self.decoder and "attention_mask" in batch:
-            inputs["attention_mask"] = batch["attention_mask"][:, 0 if reading.way[2] == "all" else begin : end]
-        for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
-            if key in batch:
-                inputs[key] = batch[key][:, begin:end]
-        if begin and self.decoder:  # images and the like are among the first tokens
-            inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
+        inputs = self._positions(reading, batch, begin, end)
         options: dict[str, Any] = {"use_cache": True, **({name: cache} if cache is not None else {})}
-        found = self._try(reading, label, inputs, positions=end - begin, **options)
+        found = None
+        if reading.at_prefill and not begin:
+            found = self._recording(reading, inputs, positions=end, **options)
+        if found is None:
+            found = self._try(reading, label, inputs, positions=end - begin, **options)
         if found is None or not found.parts:
             return None
         cache = found.cache.get(name) or cache
@@ -462,32 +462,53 @@ class Watched:
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
         return cache
 
+    def _positions(
+        self, reading: Reading, batch: Mapping[str, torch.Tensor], begin: int, end: int
+    ) -> dict[str, torch.Tensor]:
+        """Returns what the model is given of some positions."""
+        assert self.stream is not None
+        inputs = dict(batch)
+        inputs[self.stream] = batch[self.stream][:, begin:end]
+        if self.decoder and "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"][:, 0 if reading.way[2] == "all" else begin : end]
+        for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+            if key in batch:
+                inputs[key] = batch[key][:, begin:end]
+        if begin and self.decoder:  # images and the like are among the first tokens
+            inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
+        return inputs
+
+    @property
+    def prefill(self) -> int:
+        """How many positions the first piece over a cache has."""
+        return self.positions - 5 if self.positions > 7 else 1
+
     def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, *, granted: bool) -> None:
         """Runs the first row alone, unless it is `granted` that it is as within the batch; records, if not yet done."""
         rows = len(next(iter(plain.values())))
         alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
-        if granted or (reading.lean and not alone):
+        if granted:
             reading.distances |= {"rows": 0.0} if alone else {}
             return
+        if reading.at_prefill and not reading.recorded:  # over a cache the model does not run, or records nothing
+            self._recording(reading, self._positions(reading, batch, 0, self.prefill), positions=self.prefill)
         row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
         inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
-        found = None if reading.lean else self._recording(reading, inputs, rows=1 if alone else None)
-        if found is None:
+        found = None if reading.at_prefill else self._recording(reading, inputs, rows=1 if alone else None)
+        if found is None and (alone or not reading.at_prefill):
             found = self._try(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:
             reading.distances["rows"] = apart(found.parts, _cut(plain, slice(row, row + 1)))
 
-    def _recording(self, reading: Reading, inputs: Mapping[str, Any], *, rows: int | None = None) -> _Seen | None:
+    def _recording(self, reading: Reading, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
         """Calls the model and asks for all that it can record, or for what of it works; None where nothing does."""
         flags = [key for key in RECORDS if self._records(key)] if not self.leave else []
         for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))) if flags else ():
             wanted = {f"output_{key}": True for key in asked if key in flags}
-            _seed(0)
-            found = self._try(reading, asked[0], inputs, rows=rows, **wanted)
+            found = self._try(reading, asked[0], inputs, **options, **wanted)
             if found is not None:
                 reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
                 return found
-        _seed(0)
         return None
 
     def _records(self, key: str) -> bool:
