@@ -142,10 +142,10 @@ def test_the_demos_recipe_is_the_example() -> None:
 
 
 def test_the_trees_in_the_documents_name_what_exists() -> None:
-    tree = (PACKAGE.parents[1] / "README.md").read_text()
+    tree = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
     for path in FILES:
         if path.name not in ("__init__.py", "__main__.py"):
-            assert path.stem in tree, f"README's file tree lacks {name_of(path)}"
+            assert path.stem in tree, f"the file tree of docs/architecture.md lacks {name_of(path)}"
 
 
 def test_signatures_stay_small() -> None:
