@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from solidify.building import build as build
     from solidify.checks.check import check as check
     from solidify.dry_run import plan as plan
+    from solidify.edits import Surgery as Surgery
     from solidify.errors import AdapterError as AdapterError
     from solidify.errors import ArtifactError as ArtifactError
     from solidify.errors import CheckFailed as CheckFailed
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from solidify.objective.window import windows as windows
     from solidify.pipeline import run as run
     from solidify.recipe import Recipe as Recipe
-    from solidify.session import Surgery as Surgery
     from solidify.tuning.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.tuning.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -77,7 +77,7 @@ _WHERE = {
     "Report": "findings",
     "Schedule": "objective.weights",
     "SolidifyError": "errors",
-    "Surgery": "session",
+    "Surgery": "edits",
     "SurgeryError": "errors",
     "Term": "objective.term",
     "add": "model.heads",

@@ -45,6 +45,18 @@ class Forgets(nn.Module):
         return found * 2 if wrong else found
 
 
+class OneRow(nn.Module):
+    """A layer that is wrong at a single step of several rows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(x)
+        return found * 2 if x.shape[1] == 1 and x.shape[0] > 1 else found
+
+
 class NeedsFloat32(nn.Module):
     """A feed-forward whose own arithmetic is float32 whatever it is given."""
 
@@ -68,6 +80,7 @@ def odd(kind: type[nn.Module], layer: int) -> PreTrainedModel:
 ODD: dict[str, Callable[[], PreTrainedModel]] = {
     "rows": lambda: odd(OfItsBatch, 0),
     "later steps": lambda: odd(Forgets, 0),
+    "single steps of several rows": lambda: odd(OneRow, 0),
     "half precision": lambda: odd(NeedsFloat32, 1),
     "a family whose later steps are wrong": lambda: families.tiny("moshi"),
 }
@@ -83,7 +96,7 @@ def test_a_base_that_does_not_keep_it_may_be_changed(kind: str) -> None:
     assert [edit.name for edit in edits] == names
 
 
-@pytest.mark.parametrize("kind", [OfItsBatch, Forgets, NeedsFloat32])
+@pytest.mark.parametrize("kind", [OfItsBatch, Forgets, OneRow, NeedsFloat32])
 def test_a_change_that_does_not_keep_it_is_refused(kind: type[nn.Module]) -> None:
     class Planted(nn.Module):
         """The same as a user's module."""

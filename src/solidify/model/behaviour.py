@@ -37,7 +37,7 @@ PROPERTIES = {
 }
 RECORDS = ("hidden_states", "attentions", "router_logits")
 OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
-GRANTED = ("rows", "cache/later")  # what a lean control does not measure
+GRANTED = ("rows", "cache/later", "cache/crop", "cache/steps")  # what a lean control measures of one row, or not
 FAILED = float("inf")  # the distance of what does not run
 
 _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
@@ -70,8 +70,9 @@ class Reading:
     missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed.
 
     A `lean` control takes two things of the unchanged model for granted, which cost a pass each and which no family of
-    transformers but one lacks: a row alone is as within the batch, and a later single step is as the first. Such a
-    control, and what is compared with it, record with the first piece over a cache (`at_prefill`), if there is one.
+    transformers but one lacks: a row alone is as within the batch, and all single steps are as the first of one row.
+    Such a control, and what is compared with it, record with the first piece over a cache (`at_prefill`), if there is
+    one.
     """
 
     distances: dict[str, float] = field(default_factory=dict)
