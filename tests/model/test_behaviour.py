@@ -414,3 +414,44 @@ def test_a_base_that_holds_nan_is_named_before_anything_is_changed(dtype: torch.
     for change in changes:
         with pytest.raises(SurgeryError, match=words):
             change()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e15, 1e20, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 7), (2, 4, 3, 8)])
+def test_the_distance_is_that_of_float64(scale: float, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(len(shape))
+    wanted = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    found = (wanted.double() + torch.randn(shape, generator=generator, dtype=torch.float64) * scale * 0.05).to(dtype)
+    off, whole = found.double() - wanted.double(), wanted.double()
+    rows = (off.flatten(2) if off.ndim > 2 else off).square().mean(-1).sqrt()
+    assert behaviour.distance(found, wanted) == pytest.approx(
+        float(rows.max() / whole.square().mean().sqrt()), rel=1e-4
+    )
+
+
+def test_a_small_difference_in_float64_is_seen() -> None:
+    wanted = torch.randn(2, 4, 8, dtype=torch.float64)
+    assert 1e-10 < behaviour.distance(wanted * (1 + 1e-9), wanted) < 1e-8
+    assert behaviour.distance(wanted * float("nan"), wanted) == behaviour.FAILED
+
+
+class _NaNInHalf(nn.Module):
+    """An attention that returns NaN in half precision."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.scale = original, nn.Parameter(torch.ones(1))
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        first, *rest = self.inner(*args, **kwargs)
+        return (first * self.scale * (float("nan") if first.dtype == torch.bfloat16 else 1.0), *rest)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_masks_of_the_lowest_number_do_not_hide_half_precision(kernel: str) -> None:
+    """An eager mask holds the lowest float32, which bfloat16 would round to infinity, and a padded row to NaN."""
+    model = pico.llama(attn_implementation=kernel)
+    with pytest.raises(SurgeryError, match="bfloat16"):
+        solidify.replace(model, "model.layers.*.self_attn", _NaNInHalf)
+    solidify.replace(model, "model.layers.*.self_attn", behaving.Scaled)

@@ -7,7 +7,6 @@ that has no solidify runs it by its path.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +36,6 @@ PROPERTIES = {
 }
 RECORDS = ("hidden_states", "attentions", "router_logits")
 OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
-GRANTED = ("rows", "cache/later", "cache/crop", "cache/steps")  # what a lean control measures of one row, or not
 FAILED = float("inf")  # the distance of what does not run
 
 _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
@@ -67,13 +65,7 @@ Parts = dict[str, torch.Tensor]  # what is watched, (batch_size, sequence_length
 @dataclass
 class Reading:
     """What the probes measured: `distances` by name (`cache/steps` is a part of `cache`; what cannot be measured is
-    missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed.
-
-    A `lean` control takes two things of the unchanged model for granted, which cost a pass each and which no family of
-    transformers but one lacks: a row alone is as within the batch, and all single steps are as the first of one row.
-    Such a control, and what is compared with it, record with the first piece over a cache (`at_prefill`), if there is
-    one.
-    """
+    missing), the shapes that were `recorded` by output, the result `plain`, and the `errors` of probes that failed."""
 
     distances: dict[str, float] = field(default_factory=dict)
     recorded: dict[str, list[Any]] = field(default_factory=dict)
@@ -84,8 +76,6 @@ class Reading:
     dtype: torch.dtype = torch.float32
     way: tuple[str, str, str] = ("reordered", "crop", "all")
     draws: bool = False
-    lean: bool = False
-    at_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,10 +167,8 @@ class Watched:
         self.positions = int(tokens.shape[1]) if self.stream is not None else 0
         self.decoder = self.stream is not None and not model.config.is_encoder_decoder
 
-    def read(self, control: Reading | None = None, *, whole: bool = True, lean: bool = False) -> Reading:
+    def read(self, control: Reading | None = None, *, whole: bool = True) -> Reading:
         """Runs all probes; with `control`, in the way in which they worked there. Without `whole`, one run only.
-
-        A control may be `lean` (see `Reading`); what it is compared with is not.
 
         What the model keeps in buffers, and random numbers, are afterwards what they were.
 
@@ -190,7 +178,7 @@ class Watched:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with _evaluation(self.model), _chance_kept(), _instead(self.model, self.values), torch.no_grad():
             try:
-                return self._read(control, whole, lean if control is None else control.lean)
+                return self._read(control, whole)
             finally:
                 for buffer, value in buffers:
                     if buffer.shape != value.shape or not torch.equal(buffer, value):
@@ -225,8 +213,8 @@ class Watched:
         other.dtype = self.dtype
         return other
 
-    def _read(self, control: Reading | None, whole: bool, lean: bool) -> Reading:
-        reading = Reading(dtype=self.dtype, lean=lean)
+    def _read(self, control: Reading | None, whole: bool) -> Reading:
+        reading = Reading(dtype=self.dtype)
         packs = [(control.packed, control.padded)] if control is not None else self._packs()
         for packed, padded in packs:
             batch = self._batch(packed, padded)
@@ -252,8 +240,7 @@ class Watched:
             return reading
         self._padding(reading, batch, plain.parts)
         self._cache(reading, batch, plain.parts, control)
-        granted = lean and control is None and (reading.at_prefill or self.leave)
-        self._alone(reading, batch, plain.parts, granted=granted)
+        self._alone(reading, batch, plain.parts)
         if control is not None or drawn:
             self._again(reading, batch, plain.parts, drawn)
         else:  # without chance, the unchanged model is taken to be the same again
@@ -344,34 +331,21 @@ class Watched:
         name = next((key for key in _CACHES if key in self.takes), None)
         if name is None or self.stream is None or self.positions < 4:
             return
-        if control is not None:
-            trial = Reading(dtype=self.dtype, padded=reading.padded, way=control.way)
-            trial.at_prefill = reading.at_prefill = control.at_prefill
-            self._pieces(trial, batch, plain, name, later=2)
-            reading.way, best = control.way, trial
-        else:
-            best = self._way(reading, batch, plain, name)
-            reading.way, reading.at_prefill = best.way, bool(best.recorded)
-        reading.recorded |= best.recorded
-        reading.errors |= best.errors
-        reading.distances |= best.distances
-
-    def _way(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str) -> Reading:
-        """Returns what the first way shows in which the unchanged model's cache works, or else the first way of all.
-
-        A lean control takes one single step, of one row alone, if the cache can be cut to it and all is rounding.
-        """
-        first: Reading | None = None
-        for way in _WAYS:
-            for later in (0, 1) if reading.lean else (1,):
-                trial = Reading(dtype=self.dtype, padded=reading.padded, way=way, at_prefill=reading.lean)
-                self._pieces(trial, batch, plain, name, later=later)
-                seen = {key.partition("/")[2] for key in trial.distances}
-                if _rounding(trial) and (way == _WAYS[-1] or seen >= {"prefill", way[0], way[1]}):
-                    return trial
-            first = first or dataclasses.replace(trial, errors={})
-        assert first is not None
-        return first
+        best: dict[str, float] | None = None
+        for way in _WAYS if control is None else [control.way]:
+            trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
+            self._pieces(trial, batch, plain, name, later=1 if control is None else 2)
+            whole = _WAYS[-1] == way or {key.partition("/")[2] for key in trial.distances} >= {
+                "prefill",
+                way[0],
+                way[1],
+            }
+            if control is not None or (whole and _rounding(trial)) or best is None:
+                best, reading.way = trial.distances, way
+            if control is not None or (whole and _rounding(trial)):
+                reading.errors |= trial.errors
+                break
+        reading.distances |= best or {}
 
     def _pieces(
         self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str, *, later: int
@@ -379,10 +353,10 @@ class Watched:
         """Runs a prefill, a second piece (over reordered rows), and single steps (after a crop).
 
         The `later` ones are of one row alone, where the cache can be cut to it: one token is all that the model is
-        given. With none of them, the step after the crop is of one row alone.
+        given. The control makes one of them: whether the cache can be cut shows there.
         """
         assert self.stream is not None
-        ends = [self.prefill, max(2, self.positions - 3)]
+        ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
         cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
@@ -406,19 +380,13 @@ class Watched:
         except Exception as error:
             reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
             return
-        first = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
-        single, alone = f"cache/{reading.way[1]}", _cut(wanted, slice(0, 1))
-        if not later and _first_row_of(cache):
-            self._piece(reading, single, first, alone, (back, back + 1), name, cache)
-            if single in reading.distances:
-                reading.distances["cache/later"] = reading.distances[single]
-            return
-        cache = self._piece(reading, single, turned, wanted, (back, back + 1), name, cache)
+        cache = self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
         if cache is None:
             return
         if _first_row_of(cache):
-            turned, wanted = first, alone
-        for at in range(back + 1, min(back + 1 + max(later, 1), self.positions)):
+            turned = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
+            wanted = _cut(wanted, slice(0, 1))
+        for at in range(back + 1, min(back + 1 + later, self.positions)):
             if self._piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
                 return
 
@@ -442,13 +410,18 @@ class Watched:
     ) -> Any:
         """Runs positions `part` over a cache, notes how far they are from the plain run, and returns the cache."""
         begin, end = part
-        inputs = self._positions(reading, batch, begin, end)
+        assert self.stream is not None
+        inputs = dict(batch)
+        inputs[self.stream] = batch[self.stream][:, begin:end]
+        if self.decoder and "attention_mask" in batch:
+            inputs["attention_mask"] = batch["attention_mask"][:, 0 if reading.way[2] == "all" else begin : end]
+        for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+            if key in batch:
+                inputs[key] = batch[key][:, begin:end]
+        if begin and self.decoder:  # images and the like are among the first tokens
+            inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
         options: dict[str, Any] = {"use_cache": True, **({name: cache} if cache is not None else {})}
-        found = None
-        if reading.at_prefill and not begin:
-            found = self._recording(reading, inputs, positions=end, **options)
-        if found is None:
-            found = self._try(reading, label, inputs, positions=end - begin, **options)
+        found = self._try(reading, label, inputs, positions=end - begin, **options)
         if found is None or not found.parts:
             return None
         cache = found.cache.get(name) or cache
@@ -463,54 +436,25 @@ class Watched:
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
         return cache
 
-    def _positions(
-        self, reading: Reading, batch: Mapping[str, torch.Tensor], begin: int, end: int
-    ) -> dict[str, torch.Tensor]:
-        """Returns what the model is given of some positions."""
-        assert self.stream is not None
-        inputs = dict(batch)
-        inputs[self.stream] = batch[self.stream][:, begin:end]
-        if self.decoder and "attention_mask" in batch:
-            inputs["attention_mask"] = batch["attention_mask"][:, 0 if reading.way[2] == "all" else begin : end]
-        for key in ("position_ids", "token_type_ids", "mm_token_type_ids"):
-            if key in batch:
-                inputs[key] = batch[key][:, begin:end]
-        if begin and self.decoder:  # images and the like are among the first tokens
-            inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
-        return inputs
-
-    @property
-    def prefill(self) -> int:
-        """How many positions the first piece over a cache has."""
-        return self.positions - 5 if self.positions > 7 else 1
-
-    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, *, granted: bool) -> None:
-        """Runs the first row alone, unless it is `granted` that it is as within the batch; records, if not yet done."""
+    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
+        """Runs the first row alone, and asks for what the model can record."""
         rows = len(next(iter(plain.values())))
         alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
-        if granted:
-            reading.distances |= {"rows": 0.0} if alone else {}
-            return
-        if reading.at_prefill and not reading.recorded:  # over a cache the model does not run, or records nothing
-            self._recording(reading, self._positions(reading, batch, 0, self.prefill), positions=self.prefill)
         row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
         inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
-        found = None if reading.at_prefill else self._recording(reading, inputs, rows=1 if alone else None)
-        if found is None and (alone or not reading.at_prefill):
+        flags = [key for key in RECORDS if self._records(key)]
+        found = None
+        if not self.leave:
+            for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
+                wanted = {f"output_{key}": True for key in asked if key in flags}
+                found = self._try(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
+                if found is not None:
+                    reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
+                    break
+        if found is None:
             found = self._try(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:
             reading.distances["rows"] = apart(found.parts, _cut(plain, slice(row, row + 1)))
-
-    def _recording(self, reading: Reading, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
-        """Calls the model and asks for all that it can record, or for what of it works; None where nothing does."""
-        flags = [key for key in RECORDS if self._records(key)] if not self.leave else []
-        for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))) if flags else ():
-            wanted = {f"output_{key}": True for key in asked if key in flags}
-            found = self._try(reading, asked[0], inputs, **options, **wanted)
-            if found is not None:
-                reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
-                return found
-        return None
 
     def _records(self, key: str) -> bool:
         if key == "hidden_states":
@@ -683,11 +627,11 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return FAILED
     if not wanted.numel():
         return 0.0
-    a, b = found.float(), wanted.float()
+    a, b = (t if t.dtype == torch.float64 else t.float() for t in (found, wanted))
     size = torch.linalg.vector_norm(b)
-    if not bool(torch.isfinite(size)):
+    if not bool(torch.isfinite(size)):  # what is not finite, or is too large to be squared in float32
         kept = torch.isfinite(b)
-        a, b = a.where(kept, 0.0), b.where(kept, 0.0)
+        a, b = a.double().where(kept, 0.0), b.double().where(kept, 0.0)
         size = torch.linalg.vector_norm(b)
     off = (a - b).flatten(2) if a.ndim > 2 else a - b
     rows = torch.linalg.vector_norm(off, dim=-1) / off.shape[-1] ** 0.5

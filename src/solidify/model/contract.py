@@ -126,12 +126,9 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def with_habits(module: nn.Module, call: Call, *, lean: bool = False) -> Call:
-    """Adds to a call of an original what the module does beside it: see `Call.habits`.
-
-    With `lean` it is taken for granted that it works in half precision.
-    """
-    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call, lean=lean)})
+def with_habits(module: nn.Module, call: Call) -> Call:
+    """Adds to a call of an original what the module does beside it: see `Call.habits`."""
+    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call)})
 
 
 def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
@@ -228,11 +225,11 @@ def _covers(found: Any, wanted: Any) -> bool:
     return bool(found) or not wanted
 
 
-def _habits(module: nn.Module, call: Call, *, lean: bool = False) -> dict[str, Any]:
+def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
     with _buffers_kept(module), anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"gradient": _lets_gradient_through(module, call)}
         if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
-            found["half_precision"] = lean or _works_in_half(module, call)
+            found["half_precision"] = _works_in_half(module, call)
     return found
 
 
@@ -305,7 +302,11 @@ def _first_children(module: nn.Module) -> nn.Module:
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor.clone()
+    """Casts to bfloat16; the lowest float32, which masks hold, becomes the lowest there is, and no infinity."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    half, limits = tensor.to(torch.bfloat16), torch.finfo(torch.bfloat16)
+    return half.where(half.isfinite() | ~tensor.isfinite(), half.clamp(limits.min, limits.max))
 
 
 def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -50,8 +50,7 @@ _REMEDIES = {
 class Control:
     """What the unchanged model showed: single `calls` of the modules that will be replaced (of a `large` model, of the
     first of each kind), and a `reading` of its behaviour (None where it cannot be run). `output` is the whole model's,
-    where that was asked for. `wide` is the reading in float32 of a small model in half precision. A `lean` one takes
-    something for granted (see `Reading`).
+    where that was asked for. `wide` is the reading in float32 of a small model in half precision.
     """
 
     inputs: dict[str, torch.Tensor] | None
@@ -61,7 +60,6 @@ class Control:
     probed: tuple[str, ...] = ()
     large: bool = False
     output: torch.Tensor | None = None
-    lean: bool = False
 
     @property
     def distances(self) -> dict[str, float]:
@@ -83,10 +81,8 @@ class Judgement:
     lost: frozenset[str] = frozenset()
 
 
-def take(model: PreTrainedModel, names: Sequence[str], *, lean: bool = False) -> Control:
+def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
     """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
-
-    A `lean` control is for who takes a whole one where a change is refused by it (`shows_less`).
 
     Raises:
         SurgeryError: no inputs can be made up that the model accepts.
@@ -97,45 +93,15 @@ def take(model: PreTrainedModel, names: Sequence[str], *, lean: bool = False) ->
     if anatomy.is_meta(model):
         return Control(None, {}, None, None, probed, large)
     inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
-    before = Control(inputs, {}, None, None, tuple(kinds), large, lean=lean)
+    before = Control(inputs, {}, None, None, tuple(kinds), large)
     calls, reading = _calls_and_reading(model, before, probed)
     _refuse_spoilt(model, reading)
     called = tuple(name for name in kinds if name in calls)
     for name in called:
-        calls[name] = contract.with_habits(model.get_submodule(name), calls[name], lean=lean)
+        calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
     before = dataclasses.replace(before, calls=calls, probed=called)
     wide = _read(model, before, wide=True) if is_half(model) and not large else None
     return dataclasses.replace(before, reading=reading, wide=wide)
-
-
-def shows_less(lean: Control, whole: Control) -> bool:
-    """Returns whether a lean control took for granted what the unchanged model does not keep.
-
-    The whole one is taken after code of the user's ran: where anything else has changed, it says nothing.
-    """
-    pairs = [(lean.reading, whole.reading), (lean.wide, whole.wide)]
-    granted = any(call.habits.get("half_precision") for call in lean.calls.values())
-    less = granted and any(call.habits.get("half_precision") is False for call in whole.calls.values())
-    return (less or any(_shows_less(*pair) for pair in pairs)) and all(_alike(*pair) for pair in pairs)
-
-
-def _shows_less(lean: Reading | None, whole: Reading | None) -> bool:
-    return (
-        lean is not None
-        and whole is not None
-        and any(
-            whole.distances.get(name, 0.0) > behaviour.allowed(name, lean.distances.get(name, 0.0), lean.dtype)
-            for name in behaviour.GRANTED
-        )
-    )
-
-
-def _alike(lean: Reading | None, whole: Reading | None) -> bool:
-    if lean is None or whole is None:
-        return lean is whole
-    measured = [{k: v for k, v in r.distances.items() if k not in behaviour.GRANTED} for r in (lean, whole)]
-    same = behaviour.apart(whole.plain, lean.plain) <= behaviour.allowed("stateless", 0.0, lean.dtype)
-    return same and measured[0].keys() == measured[1].keys()
 
 
 def _calls_and_reading(
@@ -159,8 +125,7 @@ def is_half(model: PreTrainedModel) -> bool:
 
 def _read(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
     with anatomy.sparing(model):
-        watched = Watched(model, before.inputs or {}, wide=wide, **before.watched)
-        return foreign.attempt(watched.read, lean=before.lean).value
+        return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
 
 
 def take_whole(model: PreTrainedModel) -> Control:

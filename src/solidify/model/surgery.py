@@ -180,18 +180,27 @@ def _put(
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
-    before = control.take(model, names, lean=True)  # from here on, code of the user's runs
+    before = control.take(model, names)  # from here on, code of the user's runs
     state = initial.read(weights) if weights is not None else None
-    new = _Replacing(model, module, arguments, before, state, declares, shared)
-    try:
-        return new.put(names)
-    except SurgeryError as error:
-        if hasattr(error, "__notes__"):  # the model could not be put back
-            raise
-        whole = control.take(model, names)
-        if not control.shows_less(before, whole):
-            raise
-    return _Replacing(model, module, arguments, whole, state, declares, shared).put(names)
+    with transaction(model):
+        new = _Replacing(model, module, arguments, before, state, declares, shared)
+        edits = new.build(names)
+        title = f"{module.__name__} cannot stand where it was asked to stand"
+        refuse(SurgeryError, title, new.faults)
+        recorded = operations.recorders(model)
+        for name, replacement in new.built.items():
+            operations.stand_in(model.get_submodule(name), replacement)
+            model.set_submodule(name, replacement, strict=True)
+        verify_places(model, new.built)
+        records = operations.record_again(model, recorded, list(new.built))
+        fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
+        identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
+        judged = control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical)
+        refuse(SurgeryError, title, judged.faults)
+        declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
+        operations.withhold(model, {key for key, kept in declares.items() if not kept})
+    edits = [dataclasses.replace(edit, records=records, control=before.distances, declares=declares) for edit in edits]
+    return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
 
 
 class _Replacing:
@@ -213,36 +222,6 @@ class _Replacing:
         self.built: dict[str, nn.Module] = {}
         self.originals: dict[str, tuple[nn.Module, object]] = {}
         self.descents: dict[object, dict[str, str] | None] = {}
-
-    def put(self, names: Sequence[str]) -> list[Edit]:
-        """Puts a replacement in every place, and returns the records; refused, the model is as it was."""
-        model, before = self.model, self.before
-        title = f"{self.module.__name__} cannot stand where it was asked to stand"
-        with transaction(model):
-            edits = self.build(names)
-            refuse(SurgeryError, title, self.faults)
-            recorded = operations.recorders(model)
-            for name, replacement in self.built.items():
-                operations.stand_in(model.get_submodule(name), replacement)
-                model.set_submodule(name, replacement, strict=True)
-            verify_places(model, self.built)
-            records = operations.record_again(model, recorded, list(self.built))
-            fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
-            probed = [edit.identical for edit in edits if edit.probed]
-            judged = control.judge(
-                model,
-                before,
-                what=self.module.__name__,
-                fresh=fresh,
-                declared=self.declares,
-                identical=all(probed) and any(probed),
-            )
-            refuse(SurgeryError, title, judged.faults)
-            declares = {**self.declares, **dict.fromkeys(sorted(judged.lost), False)}
-            operations.withhold(model, {key for key, kept in declares.items() if not kept})
-        shown = before.distances
-        edits = [dataclasses.replace(edit, records=records, control=shown, declares=declares) for edit in edits]
-        return _as_the_first_of_their_kind(edits, self.originals) if before.large else edits
 
     def build(self, names: Sequence[str]) -> list[Edit]:
         """Builds a replacement for every place; the model still holds the originals."""
