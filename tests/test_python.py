@@ -44,6 +44,9 @@ def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
         ("model.layer.*.mlp", "names no module; did you mean|names no module"),
         (["model.layers.*.mlp", "nothing"], "'nothing' names no module"),
         (nn.Conv2d, "no module is a Conv2d; there are .*Linear"),
+        ([], "no pattern is given"),
+        (nn.Linear(2, 2), "Linear is no pattern, class or function"),
+        (3, "int is no pattern, class or function"),
         (lambda name, module: False, "of none of .* modules the function is true"),
     ],
 )
@@ -58,6 +61,9 @@ def test_a_surgery_collects_its_edits_and_builds(tmp_path: Path, monkeypatch: py
     surgery.insert("model.layers.1", zero=["self_attn.o_proj", "mlp.down_proj"])
     hit = surgery.select(lambda name, module: isinstance(module, LlamaMLP) and ".0." in name)
     assert [edit.name for edit in surgery.replace(hit, wrappers.Scaled, expect="LlamaMLP", count=1)] == list(hit)
+    with pytest.raises(SurgeryError, match="the selection is of another model"):
+        solidify.Surgery(pico.llama()).replace(hit, wrappers.Scaled)
+    assert hit.classes == {"LlamaMLP": 1}  # as it was when it was selected
     surgery.replace(["model.layers.1.mlp", "model.layers.2.mlp"], wrappers.Scaled, count=2)
     with pytest.raises(SurgeryError, match="4 were expected"):
         surgery.replace("model.layers.*.self_attn.q_proj", wrappers.Scaled, count=4)

@@ -41,9 +41,12 @@ def build(
         SolidifyError: the recipe is wrong, as `solidify.run` says it.
     """
     if isinstance(model, (Recipe, str, Path)):
-        more = [key for key, value in (("edits", edits), ("tokenizer", tokenizer), ("base", base)) if value is not None]
-        if more or recipe is not None:
-            raise ArtifactError(f"a recipe says everything itself; leave out {', '.join(more or ['recipe'])}")
+        given_beside = (("edits", edits), ("tokenizer", tokenizer), ("base", base), ("recipe", recipe))
+        more = [key for key, value in given_beside if value is not None]
+        if more:
+            raise ArtifactError(
+                f"a recipe says everything itself; leave out {', '.join(more)} (where it goes is directory=)"
+            )
         loaded = given(model)
         output = pipeline.output_of(loaded, directory)
         report = pipeline.build(loaded, output, link=link)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from solidify import markup
 from solidify.artifact import solidify
 from solidify.artifact.solidify import Artifact, Saveable
+from solidify.errors import SurgeryError
 from solidify.model import depth, heads, selection, surgery
 from solidify.model.selection import Selection, Where
 from solidify.model.surgery import Edit
@@ -76,6 +77,8 @@ class Surgery:
     def _names(self, where: Where | Selection) -> str | Sequence[str]:
         """Hands patterns on as they are: what is wrong with them is said of them."""
         if isinstance(where, Selection):
+            if where.model is not self.model:
+                raise SurgeryError("the selection is of another model; select in this surgery")
             return list(where)
         return list(self.select(where)) if isinstance(where, type) or callable(where) else where
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-_COLORS = {"proved": "#2a7", "failed": "#c33", "FAILED": "#c33", "measured": "#a70"}
+_COLORS = {"proved": "#2a7", "failed": "#c33", "measured": "#a70"}
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:

@@ -17,7 +17,7 @@ from solidify.artifact import certificate, loading, manifest, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.dry_run import plan
-from solidify.errors import ArtifactError, CheckFailed, RecipeError, SolidifyError
+from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.model import anatomy, ledger, probing
 from solidify.model.cost import cost
@@ -70,7 +70,8 @@ def run(
             processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
     except SolidifyError as error:
         if report.failed and not isinstance(error, CheckFailed):  # what failed before is why
-            raise CheckFailed(f"{report.failure()}\nand then: {error}") from error
+            faults = [*(f"{each.name}: {each.evidence}" for each in report.failed), *error.faults]
+            raise CheckFailed(f"{report.failure()}\nand then: {error}", faults) from error
         raise
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
@@ -301,7 +302,7 @@ def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradien
         console.words.print(f"Going on from {checkpoint}")
     elif resume and any(where.glob("checkpoint-*")):
         console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
-    with foreign.calling("the training stopped", RecipeError, remedy="--resume goes on from its last checkpoint"):
+    with foreign.calling("the training stopped", ObjectiveError):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return witness
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ _CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 _DYNAMIC = "transformers_modules"  # the package that transformers imports the code of models into
 _LEADING = ("auto_map", "custom_pipelines")
 _NAMED = 6  # names in one sentence
+_lock, _silenced = threading.Lock(), list[int]()
 _permitted: ContextVar[frozenset[str]] = ContextVar("_permitted", default=frozenset())
 
 
@@ -60,14 +62,20 @@ def never_asking() -> Iterator[None]:
     """Keeps transformers from asking at the terminal, inside of the block, whether code may run: it is refused.
 
     A model of several parts builds them by Auto classes to which nobody can pass what is permitted. The time that
-    transformers gives for an answer is private there (`TIME_OUT_REMOTE_CODE`, 5.23); 0 means that nobody answers.
+    transformers gives for an answer is private there (`TIME_OUT_REMOTE_CODE`, 5.23), and one for the whole process; 0
+    means that nobody answers.
     """
-    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    with _lock:
+        _silenced.append(dynamic_module_utils.TIME_OUT_REMOTE_CODE)
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
     finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+        with _lock:  # of blocks that overlap in several threads, the last one to end gives it back
+            before = _silenced[0]
+            _silenced.pop()
+            if not _silenced:
+                dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:

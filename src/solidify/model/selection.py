@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,36 +17,40 @@ Where = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True, repr=False)
 class Selection:
-    """Modules of a model, by their names as `named_modules()` gives them, in that order. It prints as a tree."""
+    """Modules of a model, as they were when they were selected, in the model's order. It prints as a tree.
 
-    model: PreTrainedModel = field(compare=False)
-    names: tuple[str, ...]
+    `found` has name, class and number of parameters of each.
+    """
+
+    model: PreTrainedModel
+    found: tuple[tuple[str, str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules' names."""
+        return tuple(name for name, _, _ in self.found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.found)
 
     @property
     def classes(self) -> dict[str, int]:
         """How many of the modules are of each class, by its name."""
-        found = [type(self.model.get_submodule(name)).__name__ for name in self.names]
-        return {kind: found.count(kind) for kind in dict.fromkeys(found)}
+        kinds = [kind for _, kind, _ in self.found]
+        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
     def rows(self) -> list[tuple[str, str, int, int]]:
         """Returns name, class, how many, and parameters; modules whose names differ in numbers only are one row."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        for name in self.names:
-            kind = type(self.model.get_submodule(name)).__name__
-            groups.setdefault((anatomy.fold([name])[0], kind), []).append(name)
+        groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for name, kind, parameters in self.found:
+            groups.setdefault((anatomy.fold([name])[0], kind), []).append((name, parameters))
         return [
-            (names[0] if len(names) == 1 else pattern, kind, len(names), sum(map(self._parameters, names)))
-            for (pattern, kind), names in groups.items()
+            (each[0][0] if len(each) == 1 else pattern, kind, len(each), sum(count for _, count in each))
+            for (pattern, kind), each in groups.items()
         ]
-
-    def _parameters(self, name: str) -> int:
-        return anatomy.count(self.model.get_submodule(name).parameters())
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.classes.items())
@@ -78,24 +82,28 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
     Raises:
         SurgeryError: nothing is found, or one of the patterns names nothing.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    if isinstance(where, type):
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    faults: list[str] = []
+    if isinstance(where, nn.Module) or not (callable(where) or isinstance(where, Sequence)):
+        faults, names = [f"{type(where).__name__} is no pattern, class or function; give a name or a class"], []
+    elif isinstance(where, type):
         names = [name for name, module in modules.items() if isinstance(module, where)]
         faults = [] if names else [f"no module is a {where.__name__}; there are {', '.join(_kinds(modules.values()))}"]
     elif callable(where):
         names = [name for name, module in modules.items() if where(name, module)]
         faults = [] if names else [f"of none of {len(modules)} modules the function is true"]
     else:
-        everywhere = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        hits = anatomy.match(where, everywhere)
-        names = [name for name in everywhere if any(name in found for found in hits.values())]
+        hits = anatomy.match(where, list(modules))
+        names = [name for name in modules if any(name in found for found in hits.values())]
         faults = [
             f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
             for pattern, found in hits.items()
             if not found
         ]
+        faults = faults or ([] if names else ["no pattern is given"])
     refuse(SurgeryError, "nothing is selected", faults)
-    return Selection(model, tuple(names))
+    described = ((name, type(modules[name]).__name__, anatomy.count(modules[name].parameters())) for name in names)
+    return Selection(model, tuple(described))
 
 
 def _kinds(modules: Iterable[nn.Module]) -> list[str]:
