@@ -28,8 +28,8 @@ demo: install
 	$(BIN)/solidify demo --output build/demo
 
 # What a change most often breaks: structure, documents, recipes, surgery, objectives.
-QUICK := $(addprefix tests/,test_house.py test_documents.py test_recipe.py test_references.py test_python.py \
-	model/test_anatomy.py model/test_ledger.py model/test_surgery.py model/test_transaction.py objective)
+QUICK := $(addprefix tests/,test_house.py test_documents.py recipe/test_recipe.py recipe/test_references.py test_python.py \
+	model/test_anatomy.py surgery/test_ledger.py surgery/test_surgery.py surgery/test_transaction.py objective)
 
 check: lint
 	$(PYTEST) $(QUICK)

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from solidify.builtin import tiny_olmoe
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.runs import TrainerRuns
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.training.runs import TrainerRuns
+from solidify.training.trainer import ObjectiveTrainer
 
 STEP_BAR = 1.01
 STEPS = 22

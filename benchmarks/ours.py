@@ -21,7 +21,7 @@ def load(artifact: str) -> None:
 
 def digests(artifact: str) -> None:
     """Compares an artifact with its manifest."""
-    from solidify.artifact import manifest
+    from solidify.directory import manifest
 
     faults = manifest.faults(Path(artifact), manifest.read(Path(artifact)))
     if faults:

@@ -24,7 +24,7 @@ import yaml
 from processes import Measurement, forget, measure, remember
 from ways import CHECKPOINT, OURS, PEFT, PEFT_HUB, PLAIN, ROWS, SOLIDIFY, Places, Row, Way, needed, ways
 
-from solidify import console
+from solidify.system import console
 
 LAYERS = {"full": 16, "small": 8, "tiny": 2}
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import solidify
-from solidify import console
 from solidify.builtin import smollm2
+from solidify.system import console
 
 BUSY = "while True: sum(i * i for i in range(10000))"
 

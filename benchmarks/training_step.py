@@ -25,7 +25,7 @@ from solidify.artifact.loading import load_base
 from solidify.builtin import tiny_olmoe
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.training.trainer import ObjectiveTrainer
 
 LORA = {"r": 8, "target_modules": ["**.q_proj", "**.v_proj"]}
 BAR = 1.02  # ours over the hand-written loop, at size full

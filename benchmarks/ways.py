@@ -106,8 +106,8 @@ def ways(places: Places) -> dict[str, Way]:
     artifact, adapter, tuned = (places.made(name) for name in ("base/artifact", "adapter", "plain_adapter"))
     output, merged = places.made("output"), places.made("merged")
     plain, peft = OLMOE, f"peft,{OLMOE}"
-    build, load = (f"solidify.cli,solidify.{name},{OLMOE}" for name in ("pipeline", "export"))
-    diff = "solidify.cli,solidify.views,solidify.artifact.inspection"
+    build, load = (f"solidify.command.cli,solidify.{name},{OLMOE}" for name in ("pipeline", "export"))
+    diff = "solidify.command.cli,solidify.command.views,solidify.artifact.inspection"
 
     def builds(recipe: str) -> list[str | Path]:
         return [*SOLIDIFY, "build", places.made(f"{recipe}.yaml"), "--output", output]
@@ -127,7 +127,7 @@ def ways(places: Places) -> dict[str, Way]:
         LOAD: Way([*PLAIN, "load", fused], [fused], None, plain),
         "load of the artifact": Way([*OURS, "load", artifact], [artifact], None, load),
         "sha256sum of it": Way(["find", artifact, *SHA256], [artifact]),
-        "digests": Way([*OURS, "digests", artifact], [artifact], None, "solidify.artifact.manifest"),
+        "digests": Way([*OURS, "digests", artifact], [artifact], None, "solidify.directory.manifest"),
         "solidify check, all of it": Way([*SOLIDIFY, "check", artifact], [artifact], None, load),
         "merge": Way([*SOLIDIFY, "merge", adapter, "--output", merged], [artifact, adapter], merged, load),
         "sha256sum of both": Way(["find", artifact, merged, *SHA256], [artifact, merged]),

@@ -24,12 +24,12 @@ LONG = (
     "test_faults.py",
     "artifact/test_large.py",
     "artifact/test_solidify.py",
-    "test_processes.py",
-    "test_cli.py",
+    "system/test_processes.py",
+    "command/test_cli.py",
     "test_demo.py",
-    "test_export.py",
+    "merging/test_export.py",
     "adapter/test_buffers.py",
-    "checks/test_agreement.py",
+    "merging/test_agreement.py",
 )
 
 
@@ -72,6 +72,7 @@ def tiny_base() -> Path:
 def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with a trash can in every block."""
     import pico
+
     import solidify
     from solidify.modules.trashcan_moe import TrashCanMoE
 
@@ -86,6 +87,7 @@ def trash_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wrapped_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico OLMoE with bottlenecks beside o_proj (linear layers and a bare parameter) and scaled MLPs."""
     import pico
+
     import solidify
 
     directory = tmp_path_factory.mktemp("artifacts") / "wrapped"

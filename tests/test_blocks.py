@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import yaml
-
 import documents
 import llava
 import pages
+import pytest
+import torch
+import yaml
 from documents import Block
-from solidify import recipe
+
+from solidify.recipe import schema
 from test_contract import LIGHTNING
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_a_block_that_is_not_run_can_at_least_be_read(block: Block) -> None:
     if block.language == "python":
         compile(block.text, block.place, "exec")
     elif block.language == "yaml":
-        recipe.Recipe.model_validate({**README_RECIPE, **yaml.safe_load(block.text)})
+        schema.Recipe.model_validate({**README_RECIPE, **yaml.safe_load(block.text)})
     else:
         assert block.language == "sh", "commands are judged in test_documents.py"
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
 import contract
-import solidify
+import pytest
 from contract import CASES, TERMS, WAYS
+
+import solidify
 
 EXACT = 1e-6  # transformers and TRL compute their losses in float32
 PAGE = Path(solidify.__file__).parents[2] / "docs" / "contract.md"

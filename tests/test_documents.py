@@ -7,13 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 import documents
+import pytest
 import vocabulary
 from documents import DOCUMENTS, ROOT
-from solidify import recipe
-from solidify.cli import app
+
+from solidify.command.cli import app
+from solidify.recipe import schema
 
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
@@ -58,7 +58,7 @@ def test_every_example_starts_with_its_command_and_fits_a_screen(path: Path) -> 
     lines = path.read_text().splitlines()
     assert lines[0].startswith(f"# solidify run examples/{path.name}")
     assert len(lines) <= 40
-    recipe.load(path)
+    schema.load(path)
 
 
 def test_every_verb_is_documented() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import families
+import pico  # noqa: F401 (puts the user's modules on the path)
 import pytest
 import torch
 from family_modules import Gained, LowRank
@@ -18,8 +20,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import families
-import pico  # noqa: F401 (puts the user's modules on the path)
 import solidify
 from solidify.artifact import certificate
 from solidify.artifact.solidify import assemble

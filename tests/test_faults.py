@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from blake3 import blake3
@@ -23,10 +24,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import pico
 import solidify
-from solidify import places
-from solidify.artifact import manifest, trust
+from solidify.directory import manifest, places, trust
 from solidify.errors import AdapterError, ArtifactError
 from training import awake
 
@@ -78,7 +77,9 @@ class World:
 
     def build(self, base: str, output: Path, width: int = 4, **options: Any) -> Ended:
         """Builds on a base; what a build plans first, and writes nothing for, is left out."""
-        options["before"] = "import solidify.pipeline as p; p.plan = lambda recipe: None\n" + options.get("before", "")
+        options["before"] = "import solidify.recipe.stages as p; p.plan = lambda recipe: None\n" + options.get(
+            "before", ""
+        )
         return self.command("build", self.recipe(base, width), "--output", output, **options)
 
 

@@ -16,15 +16,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import pico
-from solidify import files, recipe
 from solidify.__main__ import main
 from solidify.errors import RecipeError
+from solidify.recipe import schema
+from solidify.system import files
 
 QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 GOOD: dict[str, Any] = {
@@ -112,7 +113,7 @@ def test_a_recipe_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        recipe.load(path)
+        schema.load(path)
     except RecipeError as error:
         assert str(path) in str(error)
 
@@ -125,7 +126,7 @@ def test_an_override_is_applied_or_refused(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.getbasetemp() / "good.yaml"
     path.write_text(yaml.safe_dump(GOOD))
     try:
-        recipe.load(path, [word])
+        schema.load(path, [word])
     except RecipeError as error:
         assert str(error)
 
@@ -218,4 +219,4 @@ def test_text_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"#" * (files.LARGEST_RECIPE + 1))
     with pytest.raises(RecipeError, match=f"at most {files.LARGEST_RECIPE} are read"):
-        recipe.load(path)
+        schema.load(path)

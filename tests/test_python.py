@@ -5,14 +5,14 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import pico
 import pytest
 import yaml
+from pico import wrappers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import pico
 import solidify
-from pico import wrappers
 from solidify.errors import ArtifactError, RecipeError, SurgeryError
 
 

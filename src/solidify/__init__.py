@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from solidify.adapter.storage import load as load
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
-    from solidify.artifact.adopting import adopt as adopt
-    from solidify.artifact.signing import sign as sign
-    from solidify.artifact.signing import verify as verify
     from solidify.artifact.solidify import Artifact as Artifact
-    from solidify.artifact.trust import trust as trust
     from solidify.building import build as build
     from solidify.checks.check import check as check
-    from solidify.dry_run import plan as plan
+    from solidify.directory.adopting import adopt as adopt
+    from solidify.directory.signing import sign as sign
+    from solidify.directory.signing import verify as verify
+    from solidify.directory.trust import trust as trust
     from solidify.edits import Surgery as Surgery
     from solidify.errors import AdapterError as AdapterError
     from solidify.errors import ArtifactError as ArtifactError
@@ -32,15 +31,9 @@ if TYPE_CHECKING:
     from solidify.errors import RecipeError as RecipeError
     from solidify.errors import SolidifyError as SolidifyError
     from solidify.errors import SurgeryError as SurgeryError
-    from solidify.export import merge as merge
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
-    from solidify.model.depth import insert as insert
-    from solidify.model.depth import remove as remove
-    from solidify.model.heads import add as add
-    from solidify.model.surgery import Edit as Edit
-    from solidify.model.surgery import replace as replace
-    from solidify.model.surgery import share as share
+    from solidify.merging.export import merge as merge
     from solidify.objective.capture import Capture as Capture
     from solidify.objective.engine import ObjectiveEngine as ObjectiveEngine
     from solidify.objective.objective import Objective as Objective
@@ -48,12 +41,19 @@ if TYPE_CHECKING:
     from solidify.objective.weights import Constraint as Constraint
     from solidify.objective.weights import Schedule as Schedule
     from solidify.objective.window import windows as windows
-    from solidify.pipeline import run as run
-    from solidify.recipe import Recipe as Recipe
-    from solidify.tuning.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
-    from solidify.tuning.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
-    from solidify.tuning.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
-    from solidify.tuning.trainer import ObjectiveTrainer as ObjectiveTrainer
+    from solidify.recipe.dry_run import plan as plan
+    from solidify.recipe.schema import Recipe as Recipe
+    from solidify.recipe.stages import run as run
+    from solidify.surgery.depth import insert as insert
+    from solidify.surgery.depth import remove as remove
+    from solidify.surgery.heads import add as add
+    from solidify.surgery.replacing import Edit as Edit
+    from solidify.surgery.replacing import replace as replace
+    from solidify.surgery.replacing import share as share
+    from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
+    from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
+    from solidify.training.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
+    from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
 
 _WHERE = {
     "AdapterError": "errors",
@@ -63,16 +63,16 @@ _WHERE = {
     "CheckFailed": "errors",
     "Constraint": "objective.weights",
     "DataError": "errors",
-    "Edit": "model.surgery",
+    "Edit": "surgery.replacing",
     "Finding": "findings",
     "Objective": "objective.objective",
-    "ObjectiveDPOTrainer": "tuning.preference",
+    "ObjectiveDPOTrainer": "training.preference",
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
-    "ObjectiveGKDTrainer": "tuning.teaching",
-    "ObjectiveSFTTrainer": "tuning.trainer",
-    "ObjectiveTrainer": "tuning.trainer",
-    "Recipe": "recipe",
+    "ObjectiveGKDTrainer": "training.teaching",
+    "ObjectiveSFTTrainer": "training.trainer",
+    "ObjectiveTrainer": "training.trainer",
+    "Recipe": "recipe.schema",
     "RecipeError": "errors",
     "Report": "findings",
     "Schedule": "objective.weights",
@@ -80,24 +80,24 @@ _WHERE = {
     "Surgery": "edits",
     "SurgeryError": "errors",
     "Term": "objective.term",
-    "add": "model.heads",
-    "adopt": "artifact.adopting",
+    "add": "surgery.heads",
+    "adopt": "directory.adopting",
     "attach": "adapter.adapters",
     "build": "building",
     "check": "checks.check",
-    "insert": "model.depth",
+    "insert": "surgery.depth",
     "load": "adapter.storage",
     "load_adapter": "adapter.storage",
-    "merge": "export",
-    "plan": "dry_run",
-    "remove": "model.depth",
-    "replace": "model.surgery",
-    "run": "pipeline",
+    "merge": "merging.export",
+    "plan": "recipe.dry_run",
+    "remove": "surgery.depth",
+    "replace": "surgery.replacing",
+    "run": "recipe.stages",
     "save_adapter": "adapter.storage",
-    "share": "model.surgery",
-    "sign": "artifact.signing",
-    "trust": "artifact.trust",
-    "verify": "artifact.signing",
+    "share": "surgery.replacing",
+    "sign": "directory.signing",
+    "trust": "directory.trust",
+    "verify": "directory.signing",
     "windows": "objective.window",
 }
 

@@ -46,9 +46,9 @@ def _open_streams() -> None:
 
 
 def _run() -> None:
-    from solidify import foreign
-    from solidify.cli import app
+    from solidify.command.cli import app
     from solidify.errors import CheckFailed, SolidifyError
+    from solidify.system import foreign
 
     try:
         _require_here()
@@ -116,7 +116,7 @@ def _discard(stream: Any) -> None:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    from solidify import console
+    from solidify.system import console
 
     try:
         console.message(words)

@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from solidify import pipeline
-from solidify.artifact import manifest, solidify
+from solidify.artifact import solidify
 from solidify.artifact.solidify import Artifact, Saveable
+from solidify.directory import manifest
 from solidify.errors import ArtifactError
-from solidify.model.surgery import Edit
-from solidify.recipe import Recipe, given
+from solidify.recipe import stages
+from solidify.recipe.schema import Recipe, given
+from solidify.surgery.replacing import Edit
 
 
 def build(
@@ -48,8 +49,8 @@ def build(
                 f"a recipe says everything itself; leave out {', '.join(more)} (where it goes is directory=)"
             )
         loaded = given(model)
-        output = pipeline.output_of(loaded, directory)
-        report = pipeline.build(loaded, output, link=link)
+        output = stages.output_of(loaded, directory)
+        report = stages.build(loaded, output, link=link)
         report.require()
         return Artifact(output / "artifact", manifest.read(output / "artifact", "artifact"), report.findings)
     if edits is None or directory is None:

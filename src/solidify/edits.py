@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import markup
 from solidify.artifact import solidify
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.errors import SurgeryError
-from solidify.model import depth, heads, selection, surgery
-from solidify.model.selection import Selection, Where
-from solidify.model.surgery import Edit
+from solidify.surgery import depth, heads, replacing, selection
+from solidify.surgery.replacing import Edit
+from solidify.surgery.selection import Selection, Where
+from solidify.system import markup
 
 
 class Surgery:
@@ -40,11 +40,11 @@ class Surgery:
 
     def replace(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
         """Replaces the modules, as `solidify.replace` does with the same options."""
-        return self._keep(surgery.replace(self.model, self._names(where), module, **options))
+        return self._keep(replacing.replace(self.model, self._names(where), module, **options))
 
     def share(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
         """Puts one new module at all of the places, as `solidify.share` does with the same options."""
-        return self._keep(surgery.share(self.model, self._names(where), module, **options))
+        return self._keep(replacing.share(self.model, self._names(where), module, **options))
 
     def insert(self, where: Where | Selection, **options: Any) -> list[Edit]:
         """Inserts a copy after each of the layers, as `solidify.insert` does with the same options."""

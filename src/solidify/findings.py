@@ -15,8 +15,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from solidify import disk, files, markup
 from solidify.errors import CheckFailed
+from solidify.system import disk, files, markup
 
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import pico
 import solidify
 from solidify.adapter import adapters, standing, storage
 from solidify.errors import AdapterError, ArtifactError
@@ -178,7 +178,8 @@ def saved(wrapped_artifact: Path, tmp_path: Path) -> Path:
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None], *, forge: bool) -> None:
     """Changes the adapter's tensors; with `forge`, its manifest agrees."""
-    from solidify.artifact import manifest, tensors
+    from solidify.artifact import tensors
+    from solidify.directory import manifest
     from solidify.weights import format
 
     state = load_file(directory / storage.WEIGHTS)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
-import pico
 import solidify
 from solidify.adapter import adapters, storage
 from solidify.errors import AdapterError

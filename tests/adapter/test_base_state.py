@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
+import pico
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import families
-import pico
 import solidify
 from solidify.adapter import base_state, reading
 from solidify.errors import AdapterError

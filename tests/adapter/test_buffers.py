@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import moving
+import pico
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import pico
 import solidify
 from solidify.adapter import adapters, base_state, standing
 from solidify.errors import AdapterError, SolidifyError

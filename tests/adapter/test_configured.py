@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
@@ -15,7 +16,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import pico
 import solidify
 from solidify.errors import AdapterError, SolidifyError
 

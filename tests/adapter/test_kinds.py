@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import adapter_kinds
+import pico
 import pytest
 import torch
+from adapter_kinds import OFFERED, STEPS, Q
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-import adapter_kinds
-import pico
 import solidify
-from adapter_kinds import OFFERED, STEPS, Q
 from solidify.adapter import kinds
 from solidify.errors import AdapterError
 

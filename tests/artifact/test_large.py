@@ -9,20 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import pico
 import solidify
-from solidify import pipeline
-from solidify.artifact import certificate, conversion, loading, manifest
+from solidify.artifact import certificate, conversion, loading
+from solidify.directory import manifest
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
-from solidify.model import anatomy, contract
-from solidify.recipe import load as load_recipe
+from solidify.model import anatomy
+from solidify.recipe import stages
+from solidify.recipe.schema import load as load_recipe
+from solidify.surgery import contract
 from solidify.weights import checkpoint, format, known, spilling, store
 
 WRAP = {
@@ -106,10 +108,10 @@ def test_it_is_the_artifact_that_is_built_in_memory(
     asked = recipe(base, STEPS[kind])
     with pytest.MonkeyPatch.context() as patch:
         pico.unwitnessed(patch)
-        pipeline.build(asked, tmp_path / "small")
+        stages.build(asked, tmp_path / "small")
     monkeypatch.setattr(anatomy, "LARGE", 0)
     monkeypatch.setattr(spilling, "_SMALL", 0)
-    report = pipeline.build(asked, tmp_path / "large")
+    report = stages.build(asked, tmp_path / "large")
     assert report.passed, report.failed
     small, big = (manifest.read(tmp_path / name / "artifact") for name in ("small", "large"))
     assert small.tensors == big.tensors
@@ -137,8 +139,8 @@ def test_files_that_stay_as_they_are_are_linked(
     base = make_base(tmp_path / "base", "memory")
     if size == "large":
         request.getfixturevalue("large")
-    pipeline.build(recipe(base, TRASH), tmp_path / "linked")
-    pipeline.build(recipe(base, TRASH), tmp_path / "copied", link=False)
+    stages.build(recipe(base, TRASH), tmp_path / "linked")
+    stages.build(recipe(base, TRASH), tmp_path / "copied", link=False)
     originals = {path.stat().st_ino for path in base.glob("*.safetensors")}
     linked = {path.stat().st_ino for path in (tmp_path / "linked" / "artifact").glob("*.safetensors")}
     copied = {path.stat().st_ino for path in (tmp_path / "copied" / "artifact").glob("*.safetensors")}
@@ -146,7 +148,7 @@ def test_files_that_stay_as_they_are_are_linked(
     records = [manifest.read(tmp_path / name / "artifact") for name in ("linked", "copied")]
     assert records[0].tensors == records[1].tensors
     # An attention that is replaced leaves its old tensors behind: the files that hold them are never linked.
-    pipeline.build(recipe(base, LOW_RANK), tmp_path / "dropped")
+    stages.build(recipe(base, LOW_RANK), tmp_path / "dropped")
     target = tmp_path / "dropped" / "artifact"
     superseded = {name for name in checkpoint.read(base).entries if ".q_proj." in name}
     for path in target.glob("*.safetensors"):
@@ -170,16 +172,16 @@ def test_no_whole_pass_is_made(
             handle.remove()
 
     monkeypatch.setattr(anatomy, "run", noted)
-    pipeline.build(recipe(base, TRASH), tmp_path / "large")
+    stages.build(recipe(base, TRASH), tmp_path / "large")
     assert not ended
     monkeypatch.setattr(anatomy, "LARGE", 2**29)
-    pipeline.build(recipe(base, TRASH), tmp_path / "small")
+    stages.build(recipe(base, TRASH), tmp_path / "small")
     assert ended
 
 
 def test_its_certificate_says_what_was_compared(large: None, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "hub")
-    report = pipeline.build(recipe(base, TRASH), tmp_path)
+    report = stages.build(recipe(base, TRASH), tmp_path)
     said = {finding.name: finding.evidence for finding in report.findings}
     assert "samples of every tensor" in said["state identical (AutoModelForCausalLM)"]
     assert "1 modules, the first of each kind, bit-identical" in said["outputs identical (AutoModelForCausalLM)"]
@@ -256,7 +258,7 @@ def test_what_adopt_writes_into_the_original_is_not_lost(
     """It changes memory that is mapped from the base; the base stays, and the check says that its tensors changed."""
     before = content(base)
     step = {**WRAP, "with": f"{pico.HERE}/user_modules/adopting.py:Scribbling", "declares": {"gradient": False}}
-    report = pipeline.build(recipe(base, step), tmp_path / "out")
+    report = stages.build(recipe(base, step), tmp_path / "out")
     assert content(base) == before
     (finding,) = [f for f in report.findings if f.name == "unchanged tensors identical"]
     assert finding.passed is False and "gate_up_proj changed" in finding.evidence.replace("original.", "")
@@ -280,7 +282,7 @@ def test_an_incomplete_base_is_refused_before_anything_is_written(
     document["weight_map"] = {n: f for n, f in document["weight_map"].items() if f != file.name or n in state}
     index.write_text(json.dumps(document))
     with pytest.raises(SolidifyError, match="incomplete"):
-        pipeline.build(recipe(base, TRASH), tmp_path / "out")
+        stages.build(recipe(base, TRASH), tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -288,7 +290,7 @@ def test_there_must_be_room(base: Path, large: None, tmp_path: Path, monkeypatch
     free = type(shutil.disk_usage(tmp_path))(10**9, 10**9, 10**3)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(ArtifactError, match=r"1 kB of free space, and .*B are needed; make room"):
-        pipeline.build(recipe(base, WRAP), tmp_path / "out")
+        stages.build(recipe(base, WRAP), tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -333,6 +335,6 @@ def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.
 
 def test_findings_of_small_models_are_those_of_the_whole(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "hub")
-    report = pipeline.build(recipe(base, TRASH), tmp_path)
+    report = stages.build(recipe(base, TRASH), tmp_path)
     (outputs,) = [f for f in report.findings if f.name == "outputs identical (AutoModelForCausalLM)"]
     assert outputs == Finding(outputs.name, True, "3 cases bit-identical")

@@ -5,16 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pico
 import solidify
-from solidify import references
-from solidify.artifact import loading, manifest
+from solidify.artifact import loading
+from solidify.directory import manifest
 from solidify.errors import ArtifactError, RecipeError
 from solidify.model import anatomy, probing
+from solidify.recipe import references
 
 
 def test_an_artifact_loads_as_what_it_was(trash_artifact: Path) -> None:

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-import pico
 import solidify
 
 BERT = {**pico.SIZES, "intermediate_size": 48}

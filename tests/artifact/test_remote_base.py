@@ -7,16 +7,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pico
 import pytest
 from peft import LoraConfig, get_peft_model
-
-import pico
-import solidify
 from pico import wrappers
-from solidify import materials, pipeline, references
-from solidify import recipe as recipes
-from solidify.artifact import loading, manifest
+
+import solidify
+from solidify.artifact import loading
+from solidify.directory import manifest
 from solidify.errors import ArtifactError, RecipeError, SolidifyError
+from solidify.recipe import materials, references, stages
+from solidify.recipe import schema as recipes
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,7 +136,7 @@ def test_no_field_of_a_base_runs_its_code(tmp_path: Path, monkeypatch: pytest.Mo
         lambda: materials.skeleton(str(evil)),
         lambda: loading.load_base(str(evil)),
         lambda: solidify.plan(recipes.load(asked)),
-        lambda: pipeline.build(recipes.load(asked), tmp_path / "out"),
+        lambda: stages.build(recipes.load(asked), tmp_path / "out"),
         lambda: solidify.merge(adapter, tmp_path / "merged", base=evil),
         lambda: solidify.merge(adapter, tmp_path / "merged"),
     ]

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pico
 import pytest
 import torch
+from pico import wrappers
 from transformers import AutoModelForCausalLM
 
-import pico
 import solidify
-from pico import wrappers
-from solidify.artifact import certificate, manifest
+from solidify.artifact import certificate
+from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import TrashCanMoE

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import pico
-import solidify
+import pytest
 from pico import wrappers
-from solidify import references
+
+import solidify
 from solidify.artifact import sources
-from solidify.model.surgery import Edit
 from solidify.modules.trashcan_moe import TrashCanMoE
+from solidify.recipe import references
+from solidify.surgery.replacing import Edit
 
 MODULE = """
 import torch

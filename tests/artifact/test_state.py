@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pico
 import pytest
 
-import pico
 import solidify
 from solidify.artifact import certificate
 from solidify.artifact import solidify as solidification

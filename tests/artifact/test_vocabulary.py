@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llava
+import pico
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import llava
-import pico
 import solidify
 from solidify.artifact import vocabulary
 from solidify.errors import ArtifactError, RecipeError

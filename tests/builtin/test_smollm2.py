@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import real
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import real
 import solidify
-from solidify import recipe
 from solidify.__main__ import main
 from solidify.artifact import companions, vocabulary
 from solidify.builtin import bases, corpus, smollm2, tiny_olmoe
 from solidify.errors import RecipeError
+from solidify.recipe import schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,7 +135,7 @@ def test_a_name_that_is_not_built_in_is_refused_with_those_that_are() -> None:
 
 @real.needed
 def test_the_example_plans(base: Path) -> None:
-    found = solidify.plan(recipe.load(ROOT / "examples/gated.yaml"))
+    found = solidify.plan(schema.load(ROOT / "examples/gated.yaml"))
     assert len(found.edits) == 30 and found.after["parameters"] - found.before["parameters"] == 30 * 577
 
 

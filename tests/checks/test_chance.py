@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pico
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-import pico
 import solidify
-from solidify import foreign
 from solidify.checks import chance, gradients
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.system import foreign
+from solidify.training.trainer import ObjectiveTrainer
 from training import LORA, arguments, in_order
 
 SEQ2SEQ = {"vocab_size": 128, "pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import solidify
-from solidify import ours
 from solidify.adapter.storage import find_base
-from solidify.artifact import certificate, manifest
+from solidify.artifact import certificate
+from solidify.directory import manifest, ours
 from solidify.errors import AdapterError, ArtifactError
-from solidify.export import merge
 from solidify.findings import Finding, Report
-from solidify.tuning import checkpoints
+from solidify.merging.export import merge
+from solidify.training import checkpoints
 from training import awake
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pico
 import pytest
 import torch
-
-import pico
-import solidify
 from pico import wrappers
-from solidify import cli, console, findings
+
+import solidify
+from solidify import findings
 from solidify.artifact import sources
-from solidify.checks import agreement, check, gradients, roundtrip, structure, sums
+from solidify.checks import check, gradients, roundtrip, structure
+from solidify.command import cli
 from solidify.findings import Finding, Report
+from solidify.merging import agreement, sums
 from solidify.objective.objective import Objective, Term
 from solidify.objective.sanity import Sanity
+from solidify.system import console
 
 
 def four() -> list[Finding]:

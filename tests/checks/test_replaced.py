@@ -8,17 +8,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import pico
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import pico
 import solidify
 from solidify.checks import replaced, served_call
 from solidify.checks.rule import Rule
 
-layers: Any = import_module("served_layers")  # tests/user_modules, which pico puts on the path
+layers: Any = import_module("served_layers")  # tests/support/user_modules, which pico puts on the path
 served: Any = import_module("served")
 
 MLP, ATTENTION = "model.layers.*.mlp", "model.layers.*.self_attn"

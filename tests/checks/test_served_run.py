@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-import pico
 from solidify.checks import served_run
 from solidify.errors import SolidifyError
 

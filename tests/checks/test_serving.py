@@ -7,17 +7,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-import pico
 import solidify
-from solidify.artifact import manifest
 from solidify.checks import served_call, serving
+from solidify.directory import manifest
 from solidify.findings import Finding
 
-served: Any = import_module("served")  # tests/user_modules, which pico puts on the path
+served: Any = import_module("served")  # tests/support/user_modules, which pico puts on the path
 
 MLP, ATTENTION = "model.layers.*.mlp", "model.layers.*.self_attn"
 AUTO_MAP = {"AutoConfig": "c.C", "AutoModel": "m.M", "AutoModelForCausalLM": "m.MForCausalLM"}

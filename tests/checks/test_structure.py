@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
-
 import pico
-import solidify
+import torch
 from pico import wrappers
+
+import solidify
 from solidify.artifact import tensors
 from solidify.checks import structure
 from solidify.model import anatomy, probing

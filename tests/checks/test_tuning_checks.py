@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import moving
+import pico
 import pytest
 import torch
-
-import pico
-import solidify
 from pico import wrappers
+
+import solidify
 from solidify import losses
 from solidify.adapter import plan as planning
 from solidify.adapter import standing, storage
-from solidify.artifact import manifest
 from solidify.checks import gradients, roundtrip, trainable
+from solidify.directory import manifest
 from solidify.errors import ObjectiveError
+from solidify.merging import changes
 from solidify.model import probing
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.training.trainer import ObjectiveTrainer
 from training import LORA, TRAIN, arguments, awake, in_order
 
 
@@ -319,9 +320,9 @@ def test_a_merge_that_touches_what_was_not_trained_is_found(trash_artifact: Path
     merged = dict(base.tensors)
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.trash.bias"):
         merged[name] = "0" * 64
-    assert roundtrip.merge_ledger(base, merged, adapter).passed
-    assert not roundtrip.merge_ledger(base, dict(base.tensors), adapter).passed
+    assert changes.merge_ledger(base, merged, adapter).passed
+    assert not changes.merge_ledger(base, dict(base.tensors), adapter).passed
     spoiled = {**merged, "model.layers.0.self_attn.k_proj.weight": "0" * 64}
-    assert "k_proj.weight changed though" in roundtrip.merge_ledger(base, spoiled, adapter).evidence
+    assert "k_proj.weight changed though" in changes.merge_ledger(base, spoiled, adapter).evidence
     del spoiled["model.layers.0.self_attn.k_proj.weight"]
-    assert "k_proj.weight is gone" in roundtrip.merge_ledger(base, spoiled, adapter).evidence
+    assert "k_proj.weight is gone" in changes.merge_ledger(base, spoiled, adapter).evidence

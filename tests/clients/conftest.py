@@ -6,12 +6,12 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import pico
 import solidify
 from solidify.modules.trashcan_moe import TrashCanMoE
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +14,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-import pico
 import training
 from clients import strangers
 

@@ -28,11 +28,13 @@ import torch
 torch.set_num_threads(1)
 
 import solidify.__main__  # noqa: E402
-from solidify import console, export, materials, pipeline  # noqa: E402, F401  # these take the time
 from solidify.artifact import certificate, inspection  # noqa: E402, F401
 from solidify.findings import Finding  # noqa: E402
+from solidify.merging import export  # noqa: E402, F401
 from solidify.model import anatomy  # noqa: E402
-from solidify.recipe import load  # noqa: E402
+from solidify.recipe import materials, stages  # noqa: E402, F401  # what takes the time to import
+from solidify.recipe.schema import load  # noqa: E402
+from solidify.system import console  # noqa: E402
 
 _CHANGES = {"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "subprocess.Popen"}
 _GROWING = {"os.mkdir", "os.link", "os.truncate", "open", "pwrite"}
@@ -102,8 +104,8 @@ def warm_up(recipe: str) -> None:
     fresh = certificate.witness, certificate.Alone.__enter__, certificate.Alone.__exit__
     leave_out_witness()
     with tempfile.TemporaryDirectory() as directory, console.silence(), patch.object(anatomy, "LARGE", 0):
-        pipeline.plan(load(Path(recipe)))
-        pipeline.build(load(Path(recipe)), Path(directory))
+        stages.plan(load(Path(recipe)))
+        stages.build(load(Path(recipe)), Path(directory))
     certificate.witness, certificate.Alone.__enter__, certificate.Alone.__exit__ = fresh  # type: ignore[method-assign]
 
 

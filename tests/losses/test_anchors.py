@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import pico
 import solidify
 from solidify import losses
 from solidify.adapter import standing

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pico
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-import pico
 from solidify import losses
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError

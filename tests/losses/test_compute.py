@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pico
 import pytest
 import torch
 
-import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError

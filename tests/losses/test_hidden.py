@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pico
 import pytest
 import torch
 
-import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError

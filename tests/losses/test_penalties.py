@@ -7,12 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import pico
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Term

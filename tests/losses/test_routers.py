@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import families
+import pico
 import pytest
 import torch
 
-import families
-import pico
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.losses import routing

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from datasets import Dataset
 
-import pico
 import solidify
 from solidify import losses
 from solidify.objective.objective import Term
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.training.trainer import ObjectiveTrainer
 from training import LORA, TRAIN, awake, distance, step
 
 SPLITS = ((8, 1), (2, 4), (1, 8))

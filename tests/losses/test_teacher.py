@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pico
 import pytest
 import torch
 from datasets import Dataset
 
-import pico
 from solidify import losses
 from solidify.errors import DataError, ObjectiveError
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import pico
 import pytest
 import torch
 
-import pico
 from solidify.model import anatomy, operations, probing
 
 NAMES = ["model", "model.layers", "model.layers.0", "model.layers.0.mlp", "model.layers.10.mlp", "lm_head", "mlp"]

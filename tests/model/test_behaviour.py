@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import behaving
+import families
+import pico
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-import families
-import pico
 import solidify
 from solidify.errors import SurgeryError
 from solidify.model import behaviour, probing

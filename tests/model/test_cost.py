@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import pico
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import pico
 import solidify
 from solidify.model.cost import cost, experts, flops
 
-served: Any = import_module("served")  # tests/user_modules, which pico puts on the path
+served: Any = import_module("served")  # tests/support/user_modules, which pico puts on the path
 
 
 def test_every_matrix_counts_twice_its_numbers_and_embeddings_nothing() -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 
+import pico
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import pico
 import solidify
 from solidify.model import anatomy, probing
 from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE

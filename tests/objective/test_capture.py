@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 
-import pico
 import solidify
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError

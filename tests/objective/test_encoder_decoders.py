@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pico
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError

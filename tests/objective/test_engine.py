@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError

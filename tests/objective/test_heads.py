@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from torch import nn
 
-import pico
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, distance, in_order
 
 BERT = {

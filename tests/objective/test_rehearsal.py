@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pico
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import pico
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError

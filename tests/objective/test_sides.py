@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pico
 import pytest
 import torch
 
-import pico
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture, capture

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
+from pico import SIZES
 from torch import nn
 
-import pico
 import solidify
-from pico import SIZES
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture, capture
 from solidify.objective.engine import ObjectiveEngine

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 
-import pico
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.engine import ObjectiveEngine

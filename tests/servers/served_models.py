@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pico
 import torch
 from transformers import PreTrainedModel
-
-import pico
 
 SIZES = {"vocab_size": 256, "hidden_size": 128, "num_attention_heads": 2, "pad_token_id": 1, "head_dim": 64}
 

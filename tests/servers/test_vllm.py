@@ -11,20 +11,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import pico
 import solidify
 from servers import served_models
-from solidify.artifact import manifest
 from solidify.checks import served_call, served_run, serving
+from solidify.directory import manifest
 from solidify.errors import ArtifactError
-from solidify.model.surgery import Edit
 from solidify.modules.trashcan_moe import TrashCanMoE
+from solidify.surgery.replacing import Edit
 
-layers: Any = import_module("served_layers")  # tests/user_modules, which pico puts on the path
+layers: Any = import_module("served_layers")  # tests/support/user_modules, which pico puts on the path
 modules: Any = import_module("served")
 
 pytestmark = pytest.mark.servers

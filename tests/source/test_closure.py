@@ -19,9 +19,10 @@ from torch import nn
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from solidify import losses, references
+from solidify import losses
 from solidify.errors import ArtifactError
 from solidify.modules.trashcan_moe import TrashCanMoE
+from solidify.recipe import references
 from solidify.source import closure
 
 sys.path.insert(0, str(Path(__file__).parent))

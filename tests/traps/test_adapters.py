@@ -6,18 +6,18 @@ import shutil
 import warnings
 from pathlib import Path
 
+import pico
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pico import wrappers
 from safetensors.torch import load_file, save_file
 
-import pico
 import solidify
-from pico import wrappers
 from solidify.adapter import adapters, standing, storage
-from solidify.artifact import manifest
+from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
 from training import awake

@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import lightning
+import pico
 import pytest
 import torch
 from datasets import Dataset
@@ -27,9 +28,8 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-import pico
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
+from solidify.training.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
 from training import Gradients, arguments, in_order
 
 Gradient = dict[str, torch.Tensor]

@@ -6,17 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+import pico
 import pytest
 import torch
+from pico import wrappers
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-import pico
 import solidify
-from pico import wrappers
-from solidify import references
 from solidify.errors import ArtifactError
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import TrashCanMoE
+from solidify.recipe import references
 
 sys.path.insert(0, str(Path(__file__).parent))
 

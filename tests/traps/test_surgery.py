@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pico
 import pytest
 import torch
+from pico import wrappers
 from torch import nn
 
-import pico
 import solidify
-from pico import wrappers
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import TrashCanMoE

@@ -6,21 +6,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from datasets import Dataset
+from pico import wrappers
 from torch import nn
 from transformers import AutoTokenizer, OlmoeForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-import pico
 import solidify
-from pico import wrappers
 from solidify import losses
 from solidify.checks.gradients import GradientWitness
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
-from solidify.tuning.trainer import ObjectiveSFTTrainer
+from solidify.training.trainer import ObjectiveSFTTrainer
 from training import LORA, Gradients, arguments, awake, distance, in_order, step
 
 
@@ -202,9 +202,9 @@ def test_trls_trainer_asks_for_router_logits_that_are_not_there(tiny_base: Path,
     with pytest.raises(IndexError):
         sft(routerless(), tmp_path, tiny_base).train()
 
-    from solidify import materials, recipe
+    from solidify.recipe import materials, schema
 
-    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
+    loaded = schema.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
     assert materials.training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
 
 
@@ -213,9 +213,9 @@ def test_trls_trainer_no_longer_takes_what_recipes_pass(tmp_path: Path, words: d
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         SFTTrainer(model=pico.olmoe(), args=arguments(tmp_path, 4, 1, SFTConfig), **words)
 
-    from solidify import materials, recipe
+    from solidify.recipe import materials, schema
 
-    loaded = recipe.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
+    loaded = schema.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
     made = materials.training_arguments(loaded, tmp_path)
     assert (made.max_length, made.dataset_text_field) == (128, "text")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-import families
 from solidify.artifact import conversion
 from solidify.weights import checkpoint, format, layout, store
 

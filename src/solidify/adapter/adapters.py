@@ -14,7 +14,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console, foreign, processes
 from solidify.adapter import base_state, configured, patterns, standing, tied, together, trial, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.buffers import NAME as BUFFERS
@@ -22,7 +21,8 @@ from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
-from solidify.model.transaction import transaction
+from solidify.surgery.transaction import transaction
+from solidify.system import console, foreign, processes
 
 
 def attach(

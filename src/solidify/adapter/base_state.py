@@ -19,14 +19,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import files, foreign
 from solidify.adapter import reading, standing
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, manifest, tensors
-from solidify.artifact.manifest import Manifest
+from solidify.artifact import loading, tensors
+from solidify.directory import manifest
+from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.model import anatomy
+from solidify.system import files, foreign
 from solidify.weights import checkpoint
 
 WORDS = {

@@ -18,9 +18,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
 
-from solidify import files, foreign
 from solidify.adapter import kinds, patterns
 from solidify.errors import AdapterError, refuse
+from solidify.system import files, foreign
 from solidify.weights import format
 
 WEIGHTS = SAFETENSORS_WEIGHTS_NAME

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify import console, foreign
 from solidify.adapter import kinds, patterns, standing, tied
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
+from solidify.system import console, foreign
 
 # LoraConfig's fields that choose what is trained in ways of their own: one door for each thing.
 _ELSEWHERE = {

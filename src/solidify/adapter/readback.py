@@ -17,12 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from solidify import console, files, foreign
 from solidify.adapter import standing
 from solidify.adapter.base_state import Base
-from solidify.artifact import certificate, loading, tensors, trust
+from solidify.artifact import certificate, loading, tensors
+from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
 from solidify.model import anatomy, behaviour, probing
+from solidify.system import console, files, foreign
 
 Load = Callable[[nn.Module, Path], PeftModel]
 Held = Callable[[PeftModel], Mapping[str, torch.Tensor]]

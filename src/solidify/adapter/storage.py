@@ -16,16 +16,17 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import files, foreign, places
 from solidify.adapter import base_state, configured, kinds, readback, standing, together, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, manifest
-from solidify.artifact.manifest import Manifest
+from solidify.artifact import loading
+from solidify.directory import manifest, places
+from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
-from solidify.model.transaction import transaction
+from solidify.surgery.transaction import transaction
+from solidify.system import files, foreign
 from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import Supply
 

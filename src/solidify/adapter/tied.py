@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import foreign
 from solidify.adapter import standing
+from solidify.system import foreign
 
 
 def faults(

@@ -6,11 +6,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import foreign
 from solidify.adapter import standing
 from solidify.errors import AdapterError
 from solidify.model import anatomy, probing
 from solidify.model.probing import Inputs
+from solidify.system import foreign
 
 
 def inputs(model: nn.Module) -> Inputs | None:

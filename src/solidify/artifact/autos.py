@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from solidify import files, foreign
-from solidify.artifact import trust
 from solidify.artifact.descent import Ancestor
+from solidify.directory import trust
 from solidify.errors import ArtifactError
+from solidify.system import files, foreign
 
 OTHER_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 

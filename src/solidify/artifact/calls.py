@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.model import anatomy, contract, probing
+from solidify.model import anatomy, probing
+from solidify.surgery import contract
 
 Tensors = dict[str, torch.Tensor]
 

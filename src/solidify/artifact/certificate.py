@@ -19,12 +19,14 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify import disk, files, foreign
-from solidify.artifact import calls, manifest, tensors
+from solidify.artifact import calls, tensors
+from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, behaviour, control, probing
+from solidify.model import anatomy, behaviour, probing
 from solidify.model.behaviour import PROPERTIES, Reading, Watched
+from solidify.surgery import control
+from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"

@@ -18,10 +18,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 
-from solidify import disk, files, foreign
-from solidify.artifact import manifest, vocabulary
+from solidify.artifact import vocabulary
+from solidify.directory import manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
+from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint
 
 TRAVELS = "files of the base"

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import console, files
-from solidify.artifact import manifest
+from solidify.directory import manifest
 from solidify.errors import ArtifactError
-from solidify.model import cost, ledger
+from solidify.model import cost
+from solidify.surgery import ledger
+from solidify.system import console, files
 from solidify.weights import checkpoint, format, hashing, known
 from solidify.weights.format import Entry
 

@@ -24,13 +24,14 @@ from transformers import (
 )
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
-from solidify import files, foreign
-from solidify.artifact import autos, conversion, manifest, private, trust
+from solidify.artifact import autos, conversion
 from solidify.artifact.conversion import Scratch
-from solidify.artifact.manifest import Manifest
+from solidify.directory import manifest, private, trust
+from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
-from solidify.model import ledger
 from solidify.source import ownership
+from solidify.surgery import ledger
+from solidify.system import files, foreign
 from solidify.weights import checkpoint, layout
 from solidify.weights.hashing import digest_bytes
 

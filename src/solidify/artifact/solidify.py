@@ -13,27 +13,17 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from solidify import console, foreign, markup, places
-from solidify.artifact import (
-    autos,
-    certificate,
-    companions,
-    descent,
-    loading,
-    manifest,
-    sources,
-    tensors,
-    trust,
-    unchanged,
-    vocabulary,
-)
-from solidify.artifact.manifest import Manifest
+from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
+from solidify.directory import manifest, places, trust
+from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
-from solidify.model import anatomy, ledger, operations
+from solidify.model import anatomy, operations
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import cost
-from solidify.model.surgery import Edit
+from solidify.surgery import ledger
+from solidify.surgery.replacing import Edit
+from solidify.system import console, foreign, markup
 from solidify.weights import checkpoint, format, hashing, store
 from solidify.weights.format import Entry
 

@@ -23,8 +23,8 @@ from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
 from solidify.model import operations
-from solidify.model.surgery import Edit
 from solidify.source import closure
+from solidify.surgery.replacing import Edit
 from solidify.weights import hashing
 
 OPERATIONS = "operations.py"

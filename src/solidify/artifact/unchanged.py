@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from solidify import foreign
 from solidify.artifact import loading
+from solidify.system import foreign
 
 _SHOWN = 3
 

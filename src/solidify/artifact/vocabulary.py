@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from solidify import foreign
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
+from solidify.system import foreign
 
 FITS, ENDS = "tokenizer: every id has an embedding", "tokenizer: the model stops at its end token"
 _SHOWN = 4

@@ -15,8 +15,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from solidify import console, disk, foreign, places
+from solidify.directory import places
 from solidify.errors import RecipeError
+from solidify.system import console, disk, foreign
 from solidify.weights.hashing import digest_values
 
 NAME = "builtin:smollm2-135m"

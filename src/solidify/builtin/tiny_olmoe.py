@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from solidify import console, disk, places
 from solidify.builtin import corpus
+from solidify.directory import places
+from solidify.system import console, disk
 from solidify.weights.hashing import digest_values
 
 NAME = "builtin:tiny-olmoe"

@@ -15,9 +15,10 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from solidify.adapter import storage  # noqa: E402
-from solidify.artifact import certificate, manifest, trust  # noqa: E402
+from solidify.artifact import certificate  # noqa: E402
 from solidify.artifact.loading import load_artifact  # noqa: E402
 from solidify.checks import roundtrip, structure, trainable  # noqa: E402
+from solidify.directory import manifest, trust  # noqa: E402
 from solidify.findings import Finding  # noqa: E402
 
 gc.freeze()

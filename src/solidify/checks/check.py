@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from solidify import console, files, ours, results
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, manifest, private, signing, trust, vocabulary
-from solidify.artifact.manifest import Manifest
+from solidify.artifact import certificate, companions, loading, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
+from solidify.directory import manifest, ours, private, results, signing, trust
+from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
+from solidify.system import console, files
 
 INTACT = "nothing was changed since it was written"
 CLOSED = "the run holds what was written"

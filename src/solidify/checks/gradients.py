@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from solidify import processes
 from solidify.adapter import readback, standing
-from solidify.checks import chance, rounding
+from solidify.checks import chance
 from solidify.findings import Finding
+from solidify.merging import rounding
 from solidify.objective.sanity import Sanity
+from solidify.system import processes
 
 REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"

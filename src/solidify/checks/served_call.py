@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from solidify import foreign
 from solidify.model import anatomy
+from solidify.system import foreign
 
 KEYWORD = "attention_instances"
 NAME = "solidify_served_call"

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify import disk
-from solidify.artifact import loading, manifest, private, trust
+from solidify.artifact import loading
 from solidify.checks import served_call
+from solidify.directory import manifest, private, trust
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
 from solidify.model import anatomy
+from solidify.system import disk
 
 NAME = "served by vLLM"
 LENGTHS = (5, 17, 33)  # of the prompts, in tokens

@@ -22,15 +22,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify import files, foreign
 from solidify.artifact import loading
-from solidify.artifact.manifest import Manifest
 from solidify.checks import replaced, served_call
 from solidify.checks.rule import SGLANG, VLLM, Rule, full, listed, prefix
 from solidify.checks.served_call import KEYWORD, Observed
+from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, cost, ledger
+from solidify.model import anatomy, cost
+from solidify.surgery import ledger
+from solidify.system import files, foreign
 
 Record = Mapping[str, Any]  # of an edit
 Places = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
-from solidify.model import anatomy, contract, control, ledger, probing
+from solidify.model import anatomy, probing
+from solidify.surgery import contract, control, ledger
 
 IN_USE = "every new module is in use"
 START = "start identical"

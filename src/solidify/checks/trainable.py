@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from solidify import processes
 from solidify.adapter import plan as planning
 from solidify.adapter import standing
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import tensors
-from solidify.artifact.manifest import Manifest
+from solidify.directory.manifest import Manifest
 from solidify.findings import Finding
+from solidify.system import processes
 
 
 def trainable(model: PeftModel, wanted: AdapterPlan) -> Finding:

@@ -15,7 +15,7 @@ from solidify.adapter import standing
 from solidify.model import anatomy
 from solidify.model.cost import cost
 from solidify.objective.capture import Capture, capture
-from solidify.tuning import data
+from solidify.training import data
 
 TRASH = Capture(class_name="TrashCan")
 

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from solidify import console, pipeline, recipe
 from solidify.adapter import adapters, storage
 from solidify.artifact import loading
 from solidify.builtin import corpus, tiny_olmoe
@@ -17,10 +16,12 @@ from solidify.demo.effect import HeldOut, Row
 from solidify.findings import Finding, Report
 from solidify.losses import kl_to_base
 from solidify.objective.objective import Objective, Term
-from solidify.recipe import Recipe
-from solidify.tuning import data
-from solidify.tuning.progress import TrainingBar
-from solidify.tuning.trainer import ObjectiveTrainer
+from solidify.recipe import schema, stages
+from solidify.recipe.schema import Recipe
+from solidify.system import console
+from solidify.training import data
+from solidify.training.progress import TrainingBar
+from solidify.training.trainer import ObjectiveTrainer
 
 RECIPE = Path(__file__).with_name("trash_can.yaml")
 PROMPT = "The following"
@@ -56,13 +57,13 @@ def tell(output: Path) -> Report:
         f"The base: {tiny_olmoe.NAME}, trained on {figures['train_tokens']:,} tokens of Python's own documentation. "
         f"Held-out loss {figures['heldout_loss']:.3f} nats per token; a unigram model: {figures['unigram_loss']:.3f}."
     )
-    loaded = recipe.load(RECIPE)
+    loaded = schema.load(RECIPE)
     show(f"The recipe: {RECIPE.name} (also under examples/)\n")
-    report = pipeline.run(loaded, output)
+    report = stages.run(loaded, output)
     rows = _measure(loaded, output)
     report.measured["effect"] = [vars(row) for row in rows]
     report.add("inference", _try(output))
-    pipeline.finish(loaded, output, report)
+    stages.finish(loaded, output, report)
     show(_effect_table(rows))
     show(_proof_table(report))
     show(f"Everything is in {output}: artifact/, adapter/, merged/, report.json, report.html")

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from solidify import foreign
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError, refuse
 from solidify.losses.precision import wide
 from solidify.losses.prediction import targets
 from solidify.losses.selection import Patterns, chosen, named
 from solidify.model import anatomy
+from solidify.system import foreign
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify import foreign
 from solidify.errors import SurgeryError
 from solidify.model import anatomy, behaviour
+from solidify.system import foreign
 
 Inputs = dict[str, torch.Tensor]
 

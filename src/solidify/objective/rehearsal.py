@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.objective.capture import Capture
@@ -23,6 +22,7 @@ from solidify.objective.objective import Objective
 from solidify.objective.supply import Supply, decoder_output, encodes_and_decodes
 from solidify.objective.term import OWN_MASKS, REFERENCE, SHIFTS, Term
 from solidify.objective.window import Counts, Window
+from solidify.system import foreign
 
 ROWS, LENGTH, WORDS = 2, 8, 8  # of the made-up batch; the words are those of a made-up head
 TARGETS = 6  # how many positions a decoder reads that has an encoder beside it

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify import processes
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.objective import Objective
 from solidify.objective.term import Part
 from solidify.objective.weights import Constant
 from solidify.objective.window import Counts
+from solidify.system import processes
 
 OFTEN = 8  # steps in each of which a term without a gradient is looked at
 ROUNDING = 1e-6  # of the largest gradient: what is left in float32 of a sum that cancels

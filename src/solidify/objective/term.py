@@ -22,13 +22,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective import memory, weights
 from solidify.objective.capture import Capture
 from solidify.objective.memory import Stateful
 from solidify.objective.weights import Weight
 from solidify.objective.window import Counts, Window
+from solidify.system import foreign
 
 REDUCTIONS = ("token_sum", "token_mean", "sequence_mean", "statistic", "constant", "none")
 

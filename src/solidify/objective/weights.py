@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from solidify import foreign
 from solidify.errors import ObjectiveError, refuse
+from solidify.system import foreign
 
 SHAPES = ("linear", "cosine", "exponential")
 BOUNDS = ("at_most", "at_least", "equal")

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from solidify import disk, files
 from solidify.errors import ArtifactError, refuse
+from solidify.system import disk, files
 from solidify.weights import format
 from solidify.weights.format import Entry, Shape
 

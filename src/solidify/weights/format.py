@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from solidify import console, files
 from solidify.errors import ArtifactError
+from solidify.system import console, files
 from solidify.weights import hashing
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from solidify import files
+from solidify.system import files
 
 ALGORITHM = "blake3"
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from solidify import console, disk, files
 from solidify.errors import ArtifactError
+from solidify.system import console, disk, files
 from solidify.weights import format, hashing
 
 _TICK = 50_000_000  # nanoseconds; longer than the clock's steps in file systems

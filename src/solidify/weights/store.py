@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from solidify import console
 from solidify.errors import ArtifactError, refuse
+from solidify.system import console
 from solidify.weights import checkpoint, format, known, mapped, transfer
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Shape, Supply

@@ -1,0 +1,47 @@
+"""Continues a text, to try a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify.errors import ArtifactError, DataError
+from solidify.system import foreign
+
+MOST = 2**20  # tokens, where a model does not say how many places it has
+
+
+def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """Returns a prompt and up to `new_tokens` tokens that a model adds to it, each the likeliest.
+
+    Raises:
+        DataError: the prompt holds no token, or prompt and new tokens are more than the model has places for.
+        ArtifactError: the model or its tokenizer fails, on odd settings for generation, for example.
+    """
+    with foreign.calling("the prompt cannot be read by the model's tokenizer", ArtifactError):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        length = inputs["input_ids"].shape[-1]
+    if not length:
+        raise DataError("the prompt holds no token; give a text to continue (--prompt)")
+    places = _places(model)
+    if length + new_tokens > places:
+        raise DataError(
+            f"{length} tokens of the prompt and {new_tokens} new ones are more than the {places} that are possible "
+            f"here; ask for at most {max(places - length, 0)} (--max-new-tokens)"
+        )
+    remedy = "its generation_config.json or config.json may hold odd values"
+    with foreign.calling("the model does not generate", ArtifactError, remedy=remedy), torch.no_grad():
+        generator: Any = model
+        tokens = generator.generate(**inputs.to(generator.device), max_new_tokens=new_tokens, do_sample=False)
+        text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    return text
+
+
+def _places(model: nn.Module) -> int:
+    """Returns for how many tokens a model was made."""
+    config: Any = model.config
+    with foreign.calling("the model's configuration cannot be read", ArtifactError):
+        found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(found, MOST) if isinstance(found, int) and found > 0 else MOST

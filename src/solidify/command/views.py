@@ -1,0 +1,335 @@
+"""What `inspect`, `plan` and `diff` show: tables and coloured texts made from what those found out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from solidify.artifact.inspection import Branch, ranges
+from solidify.directory.adopting import Adopted
+from solidify.directory.manifest import SIGNATURE, Manifest
+from solidify.directory.signature import Signature
+from solidify.model import anatomy
+from solidify.model.behaviour import PROPERTIES
+from solidify.model.cost import Cost
+from solidify.system import console
+
+_MARKS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
+_COSTS = {
+    "parameters": ("parameters", console.amount),
+    "bytes": ("on disk", console.size),
+    "memory": ("in memory, loaded", console.size),
+    "flops_per_token": ("matrix FLOPs per token", console.amount),
+}
+
+
+def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[RenderableType]:
+    """Shows the tree of a model."""
+    dtypes = {branch.dtype for branch in branches if branch.dtype}
+    rows = [
+        (
+            _label(branch),
+            _kind(branch),
+            str(branch.times) if branch.times > 1 else "",
+            console.amount(branch.parameters) if branch.parameters else "-",
+            console.share(branch.parameters, total.parameters),
+            console.size(branch.bytes) if branch.bytes else "-",
+            console.share(branch.flops, total.flops_per_token),
+            "●" if branch.target else "",
+            *([branch.dtype] if len(dtypes) > 1 else []),
+        )
+        for branch in branches
+    ]
+    columns = ["module", "class", "x", "parameters", "share", "bytes", "FLOPs", "●"]
+    columns += ["dtype"] if len(dtypes) > 1 else []
+    yield console.table(name, columns, rows, numbers=(2, 3, 4, 5, 6), ruled=False)
+    same = f", all {dtypes.pop()}" if len(dtypes) == 1 else ""
+    yield (
+        f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
+        f"memory; {total.flops_per_token:,} matrix FLOPs per token"
+    )
+    yield from _uncertain(total.document())
+    hint = "● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token."
+    yield console.line((hint, "dim"))
+
+
+def _label(branch: Branch) -> Text:
+    """Writes the last part of a name, indented, with the numbers that a `*` stands for."""
+    last = branch.name.rpartition(".")[2]
+    label = Text("│ " * (branch.depth - 1), style="dim")
+    label.append(
+        console.printable(last), style="bold not dim" if last == "*" else "dim" if not branch.parameters else "not dim"
+    )
+    if last == "*" and branch.where:
+        label.append(f" ({branch.where})", style="cyan not dim")
+    return label
+
+
+def _kind(branch: Branch) -> Text:
+    sizes = " x ".join(map(str, branch.shape))
+    kind = Text("" if branch.kind == "parameter" else branch.kind)
+    if sizes:
+        kind.append(f"{' ' if kind else ''}[{sizes}]", style="cyan")
+    if branch.tied:
+        kind.append(f" = {branch.tied}", style="yellow")
+    return kind
+
+
+def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows what a recipe would do, from the plain values of a plan."""
+    yield _surgery(document["edits"])
+    yield from _declared(document["edits"])
+    yield from _tensor_sums(document["tensors"])
+    if document["trainable"]:
+        yield _trained(document["trainable"], document["after"]["parameters"])
+        yield f"Trainer: {document['trainer']}\n"
+        yield _objective(document["objective"])
+        yield from _groups(document["groups"])
+    before, after = document["before"], document["after"]
+    rows = [
+        (label, show(before[key]), show(after[key]), _difference(before[key], after[key], show))
+        for key, (label, show) in _COSTS.items()
+    ]
+    yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
+    yield from _uncertain(after)
+    needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
+    yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
+    yield from _files(document["files"], document["generated"])
+
+
+def _uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Says of which experts it is not known how many a token uses."""
+    if cost["uncertain"]:
+        names = ", ".join(f"{_pattern(each)}{_times(each)}" for each in _folded(cost["uncertain"]))
+        yield f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted."
+
+
+def _difference(before: float, after: float, show: Any) -> str:
+    if before == after:
+        return "-"
+    return f"{'+' if after > before else '-'}{show(abs(after - before))} ({console.share(after - before, before)})"
+
+
+def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Shows the changes, equal ones folded."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for edit in edits:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in edit["arguments"].items())
+        becomes = f"{edit['new_class']}({arguments})" if arguments else edit["new_class"]
+        key = (edit["operation"], anatomy.fold([edit["name"]])[0], edit["old_class"], becomes)
+        groups.setdefault(key, []).append(edit)
+    rows = []
+    for (operation, _, old, new), each in groups.items():
+        grown = sum(edit["parameters_after"] - edit["parameters_before"] for edit in each)
+        names = [edit["name"] for edit in each]
+        change = f"{grown:+,}" if grown else "-"
+        rows.append((operation, _pattern(names), old, new, _numbers(names), change))
+    columns = ("operation", "module", "was", "becomes", "x", "parameters")
+    return console.table("Surgery", columns, rows, numbers=(4, 5))
+
+
+def _declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Says which properties the changes do not keep on purpose, and what follows."""
+    lost: dict[str, list[str]] = {}
+    for edit in edits:
+        for key in (key for key, kept in edit.get("declares", {}).items() if not kept):
+            lost.setdefault(key, []).append(edit["name"])
+    for key, names in lost.items():
+        what = f"{_pattern(names)}: {key} is not kept, as declared ({PROPERTIES[key]})"
+        yield what + (". It generates without a cache." if key == "cache" else ".")
+
+
+def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
+    """Says what becomes of the base's tensors, and names those that are new or go."""
+    kept, new, dropped = (len(tensors[key]) for key in ("kept", "new", "dropped"))
+    yield f"Tensors: {kept} of the base's {kept + dropped} kept, {dropped} dropped; {new} new"
+    if tensors.get("unknown"):
+        count = len(tensors["unknown"])
+        yield f"  Not known before it is built: whether {count} more are new, or copies of those listed as dropped"
+    for mark, key in (("added", "new"), ("removed", "dropped"), ("changed", "unknown")):
+        for names in _folded(tensors.get(key, [])):
+            yield console.line("  ", _MARKS[mark], f" {_pattern(names)}{_times(names)}")
+    yield ""
+
+
+def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
+    """Shows the trainable set, repeated layers folded, with the share of the model's parameters."""
+    rows = []
+    for how, word in (("lora", "LoRA"), ("full", "in full")):
+        counts = {name.partition(" ")[2]: count for name, count in trainable.items() if name.startswith(f"{how} ")}
+        for names in _folded(counts):
+            number = sum(counts[name] for name in names)
+            rows.append((word, _pattern(names), _numbers(names), f"{number:,}", console.share(number, parameters)))
+    total = sum(trainable.values())
+    made = console.table("Trained", ("how", "what", "x", "parameters", "of the model"), rows, numbers=(2, 3, 4))
+    made.add_section()
+    made.add_row("all", f"{len(trainable)} names", "", f"{total:,}", console.share(total, parameters), style="bold")
+    return made
+
+
+def _objective(terms: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Shows the terms: what kind of quantity each is, and its weight."""
+    rows = [
+        (term["name"], term["reduction"], _short(term["weight"]), "yes" if term["reference"] else "") for term in terms
+    ]
+    return console.table("Objective", ("term", "reduction", "weight", "looks at the reference"), rows)
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Shows the parameter groups, if there are any."""
+    if groups:
+        rows = [
+            (_short(group["parameters"]), _short({k: v for k, v in group.items() if k != "parameters"}))
+            for group in groups
+        ]
+        yield console.table("Parameter groups", ("parameters", "settings"), rows)
+
+
+def _short(value: Any) -> str:
+    """Writes a value of a recipe in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_short(each)}" for key, each in value.items() if each != {})
+    return ", ".join(map(_short, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _folded(names: Iterable[str]) -> list[list[str]]:
+    """Groups names that differ in numbers only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(anatomy.fold([name])[0], []).append(name)
+    return list(groups.values())
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Writes one name as it is, several that differ in numbers with `*`."""
+    return names[0] if len(names) == 1 else anatomy.fold(names)[0]
+
+
+def _numbers(names: Sequence[str]) -> str:
+    """Says how many names there are and, where each has one number, which."""
+    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    if len(names) > 1 and all(len(each) == 1 for each in numbers):
+        return f"{len(names)} ({ranges([each[0] for each in numbers])})"
+    return str(len(names))
+
+
+def _files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
+    """Lists the code of the artifact and shows what of it solidify writes."""
+    rows = [
+        (name, "generated" if name in generated else "copied", str(len(text.splitlines())), _bytes(text))
+        for name, text in files.items()
+    ]
+    yield console.table("Code of the artifact", ("file", "", "lines", "bytes"), rows, numbers=(2, 3))
+    for name in sorted(generated, key=lambda name: not name.startswith("modeling")):
+        yield console.line((f"\n{name}", "bold"))
+        yield console.source(files[name], "python")
+
+
+def _bytes(text: str) -> str:
+    return f"{len(text.encode()):,}"
+
+
+def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[RenderableType]:
+    """Shows what differs between two directories, section by section."""
+    show = {"configuration": _values, "code": _code, "modules": _modules, "tensors": _tensors}
+    show |= {"figures": _figures, "files": _others}
+    for section, entries in found.items():
+        counted = f"{len(entries)} difference{'s' if len(entries) > 1 else ''}" if entries else "the same"
+        yield console.line((section, "bold"), f": {counted}")
+        yield from show[section](entries)
+
+
+def _values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for entry in entries:
+        sides = [repr(entry[side]) for side in ("old", "new")]
+        told = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {told}")
+
+
+def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Shows the changed lines; of a file that only one side has, their number."""
+    for entry in entries:
+        lines = entry["text"].splitlines()
+        more, less = (sum(1 for line in lines[2:] if line.startswith(mark)) for mark in "+-")
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: +{more} -{less} lines")
+        if entry["change"] == "changed":
+            yield console.source("\n".join(lines[2:]), "diff", indent=6)
+
+
+def _modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        told = " → ".join(entry[side] for side in ("old", "new") if entry[side])
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry["name"])
+    for (change, _, told), names in groups.items():
+        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}")
+
+
+def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        sides = [f"{entry[f'{s}_dtype']} {entry[f'{s}_shape']}" for s in ("old", "new") if f"{s}_dtype" in entry]
+        told = " → ".join(dict.fromkeys(sides))
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry)
+    for (change, _, told), each in groups.items():
+        names, apart = [entry["name"] for entry in each], ""
+        if "max_abs" in each[0]:
+            largest, relative = (max(_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
+            apart = f", differs by up to {largest:.2g} (relative norm {relative:.2g})"
+        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}{apart}")
+
+
+def _number(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _figures(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    for entry in entries:
+        sides = [f"{entry[side]:,}" for side in ("old", "new") if entry[side] is not None]
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {' → '.join(sides)}")
+
+
+def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    yield from (console.line("  ", _MARKS[entry["change"]], f" {entry['name']}") for entry in entries)
+
+
+def _times(names: Sequence[str]) -> str:
+    return f" x {_numbers(names)}" if len(names) > 1 else ""
+
+
+def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableType]:
+    """Shows what files hold, letter by letter, before they are listed, and what follows when they are."""
+    for file in files:
+        how = "no text" if file.text is None else "as follows"
+        if file.text is not None and len(file.text.encode()) < file.size:
+            how = f"its first {len(file.text.encode())} bytes as follows"
+        change = "" if file.before is None else " (listed with other contents until now)"
+        yield console.line((f"{file.name}: {file.size} bytes, {how}{change}", "bold"))
+        yield from (Text(f"  {_printable(line)}") for line in (file.text or "").splitlines())
+        yield console.line((f"  blake3 {file.digest}", "dim"))
+    if (directory / SIGNATURE).is_file():
+        yield f"{SIGNATURE} is of {directory} without this, and does not hold any more; sign it anew"
+    if any(file.name.endswith(".py") for file in files):
+        yield "This is code: where the code of the directory was trusted, it runs from now on."
+
+
+def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[RenderableType]:
+    """Shows which code was trusted, or is no more."""
+    yield console.line(
+        f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}"
+    )
+    yield from (console.line((f"  {name}  blake3 {digest}", "dim")) for name, digest in sorted(record.code.items()))
+
+
+def signed(directory: Path, found: Signature, how: str) -> Iterator[RenderableType]:
+    """Shows whom a signature is by, and of how many files it is."""
+    yield console.line(f"{directory} {how} {found.signer}: {len(found.files)} files")
+
+
+def _printable(line: str) -> str:
+    """Returns a line of a file with everything in it visible, whatever a terminal would make of it."""
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

@@ -1,0 +1,241 @@
+"""What in a directory is ours: listed by a manifest or a report of ours, and as that was written."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from solidify.directory import manifest, signature
+from solidify.errors import SolidifyError
+from solidify.findings import Report
+from solidify.system import files
+from solidify.weights.hashing import digest_large
+
+PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
+REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
+LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
+_OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS)
+SHOWN = 6
+_LONGEST = 2**26  # bytes of what is read of our file in a checkpoint
+_LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
+_GENERATED = "generated_from_trainer"  # a tag in those cards
+HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|scratch)-(\d+)")
+used: set[Path] = set()  # hidden directories of this process
+
+
+def foreign(directory: Path) -> list[str]:
+    """Says what in a directory is not listed by its manifest, or is not as that lists it; nothing of an empty one."""
+    entries = [path for path in sorted(directory.iterdir()) if not left(path)]
+    if not entries:
+        return []
+    if not (directory / manifest.NAME).is_file():
+        return [f"it has no {manifest.NAME}, but {names(entries)}"]
+    try:
+        record = manifest.read(directory)
+        return [*_unlisted(directory, record), *manifest.faults(directory, record)]
+    except (SolidifyError, OSError) as error:
+        return [str(error)]
+
+
+def _unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
+    listed = {manifest.NAME, *record.code, *record.files, *record.headers}
+    holding = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    faults = []
+    for here, directories, names in os.walk(directory):
+        for name in sorted([*directories, *names]):
+            path = Path(here) / name
+            told = path.relative_to(directory).as_posix()
+            if told == manifest.SIGNATURE and signature.belongs(directory, record):
+                continue
+            if path.is_symlink() or told not in (holding if path.is_dir() else listed):
+                faults.append(f"{told} is not listed by its manifest")
+        directories[:] = [name for name in directories if not (Path(here) / name).is_symlink()]
+    return faults
+
+
+def in_run(directory: Path) -> list[str]:
+    """Says what in a run's directory is no part of a run of ours, or is not as that wrote it."""
+    report = _report(directory)
+    faults = []
+    for path in sorted(directory.iterdir()):
+        if left(path):
+            continue
+        if path.is_symlink() or path.name not in _OWN:
+            faults.append(f"{path.name} is no part of a run")
+        elif path.name in PARTS:
+            faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
+        elif path.name == CHECKPOINTS:
+            faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
+        elif path.name == REPORT and report is None:
+            faults.append(f"{REPORT} is not the report that a run wrote")
+        elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest(path):
+            faults.append(f"{PAGE} is not the page that a run wrote")
+    return faults
+
+
+def unlike_a_run(directory: Path) -> list[str]:
+    """Says what in a run's directory no part of it accounts for, or is not as the run wrote it; parts are not opened.
+
+    Other than `in_run` it is for who reads a run: what tools leave may stand there, as in a part, and so may what a run
+    that was stopped left of its own; a page that the report lists must be there.
+    """
+    report = _report(directory)
+    pages = _entry(report, "files")
+    faults = [f"{PAGE} is missing, which {REPORT} lists"] if PAGE in pages and not (directory / PAGE).exists() else []
+    for path in sorted(directory.iterdir()):
+        hidden = HIDDEN.fullmatch(path.name)
+        what = "is a link" if path.is_symlink() else None
+        if what is None and path.name in PARTS:
+            what = _unlike_a_part(path)
+        elif what is None and path.name == CHECKPOINTS:
+            what = "; ".join(in_checkpoints(path, whole=True)) or None
+        elif what is None and path.name == REPORT:
+            what = "is not the report that a run wrote" if report is None else None
+        elif what is None and path.name == PAGE:
+            told = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
+            what = "is not the page that a run wrote" if told and pages.get(PAGE) != _digest(path) else None
+        elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
+            what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
+        if what is not None:
+            faults.append(f"{manifest.shown(path.name)} {what}")
+    return faults
+
+
+def _entry(document: Any, key: str) -> dict[str, Any]:
+    """Returns an entry that is a mapping; an empty one for any other."""
+    found = document.get(key) if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _unlike_a_part(path: Path) -> str | None:
+    """Says what is wrong with a part of a run as a whole; None of one that is there, or was not written yet."""
+    if not path.is_dir():
+        return "is not a directory"
+    if not os.path.lexists(path / manifest.NAME):
+        entries = sorted(path.iterdir())
+        return f"has no {manifest.NAME}, but {names(entries)}" if entries else None
+    try:
+        kind = manifest.read(path, closed=False).kind
+    except SolidifyError as error:
+        return f"is not what was written: {error}"
+    return None if kind in PARTS[path.name] else f"holds an {kind}"
+
+
+def _in_part(path: Path) -> list[str]:
+    if not path.is_dir():
+        return ["not a directory"]
+    if (faults := foreign(path)) or not (path / manifest.NAME).is_file():
+        return faults
+    kind = manifest.read(path).kind
+    return [] if kind in PARTS[path.name] else [f"it holds an {kind}"]
+
+
+def _report(directory: Path) -> dict[str, Any] | None:
+    """Returns a run's report as it was written; None if there is none, or somebody changed it."""
+    try:
+        return Report.read(directory / REPORT)
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    return blake3(files.content(path)).hexdigest() if path.is_file() else ""
+
+
+def page_digests(directory: Path) -> dict[str, str]:
+    """Returns what a report lists of the files beside it."""
+    return {PAGE: _digest(directory / PAGE)} if (directory / PAGE).is_file() else {}
+
+
+def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
+    """Says what in a directory of checkpoints is not one that a trainer of solidify wrote or was about to write.
+
+    With `whole`, also what in those that were written to their end is not what was written; all of it is read.
+    """
+    if not directory.is_dir():
+        return ["not a directory"]
+    faults = []
+    for path in sorted(directory.iterdir()):
+        if path.name == "runs" and path.is_dir() and not path.is_symlink():
+            continue  # what trackers write; nothing there is ever removed
+        if path.name == "README.md" and _by_a_trainer(path):
+            continue
+        if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
+            faults.append(f"{path.name} is no checkpoint")
+        else:
+            complete = whole and os.path.lexists(path / LISTING)
+            faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path, whole=complete)]
+    return faults
+
+
+def _by_a_trainer(card: Path) -> bool:
+    """Returns whether a model card is the one that transformers' and TRL's trainers put beside their checkpoints."""
+    return not card.is_symlink() and card.is_file() and _GENERATED in files.content(card).decode(errors="replace")
+
+
+def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
+    """Says what in a checkpoint its list does not name; with `whole`, also what has not the digest that it lists.
+
+    One that was not finished has no list, but our own file.
+    """
+    names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
+    try:
+        listed = files.document(directory / LISTING)["files"]
+        own = {name for name in names if _LATER.fullmatch(name)}
+        strange = sorted(name for name in names - own if name not in listed)
+        torn = sorted(n for n, d in listed.items() if whole and (n not in names or digest_large(directory / n) != d))
+    except (SolidifyError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        begun = not whole and _is_begun(directory, names)
+        return [] if begun else ["was not written to its end by a trainer of solidify"]
+    return [
+        *(f"holds {name}, which the trainer did not write" for name in strange),
+        *(f"lacks {name} as the trainer wrote it" for name in torn),
+    ]
+
+
+def _is_begun(directory: Path, names: set[str]) -> bool:
+    """Returns whether a trainer of ours began to write a checkpoint: nothing stands there before our own file does."""
+    if OBJECTIVE not in names:
+        return names <= {f".{OBJECTIVE}"}
+    try:
+        with zipfile.ZipFile(directory / OBJECTIVE) as archive:
+            inside = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
+            return any(each.file_size <= _LONGEST and b"fingerprint" in archive.read(each) for each in inside[:1])
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def anything(directory: Path) -> bool:
+    """Returns whether there is a manifest or a report of ours in a directory, or in a part of a run there."""
+    manifests = [directory / manifest.NAME, *(directory / name / manifest.NAME for name in PARTS)]
+    checkpoints = directory.glob(f"checkpoint-*/{OBJECTIVE}")
+    return any(path.is_file() for path in (*manifests, *checkpoints)) or _report(directory) is not None
+
+
+def names(paths: list[Path]) -> str:
+    """Lists the names of the first of some paths, and how many more there are."""
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(path.name for path in paths[:SHOWN]) + more
+
+
+def left(path: Path) -> bool:
+    """Returns whether a path is a hidden directory that a run has left which is over."""
+    found = HIDDEN.fullmatch(path.name)
+    return found is not None and path not in used and not _alive(int(found[3]))
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,115 @@
+"""Whose results stand in a run's directory, and whether they belong together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from solidify.directory import manifest, ours, places
+from solidify.directory.manifest import Manifest
+from solidify.errors import ArtifactError
+from solidify.findings import Finding, Report
+from solidify.system import console
+from solidify.weights import hashing
+
+TOGETHER = "the results belong together"
+_BUILT = ("base", "surgery")  # the sections of a recipe that decide what is built
+
+
+def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a recipe that decides what is built."""
+    return {key: recipe[key] for key in _BUILT}
+
+
+def others(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
+    """Names the results in a run's directory that another recipe made."""
+    wanted = {"artifact": built_by(recipe), "adapter": recipe, "merged": built_by(recipe)}
+    return [name for name, record in _records(directory).items() if record.recipe not in (None, wanted[name])]
+
+
+def misfits(directory: Path) -> dict[str, str]:
+    """Says, by the name of the part, what in a run's directory does not belong to the rest."""
+    records = _records(directory)
+    artifact, adapter, merged = (records.get(name) for name in ours.PARTS)
+    found: dict[str, str] = {}
+    if artifact is not None and adapter is not None:
+        wrong = [key for key, digest in artifact.digest().items() if adapter.base.get(key) != digest]
+        if wrong:
+            found["adapter"] = f"the adapter was trained on another artifact (it differs in {', '.join(wrong)})"
+        elif adapter.recipe is not None and artifact.recipe not in (None, built_by(adapter.recipe)):
+            found["adapter"] = "the adapter and the artifact were made by different recipes"
+    if adapter is not None and merged is not None:
+        last = merged.lineage[-1] if merged.lineage else {}
+        if last.get("step") == "merge" and last.get("adapter") != hashing.digest_values(adapter.tensors):
+            found["merged"] = "the merged model was made with another adapter"
+    if artifact is not None and merged is not None and artifact.recipe != merged.recipe and "merged" not in found:
+        found["merged"] = "the merged model and the artifact were made by different recipes"
+    if (written := _reported(directory)) is not None:
+        unlike = [name for name in others(directory, written) if name not in found]
+        found |= {name: f"the {name} was made by another recipe than the one of the report" for name in unlike}
+    return found
+
+
+def together(directory: Path) -> Finding:
+    """Returns whether the parts of a run's directory were made by one recipe, one from the other."""
+    found = misfits(directory)
+    names = ", ".join(_records(directory))
+    evidence = f"{names}: by one recipe, each from the one before"
+    return Finding(TOGETHER, not found, "; ".join(found.values()) or evidence)
+
+
+def _reported(directory: Path) -> dict[str, Any] | None:
+    try:
+        written = Report.read(directory / ours.REPORT).get("recipe")
+    except (OSError, ValueError):
+        return None
+    return written if isinstance(written, dict) and set(_BUILT) <= set(written) else None
+
+
+def _records(directory: Path) -> dict[str, Manifest]:
+    return {name: manifest.read(directory / name, closed=False) for name in _standing(directory)}
+
+
+def _standing(directory: Path) -> list[str]:
+    return [name for name in ours.PARTS if (directory / name / manifest.NAME).is_file()]
+
+
+def announce(directory: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
+    """Says what stands in a run's directory and will be replaced."""
+    foreign = others(directory, recipe)
+    standing = _standing(directory)
+    if not standing or (resume and not foreign):
+        return
+    whose = "another recipe" if foreign else "this recipe"
+    console.words.print(
+        f"{directory} holds results of {whose} ({', '.join(standing)}): each is replaced when its new one is whole, "
+        "and what then does not fit the new artifact is removed",
+    )
+
+
+def refuse_others(directory: Path, recipe: Mapping[str, Any], *names: str) -> None:
+    """Raises ArtifactError when one of some results was made by another recipe, so that two would be mixed."""
+    if foreign := [name for name in others(directory, recipe) if name in names]:
+        raise ArtifactError(
+            f"{directory} holds results of another recipe ({', '.join(foreign)}), with which those of this one would "
+            "be mixed; name another output, or replace all of them with `solidify run`"
+        )
+
+
+def drop_misfits(directory: Path, recipe: Mapping[str, Any]) -> None:
+    """Removes results that belong to another artifact than the one that stands there now, if they are wholly ours."""
+    for name in sorted({*misfits(directory), *others(directory, recipe)} - {"artifact"}):
+        places.refuse_foreign(directory / name)
+        console.words.print(f"{directory / name} does not fit the new artifact and is removed")
+        shutil.rmtree(directory / name)
+
+
+def kept(directory: Path) -> str:
+    """Says which results of a run that was stopped are there to go on from."""
+    found = _standing(directory)
+    saved = (directory / ours.CHECKPOINTS).glob(f"checkpoint-*/{ours.LISTING}")
+    last = max((path.parent for path in saved), key=lambda path: path.stat().st_mtime, default=None)
+    found += [f"{ours.CHECKPOINTS}/{last.name}"] if last is not None else []
+    return f"{', '.join(found)} in {directory}" if found else "nothing"

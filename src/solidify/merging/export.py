@@ -1,0 +1,357 @@
+"""Merge: an artifact (or a stock model) and an adapter become a new one, which needs neither PEFT nor solidify to load.
+
+Tensor by tensor, in bounded memory. What no change touches is linked or copied; inputs are never written to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+
+from solidify.adapter import configured, storage
+from solidify.artifact import autos, certificate, companions, loading
+from solidify.artifact.solidify import Artifact, copy_code, verify, write
+from solidify.directory import manifest, places, private, trust
+from solidify.directory.manifest import Manifest
+from solidify.errors import AdapterError, ArtifactError, refuse
+from solidify.findings import Finding
+from solidify.merging import agreement, changes, mathematics, rewriting, sums
+from solidify.merging.mathematics import Merger
+from solidify.merging.rewriting import Rewritten
+from solidify.model import anatomy, probing
+from solidify.system import disk, files, foreign
+from solidify.weights import checkpoint, format, hashing
+
+_NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What is merged. `record` and `base_record` are the manifests, None for what solidify did not make."""
+
+    adapter: Path
+    record: Manifest | None
+    base: Path
+    base_record: Manifest | None
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    link: bool = True,
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """Folds an adapter into the model it was trained on and writes a new one; both inputs are unchanged.
+
+    For an adapter that solidify saved, the base is the artifact that its manifest names (or `base`), with the recorded
+    digests, and the result is an artifact, verified in a fresh process without solidify and peft. For a plain PEFT
+    adapter, the base is a plain model directory (or one in the hub's cache), and the result has its layout and files.
+    Small models are run: the outputs of base + adapter are compared with those of the result. Weight files that stay
+    as they are become hard links to the base's, unless `link` is false.
+
+    Raises:
+        AdapterError: the base is not found or is another, a tensor of the adapter fits nowhere, or a merged tensor is
+            not finite.
+        ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
+    """
+    adapter, output = Path(adapter).resolve(), Path(output)
+    places.refuse_foreign(output, [adapter], work="merge")
+    stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
+    sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
+    with places.staged(output, [adapter, sources.base], work="merge") as staging:
+        if stock:
+            written, findings = _stock(sources, staging, link, trust_remote_code)
+        else:
+            written, findings = _artifact(sources, staging, link)
+        failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
+        refuse(ArtifactError, "the merged model is not the attached one", failed)
+    if sources.base_record is not None and not stock and trust.known(sources.base_record):
+        trust.remember(written)  # a permission (`trust_remote_code`) holds for this command alone
+    return Artifact(output, written, findings)
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """Base and adapter as one small model: what it returned, for which inputs, or why it could not be run.
+
+    `base` is the base once more, without the adapter.
+    """
+
+    model: PeftModel
+    base: PreTrainedModel
+    inputs: dict[str, probing.Inputs]
+    output: agreement.Output | None
+    why: str
+
+    @classmethod
+    def of(cls, load: Callable[[], PreTrainedModel], put: Callable[[PreTrainedModel], PeftModel]) -> _Attached:
+        """Runs a model, with the adapter that `put` puts on it, on inputs that it accepts without."""
+        plain, run = load(), anatomy.answer
+        made = foreign.attempt(
+            lambda: {c: probing.probe_inputs(plain, **s, run=run) for c, s in certificate.CASES.items()}
+        )
+        model = put(load())
+        if made.value is None:
+            assert made.error is not None
+            return cls(model, plain, {}, None, foreign.said(made.error))
+        with foreign.calling("the base runs, and with the adapter on it does not", AdapterError):
+            return cls(model, plain, made.value, agreement.answers(model, made.value), "")
+
+    def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
+        """Compares the merged model with this one, by its changed tensors and by all that it returns."""
+        weights, changed = sums.effective(self.model, mathematics.NAME), list(merger.changes)
+        found = [sums.compare(weights, merged.state_dict(), changed)]
+        if self.output is None:
+            return [*found, agreement.not_looked_at(self.why)]
+        expected = agreement.chosen(weights, changed)
+        return [*found, agreement.merged_equals_attached(self.output, merged, self.base, self.inputs, expected)]
+
+
+def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
+    """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
+    record = manifest.read(adapter, "adapter", closed=False)
+    where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
+    base_record = manifest.read(where, "artifact")
+    refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
+    faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
+    refuse(ArtifactError, f"{where} is not what was written", faults)
+    trust.require(base_record, where, trust_remote_code)
+    return _Sources(adapter, record, where, base_record)
+
+
+def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, list[Finding]]:
+    assert sources.record is not None and sources.base_record is not None
+    record, base = sources.record, sources.base_record
+    with private.copy(sources.base, base) as own:
+        skeleton = _skeleton(own, sources.base)
+        kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
+        copy_code(own, staging, [*base.code, *kept])
+    storage.refuse_wrong_base(skeleton, record, sources.adapter)
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
+    attached = None
+    if not large:
+        attached = _Attached.of(
+            lambda: _permitted(sources.base, base),
+            lambda model: storage.load_adapter(model, sources.adapter),
+        )
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
+    if made.untied:
+        _untie(staging)
+    merged = _load_staged(staging)
+    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained}
+    draft = Manifest(
+        kind="artifact",
+        base=base.base,
+        lineage=[*base.lineage, {**step, "ledger": made.counts(merger)}],
+        edits=base.edits,
+        code=base.code,
+        requirements=base.requirements,
+        recipe=base.recipe,
+    )
+    written = write(merged, staging, draft, stored=made.digests)
+    findings = [*verify(merged, staging)]
+    findings += watched if attached is None else attached.findings(merged, merger)
+    ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
+    return written, [*findings, _counted(ledger, made, merger)]
+
+
+def _permitted(directory: Path, record: Manifest) -> PreTrainedModel:
+    """Loads an artifact that `_sources` has asked about: that very one, and no other that stands there by now."""
+    with trust.permitting(trust.fingerprint(record)):
+        return loading.load_artifact(directory)
+
+
+def _rewrite(
+    sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
+) -> tuple[Rewritten, list[Finding], Merger]:
+    """Merges every tensor that the adapter changes into the files of the staged directory.
+
+    The findings are what there is to say of a model that is too large to be run: of a sample of its tensors.
+    """
+    merger = prepared.merger
+    watch = sums.Sums([name for name, change in merger.changes.items() if change.layer is not None])
+    merger.watch = watch
+    expected = sources.base_record.tensors if sources.base_record is not None else {}
+    made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
+    unseen = agreement.not_looked_at("a model of this size is not run as a whole")
+    return made, [watch.finding(list(merger.changes)), unseen], merger
+
+
+def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
+    counts = made.counts(merger)
+    more = f"; {counts['adapter tensors used']} tensors of the adapter used once each"
+    if counts["files kept"]:
+        more += f", {counts['files kept']} of {len(made.files)} files kept"
+    return replace(ledger, evidence=ledger.evidence + more) if ledger.passed else ledger
+
+
+def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
+    """Builds the model of an artifact on the meta device, from a private copy of its verified code."""
+    with foreign.calling(f"the model of {directory} cannot be made", ArtifactError):
+        config = AutoConfig.from_pretrained(own, trust_remote_code=True)
+        private.point_back(config, own, directory)
+        return loading.on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True).eval()
+
+
+def _load_staged(directory: Path) -> PreTrainedModel:
+    """Loads a directory that has no manifest yet, with code that was verified where it was copied from."""
+    with foreign.calling("the merged model cannot be loaded", ArtifactError):
+        model, info = getattr(transformers, autos.own_class(directory)).from_pretrained(
+            directory, trust_remote_code=True, output_loading_info=True
+        )
+    faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
+    refuse(ArtifactError, "the merged model does not load completely", faults)
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> Manifest:
+    """Gives a tensor that got a place of its own the digest of the one that it was tied to in the base."""
+    ties = [*skeleton.all_tied_weights_keys.items()]
+    sources = {name: other for pair in ties for name, other in (pair, pair[::-1]) if other in base.tensors}
+    return replace(base, tensors={**base.tensors, **{name: base.tensors[sources[name]] for name in made.added}})
+
+
+def _untie(directory: Path) -> None:
+    """Says in the configuration that input and output embeddings, which were trained apart, are not one any more."""
+    path = directory / "config.json"
+    config = files.document(path)
+    config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
+    """Finds a plain PEFT adapter and the plain model that it belongs to."""
+    configuration = configured.read(adapter)  # first its kind: other kinds have other files, and need none of LoRA's
+    if not (adapter / storage.WEIGHTS).is_file():
+        raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
+    format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
+    configured.refuse_marked(adapter / storage.WEIGHTS)
+    where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
+    if disk.leads_out(where, "config.json"):
+        raise ArtifactError(
+            f"config.json of the base {where} is a link that leads out of the base; put the file itself there"
+        )
+    checkpoint.read(where)
+    record = manifest.read(where) if (where / manifest.NAME).is_file() else None
+    if record is not None:
+        faults = manifest.faults(where, record, card=False, weights=False)
+        refuse(ArtifactError, f"{where} is not what was written", faults)
+    if record is not None and record.kind != "stock":
+        raise AdapterError(
+            f"{adapter} was not saved by solidify, so nothing tells that it was trained on the {record.kind} {where}; "
+            "load both and save it with solidify.save_adapter, or name a plain model (--base)"
+        )
+    if (where / storage.CONFIG).is_file():
+        raise ArtifactError(
+            f"{where} holds an adapter too, which would be applied when it is loaded; remove that first"
+        )
+    config = files.document(where / "config.json")
+    if config.get("quantization_config"):
+        raise ArtifactError(f"{where} is quantized; merge into the model that it was made from")
+    return _Sources(adapter, None, where, record)
+
+
+def _stock_base(reference: str | Path | None, revision: str | None, adapter: Path) -> Path:
+    if not reference:
+        raise AdapterError(f"{adapter} does not name its base; say where it is (--base)")
+    if files.is_file(Path(reference) / "config.json"):
+        return Path(reference).resolve()
+    try:
+        return Path(snapshot_download(str(reference), revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"the base of {adapter} is {str(reference)[:200]!r}, which is neither a model directory nor in the hub's "
+            "cache; say where it is (--base)"
+        ) from error
+
+
+def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    large = anatomy.large(skeleton)
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
+    attached = None
+    if not large:
+        attached = _Attached.of(
+            lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
+        )
+    carried = companions.copy_all(sources.base, staging)
+    made, watched, merger = _rewrite(sources, prepared, staging, link)
+    if made.untied:
+        _untie(staging)
+    findings = [_same_keys(sources.base, staging, made)]
+    if attached is None:
+        findings += watched
+    else:
+        findings += attached.findings(loading.load_base(str(staging), **options).model, merger)
+    ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
+    written = _stock_manifest(sources, staging, made, merger)
+    written.write(staging)
+    return written, [*findings, *_unread(sources.adapter), *carried.findings(), _counted(ledger, made, merger)]
+
+
+def _unread(adapter: Path) -> list[Finding]:
+    """Says that what a regular expression of the adapter's file reaches was not asked."""
+    why = "no regular expression of a file is run: what the adapter holds tensors for is merged, and all of that"
+    return [Finding.unseen(f"{field} reaches what is merged", why) for field in configured.expressions(adapter)]
+
+
+def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+    with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
+        asked = configured.read(sources.adapter, model)  # without regular expressions of the file
+        return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
+
+
+def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
+    """Compares names, dtypes, shapes and files of the tensors with the base's."""
+    before, after = checkpoint.read(base).entries, checkpoint.read(staging).entries
+    faults = [f"{name} is gone" for name in before if name not in after]
+    faults += [f"{name} is new" for name in after if name not in before and name not in made.added]
+    faults += [
+        f"{name} is another in shape, dtype or file"
+        for name, entry in before.items()
+        if name in after and (after[name].shape != entry.shape or after[name].file.name != entry.file.name)
+    ]
+    evidence = f"{len(before)} tensors under the base's names, in its {len(made.files)} files"
+    if made.added:
+        evidence += f"; new, because they were trained apart: {', '.join(made.added)}"
+    return Finding("layout is the base's", not faults, "; ".join(faults[:4]) or evidence)
+
+
+def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger) -> Manifest:
+    before = sources.base_record
+    origin = before.base if before is not None else {"model": str(sources.base)}
+    step = {
+        "step": "merge",
+        "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
+        "ledger": made.counts(merger),
+    }
+    names = {path.name for path in made.files}
+    others = {
+        str(path.relative_to(staging)): hashing.digest_file(path)
+        for path in sorted(staging.rglob("*"))
+        if path.is_file() and path.name not in names
+    }
+    return Manifest(
+        kind="stock",
+        base=origin,
+        lineage=[*(before.lineage if before is not None else [{"step": "base", **origin}]), step],
+        code={name: digest for name, digest in others.items() if name.endswith(".py")},
+        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
+        tensors=made.digests,
+        headers={path.name: format.header_digest(path) for path in made.files},
+        versions=manifest.current_versions(),
+    )

@@ -1,0 +1,256 @@
+"""What merged weights must be, `W + s·B A` and its relatives, computed here and not by PEFT, and whether they are.
+
+Every element may be off by what rounding does to it, and all of them together may not lean: roundings point anywhere,
+and a wrong scale, a forgotten layer or another order points along the update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import BlockDiagonalLinear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from solidify.adapter import standing
+from solidify.findings import Finding
+from solidify.merging.mathematics import NAME
+
+SUM = "merged weights are the sum"
+# Elements up to which a tensor is computed in float64; beyond, float32 keeps it within three times its own size.
+_EXACT = 2**24
+_SINGLE = torch.finfo(torch.float32).eps  # PEFT computes updates in float32, whatever the base is stored in
+_RARE = math.log(2e9)  # of a billion right tensors, one leans further than is allowed
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a merged weight must be (`wanted`), and what it would be without the update (`without`), in its shape.
+
+    `slack` is how far float32 may be off in computing the update, before it is rounded to what the base is stored in:
+    a sum of r products, and the scale, by `(r + 2) / 2` units of `|B| |A|` (Higham, Accuracy and Stability of Numerical
+    Algorithms, eq. 3.5).
+    """
+
+    wanted: torch.Tensor
+    without: torch.Tensor
+    slack: torch.Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class Off:
+    """How far a merged weight is off: by units in the last place at most, and along the update.
+
+    `units` are shares of what roundings may come to, `lean` is the share of the update that the differences add up to
+    (0.01: it is one percent too strong), and `allowed` what roundings of this many elements add up to.
+    """
+
+    units: float
+    lean: float
+    allowed: float
+
+
+def weight(layer: LoraLayer, adapter: str) -> Weight:
+    """Computes, before a merge, what a layer's weight must become.
+
+    `W + s·B A`, by expert where they stack; with DoRA `m · (W + s·B A) / ‖W + s·B A‖`, by rows of the output.
+    """
+    base, scale = layer.get_base_layer(), float(layer.scaling[adapter])
+    single = abs(scale) * (layer.r[adapter] + 2) / 2 * _SINGLE
+    if isinstance(layer, ParamWrapper):
+        own = getattr(base, layer.parameter_name)
+        plain = _number(own, own)
+        update, size = _stacked(layer, adapter, plain, own)
+        return Weight(plain + scale * update, plain, single * size)
+    turned = isinstance(base, (Conv1D, nn.Embedding))
+    plain = _number(base.weight, base.weight)
+    plain = plain.T if turned else plain
+    a, b = _factors(layer, adapter, base.weight)
+    wanted = plain + scale * (b @ a).reshape(plain.shape)
+    found = Weight(wanted, plain, single * (b.abs() @ a.abs()).reshape(plain.shape))
+    if layer.use_dora.get(adapter):
+        found = _with_magnitude(found, _number(layer.lora_magnitude_vector[adapter].weight, base.weight))
+    return Weight(*(x.T for x in (found.wanted, found.without, found.slack))) if turned else found  # type: ignore[union-attr]
+
+
+def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
+    """Scales rows to a magnitude; a norm of n squares, a quotient and a product are rounded, evenly to both sides."""
+    across = [-1, *[1] * (found.wanted.ndim - 1)]
+    by = magnitude.reshape(across) / _norms(found.wanted)
+    wanted, without = by * found.wanted, magnitude.reshape(across) * found.without / _norms(found.without)
+    roundings = 1.5 + math.sqrt(found.wanted[0].numel()) / 4
+    return Weight(wanted, without, by.abs() * found.slack + roundings * _SINGLE * wanted.abs())
+
+
+def bias(layer: LoraLayer, adapter: str) -> Weight:
+    """Computes what the bias of a layer must become whose update has a bias too."""
+    own = layer.get_base_layer().bias
+    plain = _number(own, own)
+    return Weight(plain + float(layer.scaling[adapter]) * _number(layer.lora_B[adapter].bias, own), plain)
+
+
+def _factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A (r, in) and B (out, r), all that a kernel covers flattened."""
+    if adapter in layer.lora_embedding_A:
+        return _number(layer.lora_embedding_A[adapter], like), _number(layer.lora_embedding_B[adapter], like)
+    factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
+    a, b = (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight for f in factors)
+    return _number(a, like).flatten(1), _number(b, like).flatten(1)
+
+
+def _stacked(
+    layer: ParamWrapper, adapter: str, plain: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes `B A` and `|B| |A|` for a parameter: A stands by experts first, B by experts last."""
+    a, b = _number(layer.lora_A[adapter].weight, like), _number(layer.lora_B[adapter].weight, like)
+    if plain.ndim == 3:
+        a, b = a.reshape(len(plain), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)
+    # A stack of experts that keeps (experts, inputs, outputs) says so to PEFT by an attribute of its own.
+    turned = plain.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False)
+    update, size = b @ a, b.abs() @ a.abs()
+    return (update.mT, size.mT) if turned else (update, size)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return lengths.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def _number(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.float64 if like.numel() <= _EXACT else torch.float32)
+
+
+def unit(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Returns one unit in the last place of each element: of the largest that is rounded, the result and its summands.
+
+    Where they nearly cancel, inside the update too, what was rounded is of the size of the mean.
+    """
+    summands = (expected.wanted, expected.without, expected.wanted - expected.without)
+    size = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands]).amax(dim=0)
+    return (torch.finfo(dtype).eps * size).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def off_by(expected: Weight, found: torch.Tensor) -> Off:
+    """Returns how far a merged weight is from what it must be.
+
+    Each element: PEFT rounds the update and the sum, each by at most half a unit. All together: what is right and
+    rounded once differs from what was rounded twice where a sum lies near the middle of two numbers, by one unit with
+    a probability of the first rounding over a unit, evenly to both sides. What that adds up to along the update is
+    bounded by Bernstein's inequality; the scale itself is one float32 number, whose rounding all elements share.
+    """
+    one = unit(expected, found.dtype)
+    error = found.to(expected.wanted.dtype) - expected.wanted
+    allowed = one + expected.slack
+    if expected.wanted.dtype == torch.float32:  # then what is expected is no more exact than what PEFT computes
+        allowed = allowed + expected.slack + one / 2
+    update = (expected.wanted - expected.without).double()
+    power = float(update.square().sum())
+    units = float((error.abs() / allowed).max()) if error.numel() else 0.0
+    if power == 0 or not math.isfinite(units):
+        return Off(units, 0.0, math.inf)
+    twice = (found.double() - expected.wanted.to(found.dtype).double()) * update
+    first = torch.finfo(found.dtype).eps * update.abs() / 4
+    variance = float((update.square() * (one * first + torch.as_tensor(expected.slack).square())).sum())
+    most = float((allowed * update.abs()).max())
+    reach = math.sqrt(2 * _RARE * variance) + 2 / 3 * _RARE * most
+    return Off(units, float(twice.sum()) / power, reach / power + _SINGLE)
+
+
+def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]:
+    """Maps each name of the plain model to what its tensor is with the adapter on: computed when it is asked for.
+
+    Tensors without a low-rank update are what runs: the base's own, or the adapter's version of them.
+    """
+    found: dict[str, Callable[[], Weight]] = {}
+    for place in standing.modules(model):
+        for key, tensor in (*place.inner._parameters.items(), *place.inner._buffers.items()):
+            if tensor is not None:
+                found[f"{place.name}.{key}" if place.name else key] = partial(Weight, tensor, tensor)
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+            continue
+        name = standing.canonical(model, path)
+        attribute = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        found[f"{name}.{attribute}"] = partial(weight, layer, adapter)
+        if layer.lora_bias.get(adapter):
+            found[f"{name}.bias"] = partial(bias, layer, adapter)
+    return found
+
+
+def compare(
+    attached: Mapping[str, Callable[[], Weight]], merged: Mapping[str, torch.Tensor], changed: Sequence[str]
+) -> Finding:
+    """Compares every changed tensor of a merged model with what base and adapter add up to.
+
+    A tensor that is trained in full must be the adapter's, rounded to the dtype that it is stored in.
+    """
+    faults, leaned = [], 0.0
+    for name in changed:
+        if name not in attached or name not in merged:
+            faults.append(f"{name} is not in {'the merged' if name in attached else 'the attached'} model")
+            continue
+        faults += fault(name, off := _off(attached[name](), merged[name]))
+        leaned = max(leaned, abs(off.lean))
+    evidence = (
+        f"all {len(changed)} are W + s·B·A, computed here and rounded; none leans by more than {leaned:.0e} of it"
+    )
+    if not changed:
+        return Finding.unseen(SUM, "no tensor was changed")
+    return Finding(SUM, not faults, "; ".join(faults[:4]) or evidence)
+
+
+def _off(expected: Weight, found: torch.Tensor) -> Off:
+    if expected.wanted.shape != found.shape or not found.is_floating_point():
+        alike = expected.wanted.shape == found.shape and torch.equal(expected.wanted, found)
+        return Off(0.0 if alike else math.inf, 0.0, math.inf)
+    if expected.wanted is expected.without:
+        alike = torch.equal(expected.wanted.to(found.dtype), found)
+        return Off(0.0 if alike else math.inf, 0.0, math.inf)
+    return off_by(expected, found)
+
+
+def fault(name: str, off: Off) -> list[str]:
+    """Says what is wrong with a merged weight; nothing when roundings explain it."""
+    if not off.units <= 1:
+        return [f"{name} is off by {off.units:.1f} times what roundings come to"]
+    if not abs(off.lean) <= off.allowed:
+        return [f"{name} has its update {1 + off.lean:.4f} times (allowed 1 ± {off.allowed:.1e})"]
+    return []
+
+
+class Sums:
+    """Watches a merge: of some layers, evenly sampled, what comes out is compared with the sum."""
+
+    def __init__(self, names: Sequence[str], *, limit: int = 16) -> None:
+        self._wanted = {name for name in names[:: max(1, len(names) // limit)]}
+        self.found: dict[str, Off] = {}
+
+    def __call__(self, name: str, layer: LoraLayer) -> Callable[[torch.Tensor], None] | None:
+        """Computes what the weight of a layer must become, and returns what compares it; each is sampled once."""
+        if name not in self._wanted or name in self.found or name.endswith(".bias"):
+            return None
+        if NAME not in layer.scaling:
+            return None
+        expected = weight(layer, NAME)
+
+        def judge(merged: torch.Tensor) -> None:
+            self.found[name] = off_by(expected, merged)
+
+        return judge
+
+    def finding(self, changed: Sequence[str]) -> Finding:
+        """Judges what was sampled of all changed tensors: no proof, unless every one of them was compared."""
+        if not self.found:
+            return Finding.unseen(SUM, f"none of {len(changed)} changed tensors was sampled")
+        faults = [line for name, off in self.found.items() for line in fault(name, off)]
+        every = set(changed) <= self.found.keys()
+        counted = f"all {len(changed)} changed" if every else f"{len(self.found)} sampled of {len(changed)} changed"
+        evidence = f"{counted} tensors are W + s·B·A, computed here and rounded"
+        return Finding(SUM, False if faults else every or None, "; ".join(faults[:4]) or evidence)

@@ -1,0 +1,286 @@
+"""The recipe: what to make, as frozen values. No torch, no user code, nothing that runs.
+
+Goes in: a YAML file and `key=value` overrides. Comes out: a `Recipe` whose every key is known. Sections that belong
+to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they are judged where they are used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from solidify.errors import RecipeError, refuse
+from solidify.system import files
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Base(_Section):
+    """The model that the surgery starts from; its own code, if it has any, runs with `trust_remote_code` only."""
+
+    model: str
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+class Replace(_Section):
+    """One step of surgery: every module that `replace` names becomes a `with`.
+
+    `declares` says which properties of the contract the change does not keep on purpose (`{cache: false}`).
+    """
+
+    replace: str | list[str]
+    expect: str
+    module: str = Field(alias="with")
+    count: int | None = Field(default=None, ge=1)
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+    shared: bool = False
+    declares: dict[str, bool] = {}
+
+
+class Insert(_Section):
+    """One step of surgery: after every layer that `insert` names comes a copy of it, with `zero` parts."""
+
+    insert: str | list[str]
+    expect: str
+    zero: list[str] = []
+    count: int | None = Field(default=None, ge=1)
+
+
+class Remove(_Section):
+    """One step of surgery: every layer that `remove` names goes."""
+
+    remove: str | list[str]
+    expect: str
+    count: int | None = Field(default=None, ge=1)
+
+
+class Add(_Section):
+    """One step of surgery: a new module called `add`, a `with`, is called with what the module `reads` returns."""
+
+    add: str
+    module: str = Field(alias="with")
+    reads: str
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+    declares: dict[str, bool] = {}
+
+
+_STEPS: dict[str, type[_Section]] = {"replace": Replace, "insert": Insert, "remove": Remove, "add": Add}
+
+
+def _operation(step: Any) -> str | None:
+    """Returns which operation a step of surgery is: the one whose name is among its keys."""
+    if isinstance(step, dict):
+        return next((name for name in _STEPS if name in step), None)
+    return next((name for name, kind in _STEPS.items() if isinstance(step, kind)), None)
+
+
+Step = Annotated[
+    Annotated[Replace, Tag("replace")]
+    | Annotated[Insert, Tag("insert")]
+    | Annotated[Remove, Tag("remove")]
+    | Annotated[Add, Tag("add")],
+    Discriminator(_operation),
+]
+
+
+class Adapter(_Section):
+    """What is trained: PEFT's LoRA fields verbatim, and names of modules or parameters trained in full."""
+
+    lora: dict[str, Any] | None = None
+    train: str | list[str] = []
+
+    @model_validator(mode="after")
+    def _something(self) -> Adapter:
+        if self.lora is None and not self.train:
+            raise ValueError("an adapter trains something: give `lora`, `train`, or both")
+        return self
+
+
+class Term(_Section):
+    """One part of the objective: `model`, or a reference to a function or class, and its weight.
+
+    The weight is a number, `{schedule: ...}` or `{constraint: ...}`; both are judged where objectives are made.
+    """
+
+    loss: str
+    weight: float | dict[str, Any] = 1.0
+    statistics: Literal["window", "micro_batch"] = "window"
+    name: str | None = None
+    arguments: dict[str, Any] = {}
+
+
+class ParameterGroup(_Section):
+    """What is trained, by name, with a learning rate, a weight decay or optimizer settings of its own."""
+
+    parameters: str | list[str]
+    learning_rate: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    optimizer: dict[str, Any] = {}
+
+
+class Data(_Section):
+    """Training and evaluation text: files beside the recipe, or `builtin:` names.
+
+    `image` is a column that names an image beside the file, several, or none; `group_by` says which rows come together.
+    """
+
+    train: str
+    eval: str | None = None
+    text: str = "text"
+    image: str | None = None
+    max_length: int = Field(default=1024, ge=2)
+    group_by: list[Literal["modality", "length"]] = []
+
+
+class Recipe(_Section):
+    """All of it. `directory` is where the file stood; relative paths in the recipe start there."""
+
+    base: Base
+    surgery: list[Step] = Field(min_length=1)
+    adapter: Adapter | None = None
+    objective: list[Term] = [Term(loss="model")]
+    teacher: Base | None = None
+    parameter_groups: list[ParameterGroup] = []
+    data: Data | None = None
+    training: dict[str, Any] = {}
+    output: str | None = None
+    directory: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        if self.adapter is not None and self.data is None:
+            raise ValueError("`adapter` is trained on something: give `data`")
+        if self.adapter is None and self.teacher is not None:
+            raise ValueError("`teacher` needs an `adapter` that says what is trained")
+        if self.adapter is None and self.training:
+            raise ValueError("`training` needs an `adapter` that says what is trained")
+        if self.adapter is None and self.parameter_groups:
+            raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
+
+        Raises:
+            RecipeError: no such file, not YAML, an unknown key, a wrong type, an override that points nowhere. All
+                faults that a reading of the whole can name are listed together.
+        """
+        return load(path, list(overrides))
+
+    def document(self) -> dict[str, Any]:
+        """Returns the recipe as plain values, with the keys of the YAML file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def inputs(self) -> list[Path]:
+        """Returns what it reads on this machine: models, files of modules and terms, weights, data."""
+        models = [source.model for source in (self.base, self.teacher) if source is not None]
+        made = [step for step in self.surgery if isinstance(step, (Replace, Add))]
+        references = [*(step.module for step in made), *(term.loss for term in self.objective)]
+        files = [*(name.rpartition(":")[0] for name in references), *(step.weights for step in made)]
+        files += [self.data.train, self.data.eval] if self.data is not None else []
+        names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
+        found = [*(self.directory / name for name in names), *map(Path, models)]
+        return [path for path in found if os.path.exists(path)]
+
+
+def given(recipe: Recipe | str | Path) -> Recipe:
+    """Returns a recipe as it is, or reads the one at a path."""
+    return recipe if isinstance(recipe, Recipe) else load(recipe)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a wrong type, an override that points nowhere. All
+            faults are listed together.
+    """
+    path = Path(path)
+    content = files.text(path, RecipeError, largest=files.LARGEST_RECIPE)
+    try:
+        document = files.parse_yaml(content)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path} holds {type(document).__name__}, but a recipe is a mapping of sections")
+    for override in overrides or []:
+        _override(document, override)
+    if not files.is_text(document):
+        raise RecipeError(f"{path} holds half a character (a surrogate), which is no text; write it in UTF-8")
+    document["directory"] = path.resolve().parent
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        refuse(RecipeError, f"the recipe {path} is not valid", [_sentence(e) for e in error.errors()])
+        raise
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"an override is written key=value, but {override!r} is not")
+    *parents, last = key.split(".")
+    place: Any = document
+    for part in parents:
+        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise RecipeError(f"the override {override!r} points nowhere: there is no {part!r} in the recipe")
+    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
+        place[int(last)] = _value(override, value)
+    elif isinstance(place, dict):
+        place[last] = _value(override, value)
+    else:
+        raise RecipeError(f"the override {override!r} points nowhere: there is no {last!r} in the recipe")
+
+
+def _value(override: str, value: str) -> Any:
+    try:
+        return files.parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the override {override!r} is not valid YAML: {error}") from error
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "base": Base,
+    "teacher": Base,
+    "adapter": Adapter,
+    "objective": Term,
+    "parameter_groups": ParameterGroup,
+    "data": Data,
+}
+
+
+def _sentence(error: Any) -> str:
+    """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
+    location = [str(part) for part in error["loc"]]
+    section = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
+    if location[:1] == ["surgery"] and len(location) > 2:
+        section = _STEPS[location.pop(2)]
+    where = ".".join(location) or "the recipe"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: say what to do; known here: {', '.join(_STEPS)}"
+    if error["type"] == "extra_forbidden":
+        known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
+        close = get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where}: this key is required"
+    found = repr(error["input"])
+    return f"{where}: {error['msg']}; found {found if len(found) <= 200 else found[:200] + ' …'}"

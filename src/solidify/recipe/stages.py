@@ -1,0 +1,414 @@
+"""The one file that knows the order of the stages: a recipe becomes artifact, adapter, merged model and report."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from solidify.adapter import adapters, storage
+from solidify.adapter import plan as planning
+from solidify.artifact import certificate, loading, sources, tensors
+from solidify.artifact.solidify import build as build_artifact
+from solidify.checks import gradients, roundtrip, structure, trainable
+from solidify.directory import manifest, ours, places, results
+from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError, SolidifyError
+from solidify.findings import Finding, Report
+from solidify.merging import export
+from solidify.model import anatomy, probing
+from solidify.model.cost import cost
+from solidify.recipe import materials
+from solidify.recipe.dry_run import plan
+from solidify.recipe.schema import Recipe, given
+from solidify.surgery import ledger
+from solidify.system import console, disk, foreign, processes
+from solidify.training import checkpoints, data
+from solidify.training.progress import TrainingBar
+from solidify.weights import hashing, spilling
+
+SEED = 42  # transformers' own default
+
+
+def output_of(recipe: Recipe, output: str | Path | None) -> Path:
+    """Returns where results go: `output`, else the recipe's own, relative to the current directory.
+
+    Raises:
+        RecipeError: neither says where.
+    """
+    if output is None and recipe.output is None:
+        raise RecipeError("nothing says where results go: give --output DIR, or `output` in the recipe")
+    return Path(output if output is not None else recipe.output or "")
+
+
+def run(
+    recipe: Recipe | str | Path, output: str | Path | None = None, *, resume: bool = False, link: bool = True
+) -> Report:
+    """Does every stage that a recipe names and writes `report.json` and `report.html` beside the results.
+
+    `recipe` may be the path of one. With `resume`, stages whose result is there, and was made by the same recipe, are
+    not repeated, and training goes on from its last checkpoint. Without `link`, weight files that stay as they are are
+    copied and not linked. Of several processes (torchrun, `accelerate launch`) all train, and the first does everything
+    else.
+
+    Raises:
+        SolidifyError: the recipe or the data is wrong, or a result does not hold.
+        CheckFailed: a check failed; the report is written first.
+    """
+    recipe = given(recipe)
+    directory = output_of(recipe, output)
+    materials.join(recipe, directory)
+    report, finished = processes.on_first(lambda: _begin(recipe, directory, resume))
+    if finished:
+        console.words.print(f"{directory} is finished and whole; nothing is repeated")
+        return report
+    try:
+        report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume, link=link))
+        processes.on_first(lambda: results.drop_misfits(directory, recipe.document()))
+        if recipe.adapter is not None:
+            train(recipe, directory, report=report, resume=resume)
+            allowed = recipe.base.trust_remote_code
+            processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
+    except SolidifyError as error:
+        if report.failed and not isinstance(error, CheckFailed):  # what failed before is why
+            faults = [*(f"{each.name}: {each.evidence}" for each in report.failed), *error.faults]
+            raise CheckFailed(f"{report.failure()}\nand then: {error}", faults) from error
+        raise
+    finally:  # whatever stopped the run, what was found before it is kept
+        if processes.is_first():
+            _write(recipe, directory, report, finished=False)
+    processes.on_first(lambda: _end(recipe, directory, report))
+    return report
+
+
+def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
+    """Opens the report of a run, or finds that there is nothing left to do."""
+    _refuse_foreign(recipe, directory)
+    if resume and (earlier := _finished(recipe, directory)) is not None:
+        return earlier, True
+    _refuse_early(recipe)
+    results.announce(directory, recipe.document(), resume=resume)
+    for name in (ours.REPORT, ours.PAGE):
+        places.sweep(directory / name)
+    report = Report(str(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(recipe, directory, report, finished=False)
+    return report, False
+
+
+def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
+    """Refuses an output that is not wholly ours, or that the recipe reads; also where the checkpoints go."""
+    places.refuse_foreign_run(directory, recipe.inputs())
+    if recipe.adapter is not None:
+        _refuse_foreign_checkpoints(recipe, directory)
+
+
+def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
+    """Refuses a place for checkpoints where others stand: a training removes old ones."""
+    where = Path(str(recipe.training.get("output_dir") or directory / ours.CHECKPOINTS))
+    places.refuse_foreign_checkpoints(where, directory, recipe.inputs())
+
+
+def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
+    report.write(directory / ours.REPORT, recipe=recipe.document(), files=ours.page_digests(directory), **more)
+
+
+def _finished(recipe: Recipe, directory: Path) -> Report | None:
+    """Returns the report of an earlier run of this recipe that passed, if all its results are whole."""
+    try:
+        found = Report.read(directory / ours.REPORT)
+    except (OSError, ValueError):
+        return None
+    if not (found.get("finished") and found.get("passed") and found.get("recipe") == recipe.document()):
+        return None
+    for name in ("artifact", "adapter", "merged") if recipe.adapter is not None else ("artifact",):
+        try:
+            if manifest.faults(directory / name, manifest.read(directory / name)):
+                return None
+        except ArtifactError:
+            return None
+    if results.misfits(directory):
+        return None
+    stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
+    return Report(found["subject"], stages, found["measured"])
+
+
+def _end(recipe: Recipe, directory: Path, report: Report) -> None:
+    finish(recipe, directory, report)
+    report.require()
+
+
+def finish(recipe: Recipe, directory: Path, report: Report) -> None:
+    """Writes the report of a run, as JSON and as a page."""
+    versions = manifest.current_versions()
+    page = sources.render("report.html.jinja", report=report, recipe=recipe.document(), versions=versions)
+    disk.write(directory / ours.PAGE, page)
+    _write(recipe, directory, report, finished=True, versions=versions)
+
+
+def build(
+    recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False, link: bool = True
+) -> Report:
+    """Surgery and solidification: writes `directory/artifact`.
+
+    Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
+    they are copied.
+
+    Raises:
+        SolidifyError: as the stages do; nothing is then left at `directory/artifact`.
+    """
+    report = report or Report(str(directory))
+    target = directory / "artifact"
+    document = results.built_by(recipe.document())
+    if resume and _made_by(target, document, "artifact"):
+        report.add("build", certificate.witness(target))
+        return report
+    set_seed(int(recipe.training.get("seed", SEED)))
+    places.refuse_place(directory)
+    with places.scratch(target, recipe.inputs()) as scratch, spilling.into(scratch), certificate.prepared():
+        with console.stage("Loading the base"):
+            base = materials.load_base(recipe, scratch=scratch)
+            large = anatomy.large(base.model)
+            before = {} if large else _outputs_aligned(base.model)
+            digests = tensors.digests_where_they_stand(base.model.state_dict())
+        with console.stage("Replacing modules"):
+            edits = materials.operate(recipe, base.model)
+            records = [edit.document() for edit in edits]
+            promised = all(edit.identical for edit in edits)
+            after = {} if large else {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
+            report.add(
+                "surgery",
+                [
+                    structure.structure(base.model, records),
+                    structure.in_use(base.model, records),
+                    structure.start({case: out for case, (_, out) in before.items()}, after, promised=promised),
+                    structure.untouched(base.model, digests, records),
+                ],
+            )
+        report.measured |= {
+            "tensors": ledger.counts(base.model.state_dict(), records),
+            "cost": cost(base.model).document(),
+        }
+        with console.stage("Writing the artifact"):
+            artifact = build_artifact(
+                base.model,
+                edits,
+                target,
+                tokenizer=base.processor or base.tokenizer,
+                base=base.origin,
+                recipe=document,
+                link=link,
+            )
+    report.add("build", artifact.findings)
+    return report
+
+
+def _outputs_aligned(model: PreTrainedModel) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Aligns a model's matrices and runs it; returns inputs and output of every case."""
+    tensors.align(model)
+    cases = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+    return {case: (batch, anatomy.run(model, batch)) for case, batch in cases.items()}
+
+
+def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False) -> Report:
+    """Trains the recipe's adapter on `directory/artifact` and writes `directory/adapter`.
+
+    Of several processes all train, and the first saves and writes.
+
+    Raises:
+        RecipeError: the recipe has no adapter, or cannot be spread over the processes.
+        SolidifyError: as the stages do.
+    """
+    report = report or Report(str(directory))
+    if recipe.adapter is None:
+        raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
+    materials.join(recipe, directory)
+    if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
+        report.add("train", [kept])
+        return report
+    set_seed(int(recipe.training.get("seed", SEED)))
+    with console.stage("Loading the artifact and attaching the adapter"):
+        model, processor = processes.in_turn(lambda: _artifact(directory, recipe.base.trust_remote_code))
+        wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
+        inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
+        before = roundtrip.outputs(model, inputs)
+        peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    report.add("train", [trainable.trainable(peft_model, wanted)])
+    trainer, examples = materials.make_trainer(recipe, directory, peft_model, processor)
+    witness = _fit(recipe, directory, trainer, resume)
+    console.words.print(history_table(trainer.history))
+    with console.stage("Checking what training did"):
+        report.add("train", _after_training(trainer, witness, examples, manifest.read(directory / "artifact")))
+    report.measured["history"] = trainer.history
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
+    if processes.is_first() or processes.is_spread(trainer.model):
+        _measure_losses(recipe, processor, trainer.model, report)
+    trained = _release(recipe, directory, trainer)
+    del trainer, witness, model, peft_model  # with the optimizer's state
+    gc.collect()
+    processes.on_first(lambda: _keep(recipe, directory, report, trained, before, inputs))
+    return report
+
+
+def _after_training(
+    trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
+) -> list[Finding]:
+    """Says what training did; its gradients are looked at once more, which a short training needs."""
+    probes = materials.ragged(examples, trainer.args.per_device_train_batch_size)
+    frozen = trainable.frozen(trainer.model, base)
+    split = gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer), witness=witness)
+    return [
+        *trainer.kernel_findings,
+        witness.finding(),
+        frozen,
+        gradients.parts_sum(trainer.history),
+        gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
+        split,
+    ]
+
+
+def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
+    """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
+    target = directory / "adapter"
+    places.refuse_place(directory)
+    places.refuse_foreign(target, recipe.inputs())
+    _refuse_foreign_checkpoints(recipe, directory)
+    results.refuse_others(directory, recipe.document(), "artifact")
+    if not (resume and _made_by(target, recipe.document(), "adapter")) or "adapter" in results.misfits(directory):
+        return None
+    return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
+
+
+def _artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:
+    return (
+        loading.load_artifact(directory / "artifact", trust_remote_code=allowed),
+        loading.load_processor(directory / "artifact", trust_remote_code=allowed),
+    )
+
+
+def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
+    """Trains, from the last checkpoint of this very run if there is one, and returns who looked at the gradients."""
+    witness = gradients.GradientWitness(trainer.model)
+    trainer.add_callback(witness)
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(TrainingBar())
+    made_by = [recipe.document(), manifest.read(directory / "artifact").digest(), processes.count()]
+    trainer.fingerprint = hashing.digest_values(made_by)
+    where = Path(trainer.args.output_dir)
+    checkpoint = processes.on_first(
+        lambda: checkpoints.last(where, trainer.fingerprint, processes.count()) if resume else None
+    )
+    if checkpoint is not None:
+        console.words.print(f"Going on from {checkpoint}")
+    elif resume and any(where.glob("checkpoint-*")):
+        console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
+    with foreign.calling("the training stopped", ObjectiveError):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    return witness
+
+
+def _release(recipe: Recipe, directory: Path, trainer: Any) -> Any:
+    """Returns the trained model on the CPU, in the first process.
+
+    A model that is elsewhere, or spread over the processes, is not brought back whole: what was trained is put on the
+    artifact once more, whose file is mapped.
+    """
+    assert recipe.adapter is not None
+    model = trainer.model
+    if model.device.type == "cpu" and not processes.is_spread(model):
+        return model.eval()
+    trained = adapters.trained_state(model)
+    if not processes.is_first():
+        return None
+    fresh = loading.load_artifact(directory / "artifact", trust_remote_code=recipe.base.trust_remote_code)
+    with console.silence():
+        again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    here = dict([*again.named_parameters(), *again.named_buffers()])
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            here[name].copy_(tensor)
+    return again.eval()
+
+
+def _keep(
+    recipe: Recipe,
+    directory: Path,
+    report: Report,
+    model: Any,
+    before: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
+) -> None:
+    """Saves the adapter, and compares what it does now with what it does when it is loaded again."""
+    target = directory / "adapter"
+    with console.stage("Saving the adapter and loading it again"):
+        report.add("train", roundtrip.adapter_effect(model, before, inputs))
+        attached = roundtrip.outputs(model, inputs)
+        storage.save_adapter(model, target, recipe=recipe.document())
+        again = storage.load(directory / "artifact", target, trust_remote_code=recipe.base.trust_remote_code)
+        report.add(
+            "train",
+            [
+                roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
+                roundtrip.wrong_base_refused(again, manifest.read(target), target),
+            ],
+        )
+
+
+def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_code: bool = False) -> None:
+    """Merges `directory/adapter` into `directory/merged`; weight files that stay are linked, or copied."""
+    with console.stage("Merging the adapter and loading the result in a fresh process"):
+        merged = export.merge(
+            directory / "adapter", directory / "merged", link=link, trust_remote_code=trust_remote_code
+        )
+    report.add("merge", merged.findings)
+
+
+def history_table(history: list[dict[str, float]]) -> Any:
+    """Shows the first and the last logged value of the loss and of every term."""
+    names = [key.removeprefix("term/") for key in history[0] if key.startswith("term/")] if history else []
+    rows = [
+        (
+            name,
+            *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")),
+        )
+        for name in names
+    ]
+    rows += [("total", "", f"{history[0]['loss']:.4g}", "", f"{history[-1]['loss']:.4g}")] if history else []
+    columns = ("term", "first log", "weighted", "last log", "weighted")
+    return console.table("The objective", columns, rows, numbers=(1, 2, 3, 4))
+
+
+def _refuse_early(recipe: Recipe) -> None:
+    """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
+    plan(recipe)
+
+
+def _tolerance(trainer: Any) -> float:
+    """Float32 sums in another order; half precision rounds every product."""
+    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+    return 5e-2 if half else 1e-4
+
+
+def _measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
+    """Measures the held-out loss with and without the adapter."""
+    _, held_out = materials.make_examples(recipe, processor)
+    if held_out is None:
+        return
+    collate = materials.make_collator(recipe, processor)
+    with model.disable_adapter():
+        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
+    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
+    gc.collect()
+
+
+def _made_by(target: Path, document: dict[str, Any], kind: str) -> bool:
+    """Returns whether a directory is whole and was made by this recipe."""
+    try:
+        record = manifest.read(target, kind)
+    except ArtifactError:
+        return False
+    return record.recipe == document and not manifest.faults(target, record)

@@ -1,0 +1,303 @@
+"""The control of a change: how the model behaves before any code of the user's runs, and the judgement afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.errors import SurgeryError
+from solidify.model import anatomy, behaviour, probing
+from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
+from solidify.surgery import contract
+from solidify.system import foreign
+
+_SCALES = (1.0, 0.1)  # of the noise in new parameters; the second where the first gives infinity
+
+_NAMED = 6  # at most, in a message
+
+_NOISY = ", once its own parameters are not at their start"
+
+_TITLES = {
+    "causal": "the model is causal, but {what} looks ahead",
+    "cache": "the model keeps a cache, but with {what} it computes something else over it",
+    "padding": "padding reaches what is not padding through {what}",
+    "rows": "through {what} a row depends on the other rows of its batch",
+    "stateless": "with {what} a call depends on earlier calls",
+    "deterministic": "{what} draws random numbers in evaluation",
+    "hidden_states": "with {what} hidden states are not recorded as before",
+    "attentions": "with {what} attentions are not recorded as before",
+    "router_logits": "with {what} router logits are not recorded as before",
+}
+_REMEDIES = {
+    "causal": "mask or shift what it mixes",
+    "cache": "keep what earlier positions leave behind in past_key_values, under its layer_idx",
+    "padding": "obey attention_mask and position_ids",
+    "rows": "compute every row by itself",
+    "stateless": "keep nothing from call to call in evaluation",
+    "deterministic": "draw only while self.training",
+    "hidden_states": "return the hidden states first, as the original does",
+    "attentions": "return the attention weights second, as the original does",
+    "router_logits": "let its router be the family's own class, or a subclass",
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the unchanged model showed: single `calls` of the modules that will be replaced (of a `large` model, of the
+    first of each kind), and a `reading` of its behaviour (None where it cannot be run). `output` is the whole model's,
+    where that was asked for. `wide` is the reading in float32 of a small model in half precision.
+    """
+
+    inputs: dict[str, torch.Tensor] | None
+    calls: dict[str, contract.Call]
+    reading: Reading | None
+    wide: Reading | None = None
+    probed: tuple[str, ...] = ()
+    large: bool = False
+    output: torch.Tensor | None = None
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """What the probes measured: how far each property was from holding exactly."""
+        sharp = self.wide or self.reading
+        return dict(sharp.distances) if sharp is not None else {}
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """Where the model is watched: at its outputs and the modules, or, where it is large, at these alone."""
+        return {"at": self.probed, "leave": self.large}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a changed model does not keep: `faults` in sentences, and properties `lost` that nobody will miss."""
+
+    faults: list[str] = field(default_factory=list)
+    lost: frozenset[str] = frozenset()
+
+
+def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
+    """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    large = anatomy.large(model)
+    kinds = first_of_each_kind(model, names)
+    probed = tuple(kinds) if large else tuple(names)
+    if anatomy.is_meta(model):
+        return Control(None, {}, None, None, probed, large)
+    inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
+    before = Control(inputs, {}, None, None, tuple(kinds), large)
+    calls, reading = _calls_and_reading(model, before, probed)
+    _refuse_spoilt(model, reading)
+    called = tuple(name for name in kinds if name in calls)
+    for name in called:
+        calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
+    before = dataclasses.replace(before, calls=calls, probed=called)
+    wide = _read(model, before, wide=True) if is_half(model) and not large else None
+    return dataclasses.replace(before, reading=reading, wide=wide)
+
+
+def _calls_and_reading(
+    model: PreTrainedModel, before: Control, names: Sequence[str]
+) -> tuple[dict[str, contract.Call], Reading | None]:
+    """Returns the first call of each module, and the reading; a small model's first pass serves both."""
+    if not before.large:
+        with contract.recording(model, names) as calls:
+            reading = _read(model, before)
+        if reading is not None:
+            return calls, reading
+    calls = contract.record(model, names, before.inputs or {}, partly=before.large)
+    watched = dataclasses.replace(before, probed=tuple(name for name in before.probed if name in calls))
+    return calls, _read(model, watched) if watched.probed else None
+
+
+def is_half(model: PreTrainedModel) -> bool:
+    """Returns whether a model is in half precision, where rounding hides much."""
+    return model.dtype in (torch.bfloat16, torch.float16)
+
+
+def _read(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
+    with anatomy.sparing(model):
+        return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
+
+
+def take_whole(model: PreTrainedModel) -> Control:
+    """Runs the whole model as it is, however large, before a change of its depth.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    if anatomy.is_meta(model):
+        return Control(None, {}, None)
+    inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
+    before = Control(inputs, {}, None)
+    reading = _read(model, before)
+    _refuse_spoilt(model, reading)
+    return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
+
+
+def take_at(model: PreTrainedModel, name: str) -> Control:
+    """Runs the model as it is, before something is added that reads what one module returns: that is watched alone.
+
+    Raises:
+        SurgeryError: no inputs can be made up that the model accepts.
+    """
+    if anatomy.is_meta(model):
+        return Control(None, {}, None)
+    before = Control(probing.probe_inputs(model), {}, None, None, (name,), large=True)
+    reading = _read(model, before)
+    _refuse_spoilt(model, reading)
+    wide = _read(model, before, wide=True) if is_half(model) and not anatomy.large(model) else None
+    return dataclasses.replace(before, reading=reading, wide=wide, output=anatomy.run(model, before.inputs or {}))
+
+
+def judge_at(
+    model: PreTrainedModel, before: Control, name: str, *, what: str, fresh: Iterable[str], declared: Mapping[str, bool]
+) -> Judgement:
+    """Judges whether what a new module returns behaves as what it reads; a return without positions is not looked at.
+
+    Raises:
+        SurgeryError: with the new module, the model does not run.
+    """
+    control = dataclasses.replace(before, probed=(name,))
+    if control.inputs is None or control.reading is None or not control.reading.plain:
+        return Judgement()
+    with foreign.calling(f"with {what} in place the model does not run", SurgeryError), anatomy.sparing(model):
+        found = Watched(model, control.inputs, **control.watched).read(whole=False)
+    if name not in found.plain:
+        return Judgement()
+    return judge(model, control, what=what, fresh=fresh, declared=declared, identical=True)
+
+
+def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, object]:
+    """Returns the first of all places whose modules are of one class and hold tensors of the same names and shapes."""
+    kinds: dict[object, str] = {}
+    for name in names:
+        kinds.setdefault(kind_of(model.get_submodule(name)), name)
+    return {name: kind for kind, name in kinds.items()}
+
+
+def kind_of(module: nn.Module) -> object:
+    """Returns what modules have in common that are treated alike: class, and names, shapes and dtypes of tensors."""
+    return type(module), tuple((key, tuple(t.shape), t.dtype) for key, t in module.state_dict(keep_vars=True).items())
+
+
+def judge(
+    model: PreTrainedModel,
+    control: Control,
+    *,
+    what: str,
+    fresh: Iterable[str],
+    declared: Mapping[str, bool],
+    identical: bool,
+) -> Judgement:
+    """Judges whether the changed model keeps the contract; what is `declared` is not asked for.
+
+    It is run as it stands (once only, if all new modules were found `identical`), and once more with noise in its new
+    parameters (`fresh`): a new branch that starts at zero hides what it mixes.
+
+    Raises:
+        SurgeryError: with the change in place, the model does not run.
+    """
+    if control.inputs is None:
+        return Judgement()
+    remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
+    values = _new_parameters(model, fresh)
+    sharp = control.wide or control.reading
+    if identical and values and sharp is not None:  # what is found with noise is found as it stands too
+        noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
+        if noisy is not None:
+            return _judgement(model, noisy, what, declared, _NOISY)
+    called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
+    with called, anatomy.sparing(model):
+        watched = Watched(model, control.inputs, **control.watched)
+        if control.reading is None:
+            reading, found = watched.read(whole=False), list[Fault]()
+        else:
+            reading, found = watched.judged(control.reading)
+    if control.reading is None:
+        return Judgement()
+    if _finite(control.reading) and not _finite(reading):
+        return Judgement([f"with {what} in place the model returns NaN or infinity"])
+    if control.wide is not None:
+        found += _faults(model, control, control.wide, {}, wide=True) or []
+    told = _judgement(model, found, what, declared)
+    if told.faults or not values or sharp is None:
+        return told
+    later = _faults(model, control, sharp, values, wide=sharp is control.wide) or []
+    shaken = _judgement(model, later, what, declared, _NOISY)
+    return Judgement(shaken.faults, told.lost | shaken.lost)
+
+
+def _faults(
+    model: PreTrainedModel, control: Control, before: Reading, fresh: Mapping[str, torch.Tensor], *, wide: bool
+) -> list[Fault] | None:
+    """Reads the model, with noise in `fresh` parameters; None for what does not run, or gives no finite outputs."""
+    for scale in _SCALES if fresh else (0.0,):
+        values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in fresh.items()}
+        watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
+        with anatomy.sparing(model):
+            outcome = foreign.attempt(watched.judged, before).value
+        if outcome is not None and _finite(outcome[0]):
+            return outcome[1]
+    return None
+
+
+def _judgement(
+    model: PreTrainedModel, found: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = ""
+) -> Judgement:
+    """Tells what need not be kept from what must be: router logits may go where nobody asks for them by default."""
+    by_default = any(vars(c).get("output_router_logits") for c in (model.config, model.config.get_text_config()))
+    gone = any(fault.name == "router_logits" for fault in found) and not by_default
+    lost = frozenset({"router_logits"} if gone and "router_logits" not in declared else ())
+    return Judgement(sentences(found, what, {**declared, **dict.fromkeys(lost, False)}, when), lost)
+
+
+def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, torch.Tensor]:
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    parameters |= dict(model.named_buffers(remove_duplicate=False))
+    return {n: p for n in fresh if (p := parameters.get(n)) is not None and p.is_floating_point() and not p.is_meta}
+
+
+def _refuse_spoilt(model: PreTrainedModel, reading: Reading | None) -> None:
+    """Refuses a model that is broken before anything is changed: NaN hides whatever a change does."""
+    if reading is None or not reading.plain or _finite(reading):
+        return
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    spoilt = [name for name, tensor in tensors if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
+    if spoilt:
+        raise SurgeryError(
+            f"the model returns NaN before anything is changed: {', '.join(spoilt[:_NAMED])} "
+            f"{'holds' if len(spoilt) == 1 else 'hold'} NaN; mend the base, or load it anew"
+        )
+
+
+def _finite(reading: Reading) -> bool:
+    rows = slice(1 if reading.packed else None)
+    return all(bool(torch.isfinite(part[rows]).all()) for part in reading.plain.values())
+
+
+def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = "") -> list[str]:
+    """Says each property that is not kept, by its first fault; what follows from a failed one is left out."""
+    first: dict[str, Fault] = {}
+    for fault in faults:
+        first.setdefault(fault.property, fault)
+    broken = {key: fault for key, fault in first.items() if declared.get(key) is not False}
+    if "causal" in broken:
+        broken.pop("cache", None)  # what looks ahead cannot be computed from a cache
+    first_of_all = {"stateless", "deterministic", "rows"} & set(broken)  # they make the others seem broken
+    if first_of_all:
+        broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in behaviour.RECORDS}
+    return [
+        f"{_TITLES[key].format(what=what)}{when}: {fault.words}; {_REMEDIES[key]}, or, if it is meant, declare "
+        f"{{{key}: false}} ({PROPERTIES[key]})"
+        for key, fault in broken.items()
+    ]

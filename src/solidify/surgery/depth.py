@@ -1,0 +1,291 @@
+"""Inserts and removes layers in place: the list, the layers' numbers and the configuration change together.
+
+How a family counts its layers is learned from the model at hand: which numbers inside a layer say where it stands, and
+which entry of the configuration, changed, makes the list longer or shorter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy, behaviour, operations
+from solidify.model.behaviour import Watched
+from solidify.surgery import control, replacing
+from solidify.surgery.control import Control
+from solidify.surgery.replacing import Edit
+from solidify.surgery.transaction import transaction
+from solidify.system import foreign
+
+_INDEX_WORDS = ("idx", "index", "layer", "block", "depth", "number", "_id")
+
+
+def insert(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    *,
+    zero: Sequence[str] = (),
+    expect: str | None = None,
+    count: int | None = None,
+) -> list[Edit]:
+    """Inserts after every layer that `target` names a copy of it; later layers move up.
+
+    `zero` names modules or parameters within the layer (`self_attn.o_proj`, `mlp.down_proj`) that are zero in the copy:
+    with the projections back into the residual stream named, the model computes exactly what it did (block expansion,
+    LLaMA-Pro, arXiv 2401.02415).
+
+    Raises:
+        SurgeryError: a target is no layer of a list, a name in `zero` is not found, or the changed model does not run
+            or computes with a cache something else than without. The model is then as it was.
+    """
+    lists = _lists(model, target, expect, count)
+    faults = [
+        f"{name}.{place} has no {part!r} to set to zero; it has: {', '.join(list(_parts(layer))[:12])}"
+        for name, places in lists.items()
+        for place in places
+        for layer in [model.get_submodule(f"{name}.{place}")]
+        for part in zero
+        if part not in _parts(layer)
+    ]
+    refuse(SurgeryError, "layers cannot be inserted as asked", faults)
+    orders = {}
+    for name, places in lists.items():
+        size = len(_list_at(model, name))
+        orders[name] = [i for i in range(size) for _ in range(1 + (i in places))]
+    return _rearrange(model, orders, "insert", zero)
+
+
+def remove(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    *,
+    expect: str | None = None,
+    count: int | None = None,
+) -> list[Edit]:
+    """Removes every layer that `target` names; later layers move down.
+
+    Raises:
+        SurgeryError: a target is no layer of a list, no layer would be left, or the changed model does not run or
+            computes with a cache something else than without. The model is then as it was.
+    """
+    orders = {
+        name: [i for i in range(len(_list_at(model, name))) if i not in places]
+        for name, places in _lists(model, target, expect, count).items()
+    }
+    empty = [f"no layer of {name} would be left" for name, order in orders.items() if not order]
+    refuse(SurgeryError, "layers cannot be removed as asked", empty)
+    return _rearrange(model, orders, "remove", ())
+
+
+def _lists(
+    model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None
+) -> dict[str, list[int]]:
+    """Returns the lists that hold the targets, each with the places that are meant."""
+    lists: dict[str, list[int]] = {}
+    faults = []
+    for name in replacing.targets(model, target, expect, count):
+        parent, _, place = name.rpartition(".")
+        if place.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
+            lists.setdefault(parent, []).append(int(place))
+        else:
+            faults.append(f"{name} is no item of a list of layers")
+    refuse(SurgeryError, "the target is not a layer", faults)
+    return lists
+
+
+def _list_at(model: PreTrainedModel, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _parts(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Returns what can be named in a layer, modules and parameters, with the parameters of each."""
+    modules = {name: list(module.parameters()) for name, module in layer.named_modules() if name}
+    return {**modules, **{name: [parameter] for name, parameter in layer.named_parameters()}}
+
+
+def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, zero: Sequence[str]) -> list[Edit]:
+    """Changes the lists one after the other; puts everything back when the result does not run.
+
+    Some families count the same layers twice (a decoder that was cut out of an encoder-decoder): where the model does
+    not run with the one number changed that makes the list longer, all that count layers and are equal to it are.
+    """
+    before = control.take_whole(model)
+    what = "these layers"
+    for wide in (False, True):
+        try:
+            with transaction(model):
+                edits = [_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
+                identical = _judge(model, before, what)
+        except SurgeryError:
+            if wide:
+                raise
+        else:
+            probed = before.inputs is not None
+            return [
+                dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances)
+                for edit in edits
+            ]
+    raise AssertionError("unreachable")
+
+
+def _judge(model: PreTrainedModel, before: Control, what: str) -> bool:
+    """Returns whether the model computes what it did before; refuses what no change of depth may bring about.
+
+    Raises:
+        SurgeryError: it does not run, or does not behave as before.
+    """
+    if before.inputs is None:
+        return False
+    output = foreign.attempt(anatomy.run, model, before.inputs)
+    if output.error is not None:
+        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
+    assert output.value is not None
+    old = before.output
+    if old is not None and output.value.shape != old.shape:
+        raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
+    if before.reading is not None:
+        with foreign.calling(f"with {what} the model does not run"):
+            _, found = Watched(model, before.inputs).judged(before.reading)
+        kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
+        refuse(
+            SurgeryError, "the layers' numbers or kinds do not fit their new places", control.sentences(kept, what, {})
+        )
+    return old is not None and torch.equal(output.value, old)
+
+
+def _one(model: PreTrainedModel, name: str, order: list[int], verb: str, zero: Sequence[str], *, wide: bool) -> Edit:
+    """Rearranges one list and writes the record."""
+    settings = _settings(model, name, order, wide)
+    old = _list_at(model, name)
+    size, parameters, old_keys = len(old), anatomy.count(old.parameters()), list(old.state_dict())
+    operations.rearrange(model, [name], settings, {})
+    new = _list_at(model, name)
+    tensors: dict[str, str | None] = {}
+    for place, source in enumerate(order):
+        copied = source in order[:place]
+        silent = {id(p) for part in zero for p in _parts(new[place])[part]} if copied else set()
+        for parameter in new[place].parameters():
+            if id(parameter) in silent and not parameter.is_meta:
+                parameter.data.zero_()
+        for key, tensor in new[place].state_dict(keep_vars=True).items():
+            tensors[f"{name}.{place}.{key}"] = None if id(tensor) in silent else f"{name}.{source}.{key}"
+    used = set(tensors.values())
+    return Edit(
+        name=name,
+        old_class=type(new).__name__,
+        module_class=None,
+        arguments={verb: _difference(order, size), **({"zero": list(zero)} if zero else {})},
+        supplied=(),
+        tensors=tensors,
+        dropped=tuple(f"{name}.{key}" for key in old_keys if f"{name}.{key}" not in used),
+        frozen=(),
+        parameters_before=parameters,
+        parameters_after=anatomy.count(new.parameters()),
+        probed=False,
+        identical=False,
+        bypass=False,
+        operation="rearrange",
+        settings=settings,
+    )
+
+
+def _difference(order: list[int], size: int) -> list[int]:
+    """Returns the layers, by their old places, that were copied or left out."""
+    return [i for i in range(size) if order.count(i) != 1]
+
+
+def _settings(model: PreTrainedModel, name: str, order: list[int], wide: bool) -> dict[str, Any]:
+    """Returns what an artifact needs to do the same: order, numbers to renew, the configuration before and after."""
+    before, after = _configuration(model, name, order, wide)
+    return {"order": order, "index": _indices(_list_at(model, name)), "before": before, "after": after}
+
+
+def _indices(layers: Any) -> list[str]:
+    """Finds the numbers within the layers that say where a layer stands: equal to its place in every layer."""
+    found: dict[str, list[bool]] = {}
+    for place, layer in enumerate(layers):
+        for owner, module in layer.named_modules():
+            for key, value in vars(module).items():
+                if type(value) is int and any(word in key for word in _INDEX_WORDS):
+                    found.setdefault(f"{owner}.{key}" if owner else key, []).append(value == place)
+    return sorted(path for path, agrees in found.items() if all(agrees))
+
+
+def _configuration(
+    model: PreTrainedModel, name: str, order: list[int], wide: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Finds the entries of the configuration that go with the list, as they are and as they must become.
+
+    Lists with one value per layer are put into the new order, lists of layer numbers are renumbered, and the number of
+    layers is the entry that, changed, makes the family's own constructor build a list of the new length. Lists that
+    do not speak of layers by their name are touched only when it cannot be had without.
+    """
+    owner_name, owner = _owner(model, name)
+    path = _path_of(model.config, owner.config)
+    if path is None:
+        raise SurgeryError(f"the configuration of {owner_name} is no part of the model's; its layers cannot be counted")
+    inside = name.removeprefix(owner_name + ".") if owner_name else name
+    size = len(_list_at(model, name))
+    values = {key: value for key, value in vars(owner.config).items() if not key.startswith("_") and key != "surgery"}
+    lists = {key: list(value) for key, value in values.items() if isinstance(value, (list, tuple))}
+    numbers = [key for key, value in values.items() if type(value) is int and value == size]
+    for strict in (True, False):
+        changed = {key: new for key, value in lists.items() if (new := _reordered(key, value, order, size, strict))}
+        for number in [None, *numbers]:
+            after = {**changed, **({number: len(order)} if number else {})}
+            if _length(owner, inside, after) == len(order):
+                after |= dict.fromkeys([key for key in numbers if "layer" in key] if wide else [], len(order))
+                return {path + key: values[key] for key in after}, {path + key: value for key, value in after.items()}
+    return {}, {}  # the family does not count these layers; the list alone says how many there are
+
+
+def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
+    """Returns the innermost pretrained model that holds a place, and its name."""
+    found = ("", model)
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, PreTrainedModel):
+            found = (".".join(parts[:end]), module)
+    return found
+
+
+def _path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
+    """Returns the dotted way from a configuration to one within it, with a dot at the end; empty for itself."""
+    if inner is config:
+        return ""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        below = _path_of(part, inner) if isinstance(part, PreTrainedConfig) else None
+        if below is not None:
+            return f"{key}.{below}"
+    return None
+
+
+def _reordered(key: str, value: list[Any], order: list[int], size: int, strict: bool) -> list[Any] | None:
+    """Returns a list for the new order of layers; None for a list that has nothing to do with layers."""
+    places = bool(value) and all(type(v) is int and 0 <= v < size for v in value) and value == sorted(set(value))
+    if places and any(word in key for word in ("layer", "idx", "index", "indices")):
+        return [place for place, source in enumerate(order) if source in value]
+    told = "layer" in key or all(isinstance(v, str) for v in value) or not strict
+    return [value[source] for source in order] if len(value) == size and told else None
+
+
+def _length(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int | None:
+    """Returns how many layers the family builds from a configuration with other values; None when it refuses them."""
+    config = deepcopy(owner.config)
+    operations.assign(config, after)
+    kind = next(cls for cls in type(owner).__mro__ if not hasattr(cls, "changed"))
+
+    def build() -> int:
+        with torch.device("meta"):
+            return len(_list_at(kind(config), inside))
+
+    return foreign.attempt(build).value

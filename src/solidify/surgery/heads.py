@@ -1,0 +1,120 @@
+"""Adds a module that was not there: a head that reads what some module returns and speaks in the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy, operations
+from solidify.surgery import control, declaring, initial, replacing
+from solidify.surgery.control import Control
+from solidify.surgery.replacing import Edit
+from solidify.surgery.transaction import transaction
+from solidify.system import foreign
+
+
+def add(
+    model: PreTrainedModel,
+    name: str,
+    module: type[nn.Module],
+    *,
+    reads: str,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
+) -> list[Edit]:
+    """Adds a new module called `name` in place; it is called with what the module `reads` returns.
+
+    `reads` returns a tensor, or a tuple of which the first is taken, such as the final norm's (batch_size,
+    sequence_length, hidden_size). What the new module returns stands in the model's outputs under `name`; the outputs
+    that were there before are untouched. Constructor parameters `config` and `layer_idx` are supplied, all others come
+    from `arguments`; `weights` is loaded once here.
+
+    Raises:
+        SurgeryError: the name is taken or its parent or `reads` does not exist, the constructor's arguments or the
+            weights do not fit, or the module fails on what it reads. The model is then as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
+    arguments = dict(arguments or {})
+    names = {n for n, _ in model.named_modules()}
+    parent, _, child = name.rpartition(".")
+    faults = [] if reads in names and reads else [f"{reads!r} is no module; {anatomy.suggestions(reads, names)}"]
+    if parent not in names:
+        faults.append(f"{name!r} cannot be added: there is no {parent!r}")
+    elif name in names or hasattr(model.get_submodule(parent), child):
+        faults.append(f"{name!r} is there already; replace it, or choose another name")
+    faults += replacing.constructor_faults(module, arguments, without=("original",))
+    refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
+    before = control.take_at(model, reads)
+    supplied = replacing.supplied_to(module)
+    settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
+    declared = declaring.declared(module, declares)
+    with transaction(model), foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns"):
+        with replacing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
+            operations.add(model, [name], settings, {"it": module})
+        head = model.get_submodule(name)
+        head.to(device=model.device).train(model.training)
+        if weights is not None:
+            state = initial.read(weights)
+            refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
+        if before.inputs is not None:
+            _try(model, name, before)
+        what, fresh = type(head).__name__, [f"{name}.{key}" for key in head.state_dict()]
+        judged = control.judge_at(model, before, name, what=what, fresh=fresh, declared=declared)
+        refuse(SurgeryError, f"{what} cannot be added as asked", judged.faults)
+    return [_record(model, name, head, arguments, supplied, reads, declared, probed=before.inputs is not None)]
+
+
+def _try(model: PreTrainedModel, name: str, before: Control) -> None:
+    """Runs the model once with the new module: its answer must be there, and nothing else may have moved."""
+    assert before.inputs is not None and before.output is not None
+    with torch.no_grad(), anatomy.evaluation(model):
+        outputs = model(**before.inputs)
+    if not _is_answer(outputs.get(name)):
+        raise SurgeryError(f"{name} must return a tensor or a tuple of tensors, not {type(outputs.get(name)).__name__}")
+    if not torch.equal(anatomy.run(model, before.inputs), before.output):
+        raise SurgeryError(f"{name} changes what it reads in place, so the model's own outputs move")
+
+
+def _is_answer(answer: Any) -> bool:
+    if isinstance(answer, (tuple, list)):
+        return bool(answer) and all(isinstance(part, torch.Tensor) for part in answer)
+    return isinstance(answer, torch.Tensor)
+
+
+def _record(
+    model: PreTrainedModel,
+    name: str,
+    head: nn.Module,
+    arguments: dict[str, Any],
+    supplied: Sequence[str],
+    reads: str,
+    declares: dict[str, bool],
+    *,
+    probed: bool,
+) -> Edit:
+    return Edit(
+        name=name,
+        old_class="nothing",
+        module_class=type(head),
+        arguments=arguments,
+        supplied=tuple(supplied),
+        tensors=dict.fromkeys((f"{name}.{key}" for key in head.state_dict()), None),
+        dropped=(),
+        frozen=replacing.frozen(head),
+        parameters_before=0,
+        parameters_after=anatomy.count(head.parameters()),
+        probed=probed,
+        identical=probed,
+        bypass=True,  # the model's own outputs are the base's, whatever the head says
+        operation="add",
+        settings={"reads": reads},
+        declares=declares,
+    )

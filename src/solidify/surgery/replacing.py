@@ -1,0 +1,468 @@
+"""Replaces modules of a model in place and returns a record of every edit.
+
+All or nothing: when any replacement is refused, the model is left as it was. What a replacement must fulfil is in
+`contract.py`; what it receives is bound by name (`config`, `layer_idx`, `original`, then `arguments`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy, operations
+from solidify.surgery import contract, control, declaring, initial, provenance
+from solidify.surgery.control import Control
+from solidify.surgery.provenance import Original
+from solidify.surgery.transaction import transaction
+from solidify.system import foreign
+from solidify.weights import mapped, spilling
+
+SUPPLIED = ("config", "layer_idx", "original")
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """A replacement that takes weights over from the module it replaces, once, at surgery."""
+
+    def adopt(self, original: nn.Module) -> None:
+        """Copies what it wants to keep."""
+
+
+@runtime_checkable
+class Bypassing(Protocol):
+    """A replacement that computes exactly what the original computed while `bypass` is True."""
+
+    bypass: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Edit:
+    """What was done at one place.
+
+    `declares` are properties that the change does not keep on purpose, `control` is how the model behaved before, by
+    probe, and `records` says that transformers records what stands here (hidden states, attentions, router logits).
+    `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
+    `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
+    the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
+    live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
+    Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
+    trainable.
+    """
+
+    name: str
+    old_class: str
+    module_class: type[nn.Module] | None
+    arguments: dict[str, Any]
+    supplied: tuple[str, ...]
+    tensors: dict[str, str | None]
+    dropped: tuple[str, ...]
+    frozen: tuple[str, ...]
+    parameters_before: int
+    parameters_after: int
+    probed: bool
+    identical: bool
+    bypass: bool
+    operation: str = "replace"
+    settings: dict[str, Any] = field(default_factory=dict)
+    declares: dict[str, bool] = field(default_factory=dict)
+    records: bool = False
+    control: dict[str, float] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def new_class(self) -> str:
+        """The class name of what stands there now."""
+        return self.module_class.__name__ if self.module_class is not None else self.old_class
+
+    def __repr__(self) -> str:
+        new = sum(origin is None for origin in self.tensors.values())
+        change = self.old_class if self.new_class == self.old_class else f"{self.old_class} -> {self.new_class}"
+        return f"Edit({self.operation} {self.name}: {change}, {new} tensors new, {len(self.dropped)} dropped)"
+
+    def document(self) -> dict[str, Any]:
+        """Returns the record as plain values for a manifest or a report."""
+        return {
+            "operation": self.operation,
+            "name": self.name,
+            "old_class": self.old_class,
+            "new_class": self.new_class,
+            "arguments": self.arguments,
+            "settings": self.settings,
+            "new": sorted(n for n, origin in self.tensors.items() if origin is None),
+            "kept": {n: origin for n, origin in self.tensors.items() if origin is not None},
+            "dropped": sorted(self.dropped),
+            "frozen": list(self.frozen),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "declares": dict(self.declares),
+            "control": dict(self.control),
+            "probed": self.probed,
+            "identical": self.identical,
+            "bypass": self.bypass,
+        }
+
+
+def replace(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    module: type[nn.Module],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    expect: str | None = None,
+    count: int | None = None,
+    weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
+) -> list[Edit]:
+    """Replaces in place every module that `target` names by a `module`, and returns the edits.
+
+    `target` is a module name as `named_modules()` prints it, or several; `*` stands for one dotted part, `**` for
+    any number. Constructor parameters called `config` (of the innermost model that holds the place), `layer_idx` and
+    `original` (the module that is replaced, still in place) are supplied, all others come from `arguments`. A method
+    `adopt(original)` runs once here; `weights` (`.safetensors`, `.pth`) is loaded once here.
+
+    The changed model keeps the behaviour of the one before it (`behaviour.PROPERTIES`): no look-ahead, the same with
+    and without a cache, no influence of padding, of other rows, of earlier calls or of chance, outputs recorded where
+    they were. `declares`, or a class attribute of that name, says what it does not keep on purpose: `{"cache": False}`.
+
+    Raises:
+        SurgeryError: nothing is hit; another class than `expect` or another number than `count` is hit; places
+            overlap or are shared; the constructor's arguments do not fit; the weights do not fit; the replacement
+            differs from the original in output structure, shape or dtype; the changed model does not run, or does not
+            keep what it does not declare. The model is then as it was, as after any other exception.
+    """
+    names = targets(model, target, expect, count)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=False)
+
+
+def share(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    module: type[nn.Module],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    expect: str | None = None,
+    count: int | None = None,
+    weights: str | Path | None = None,
+    declares: Mapping[str, bool] | None = None,
+) -> list[Edit]:
+    """Puts one and the same new module at every place that `target` names; its weights stay tied, on disk once.
+
+    It is built for the first place (and adopts from what stands there); otherwise as `replace`.
+
+    Raises:
+        SurgeryError: as `replace`.
+    """
+    names = targets(model, target, expect, count)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=True)
+
+
+def _put(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    module: type[nn.Module],
+    arguments: Mapping[str, Any] | None,
+    weights: str | Path | None,
+    declares: Mapping[str, bool],
+    *,
+    shared: bool,
+) -> list[Edit]:
+    arguments = dict(arguments or {})
+    refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
+    before = control.take(model, names)  # from here on, code of the user's runs
+    state = initial.read(weights) if weights is not None else None
+    with transaction(model):
+        new = _Replacing(model, module, arguments, before, state, declares, shared)
+        edits = new.build(names)
+        title = f"{module.__name__} cannot stand where it was asked to stand"
+        refuse(SurgeryError, title, new.faults)
+        recorded = operations.recorders(model)
+        for name, replacement in new.built.items():
+            operations.stand_in(model.get_submodule(name), replacement)
+            model.set_submodule(name, replacement, strict=True)
+        verify_places(model, new.built)
+        records = operations.record_again(model, recorded, list(new.built))
+        fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
+        identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
+        judged = control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical)
+        refuse(SurgeryError, title, judged.faults)
+        declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
+        operations.withhold(model, {key for key, kept in declares.items() if not kept})
+    edits = [dataclasses.replace(edit, records=records, control=before.distances, declares=declares) for edit in edits]
+    return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
+
+
+class _Replacing:
+    """Builds the replacements of one change, examines each by itself and writes its record; gathers `faults`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        module: type[nn.Module],
+        arguments: dict[str, Any],
+        before: Control,
+        weights: dict[str, torch.Tensor] | None,
+        declares: Mapping[str, bool],
+        shared: bool,
+    ) -> None:
+        self.model, self.module, self.arguments, self.before = model, module, arguments, before
+        self.weights, self.declares, self.shared = weights, declares, shared
+        self.faults: list[str] = []
+        self.built: dict[str, nn.Module] = {}
+        self.originals: dict[str, tuple[nn.Module, object]] = {}
+        self.descents: dict[object, dict[str, str] | None] = {}
+
+    def build(self, names: Sequence[str]) -> list[Edit]:
+        """Builds a replacement for every place; the model still holds the originals."""
+        edits = []
+        for name in names:
+            original = self.model.get_submodule(name)
+            self.originals[name] = (original, control.kind_of(original))
+            old = Original.of(original, with_values=not self.before.large)
+            first = next(iter(self.built.values()), None)
+            new = first if self.shared and first is not None else _build(self.model, name, original, self)
+            if self.weights is not None:
+                self.faults += initial.load(name, new, original, self.weights, names)
+            edits.append(self._examine(name, old, new))
+            self.built[name] = new
+            if self.before.large:
+                spilling.spill(name, new, original)
+                mapped.release([original, new])
+        return edits
+
+    def _examine(self, name: str, old: Original, new: nn.Module) -> Edit:
+        """Probes one replacement and writes its record."""
+        call = self.before.calls.get(name)
+        identical, bypass = False, False
+        if call is not None:
+            faults, identical = contract.compare(name, new, call)
+            if not faults:
+                lost = contract.lost_habits(name, new, call)
+                faults += [
+                    f"{words}; or, if it is meant, declare {{{key}: false}}"
+                    for key, words in lost.items()
+                    if self.declares.get(key) is not False
+                ]
+            if not faults and isinstance(new, Bypassing) and not self.shared:  # one module cannot be several originals
+                bypass = _bypass_is_exact(name, new, call, faults)
+            self.faults += faults
+        traced = self._traced(name, old, new)
+        tensors, dropped, unknown = old.ledger(name, new, traced)
+        return Edit(
+            name=name,
+            old_class=old.kind,
+            module_class=type(new),
+            arguments=dict(self.arguments),
+            supplied=tuple(supplied_to(type(new))),
+            tensors=tensors,
+            dropped=dropped,
+            frozen=frozen(new),
+            parameters_before=old.parameters,
+            parameters_after=anatomy.count(new.parameters()),
+            probed=call is not None,
+            identical=identical,
+            bypass=bypass,
+            operation="share" if self.shared else "replace",
+            declares=dict(self.declares),
+            unknown=unknown,
+        )
+
+    def _traced(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
+        """Returns which tensors of the original the new module took over; None where that cannot be told."""
+        if self.weights is not None or (self.shared and self.built):
+            return {}
+        if not old.open_questions(new):
+            return {}
+        original, kind = self.originals[name]
+        supplied = supplied_to(self.module)
+        key = (kind, operations.layer_index(self.model, name) if "layer_idx" in supplied else None)
+        if key not in self.descents:
+            self.descents[key] = provenance.trace(original, lambda stand_in: self._again(name, stand_in))
+        return self.descents[key]
+
+    def _again(self, name: str, stand_in: nn.Module) -> nn.Module:
+        """Builds the replacement for one place once more, for another module than the one that stands there."""
+        give: dict[str, Any] = {
+            "config": copy.deepcopy(operations.enclosing_config(self.model, name)),
+            "layer_idx": operations.layer_index(self.model, name),
+            "original": stand_in,
+        }
+        with under(self.model.dtype), torch.device("cpu"), torch.no_grad():
+            new = self.module(**{key: give[key] for key in supplied_to(self.module)}, **copy.deepcopy(self.arguments))
+            if isinstance(new, Adopting):
+                new.adopt(stand_in)
+        return new
+
+
+def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, tuple[nn.Module, object]]) -> list[Edit]:
+    """Gives edits that were not probed what was found where one of their kind was."""
+    found = {originals[edit.name][1]: edit for edit in edits if edit.probed}
+    result = []
+    for edit in edits:
+        first = found.get(originals[edit.name][1], edit)
+        result.append(dataclasses.replace(edit, identical=first.identical, bypass=first.bypass))
+    return result
+
+
+def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
+    """Resolves the target patterns and refuses every way in which they can mean something else."""
+    if not isinstance(model, PreTrainedModel):
+        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
+    modules = {name: m for name, m in model.named_modules() if name}
+    everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    hits = anatomy.match(target, list(everywhere))
+    faults = [
+        f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
+        for pattern, found in hits.items()
+        if not found
+    ]
+    names = [name for found in hits.values() for name in found]
+    faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
+    names = list(dict.fromkeys(names))
+    places: dict[int, list[str]] = {}
+    for name, module in everywhere.items():
+        places.setdefault(id(module), []).append(name)
+    hit = set(names)
+    for name in names:
+        module = everywhere[name]
+        twins = [twin for twin in places[id(module)] if twin != name]
+        if twins:
+            faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
+        parts = name.split(".")
+        inside = next((outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in hit), None)
+        if inside:
+            faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
+        if expect is not None and type(module).__name__ != expect:
+            faults.append(f"{name} is a {type(module).__name__}, but {expect} was expected")
+    if count is not None and names and len(names) != count:
+        faults.append(f"{len(names)} modules are hit, but {count} were expected: {', '.join(names[:8])}")
+    refuse(SurgeryError, "the surgery's target does not fit the model", faults)
+    return names
+
+
+def constructor_faults(
+    module: type[nn.Module], arguments: Mapping[str, Any], *, without: Sequence[str] = ()
+) -> list[str]:
+    """Compares a constructor with the arguments it would get; `without` names what cannot be supplied here."""
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        return [f"it is a {type(module).__name__}, not a class of torch.nn.Module"]
+    parameters = contract.constructor(module)
+    faults = []
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    named = {
+        name: p
+        for name, p in parameters.items()
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    for name in arguments:
+        if name in SUPPLIED:
+            faults.append(f"the argument {name!r} is supplied by solidify; remove it from `arguments`")
+        elif name not in named and not open_ended:
+            takes = ", ".join(n for n in named if n not in SUPPLIED) or "none"
+            faults.append(f"it takes no argument {name!r}; it takes: {takes}")
+    for name, parameter in named.items():
+        if name in without and parameter.default is inspect.Parameter.empty:
+            faults.append(f"its argument {name!r} cannot be supplied where nothing stood before")
+        elif parameter.default is inspect.Parameter.empty and name not in arguments and name not in SUPPLIED:
+            faults.append(f"its argument {name!r} has no default; give it in `arguments`")
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError) as error:
+        faults.append(f"`arguments` must be plain values that a config.json can hold ({error})")
+    return faults
+
+
+def _called(module: Any) -> str:
+    return getattr(module, "__name__", None) or repr(module)
+
+
+def supplied_to(module: type[nn.Module]) -> list[str]:
+    """Returns which of a constructor's parameters come from the model."""
+    return [key for key in SUPPLIED if key in contract.constructor(module)]
+
+
+def _build(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
+    """Constructs the replacement for one place; its mode and device follow the original.
+
+    It is made under the model's dtype, as when it is loaded: a dtype that its constructor states stays.
+    """
+    module = asked.module
+    supplied = supplied_to(module)
+    if "layer_idx" in supplied and operations.layer_index(model, name) is None:
+        raise SurgeryError(f"{name} has no number in its name, so there is no layer_idx for {module.__name__}")
+    modes = [(m, m.training) for m in original.modules()]
+    own = {id(m) for m in original.modules()}
+    reference = anatomy.any_tensor(original)
+    device = reference.device if reference is not None else model.device
+    kept = {id(t) for t in (*original.parameters(), *original.buffers())}
+    with under(model.dtype), foreign.calling(f"{module.__name__} could not be built for {name}"):
+        with device if device.type == "meta" else torch.device("cpu"):
+            new = operations.construct(model, name, module, supplied, asked.arguments)
+        if isinstance(new, Adopting):
+            with torch.no_grad():
+                new.adopt(original)
+    if not isinstance(new, nn.Module):
+        raise SurgeryError(f"{module.__name__} made a {type(new).__name__} for {name}, not a torch.nn.Module")
+    for inner in [m for m in new.modules() if id(m) not in own]:
+        inner.training = original.training
+        for tensor in (*inner._parameters.values(), *inner._buffers.values()):
+            if tensor is not None and id(tensor) not in kept:
+                tensor.data = tensor.data.to(device)
+    for inner, training in modes:
+        inner.training = training
+    return new
+
+
+@contextmanager
+def under(dtype: torch.dtype) -> Iterator[None]:
+    """While the block lasts, makes new tensors of a dtype by default, as transformers does while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def frozen(new: nn.Module) -> tuple[str, ...]:
+    """Returns the parameters that a module froze itself while it left others trainable."""
+    names = tuple(name for name, parameter in new.named_parameters() if not parameter.requires_grad)
+    return names if any(parameter.requires_grad for parameter in new.parameters()) else ()
+
+
+def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: list[str]) -> bool:
+    assert isinstance(new, Bypassing)
+    before, new.bypass = new.bypass, True
+    try:
+        _, exact = contract.compare(name, new, call)
+    finally:
+        new.bypass = before
+    if not exact:
+        faults.append(f"{name}: {type(new).__name__} has `bypass`, but with it the output is not the original's")
+    return exact
+
+
+def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> None:
+    """Makes sure by identity that each replacement stands at its name and that no child has a dotted name."""
+    faults = [
+        f"{name} does not hold its replacement" for name, new in built.items() if model.get_submodule(name) is not new
+    ]
+    faults += [
+        f"{owner or 'the model'} has a child with the dotted name {child!r}"
+        for owner, module in model.named_modules()
+        for child in module._modules
+        if "." in child
+    ]
+    refuse(SurgeryError, "the model is not what the surgery should have made it", faults)

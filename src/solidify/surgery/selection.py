@@ -1,0 +1,110 @@
+"""Which modules of a model are meant: by a pattern, a class or a question, and shown before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy
+from solidify.system import markup
+
+Where = str | Sequence[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True, repr=False)
+class Selection:
+    """Modules of a model, as they were when they were selected, in the model's order. It prints as a tree.
+
+    `found` has name, class and number of parameters of each.
+    """
+
+    model: PreTrainedModel
+    found: tuple[tuple[str, str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules' names."""
+        return tuple(name for name, _, _ in self.found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """How many of the modules are of each class, by its name."""
+        kinds = [kind for _, kind, _ in self.found]
+        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+    def rows(self) -> list[tuple[str, str, int, int]]:
+        """Returns name, class, how many, and parameters; modules whose names differ in numbers only are one row."""
+        groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for name, kind, parameters in self.found:
+            groups.setdefault((anatomy.fold([name])[0], kind), []).append((name, parameters))
+        return [
+            (each[0][0] if len(each) == 1 else pattern, kind, len(each), sum(count for _, count in each))
+            for (pattern, kind), each in groups.items()
+        ]
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.classes.items())
+        return f"Selection({kinds})"
+
+    def __str__(self) -> str:
+        """Draws the modules as a tree, with the class and how many stand at the end of each branch."""
+        lines: list[str] = [type(self.model).__name__]
+        seen: set[tuple[str, ...]] = set()
+        for name, kind, times, parameters in self.rows():
+            parts = name.split(".")
+            for depth in range(1, len(parts)):
+                if tuple(parts[:depth]) not in seen:
+                    seen.add(tuple(parts[:depth]))
+                    lines.append(f"{'│ ' * (depth - 1)}├ {parts[depth - 1]}")
+            told = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
+            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {told}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [(name, kind, times, f"{parameters:,}") for name, kind, times, parameters in self.rows()]
+        return markup.table(type(self.model).__name__, ("module", "class", "how many", "parameters"), rows)
+
+
+def select(model: PreTrainedModel, where: Where) -> Selection:
+    """Finds the modules that a pattern (`*` is one dotted part, `**` any number), or a list of them, names, all modules
+    of a class, or all of which a function of name and module is true. The model itself is none of them.
+
+    Raises:
+        SurgeryError: nothing is found, or one of the patterns names nothing.
+    """
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    faults: list[str] = []
+    if isinstance(where, nn.Module) or not (callable(where) or isinstance(where, Sequence)):
+        faults, names = [f"{type(where).__name__} is no pattern, class or function; give a name or a class"], []
+    elif isinstance(where, type):
+        names = [name for name, module in modules.items() if isinstance(module, where)]
+        faults = [] if names else [f"no module is a {where.__name__}; there are {', '.join(_kinds(modules.values()))}"]
+    elif callable(where):
+        names = [name for name, module in modules.items() if where(name, module)]
+        faults = [] if names else [f"of none of {len(modules)} modules the function is true"]
+    else:
+        hits = anatomy.match(where, list(modules))
+        names = [name for name in modules if any(name in found for found in hits.values())]
+        faults = [
+            f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
+            for pattern, found in hits.items()
+            if not found
+        ]
+        faults = faults or ([] if names else ["no pattern is given"])
+    refuse(SurgeryError, "nothing is selected", faults)
+    described = ((name, type(modules[name]).__name__, anatomy.count(modules[name].parameters())) for name in names)
+    return Selection(model, tuple(described))
+
+
+def _kinds(modules: Iterable[nn.Module]) -> list[str]:
+    return sorted({type(module).__name__ for module in modules})[:12]

@@ -1,0 +1,1 @@
+"""What the operating system gives: files, disks, processes, the terminal; knows nothing of models."""

@@ -1,0 +1,182 @@
+"""Text becomes tokenised, labelled examples. Nothing is dropped: what is longer than a window is cut into several."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from solidify.errors import DataError, refuse
+from solidify.model import anatomy
+from solidify.objective.supply import shifts_labels
+from solidify.system import console, files, foreign
+
+TOKENS = 2048  # in one forward pass of a measurement
+IMAGES = "images"  # the column that lists the images of a row
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
+    """Reads a file (`.jsonl`, `.json`, `.csv`, `.parquet`, `.txt`) and keeps its column `text`.
+
+    With `image`, a column that names an image beside the file, or several (or none), the column `images` lists where
+    they are; they are opened when a batch needs them.
+
+    Raises:
+        DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
+            image is missing.
+    """
+    if not os.path.exists(path):
+        raise DataError(f"the data file {path} does not exist")
+    files.require_regular(path, DataError)
+    kind = _FORMATS.get(path.suffix)
+    if kind is None:
+        raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
+    # In pieces, a column that is empty in the first of them is taken for one that is always empty.
+    whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
+    read = foreign.attempt(datasets.load_dataset, kind, data_files=_literal(path), split="train", **whole)
+    if read.error is not None:
+        cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
+        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
+    data: Any = read.value
+    for column in (text, image):
+        if column is not None and column not in data.column_names:
+            raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
+    if not len(data):
+        raise DataError(f"{path} holds no rows")
+    if image is None:
+        return data.select_columns([text])
+    found = data.select_columns([text, image]).map(
+        _found,
+        batched=True,
+        with_indices=True,
+        remove_columns=[image],
+        features=datasets.Features({text: data.features[text], IMAGES: datasets.List(datasets.Value("string"))}),
+        load_from_cache_file=False,  # files come and go
+        fn_kwargs={"image": image, "file": str(path)},
+    )
+    return found.select_columns([text, IMAGES])
+
+
+def _literal(path: Path) -> str:
+    """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
+    return glob.escape(str(path.resolve()))
+
+
+def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:
+    """Makes paths of the names of images; raises all that lead nowhere."""
+    places = []
+    missing = []
+    for value, number in zip(rows[image], numbers, strict=True):
+        names = [value] if isinstance(value, str) else value or []
+        paths = [(Path(file).parent / name).resolve() for name in names if name]
+        missing += [f"row {number}: {path}" for path in paths if not path.is_file()]
+        places.append([str(path) for path in paths])
+    refuse(DataError, f"{file} names images that do not exist", few(missing))
+    return {IMAGES: places}
+
+
+def refuse_untaught(model: nn.Module) -> None:
+    """Raises DataError for a model whose labels are not the tokens that come next, which is all that text gives."""
+    if not _reads_on(model):
+        raise DataError(
+            "data: text teaches causal language models and those that read images beside it, and "
+            f"{type(model).__name__} is neither: its labels are no next tokens; train it from Python with "
+            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to build "
+            "it"
+        )
+
+
+def _reads_on(model: nn.Module) -> bool:
+    """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    known = not kinds or any(kind.__name__ in listed for kind in kinds)
+    return known and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
+
+
+def few(faults: Sequence[str]) -> list[str]:
+    """Returns the first few faults, and how many more there are."""
+    return [*faults[:6], f"and {len(faults) - 6} more"] if len(faults) > 6 else list(faults)
+
+
+def from_texts(texts: Sequence[str], text: str) -> datasets.Dataset:
+    """Wraps texts that are in memory."""
+    return datasets.Dataset.from_dict({text: list(texts)})
+
+
+def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: int) -> datasets.Dataset:
+    """Returns examples of at most `max_length` tokens with labels equal to the inputs; each text ends in its end token.
+
+    Raises:
+        DataError: no text yields two tokens, so there would be nothing to predict.
+    """
+
+    def windows(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        """Cuts a batch of texts into examples."""
+        examples = []
+        for ids in tokenizer(rows[text], add_special_tokens=True, verbose=False)["input_ids"]:
+            examples += cut(ended(ids, tokenizer), max_length)
+        return {"input_ids": examples, "labels": [list(piece) for piece in examples]}
+
+    result = data.map(windows, batched=True, remove_columns=data.column_names)
+    if not len(result):
+        raise DataError("no text of the data yields two tokens, so there is nothing to predict")
+    return result
+
+
+def ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Returns the tokens of a text with the end token after them, if there is one and it is not there."""
+    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        return [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def cut(ids: list[int], max_length: int) -> list[list[int]]:
+    """Cuts tokens into windows; one of a single token has nothing to predict."""
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def collator(tokenizer: Any) -> Any:
+    """Returns what pads a batch: inputs with the padding token (or the end token without one), labels with -100."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise DataError("the tokenizer has neither a padding nor an end token; set one and build again")
+    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+
+
+def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> float:
+    """Returns the model's next-token loss in nats over all target tokens of some examples, each token once.
+
+    A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
+    logits are in memory at once. What takes long shows a bar.
+    """
+    total, tokens = 0.0, 0
+    rows = examples.select_columns([name for name in ("input_ids", "labels", IMAGES) if name in examples.column_names])
+    longest = max(map(len, rows["input_ids"]))
+    size = max(1, min(batch_size, TOKENS // longest))
+    starts = range(0, len(rows), size)
+    bar = console.progress("Measuring the loss", len(starts)) if len(starts) > 64 else nullcontext(lambda _note: None)
+    with torch.no_grad(), anatomy.evaluation(model), bar as advance:
+        for start in starts:
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total += model(**batch).loss.item() * count
+            tokens += count
+            advance(f"loss {total / tokens:.3f}")
+    return total / tokens

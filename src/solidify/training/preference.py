@@ -1,0 +1,192 @@
+"""TRL's DPOTrainer with an objective: the term `model` is the preference loss that TRL computes.
+
+TRL's loss is a mean over the pairs of a micro-batch, so a micro-batch counts by its share of the window's pairs (TRL
+counts all micro-batches alike). Of the forward pass that TRL runs for it, all other terms are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from trl import DPOTrainer
+
+from solidify.adapter import standing
+from solidify.adapter.adapters import train_parameters
+from solidify.errors import ObjectiveError, refuse
+from solidify.objective import window as windowing
+from solidify.objective.window import Counts, Window, count
+from solidify.training.groups import Grouped
+from solidify.training.runs import TrainerRuns
+from solidify.training.trainer import ObjectiveMixin
+
+# What TRL's collator and its precomputation put into a batch beside the model's own inputs (TRL 1.16).
+_BESIDE = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_OF_TOKENS = "sft"  # the one loss type that is a mean over tokens: those of the chosen answers
+_OF_THE_BATCH = ("aot", "aot_unpaired")  # these sort the pairs of a micro-batch
+_TRAINED, _START = "default", "ref"  # the names that TRL gives an adapter and the copy of it at its start
+
+
+class DPORuns(TrainerRuns):
+    """TRL's DPOTrainer. Rows are pairs: all chosen answers, then all rejected ones; `sequences` counts pairs.
+
+    Labels are the tokens of the answers. `chosen_tokens` is how many of the chosen answers' the window holds.
+    """
+
+    builds_logits = False
+    chosen_tokens = 0.0
+
+    def count(self, batch: Mapping[str, Any]) -> Counts:
+        """Counts a batch."""
+        counts = count(self.view(batch), shifts=True)
+        return replace(counts, sequences=counts.sequences / 2)
+
+    def view(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the model takes of a batch, and as `labels` the tokens of the answers."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        return {**{key: value for key, value in batch.items() if key not in _BESIDE}, "labels": labels}
+
+    def run(
+        self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
+    ) -> tuple[torch.Tensor | None, Any]:
+        """Runs the model once; TRL runs the reference beside it, without a graph."""
+        if "loss" not in needs:
+            return super().run({**batch, "use_cache": False}, needs, counts, window)
+        share = counts.sequences / max(window.sequences, 1)
+        with self._weighed(batch, share):
+            loss = DPOTrainer.compute_loss(self.trainer, self.model, dict(batch), False, None)
+        return loss * window.ranks * share, None
+
+    @contextmanager
+    def _weighed(self, batch: Mapping[str, Any], share: float) -> Iterator[None]:
+        """Lets a mean over tokens among the loss types count by its share of tokens, where all count by pairs."""
+        before = self.trainer.loss_weights
+        tokens = _chosen_tokens(batch) / max(self.chosen_tokens, 1)
+        self.trainer.loss_weights = [
+            weight * tokens / share if kind == _OF_TOKENS else weight
+            for kind, weight in zip(self.trainer.loss_types, before, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.trainer.loss_weights = before
+
+
+def _chosen_tokens(batch: Mapping[str, Any]) -> float:
+    mask = batch["completion_mask"]
+    return float(mask[: len(mask) // 2, 1:].sum())
+
+
+class ObjectiveDPOTrainer(Grouped, ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
+    """TRL's DPOTrainer, trained on an `Objective`; all other arguments are DPOTrainer's.
+
+    TRL's reference of a model with an adapter is the adapter as it stands now, of which a copy is kept; it is complete
+    here (buffers and single parameters too), so the loss begins at log 2. The reference that other terms ask for
+    (`reference_logits`) is the unmodified base, as everywhere.
+
+    Raises:
+        ObjectiveError: a part of TRL's loss depends on how the pairs are split, a term asks for `outputs`, which TRL
+            does not build, or the model's adapter is not called `default`.
+    """
+
+    runs_of = DPORuns
+    runs: DPORuns
+
+    def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
+        copies = ref_model is None and isinstance(model, PeftModel)
+        with _complete_copy(model) if copies else nullcontext():
+            super().__init__(model, ref_model, *args, objective=objective, **kwargs)
+
+    def _refuse_unusable(self) -> None:
+        super()._refuse_unusable()
+        faults = []
+        if self.aux_loss_enabled:
+            faults.append(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}: TRL adds the auxiliary loss of each micro-batch "
+                "by itself; set it to 0.0 and add the term load_balance, which is one over the whole step"
+            )
+        faults += [
+            f"loss_type {kind!r} sorts the pairs of each micro-batch, so it is another loss for every split"
+            for kind in self.loss_types
+            if kind in _OF_THE_BATCH
+        ]
+        if _OF_TOKENS in self.loss_types and self.use_weighting:
+            faults.append(f"use_weighting weighs pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens")
+        if self.objective.has_model_term and self.objective.asks_for("outputs"):
+            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
+        refuse(ObjectiveError, "the preference loss cannot be combined so", faults)
+
+    def open_window(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Counts what one step will see; the chosen answers' tokens too, where a loss is a mean over them."""
+        super().open_window(batches)
+        if _OF_TOKENS in self.loss_types:
+            local = torch.tensor(sum(map(_chosen_tokens, batches)), device=self.args.device)
+            self.runs.chosen_tokens = float(windowing.over_ranks(local))
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Computes the reference's log-probabilities; what is trainable stays as it was."""
+        with _trainable_kept(self.model):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the scaled objective in training, TRL's loss otherwise; what is trainable stays as it was."""
+        with _trainable_kept(self.model):
+            return super().compute_loss(*args, **kwargs)
+
+
+@contextmanager
+def _trainable_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what was trainable: when PEFT goes back to an adapter it makes all of a trained copy trainable."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _complete_copy(model: PeftModel) -> Iterator[None]:
+    """Lets the adapter that TRL adds as its reference hold all that the trained one does.
+
+    TRL (1.16) makes it with `add_adapter` and then copies parameters by name. Buffers of trained modules (a trash can's
+    threshold) and parameters that are trained one by one would stay at the base's values.
+    """
+    active = model.active_adapters
+    if _START in model.peft_config or active != [_TRAINED]:
+        raise ObjectiveError(
+            f"TRL trains the adapter {_TRAINED!r} against a copy {_START!r} of it, but the model has "
+            f"{', '.join(model.peft_config)}, active: {', '.join(active)}; attach one adapter under its usual name "
+            f"(and take an older copy off with model.delete_adapter({_START!r}))"
+        )
+    add = model.add_adapter
+    holder, buffers = standing.trained_parameters(model), standing.trained_buffers(model)
+
+    def add_whole(name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter with a version of every single parameter and with the trained modules' buffers."""
+        with _trainable_kept(model):
+            add(name, *args, **kwargs)
+            if holder is not None:
+                train_parameters(model, holder.names(_TRAINED), name)
+                holder.trained[name].load_state_dict(holder.trained[_TRAINED].state_dict())
+                model.set_adapter(_TRAINED)
+        held = dict(model.named_buffers())
+        for path, buffer in held.items():
+            parts = path.split(".")
+            if _TRAINED in parts:
+                held[".".join(name if part == _TRAINED else part for part in parts)].copy_(buffer)
+        if buffers is not None:
+            buffers.take(name, buffers.versions(_TRAINED))
+        if holder is not None:
+            holder.trained[name].requires_grad_(False)
+
+    model.add_adapter = add_whole
+    try:
+        yield
+    finally:
+        del model.add_adapter

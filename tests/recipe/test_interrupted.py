@@ -1,0 +1,290 @@
+"""A run that is interrupted says how to go on, a finished one is finished, and two recipes are not mixed up."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from solidify.checks import check
+from solidify.command import cli
+from solidify.directory import manifest, ours, results
+from solidify.errors import ArtifactError, ObjectiveError, RecipeError
+from solidify.findings import Finding, Report
+from solidify.recipe import schema, stages
+from solidify.training import checkpoints
+
+
+def document(**training: Any) -> dict[str, Any]:
+    return {
+        "base": {"model": "base"},
+        "surgery": [{"replace": "model.layers.*.mlp", "expect": "LlamaMLP", "with": "wrappers.py:Scaled"}],
+        "adapter": {"train": ["model.layers.*.mlp.scale"]},
+        "objective": [{"loss": "model"}],
+        "data": {"train": "train.txt", "max_length": 16},
+        "training": {
+            "max_steps": 2,
+            "save_steps": 1,
+            "learning_rate": 0.01,
+            "per_device_train_batch_size": 2,
+            **training,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, data and modules."""
+    root = tmp_path_factory.mktemp("recipes")
+    pico.llama(eos_token_id=2).save_pretrained(root / "base")
+    words = {f"w{number}": number for number in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w2", unk_token="w3")
+    wrapped.save_pretrained(root / "base")
+    (root / "train.txt").write_text(
+        "\n".join(f"w{n} w{n + 1} w{n + 2} w{n + 3} w{n + 4} w{n + 5}" for n in range(5, 21))
+    )
+    shutil.copy(pico.HERE / "user_modules" / "wrappers.py", root)
+    return root
+
+
+def load(beside: Path, name: str, content: dict[str, Any]) -> schema.Recipe:
+    (beside / name).write_text(yaml.safe_dump(content))
+    return schema.load(beside / name)
+
+
+@pytest.fixture(autouse=True)
+def unwitnessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process looks at what is built here."""
+    pico.unwitnessed(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def trained(beside: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "out"
+    made = load(beside, "a.yaml", document())
+    with pytest.MonkeyPatch.context() as patch:
+        pico.unwitnessed(patch)
+        stages.run(made, output)
+    return output
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+def end(*words: Any) -> tuple[int, str]:
+    """Runs the command in this process; returns its exit code."""
+    try:
+        cli.app([str(word) for word in words])
+    except SystemExit as ended:
+        return int(ended.code or 0), ""
+    except Exception as error:
+        return 2, str(error)
+    return 0, ""
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    load(beside, "a.yaml", document())
+    monkeypatch.setattr(stages, "run", interrupted)
+    monkeypatch.setattr(stages, "train", interrupted)
+    for verb in ("run", "train"):
+        code, _ = end(verb, beside / "a.yaml", "--output", copied, "--set", "training.seed=1")
+        out, err = capsys.readouterr()
+        assert code == 130
+        assert out == ""
+        (line,) = err.strip().splitlines()
+        assert line.startswith("solidify: interrupted; kept: artifact, adapter, merged, checkpoints/checkpoint-2 in")
+        assert line.endswith(
+            f"go on with: solidify {verb} {beside / 'a.yaml'} --output {copied} --set training.seed=1 --resume"
+        )
+    monkeypatch.setattr("solidify.checks.check.check", interrupted)
+    assert end("check", copied)[0] == 130
+    assert capsys.readouterr().err == "solidify: interrupted; nothing half-written is left\n"
+
+
+def test_a_finished_training_is_finished(beside: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(beside, "a.yaml", document())
+    before = (copied / "adapter").stat().st_ino
+    code, words = end("train", beside / "a.yaml", "--output", copied, "--resume")
+    assert (code, words) == (0, "")
+    assert "trained before" in capsys.readouterr().out
+    assert (copied / "adapter").stat().st_ino == before
+
+
+def test_two_recipes_are_not_mixed(beside: Path, copied: Path) -> None:
+    other = document()
+    other["surgery"][0]["replace"] = "model.layers.0.mlp"
+    other["adapter"]["train"] = ["model.layers.0.mlp.scale"]
+    load(beside, "b.yaml", other)
+    before = {name: manifest.read(copied / name) for name in ("artifact", "adapter", "merged")}
+    for verb in ("build", "train"):
+        code, words = end(verb, beside / "b.yaml", "--output", copied)
+        assert code == 2
+        assert "holds results of another recipe" in words
+    assert {name: manifest.read(copied / name) for name in before} == before
+    assert results.together(copied).passed
+
+
+def test_a_run_over_another_recipes_results_says_so_and_leaves_its_own(
+    beside: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = document()
+    other["surgery"][0]["replace"] = "model.layers.0.mlp"
+    for section in ("adapter", "objective", "data", "training"):
+        del other[section]
+    stages.run(load(beside, "b.yaml", other), copied)
+    assert "holds results of another recipe" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name for path in copied.iterdir()} == {"artifact", "checkpoints", "report.json", "report.html"}
+
+
+@pytest.mark.parametrize("part", ["artifact", "adapter", "merged"])
+def test_check_finds_results_of_two_recipes(
+    beside: Path, copied: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The honest twin: the same directory before."""
+    monkeypatch.setattr(check, "_one", lambda *_: [Finding("each for itself", True, "is well")])
+    assert check.check(copied).passed
+    stages.run(load(beside, "b.yaml", document(learning_rate=0.02, seed=7)), tmp_path / "other")
+    if part == "artifact":
+        other = document()
+        other["surgery"][0]["replace"] = "model.layers.0.mlp"
+        stages.build(load(beside, "c.yaml", other), tmp_path / "other")
+    shutil.rmtree(copied / part)
+    shutil.copytree(tmp_path / "other" / part, copied / part)
+    found = check.check(copied)
+    assert [finding.name for finding in found.failed] == [results.TOGETHER]
+
+
+def test_a_failed_run_keeps_its_words(beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops a run is in its report, which appears whole."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ArtifactError("no")
+
+    monkeypatch.setattr(stages, "merge", broken)
+    with pytest.raises(ArtifactError):
+        stages.run(load(beside, "a.yaml", document(seed=3)), copied)
+    assert Report.read(copied / "report.json")["finished"] is False
+    stages.places.refuse_foreign_run(copied)
+
+
+def test_only_a_checkpoint_that_reached_the_disk_is_gone_on_from(copied: Path) -> None:
+    """A power cut leaves names without their content; a kill leaves no list of what was written."""
+    where = copied / "checkpoints"
+    newest, before = where / "checkpoint-2", where / "checkpoint-1"
+    fingerprint = checkpoints.read(newest)["fingerprint"]
+    assert checkpoints.last(where, fingerprint, 1) == newest
+    weights = newest / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for spoilt in (content[:10], bytes([*content[:-1], content[-1] ^ 1])):
+        weights.write_bytes(spoilt)
+        assert checkpoints.last(where, fingerprint, 1) == before
+    weights.write_bytes(content)
+    assert checkpoints.last(where, fingerprint, 1) == newest
+    (newest / checkpoints.NAME).write_bytes(pickle.dumps(print))
+    checkpoints.seal(newest)
+    assert checkpoints.last(where, fingerprint, 1) == before
+    with pytest.raises(ObjectiveError, match=r"objective.pt is not what a trainer of solidify writes"):
+        checkpoints.read(newest)
+    (before / ours.LISTING).unlink()
+    assert checkpoints.last(where, fingerprint, 1) is None
+
+
+def test_an_older_checkpoint_goes_when_the_newer_is_on_the_disk(
+    beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed: list[list[str]] = []
+    seal = checkpoints.seal
+
+    def watched(directory: Path) -> None:
+        sealed.append(sorted(path.name for path in directory.parent.iterdir()))
+        seal(directory)
+
+    monkeypatch.setattr(checkpoints, "seal", watched)
+    stages.run(load(beside, "d.yaml", document(save_total_limit=1)), tmp_path / "out")
+    assert sealed == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_checkpoints_of_others_are_not_removed(beside: Path, tmp_path: Path) -> None:
+    """A training removes old checkpoints where its output_dir says: not those of another program."""
+    theirs = tmp_path / "theirs" / "checkpoint-7"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("weeks of training")
+    made = load(beside, "e.yaml", document(save_total_limit=1, output_dir=str(theirs.parent)))
+    with pytest.raises(ArtifactError, match=r"did not make .it holds checkpoint-7"):
+        stages.run(made, tmp_path / "out")
+    assert (theirs / "model.safetensors").read_text() == "weeks of training"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["out", "out/steps", "out/artifact", "out/a/b", ".", "x/../out/steps", "elsewhere"])
+def test_checkpoints_and_a_run_do_not_lie_in_each_other(beside: Path, tmp_path: Path, where: str) -> None:
+    """Before anything is written: a run whose directory holds more than its parts could not be checked."""
+    made = load(beside, "f.yaml", document(output_dir=str(tmp_path / where)))
+    if where == "elsewhere":
+        stages._refuse_foreign(made, tmp_path / "out")
+        return
+    with pytest.raises(ArtifactError, match=r"neither may lie in the other; leave it out"):
+        stages.run(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_the_training_names_runs_no_code(
+    beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL reads it without a word about what is permitted; transformers would ask at the terminal."""
+    evil, canary = tmp_path / "evil", tmp_path / "canary"
+    shutil.copytree(beside / "base", evil)
+    leading = {"AutoTokenizer": ["payload.Evil", "payload.Evil"]}
+    (evil / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": leading}))
+    (evil / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "payload.Evil"}}))
+    (evil / "payload.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    asked_of: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
+    made = load(beside, "g.yaml", document(chat_template_path=str(evil)))
+    with pytest.raises(RecipeError, match="does not take the training section"):
+        stages.run(made, tmp_path / "out")
+    assert not canary.exists() and not asked_of
+
+
+STRANGE = {
+    "a word for a list": {"label_names": "labels"},
+    "a number for words": {"optim_args": 2.5},
+    "a list for a mapping": {"lr_scheduler_kwargs": []},
+    "a fraction of a row": {"per_device_train_batch_size": 1e5},
+    "an object": {"parallelism_config": "x"},
+    "nobody to report to": {"report_to": "x"},
+    "an unknown argument": {"lr_scheduler_kwargs": {"a": 1}},
+    "an unknown loss": {"loss_type": "x"},
+    "an unknown level": {"log_level": "x"},
+    "an unknown token": {"eos_token": "x"},
+    "no pair": {"optim_args": "x"},
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_training_section_that_no_trainer_takes_ends_in_a_sentence(
+    beside: Path, tmp_path: Path, strange: str
+) -> None:
+    made = load(beside, "h.yaml", document(**STRANGE[strange]))
+    with pytest.raises(
+        (RecipeError, ObjectiveError), match=r"does not fit: training\.|does not take the training section|stopped"
+    ):
+        stages.run(made, tmp_path / "out")

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from solidify.errors import RecipeError
+from solidify.recipe import schema
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "trash_can.yaml"
+MINIMAL = {
+    "base": {"model": "some/model"},
+    "surgery": [{"replace": "model.layers.*.mlp", "expect": "MLP", "with": "mine.py:Mine"}],
+}
+
+
+def written(tmp_path: Path, document: object) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return path
+
+
+def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
+    loaded = schema.load(EXAMPLE)
+    again = schema.load(written(tmp_path, loaded.document()))
+    assert again.document() == loaded.document()
+    assert loaded.directory == EXAMPLE.parent
+
+
+def test_the_example_in_the_design_is_understood(tmp_path: Path) -> None:
+    text = """
+base: {model: allenai/OLMoE-1B-7B-0924, revision: main, dtype: bfloat16}
+surgery:
+  - replace: model.layers.*.mlp
+    expect: OlmoeSparseMoeBlock
+    count: 16
+    with: trashcan.py:TrashCanMoE
+    arguments: {}
+    weights: null
+adapter:
+  lora: {r: 16, lora_alpha: 32, target_modules: [model.layers.*.self_attn.q_proj]}
+  train: [model.layers.*.mlp.trash]
+objective:
+  - {loss: model}
+  - {loss: solidify.losses:trash_budget, weight: 0.01, arguments: {target: 0.75}}
+data: {train: data/train.jsonl, eval: data/eval.jsonl, text: text, max_length: 1024}
+training: {learning_rate: 2.0e-4, max_steps: 1000}
+output: build/olmoe-trashcan
+"""
+    loaded = schema.load(written(tmp_path, text))
+    assert loaded.surgery[0].module == "trashcan.py:TrashCanMoE"
+    assert loaded.objective[1].weight == 0.01
+    assert loaded.training["learning_rate"] == 2e-4
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-4", 2e-4), ("1E5", 1e5), (".5", 0.5), ("3", 3)])
+def test_numbers_are_numbers(tmp_path: Path, text: str, value: object) -> None:
+    """PyYAML reads YAML 1.1, in which 2e-4 is a string; transformers would then compare strings with numbers."""
+    document = yaml.safe_dump({**MINIMAL, "adapter": {"train": "x"}, "data": {"train": "x.jsonl"}})
+    loaded = schema.load(written(tmp_path, document + f"\ntraining: {{learning_rate: {text}}}\n"))
+    assert loaded.training["learning_rate"] == value
+
+
+def test_all_faults_are_listed_with_their_place_and_neighbours(tmp_path: Path) -> None:
+    document = {
+        "base": {"modle": "x"},
+        "surgery": [{"replace": "a", "expct": "B", "with": "c.py:D", "count": 0}],
+        "objektive": [],
+        "data": {"train": "x", "max_length": "long"},
+    }
+    with pytest.raises(RecipeError) as caught:
+        schema.load(written(tmp_path, document))
+    message = str(caught.value)
+    assert "base.modle: unknown key; did you mean 'model'? known here: model, revision, dtype" in message
+    assert "base.model: this key is required" in message
+    assert "surgery.0.expct: unknown key; did you mean 'expect'?" in message
+    assert "surgery.0.expect: this key is required" in message
+    assert "surgery.0.count" in message
+    assert "objektive: unknown key; did you mean 'objective'?" in message
+    assert "data.max_length" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"surgery": []}, "surgery"),
+        ({"adapter": {}}, "an adapter trains something"),
+        ({"adapter": {"train": "x"}}, "`adapter` is trained on something: give `data`"),
+        ({"training": {"max_steps": 1}}, "`training` needs an `adapter`"),
+    ],
+)
+def test_sections_that_need_each_other_are_asked_for(tmp_path: Path, more: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        schema.load(written(tmp_path, {**MINIMAL, **more}))
+
+
+def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        schema.load(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        schema.load(written(tmp_path, "base: {model: x"))
+    with pytest.raises(RecipeError, match="holds list, but a recipe is a mapping"):
+        schema.load(written(tmp_path, "- a\n"))
+
+
+def test_overrides_reach_any_key(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL)
+    loaded = schema.load(
+        path, ["base.model=other", "surgery.0.count=3", "surgery.0.arguments.width=1e-2", "output=out"]
+    )
+    assert (loaded.base.model, loaded.surgery[0].count, loaded.output) == ("other", 3, "out")
+    assert loaded.surgery[0].arguments == {"width": 0.01}
+
+
+@pytest.mark.parametrize("override", ["output", "=3", "surgery.7.count=1", "base.model.deep=1", "base.modle=1"])
+def test_overrides_that_point_nowhere_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError):
+        schema.load(written(tmp_path, MINIMAL), [override])
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    loaded = schema.load(written(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.output = "elsewhere"
