@@ -23,6 +23,7 @@ from solidify.adapter import adapters
 from solidify.artifact import companions, inspection
 from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError
+from solidify.merging import export
 from solidify.model import anatomy
 from solidify.weights import checkpoint
 from training import awake
@@ -84,7 +85,7 @@ def test_a_large_artifact_is_not_run(
 ) -> None:
     """Tensors are compared, outputs are not, and base and adapter are never in memory as a whole."""
     monkeypatch.setattr(anatomy, "LARGE", 1)
-    monkeypatch.setattr(merging.storage, "load_adapter", lambda *args, **options: pytest.fail("loaded as a whole"))
+    monkeypatch.setattr(export.storage, "load_adapter", lambda *args, **options: pytest.fail("loaded as a whole"))
     merged = solidify.merge(everything, tmp_path / "merged")
     verdicts = {finding.name: finding.verdict for finding in merged.findings}
     assert verdicts.pop("merged equals attached") == "not looked at"
