@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from solidify.recipe.stages import run as run
     from solidify.surgery.depth import insert as insert
     from solidify.surgery.depth import remove as remove
+    from solidify.surgery.experts import rearrange_experts as rearrange_experts
     from solidify.surgery.heads import add as add
     from solidify.surgery.replacing import Edit as Edit
     from solidify.surgery.replacing import replace as replace
@@ -90,6 +91,7 @@ _WHERE = {
     "load_adapter": "adapter.storage",
     "merge": "merging.export",
     "plan": "recipe.dry_run",
+    "rearrange_experts": "surgery.experts",
     "remove": "surgery.depth",
     "replace": "surgery.replacing",
     "run": "recipe.stages",

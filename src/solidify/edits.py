@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from solidify.artifact import solidify
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.errors import SurgeryError
-from solidify.surgery import depth, heads, replacing, selection
+from solidify.surgery import depth, experts, heads, replacing, selection
 from solidify.surgery.replacing import Edit
 from solidify.surgery.selection import Selection, Where
 from solidify.system import markup
@@ -53,6 +53,10 @@ class Surgery:
     def remove(self, where: Where | Selection, **options: Any) -> list[Edit]:
         """Removes the layers, as `solidify.remove` does with the same options."""
         return self._keep(depth.remove(self.model, self._names(where), **options))
+
+    def rearrange_experts(self, where: Where | Selection, order: Sequence[int], **options: Any) -> list[Edit]:
+        """Chooses, repeats and reorders the experts of the blocks, as `solidify.rearrange_experts` does."""
+        return self._keep(experts.rearrange_experts(self.model, self._names(where), order, **options))
 
     def add(self, name: str, module: type[nn.Module], *, reads: str, **options: Any) -> list[Edit]:
         """Adds a module that reads what another returns, as `solidify.add` does with the same options."""

@@ -25,7 +25,7 @@ from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, behaviour, probing
 from solidify.model.behaviour import PROPERTIES, Reading, Watched
-from solidify.surgery import control
+from solidify.surgery import catalogue, control
 from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint, mapped
 
@@ -103,7 +103,7 @@ def _contract(
     large = anatomy.large(model)
     declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
     first = list(control.first_of_each_kind(model, _standing(model, entries)))
-    heads = [edit["name"] for edit in edits if edit.get("operation") == "add"]
+    heads = [edit["name"] for edit in edits if catalogue.of(edit).adds]
     first += [] if large else [name for name in heads if name not in first]
     made = {name for edit in edits for name in edit["new"]}
     state = (*model.named_parameters(), *model.named_buffers())
@@ -146,7 +146,7 @@ def _contract(
 def _standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the places of modules that were put there, as far as later changes left them."""
     names = {name for name, _ in model.named_modules()}
-    wanted = [name for entry in entries if entry["operation"] in ("replace", "share") for name in entry["modules"]]
+    wanted = [name for entry in entries if catalogue.of(entry).puts for name in entry["modules"]]
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.model import cost
-from solidify.surgery import ledger
+from solidify.surgery import catalogue, ledger
 from solidify.system import console, files
 from solidify.weights import checkpoint, format, hashing, known
 from solidify.weights.format import Entry
@@ -259,7 +259,7 @@ def _modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Returns what stands at each place that was changed, and how lists of layers were rearranged."""
     found = {name: [edit["new_class"]] for name, edit in ledger.places(edits).items()}
     for edit in edits:
-        if edit["operation"] == "rearrange":
+        if catalogue.of(edit).shapes:
             found.setdefault(edit["name"], [""])[0] += f" {edit['arguments']}"
     return found
 

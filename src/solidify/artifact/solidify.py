@@ -282,9 +282,8 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
             faults.append(f"{name} is no module of the model")
         elif (found := type(model.get_submodule(name)).__name__) != record["new_class"]:
             faults.append(f"{name} holds a {found}, but the edit put a {record['new_class']} there")
-    for edit in edits:
-        if edit.operation == "rearrange" and edit.name not in names:
-            faults.append(f"{edit.name} is no list of layers of the model")
+    shaped = ledger.shapes([edit.document() for edit in edits])
+    faults += [f"{name} is no module of the model" for name in shaped if name not in names]
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
         faults.append(f"the model carries an adapter ({', '.join(wrapped)}); build it before, or merge the adapter")

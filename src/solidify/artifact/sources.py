@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
 from solidify.model import operations
 from solidify.source import closure
+from solidify.surgery import catalogue
 from solidify.surgery.replacing import Edit
 from solidify.weights import hashing
 
@@ -58,7 +59,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     entries, classes = _entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    files = {**carried.files, OPERATIONS: inspect.getsource(operations)}
+    files = {**carried.files, OPERATIONS: _operations(entries)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
     shares = not set(operations.shared_keys(model)) <= set(family.ties)
@@ -97,6 +98,15 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     auto_map["AutoConfig"] = f"{configuration}.Solid{config.__name__}"
     heads = [f"Solid{before.head.__name__}"]
     return Sources(files, str(context["model_type"]), auto_map, heads, entries, carried.requirements)
+
+
+def _operations(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the code that makes the changes: what every artifact carries, and what its own operations bring."""
+    text = inspect.getsource(operations)
+    for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
+        if (function := operation.carried()) is not None:
+            text += f'\n\n{inspect.getsource(function)}\n\nOPERATIONS["{operation.recorded}"] = {function.__name__}\n'
+    return text
 
 
 def render(template: str, **context: Any) -> str:
@@ -149,7 +159,7 @@ def _entries(
         if edit.records:
             entry["records"] = True
         last = entries[-1] if number else {}
-        if edit.operation != "rearrange" and entry == {k: v for k, v in last.items() if k != "modules"}:
+        if catalogue.of(entry).folds and entry == {k: v for k, v in last.items() if k != "modules"}:
             last["modules"].append(edit.name)
         else:
             entries.append({**entry, "modules": [edit.name]})

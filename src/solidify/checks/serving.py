@@ -30,7 +30,7 @@ from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, cost
-from solidify.surgery import ledger
+from solidify.surgery import catalogue, ledger
 from solidify.system import files, foreign
 
 Record = Mapping[str, Any]  # of an edit
@@ -135,7 +135,7 @@ def _backend_flag(model: PreTrainedModel) -> Rule:
 
 def _in_the_base_model(model: PreTrainedModel, places: Places) -> Rule:
     start = prefix(model)
-    added = [name for name, edit in places.items() if edit["operation"] == "add"]
+    added = [name for name, edit in places.items() if catalogue.of(edit).adds]
     outside = [name for name in places if not name.startswith(start) and name not in added]
     return Rule(
         "changes lie in the base model",

@@ -13,7 +13,7 @@ from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
-from solidify.surgery import contract, control, ledger
+from solidify.surgery import catalogue, contract, control, ledger
 
 IN_USE = "every new module is in use"
 START = "start identical"
@@ -30,11 +30,8 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
         kind = type(place.inner).__name__ if place else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} holds {kind}, not {edit['new_class']}")
-    for name, size in _lengths(edits).items():
-        place = standing.at(model, name)
-        found = len(list(place.inner.children())) if place else 0
-        if found != size:
-            faults.append(f"{name} holds {found} layers, not {size}")
+    shaped = {name: _shape(model, name, edit) for name, edit in ledger.shapes(edits).items()}
+    faults += [f"{name} {fault}" for name, (_, wrong) in shaped.items() for fault in wrong]
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
         for owner, module in plain.named_modules()
@@ -43,15 +40,16 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     ]
     kinds = sorted({edit["new_class"] for edit in declared.values()})
     said = [f"{len(declared)} places hold {', '.join(kinds)}"] if declared else []
-    said += [f"{name} has {size} layers" for name, size in _lengths(edits).items()]
+    said += [f"{name} {shape}" for name, (shape, _) in shaped.items()]
     if not faults and not said:
         return Finding.unseen("structure", "no edit is in place")
     return Finding("structure", not faults, "; ".join(faults or said))
 
 
-def _lengths(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns how many layers each rearranged list must have."""
-    return {edit["name"]: len(edit["settings"]["order"]) for edit in edits if edit["operation"] == "rearrange"}
+def _shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Returns what shape a module has, and what is not as the edit says."""
+    place = standing.at(model, name)
+    return catalogue.of(edit).inspect(place.inner, edit) if place else ("", ["is gone"])
 
 
 def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Finding:
@@ -68,7 +66,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     idle = []
     for name, edit in declared.items():
         place = standing.at(model, name)
-        key = name if edit["operation"] == "add" else None
+        key = name if catalogue.of(edit).adds else None
         before = _said(model, inputs, key)
         if place is None:
             idle.append(name)
@@ -85,7 +83,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 
 def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Runs a large model until the first new module of each kind was called: a sample, and no proof of the others."""
-    replaced = [name for name, edit in declared.items() if edit["operation"] in ("replace", "share")]
+    replaced = [name for name, edit in declared.items() if catalogue.of(edit).puts]
     first = list(control.first_of_each_kind(model, replaced))
     if not first:
         return Finding.unseen(IN_USE, "a model of this size is not run as a whole")

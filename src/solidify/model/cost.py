@@ -122,7 +122,8 @@ def _stack(model: PreTrainedModel, holder: str, size: int) -> _Stack | None:
     """Judges a stack by what holds it; None for one that is no stack of experts, as far as anybody says."""
     number, chosen = experts(operations.enclosing_config(model, f"{holder}.experts"))
     near = [model.get_submodule(name) for name in (holder, holder.rpartition(".")[0])]
-    if size == number and not any(map(_users, near)):  # a family's own block, whatever stands around it
+    said = size == number or any(size == value for each in near for key, value in vars(each).items() if "expert" in key)
+    if said and not any(map(_users, near)):  # a family's own block, whatever stands around it
         return _Stack(size, chosen)
     users = False
     for outer in [holder, *reversed(_outer(holder))]:

@@ -26,8 +26,8 @@ def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix:
     inside: list[str] = []
     for edit in edits:
         names = [name.removeprefix(prefix or "") for name in edit["modules"] if name.startswith(prefix or "")]
-        OPERATIONS[edit["operation"]](part, names, {**edit, "prefix": prefix or ""}, classes)
-        inside += names if edit["operation"] in ("replace", "share") else []
+        inside += OPERATIONS[edit["operation"]](part, names, {**edit, "prefix": prefix or ""}, classes) or []
+        assign(model.config, edit.get("after", {}))
     if before is not None:
         record_again(part, before, inside)
     withhold(model, {key for edit in edits for key, kept in (edit.get("declares") or {}).items() if not kept})
@@ -63,11 +63,12 @@ def assign(config: PreTrainedConfig, values: dict[str, Any]) -> None:
         setattr(owner, key, value)
 
 
-def replace(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Puts a new module in the place of each named one."""
+def replace(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> list[str]:
+    """Puts a new module in the place of each named one; returns the names."""
     for name in names:
         new = construct(model, name, classes[edit["class"]], edit["supplied"], edit["arguments"])
         place(model, name, new)
+    return names
 
 
 def place(model: PreTrainedModel, name: str, new: nn.Module) -> None:
@@ -91,12 +92,13 @@ def stand_in(old: nn.Module, new: nn.Module) -> None:
                 vars(new)[key] = getattr(old, key)
 
 
-def share(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Puts one new module in the places of all named ones; it is built for the first."""
+def share(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> list[str]:
+    """Puts one new module in the places of all named ones; it is built for the first. Returns the names."""
     if names:
         new = construct(model, names[0], classes[edit["class"]], edit["supplied"], edit["arguments"])
         for name in names:
             place(model, name, new)
+    return names
 
 
 def shared_keys(model: PreTrainedModel) -> dict[str, str]:
@@ -125,7 +127,6 @@ def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], cl
                 renumber(layer, path, place)
             new.append(layer)
         model.set_submodule(name, new, strict=True)
-    assign(model.config, edit["after"])
 
 
 def twin(layer: nn.Module) -> nn.Module:
@@ -320,7 +321,7 @@ def standing_at(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-OPERATIONS = {"replace": replace, "share": share, "rearrange": rearrange, "add": add}
+OPERATIONS: dict[str, Any] = {"replace": replace, "share": share, "rearrange": rearrange, "add": add}
 
 
 def construct(

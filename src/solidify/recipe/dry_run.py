@@ -21,7 +21,7 @@ from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
 from solidify.recipe import materials
 from solidify.recipe.schema import Recipe, given
-from solidify.surgery import ledger
+from solidify.surgery import catalogue, ledger
 from solidify.surgery.replacing import Bypassing, Edit
 from solidify.system import console, markup
 from solidify.training import data, groups, kernels
@@ -154,7 +154,7 @@ def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, step
     if reference is None and any(term.asks_reference for term in terms):
         places = [standing.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
         off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
-        if not off or any(edit.operation != "replace" for edit in edits):
+        if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
             reference = materials.load_base(recipe, device="meta").model
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 

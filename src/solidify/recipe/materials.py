@@ -23,8 +23,8 @@ from solidify.errors import DataError, RecipeError, refuse
 from solidify.model import anatomy
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import references
-from solidify.recipe.schema import Add, Base, Insert, Recipe, Remove
-from solidify.surgery import depth, heads, ledger, replacing
+from solidify.recipe.schema import Base, Recipe
+from solidify.surgery import ledger
 from solidify.surgery.replacing import Edit
 from solidify.system import console, files, foreign, processes
 from solidify.training import batching, data, defaults, groups, images
@@ -76,33 +76,26 @@ def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
 
 def operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
     """Applies the surgery of a recipe to a model, one edit after the other."""
-    return [edit for step in recipe.surgery for edit in _step(recipe, step, model)]
+    beside = _Beside(recipe.directory)
+    return [edit for step in recipe.surgery for edit in step.apply(model, beside)]
 
 
-def _step(recipe: Recipe, step: Any, model: PreTrainedModel) -> list[Edit]:
-    if isinstance(step, Insert):
-        return depth.insert(model, step.insert, zero=step.zero, expect=step.expect, count=step.count)
-    if isinstance(step, Remove):
-        return depth.remove(model, step.remove, expect=step.expect, count=step.count)
-    module = references.resolve(step.module, recipe.directory)
-    if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
-        raise RecipeError(f"surgery: {step.module} is not a class of torch.nn.Module")
-    weights = recipe.directory / step.weights if step.weights else None
-    if isinstance(step, Add):
-        return heads.add(
-            model, step.add, module, reads=step.reads, arguments=step.arguments, weights=weights, declares=step.declares
-        )
-    put = replacing.share if step.shared else replacing.replace
-    return put(
-        model,
-        step.replace,
-        module,
-        arguments=step.arguments,
-        expect=step.expect,
-        count=step.count,
-        weights=weights,
-        declares=step.declares,
-    )
+class _Beside:
+    """Finds what the steps of a recipe name, beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def module(self, reference: str) -> type[torch.nn.Module]:
+        """Returns the class that a reference names."""
+        module = references.resolve(reference, self.directory)
+        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+            raise RecipeError(f"surgery: {reference} is not a class of torch.nn.Module")
+        return module
+
+    def file(self, name: str) -> Path:
+        """Returns a file beside the recipe."""
+        return self.directory / name
 
 
 def trainer_class(recipe: Recipe) -> type[Any]:

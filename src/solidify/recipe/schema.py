@@ -10,12 +10,14 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from solidify.errors import RecipeError, refuse
+from solidify.surgery.catalogue import ASKED
+from solidify.surgery.operation import Operation
 from solidify.system import files
 
 
@@ -32,67 +34,18 @@ class Base(_Section):
     trust_remote_code: bool = False
 
 
-class Replace(_Section):
-    """One step of surgery: every module that `replace` names becomes a `with`.
-
-    `declares` says which properties of the contract the change does not keep on purpose (`{cache: false}`).
-    """
-
-    replace: str | list[str]
-    expect: str
-    module: str = Field(alias="with")
-    count: int | None = Field(default=None, ge=1)
-    arguments: dict[str, Any] = {}
-    weights: str | None = None
-    shared: bool = False
-    declares: dict[str, bool] = {}
-
-
-class Insert(_Section):
-    """One step of surgery: after every layer that `insert` names comes a copy of it, with `zero` parts."""
-
-    insert: str | list[str]
-    expect: str
-    zero: list[str] = []
-    count: int | None = Field(default=None, ge=1)
-
-
-class Remove(_Section):
-    """One step of surgery: every layer that `remove` names goes."""
-
-    remove: str | list[str]
-    expect: str
-    count: int | None = Field(default=None, ge=1)
-
-
-class Add(_Section):
-    """One step of surgery: a new module called `add`, a `with`, is called with what the module `reads` returns."""
-
-    add: str
-    module: str = Field(alias="with")
-    reads: str
-    arguments: dict[str, Any] = {}
-    weights: str | None = None
-    declares: dict[str, bool] = {}
-
-
-_STEPS: dict[str, type[_Section]] = {"replace": Replace, "insert": Insert, "remove": Remove, "add": Add}
-
-
 def _operation(step: Any) -> str | None:
     """Returns which operation a step of surgery is: the one whose name is among its keys."""
     if isinstance(step, dict):
-        return next((name for name in _STEPS if name in step), None)
-    return next((name for name, kind in _STEPS.items() if isinstance(step, kind)), None)
+        return next((name for name in ASKED if name in step), None)
+    return next((name for name, kind in ASKED.items() if isinstance(step, kind)), None)
 
 
-Step = Annotated[
-    Annotated[Replace, Tag("replace")]
-    | Annotated[Insert, Tag("insert")]
-    | Annotated[Remove, Tag("remove")]
-    | Annotated[Add, Tag("add")],
-    Discriminator(_operation),
-]
+if TYPE_CHECKING:
+    Step = Operation
+else:
+    _tagged = tuple(Annotated[kind, Tag(name)] for name, kind in ASKED.items())
+    Step = Annotated[Union[_tagged], Discriminator(_operation)]  # noqa: UP007  # made of the catalogue
 
 
 class Adapter(_Section):
@@ -187,9 +140,10 @@ class Recipe(_Section):
     def inputs(self) -> list[Path]:
         """Returns what it reads on this machine: models, files of modules and terms, weights, data."""
         models = [source.model for source in (self.base, self.teacher) if source is not None]
-        made = [step for step in self.surgery if isinstance(step, (Replace, Add))]
-        references = [*(step.module for step in made), *(term.loss for term in self.objective)]
-        files = [*(name.rpartition(":")[0] for name in references), *(step.weights for step in made)]
+        references = [name for step in self.surgery for name in step.references()]
+        references += [term.loss for term in self.objective]
+        files: list[str | None] = [name.rpartition(":")[0] for name in references]
+        files += [name for step in self.surgery for name in step.files()]
         files += [self.data.train, self.data.eval] if self.data is not None else []
         names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
         found = [*(self.directory / name for name in names), *map(Path, models)]
@@ -269,12 +223,12 @@ _SECTIONS: dict[str, type[_Section]] = {
 def _sentence(error: Any) -> str:
     """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
     location = [str(part) for part in error["loc"]]
-    section = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
+    section: type[BaseModel] = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
     if location[:1] == ["surgery"] and len(location) > 2:
-        section = _STEPS[location.pop(2)]
+        section = ASKED[location.pop(2)]
     where = ".".join(location) or "the recipe"
     if error["type"] == "union_tag_not_found":
-        return f"{where}: say what to do; known here: {', '.join(_STEPS)}"
+        return f"{where}: say what to do; known here: {', '.join(ASKED)}"
     if error["type"] == "extra_forbidden":
         known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
         close = get_close_matches(location[-1], known, n=1)

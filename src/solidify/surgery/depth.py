@@ -122,7 +122,7 @@ def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, 
         try:
             with transaction(model):
                 edits = [_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
-                identical = _judge(model, before, what)
+                identical = judge(model, before, what)
         except SurgeryError:
             if wide:
                 raise
@@ -135,7 +135,7 @@ def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, 
     raise AssertionError("unreachable")
 
 
-def _judge(model: PreTrainedModel, before: Control, what: str) -> bool:
+def judge(model: PreTrainedModel, before: Control, what: str) -> bool:
     """Returns whether the model computes what it did before; refuses what no change of depth may bring about.
 
     Raises:
@@ -166,6 +166,7 @@ def _one(model: PreTrainedModel, name: str, order: list[int], verb: str, zero: S
     old = _list_at(model, name)
     size, parameters, old_keys = len(old), anatomy.count(old.parameters()), list(old.state_dict())
     operations.rearrange(model, [name], settings, {})
+    operations.assign(model.config, settings["after"])
     new = _list_at(model, name)
     tensors: dict[str, str | None] = {}
     for place, source in enumerate(order):
@@ -228,7 +229,7 @@ def _configuration(
     do not speak of layers by their name are touched only when it cannot be had without.
     """
     owner_name, owner = _owner(model, name)
-    path = _path_of(model.config, owner.config)
+    path = path_of(model.config, owner.config)
     if path is None:
         raise SurgeryError(f"the configuration of {owner_name} is no part of the model's; its layers cannot be counted")
     inside = name.removeprefix(owner_name + ".") if owner_name else name
@@ -257,13 +258,13 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
     return found
 
 
-def _path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
+def path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
     """Returns the dotted way from a configuration to one within it, with a dot at the end; empty for itself."""
     if inner is config:
         return ""
     for key in config.sub_configs:
         part = getattr(config, key, None)
-        below = _path_of(part, inner) if isinstance(part, PreTrainedConfig) else None
+        below = path_of(part, inner) if isinstance(part, PreTrainedConfig) else None
         if below is not None:
             return f"{key}.{below}"
     return None

@@ -6,39 +6,30 @@ it was when the edit was made; layers inserted or removed later move it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-Record = Mapping[str, Any]
+from solidify.surgery import catalogue
+from solidify.surgery.operation import Operation, Record
 
 
 def places(edits: Sequence[Record]) -> dict[str, Record]:
-    """Returns what stands at which place after all edits: module name -> the edit that put it there."""
+    """Returns which new modules stand where after all edits: module name -> the edit that put it there."""
+    return _follow(edits, lambda operation: operation.puts or operation.adds)
+
+
+def shapes(edits: Sequence[Record]) -> dict[str, Record]:
+    """Returns which old modules have another shape after all edits: module name -> the last edit that gave it."""
+    return _follow(edits, lambda operation: operation.shapes)
+
+
+def _follow(edits: Sequence[Record], wanted: Callable[[type[Operation]], bool]) -> dict[str, Record]:
     now: dict[str, Record] = {}
     for edit in edits:
-        name = edit["name"]
-        if edit["operation"] == "rearrange":
-            now = {new: record for old, record in now.items() for new in _moved(old, name, edit["settings"]["order"])}
-        else:
-            inside = [n for n in now if n == name or n.startswith(name + ".")]
-            kept = {n for n in inside if n != name and _kept_inside(edit, n)}
-            now = {n: record for n, record in now.items() if n not in inside or n in kept}
-            now[name] = edit
+        operation = catalogue.of(edit)
+        now = operation.follow(edit, now)
+        if wanted(operation):
+            now[edit["name"]] = edit
     return now
-
-
-def _moved(place: str, layers: str, order: Sequence[int]) -> list[str]:
-    """Returns the names that a place has once a list of layers has another order: none, one or several."""
-    if not place.startswith(layers + "."):
-        return [place]
-    number, _, rest = place.removeprefix(layers + ".").partition(".")
-    tail = f".{rest}" if rest else ""
-    return [f"{layers}.{new}{tail}" for new, old in enumerate(order) if old == int(number)]
-
-
-def _kept_inside(edit: Record, name: str) -> bool:
-    """Returns whether an earlier module still stands, under its name, within the one that an edit put around it."""
-    return any(new == old and new.startswith(name + ".") for new, old in edit["kept"].items())
 
 
 def origins(keys: Iterable[str], edits: Sequence[Record]) -> tuple[dict[str, str | None], set[str]]:

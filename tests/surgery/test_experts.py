@@ -1,0 +1,202 @@
+"""Experts chosen, repeated and reordered: what the block computes then, in which families, and what is refused."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pico
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import solidify
+from solidify.checks import structure
+from solidify.errors import ArtifactError, SurgeryError
+from solidify.surgery import catalogue
+
+BLOCK = "OlmoeSparseMoeBlock"
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return solidify_run(model, pico.tokens(rows=3))
+
+
+def solidify_run(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model.eval()(input_ids=ids).logits)
+
+
+def block_by_hand(
+    state: dict[str, torch.Tensor], states: torch.Tensor, chosen: int, experts: list[int]
+) -> torch.Tensor:
+    """What an OLMoE block computes in float64 (Muennighoff et al. 2409.02060), of some of its experts; loops alone."""
+    router = state["gate.weight"].double()[experts]
+    gated, down = state["experts.gate_up_proj"].double()[experts], state["experts.down_proj"].double()[experts]
+    out = torch.zeros_like(states, dtype=torch.float64)
+    for row, token in enumerate(states.double()):
+        weights = torch.softmax(router @ token, dim=-1)
+        for place in torch.topk(weights, chosen).indices.tolist():
+            gate, up = (gated[place] @ token).chunk(2)
+            out[row] += weights[place] * (down[place] @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+@pytest.mark.parametrize("order", [[5, 2, 0], [7, 6, 5, 4, 3, 2, 1, 0], [1, 1, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7, 0]])
+def test_a_block_computes_what_its_new_experts_compute(order: list[int]) -> None:
+    model = pico.olmoe()
+    before = {key: tensor.clone() for key, tensor in model.model.layers[1].mlp.state_dict().items()}
+    states = torch.randn(11, model.config.hidden_size)
+    edits = solidify.rearrange_experts(model, "**.mlp", order, expect=BLOCK, count=2)
+    block = model.model.layers[1].mlp
+    with torch.no_grad():
+        found = block(states[None])
+    found = (found[0] if isinstance(found, tuple) else found)[0]
+    expected = block_by_hand(before, states, model.config.num_experts_per_tok, order)
+    assert float((found.double() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    assert model.config.num_experts == len(order)
+    assert [edit.name for edit in edits] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def test_another_order_alone_computes_the_same() -> None:
+    model = pico.olmoe()
+    before = logits(model)
+    solidify.rearrange_experts(model, "**.mlp", [7, 6, 5, 4, 3, 2, 1, 0])
+    assert float((logits(model) - before).abs().max()) < 1e-5
+
+
+def test_the_order_that_stands_changes_no_tensor() -> None:
+    model = pico.olmoe()
+    before = logits(model)
+    edits = solidify.rearrange_experts(model, "**.mlp", range(8))
+    assert torch.equal(logits(model), before)
+    assert all(edit.identical and not edit.dropped for edit in edits)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", "qwen2_moe", "deepseek_v2", "gpt_oss", "granitemoe", "jetmoe", "phimoe", "ernie4_5_moe", "lfm2_moe"],
+)
+def test_families_with_experts_of_every_form(family: str) -> None:
+    """Stacks and lists, routers with biases and corrections, shared experts beside them."""
+    model = families.tiny(family)
+    names = [n for n, m in model.named_modules() if n.endswith(("mlp", "moe", "feed_forward")) and has_experts(m)]
+    before = logits(model)
+    solidify.rearrange_experts(model, names, [2, 3, 0, 1])
+    assert float((logits(model) - before).abs().max()) < 2e-5 * float(before.abs().max())
+    solidify.rearrange_experts(model, names, [3, 0, 1])
+    assert torch.isfinite(logits(model)).all()
+
+
+def has_experts(module: torch.nn.Module) -> bool:
+    return any(parameter.ndim == 3 for parameter in module.parameters())
+
+
+def test_a_router_that_chooses_among_groups_is_refused() -> None:
+    model = families.tiny("deepseek_v3")
+    before = logits(model)
+    with pytest.raises(SurgeryError, match="only renumbered the output moves by .* chooses among groups"):
+        solidify.rearrange_experts(model, "model.layers.1.mlp", [3, 2, 1])
+    assert torch.equal(logits(model), before)
+
+
+def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
+    """A block that knows its experts by number: each token of an even id gets expert 0 once more."""
+    model = pico.olmoe()
+    block = model.model.layers[0].mlp
+    block.register_forward_hook(lambda m, a, out: out + a[0] @ m.experts.down_proj[0] @ m.experts.down_proj[0].T)
+    with pytest.raises(SurgeryError, match="layers.0.mlp: with its experts only renumbered"):
+        solidify.rearrange_experts(model, "**.mlp", [1, 0, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("target", "order", "words"),
+    [
+        ("**.self_attn", [0], "has no experts; name an MoE block"),
+        ("**.mlp", [0, 8], "has no expert 8: it has 8, from 0 to 7"),
+        ("**.mlp", [0, -1], "has no expert -1"),
+        ("**.mlp", [3], "gives each token 2 experts, but the order has 1"),
+        ("**.nothing", [0, 1], "names no module"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_moves(target: str, order: list[int], words: str) -> None:
+    model = pico.olmoe()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(SurgeryError, match=words):
+        solidify.rearrange_experts(model, target, order)
+    assert model.config.num_experts == 8
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_an_artifact_of_it_loads_anywhere_and_goes_on(tmp_path: Path) -> None:
+    """One block of two, then all, then layers in another order: read by plain transformers in a fresh process."""
+    model = pico.olmoe(layers=3)
+    surgery = solidify.Surgery(model)
+    surgery.rearrange_experts("model.layers.1.mlp", [4, 0, 0, 7, 2])
+    assert model.config.num_experts == 8
+    surgery.remove("model.layers.0")
+    surgery.replace("model.layers.*.self_attn.o_proj", pico.wrappers.Bottleneck, arguments={"width": 4})
+    artifact = surgery.build(tmp_path / "artifact")
+    assert all(finding.passed is not False for finding in artifact.findings)
+    entry = json.loads((tmp_path / "artifact" / "config.json").read_text())["surgery"][0]
+    assert (entry["operation"], entry["order"], entry["after"]) == ("rearrange_experts", [4, 0, 0, 7, 2], {})
+    code = f"""
+import sys
+sys.modules["solidify"] = sys.modules["peft"] = None
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(artifact.directory)!r}, trust_remote_code=True)
+torch.save(model(torch.arange(12)[None]).logits.detach(), {str(tmp_path / "logits.pt")!r})
+print([layer.mlp.experts.num_experts for layer in model.model.layers])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[5, 8]"
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), solidify_run(model, torch.arange(12)[None]))
+
+
+def test_a_recipe_prunes_and_its_result_is_a_stock_model(tmp_path: Path) -> None:
+    """The tensors and the configuration are those of the family: its own class loads them."""
+    pico.olmoe().save_pretrained(tmp_path / "base")
+    step = f"{{rearrange_experts: model.layers.*.mlp, expect: {BLOCK}, order: [5, 2, 0], count: 2}}"
+    (tmp_path / "recipe.yaml").write_text(f"base: {{model: base}}\nsurgery:\n  - {step}\n")
+    solidify.plan(tmp_path / "recipe.yaml")
+    artifact = solidify.build(tmp_path / "recipe.yaml", directory=tmp_path / "out")
+    model = solidify.load(artifact.directory)
+    config = type(pico.olmoe().config)(**{**pico.olmoe().config.to_dict(), "num_experts": 3})
+    stock = AutoModelForCausalLM.from_config(config)
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(logits(stock), logits(model))
+
+
+def test_the_structure_check_looks_at_every_block() -> None:
+    model = pico.olmoe()
+    records = [edit.document() for edit in solidify.rearrange_experts(model, "**.mlp", [1, 2, 3])]
+    finding = structure.structure(model, records)
+    assert finding.passed
+    assert "model.layers.0.mlp has 3 experts" in finding.evidence
+    model.model.layers[1].mlp.gate.weight = torch.nn.Parameter(torch.randn(4, model.config.hidden_size))
+    finding = structure.structure(model, records)
+    assert not finding.passed
+    assert "model.layers.1.mlp gate.weight has 4 experts, not 3" in finding.evidence
+
+
+def test_a_record_of_an_unknown_operation_is_refused_by_name() -> None:
+    with pytest.raises(ArtifactError, match="'transplant', which this version does not know"):
+        catalogue.of({"operation": "transplant", "name": "model.layers.0"})
+
+
+@pytest.mark.parametrize("operation", [o for o in catalogue.OPERATIONS if o.carried() is not None])
+def test_what_artifacts_carry_of_an_operation_stands_alone(operation: type[catalogue.Operation]) -> None:
+    """The function uses its arguments, builtins and what it imports from torch and transformers itself."""
+    function = operation.carried()
+    assert function is not None
+    names = set(function.__code__.co_names) & set(function.__globals__)
+    tree = ast.parse(inspect.getsource(function))
+    imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert not names, f"{function.__name__} uses {names} of its file, which artifacts do not carry"
+    assert {name.partition(".")[0] for name in imported} <= {"torch", "transformers", *sys.stdlib_module_names}
