@@ -9,13 +9,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.artifact import solidify
+from solidify.artifact import loading, solidify
+from solidify.artifact.conversion import Scratch
+from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.errors import SurgeryError
 from solidify.surgery import depth, experts, heads, replacing, selection
 from solidify.surgery.replacing import Edit
 from solidify.surgery.selection import Selection, Where
 from solidify.system import markup
+from solidify.weights import spilling
 
 
 class Surgery:
@@ -25,10 +28,37 @@ class Surgery:
     records of what it did. `edits` are those of all verbs, and `build` writes the artifact.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Begins without an edit; the model is not touched."""
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Begins without an edit; a model is not touched.
+
+        A hub id, the directory of a model or of an artifact is loaded as a recipe's `base` is, with these options: a
+        large one stays mapped from its files, in another layout than theirs too, and its tokenizer goes with it.
+
+        Raises:
+            RecipeError: there is no such model, or not all of it.
+            ArtifactError: it is an artifact that was changed since it was written.
+        """
         self.edits: list[Edit] = []
+        self._base: BaseModel | None = None
+        if isinstance(model, PreTrainedModel):
+            self.model = model
+            return
+        scratch = spilling.directory_for(self)
+        self._base = loading.load_base(
+            str(model),
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            scratch=Scratch(scratch, lambda _: ()),
+        )
+        self.model = self._base.model
 
     def select(self, where: Where) -> Selection:
         """Finds modules, and changes nothing: print what is returned, or leave it to the notebook, to see them.
@@ -76,6 +106,9 @@ class Surgery:
             SolidifyError: as `solidify.build`; nothing is then left at the directory.
         """
         origin = dict(base) if base is not None else None
+        if self._base is not None:
+            tokenizer = tokenizer or self._base.processor or self._base.tokenizer
+            origin = origin or self._base.origin
         return solidify.build(self.model, self.edits, directory, tokenizer=tokenizer, base=origin, link=link)
 
     def _names(self, where: Where | Selection) -> str | Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -22,10 +23,11 @@ from solidify.directory import manifest
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
 from solidify.model import anatomy
+from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import stages
 from solidify.recipe.schema import load as load_recipe
 from solidify.surgery import contract
-from solidify.weights import checkpoint, format, known, spilling, store
+from solidify.weights import checkpoint, format, known, mapped, spilling, store
 
 WRAP = {
     "replace": "model.layers.*.mlp",
@@ -177,6 +179,23 @@ def test_no_whole_pass_is_made(
     monkeypatch.setattr(anatomy, "LARGE", 2**29)
     stages.build(recipe(base, TRASH), tmp_path / "small")
     assert ended
+
+
+def test_python_has_the_memory_of_a_recipe(base: Path, large: None, unwitnessed: None, tmp_path: Path) -> None:
+    """Base and new tensors are parts of files, by both ways: nothing that is large is the process's own."""
+    surgery = solidify.Surgery(base)
+    surgery.replace("model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock")
+    state = surgery.model.state_dict(keep_vars=True)
+    assert {name for name in state if state[name].numel()} <= set(mapped.places(state))
+    artifact = surgery.build(tmp_path / "python")
+    stages.build(recipe(base, TRASH), tmp_path / "recipe")
+    by_recipe = manifest.read(tmp_path / "recipe" / "artifact")
+    assert artifact.manifest.tensors == by_recipe.tensors
+    assert artifact.manifest.base["model"] == str(base)
+    kept = [path for path in mapped.places(state).values()]
+    del surgery, state
+    gc.collect()
+    assert not any(Path(place[0]).exists() for place in kept if base not in Path(place[0]).parents)
 
 
 def test_its_certificate_says_what_was_compared(large: None, tmp_path: Path) -> None:

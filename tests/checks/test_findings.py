@@ -122,7 +122,7 @@ def test_a_sample_is_measured_and_a_fault_in_it_failed(monkeypatch: pytest.Monke
     edits = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
     records = [edit.document() for edit in edits]
     assert structure.in_use(model, records).verdict == "proved"
-    monkeypatch.setattr(structure.anatomy, "large", lambda _model: True)
+    monkeypatch.setattr(structure.anatomy, "LARGE", 0)
     sampled = structure.in_use(model, records)
     assert sampled.verdict == "measured" and "the first of each kind" in sampled.evidence
     assert structure.start({}, {}, promised=True).verdict == "measured"

@@ -65,8 +65,8 @@ def unwitnessed(patch: pytest.MonkeyPatch) -> None:
     from solidify.artifact import certificate
     from solidify.findings import Finding
 
-    patch.setattr(certificate, "witness", lambda directory: [Finding("left out", True, "")])
-    patch.setattr(certificate, "prepared", nullcontext)
+    patch.setattr(certificate, "witness", lambda *_: [Finding("left out", True, "")])
+    patch.setattr(certificate, "started", nullcontext)
 
 
 def tokens(rows: int = 2, length: int = 12, *, seed: int = 0, vocab_size: int = 128) -> torch.Tensor:

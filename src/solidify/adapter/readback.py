@@ -23,6 +23,7 @@ from solidify.artifact import certificate, loading, tensors
 from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
 from solidify.model import anatomy, behaviour, probing
+from solidify.model.extent import Extent
 from solidify.system import console, files, foreign
 
 Load = Callable[[nn.Module, Path], PeftModel]
@@ -48,7 +49,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     faults = [f"{key} is not there" for key in mine if key not in theirs]
     faults += [f"{key} holds other numbers" for key in theirs if key in mine and not _same(mine[key], theirs[key])]
     refuse(AdapterError, "the adapter is not saved: it does not come back from its file", faults)
-    if anatomy.large(plain) or len({p.device for p in plain.parameters()}) != 1:
+    if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
     fresh = standing.plain_model(again.to(plain.device))
     with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):

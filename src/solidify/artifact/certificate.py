@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, behaviour, probing
 from solidify.model.behaviour import PROPERTIES, Reading, Watched
+from solidify.model.extent import Extent
 from solidify.surgery import catalogue, control
 from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint, mapped
@@ -53,10 +53,10 @@ def write(
     target.mkdir()
     config = files.document(directory / "config.json")
     places = [name for edit in config["surgery"] for name in edit["modules"]]
-    large = anatomy.large(model)
+    extent = Extent.of(model)
     entries = checkpoint.read(directory).entries
     state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
-    if large:
+    if not extent.whole:
         first = list(control.first_of_each_kind(model, _standing(model, config["surgery"])))
         entries = {name: e for name, e in entries.items() if any(name.startswith(f"{place}.") for place in first)}
         tensors.realign(entries, state)
@@ -69,11 +69,11 @@ def write(
     safetensors.torch.save_file(outputs, target / "outputs.safetensors")
     document: dict[str, Any] = {
         "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
-        "state": _digests(state, stored) if large else tensors.digests(state.items()),
-        "samples": _samples(model, state) if large else {},
+        "state": tensors.digests(state.items()) if extent.whole else _digests(state, stored),
+        "samples": {} if extent.whole else _samples(model, state),
         "modules": modules,
         # Elsewhere a model may keep what it saw when it ran, and a large one does not run in the other process.
-        "attributes": tensors.digests(_attributes(model, torch.Tensor, places if large else ("",))),
+        "attributes": tensors.digests(_attributes(model, torch.Tensor, ("",) if extent.whole else places)),
         "values": dict(_attributes(model, (bool, int, float, str), places)),
         "device": model.device.type,
         "implementations": {
@@ -87,38 +87,42 @@ def write(
             "threads": torch.get_num_threads(),
         },
     }
-    document["contract"], given = _contract(model, config["surgery"], edits)
+    document["contract"], given = _contract(model, config["surgery"], edits, extent)
     safetensors.torch.save_file(given, target / "contract.safetensors")
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _contract(
-    model: PreTrainedModel, entries: Sequence[Mapping[str, Any]], edits: Sequence[Mapping[str, Any]]
+    model: PreTrainedModel, entries: Sequence[Mapping[str, Any]], edits: Sequence[Mapping[str, Any]], extent: Extent
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Measures how the model behaves, with noise in what the surgery made, as the fresh process will measure it again.
 
     Returns what is to be kept and how it is measured, and the inputs. What the changes declare is named; `control` is
     what the model before the changes showed.
     """
-    large = anatomy.large(model)
     declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
     first = list(control.first_of_each_kind(model, _standing(model, entries)))
     heads = [edit["name"] for edit in edits if catalogue.of(edit).adds]
-    first += [] if large else [name for name in heads if name not in first]
+    first += [name for name in heads if name not in first] if extent.whole else []
     made = {name for edit in edits for name in edit["new"]}
     state = (*model.named_parameters(), *model.named_buffers())
     parameters = {name: tensor for name, tensor in state if name in made and tensor.is_floating_point()}
     before: dict[str, float] = {}
     for edit in edits:
         before |= {key: max(far, before.get(key, 0.0)) for key, far in edit.get("control", {}).items()}
-    how = {"fresh": sorted(parameters), "at": first, "leave": large, "wide": control.is_half(model) and not large}
+    how = {
+        "fresh": sorted(parameters),
+        "at": first,
+        "leave": not extent.whole,
+        "wide": control.is_half(model) and extent.whole,
+    }
     found: dict[str, Any] = {"declared": declared, "control": before, **how}
-    if large and not first:
+    if not (extent.whole or first):
         return {**found, "error": "the whole is not run at this size, and nothing was changed that is run alone"}, {}
     values = {name: behaviour.noise(name, p) for name, p in parameters.items()}
     for seed in range(3):  # where a model's choices hang on rounding, others are taken
-        inputs = probing.few_inputs(model) if large else probing.probe_inputs(model, seed=seed)
-        watched = Watched(model, inputs, values=values, at=first, leave=large, wide=bool(how["wide"]))
+        inputs = probing.probe_inputs(model, seed=seed) if extent.whole else probing.few_inputs(model)
+        watched = Watched(model, inputs, values=values, at=first, leave=not extent.whole, wide=bool(how["wide"]))
         with anatomy.sparing(model):
             outcome = foreign.attempt(watched.read)
         if outcome.value is None:
@@ -209,16 +213,18 @@ def _attributes(model: PreTrainedModel, kind: Any, places: Sequence[str] = ("",)
                 yield name + key, value
 
 
-def witness(directory: Path) -> list[Finding]:
+def witness(directory: Path, process: Alone | None = None) -> list[Finding]:
     """Loads the artifact in a fresh process without solidify and peft, through every Auto class it names.
+
+    `process` is one that was `started` before.
 
     Raises:
         ArtifactError: the directory has no certificate, or the process died.
     """
-    return witness_all([directory])[directory]
+    return witness_all([directory], process)[directory]
 
 
-def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
+def witness_all(directories: Sequence[Path], process: Alone | None = None) -> dict[Path, list[Finding]]:
     """Loads several artifacts, one after the other, in one fresh process; otherwise as `witness`."""
     resolved = {directory: str(directory.resolve()) for directory in directories}
     for directory in directories:
@@ -226,9 +232,7 @@ def witness_all(directories: Sequence[Path]) -> dict[Path, list[Finding]]:
             raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
     request = {"directories": list(resolved.values()), "certificate": NAME, "behaviour": behaviour.__file__}
     with ExitStack() as stack:
-        process = _waiting.get() or stack.enter_context(Alone(_WITNESS, FORBIDDEN))
-        _waiting.set(None)  # it answers once
-        answer = process.ask(request)
+        answer = (process or stack.enter_context(Alone(_WITNESS, FORBIDDEN))).ask(request)
     imported = ", ".join(answer["imported"])
     alone = Finding(
         "loads without us", not imported, f"imported: {imported}" if imported else "solidify and peft not importable"
@@ -324,15 +328,9 @@ def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
     return [state, Finding(f"outputs identical ({auto})", passed, evidence)]
 
 
-@contextmanager
-def prepared() -> Iterator[None]:
-    """Has the fresh process of the next `witness` start now, so that it is ready when it is asked."""
-    with Alone(_WITNESS, FORBIDDEN) as process:
-        token = _waiting.set(process)
-        try:
-            yield
-        finally:
-            _waiting.reset(token)
+def started() -> Alone:
+    """Returns the fresh process of one `witness`; entered early, it has its imports done when it is asked."""
+    return Alone(_WITNESS, FORBIDDEN)
 
 
 def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -385,6 +383,3 @@ class Alone:
         self._process.kill()
         self._process.communicate()
         self._scratch.__exit__(None, None, None)
-
-
-_waiting: ContextVar[Alone | None] = ContextVar("_waiting", default=None)

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
+from solidify.artifact.certificate import Alone
 from solidify.directory import manifest, places, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -21,6 +22,7 @@ from solidify.findings import Finding, Report, tell
 from solidify.model import anatomy, operations
 from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import cost
+from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.surgery.replacing import Edit
 from solidify.system import console, foreign, markup
@@ -60,6 +62,7 @@ def build(
     base: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
     link: bool = True,
+    process: Alone | None = None,
 ) -> Artifact:
     """Writes the edited model as an artifact and verifies it in a fresh process; the model is unchanged.
 
@@ -70,7 +73,8 @@ def build(
     travels, as every file of the base does that is not written anew (`companions.carry`).
 
     Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
-    they are copied. Tensors that are mapped from files and unchanged never pass through memory.
+    they are copied. Tensors that are mapped from files and unchanged never pass through memory. `process` is the fresh
+    process, where it was started before (`certificate.started`).
 
     Raises:
         ArtifactError: an edit does not stand in the model, the tokenizer has ids without an embedding, a source cannot
@@ -80,7 +84,7 @@ def build(
     with places.staged(directory, _inputs(model, edits)) as staging:
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
-            findings = [*verify(model, staging), *findings]
+            findings = [*verify(model, staging, process), *findings]
         _remember(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
 
@@ -196,7 +200,7 @@ def write(
     if stored is None:
         state = model.state_dict(keep_vars=True)
         tied = _tied(model, state)
-        origins = {} if anatomy.large(model) else _origins(model, {n: t for n, t in state.items() if n not in tied})
+        origins = _origins(model, {n: t for n, t in state.items() if n not in tied}) if Extent.of(model).whole else {}
         files = {entry.file for entry in (*origins.values(), *store.origins_in_memory(state).values())}
         with checkpoint.steady(files):
             stored = store.store(state, staging, tied=tied, origins=origins, link=link)
@@ -249,13 +253,13 @@ def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]
     }
 
 
-def verify(model: PreTrainedModel, staging: Path) -> list[Finding]:
+def verify(model: PreTrainedModel, staging: Path, process: Alone | None = None) -> list[Finding]:
     """Has a fresh process load what was written.
 
     Raises:
         ArtifactError: it found something that is not as in memory.
     """
-    findings = certificate.witness(staging)
+    findings = certificate.witness(staging, process)
     failed = [finding for finding in findings if finding.passed is False]
     refuse(
         ArtifactError,

@@ -13,6 +13,7 @@ from solidify.adapter import standing
 from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
+from solidify.model.extent import Extent
 from solidify.surgery import catalogue, contract, control, ledger
 
 IN_USE = "every new module is in use"
@@ -60,7 +61,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     declared = ledger.places(edits)
     if not declared:
         return Finding.unseen(IN_USE, "no new module was put in")
-    if anatomy.large(model):
+    if not Extent.of(model).whole:
         return _called(model, declared)
     inputs = probing.probe_inputs(model)
     idle = []

@@ -28,6 +28,7 @@ from solidify.merging import agreement, changes, mathematics, rewriting, sums
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
 from solidify.model import anatomy, probing
+from solidify.model.extent import Extent
 from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint, format, hashing
 
@@ -138,10 +139,10 @@ def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, l
         kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
         copy_code(own, staging, [*base.code, *kept])
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
-    large = anatomy.large(skeleton)
+    extent = Extent.of(skeleton)
     prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
     attached = None
-    if not large:
+    if extent.whole:
         attached = _Attached.of(
             lambda: _permitted(sources.base, base),
             lambda model: storage.load_adapter(model, sources.adapter),
@@ -281,10 +282,10 @@ def _stock_base(reference: str | Path | None, revision: str | None, adapter: Pat
 def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
-    large = anatomy.large(skeleton)
+    extent = Extent.of(skeleton)
     prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
     attached = None
-    if not large:
+    if extent.whole:
         attached = _Attached.of(
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )

@@ -83,14 +83,9 @@ def size(module: nn.Module) -> int:
     return sum({id(p): p.nbytes for p in module.parameters()}.values())
 
 
-def large(module: nn.Module) -> bool:
-    """Returns whether the module is so large that it is neither run nor read as a whole where that can be avoided."""
-    return size(module) >= LARGE
-
-
 def sparing(model: nn.Module) -> AbstractContextManager[None]:
     """While the block lasts, gives the memory of each module of a large, mapped model back once the module has run."""
-    return mapped.released(model) if large(model) else nullcontext()
+    return mapped.released(model) if size(model) >= LARGE else nullcontext()
 
 
 def count(parameters: Iterable[torch.Tensor]) -> int:

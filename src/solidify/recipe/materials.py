@@ -21,6 +21,7 @@ from solidify.builtin import bases, corpus
 from solidify.directory import manifest, trust
 from solidify.errors import DataError, RecipeError, refuse
 from solidify.model import anatomy
+from solidify.model.extent import Extent
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import references
 from solidify.recipe.schema import Base, Recipe
@@ -74,17 +75,17 @@ def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
     return [name for name in names if origins.get(name) != name]
 
 
-def operate(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
+def operate(recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None) -> list[Edit]:
     """Applies the surgery of a recipe to a model, one edit after the other."""
-    beside = _Beside(recipe.directory)
+    beside = _Beside(recipe.directory, Extent.given(extent, model))
     return [edit for step in recipe.surgery for edit in step.apply(model, beside)]
 
 
 class _Beside:
-    """Finds what the steps of a recipe name, beside it."""
+    """What the steps of a recipe need beside the model (`operation.Context`)."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, extent: Extent) -> None:
+        self.directory, self.extent = directory, extent
 
     def module(self, reference: str) -> type[torch.nn.Module]:
         """Returns the class that a reference names."""

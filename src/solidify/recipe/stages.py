@@ -21,6 +21,7 @@ from solidify.findings import Finding, Report
 from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
+from solidify.model.extent import Extent
 from solidify.recipe import materials
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
@@ -28,7 +29,7 @@ from solidify.surgery import ledger
 from solidify.system import console, disk, foreign, processes
 from solidify.training import checkpoints, data
 from solidify.training.progress import TrainingBar
-from solidify.weights import hashing, spilling
+from solidify.weights import hashing
 
 SEED = 42  # transformers' own default
 
@@ -168,17 +169,17 @@ def build(
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     places.refuse_place(directory)
-    with places.scratch(target, recipe.inputs()) as scratch, spilling.into(scratch), certificate.prepared():
+    with places.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
         with console.stage("Loading the base"):
             base = materials.load_base(recipe, scratch=scratch)
-            large = anatomy.large(base.model)
-            before = {} if large else _outputs_aligned(base.model)
+            extent = Extent.of(base.model, scratch)
+            before = _outputs_aligned(base.model) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
         with console.stage("Replacing modules"):
-            edits = materials.operate(recipe, base.model)
+            edits = materials.operate(recipe, base.model, extent)
             records = [edit.document() for edit in edits]
             promised = all(edit.identical for edit in edits)
-            after = {} if large else {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
+            after = {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
             report.add(
                 "surgery",
                 [
@@ -191,6 +192,7 @@ def build(
         report.measured |= {
             "tensors": ledger.counts(base.model.state_dict(), records),
             "cost": cost(base.model).document(),
+            "extent": str(extent),
         }
         with console.stage("Writing the artifact"):
             artifact = build_artifact(
@@ -201,6 +203,7 @@ def build(
                 base=base.origin,
                 recipe=document,
                 link=link,
+                process=process,
             )
     report.add("build", artifact.findings)
     return report

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from solidify.errors import ArtifactError
 from solidify.surgery.experts import RearrangeExperts
-from solidify.surgery.operation import Operation, Record, Sources
+from solidify.surgery.operation import Context, Operation, Record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ class Replace(Operation):
     shared: bool = False
     declares: dict[str, bool] = Field(default_factory=dict)
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Replaces, or puts one new module everywhere if it is `shared`."""
         from solidify.surgery import replacing
 
@@ -44,12 +44,13 @@ class Replace(Operation):
         return put(
             model,
             self.replace,
-            sources.module(self.module),
+            context.module(self.module),
             arguments=self.arguments,
             expect=self.expect,
             count=self.count,
-            weights=sources.file(self.weights) if self.weights else None,
+            weights=context.file(self.weights) if self.weights else None,
             declares=self.declares,
+            extent=context.extent,
         )
 
     def references(self) -> list[str]:
@@ -108,11 +109,13 @@ class Insert(_Rearrange):
     zero: list[str] = Field(default_factory=list)
     count: int | None = Field(default=None, ge=1)
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Inserts the copies."""
         from solidify.surgery import depth
 
-        return depth.insert(model, self.insert, zero=self.zero, expect=self.expect, count=self.count)
+        return depth.insert(
+            model, self.insert, zero=self.zero, expect=self.expect, count=self.count, extent=context.extent
+        )
 
 
 class Remove(_Rearrange):
@@ -124,11 +127,11 @@ class Remove(_Rearrange):
     expect: str
     count: int | None = Field(default=None, ge=1)
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Removes the layers."""
         from solidify.surgery import depth
 
-        return depth.remove(model, self.remove, expect=self.expect, count=self.count)
+        return depth.remove(model, self.remove, expect=self.expect, count=self.count, extent=context.extent)
 
 
 class Add(Operation):
@@ -144,18 +147,19 @@ class Add(Operation):
     weights: str | None = None
     declares: dict[str, bool] = Field(default_factory=dict)
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Adds the module."""
         from solidify.surgery import heads
 
         return heads.add(
             model,
             self.add,
-            sources.module(self.module),
+            context.module(self.module),
             reads=self.reads,
             arguments=self.arguments,
-            weights=sources.file(self.weights) if self.weights else None,
+            weights=context.file(self.weights) if self.weights else None,
             declares=self.declares,
+            extent=context.extent,
         )
 
     def references(self) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError
 from solidify.model import anatomy, behaviour, probing
 from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
+from solidify.model.extent import Extent
 from solidify.surgery import contract
 from solidify.system import foreign
 
@@ -49,7 +50,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Control:
-    """What the unchanged model showed: single `calls` of the modules that will be replaced (of a `large` model, of the
+    """What the unchanged model showed: single `calls` of the modules that will be replaced (of a bounded model, of the
     first of each kind), and a `reading` of its behaviour (None where it cannot be run). `output` is the whole model's,
     where that was asked for. `wide` is the reading in float32 of a small model in half precision.
     """
@@ -59,7 +60,7 @@ class Control:
     reading: Reading | None
     wide: Reading | None = None
     probed: tuple[str, ...] = ()
-    large: bool = False
+    alone: bool = False
     output: torch.Tensor | None = None
 
     @property
@@ -70,8 +71,8 @@ class Control:
 
     @property
     def watched(self) -> dict[str, Any]:
-        """Where the model is watched: at its outputs and the modules, or, where it is large, at these alone."""
-        return {"at": self.probed, "leave": self.large}
+        """Where the model is watched: at its outputs and the modules, or at these `alone`."""
+        return {"at": self.probed, "leave": self.alone}
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,25 @@ class Judgement:
     lost: frozenset[str] = frozenset()
 
 
-def take(model: PreTrainedModel, names: Sequence[str]) -> Control:
+def take(model: PreTrainedModel, names: Sequence[str], extent: Extent) -> Control:
     """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
 
     Raises:
         SurgeryError: no inputs can be made up that the model accepts.
     """
-    large = anatomy.large(model)
     kinds = first_of_each_kind(model, names)
-    probed = tuple(kinds) if large else tuple(names)
+    probed, alone = extent.sample(names, list(kinds)), not extent.whole
     if anatomy.is_meta(model):
-        return Control(None, {}, None, None, probed, large)
-    inputs = (probing.few_inputs if large else probing.probe_inputs)(model)
-    before = Control(inputs, {}, None, None, tuple(kinds), large)
+        return Control(None, {}, None, None, probed, alone)
+    inputs = extent.inputs(model)
+    before = Control(inputs, {}, None, None, tuple(kinds), alone)
     calls, reading = _calls_and_reading(model, before, probed)
     _refuse_spoilt(model, reading)
     called = tuple(name for name in kinds if name in calls)
     for name in called:
         calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
     before = dataclasses.replace(before, calls=calls, probed=called)
-    wide = _read(model, before, wide=True) if is_half(model) and not large else None
+    wide = _read(model, before, wide=True) if is_half(model) and extent.whole else None
     return dataclasses.replace(before, reading=reading, wide=wide)
 
 
@@ -109,12 +109,12 @@ def _calls_and_reading(
     model: PreTrainedModel, before: Control, names: Sequence[str]
 ) -> tuple[dict[str, contract.Call], Reading | None]:
     """Returns the first call of each module, and the reading; a small model's first pass serves both."""
-    if not before.large:
+    if not before.alone:
         with contract.recording(model, names) as calls:
             reading = _read(model, before)
         if reading is not None:
             return calls, reading
-    calls = contract.record(model, names, before.inputs or {}, partly=before.large)
+    calls = contract.record(model, names, before.inputs or {}, partly=before.alone)
     watched = dataclasses.replace(before, probed=tuple(name for name in before.probed if name in calls))
     return calls, _read(model, watched) if watched.probed else None
 
@@ -129,7 +129,7 @@ def _read(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Rea
         return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
 
 
-def take_whole(model: PreTrainedModel) -> Control:
+def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     """Runs the whole model as it is, however large, before a change of its depth.
 
     Raises:
@@ -137,14 +137,14 @@ def take_whole(model: PreTrainedModel) -> Control:
     """
     if anatomy.is_meta(model):
         return Control(None, {}, None)
-    inputs = (probing.few_inputs if anatomy.large(model) else probing.probe_inputs)(model)
+    inputs = extent.inputs(model)
     before = Control(inputs, {}, None)
     reading = _read(model, before)
     _refuse_spoilt(model, reading)
     return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
 
 
-def take_at(model: PreTrainedModel, name: str) -> Control:
+def take_at(model: PreTrainedModel, name: str, extent: Extent) -> Control:
     """Runs the model as it is, before something is added that reads what one module returns: that is watched alone.
 
     Raises:
@@ -152,10 +152,10 @@ def take_at(model: PreTrainedModel, name: str) -> Control:
     """
     if anatomy.is_meta(model):
         return Control(None, {}, None)
-    before = Control(probing.probe_inputs(model), {}, None, None, (name,), large=True)
+    before = Control(probing.probe_inputs(model), {}, None, None, (name,), alone=True)
     reading = _read(model, before)
     _refuse_spoilt(model, reading)
-    wide = _read(model, before, wide=True) if is_half(model) and not anatomy.large(model) else None
+    wide = _read(model, before, wide=True) if is_half(model) and extent.whole else None
     return dataclasses.replace(before, reading=reading, wide=wide, output=anatomy.run(model, before.inputs or {}))
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, behaviour, operations
 from solidify.model.behaviour import Watched
+from solidify.model.extent import Extent
 from solidify.surgery import control, replacing
 from solidify.surgery.control import Control
 from solidify.surgery.replacing import Edit
@@ -34,6 +35,7 @@ def insert(
     zero: Sequence[str] = (),
     expect: str | None = None,
     count: int | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Inserts after every layer that `target` names a copy of it; later layers move up.
 
@@ -59,7 +61,7 @@ def insert(
     for name, places in lists.items():
         size = len(_list_at(model, name))
         orders[name] = [i for i in range(size) for _ in range(1 + (i in places))]
-    return _rearrange(model, orders, "insert", zero)
+    return _rearrange(model, orders, "insert", zero, extent)
 
 
 def remove(
@@ -68,6 +70,7 @@ def remove(
     *,
     expect: str | None = None,
     count: int | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Removes every layer that `target` names; later layers move down.
 
@@ -81,7 +84,7 @@ def remove(
     }
     empty = [f"no layer of {name} would be left" for name, order in orders.items() if not order]
     refuse(SurgeryError, "layers cannot be removed as asked", empty)
-    return _rearrange(model, orders, "remove", ())
+    return _rearrange(model, orders, "remove", (), extent)
 
 
 def _lists(
@@ -110,13 +113,15 @@ def _parts(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {**modules, **{name: [parameter] for name, parameter in layer.named_parameters()}}
 
 
-def _rearrange(model: PreTrainedModel, orders: dict[str, list[int]], verb: str, zero: Sequence[str]) -> list[Edit]:
+def _rearrange(
+    model: PreTrainedModel, orders: dict[str, list[int]], verb: str, zero: Sequence[str], extent: Extent | None
+) -> list[Edit]:
     """Changes the lists one after the other; puts everything back when the result does not run.
 
     Some families count the same layers twice (a decoder that was cut out of an encoder-decoder): where the model does
     not run with the one number changed that makes the list longer, all that count layers and are equal to it are.
     """
-    before = control.take_whole(model)
+    before = control.take_whole(model, Extent.given(extent, model))
     what = "these layers"
     for wide in (False, True):
         try:

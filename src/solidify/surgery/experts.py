@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from solidify.errors import SurgeryError, refuse
-from solidify.surgery.operation import Operation, Record, Sources
+from solidify.surgery.operation import Context, Operation, Record
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from solidify.model.extent import Extent
     from solidify.surgery.contract import Call
     from solidify.surgery.replacing import Edit
 
@@ -39,9 +40,11 @@ class RearrangeExperts(Operation):
     expect: str
     count: int | None = Field(default=None, ge=1)
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Rearranges the experts."""
-        return rearrange_experts(model, self.rearrange_experts, self.order, expect=self.expect, count=self.count)
+        return rearrange_experts(
+            model, self.rearrange_experts, self.order, expect=self.expect, count=self.count, extent=context.extent
+        )
 
     @classmethod
     def inspect(cls, module: nn.Module, edit: Record) -> tuple[str, list[str]]:
@@ -66,6 +69,7 @@ def rearrange_experts(
     *,
     expect: str | None = None,
     count: int | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Gives the MoE blocks that `target` names the experts that `order` lists, and returns the edits.
 
@@ -80,20 +84,21 @@ def rearrange_experts(
     """
     import dataclasses
 
-    from solidify.model import anatomy
+    from solidify.model.extent import Extent
     from solidify.surgery import control, depth, replacing
     from solidify.surgery.transaction import transaction
 
+    extent = Extent.given(extent, model)
     names = replacing.targets(model, target, expect, count)
     plans = {name: _plan(model, name, list(order)) for name in names}
     faults = [fault for name, plan in plans.items() for fault in _faults(model.get_submodule(name), name, plan)]
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
-    before = control.take_whole(model)
+    before = control.take_whole(model, extent)
     if before.inputs is not None:
-        _refuse_unproved(model, plans, before.inputs, partly=anatomy.large(model))
+        _refuse_unproved(model, plans, before.inputs, partly=not extent.whole)
     settings = {name: {**plan, **_configured(model, names, name, plan)} for name, plan in plans.items()}
     with transaction(model):
-        edits = [_one(model, name, settings[name]) for name in names]
+        edits = [_one(model, name, settings[name], extent) for name in names]
         identical = depth.judge(model, before, "these experts")
     probed = before.inputs is not None
     return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
@@ -254,15 +259,19 @@ def _configured(
     }
 
 
-def _one(model: PreTrainedModel, name: str, settings: dict[str, Any]) -> Edit:
+def _one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:
     """Rearranges one block and writes the record."""
     from solidify.model import anatomy, operations
     from solidify.surgery.replacing import Edit
+    from solidify.weights import spilling
 
     block = model.get_submodule(name)
     old_keys, parameters = list(block.state_dict()), anatomy.count(block.parameters())
     order, size = settings["order"], settings.pop("size")
+    kept = [*block.parameters(), *block.buffers()]
     take_experts(model, [name], settings, {})
+    if not extent.whole:
+        spilling.spill(name, block, kept, extent.spill)
     operations.assign(model.config, settings["after"])
     same = order == list(range(size))
     tensors: dict[str, str | None] = {}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
+from solidify.model.extent import Extent
 from solidify.surgery import control, declaring, initial, replacing
 from solidify.surgery.control import Control
 from solidify.surgery.replacing import Edit
@@ -28,6 +29,7 @@ def add(
     arguments: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     declares: Mapping[str, bool] | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Adds a new module called `name` in place; it is called with what the module `reads` returns.
 
@@ -52,7 +54,7 @@ def add(
         faults.append(f"{name!r} is there already; replace it, or choose another name")
     faults += replacing.constructor_faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
-    before = control.take_at(model, reads)
+    before = control.take_at(model, reads, Extent.given(extent, model))
     supplied = replacing.supplied_to(module)
     settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from solidify.model.extent import Extent
     from solidify.surgery.replacing import Edit
 
 Record = Mapping[str, Any]
 
 
-class Sources(Protocol):
-    """Finds what a step names: classes by reference (`file.py:Name`, `package.module:Name`), and files."""
+class Context(Protocol):
+    """What a step needs beside the model: its extent, classes by reference (`file.py:Name`), and files."""
+
+    extent: Extent
 
     def module(self, reference: str) -> type[nn.Module]:
         """Returns the class; raises RecipeError for what is none."""
@@ -46,7 +49,7 @@ class Operation(BaseModel):
     folds: ClassVar[bool] = True  # alike records, one after the other, are one entry of config.surgery
     switches: ClassVar[bool] = False  # with every new module switched off, the model is the one before
 
-    def apply(self, model: PreTrainedModel, sources: Sources) -> list[Edit]:
+    def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Changes the model in place, all or nothing, and returns one record per module.
 
         Raises:

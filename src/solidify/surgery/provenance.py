@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from solidify.model import anatomy
+from solidify.model.extent import Extent
 from solidify.system import foreign
 
 
@@ -87,7 +88,7 @@ def trace(original: nn.Module, build: Callable[[nn.Module], nn.Module]) -> dict[
     `build` makes the new module for a given original, and has it take over from it. Random numbers that it draws are
     put back. None where that cannot be told: the original is large, or it cannot be copied or built upon.
     """
-    if anatomy.large(original):
+    if not Extent.of(original).whole:
         return None
     with torch.random.fork_rng([]):
         return foreign.attempt(_trace, original, build).value

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
+from solidify.model.extent import Extent
 from solidify.surgery import contract, control, declaring, initial, provenance
 from solidify.surgery.control import Control
 from solidify.surgery.provenance import Original
@@ -125,6 +126,7 @@ def replace(
     count: int | None = None,
     weights: str | Path | None = None,
     declares: Mapping[str, bool] | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Replaces in place every module that `target` names by a `module`, and returns the edits.
 
@@ -137,6 +139,8 @@ def replace(
     and without a cache, no influence of padding, of other rows, of earlier calls or of chance, outputs recorded where
     they were. `declares`, or a class attribute of that name, says what it does not keep on purpose: `{"cache": False}`.
 
+    `extent` says how much is looked at, and where new tensors wait; when it is left out, the model's size decides.
+
     Raises:
         SurgeryError: nothing is hit; another class than `expect` or another number than `count` is hit; places
             overlap or are shared; the constructor's arguments do not fit; the weights do not fit; the replacement
@@ -144,7 +148,7 @@ def replace(
             keep what it does not declare. The model is then as it was, as after any other exception.
     """
     names = targets(model, target, expect, count)
-    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=False)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=False)
 
 
 def share(
@@ -157,6 +161,7 @@ def share(
     count: int | None = None,
     weights: str | Path | None = None,
     declares: Mapping[str, bool] | None = None,
+    extent: Extent | None = None,
 ) -> list[Edit]:
     """Puts one and the same new module at every place that `target` names; its weights stay tied, on disk once.
 
@@ -166,7 +171,7 @@ def share(
         SurgeryError: as `replace`.
     """
     names = targets(model, target, expect, count)
-    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), shared=True)
+    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=True)
 
 
 def _put(
@@ -176,15 +181,17 @@ def _put(
     arguments: Mapping[str, Any] | None,
     weights: str | Path | None,
     declares: Mapping[str, bool],
+    extent: Extent | None,
     *,
     shared: bool,
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
-    before = control.take(model, names)  # from here on, code of the user's runs
+    extent = Extent.given(extent, model)
+    before = control.take(model, names, extent)  # from here on, code of the user's runs
     state = initial.read(weights) if weights is not None else None
     with transaction(model):
-        new = _Replacing(model, module, arguments, before, state, declares, shared)
+        new = _Replacing(model, module, arguments, before, state, declares, extent, shared)
         edits = new.build(names)
         title = f"{module.__name__} cannot stand where it was asked to stand"
         refuse(SurgeryError, title, new.faults)
@@ -201,7 +208,7 @@ def _put(
         declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
     edits = [dataclasses.replace(edit, records=records, control=before.distances, declares=declares) for edit in edits]
-    return _as_the_first_of_their_kind(edits, new.originals) if before.large else edits
+    return _as_the_first_of_their_kind(edits, new.originals) if not extent.whole else edits
 
 
 class _Replacing:
@@ -215,10 +222,11 @@ class _Replacing:
         before: Control,
         weights: dict[str, torch.Tensor] | None,
         declares: Mapping[str, bool],
+        extent: Extent,
         shared: bool,
     ) -> None:
         self.model, self.module, self.arguments, self.before = model, module, arguments, before
-        self.weights, self.declares, self.shared = weights, declares, shared
+        self.weights, self.declares, self.extent, self.shared = weights, declares, extent, shared
         self.faults: list[str] = []
         self.built: dict[str, nn.Module] = {}
         self.originals: dict[str, tuple[nn.Module, object]] = {}
@@ -230,15 +238,16 @@ class _Replacing:
         for name in names:
             original = self.model.get_submodule(name)
             self.originals[name] = (original, control.kind_of(original))
-            old = Original.of(original, with_values=not self.before.large)
+            old = Original.of(original, with_values=self.extent.whole)
             first = next(iter(self.built.values()), None)
             new = first if self.shared and first is not None else _build(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
             edits.append(self._examine(name, old, new))
             self.built[name] = new
-            if self.before.large:
-                spilling.spill(name, new, original)
+            if not self.extent.whole:
+                kept = original.state_dict(keep_vars=True).values()
+                spilling.spill(name, new, kept, self.extent.spill)
                 mapped.release([original, new])
         return edits
 

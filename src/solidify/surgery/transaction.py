@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from solidify.model import anatomy
+from solidify.model.extent import Extent
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor; torch 2.13 has no public list of them
 _CONTAINERS = (dict, list, set, OrderedDict)
@@ -48,7 +48,7 @@ class _Before:
         self._steps: list[tuple[Any, type, Any]] = []
         self._parameters: list[_Parameter] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        small = not anatomy.large(model)
+        small = Extent.of(model).whole
         self._gradients = torch.is_grad_enabled()
         kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
         self._classes = {kind: dict(vars(kind)) for kind in kinds}

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import weakref
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
+from solidify.system import disk
 from solidify.weights import format, mapped
 from solidify.weights.format import Shape, Supply
 
 _SMALL = 2**20  # bytes
-_directory: ContextVar[Path | None] = ContextVar("directory", default=None)
 
 
-@contextmanager
-def into(directory: Path) -> Iterator[None]:
-    """While the block lasts, `spill` writes into a directory."""
-    token = _directory.set(directory)
-    try:
-        yield
-    finally:
-        _directory.reset(token)
+def directory_for(owner: object) -> Path:
+    """Returns a new directory for temporary files, which is removed when `owner` goes, or with the process."""
+    stack = ExitStack()
+    directory = stack.enter_context(disk.temporary())
+    weakref.finalize(owner, stack.close)
+    return directory
 
 
-def spill(name: str, module: nn.Module, original: nn.Module) -> None:
-    """Writes what a module at a place holds beside the tensors of the original to a file, and maps it from there.
+def spill(name: str, module: nn.Module, kept: Iterable[torch.Tensor], directory: Path | None) -> None:
+    """Writes what the module `name` holds beside the `kept` tensors to a file in `directory`, and maps it from there.
 
-    Nothing is done outside of `into`, nor for what is small.
+    Nothing is done without a directory, nor for what is small.
     """
-    directory = _directory.get()
-    kept = {id(tensor) for tensor in original.state_dict(keep_vars=True).values()}
+    others = {id(tensor) for tensor in kept}
     state = {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
-    state = {key: tensor for key, tensor in state.items() if id(tensor) not in kept}
+    state = {key: tensor for key, tensor in state.items() if id(tensor) not in others}
     if directory is None or sum(tensor.nbytes for tensor in state.values()) < _SMALL:
         return
     standing = mapped.places(state)
