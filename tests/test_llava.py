@@ -26,7 +26,7 @@ import solidify
 from solidify.artifact import loading
 from solidify.errors import DataError, RecipeError
 from solidify.objective.objective import Objective, Term
-from solidify.recipe import dry_run, materials, schema, stages
+from solidify.recipe import datasets, dry_run, schema, stages, trainers
 from solidify.training import batching, data, images
 from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
@@ -148,7 +148,7 @@ def test_without_the_language_model_a_batch_of_text_stops_the_training(rows: Pat
         Trainer(model, arguments(tmp_path, 4, 1), collate, text).train()
     plan = loaded(base, rows, f"adapter={{train: [{PROJECTOR}]}}")
     with pytest.raises(DataError, match=r"rows without images \(example 2 is one\) reach nothing that is trained"):
-        materials.make_trainer(plan, tmp_path, attached_base(base), loading.load_base(str(base)).processor)
+        trainers.make_trainer(plan, tmp_path, attached_base(base), loading.load_base(str(base)).processor)
 
 
 def attached_base(base: Path) -> Any:
@@ -379,7 +379,7 @@ def test_the_recipes_batches_are_of_one_kind(base: Path, rows: Path, tmp_path: P
     plan = loaded(base, rows)
     read = loading.load_base(str(base))
     model = solidify.attach(read.model, lora=LORA, train=[PROJECTOR])
-    made, found = materials.make_trainer(plan, tmp_path, model, read.processor)
+    made, found = trainers.make_trainer(plan, tmp_path, model, read.processor)
     kinds, lengths = batching.modalities(found), batching.lengths(found)
     order = list(made._get_train_sampler())
     steps = [order[start : start + 4] for start in range(0, 24, 4)]
@@ -389,7 +389,7 @@ def test_the_recipes_batches_are_of_one_kind(base: Path, rows: Path, tmp_path: P
     with_images = [("pixel_values" in batch) for batch in made.get_train_dataloader()]
     assert with_images.count(True) == 8
     assert len(with_images) == 12
-    probes = materials.ragged(found, 2)
+    probes = datasets.ragged(found, 2)
     assert [bool(probe.get("images")) for probe in probes] == [True] * 4 + [False] * 4
     assert len({len(probe["input_ids"]) for probe in probes}) > 2
     made.data_collator(probes)  # no image is cut

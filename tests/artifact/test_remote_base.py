@@ -16,7 +16,7 @@ import solidify
 from solidify.artifact import loading
 from solidify.directory import manifest
 from solidify.errors import ArtifactError, RecipeError, SolidifyError
-from solidify.recipe import materials, references, stages
+from solidify.recipe import models, references, stages
 from solidify.recipe import schema as recipes
 
 CODE = """
@@ -133,7 +133,7 @@ def test_no_field_of_a_base_runs_its_code(tmp_path: Path, monkeypatch: pytest.Mo
     step = f"{{replace: '**.o_proj', expect: Linear, with: '{wrappers.__file__}:Scaled'}}"
     asked.write_text(f"base: {{model: {evil}}}\nsurgery:\n  - {step}\n")
     readers: list[Callable[[], object]] = [
-        lambda: materials.skeleton(str(evil)),
+        lambda: models.skeleton(str(evil)),
         lambda: loading.load_base(str(evil)),
         lambda: solidify.plan(recipes.load(asked)),
         lambda: stages.build(recipes.load(asked), tmp_path / "out"),
@@ -188,7 +188,7 @@ def test_no_field_of_a_processor_runs_code(
     asked_of: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
     for read in (
-        lambda: materials.skeleton(str(evil)),
+        lambda: models.skeleton(str(evil)),
         lambda: loading.load_base(str(evil)),
         lambda: loading.tokenizer_in(evil),
     ):

@@ -17,7 +17,7 @@ import solidify
 from solidify.artifact import inspection, loading
 from solidify.directory import manifest
 from solidify.errors import SolidifyError
-from solidify.recipe import materials, stages
+from solidify.recipe import models, stages
 from solidify.recipe import schema as recipes
 from solidify.weights.hashing import digest_bytes
 from training import awake
@@ -79,7 +79,7 @@ READERS: dict[str, Callable[[Path, Path, Path], object]] = {
     "load_tokenizer": lambda d, _, __: loading.load_tokenizer(d, trust_remote_code=True),
     "load_processor": lambda d, _, __: loading.load_processor(d, trust_remote_code=True),
     "tokenizer_in": lambda d, _, __: loading.tokenizer_in(d, trust_remote_code=True),
-    "inspect": lambda d, _, __: materials.skeleton(str(d), trust_remote_code=True),
+    "inspect": lambda d, _, __: models.skeleton(str(d), trust_remote_code=True),
     "base": lambda d, _, __: loading.load_base(str(d), trust_remote_code=True),
     "plan": lambda d, _, tmp: solidify.plan(recipe_of(d, tmp)),
     "diff": lambda d, _, __: inspection.diff(d, d),
@@ -144,7 +144,7 @@ def test_a_file_without_end_is_not_read(trash_artifact: Path, adapter: Path, cop
 def test_the_honest_directory_is_read_by_every_reader(trash_artifact: Path, copy_of: Copy) -> None:
     directory = copy_of(trash_artifact)
     assert manifest.faults(directory, manifest.read(directory)) == []
-    assert materials.skeleton(str(directory)) is not None
+    assert models.skeleton(str(directory)) is not None
     assert not any(inspection.diff(directory, trash_artifact).values())
 
 

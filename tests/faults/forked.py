@@ -32,7 +32,7 @@ from solidify.artifact import certificate, inspection  # noqa: E402, F401
 from solidify.findings import Finding  # noqa: E402
 from solidify.merging import export  # noqa: E402, F401
 from solidify.model import anatomy  # noqa: E402
-from solidify.recipe import materials, stages  # noqa: E402, F401  # what takes the time to import
+from solidify.recipe import models, stages  # noqa: E402, F401  # what takes the time to import
 from solidify.recipe.schema import load  # noqa: E402
 from solidify.system import console  # noqa: E402
 

@@ -202,10 +202,10 @@ def test_trls_trainer_asks_for_router_logits_that_are_not_there(tiny_base: Path,
     with pytest.raises(IndexError):
         sft(routerless(), tmp_path, tiny_base).train()
 
-    from solidify.recipe import materials, schema
+    from solidify.recipe import schema, trainers
 
     loaded = schema.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
-    assert materials.training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
+    assert trainers.training_arguments(loaded, tmp_path).router_aux_loss_coef == 0.0
 
 
 @pytest.mark.parametrize("words", [{"tokenizer": None}, {"dataset_text_field": "text"}, {"max_seq_length": 64}])
@@ -213,10 +213,10 @@ def test_trls_trainer_no_longer_takes_what_recipes_pass(tmp_path: Path, words: d
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         SFTTrainer(model=pico.olmoe(), args=arguments(tmp_path, 4, 1, SFTConfig), **words)
 
-    from solidify.recipe import materials, schema
+    from solidify.recipe import schema, trainers
 
     loaded = schema.load(Path(__file__).parents[2] / "examples" / "side_path.yaml")
-    made = materials.training_arguments(loaded, tmp_path)
+    made = trainers.training_arguments(loaded, tmp_path)
     assert (made.max_length, made.dataset_text_field) == (128, "text")
 
 

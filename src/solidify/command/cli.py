@@ -88,9 +88,9 @@ def inspect(
         from solidify.artifact import inspection
         from solidify.command import views
         from solidify.model.cost import cost
-        from solidify.recipe import materials
+        from solidify.recipe import models
 
-    loaded = materials.skeleton(model, trust_remote_code=trust_remote_code)
+    loaded = models.skeleton(model, trust_remote_code=trust_remote_code)
     branches, total = inspection.tree(loaded), cost(loaded)
     name = type(loaded).__name__
     if as_json:

@@ -19,7 +19,7 @@ from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import materials
+from solidify.recipe import datasets, models, objectives, trainers
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.replacing import Bypassing, Edit
@@ -90,10 +90,10 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         SolidifyError: whatever a run would refuse before it computes anything.
     """
     recipe = given(recipe)
-    base = materials.load_base(recipe, device="meta")
+    base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
     vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
-    edits = materials.operate(recipe, base.model)
+    edits = models.operate(recipe, base.model)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)
@@ -101,13 +101,13 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     if recipe.adapter is not None:
         data.refuse_untaught(base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
-        arguments = materials.training_arguments(recipe, Path("nowhere"))
-        materials.refuse_unspreadable(arguments, here=False)
-        materials.refuse_unprepared(recipe, base.processor)
-        terms = materials.make_terms(recipe)
+        arguments = trainers.training_arguments(recipe, Path("nowhere"))
+        trainers.refuse_unspreadable(arguments, here=False)
+        datasets.refuse_unprepared(recipe, base.processor)
+        terms = objectives.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
-        materials.read_texts(recipe)
-        trainer = materials.trainer_class(recipe).__name__
+        datasets.read_texts(recipe)
+        trainer = trainers.trainer_class(recipe).__name__
         trainable, peft_model = _trainable(recipe, base.model)
         refuse_half_precision(arguments, peft_model)
         _rehearse(recipe, edits, peft_model, arguments.max_steps)
@@ -149,13 +149,13 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
 
 def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, steps: int) -> None:
     """Binds a second copy of the objective to the model, with the reference that a run would have."""
-    terms = materials.make_terms(recipe)
-    reference: Any = materials.load_teacher(recipe, device="meta")
+    terms = objectives.make_terms(recipe)
+    reference: Any = models.load_teacher(recipe, device="meta")
     if reference is None and any(term.asks_reference for term in terms):
         places = [standing.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
         off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
         if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
-            reference = materials.load_base(recipe, device="meta").model
+            reference = models.load_base(recipe, device="meta").model
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 
 
@@ -166,7 +166,7 @@ def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], 
     shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
     with console.silence():
         peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
-    groups.resolve(peft_model, materials.parameter_groups(recipe))
+    groups.resolve(peft_model, trainers.parameter_groups(recipe))
     counts: dict[str, int] = {}
     for kind, name, parameter in standing.named_parameters(peft_model):
         if parameter.requires_grad:

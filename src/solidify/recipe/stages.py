@@ -22,7 +22,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import materials
+from solidify.recipe import datasets, models, trainers
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -61,7 +61,7 @@ def run(
     """
     recipe = given(recipe)
     directory = output_of(recipe, output)
-    materials.join(recipe, directory)
+    trainers.join(recipe, directory)
     report, finished = processes.on_first(lambda: _begin(recipe, directory, resume))
     if finished:
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
@@ -171,12 +171,12 @@ def build(
     places.refuse_place(directory)
     with places.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
         with console.stage("Loading the base"):
-            base = materials.load_base(recipe, scratch=scratch)
+            base = models.load_base(recipe, scratch=scratch)
             extent = Extent.of(base.model, scratch)
             before = _outputs_aligned(base.model) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
         with console.stage("Replacing modules"):
-            edits = materials.operate(recipe, base.model, extent)
+            edits = models.operate(recipe, base.model, extent)
             records = [edit.document() for edit in edits]
             promised = all(edit.identical for edit in edits)
             after = {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}
@@ -228,7 +228,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     report = report or Report(str(directory))
     if recipe.adapter is None:
         raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
-    materials.join(recipe, directory)
+    trainers.join(recipe, directory)
     if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
         report.add("train", [kept])
         return report
@@ -240,7 +240,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
-    trainer, examples = materials.make_trainer(recipe, directory, peft_model, processor)
+    trainer, examples = trainers.make_trainer(recipe, directory, peft_model, processor)
     witness = _fit(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
@@ -260,7 +260,7 @@ def _after_training(
     trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
 ) -> list[Finding]:
     """Says what training did; its gradients are looked at once more, which a short training needs."""
-    probes = materials.ragged(examples, trainer.args.per_device_train_batch_size)
+    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size)
     frozen = trainable.frozen(trainer.model, base)
     split = gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer), witness=witness)
     return [
@@ -398,10 +398,10 @@ def _tolerance(trainer: Any) -> float:
 
 def _measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
     """Measures the held-out loss with and without the adapter."""
-    _, held_out = materials.make_examples(recipe, processor)
+    _, held_out = datasets.make_examples(recipe, processor)
     if held_out is None:
         return
-    collate = materials.make_collator(recipe, processor)
+    collate = datasets.make_collator(recipe, processor)
     with model.disable_adapter():
         report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
     report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)

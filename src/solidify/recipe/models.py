@@ -1,0 +1,91 @@
+"""From a recipe to models: what it starts from, what it learns from, what its surgery makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from solidify.artifact import companions, loading
+from solidify.artifact.conversion import Scratch
+from solidify.artifact.loading import BaseModel
+from solidify.builtin import bases
+from solidify.errors import RecipeError
+from solidify.model.extent import Extent
+from solidify.recipe import references
+from solidify.recipe.schema import Base, Recipe
+from solidify.surgery import ledger
+from solidify.surgery.replacing import Edit
+from solidify.system import files
+
+
+def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) -> BaseModel:
+    """Loads the model that a recipe starts from: built in, local or from the hub.
+
+    In `scratch`, a large one is converted to the layout in memory; what the surgery renames or drops is kept apart.
+    """
+    where = Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None
+    return _load(recipe, recipe.base, device, where)
+
+
+def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
+    name = source.model
+    if (built_in := bases.directory(name)) is not None:
+        loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
+        return replace(loaded, origin={**loaded.origin, "model": name})
+    beside = recipe.directory / name
+    loaded = loading.load_base(
+        str(beside) if name and files.is_directory(beside) else name,
+        revision=source.revision,
+        dtype=source.dtype,
+        device=device,
+        trust_remote_code=source.trust_remote_code,
+        scratch=scratch,
+    )
+    if loaded.tokenizer is None and (standing := companions.directory_of(loaded.model.config)) is not None:
+        companions.refuse_broken_tokenizer(standing)
+    return loaded
+
+
+def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
+    """Loads the model that a recipe learns from, if it names one."""
+    return _load(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
+
+
+def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
+    """Names the tensors of a model (on the meta device) that the surgery renames or drops."""
+    names = list(model.state_dict())
+    origins, _ = ledger.origins(names, [edit.document() for edit in operate(recipe, model)])
+    return [name for name in names if origins.get(name) != name]
+
+
+def operate(recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None) -> list[Edit]:
+    """Applies the surgery of a recipe to a model, one edit after the other."""
+    beside = _Beside(recipe.directory, Extent.given(extent, model))
+    return [edit for step in recipe.surgery for edit in step.apply(model, beside)]
+
+
+class _Beside:
+    """What the steps of a recipe need beside the model (`operation.Context`)."""
+
+    def __init__(self, directory: Path, extent: Extent) -> None:
+        self.directory, self.extent = directory, extent
+
+    def module(self, reference: str) -> type[torch.nn.Module]:
+        """Returns the class that a reference names."""
+        module = references.resolve(reference, self.directory)
+        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+            raise RecipeError(f"surgery: {reference} is not a class of torch.nn.Module")
+        return module
+
+    def file(self, name: str) -> Path:
+        """Returns a file beside the recipe."""
+        return self.directory / name
+
+
+def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
+    name = bases.directory(reference) or reference
+    return loading.load_base(str(name), device="meta", trust_remote_code=trust_remote_code).model
