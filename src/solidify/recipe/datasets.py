@@ -49,6 +49,7 @@ def make_collator(recipe: Recipe, processor: Any) -> Any:
 
 
 def tokenizer_of(processor: Any) -> Any:
+    """Returns what makes tokens of text; raises RecipeError where the base has no tokenizer."""
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise RecipeError(f"data: text needs a tokenizer, but all the base has is a {type(processor).__name__}")
