@@ -128,7 +128,7 @@ def test_all_names_are_there_and_no_others() -> None:
         assert getattr(solidify, name) is not None
     typed = ast.parse((PACKAGE / "__init__.py").read_text())
     block = next(n for n in typed.body if isinstance(n, ast.If))
-    declared = {alias.asname for node in block.body for alias in node.names}
+    declared = {alias.asname for node in block.body for alias in node.names}  # type: ignore[attr-defined]
     assert declared == set(solidify.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'solid'"):
         _ = solidify.solid

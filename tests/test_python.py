@@ -85,7 +85,7 @@ def test_a_recipe_is_taken_by_its_path(tmp_path: Path, monkeypatch: pytest.Monke
     pico.unwitnessed(monkeypatch)
     path = written(tmp_path)
     recipe = solidify.Recipe.load(path, ["surgery.0.count=2"])
-    assert recipe.surgery[0].count == 2  # type: ignore[union-attr]
+    assert recipe.surgery[0].count == 2  # type: ignore[attr-defined]
     plan = solidify.plan(path)
     assert repr(plan).startswith("Plan(2 edits; ") and "LlamaMLP" in plan._repr_html_()
     report = solidify.run(str(path), tmp_path / "out")

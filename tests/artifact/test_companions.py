@@ -37,7 +37,7 @@ LEFT = {"onnx/model.onnx", "pytorch_model.bin", "adapter_config.json", "custom_g
 
 
 def scaled(base: Path, output: Path, pattern: str = "**.mlp", loader: type = AutoModelForCausalLM) -> Artifact:
-    model = loader.from_pretrained(base)
+    model = loader.from_pretrained(base)  # type: ignore[attr-defined]
     return solidify.build(model, solidify.replace(model, pattern, pico.wrappers.Scaled), output)
 
 

@@ -35,9 +35,9 @@ def model(base: Path) -> PreTrainedModel:
 
 def answer(model: PreTrainedModel, tokenizer: object, question: str) -> str:
     chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)  # type: ignore[attr-defined]
     told = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    return str(tokenizer.decode(told[0, inputs["input_ids"].shape[1] :]))
+    return str(tokenizer.decode(told[0, inputs["input_ids"].shape[1] :]))  # type: ignore[attr-defined]
 
 
 @real.needed

@@ -285,7 +285,7 @@ def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     whole: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another one, whole by itself, stands in its place when the fresh process reads it."""
-    directory, other = copy_of(whole / "adapter", "adapter"), copy_of(whole / "adapter", "other")
+    directory, other = copy_of(whole / "adapter", "adapter"), copy_of(whole / "adapter", "other")  # type: ignore[call-arg]
     record = manifest.read(other)
     replace(record, lineage=[*record.lineage, {"step": "another"}]).write(other)
     alone = certificate.run_alone

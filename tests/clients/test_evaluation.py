@@ -94,7 +94,7 @@ def test_the_harness_sees_the_models_own_likelihoods(
     model = stranger(artifact)
     right = []
     for row, sample in zip(CHOOSING, samples(evaluated, "choosing"), strict=True):
-        wanted = [log_likelihood(model, tokenizer, row["question"], f" {choice}") for choice in row["choices"]]
+        wanted = [log_likelihood(model, tokenizer, row["question"], f" {choice}") for choice in row["choices"]]  # type: ignore[attr-defined]
         assert [float(answer[0]) for answer in sample["filtered_resps"]] == pytest.approx(wanted, abs=1e-4)
         right.append(wanted.index(max(wanted)) == row["answer"])
     assert evaluated["results"]["choosing"]["acc,none"] == pytest.approx(sum(right) / len(right))

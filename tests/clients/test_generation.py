@@ -54,8 +54,8 @@ def test_the_distributions_with_a_cache_are_those_of_one_forward(
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 16, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        whole = model(input_ids=found.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(torch.stack(found.logits, dim=1), whole[:, length - 1 : -1], rtol=1e-5, atol=1e-6)
+        whole = model(input_ids=found.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits  # type: ignore[attr-defined]
+    torch.testing.assert_close(torch.stack(found.logits, dim=1), whole[:, length - 1 : -1], rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
 
 
 def test_a_row_of_a_padded_batch_generates_what_it_generates_alone(

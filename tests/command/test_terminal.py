@@ -112,7 +112,7 @@ def printing(text: str) -> list[int]:
     for node in ast.walk(ast.parse(text)):
         call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if call in ("print", "Console", "rich.print", "pprint") or call.endswith((".stdout.write", ".stderr.write")):
-            found.append(node.lineno)
+            found.append(node.lineno)  # type: ignore[attr-defined]
     return found
 
 

@@ -135,7 +135,7 @@ def certified(
             .not_valid_before(now - timedelta(days=1))
             .not_valid_after(now + timedelta(days=9))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.KeyUsage(usage, False, not usage, *[False] * 2, ca, *[False] * 3), critical=True)
+            .add_extension(x509.KeyUsage(usage, False, not usage, *[False] * 2, ca, *[False] * 3), critical=True)  # type: ignore[call-arg]
         )
         if not ca:
             mail = x509.SubjectAlternativeName([x509.RFC822Name(f"{name}@example.org")])

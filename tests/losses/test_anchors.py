@@ -165,7 +165,7 @@ def test_the_fisher_is_of_single_sequences(labels: str) -> None:
         ):
             expected[name] = expected[name] + gradient.square() / 6
     for name in names:
-        assert torch.allclose(found[name].double(), expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].max()))
+        assert torch.allclose(found[name].double(), expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].max()))  # type: ignore[attr-defined]
 
 
 def test_sampled_and_given_labels_agree_where_the_model_is_right_on_average() -> None:

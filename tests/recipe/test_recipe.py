@@ -49,7 +49,7 @@ training: {learning_rate: 2.0e-4, max_steps: 1000}
 output: build/olmoe-trashcan
 """
     loaded = schema.load(written(tmp_path, text))
-    assert loaded.surgery[0].module == "trashcan.py:TrashCanMoE"
+    assert loaded.surgery[0].module == "trashcan.py:TrashCanMoE"  # type: ignore[attr-defined]
     assert loaded.objective[1].weight == 0.01
     assert loaded.training["learning_rate"] == 2e-4
 
@@ -109,8 +109,8 @@ def test_overrides_reach_any_key(tmp_path: Path) -> None:
     loaded = schema.load(
         path, ["base.model=other", "surgery.0.count=3", "surgery.0.arguments.width=1e-2", "output=out"]
     )
-    assert (loaded.base.model, loaded.surgery[0].count, loaded.output) == ("other", 3, "out")
-    assert loaded.surgery[0].arguments == {"width": 0.01}
+    assert (loaded.base.model, loaded.surgery[0].count, loaded.output) == ("other", 3, "out")  # type: ignore[attr-defined]
+    assert loaded.surgery[0].arguments == {"width": 0.01}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("override", ["output", "=3", "surgery.7.count=1", "base.model.deep=1", "base.modle=1"])

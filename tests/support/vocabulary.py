@@ -42,7 +42,7 @@ OTHERS = {
 
 def options() -> dict[str, set[str]]:
     """Returns the options of every verb of the command."""
-    commands = typer.main.get_command(app).commands
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {name: {o for each in command.params for o in each.opts} for name, command in commands.items()}
 
 

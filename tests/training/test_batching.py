@@ -170,7 +170,7 @@ def test_a_trainer_reads_grouped_batches_anew_in_every_epoch(tmp_path: Path) -> 
     assert len(epochs) == 2
     assert epochs[0] != epochs[1]
     for epoch in epochs:
-        assert sorted(row for batch in epoch for row in batch) == list(range(26))
+        assert sorted(row for batch in epoch for row in batch) == list(range(26))  # type: ignore[attr-defined]
         assert mixed(epoch, kinds) <= 1
     assert mixed(cut(list(RandomSampler(kinds)), 2), kinds) > 1
 

@@ -95,7 +95,7 @@ def gate_energy(gates: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([output.square().mean() for output in gates.values()]).sum()
 
 
-gate_energy.captures = {"gates": Capture("model.layers.*.mlp.gate_proj")}
+gate_energy.captures = {"gates": Capture("model.layers.*.mlp.gate_proj")}  # type: ignore[attr-defined]
 
 
 def logit_size(logits: torch.Tensor) -> torch.Tensor:

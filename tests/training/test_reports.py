@@ -117,7 +117,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(content: bytes) -> Iterator[Any]:
     """Reads the file of an offline run (wandb 0.31): seven bytes, then records in blocks as LevelDB's log has them."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     block, header, place, pieces = 32768, 7, 7, b""
     assert content[:4] == b":W&B"

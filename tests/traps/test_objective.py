@@ -191,7 +191,7 @@ def error_of_trainer(recipe: type, kind: str, lengths: str, steps: int, director
 def error_of_ours(recipe: type, kind: str, lengths: str, steps: int, directory: Path) -> float:
     """Our trainers, with the term declared."""
     terms = {"none": [], "penalty": [penalty], "confidence": [confidence]}[kind]
-    objective = Objective([Term("model"), *(Term(each, weight(kind)) for each in terms)])
+    objective = Objective([Term("model"), *(Term(each, weight(kind)) for each in terms)])  # type: ignore[attr-defined]
     return error_of_trainer(recipe, kind, lengths, steps, directory, objective=objective)
 
 

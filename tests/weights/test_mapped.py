@@ -83,11 +83,11 @@ def test_new_tensors_are_spilled_and_old_ones_are_not(
     monkeypatch.setattr(spilling, "_SMALL", 0)
     new = nn.Sequential(module, nn.Linear(8, 8))
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
-    spilling.spill("here", new, module)  # nobody said where to
+    kept = list(module.state_dict(keep_vars=True).values())
+    spilling.spill("here", new, kept, None)  # nobody said where to
     assert "1.weight" not in mapped.places(new.state_dict())
     (tmp_path / "spilled").mkdir()
-    with spilling.into(tmp_path / "spilled"):
-        spilling.spill("here", new, module)
+    spilling.spill("here", new, kept, tmp_path / "spilled")
     (file,) = (tmp_path / "spilled").iterdir()
     assert set(known.digests([file])) == {"here.1.weight", "here.1.bias"}
     assert mapped.places(new.state_dict())["1.weight"][0] == file
