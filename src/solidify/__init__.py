@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from solidify.errors import ArtifactError as ArtifactError
     from solidify.errors import CheckFailed as CheckFailed
     from solidify.errors import DataError as DataError
+    from solidify.errors import ModelError as ModelError
     from solidify.errors import ObjectiveError as ObjectiveError
     from solidify.errors import RecipeError as RecipeError
     from solidify.errors import SolidifyError as SolidifyError
@@ -66,6 +67,7 @@ _WHERE = {
     "DataError": "errors",
     "Edit": "surgery.replacing",
     "Finding": "findings",
+    "ModelError": "errors",
     "Objective": "objective.objective",
     "ObjectiveDPOTrainer": "training.preference",
     "ObjectiveEngine": "objective.engine",

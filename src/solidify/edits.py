@@ -42,7 +42,7 @@ class Surgery:
         large one stays mapped from its files, in another layout than theirs too, and its tokenizer goes with it.
 
         Raises:
-            RecipeError: there is no such model, or not all of it.
+            ModelError: there is no such model, or not all of it.
             ArtifactError: it is an artifact that was changed since it was written.
         """
         self.edits: list[Edit] = []

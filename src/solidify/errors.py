@@ -2,6 +2,7 @@
 
 SolidifyError
 ├── RecipeError      the recipe, or an argument in its place, breaks a rule
+├── ModelError       a pretrained model cannot be loaded as asked
 ├── SurgeryError     a replacement cannot stand where it was asked to stand
 ├── ArtifactError    a directory is not the artifact that it claims to be, or cannot become one
 ├── AdapterError     an adapter does not fit its base, or is not what was declared
@@ -34,6 +35,10 @@ class SolidifyError(Exception):
 
 class RecipeError(SolidifyError, ValueError):
     """The recipe, or an argument in its place, breaks a rule."""
+
+
+class ModelError(SolidifyError, ValueError):
+    """A pretrained model cannot be loaded as asked; where a recipe names it, that is a RecipeError."""
 
 
 class SurgeryError(SolidifyError, ValueError):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import solidify
 from solidify.artifact import loading
 from solidify.directory import manifest
-from solidify.errors import ArtifactError, RecipeError
+from solidify.errors import ArtifactError, ModelError
 from solidify.model import anatomy, probing
 from solidify.recipe import references
 
@@ -120,19 +120,19 @@ def test_a_base_is_loaded_completely_or_not_at_all(tmp_path: Path) -> None:
     state = load_file(tmp_path / "base" / "model.safetensors")
     del state["model.norm.weight"]
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=r"would fill in random values: missing_keys: model.norm.weight"):
+    with pytest.raises(ModelError, match=r"would fill in random values: missing_keys: model.norm.weight"):
         loading.load_base(str(tmp_path / "base"))
 
 
 def test_bases_that_cannot_be_had_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         loading.load_base(str(tmp_path / "nothing"))
-    with pytest.raises(RecipeError, match="'float31', which torch does not know"):
+    with pytest.raises(ModelError, match="'float31', which torch does not know"):
         loading.load_base(str(tmp_path), dtype="float31")
     pico.olmoe().save_pretrained(tmp_path / "odd")
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
-    with pytest.raises(RecipeError, match="is a NoSuchModel, which is no class of a model that transformers has"):
+    with pytest.raises(ModelError, match="is a NoSuchModel, which is no class of a model that transformers has"):
         loading.load_base(str(tmp_path / "odd"))
 
 

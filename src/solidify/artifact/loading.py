@@ -28,7 +28,7 @@ from solidify.artifact import autos, conversion
 from solidify.artifact.conversion import Scratch
 from solidify.directory import manifest, private, trust
 from solidify.directory.manifest import Manifest
-from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
+from solidify.errors import ArtifactError, ModelError, SolidifyError, refuse
 from solidify.source import ownership
 from solidify.surgery import ledger
 from solidify.system import files, foreign
@@ -70,17 +70,17 @@ def load_base(
     in memory is converted there, tensor by tensor, and mapped from there.
 
     Raises:
-        RecipeError: there is no such model, its class is not known, its code may not run, or not every tensor of its
+        ModelError: there is no such model, its class is not known, its code may not run, or not every tensor of its
             class was found in its files.
         ArtifactError: it is an artifact that was changed since it was written.
     """
     _refuse_unknown(dtype)
     if not reference.strip():
-        raise RecipeError("the name of the model is empty; give a hub id, a directory, an artifact, or builtin:NAME")
+        raise ModelError("the name of the model is empty; give a hub id, a directory, an artifact, or builtin:NAME")
     if (kind := manifest.kind(Path(reference))) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
     if kind == "adapter":
-        raise RecipeError(
+        raise ModelError(
             f"{reference} is an adapter, and no model; name a hub id, the directory of a model or an artifact (the one "
             "that the adapter was trained on, for example), or builtin:NAME"
         )
@@ -88,7 +88,7 @@ def load_base(
         _refuse_changed(Path(reference), "stock")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if files.is_directory(reference):
-        files.document(Path(reference) / "config.json", RecipeError)
+        files.document(Path(reference) / "config.json", ModelError)
     try:
         with nullcontext() if trust_remote_code else trust.never_asking():
             model, info, name = _read(reference, dtype, device, options, scratch)
@@ -98,9 +98,9 @@ def load_base(
         words = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
         if not trust_remote_code and "trust_remote_code" in words:  # a configuration or a class of its own
             words = f"it brings code of its own; {_PERMIT}"
-        raise RecipeError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
+        raise ModelError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
     refuse(
-        RecipeError,
+        ModelError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
         [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names],
     )
@@ -121,7 +121,7 @@ def _read(
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
     if _has(reference, CONFIG_NAME, options["revision"]):
-        raise RecipeError(
+        raise ModelError(
             f"the base {reference!r} holds an adapter too ({CONFIG_NAME}), which transformers would put on it; merge "
             "that first (`solidify merge`), or remove the file"
         )
@@ -145,9 +145,9 @@ def _read(
 def _refuse_unknown(dtype: str | None) -> None:
     found = getattr(torch, dtype, None) if dtype is not None else torch.float32
     if not isinstance(found, torch.dtype):
-        raise RecipeError(f"base.dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
+        raise ModelError(f"the dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
     if not found.is_floating_point:
-        raise RecipeError(f"base.dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
+        raise ModelError(f"the dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
 
 
 def _commit(reference: str, revision: str | None) -> str | None:
@@ -164,16 +164,16 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
     for auto, place in remote.items() if isinstance(remote, dict) else ():
         if str(place).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
-                raise RecipeError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
+                raise ModelError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
             return getattr(transformers, auto)
     head = getattr(transformers, name, None)
     if not (isinstance(head, type) and issubclass(head, PreTrainedModel)):
-        raise RecipeError(
+        raise ModelError(
             f"the base {reference!r} is a {name or 'model of no named class'}, which is no class of a model that "
             "transformers has"
         )
     if inspect.getattr_static(head, "__init__") is inspect.getattr_static(PreTrainedModel, "__init__"):
-        raise RecipeError(f"the base {reference!r} is a {name}, which is no model but what models are derived from")
+        raise ModelError(f"the base {reference!r} is a {name}, which is no model but what models are derived from")
     return head
 
 
@@ -183,7 +183,7 @@ def _refuse_kernels(reference: str, config: Any) -> None:
         if isinstance(value, PreTrainedConfig):
             _refuse_kernels(reference, value)
         elif "_implementation" in key and any("/" in word for word in trust.texts(value)):
-            raise RecipeError(
+            raise ModelError(
                 f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
                 f"is code of its own; {_PERMIT}"
             )
@@ -235,7 +235,7 @@ def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -
 
 
 def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
-    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", RecipeError), trust.never_asking():
+    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", ModelError), trust.never_asking():
         try:
             return AutoTokenizer.from_pretrained(
                 reference, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -258,7 +258,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
     """Returns what prepares images, sound or text with either for a model; None where that is the tokenizer alone.
 
     Raises:
-        RecipeError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
+        ModelError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
     """
     reason, brought = "transformers finds a tokenizer alone", [PROCESSOR_NAME]
     with trust.never_asking():
@@ -272,7 +272,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
         return read.value
     brought = [name for name in brought if _has(reference, name, revision)]
     if brought and needed:
-        raise RecipeError(
+        raise ModelError(
             f"{reference!r} has a {brought[0]} that cannot be loaded, so what it prepares inputs with would be lost: "
             f"{reason}"
         )
@@ -364,7 +364,7 @@ def load_processor(directory: str | Path, *, trust_remote_code: bool = False) ->
 
     Raises:
         ArtifactError: there is neither, a file is not what was written, or the artifact's code may not run.
-        RecipeError: a package that the processor is made of is not installed.
+        ModelError: a package that the processor is made of is not installed.
     """
     directory = _artifact(directory)
     with _opened(directory, trust_remote_code, weights=False) as (_, own):

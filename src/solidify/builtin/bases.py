@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from solidify.builtin import smollm2, tiny_olmoe
-from solidify.errors import RecipeError
+from solidify.errors import ModelError
 
 NAMES = (tiny_olmoe.NAME, smollm2.NAME)
 
@@ -14,7 +14,7 @@ def directory(name: str) -> Path | None:
     """Returns where a built-in base stands, made at first use; None for a name that is not of that kind.
 
     Raises:
-        RecipeError: there is none of that name, or a package that it is made from is not installed.
+        ModelError: there is none of that name, or a package that it is made from is not installed.
     """
     if not name.startswith("builtin:"):
         return None
@@ -22,4 +22,4 @@ def directory(name: str) -> Path | None:
         return tiny_olmoe.directory()
     if name == smollm2.NAME:
         return smollm2.directory()
-    raise RecipeError(f"there is no {name!r}; built in: {', '.join(NAMES)}")
+    raise ModelError(f"there is no {name!r}; built in: {', '.join(NAMES)}")

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from solidify.directory import places
-from solidify.errors import RecipeError
+from solidify.errors import ModelError
 from solidify.system import console, disk, foreign
 from solidify.weights.hashing import digest_values
 
@@ -59,11 +59,11 @@ def directory() -> Path:
     """Returns where the model stands, converting it first when the cache does not have it (some ten seconds).
 
     Raises:
-        RecipeError: a package that it is made from is not installed, or does not hold it.
+        ModelError: a package that it is made from is not installed, or does not hold it.
     """
     carrier = _carrier()
     if carrier is None or find_spec("gguf") is None:
-        raise RecipeError(REMEDY)
+        raise ModelError(REMEDY)
     made_from = [FILE, carrier.stat().st_size, _version(), CONFIG]
     place = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
     if not (place / "config.json").is_file():
@@ -91,7 +91,7 @@ def _version() -> str:
 
 def _convert(carrier: Path, staging: Path) -> None:
     """Writes the model as transformers reads it from the file, its tokenizer and how it generates."""
-    with foreign.calling(f"{carrier} cannot be converted", RecipeError, remedy=f"install {PACKAGE} anew"):
+    with foreign.calling(f"{carrier} cannot be converted", ModelError, remedy=f"install {PACKAGE} anew"):
         options = {"gguf_file": carrier.name}
         loaded = AutoModelForCausalLM.from_pretrained(carrier.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(carrier.parent, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from solidify.artifact import companions, loading
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases
-from solidify.errors import RecipeError
+from solidify.errors import ModelError, RecipeError
 from solidify.model.extent import Extent
 from solidify.recipe import references
 from solidify.recipe.schema import Base, Recipe
@@ -31,6 +33,20 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
 
 
 def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
+    with _named_by_a_recipe():
+        return _read(recipe, source, device, scratch)
+
+
+@contextmanager
+def _named_by_a_recipe() -> Iterator[None]:
+    """While the block lasts, a model that cannot be loaded is a fault of the recipe that names it."""
+    try:
+        yield
+    except ModelError as error:
+        raise RecipeError(str(error), error.faults) from error
+
+
+def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
     name = source.model
     if (built_in := bases.directory(name)) is not None:
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
