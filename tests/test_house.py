@@ -14,6 +14,7 @@ import solidify
 
 PACKAGE = Path(solidify.__file__).parent
 ROOMS = (
+    "upstream",
     "system",
     "weights",
     "directory",
