@@ -154,6 +154,11 @@ def test_a_configuration_says_where_it_is_from_and_what_computes(tmp_path: Path)
     assert seams.attention(config) == seams.implementation(config, "attn") == "eager"
     assert seams.chosen_implementation(config, "attn") == "eager"
     assert seams.chosen_implementation(LlamaConfig(), "attn") is None
+    config.attn_implementation = "somebody/kernels"  # as a file may say too: neither hides the other
+    said = seams.implementations(config)
+    assert {"attn_implementation", "experts_implementation"} <= {kind for kind, _ in said}
+    assert {value for kind, value in said if kind == "attn_implementation"} == {"eager", "somebody/kernels"}
+    del config.attn_implementation
     assert seams.implementation(config, "experts") == seams.chosen_implementation(config, "experts")
     config.save_pretrained(tmp_path)
     assert seams.attention(AutoConfig.from_pretrained(tmp_path)) != "eager"

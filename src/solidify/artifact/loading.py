@@ -32,7 +32,7 @@ from solidify.errors import ArtifactError, RecipeError, SolidifyError, refuse
 from solidify.source import ownership
 from solidify.surgery import ledger
 from solidify.system import files, foreign
-from solidify.upstream.transformers import without_conversion
+from solidify.upstream.transformers import implementations, without_conversion
 from solidify.weights import checkpoint
 from solidify.weights.hashing import digest_bytes
 
@@ -180,13 +180,13 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
 
 def _refuse_kernels(reference: str, config: Any) -> None:
     """Refuses a base whose configuration names a repository as what computes: its code would be fetched and run."""
-    for key, value in vars(config).items():
+    for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             _refuse_kernels(reference, value)
-        elif "_implementation" in key and any("/" in word for word in trust.texts(value)):
+    for kind, value in implementations(config):
+        if any("/" in word for word in trust.texts(value)):
             raise RecipeError(
-                f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
-                f"is code of its own; {_PERMIT}"
+                f"the base {reference!r} has {value!r} compute ({kind}), which is code of its own; {_PERMIT}"
             )
 
 

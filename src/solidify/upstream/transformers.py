@@ -152,6 +152,12 @@ def chosen_implementation(config: Any, kind: str) -> Any:
     return vars(config).get(f"_{kind}_implementation_internal")
 
 
+def implementations(config: Any) -> list[tuple[str, Any]]:
+    """Returns all that one configuration says of what computes (`attn_implementation`, ...), set or only read."""
+    said = ((key, value) for key, value in vars(config).items() if "_implementation" in key)
+    return [(key.strip("_").removesuffix("_internal"), value) for key, value in said]
+
+
 def withdraw_attention(name: str) -> None:
     """Takes back a function that was registered to compute attention; the public interface only adds."""
     transformers.AttentionInterface._global_mapping.pop(name)
