@@ -12,6 +12,7 @@ from pathlib import Path
 
 import private_names
 import pytest
+from torch import nn
 
 import solidify
 from solidify.upstream import torch as torch_names
@@ -235,3 +236,17 @@ def test_a_private_name_of_a_library_is_found(line: str) -> None:
 def test_names_of_ours_are_told_apart() -> None:
     ours = "class Ours:\n    def __init__(self):\n        self._buffers = _made\n_made = Ours()\n_made._text(f'_{x}')"
     assert not list(private_names.uses(ast.parse(ours), {"_text"}))
+
+
+class _Overriding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers = {}
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        self._mine = args
+
+
+def test_an_overridden_private_name_is_found() -> None:
+    found = private_names.overridden(_Overriding, __name__.partition(".")[0])
+    assert {name for _, name in found} == {"_buffers", "_load_from_state_dict"}

@@ -6,6 +6,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import installed
 import pytest
 from packaging.requirements import Requirement
 
@@ -28,3 +29,12 @@ def test_no_other_minor_version_is_asked_for(library: str) -> None:
 @pytest.mark.parametrize(("library", "tested"), [("transformers", transformers.TESTED), ("peft", peft.TESTED)])
 def test_what_was_read_is_what_is_asked_for(library: str, tested: str) -> None:
     assert f"{tested}.99" in ASKED[library].specifier
+
+
+def test_another_version_is_named_in_a_sentence() -> None:
+    with pytest.raises(AssertionError, match=r"peft .* is installed, and its private names were read in 0\.3"):
+        installed.same_minor("peft", "0.3")
+    with pytest.raises(AssertionError, match="Path has no gone any more"):
+        installed.attribute(Path, "gone")
+    with pytest.raises(AssertionError, match="same_minor takes library, tested, and took library"):
+        installed.same_parameters(installed, "same_minor", ("library",))
