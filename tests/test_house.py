@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import private_names
 import pytest
+from torch import nn
 
 import solidify
+from solidify.upstream import torch as torch_names
+from solidify.upstream import transformers as transformers_names
 
 PACKAGE = Path(solidify.__file__).parent
 ROOMS = (
+    "upstream",
     "system",
     "weights",
     "directory",
@@ -35,6 +42,14 @@ ROOMS = (
 TOP_BELOW = {"errors", "findings"}  # known to every room
 TOP_ABOVE = {"edits", "building"}  # what `solidify.Surgery` and `solidify.build` are
 FILES = sorted(PACKAGE.rglob("*.py"))
+# What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
+ALONE = {
+    *(PACKAGE / name for name in ("model/operations.py", "model/behaviour.py", "artifact/witness.py")),
+    *(PACKAGE / "modules").glob("*.py"),
+    PACKAGE / "checks" / "vllm_alone.py",
+}
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+OURS = private_names.defined(list(TREES.values()))
 
 
 def name_of(path: Path) -> str:
@@ -172,3 +187,66 @@ def test_signatures_stay_small() -> None:
 def test_no_room_hides_a_public_name() -> None:
     """Once imported, a room is an attribute of the package: `solidify.merge` would be the room, not the function."""
     assert not {*ROOMS, *TOP_BELOW, *TOP_ABOVE, "modules"} & ({*solidify.__all__} - {"losses"})
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "upstream" and p not in ALONE], ids=name_of)
+def test_private_names_of_libraries_stand_in_upstream(path: Path) -> None:
+    found = [f"line {line}: {name}" for line, name in private_names.uses(TREES[path], OURS)]
+    assert not found, f"{name_of(path)} uses private names of a library; name them in upstream/: {found}"
+
+
+def test_no_class_overrides_a_private_name_outside_upstream() -> None:
+    """Nor hides one by accident: what a class of ours and its library's base both call `_x` is one attribute."""
+    found = set()
+    for path in FILES:
+        if path.parent.name in ("upstream", "modules") or path in ALONE or path.stem in ("__main__", "adapter_alone"):
+            continue
+        module = importlib.import_module(name_of(path))
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found |= {each for cls in classes for each in private_names.overridden(cls, "solidify")}
+    assert not {(cls, name) for cls, name in found if not cls.startswith("solidify.upstream.")}
+
+
+def test_what_stands_alone_names_what_upstream_lists() -> None:
+    listed = {**transformers_names.STANDING_ALONE, **torch_names.STANDING_ALONE}
+    used = {name for path in ALONE for _, name in private_names.uses(TREES[path], private_names.defined([TREES[path]]))}
+    for template in (PACKAGE / "artifact" / "templates").glob("*.py.jinja"):
+        used |= {word for word in re.findall(r"\b_\w+", template.read_text()) if word in private_names.foreign()}
+    assert used == set(listed), used ^ set(listed)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._dynamo import OptimizedModule",
+        "from transformers.models.auto.auto_factory import _BaseAutoModelClass",
+        "model.config._attn_implementation = 'eager'",
+        "getattr(config, '_commit_hash', None)",
+        "vars(part).get(f'_{kind}_implementation_internal')",
+        "module._buffers.clear()",
+        "trainer.save_model(path, _internal_call=True)",
+        "from transformers import dynamic_module_utils\ndynamic_module_utils.TIME_OUT_REMOTE_CODE = 0",
+        "class Ours:\n    def f(self):\n        return super()._save(self._output)",
+    ],
+)
+def test_a_private_name_of_a_library_is_found(line: str) -> None:
+    assert list(private_names.uses(ast.parse(line), {"_buffers", "_output"}))
+
+
+def test_names_of_ours_are_told_apart() -> None:
+    ours = "class Ours:\n    def __init__(self):\n        self._buffers = _made\n_made = Ours()\n_made._text(f'_{x}')"
+    assert not list(private_names.uses(ast.parse(ours), {"_text"}))
+
+
+class _Overriding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers = {}
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        self._mine = args
+
+
+def test_an_overridden_private_name_is_found() -> None:
+    found = private_names.overridden(_Overriding, __name__.partition(".")[0])
+    assert {name for _, name in found} == {"_buffers", "_load_from_state_dict"}

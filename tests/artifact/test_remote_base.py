@@ -15,7 +15,7 @@ from pico import wrappers
 import solidify
 from solidify.artifact import loading
 from solidify.directory import manifest
-from solidify.errors import ArtifactError, RecipeError, SolidifyError
+from solidify.errors import ArtifactError, ModelError, SolidifyError
 from solidify.recipe import models, references, stages
 from solidify.recipe import schema as recipes
 
@@ -58,7 +58,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_code_runs_only_when_it_may(remote: Path) -> None:
-    with pytest.raises(RecipeError, match=r"code|trust_remote_code"):
+    with pytest.raises(ModelError, match=r"code|trust_remote_code"):
         loading.load_base(str(remote))
 
 

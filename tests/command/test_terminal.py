@@ -30,7 +30,7 @@ from solidify.artifact import inspection, loading
 from solidify.command import cli
 from solidify.directory import manifest, trust
 from solidify.directory.manifest import Manifest
-from solidify.errors import AdapterError, ArtifactError, RecipeError, SolidifyError
+from solidify.errors import AdapterError, ArtifactError, ModelError, RecipeError, SolidifyError
 from solidify.merging import export
 from solidify.recipe import schema
 from solidify.surgery import replacing
@@ -272,7 +272,7 @@ def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
     assert not files.is_directory(name) and not files.is_file(name)
     with pytest.raises(AdapterError, match="neither a model directory nor in the hub's cache"):
         export._stock_base(name, None, Path("adapter"))
-    with pytest.raises(RecipeError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         loading.load_base(name)
     with pytest.raises(ArtifactError, match="no place to write to"):
         solidify.merge("adapter", name)
@@ -432,5 +432,5 @@ def test_a_base_that_holds_an_adapter_is_refused_before_anything_is_done(tmp_pat
     pico.llama().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     for device in ("cpu", "meta"):
-        with pytest.raises(RecipeError, match=r"holds an adapter too .*merge that first"):
+        with pytest.raises(ModelError, match=r"holds an adapter too .*merge that first"):
             loading.load_base(str(tmp_path), device=device)

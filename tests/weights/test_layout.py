@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify.artifact import conversion
+from solidify.upstream.transformers import without_conversion
 from solidify.weights import checkpoint, format, layout, store
 
 
@@ -25,7 +26,7 @@ def convert(model: PreTrainedModel, directory: Path) -> tuple[layout.Layout, Pre
     (directory / "memory").mkdir()
     store.write(directory / "memory", found.supplies(skeleton, files))
     config.save_pretrained(directory / "memory")
-    with layout.as_it_stands():
+    with without_conversion():
         again, info = type(model).from_pretrained(directory / "memory", output_loading_info=True, dtype=model.dtype)
     return found, again, info
 

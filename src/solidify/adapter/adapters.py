@@ -23,6 +23,7 @@ from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
+from solidify.upstream.torch import own_modules
 
 
 def attach(
@@ -214,8 +215,8 @@ def merge_in_memory(model: PeftModel) -> PreTrainedModel:
         plain = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise AdapterError(f"the adapter cannot be merged: {error}") from error
-    plain._modules.pop(PARAMETERS, None)  # PEFT's own class leaves them
-    plain._modules.pop(BUFFERS, None)
+    own_modules(plain).pop(PARAMETERS, None)  # PEFT's own class leaves them
+    own_modules(plain).pop(BUFFERS, None)
     broken = [n for n, t in plain.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     refuse(AdapterError, "the merged model is not finite", [f"{name} holds NaN or infinity" for name in broken])
     return plain

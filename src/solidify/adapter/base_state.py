@@ -28,6 +28,8 @@ from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.model import anatomy
 from solidify.system import files, foreign
+from solidify.upstream.torch import own_buffers, own_parameters, unsaved_buffers
+from solidify.upstream.transformers import REFERENCE, attention, set_attention
 from solidify.weights import checkpoint
 
 WORDS = {
@@ -42,7 +44,7 @@ _REMEDY = (
 )
 # Values of a configuration that trainers, tokenizers and PEFT set, and that change no hidden state.
 _INCIDENTAL = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "return_dict"),
+    *(REFERENCE, "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp", "tie_word_embeddings"),
 }
@@ -67,7 +69,7 @@ def find(model: nn.Module) -> Base | None:
         AdapterError: its manifest cannot be read any more.
     """
     plain = standing.plain_model(model)
-    where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
+    where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
     if not where or not files.is_file(Path(where) / manifest.NAME):
         return None
     try:
@@ -86,7 +88,7 @@ def require(model: nn.Module) -> Base:
     base = find(model)
     if base is None:
         plain = standing.plain_model(model)
-        where = plain.config._name_or_path if isinstance(plain, PreTrainedModel) else None
+        where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
             "the adapter fits; build it first and load it with solidify.load"
@@ -175,7 +177,7 @@ def _skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
 
 def _stored_configuration(plain: PreTrainedModel, directory: Path) -> Any:
     config = type(plain.config).from_pretrained(directory)
-    config._attn_implementation = plain.config._attn_implementation
+    set_attention(config, attention(plain.config))
     return config
 
 
@@ -236,8 +238,8 @@ def _held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, module in model.named_modules(remove_duplicate=False):
         if {PARAMETERS, BUFFERS} & set(path.split(".")):
             continue
-        lost = module._non_persistent_buffers_set
-        own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in lost}}
+        lost = unsaved_buffers(module)
+        own = {**own_parameters(module), **{k: b for k, b in own_buffers(module).items() if k not in lost}}
         for key, tensor in own.items():
             if tensor is not None and id(tensor) not in versions:
                 kind, name = standing.named(model, f"{path}.{key}" if path else key)

@@ -12,17 +12,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from solidify.upstream.peft import TrainingWrapper
+from solidify.upstream.torch import own_buffers
 
 NAME = "trained_buffers"
 
 
-class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
+class TrainedBuffers(TrainingWrapper):
     """Holds versions of persistent buffers, by adapter, and the plain model's own.
 
-    Written against `AuxiliaryTrainingWrapper` of peft 0.21.2 (`peft/utils/other.py`), whose instances PEFT finds,
-    switches, disables and saves. It wraps no module: it exchanges tensors in `_buffers` of their owners.
+    It is a wrapper that PEFT finds, switches, disables and saves. It wraps no module: it exchanges
+    tensors in their owners.
     """
 
     other_param_names = ("base", "trained")  # none of these is the plain model's, says PEFT's state of the base
@@ -37,7 +39,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         self.trained = nn.ModuleDict({})
         self._installed: str | None = None
         self._asked = adapter_name
-        self._active_adapter: list[str] = []
+        self.note_active([])
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_settle)
         self.register_load_state_dict_post_hook(_take_up)
@@ -84,7 +86,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
     def _running(self) -> dict[str, torch.Tensor]:
         found = {}
         for name, owner in self._owners[0].items():
-            buffer = owner._buffers[name.rpartition(".")[2]]
+            buffer = own_buffers(owner)[name.rpartition(".")[2]]
             assert buffer is not None
             found[name] = buffer
         return found
@@ -103,7 +105,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         _settle(self)
         slot = self._slot(wanted)
         for name, owner in self._owners[0].items():
-            owner._buffers[name.rpartition(".")[2]] = slot.version(name)
+            own_buffers(owner)[name.rpartition(".")[2]] = slot.version(name)
         self._installed = wanted
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Lets one adapter's buffers (or none's) run."""
-        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.note_active([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
         self._install()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -147,7 +149,7 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
             left = [name for name in new_active_adapters or [] if name in self.trained and name != adapter_name]
             self.set_adapter(left)
             del self.trained[adapter_name]
-            self._adapters.discard(adapter_name)
+            self.drop_name(adapter_name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -157,7 +159,8 @@ class TrainedBuffers(AuxiliaryTrainingWrapper):  # type: ignore[misc]
             self.set_adapter([])
         return nn.Identity()
 
-    def _get_available_adapters(self) -> set[str]:
+    def held_adapters(self) -> set[str]:
+        """Returns the adapters of which something is held here."""
         return set(self.trained.keys())
 
 
@@ -171,7 +174,7 @@ class _Versions(nn.Module):
 
     def version(self, name: str) -> torch.Tensor:
         """Returns a buffer by its full name."""
-        found = self._buffers[_key(name)]
+        found = own_buffers(self)[_key(name)]
         assert found is not None
         return found
 
@@ -180,14 +183,14 @@ def _settle(holder: TrainedBuffers, *_: Any) -> None:
     """Notes the running tensors in their slot: a module may have put others into its buffers, or moved them."""
     slot = holder._slot(holder._installed)
     for name, buffer in holder._running().items():
-        slot._buffers[_key(name)] = buffer
+        own_buffers(slot)[_key(name)] = buffer
 
 
 def _take_up(holder: TrainedBuffers, _keys: Any) -> None:
     """Puts tensors that were loaded into the running slot into the owners."""
     slot = holder._slot(holder._installed)
     for name, owner in holder._owners[0].items():
-        owner._buffers[name.rpartition(".")[2]] = slot.version(name)
+        own_buffers(owner)[name.rpartition(".")[2]] = slot.version(name)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

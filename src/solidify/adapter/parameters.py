@@ -11,17 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from solidify.upstream.peft import TrainingWrapper
+from solidify.upstream.torch import own_parameters
 
 NAME = "trained_parameters"
 
 
-class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
+class TrainedParameters(TrainingWrapper):
     """Holds versions of parameters; `base` is the plain model's own, `trained[adapter]` an adapter's.
 
-    Written against `AuxiliaryTrainingWrapper` of peft 0.21.2 (`peft/utils/other.py`), whose instances PEFT finds,
-    switches, disables and saves. It wraps no module: it exchanges `nn.Parameter` objects in their owners.
+    It is a wrapper that PEFT finds, switches, disables and saves. It wraps no module: it exchanges
+    `nn.Parameter` objects in their owners.
     """
 
     adapter_layer_names = ("trained",)
@@ -47,7 +49,7 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
             key = _key(name)
             if key not in self.base:
                 self._owners[0][name] = owner
-                self.base[key] = owner._parameters[name.rpartition(".")[2]]
+                self.base[key] = own_parameters(owner)[name.rpartition(".")[2]]
                 self.base[key].requires_grad_(False)
             versions[key] = nn.Parameter(self.base[key].detach().clone())
         self.trained[adapter_name] = versions
@@ -78,7 +80,7 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         active = [] if self.disable_adapters else self.active_adapters
         for name, owner in self._owners[0].items():
             versions = [self.version(a, name) for a in active if name in self.names(a)]
-            owner._parameters[name.rpartition(".")[2]] = versions[0] if versions else self.base[_key(name)]
+            own_parameters(owner)[name.rpartition(".")[2]] = versions[0] if versions else self.base[_key(name)]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the adapter's parameters by their full names."""
@@ -105,7 +107,7 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         for name, versions in self.trained.items():
             for parameter in versions.parameters():
                 parameter.requires_grad_(name in names and not inference_mode)
-        self._active_adapter = names
+        self.note_active(names)
         self._install()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -117,7 +119,7 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         """Forgets an adapter."""
         if adapter_name in self.trained:
             del self.trained[adapter_name]
-            self._adapters.discard(adapter_name)
+            self.drop_name(adapter_name)
             self.set_adapter([name for name in new_active_adapters or [] if name in self.trained])
 
     def unload_and_optionally_merge_module(
@@ -131,15 +133,16 @@ class TrainedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc]
         for name, owner in self._owners[0].items():
             own = self.base[_key(name)]
             attribute = name.rpartition(".")[2]
-            version = owner._parameters[attribute]
-            owner._parameters[attribute] = own
+            version = own_parameters(owner)[attribute]
+            own_parameters(owner)[attribute] = own
             if merge and version is not own and version is not None:
                 if safe_merge and not torch.isfinite(version).all():
                     raise ValueError(f"the trained parameter {name} is not finite")
                 own.data = version.data.clone()  # never into memory that may be a mapped file
         return nn.Identity()
 
-    def _get_available_adapters(self) -> set[str]:
+    def held_adapters(self) -> set[str]:
+        """Returns the adapters of which something is held here."""
         return set(self.trained.keys())
 
 

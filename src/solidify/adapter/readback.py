@@ -25,6 +25,9 @@ from solidify.errors import AdapterError, SurgeryError, refuse
 from solidify.model import anatomy, behaviour, probing
 from solidify.model.extent import Extent
 from solidify.system import console, files, foreign
+from solidify.upstream.peft import switch_layers
+from solidify.upstream.torch import own_buffers, unsaved_buffers
+from solidify.upstream.transformers import chosen_implementation
 
 Load = Callable[[nn.Module, Path], PeftModel]
 Held = Callable[[PeftModel], Mapping[str, torch.Tensor]]
@@ -69,7 +72,7 @@ def _options(plain: Any, base: Base) -> dict[str, Any]:
         options["dtype"] = plain.dtype
     for kind in ("attn", "experts"):
         parts = {"": plain.config, **{n: getattr(plain.config, n, None) for n in plain.config.sub_configs}}
-        found = {n: vars(part).get(f"_{kind}_implementation_internal") for n, part in parts.items() if part is not None}
+        found = {n: chosen_implementation(part, kind) for n, part in parts.items() if part is not None}
         words = {n: word for n, word in found.items() if word is not None}
         if words:
             options[f"{kind}_implementation"] = words if len(set(words.values())) > 1 else next(iter(words.values()))
@@ -106,14 +109,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, key, buffer, buffer if buffer is None else buffer.clone())
         for module in model.modules()
-        for key, buffer in module._buffers.items()
+        for key, buffer in own_buffers(module).items()
     ]
     try:
         yield
     finally:
         with torch.no_grad():
             for module, key, buffer, before in buffers:
-                module._buffers[key] = buffer
+                own_buffers(module)[key] = buffer
                 if buffer is not None and before is not None and not _same(buffer, before):
                     buffer.copy_(before)
 
@@ -126,14 +129,14 @@ def active_alone(model: PeftModel, name: str) -> Iterator[None]:
     if before == [name] and not off:
         yield
         return
-    tuner._enable_adapter_layers(True)
+    switch_layers(tuner, True)
     tuner.set_adapter(name)
     try:
         yield
     finally:
         tuner.set_adapter(before if len(before) != 1 else before[0])
         if off:
-            tuner._enable_adapter_layers(False)
+            switch_layers(tuner, False)
 
 
 def _is_off(model: PeftModel) -> bool:
@@ -230,10 +233,10 @@ def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
         other = others.get(place.name)
         if other is None:
             continue
-        for key, buffer in place.inner._buffers.items():
-            twin = other._buffers.get(key)
+        for key, buffer in own_buffers(place.inner).items():
+            twin = own_buffers(other).get(key)
             if buffer is not None and twin is not None and not _equal(buffer, twin):
-                kept = "" if key not in place.inner._non_persistent_buffers_set else " (not persistent: register it so)"
+                kept = "" if key not in unsaved_buffers(place.inner) else " (not persistent: register it so)"
                 faults.append(f"the buffer {place.name}.{key}{kept}")
         for key, value in vars(place.inner).items():
             if isinstance(value, torch.Tensor) and not isinstance(vars(other).get(key), torch.Tensor):

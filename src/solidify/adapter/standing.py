@@ -15,13 +15,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
-from torch._dynamo import OptimizedModule  # what torch.compile(module) returns; it has no public name in torch 2.13
 from transformers import PreTrainedModel
 
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
+from solidify.upstream.peft import layer_adapters, wrapped_adapters
+from solidify.upstream.torch import inside_compiled, own_modules, own_parameters
 
 HOLDERS = (TrainedParameters, TrainedBuffers)  # children of the plain model that are no part of it
 
@@ -58,7 +59,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inside: nn.Module = model.module
         return inside
-    return model._orig_mod if isinstance(model, OptimizedModule) else None
+    return inside_compiled(model)
 
 
 def modules(model: nn.Module) -> Iterator[Standing]:
@@ -70,7 +71,7 @@ def at(model: nn.Module, name: str) -> Standing | None:
     """Returns what is active at one place of the plain model (also the second place of a shared module), or None."""
     called = plain_model(model)
     for part in name.split("."):
-        child = unwrap(called)._modules.get(part)
+        child = own_modules(unwrap(called)).get(part)
         if child is None:
             return None
         called = child
@@ -103,18 +104,18 @@ def unwrap(module: nn.Module) -> nn.Module:
 def is_active(wrapper: AuxiliaryTrainingWrapper) -> bool:
     """Returns whether the wrapper's trained part, and not the original, is what runs."""
     active = wrapper.active_adapters
-    return not wrapper.disable_adapters and bool(active) and active[0] in wrapper._adapters
+    return not wrapper.disable_adapters and bool(active) and active[0] in wrapped_adapters(wrapper)
 
 
 def trained_parameters(model: nn.Module) -> TrainedParameters | None:
     """Returns the holder of bare parameters that are trained in full, or None."""
-    found = plain_model(model)._modules.get(PARAMETERS)
+    found = own_modules(plain_model(model)).get(PARAMETERS)
     return found if isinstance(found, TrainedParameters) else None
 
 
 def trained_buffers(model: nn.Module) -> TrainedBuffers | None:
     """Returns the holder of the adapters' own versions of buffers, or None."""
-    found = plain_model(model)._modules.get(BUFFERS)
+    found = own_modules(plain_model(model)).get(BUFFERS)
     return found if isinstance(found, TrainedBuffers) else None
 
 
@@ -126,7 +127,7 @@ def owner(model: nn.Module, name: str) -> nn.Module:
     """
     module = original(plain_model(model))
     for part in name.split(".") if name else ():
-        child = module._modules[part]
+        child = own_modules(module)[part]
         if child is None:
             raise KeyError(name)
         module = original(child)
@@ -164,7 +165,7 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters that stand in the plain model's own modules, with their names there."""
     for name, module in owners(model):
-        for key, parameter in module._parameters.items():
+        for key, parameter in own_parameters(module).items():
             if parameter is not None:
                 yield f"{name}.{key}" if name else key, parameter
 
@@ -174,11 +175,11 @@ def path_alone(model: nn.Module, name: str, adapter: str) -> str:
     path = ["base_model", "model"]
     module: Any = plain_model(model)
     for part in name.split(".") if name else ():
-        module = original(module)._modules[part]
+        module = own_modules(original(module))[part]
         path.append(part)
         inside: Any = module
         while isinstance(inside, BaseTunerLayer):
-            if adapter in inside._all_available_adapter_names():
+            if adapter in layer_adapters(inside):
                 path.append("base_layer")
             inside = inside.base_layer
     return ".".join(path)

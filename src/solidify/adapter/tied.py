@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import standing
 from solidify.system import foreign
+from solidify.upstream.torch import own_parameters
 
 
 def faults(
@@ -55,7 +56,7 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     found = []
     for group in {tuple(sorted({name, *others})) for name, others in standing.ties(model).items()}:
         places = {name: standing.at(model, name.rpartition(".")[0]) for name in group}
-        own = {n: p.inner._parameters.get(n.rpartition(".")[2]) for n, p in places.items() if p is not None}
+        own = {n: own_parameters(p.inner).get(n.rpartition(".")[2]) for n, p in places.items() if p is not None}
         full = sorted({id(t) for t in own.values() if t is not None})
         if len(full) > 1 and any(t is not None and t.requires_grad for t in own.values()):
             found.append(
@@ -90,7 +91,7 @@ def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
     for name in standing.ties(model):
         place, _, attribute = name.rpartition(".")
         owner = foreign.attempt(standing.owner, model, place).value
-        if owner is not None and owner._parameters.get(attribute) is not None:
-            found.setdefault(id(owner._parameters[attribute]), []).append(place)
+        if owner is not None and own_parameters(owner).get(attribute) is not None:
+            found.setdefault(id(own_parameters(owner)[attribute]), []).append(place)
     groups = [sorted(set(group)) for group in found.values() if len(set(group)) > 1]
     return [(group, next((n for n in group if standing.owner(model, n) is own), None)) for group in groups]

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from solidify.adapter import standing
 from solidify.errors import AdapterError, refuse
+from solidify.upstream.peft import layer_adapters
 
 
 def refuse_overlaps(model: PeftModel, lora: Sequence[str], modules: Sequence[str], single: Sequence[str]) -> None:
@@ -51,7 +52,7 @@ def targets(model: PeftModel, adapter: str) -> list[str]:
         {
             name
             for path, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer) and adapter in module._all_available_adapter_names()
+            if isinstance(module, BaseTunerLayer) and adapter in layer_adapters(module)
             for name in [standing.canonical(model, path)]
         }
     )

@@ -25,6 +25,8 @@ from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.errors import AdapterError
+from solidify.upstream.peft import LoraTuner
+from solidify.upstream.torch import own_buffers, own_modules, own_parameters, unsaved_buffers
 
 _BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of whose copies PEFT can mix rows
 
@@ -44,8 +46,8 @@ def take_over(model: PeftModel, frozen: Collection[str] = ()) -> None:
         tuner.set_again()
 
 
-class LoraVerbs(LoraModel):  # type: ignore[misc]
-    """PEFT's tuner for LoRA (peft 0.21.2, `peft/tuners/lora/model.py`), careful about what is trained in full."""
+class LoraVerbs(LoraTuner):
+    """PEFT's tuner for LoRA, careful about what is trained in full."""
 
     _frozen: Collection[str] = ()  # parameters that stay frozen in copies: PEFT makes all of a copy trainable
     _added: str = ""  # the adapter that was added last
@@ -61,8 +63,8 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         owners = {
             f"{name}.{key}" if name else key: module
             for name, module in standing.owners(self.model)
-            for key, buffer in module._buffers.items()
-            if buffer is not None and key not in module._non_persistent_buffers_set
+            for key, buffer in own_buffers(module).items()
+            if buffer is not None and key not in unsaved_buffers(module)
         }
         if owners:
             self.model.add_module(BUFFERS, TrainedBuffers(owners, adapter))
@@ -164,11 +166,11 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         names += held.names(adapter) if held is not None else []
         return names + (list(buffers.moved(adapter)) if buffers is not None else [])
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+    def switch_layers(self, enabled: bool = True) -> None:
         """Switches all adapters on or off; what may be trained stays as it is, and off is the base bit for bit."""
         self._restore()
         with _trainable_kept(self.model):
-            super()._enable_adapter_layers(enabled)
+            super().switch_layers(enabled)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters into the weights until `unmerge_adapter`, which gives the very same weights back.
@@ -200,26 +202,18 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         if self._unmerged:
             self.unmerge_adapter()
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    def take_out(self, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Takes PEFT's modules out: with `merge`, the named (or the active) adapters stay in the weights, else none."""
         self._restore()
         names = list(adapter_names) if adapter_names is not None else list(self.active_adapters)
         unknown = [name for name in names if name not in self.peft_config]
         if merge and unknown:
             raise AdapterError(f"the model has no adapter {unknown[0]!r}; it has: {', '.join(self.peft_config)}")
-        super()._enable_adapter_layers(True)
+        super().switch_layers(True)
         self.set_adapter(names if merge else [])
-        plain: nn.Module = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names if merge else None
-        )
+        plain = super().take_out(merge, progressbar, safe_merge, names if merge else None)
         for name in (PARAMETERS, BUFFERS):
-            plain._modules.pop(name, None)
+            own_modules(plain).pop(name, None)
         return plain
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -252,7 +246,7 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
             raise AdapterError(f"{verb} cannot take adapters that trained something in full ({what}): {remedy}")
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Runs with an adapter for each row (`adapter_names`), where PEFT can mix them.
 
         Raises:
@@ -261,7 +255,7 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
         rows = kwargs.get("adapter_names")
         if rows is not None:
             self._refuse_mixed(rows)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        with super().forward_hooks(*args, **kwargs):
             yield
 
     def _refuse_mixed(self, rows: Sequence[str]) -> None:
@@ -280,7 +274,7 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
                 f"{_some(list(dict.fromkeys(found)))}; run the rows of each adapter by themselves (set_adapter)"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def load_own(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads as PEFT does, but lets no adapter's file write into the base."""
         own = {id(p) for p in _base_tensors(self.model)}
         tree = {f"{prefix}model.{name}": t for name, t in self.model.state_dict(keep_vars=True).items()}
@@ -294,7 +288,7 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
                 "it with solidify.load_adapter"
             )
         self._rename_buffers(state_dict, f"{prefix}model.{BUFFERS}.", tree)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super().load_own(state_dict, prefix, *args)
 
     def _rename_buffers(self, state_dict: dict[str, Any], prefix: str, tree: Collection[str]) -> None:
         """Gives buffers that a file holds under their full names those of the adapter that is being loaded."""
@@ -316,7 +310,7 @@ class LoraVerbs(LoraModel):  # type: ignore[misc]
 def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the parameters and buffers that stand in the plain model's own modules now."""
     for _, module in standing.owners(plain):
-        yield from (p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None)
+        yield from (p for p in (*own_parameters(module).values(), *own_buffers(module).values()) if p is not None)
 
 
 @contextmanager

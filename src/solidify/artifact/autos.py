@@ -15,12 +15,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from solidify.artifact.descent import Ancestor
 from solidify.directory import trust
 from solidify.errors import ArtifactError
 from solidify.system import files, foreign
+from solidify.upstream.transformers import classes_by_configuration, is_auto_model, names_by_family
 
 OTHER_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 
@@ -66,7 +66,7 @@ def own_class(directory: Path) -> str:
 def is_auto_class(name: object) -> bool:
     """Returns whether a name from a file is that of one of transformers' Auto classes for models."""
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    return isinstance(found, type) and issubclass(found, _BaseAutoModelClass)
+    return is_auto_model(found)
 
 
 def find(before: Ancestor) -> Family:
@@ -100,11 +100,7 @@ def _heads(before: Ancestor) -> list[str]:
     if named:
         return sorted(named)
     for cls in before.head.__mro__:
-        names = [
-            name
-            for name, auto in vars(modeling_auto).items()
-            if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and _maps(name, cls)
-        ]
+        names = [name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _maps(name, cls)]
         if names:
             return sorted(names)
     raise ArtifactError(f"no Auto class of transformers maps to {before.head.__name__}, so nobody could load it")
@@ -113,18 +109,17 @@ def _heads(before: Ancestor) -> list[str]:
 def _maps(auto: str, cls: type) -> bool:
     """Returns whether an Auto class leads to a class of transformers, for whichever configuration.
 
-    Reads the private table of class names in transformers 5.23's `_LazyAutoMapping`: there is no public way to ask, and
-    asking by configuration misses families whose head is listed under the configuration of a part.
+    Asked by configuration, families are missed whose head is listed under the configuration of a part.
     """
-    table: Any = getattr(modeling_auto, auto)._model_mapping
+    table: Any = classes_by_configuration(getattr(modeling_auto, auto))
     if table is None or not cls.__module__.startswith("transformers."):
         return False
-    return any(cls.__name__ in ((n,) if isinstance(n, str) else n) for n in table._model_mapping.values())
+    return any(cls.__name__ in ((n,) if isinstance(n, str) else n) for n in names_by_family(table))
 
 
 def _mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
     """Returns the classes that an Auto class has for the model's configuration."""
-    table: Any = getattr(modeling_auto, auto)._model_mapping
+    table: Any = classes_by_configuration(getattr(modeling_auto, auto))
     for kind in type(before.config).__mro__:
         if kind in table:
             mapped = table[kind]

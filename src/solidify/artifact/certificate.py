@@ -27,6 +27,7 @@ from solidify.model.behaviour import PROPERTIES, Reading, Watched
 from solidify.model.extent import Extent
 from solidify.surgery import catalogue, control
 from solidify.system import disk, files, foreign
+from solidify.upstream.transformers import implementation
 from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"
@@ -77,8 +78,7 @@ def write(
         "values": dict(_attributes(model, (bool, int, float, str), places)),
         "device": model.device.type,
         "implementations": {
-            f"{kind}_implementation": _implementations(model.config, f"_{kind}_implementation")
-            for kind in ("attn", "experts")
+            f"{kind}_implementation": _implementations(model.config, kind) for kind in ("attn", "experts")
         },
         "environment": {
             "torch": torch.__version__,
@@ -194,10 +194,10 @@ def _digests(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> di
     return {name: known.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
 
 
-def _implementations(config: PreTrainedConfig, key: str) -> Any:
+def _implementations(config: PreTrainedConfig, kind: str) -> Any:
     """Returns which kernels a model uses, as `from_pretrained` takes it: one word, or one per part."""
     parts = {name: part for name in config.sub_configs if isinstance(part := getattr(config, name), PreTrainedConfig)}
-    found = {"": getattr(config, key), **{name: getattr(part, key) for name, part in parts.items()}}
+    found = {"": implementation(config, kind), **{name: implementation(part, kind) for name, part in parts.items()}}
     named = {name: word for name, word in found.items() if word is not None}
     return next(iter(named.values()), None) if len(set(named.values())) < 2 else named
 

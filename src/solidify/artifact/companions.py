@@ -23,6 +23,7 @@ from solidify.directory import manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.system import disk, files, foreign
+from solidify.upstream.transformers import commit
 from solidify.weights import checkpoint
 
 TRAVELS = "files of the base"
@@ -60,13 +61,13 @@ class Carried:
 
 def directory_of(config: Any) -> Path | None:
     """Returns where the files of a loaded model's base stand: its directory, or its snapshot in the hub's cache."""
-    reference = str(config._name_or_path or "")
+    reference = str(config.name_or_path or "")
     if not reference:
         return None
     if files.is_directory(reference):
         return Path(reference) if files.is_file(Path(reference) / "config.json") else None
     try:
-        found = try_to_load_from_cache(reference, "config.json", revision=getattr(config, "_commit_hash", None))
+        found = try_to_load_from_cache(reference, "config.json", revision=commit(config))
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None

@@ -18,6 +18,7 @@ from solidify.errors import ArtifactError
 from solidify.model import cost
 from solidify.surgery import catalogue, ledger
 from solidify.system import console, files
+from solidify.upstream.torch import own_modules, own_parameters
 from solidify.weights import checkpoint, format, hashing, known
 from solidify.weights.format import Entry
 
@@ -81,8 +82,8 @@ class _Reading:
     def structure(self, module: nn.Module) -> Any:
         """Returns a value that two modules share when class, own tensors and all that they hold agree."""
         if id(module) not in self._structures:
-            own = tuple((k, tuple(p.shape), p.dtype) for k, p in module._parameters.items() if p is not None)
-            held = tuple((k, self.structure(m)) for k, m in module._modules.items() if m is not None)
+            own = tuple((k, tuple(p.shape), p.dtype) for k, p in own_parameters(module).items() if p is not None)
+            held = tuple((k, self.structure(m)) for k, m in own_modules(module).items() if m is not None)
             self._structures[id(module)] = hash((type(module), own, held))
         return self._structures[id(module)]
 
@@ -93,11 +94,11 @@ def _grow(
     """Yields the branch of some equal modules, then those of their parameters and children."""
     first = members[0][1]
     yield _branch(reading, members, name, where, depth)
-    own = {key: p for key, p in first._parameters.items() if p is not None}
-    if name and (first._modules or not set(own) <= _SIMPLE):
+    own = {key: p for key, p in own_parameters(first).items() if p is not None}
+    if name and (own_modules(first) or not set(own) <= _SIMPLE):
         for key in own:
             yield _parameter(reading, members, key, (name, where, depth + 1))
-    children = {key: child for key, child in first._modules.items() if child is not None}
+    children = {key: child for key, child in own_modules(first).items() if child is not None}
     groups: dict[Any, list[str]] = {}
     for key, child in children.items():
         folds = isinstance(first, (nn.ModuleList, nn.Sequential)) and key.isdigit()
@@ -129,7 +130,7 @@ def _branch(reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: s
         bytes=sum(p.nbytes for p in numbers),
         flops=sum(reading.flops.get(n, 0) for n, _ in members),
         dtype=_dtypes(first),
-        shape=matrices[0] if len(matrices) == 1 and not first._modules else (),
+        shape=matrices[0] if len(matrices) == 1 and not own_modules(first) else (),
         target=type(first).forward is not nn.Module.forward and all(reading.places[id(m)] == 1 for _, m in members),
         tied=ties[0] if ties else "",
     )

@@ -32,7 +32,8 @@ from solidify.errors import ArtifactError, ModelError, SolidifyError, refuse
 from solidify.source import ownership
 from solidify.surgery import ledger
 from solidify.system import files, foreign
-from solidify.weights import checkpoint, layout
+from solidify.upstream.transformers import implementations, without_conversion
+from solidify.weights import checkpoint
 from solidify.weights.hashing import digest_bytes
 
 ORIGIN = "_artifact_digest"  # attribute of a loaded model: the digest of the artifact that it was loaded from
@@ -134,11 +135,11 @@ def _read(
     if device == "meta":
         return on_meta(head, config, dtype, trust_remote_code=trusted), {}, name
     where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
-    with layout.as_it_stands() if where != reference else nullcontext():
+    with without_conversion() if where != reference else nullcontext():
         model, info = head.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )  # what is mismatched is in `info`, and refused by the caller
-    model.config._name_or_path = reference
+    model.config.name_or_path = reference
     return model, info, name
 
 
@@ -179,13 +180,13 @@ def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> An
 
 def _refuse_kernels(reference: str, config: Any) -> None:
     """Refuses a base whose configuration names a repository as what computes: its code would be fetched and run."""
-    for key, value in vars(config).items():
+    for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             _refuse_kernels(reference, value)
-        elif "_implementation" in key and any("/" in word for word in trust.texts(value)):
+    for kind, value in implementations(config):
+        if any("/" in word for word in trust.texts(value)):
             raise ModelError(
-                f"the base {reference!r} has {value!r} compute ({key.strip('_').removesuffix('_internal')}), which "
-                f"is code of its own; {_PERMIT}"
+                f"the base {reference!r} has {value!r} compute ({kind}), which is code of its own; {_PERMIT}"
             )
 
 

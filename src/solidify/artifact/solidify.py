@@ -26,6 +26,7 @@ from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.surgery.replacing import Edit
 from solidify.system import console, foreign, markup
+from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format, hashing, store
 from solidify.weights.format import Entry
 
@@ -116,7 +117,7 @@ def assemble(
 
 def _inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
     """Returns what an artifact is made from: the directory of its base, and the files of the new modules' classes."""
-    base = str(getattr(model.config, "_name_or_path", "") or "")
+    base = str(getattr(model.config, "name_or_path", "") or "")
     known = dict(model.named_modules(remove_duplicate=False))
     classes = {type(known[edit.name]) for edit in edits if edit.name in known}
     files = (vars(sys.modules[cls.__module__]).get("__file__") for cls in classes if cls.__module__ in sys.modules)
@@ -179,9 +180,9 @@ def _descent(
     A model that was loaded from an artifact has the artifact's history.
     """
     if descent.is_solid(model):
-        before = manifest.read(Path(model.config._name_or_path), "artifact")
+        before = manifest.read(Path(model.config.name_or_path), "artifact")
         return before.base, before.lineage, before.edits
-    found = base or {"model": model.config._name_or_path, "class": type(model).__name__}
+    found = base or {"model": model.config.name_or_path, "class": type(model).__name__}
     return found, [{"step": "base", **found}], []
 
 
@@ -235,7 +236,7 @@ def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
 
 def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
     """Finds the tensors of a state in the files that the model was loaded from, as far as those are on this machine."""
-    where = Path(str(model.config._name_or_path or "nowhere"))
+    where = Path(str(model.config.name_or_path or "nowhere"))
     try:
         base = checkpoint.read(where)
     except ArtifactError:
@@ -305,7 +306,7 @@ def _config(model: PreTrainedModel, code: sources.Sources) -> str:
         "surgery": code.surgery,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    values.pop("_name_or_path", None)
+    values.pop(REFERENCE, None)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode  # the public `torch.utils` has no name for it (torch 2.13)
+
+from solidify.upstream.torch import TorchDispatchMode, is_dropout, schema
 
 Call = Mapping[str, Any]  # an operation's arguments by name
 
@@ -40,21 +41,21 @@ class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, without its chance."""
         kwargs = dict(kwargs or {})
-        names = [argument.name for argument in func._schema.arguments]
+        names = [argument.name for argument in schema(func).arguments]
         if "dropout_p" in names or "dropout" in names:  # attention and recurrent kernels, forwards and backwards
             args, kwargs = _with(names, args, kwargs, "dropout_p" if "dropout_p" in names else "dropout", 0.0)
             return func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
+        name = schema(func).name.removeprefix("aten::")
         if name not in _MEANS:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 self.unknown.add(name)
             return func(*args, **kwargs)
-        call = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+        call = {a.name: a.default_value for a in schema(func).arguments if a.has_default_value()}
         call |= {**dict(zip(names, args, strict=False)), **kwargs}
         made = _MEANS[name](call)
         if not name.startswith(_KEEPING) and isinstance(made, torch.Tensor) and made.numel() > 1:
             self.replaced.add(name)
-        if func._schema.name.endswith("_") and isinstance(made, torch.Tensor):
+        if schema(func).name.endswith("_") and isinstance(made, torch.Tensor):
             return call["self"].copy_(made)
         return call["out"].copy_(made) if call.get("out") is not None else made
 
@@ -175,9 +176,7 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 
     Not `everywhere`, only dropout modules are set to zero: a compiled model's kernels are not met one by one.
     """
-    held: list[tuple[nn.Module, str, float]] = [
-        (m, "p", m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
-    ]
+    held: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in model.modules() if is_dropout(m)]
     held += [(m, "dropout", m.dropout) for m in model.modules() if isinstance(m, nn.RNNBase)]
     for module, name, _ in held:
         setattr(module, name, 0.0)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from solidify.checks.rule import SGLANG, VLLM, Rule, full, listed
 from solidify.checks.served_call import Observed
+from solidify.upstream.transformers import HINTS, modules_in_float32, passed_over_keys
 
 SILU = ("silu", "swish")
 _SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of heads, in vLLM's attention for CPUs
@@ -43,7 +44,7 @@ def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
 
 def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     """Judges what `backbone`, built from the configuration alone, says of tensors of `model`: vLLM leaves those out."""
-    known: Iterable[str] = backbone._keys_to_ignore_on_load_unexpected or ()
+    known: Iterable[str] = passed_over_keys(backbone)
     faults = []
     for hint in sorted(known):
         lost = [name for name in model.state_dict() if re.search(hint, name)]
@@ -52,7 +53,7 @@ def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     return Rule(
         "no hint for loading names a tensor",
         faults,
-        f"_keys_to_ignore_on_load_unexpected of {type(backbone).__name__} names none",
+        f"{HINTS} of {type(backbone).__name__} names none",
         "vLLM leaves such tensors as they were drawn; build the artifact anew, its part without a head had such hints "
         "before",
         (VLLM,),
@@ -260,7 +261,7 @@ def _replaced(module: nn.Module) -> bool:
 
 
 def _types(model: PreTrainedModel) -> Rule:
-    strict = tuple(model.base_model._keep_in_fp32_modules_strict or ())
+    strict = modules_in_float32(model.base_model)
     own = model.dtype
     odd = [
         name

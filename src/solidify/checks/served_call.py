@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from solidify.model import anatomy
 from solidify.system import foreign
+from solidify.upstream.transformers import attention, set_attention, withdraw_attention
 
 KEYWORD = "attention_instances"
 NAME = "solidify_served_call"
@@ -144,14 +145,14 @@ def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
         return value.transpose(1, 2).contiguous(), None
 
     text = backbone.config.get_text_config()
-    before = text._attn_implementation
+    before = attention(text)
     AttentionInterface.register(NAME, attend)
-    text._attn_implementation = NAME
+    set_attention(text, NAME)
     try:
         yield
     finally:
-        text._attn_implementation = before
-        AttentionInterface._global_mapping.pop(NAME)  # there is no public way to take a function back
+        set_attention(text, before)
+        withdraw_attention(NAME)
 
 
 Hook = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]

@@ -32,6 +32,8 @@ from solidify.findings import Finding
 from solidify.model import anatomy, cost
 from solidify.surgery import catalogue, ledger
 from solidify.system import files, foreign
+from solidify.upstream.torch import own_parameters
+from solidify.upstream.transformers import BACKEND_FLAG
 
 Record = Mapping[str, Any]  # of an edit
 Places = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there
@@ -126,7 +128,7 @@ def _auto_map(auto_map: Mapping[str, str]) -> Rule:
 def _backend_flag(model: PreTrainedModel) -> Rule:
     name = type(model.base_model).__name__
     return Rule(
-        "_supports_attention_backend",
+        BACKEND_FLAG,
         [] if model.base_model.is_backend_compatible() else [f"it is False in {name}"],
         f"True in {name}",
         "transformers' own class of this family does not offer it; serve it with transformers",
@@ -295,7 +297,7 @@ def _together(names: Sequence[str]) -> str:
 
 
 def _weight(module: nn.Module | None) -> nn.Parameter | None:
-    return module._parameters.get("weight") if module is not None else None
+    return own_parameters(module).get("weight") if module is not None else None
 
 
 def _tensor_parallel(model: PreTrainedModel, places: Places) -> Rule:

@@ -15,6 +15,7 @@ from solidify.findings import Finding
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.surgery import catalogue, contract, control, ledger
+from solidify.upstream.torch import own_modules
 
 IN_USE = "every new module is in use"
 START = "start identical"
@@ -36,7 +37,7 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
         for owner, module in plain.named_modules()
-        for child in module._modules
+        for child in own_modules(module)
         if "." in child
     ]
     kinds = sorted({edit["new_class"] for edit in declared.values()})

@@ -16,12 +16,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import dynamic_module_utils
-
 from solidify.directory import manifest
 from solidify.directory.manifest import CARD, NAME, Manifest, shown
 from solidify.errors import ArtifactError, refuse
 from solidify.system import disk, files
+from solidify.upstream.transformers import set_time_to_answer, time_to_answer
 from solidify.weights.hashing import digest_file, digest_values
 
 _CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
@@ -62,12 +61,11 @@ def never_asking() -> Iterator[None]:
     """Keeps transformers from asking at the terminal, inside of the block, whether code may run: it is refused.
 
     A model of several parts builds them by Auto classes to which nobody can pass what is permitted. The time that
-    transformers gives for an answer is private there (`TIME_OUT_REMOTE_CODE`, 5.23), and one for the whole process; 0
-    means that nobody answers.
+    transformers gives for an answer is one for the whole process; 0 means that nobody answers.
     """
     with _lock:
-        _silenced.append(dynamic_module_utils.TIME_OUT_REMOTE_CODE)
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        _silenced.append(time_to_answer())
+        set_time_to_answer(0)
     try:
         yield
     finally:
@@ -75,7 +73,7 @@ def never_asking() -> Iterator[None]:
             before = _silenced[0]
             _silenced.pop()
             if not _silenced:
-                dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+                set_time_to_answer(before)
 
 
 def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
@@ -187,7 +185,7 @@ def strange_classes(model: Any, preparing: Any = None) -> list[str]:
     things = [model.config, *model.modules(), preparing, *getattr(preparing, "__dict__", {}).values()]
     classes = {type(thing) for thing in things}
     carried = [cls for cls in classes if cls.__module__.partition(".")[0] == _DYNAMIC]
-    where = Path(str(model.config._name_or_path or "nowhere"))
+    where = Path(str(model.config.name_or_path or "nowhere"))
     record = manifest.read(where, "artifact") if carried and (where / NAME).is_file() else None
     own = set(record.code.values()) if record is not None and known(record) else set()
     return sorted(cls.__name__ for cls in carried if _source_digest(cls) not in own)

@@ -21,6 +21,7 @@ from solidify.findings import Finding
 from solidify.merging import rounding, sums
 from solidify.merging.sums import Weight
 from solidify.model import anatomy
+from solidify.upstream.torch import own_buffers, own_parameters
 
 # Draws with which every judgement begins, and at most. Base + adapter and the merged model differ like two draws of
 # smaller noise: a weight, and a sum that is computed in another order, is rounded to nearest, off by a unit over √12,
@@ -163,14 +164,14 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
         for name, weight in weights.items():
             owner, _, key = name.rpartition(".")
             module = owners[owner]
-            held: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            held: dict[str, Any] = own_parameters(module) if key in own_parameters(module) else own_buffers(module)
             before.append((held, key, held[key]))
             expected, dtype = weight(), held[key].dtype
             value = expected.wanted
             if dtype.is_floating_point:
                 value = value + steps(value) * sums.unit(expected, dtype)
             value = value.to(dtype)
-            held[key] = nn.Parameter(value, requires_grad=False) if held is module._parameters else value
+            held[key] = nn.Parameter(value, requires_grad=False) if held is own_parameters(module) else value
         yield
     finally:
         for hook in hooks:

@@ -28,6 +28,8 @@ from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
 from solidify.system import foreign
+from solidify.upstream.peft import forget_caches
+from solidify.upstream.torch import own_parameters
 from solidify.weights import reverting
 from solidify.weights.format import Entry, Shape
 
@@ -120,19 +122,19 @@ class Merger:
         puts = [(owner, attribute, base), *((*self.parts[key], value) for key, value in values.items())]
         if layer.lora_bias.get(NAME):  # PEFT merges weight and bias together; here the other one does not matter
             other = "weight" if attribute == "bias" else "bias"
-            puts.append((owner, other, torch.zeros(owner._parameters[other].shape)))
-        before = [(module, name, module._parameters[name]) for module, name, _ in puts]
+            puts.append((owner, other, torch.zeros(owner.get_parameter(other).shape)))
+        before = [(module, name, own_parameters(module)[name]) for module, name, _ in puts]
         experts = getattr(layer, "num_experts", None)
         try:
             for module, name, tensor in puts:
-                own = module._parameters[name]
+                own = own_parameters(module)[name]
                 assert own is not None
-                module._parameters[name] = nn.Parameter(tensor.to(own.dtype), requires_grad=False)
+                own_parameters(module)[name] = nn.Parameter(tensor.to(own.dtype), requires_grad=False)
             if experts is not None and rows is not None:
                 layer.num_experts = len(rows)
             judge = self.watch(change.name, layer)
             layer.merge(safe_merge=True, adapter_names=[NAME])
-            result: torch.Tensor = owner._parameters[attribute].data
+            result: torch.Tensor = owner.get_parameter(attribute).data
             if judge is not None:
                 judge(result)
             return result
@@ -143,11 +145,11 @@ class Merger:
             raise AdapterError(f"PEFT cannot merge {change.name}: {foreign.said(error)}") from error
         finally:
             for module, name, parameter in before:
-                module._parameters[name] = parameter
+                own_parameters(module)[name] = parameter
             if experts is not None:
                 layer.num_experts = experts
             layer.merged_adapters.clear()
-            layer._caches.clear()
+            forget_caches(layer)
 
     def _factors(self, layer: LoraLayer, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Reads the adapter's tensors of a layer, once for all parts that one thread merges in a row."""
@@ -228,7 +230,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    return {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}
+    return {id(p): (module, name) for module in model.modules() for name, p in own_parameters(module).items()}
 
 
 def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict[str, Change], list[str]]:

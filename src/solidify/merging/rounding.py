@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.upstream.torch import own_parameters
+
 _MIXERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)  # odd numbers of 32 bits, one for each draw
 
 
@@ -26,7 +28,9 @@ def unit(output: torch.Tensor, terms: int) -> torch.Tensor:
 def terms(module: nn.Module) -> int:
     """Returns of how many products a number is a sum that a module returns, as far as its parameters' shapes tell."""
     sizes = [
-        p.shape[-1] if p.ndim == 3 else p[0].numel() for p in module._parameters.values() if p is not None and p.ndim
+        p.shape[-1] if p.ndim == 3 else p[0].numel()
+        for p in own_parameters(module).values()
+        if p is not None and p.ndim
     ]
     return max(sizes, default=1)
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from solidify.adapter import standing
 from solidify.findings import Finding
 from solidify.merging.mathematics import NAME
+from solidify.upstream.torch import own_buffers, own_parameters
 
 SUM = "merged weights are the sum"
 # Elements up to which a tensor is computed in float64; beyond, float32 keeps it within three times its own size.
@@ -170,7 +171,7 @@ def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]
     """
     found: dict[str, Callable[[], Weight]] = {}
     for place in standing.modules(model):
-        for key, tensor in (*place.inner._parameters.items(), *place.inner._buffers.items()):
+        for key, tensor in (*own_parameters(place.inner).items(), *own_buffers(place.inner).items()):
             if tensor is not None:
                 found[f"{place.name}.{key}" if place.name else key] = partial(Weight, tensor, tensor)
     for path, layer in model.named_modules():

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from solidify.adapter import standing
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
+from solidify.upstream.transformers import recorded_outputs
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,11 @@ class Capture:
 
 
 def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:
-    """Returns the classes whose outputs the model's parts record under `key`, and which element of them.
-
-    `_can_record_outputs` is transformers' own declaration (5.23, `utils/output_capturing.py`); it has no public name.
-    """
+    """Returns the classes whose outputs the model's parts record under `key`, and which element of them."""
     found: dict[type[nn.Module], int] = {}
     for module in standing.plain_model(model).modules():
-        declared = module._can_record_outputs if isinstance(module, PreTrainedModel) else None
-        specs = (declared or {}).get(key, [])
+        declared = recorded_outputs(module) if isinstance(module, PreTrainedModel) else {}
+        specs = declared.get(key, [])
         for spec in specs if isinstance(specs, list) else [specs]:
             cls, index = (spec.target_class, int(spec.index)) if isinstance(spec, OutputRecorder) else (spec, 0)
             if isinstance(cls, type):

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from solidify.model import anatomy
 from solidify.system import foreign
+from solidify.upstream.torch import own_buffers
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Puts buffers back: what a module counts of calls that were only made to try it does not belong in it."""
-    tables = [(inner._buffers, dict(inner._buffers)) for inner in module.modules()]
+    tables = [(own_buffers(inner), dict(own_buffers(inner))) for inner in module.modules()]
     values = [(b, b.detach().clone()) for _, before in tables for b in before.values() if b is not None]
     try:
         yield

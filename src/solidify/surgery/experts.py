@@ -122,7 +122,7 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
             if isinstance(old, nn.Parameter):
                 holder.register_parameter(key, nn.Parameter(rows, requires_grad=old.requires_grad))
             else:
-                holder._buffers[key] = rows
+                setattr(holder, key, rows)
         for path in edit["lists"]:
             items = block.get_submodule(path)
             taken = [deepcopy(items[e]) if e in order[:place] else items[e] for place, e in enumerate(order)]

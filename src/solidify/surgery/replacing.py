@@ -29,6 +29,7 @@ from solidify.surgery.control import Control
 from solidify.surgery.provenance import Original
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
+from solidify.upstream.torch import own_buffers, own_modules, own_parameters
 from solidify.weights import mapped, spilling
 
 SUPPLIED = ("config", "layer_idx", "original")
@@ -426,7 +427,7 @@ def _build(model: PreTrainedModel, name: str, original: nn.Module, asked: _Repla
         raise SurgeryError(f"{module.__name__} made a {type(new).__name__} for {name}, not a torch.nn.Module")
     for inner in [m for m in new.modules() if id(m) not in own]:
         inner.training = original.training
-        for tensor in (*inner._parameters.values(), *inner._buffers.values()):
+        for tensor in (*own_parameters(inner).values(), *own_buffers(inner).values()):
             if tensor is not None and id(tensor) not in kept:
                 tensor.data = tensor.data.to(device)
     for inner, training in modes:
@@ -471,7 +472,7 @@ def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> Non
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}"
         for owner, module in model.named_modules()
-        for child in module._modules
+        for child in own_modules(module)
         if "." in child
     ]
     refuse(SurgeryError, "the model is not what the surgery should have made it", faults)

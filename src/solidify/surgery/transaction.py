@@ -17,8 +17,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from solidify.model.extent import Extent
+from solidify.upstream.torch import TENSOR_HOOKS, writes
 
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a tensor; torch 2.13 has no public list of them
 _CONTAINERS = (dict, list, set, OrderedDict)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
@@ -105,15 +105,15 @@ class _Parameter:
 
     def __init__(self, name: str, parameter: nn.Parameter, with_values: bool) -> None:
         self.name = name
-        self._parameter, self._data, self._version = parameter, parameter.data, parameter._version
+        self._parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
         self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
         self._attributes = dict(vars(parameter))
-        self._hooks = {key: _copied(getattr(parameter, key)) for key in _HOOKS}
+        self._hooks = {key: _copied(getattr(parameter, key)) for key in TENSOR_HOOKS}
         self._values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
     def put_back(self) -> bool:
         """Returns whether all of it is as it was."""
-        written = self._parameter._version != self._version and not self._parameter.is_meta
+        written = writes(self._parameter) != self._version and not self._parameter.is_meta
         self._parameter.data = self._data
         self._parameter.requires_grad_(self._requires_grad)
         self._parameter.grad = self._gradient

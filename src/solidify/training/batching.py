@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length
 
 from solidify.errors import DataError, refuse
+from solidify.upstream.transformers import TrainerSeams
 
 GROUPS = ("modality", "length")
 # Columns that hold something other than text; a row's modality is which of them it fills.
@@ -104,7 +105,7 @@ def refuse_mixed(rows: Any) -> None:
         )
 
 
-class Batched:
+class Batched(TrainerSeams):
     """To stand before transformers' Trainer among the bases of a class: it then takes `group_by`.
 
     `group_by` holds `modality`, `length` or both. Evaluation reads its rows in their order.
@@ -138,13 +139,13 @@ class Batched:
             faults.append(f"they have no column for anything other than text, which would be {' or '.join(_MEDIA)}")
         return faults
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Returns the sampler that groups. (The seam is private in transformers 5.23, as it is wherever it is used.)
+    def train_sampler(self, train_dataset: Any = None) -> Any:
+        """Returns the sampler that groups.
 
         The rows as they were given are looked at: of those that arrive here, columns may have been removed.
         """
         if not self.group_by:
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+            return super().train_sampler(train_dataset)
         rows = self.train_dataset
         return GroupedSampler(
             modalities(rows) if "modality" in self.group_by else [()] * len(rows),

@@ -38,6 +38,7 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
+from solidify.upstream.torch import TABLES
 
 FUSED = "fused_linear_cross_entropy"
 TOLERANCES = {
@@ -49,7 +50,6 @@ TOLERANCES = {
 
 _TITLE = "training.use_liger_kernel"
 _TABLE = "MODEL_TYPE_TO_APPLY_LIGER_FN"
-_KEPT_BY_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ def _changes(
         found = {}
         for path, (module, values) in before.items():
             new = {k: v for k, v in vars(module).items() if k not in values or values[k] is not v}
-            if any(key in new for key in _KEPT_BY_MODULES):
+            if any(key in new for key in TABLES):
                 raise TypeError("it changes more than forwards")
             if "forward" in new:
                 # Norms write their gradient over the one that they are given, which a residual may still need.

@@ -15,6 +15,7 @@ from solidify.model import anatomy
 from solidify.objective.passes import Scaling, measure_scaling, nothing, share
 from solidify.objective.supply import without_logits, without_loss
 from solidify.objective.window import Counts, Window, count
+from solidify.upstream.transformers import prepare_inputs, shifts_labels
 
 
 class TrainerRuns:
@@ -30,11 +31,11 @@ class TrainerRuns:
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Puts a batch where the model is."""
-        return dict(self.trainer._prepare_inputs(dict(batch)))
+        return prepare_inputs(self.trainer, batch)
 
     def count(self, batch: Mapping[str, Any]) -> Counts:
         """Counts a batch."""
-        return count(batch, shifts=self.trainer._loss_shifts_labels)
+        return count(batch, shifts=shifts_labels(self.trainer))
 
     def view(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, with `labels`."""

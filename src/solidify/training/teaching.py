@@ -20,6 +20,7 @@ from solidify.objective.window import Counts, Window, count
 from solidify.training.groups import Grouped
 from solidify.training.runs import TrainerRuns
 from solidify.training.trainer import ObjectiveMixin
+from solidify.upstream.transformers import prepare_inputs
 
 with suppress_experimental_warning():  # the docstring of the class says it
     from trl.experimental.gkd import GKDTrainer
@@ -91,7 +92,5 @@ class ObjectiveGKDTrainer(Grouped, ObjectiveMixin, GKDTrainer):  # type: ignore[
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=checkpointing,
         ) as writing:
-            written = self.generate_on_policy_outputs(
-                writing, self._prepare_inputs(dict(batch)), self.generation_config
-            )
+            written = self.generate_on_policy_outputs(writing, prepare_inputs(self, batch), self.generation_config)
         batch.update(zip(_OF_THE_MODEL, written, strict=True))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -31,11 +30,13 @@ from solidify.training import checkpoints, kernels
 from solidify.training.batching import Batched
 from solidify.training.groups import Grouped
 from solidify.training.runs import SFTRuns, TrainerRuns
+from solidify.upstream.torch import leave_out_of_broadcast
+from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class ObjectiveMixin:
+class ObjectiveMixin(TrainerSeams):
     """What all trainers with an objective share; it stands before a Trainer among the bases, with `runs_of` set.
 
     `loss_is_scaled_for_ga` is transformers' own switch: the loss is already scaled. `fingerprint` is written into
@@ -64,7 +65,7 @@ class ObjectiveMixin:
         # Each process loaded the same file: sent to the others, its weights would be written over a mapping of it, and
         # so be copied into memory.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)  # type: ignore[no-untyped-call]
+        leave_out_of_broadcast(self.model, frozen)
         self._narrow = widen(self.model)
         self.add_callback(_Steps(self))  # type: ignore[attr-defined]
 
@@ -147,14 +148,14 @@ class ObjectiveMixin:
             self.history.append(dict(logs))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
         if self.args.should_save:
-            target = checkpoints.place(self._get_output_dir(trial=trial), self.state.global_step)  # type: ignore[attr-defined]
+            target = checkpoints.place(output_directory(self, trial), self.state.global_step)
             checkpoints.write(target, self._remembered())
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super().write_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -166,13 +167,13 @@ class ObjectiveMixin:
                 use_mtime=True,
             )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, but gathers only what is trained where it would gather the whole base."""
         peft_model = standing.peft_model(self.model)
         if not self.is_fsdp_enabled or peft_model is None:  # type: ignore[attr-defined]
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
             return
-        self._save(output_dir, state_dict=trained_state(peft_model))  # type: ignore[attr-defined]
+        write_model(self, output_dir, trained_state(peft_model))
 
     def _remembered(self) -> dict[str, Any]:
         scaling = self.runs.scaling
@@ -188,9 +189,9 @@ class ObjectiveMixin:
     def _stateful_callbacks(self) -> list[Any]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, Stateful)]  # type: ignore[attr-defined]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def load_progress(self, checkpoint: str | None) -> None:
         """Takes back all that is not in the model, which transformers has loaded by now."""
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super().load_progress(checkpoint)
         if checkpoint is None:
             return
         remembered = checkpoints.read(Path(checkpoint))

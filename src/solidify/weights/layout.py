@@ -3,21 +3,20 @@
 Hub checkpoints of some families keep one tensor per expert, or other names, than the model has in memory. transformers
 converts them while it loads a whole model; here its rules are applied to one tensor at a time, straight to a file.
 
-Written against transformers 5.23: `get_model_conversion_mapping` (`conversion_mapping.py`, which PEFT uses too; also as
-a name in `modeling_utils.py`) and, from `core_model_loading.py`, `rename_source_key`, the classes of rules, and the way
-in which `convert_and_load_state_dict_in_model` gathers what a rule needs. None of these is documented.
+Written against transformers 5.23: `get_model_conversion_mapping` (`conversion_mapping.py`, which PEFT uses too) and,
+from `core_model_loading.py`, `rename_source_key`, the classes of rules, and the way in which
+`convert_and_load_state_dict_in_model` gathers what a rule needs. None of these is documented.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -170,17 +169,3 @@ def _conversion(
     made = draft.make(model, empty)
     shapes = {n: Shape(state[n].dtype if n in state else t.dtype, tuple(t.shape)) for n, t in made.items()}
     return Conversion(shapes, sources, rule)
-
-
-@contextmanager
-def as_it_stands() -> Iterator[None]:
-    """While the block lasts, transformers loads files without converting them: they have the layout in memory.
-
-    Its rules are looked up by the model's class alone, and those that keep a name would be applied once more.
-    """
-    before = modeling_utils.get_model_conversion_mapping
-    modeling_utils.get_model_conversion_mapping = lambda *_, **__: []
-    try:
-        yield
-    finally:
-        modeling_utils.get_model_conversion_mapping = before

@@ -1,8 +1,7 @@
 """A checkpoint read as a model's state and written back in its own layout, a part of a tensor at a time.
 
 Written against transformers 5.23, undocumented: `revert_weight_conversion` of `core_model_loading.py`, by which
-`save_pretrained` goes back to the checkpoint's layout, and the `_weight_conversions` of a model, from which it learns
-the rules that were used. What it makes is made forwards again and compared.
+`save_pretrained` goes back to the checkpoint's layout. What it makes is made forwards again and compared.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from solidify.errors import ArtifactError, refuse
+from solidify.upstream.transformers import optional_keys, set_conversions
 from solidify.weights import layout
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Shape
@@ -116,7 +116,7 @@ class Stored:
         refuse(ArtifactError, f"the weights in {checkpoint.directory} do not fit their class", self._faults())
         for key in checkpoint.entries:
             self._rename(key)  # by which the rules learn that they were used
-        model._weight_conversions = [rule for rule in self._mapping if rule.was_used()]
+        set_conversions(model, [rule for rule in self._mapping if rule.was_used()])
 
     def _take_dtypes(self, found: layout.Layout) -> None:
         entries = self.checkpoint.entries
@@ -130,7 +130,7 @@ class Stored:
     def _faults(self) -> list[str]:
         state = self.model.state_dict(keep_vars=True)
         there = {id(state[name]) for name in self.units if name in state}
-        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        ignored = [re.compile(pattern) for pattern in optional_keys(self.model)]
         missing = [
             f"missing_keys: {name}"
             for name, tensor in state.items()

@@ -1,0 +1,105 @@
+"""The private names of PEFT that the package uses, each under a name of ours.
+
+`TESTED` is the minor version that they were read and tried in; `tests/upstream/` compares each with the one installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from peft.tuners.lora.model import LoraModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+TESTED = "0.21"
+
+
+class TrainingWrapper(AuxiliaryTrainingWrapper):  # type: ignore[misc]
+    """A wrapper that PEFT finds, switches, disables and saves (`peft/utils/other.py`); its names, made public."""
+
+    def _get_available_adapters(self) -> set[str]:
+        return self.held_adapters()
+
+    def held_adapters(self) -> set[str]:
+        """Returns the adapters of which something is held here; PEFT names a model's adapters by asking all wrappers.
+
+        Raises:
+            NotImplementedError: a class does not say so.
+        """
+        raise NotImplementedError
+
+    def note_active(self, adapters: list[str]) -> None:
+        """Sets what `active_adapters` answers, which has no setter; PEFT's own `set_adapter` takes one name."""
+        self._active_adapter = adapters
+
+    def drop_name(self, adapter: str) -> None:
+        """Forgets an adapter's name, which PEFT's `update` notes; else another of that name would be taken for it."""
+        self._adapters.discard(adapter)
+
+
+class LoraTuner(LoraModel):  # type: ignore[misc]
+    """PEFT's tuner for LoRA (`peft/tuners/lora/model.py`): its private methods that we change, to override."""
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.switch_layers(enabled)
+
+    def switch_layers(self, enabled: bool = True) -> None:
+        """Switches all adapters on or off: the public verbs and PeftModel's `disable_adapter` both come here."""
+        super()._enable_adapter_layers(enabled)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        return self.take_out(merge, progressbar, safe_merge, adapter_names)
+
+    def take_out(self, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """Takes PEFT's modules out: `merge_and_unload` and `unload` both come here."""
+        plain: nn.Module = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        return plain
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.forward_hooks(*args, **kwargs):
+            yield
+
+    def forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Runs with an adapter for each row (`adapter_names`): PeftModel's forward and generation come here."""
+        hooks: AbstractContextManager[None] = super()._enable_peft_forward_hooks(*args, **kwargs)
+        return hooks
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.load_own(state_dict, prefix, *args)
+
+    def load_own(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads what is the tuner's: PyTorch calls it once before the children (a pre-hook could not refuse)."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def switch_layers(tuner: Any, enabled: bool) -> None:
+    """Switches all adapters of a tuner on or off, of whatever kind it is; the public verbs warn as well."""
+    tuner._enable_adapter_layers(enabled)
+
+
+def wrapped_adapters(wrapper: AuxiliaryTrainingWrapper) -> Collection[str]:
+    """Returns the adapters that a wrapper was told of, by which it decides whether its trained part runs."""
+    adapters: Collection[str] = wrapper._adapters
+    return adapters
+
+
+def layer_adapters(layer: Any) -> Collection[str]:
+    """Returns the adapters that have an update on a layer, whatever kind it is."""
+    adapters: Collection[str] = layer._all_available_adapter_names()
+    return adapters
+
+
+def forget_caches(layer: Any) -> None:
+    """Drops what a LoRA layer keeps from one pass to the next: else it would hold a large product of matrices."""
+    layer._caches.clear()
