@@ -28,7 +28,7 @@ from transformers.utils import logging
 from solidify.builtin import tiny_olmoe
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective, Term
-from solidify.training.runs import TrainerRuns
+from solidify.training.runner import TrainerRunner
 from solidify.training.trainer import ObjectiveTrainer
 
 STEP_BAR = 1.01
@@ -54,7 +54,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
     """Adds up how long the engine's methods take, and what they only pass on: the model's run."""
-    methods = [(ObjectiveEngine, "begin"), (ObjectiveEngine, "loss"), (ObjectiveEngine, "end"), (TrainerRuns, "run")]
+    methods = [(ObjectiveEngine, "begin"), (ObjectiveEngine, "loss"), (ObjectiveEngine, "end"), (TrainerRunner, "run")]
     before = [(owner, name, getattr(owner, name)) for owner, name in methods]
 
     def counted(name: str, method: Any) -> Any:

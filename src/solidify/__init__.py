@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
+    from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
-    from solidify.training.trainer import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
 
 _WHERE = {
@@ -73,7 +73,7 @@ _WHERE = {
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
     "ObjectiveGKDTrainer": "training.teaching",
-    "ObjectiveSFTTrainer": "training.trainer",
+    "ObjectiveSFTTrainer": "training.sft",
     "ObjectiveTrainer": "training.trainer",
     "Recipe": "recipe.schema",
     "RecipeError": "errors",

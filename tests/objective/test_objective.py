@@ -9,6 +9,7 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture
 from solidify.objective.objective import Objective, Term
+from solidify.objective.observation import Observation
 from solidify.objective.window import Counts, Window
 
 
@@ -34,8 +35,13 @@ WINDOW = Window(micro_batches=4, target_tokens=20, attended_tokens=40, sequences
 COUNTS = Counts(target_tokens=5, attended_tokens=10, sequences=2)
 
 
-def part(term: Term, **supply: Any) -> Any:
-    return term.part(supply, COUNTS, WINDOW, torch.tensor(3.0), term.weight.at(1, 1))
+def shown(labels: Any = None, logits: Any = None) -> Observation:
+    empty = {"inputs": {}, "attention_mask": None, "mask": None}
+    return Observation(model=torch.nn.Identity(), labels=labels, make_logits=lambda: logits, **empty)
+
+
+def part(term: Term, **fields: Any) -> Any:
+    return term.part(shown(**fields), COUNTS, WINDOW, torch.tensor(3.0), term.weight.at(1, 1))
 
 
 def test_what_a_term_asks_for_says_what_it_is() -> None:
@@ -48,7 +54,7 @@ def test_what_a_term_asks_for_says_what_it_is() -> None:
 
 
 def test_shares_are_those_of_the_kind() -> None:
-    assert part(Term(constant, 2.0, arguments={"scale": 6.0}), model=None).loss == pytest.approx(2 * 6 / 4)
+    assert part(Term(constant, 2.0, arguments={"scale": 6.0})).loss == pytest.approx(2 * 6 / 4)
     assert part(Term(of_tokens), logits=torch.ones(2)).value == pytest.approx(5 / 20)
     assert part(Term(Small, arguments={"scale": 3.0}), labels=torch.ones(5)).value == pytest.approx(3 * 5 / 20)
     assert part(Term("model", 0.5)).loss == 1.5
@@ -56,9 +62,9 @@ def test_shares_are_those_of_the_kind() -> None:
 
 def test_ranks_are_undone_by_the_mean_over_ranks() -> None:
     window = Window(4, 20, 40, 8, ranks=2)
-    doubled = Term(of_tokens).part({"logits": torch.ones(2)}, COUNTS, window, torch.zeros(()), 1.0)
+    doubled = Term(of_tokens).part(shown(logits=torch.ones(2)), COUNTS, window, torch.zeros(()), 1.0)
     assert doubled.value == pytest.approx(2 * 5 / 20)
-    once = Term(constant).part({"model": None}, COUNTS, window, torch.zeros(()), 1.0)
+    once = Term(constant).part(shown(), COUNTS, window, torch.zeros(()), 1.0)
     assert once.value == pytest.approx(1 / 4)
 
 
@@ -67,7 +73,7 @@ def test_without_target_tokens_a_term_is_not_even_called() -> None:
         raise AssertionError("called")
 
     counts = Counts(0, 10, 2)
-    assert Term(explodes).part({"logits": None}, counts, WINDOW, torch.zeros(()), 1.0).value == 0.0
+    assert Term(explodes).part(shown(), counts, WINDOW, torch.zeros(()), 1.0).value == 0.0
 
 
 @pytest.mark.parametrize(
@@ -108,4 +114,4 @@ def test_unknown_reductions_and_results_that_are_no_scalar_are_refused() -> None
         return 1.0
 
     with pytest.raises(ObjectiveError, match="returned a float, not a tensor"):
-        part(Term(number), model=None)
+        part(Term(number))

@@ -40,7 +40,8 @@ from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.objective.weights import make
 from solidify.training.preference import ObjectiveDPOTrainer
-from solidify.training.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
+from solidify.training.sft import ObjectiveSFTTrainer
+from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, in_order
 
 Gradient = dict[str, torch.Tensor]

@@ -18,13 +18,8 @@ from safetensors.torch import save_file
 import solidify
 from solidify.objective.objective import Objective, Term
 from solidify.training import data, images
-from solidify.training.batching import Batched
-from solidify.training.groups import Grouped
 from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, in_order
-
-PARTS = tuple(part for part in (Grouped, Batched) if not issubclass(ObjectiveTrainer, part))
-KIND: Any = type("T", (*PARTS, ObjectiveTrainer), {}) if PARTS else ObjectiveTrainer
 
 
 class Seen(images.Collator):
@@ -48,7 +43,7 @@ def model() -> Any:
 
 
 def trainer(rows: Any, directory: Path, size: int, **more: Any) -> Any:
-    return KIND(
+    return ObjectiveTrainer(
         model=model(),
         args=arguments(directory, size, 1, **more),
         train_dataset=rows,

@@ -18,11 +18,10 @@ from transformers import Trainer
 from solidify.errors import DataError
 from solidify.objective.objective import Objective, Term
 from solidify.training import batching
-from solidify.training.batching import Batched, GroupedSampler
+from solidify.training.batching import GroupedSampler
 from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
 
-KIND: Any = ObjectiveTrainer if issubclass(ObjectiveTrainer, Batched) else type("T", (Batched, ObjectiveTrainer), {})
 BOTH = ("modality", "length")
 
 
@@ -53,9 +52,9 @@ class Seen:
         return pico.collate(batch)
 
 
-def trainer(directory: Path, group_by: Any, *, examples: Any = None, kind: Any = KIND, **more: Any) -> Any:
+def trainer(directory: Path, group_by: Any, *, examples: Any = None, kind: Any = ObjectiveTrainer, **more: Any) -> Any:
     options: dict[str, Any] = {"objective": Objective([Term("model")])} if issubclass(kind, ObjectiveTrainer) else {}
-    options |= {"group_by": group_by} if issubclass(kind, Batched) else {}
+    options |= {"group_by": group_by} if issubclass(kind, ObjectiveTrainer) else {}
     return kind(
         model=pico.llama(),
         args=arguments(directory, 2, 2, **{"max_steps": -1, "num_train_epochs": 2, **more}),

@@ -15,12 +15,11 @@ from solidify.adapter import standing
 from solidify.errors import RecipeError
 from solidify.objective.objective import Objective, Term
 from solidify.training import groups
-from solidify.training.groups import Grouped, ParameterGroup
+from solidify.training.groups import ParameterGroup
 from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, in_order
 
 MLP, QUERIES, NORMS = "model.layers.1.mlp", "model.layers.*.self_attn.q_proj", "**.input_layernorm.weight"
-KIND: Any = ObjectiveTrainer if issubclass(ObjectiveTrainer, Grouped) else type("T", (Grouped, ObjectiveTrainer), {})
 PAIR = [
     {"parameters": MLP, "learning_rate": 2e-2, "weight_decay": 0.0},
     {"parameters": [NORMS, "model.layers.0.**.q_proj"], "learning_rate": 5e-3},
@@ -34,7 +33,7 @@ def attached() -> Any:
     return solidify.attach(pico.llama(tie_word_embeddings=False), lora=lora, train=[MLP, NORMS])
 
 
-def trainer(model: Any, directory: Path, declared: Any = (), *, kind: Any = KIND, **more: Any) -> Any:
+def trainer(model: Any, directory: Path, declared: Any = (), *, kind: Any = ObjectiveTrainer, **more: Any) -> Any:
     own = {key: more.pop(key) for key in ("optimizers", "optimizer_cls_and_kwargs") if key in more}
     objective = {"objective": Objective([Term("model")])} if issubclass(kind, ObjectiveTrainer) else {}
     made = kind(
@@ -42,7 +41,7 @@ def trainer(model: Any, directory: Path, declared: Any = (), *, kind: Any = KIND
         args=arguments(directory, 4, 2, **{"learning_rate": 1e-3, "weight_decay": 0.1, **more}),
         train_dataset=pico.ragged(16),
         data_collator=pico.collate,
-        **({"parameter_groups": declared} if issubclass(kind, Grouped) else {}),
+        **({"parameter_groups": declared} if issubclass(kind, ObjectiveTrainer) else {}),
         **objective,
         **own,
     )
@@ -215,7 +214,7 @@ def test_a_resumed_training_keeps_its_groups(tmp_path: Path) -> None:
 
 def test_groups_find_their_way_without_peft(tmp_path: Path) -> None:
     model = pico.llama()
-    optimizer = trainer(model, tmp_path, [{"parameters": "lm_head", "learning_rate": 0.5}], kind=KIND)
+    optimizer = trainer(model, tmp_path, [{"parameters": "lm_head", "learning_rate": 0.5}])
     rates = {g["lr"]: len(g["params"]) for g in optimizer.create_optimizer().param_groups}
     assert rates == {0.5: 1, 1e-3: rates[1e-3]}
 

@@ -23,8 +23,9 @@ from trl import DPOConfig, DPOTrainer
 
 import solidify
 from solidify import losses
-from solidify.errors import ObjectiveError
+from solidify.errors import DataError, ObjectiveError
 from solidify.objective.objective import Objective, Term
+from solidify.training.batching import GroupedSampler
 from solidify.training.preference import ObjectiveDPOTrainer
 from training import (
     LORA,
@@ -94,6 +95,7 @@ def prepared(
     kind: type = ObjectiveDPOTrainer,
     reference: Any = None,
     groups: Any = (),
+    group_by: Any = (),
     **more: Any,
 ) -> Any:
     settings = {"router_aux_loss_coef": 0.0, "activation_checkpointing": False, **more}
@@ -103,7 +105,7 @@ def prepared(
         args=arguments(directory, size, steps, kind=DPOConfig, **settings),
         train_dataset=pairs(),
         processing_class=tokenizer(),
-        **({"objective": Objective(terms()), "parameter_groups": groups} if terms is not None else {}),
+        **({"objective": Objective(terms()), "parameter_groups": groups, "group_by": group_by} if terms else {}),
     )
     in_order(trainer)
     return trainer
@@ -330,6 +332,20 @@ def test_parameter_groups_are_for_this_trainer_too(trash_artifact: Path, tmp_pat
     trainer = prepared(awake(trash_artifact), tmp_path, 4, 2, TERMS["the preference loss"], groups=groups)
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate/**.mlp.trash"] == 0.25
+
+
+def test_pairs_are_grouped_by_the_length_of_the_longer_answer(trash_artifact: Path, tmp_path: Path) -> None:
+    model, terms = awake(trash_artifact), TERMS["the preference loss"]
+    trainer = prepared(model, tmp_path, 2, 2, terms, group_by=("length",))
+    del trainer._get_train_sampler  # which reads the pairs in their order
+    sampler = trainer._get_train_sampler()
+    rows = trainer.train_dataset
+    assert isinstance(sampler, GroupedSampler)
+    assert sampler.lengths == [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(DataError, match="cannot be grouped: they have no column for anything other than text"):
+        prepared(awake(trash_artifact), tmp_path, 2, 2, terms, group_by=("modality",))
 
 
 def main() -> None:

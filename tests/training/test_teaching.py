@@ -79,6 +79,7 @@ def prepared(
     *,
     kind: type = ObjectiveGKDTrainer,
     groups: Any = (),
+    group_by: Any = (),
     **more: Any,
 ) -> Any:
     from trl.experimental.gkd import GKDConfig
@@ -91,7 +92,7 @@ def prepared(
         train_dataset=rows(),
         data_collator=collate,
         processing_class=tokenizer(),
-        **({"objective": Objective(terms()), "parameter_groups": groups} if terms is not None else {}),
+        **({"objective": Objective(terms()), "parameter_groups": groups, "group_by": group_by} if terms else {}),
     )
     in_order(trainer)
     return trainer
@@ -339,6 +340,14 @@ def test_parameter_groups_are_for_this_trainer_too(trash_artifact: Path, tmp_pat
     trainer = prepared(awake(trash_artifact), tmp_path, 4, 2, TERMS["the divergence"], groups=groups)
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate/**.mlp.trash"] == 0.25
+
+
+def test_rows_are_grouped_where_they_say_how_long_they_are(trash_artifact: Path, tmp_path: Path) -> None:
+    trainer = prepared(awake(trash_artifact), tmp_path, 2, 2, TERMS["the divergence"], group_by=("length",))
+    del trainer._get_train_sampler  # which reads the rows in their order
+    assert trainer._get_train_sampler().lengths == [len(row["input_ids"]) for row in rows()]
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from solidify.objective.objective import Objective, Term
-from solidify.training.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
+from solidify.training.sft import ObjectiveSFTTrainer
+from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, in_order
 
 Gradient = dict[str, torch.Tensor]

@@ -20,7 +20,7 @@ from solidify import losses
 from solidify.checks.gradients import GradientWitness
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
-from solidify.training.trainer import ObjectiveSFTTrainer
+from solidify.training.sft import ObjectiveSFTTrainer
 from training import LORA, Gradients, arguments, awake, distance, in_order, step
 
 

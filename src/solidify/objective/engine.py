@@ -14,9 +14,9 @@ A plain loop, a LightningModule and the trainers all go through it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from functools import cache, partial
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence, Set
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,42 +25,15 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.objective import window as windowing
 from solidify.objective.capture import Recorder
 from solidify.objective.objective import Objective
-from solidify.objective.passes import Passes
+from solidify.objective.observation import Observation
+from solidify.objective.runner import Runner
 from solidify.objective.sanity import Sanity
 from solidify.objective.sides import Sides, same_random_numbers
-from solidify.objective.supply import (
-    Head,
-    Reference,
-    Supply,
-    decoder_captures,
-    decoder_output,
-    is_decoder,
-    shifts_labels,
-)
-from solidify.objective.term import OWN_MASKS, REFERENCE, SHIFTS, Binding, Part
-from solidify.objective.window import Counts, Window
+from solidify.objective.supply import Head, Reference, decoder_captures, decoder_output, is_decoder, shifts_labels
+from solidify.objective.term import Binding, Part
+from solidify.objective.window import Window
 
 _HIDDEN = {"hidden_states", "head"}
-
-
-class Runs(Protocol):
-    """What the engine needs done by whoever runs the model (see `Passes`)."""
-
-    builds_logits: bool
-
-    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts a batch where the model is."""
-
-    def count(self, batch: Mapping[str, Any]) -> Counts:
-        """Counts a micro-batch."""
-
-    def view(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what the model takes of a batch, with `labels`."""
-
-    def run(
-        self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
-    ) -> tuple[torch.Tensor | None, Any]:
-        """Runs the model once; returns its own loss as the window's share, and its outputs."""
 
 
 class ObjectiveEngine:
@@ -73,19 +46,19 @@ class ObjectiveEngine:
         ObjectiveError: the model does not have what a term looks at.
     """
 
-    def __init__(self, objective: Objective, model: nn.Module, *, steps: int = 0, runs: Runs | None = None) -> None:
+    def __init__(self, objective: Objective, model: nn.Module, *, steps: int = 0, runner: Runner | None = None) -> None:
         self.objective = objective
         self.model = model
         self.steps = steps
         self.step = 0
         self.sanity = Sanity(objective)
-        self._runs: Runs = runs or Passes(model)
+        self.runner = runner or Runner(model)
         self._shifts = shifts_labels(model)
         if not self._shifts:
             refuse(ObjectiveError, "the labels of this model stand where they are predicted", _unshifted(objective))
         self._reference = Reference(objective, model) if objective.asks_reference else None
         wanted: dict[Any, Any] = dict(objective.captures)
-        if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self._runs.builds_logits):
+        if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self.runner.builds_logits):
             wanted |= decoder_captures(model)
         for term in objective.terms:
             if isinstance(term.subject, Binding):
@@ -106,7 +79,7 @@ class ObjectiveEngine:
         """
         self.forget()
         device = next(self.model.parameters()).device
-        self._window = windowing.measure([self._runs.count(batch) for batch in batches], device)
+        self._window = windowing.measure([self.runner.count(batch) for batch in batches], device)
         if not self.step and not self._window.target_tokens and all("labels" in batch for batch in batches):
             self._refuse_masked()
         if (len(batches) > 1 or self._window.ranks > 1) and any(t.needs_prepass for t in self.objective.terms):
@@ -129,25 +102,26 @@ class ObjectiveEngine:
         Raises:
             ObjectiveError: a term is not finite, does not depend on what is trained, or cannot be computed.
         """
-        self._sides.learn(self._for_model(self._runs.view(self._runs.prepare(batch))))
+        self._sides.learn(self._for_model(self.runner.inputs(self.runner.prepare(batch))))
         if self._unmeasured:  # as late as this: a resumed training restores its random numbers after the fetching
             batches, self._unmeasured = self._unmeasured, []
             self._prepass(batches)
-        batch = self._runs.prepare(batch)
-        counts = self._runs.count(batch)
+        batch = self.runner.prepare(batch)
+        counts = self.runner.count(batch)
         window = self._window or windowing.of_one(counts)
+        needs = self._needs(outputs)
         with self._recorder.recording(graded=torch.is_grad_enabled()) as seen:
-            model_loss, output = self._runs.run(self._for_model(batch), self._needs(outputs), counts, window)
-        supply = self._supply(batch, output, seen)
+            model_loss, output = self.runner.run(self._for_model(batch), needs, counts, window)
+        shown = self._observe(batch, needs, output, seen)
         zero = model_loss if model_loss is not None else torch.zeros((), device=next(self.model.parameters()).device)
         parts: dict[str, Part] = {}
         for term in self.objective.terms:
             counted, over = self._sides.counted(term, counts), self._sides.counted(term, window)
-            part = term.part(supply, counted, over, zero, term.weight.at(self.step + 1, self.steps))
+            part = term.part(shown, counted, over, zero, term.weight.at(self.step + 1, self.steps))
             if part is not None:
                 parts[term.name] = part
             if term.acts:
-                self._add(self._sums, term.name, term.call(supply).detach())
+                self._add(self._sums, term.name, term.call(shown).detach())
         total = self._total(parts)
         self.sanity.look(parts, self.model, counts, self.step, self.steps)
         return (total, output) if outputs else total
@@ -246,51 +220,51 @@ class ObjectiveEngine:
         assert self._window is not None
         with same_random_numbers(), torch.no_grad():
             for batch in batches:
-                batch = self._runs.prepare(batch)
+                batch = self.runner.prepare(batch)
                 with self._recorder.recording() as seen:
-                    _, output = self._runs.run(self._for_model(batch), needs, self._runs.count(batch), self._window)
-                supply = self._supply(batch, output, seen)
+                    _, output = self.runner.run(self._for_model(batch), needs, self.runner.count(batch), self._window)
+                shown = self._observe(batch, needs, output, seen)
                 for term in terms:
-                    self._add(sums, term.name, term.call(supply).detach())
+                    self._add(sums, term.name, term.call(shown).detach())
         for term in terms:
             over = self._sides.counted(term, self._window)
             self._window.means[term.name] = windowing.over_ranks(sums[term.name]) / max(over.attended_tokens, 1)
 
-    def _supply(self, batch: Mapping[str, Any], output: Any, seen: Mapping[Any, Any]) -> Supply:
-        """Gathers what terms may ask for; the reference runs only when one does."""
-        inputs = self._runs.view(batch)
-        mask = inputs.get("attention_mask")
+    def _observe(self, batch: Mapping[str, Any], needs: Set[str], output: Any, seen: Mapping[Any, Any]) -> Observation:
+        """Gathers what terms may ask for."""
+        inputs = self.runner.inputs(batch)
+        attention = inputs.get("attention_mask")
         tokens = inputs.get("input_ids", inputs.get("labels"))
-        attended = mask.bool() if mask is not None and mask.ndim == 2 else mask
-        if mask is None or mask.ndim != 2:
-            mask = torch.ones_like(tokens) if tokens is not None else None
-        given: dict[Any, Any] = {
-            "model": self.model,
-            "inputs": inputs,
-            "labels": inputs.get("labels"),
-            "attention_mask": attended,
-            "mask": mask.reshape(-1).bool() if mask is not None else None,
-            SHIFTS: self._shifts,
-            OWN_MASKS: self._sides.masks(inputs),
-            **{key: value for key, value in seen.items() if not is_decoder(key)},
-        }
-        makers: dict[Any, Any] = {}
-        if output is not None:
-            given["outputs"] = output
-        decoded = decoder_output(self.model, seen)
-        if decoded is not None:
-            part, states = decoded
-            given |= {"hidden_states": states[0], "head": Head(self.model, part, states, self._recorder)}
-        if output is not None and "logits" in output:
-            given["logits"] = output["logits"]
-        elif decoded is not None:
-            makers["logits"] = lambda: _over_rows(given["head"], given["hidden_states"])
-        if self._reference is not None:
-            plain = {k: v for k, v in self._for_model(inputs).items() if k != "num_items_in_batch"}
-            referred = cache(partial(self._reference.run, plain, self._recorder))
-            for key in (*self.objective.reference_captures, *REFERENCE):
-                makers[key] = partial(_item, referred, key)
-        return Supply(given, makers)
+        mask = torch.ones_like(tokens) if tokens is not None else None
+        if attention is not None and attention.ndim == 2:
+            mask = attention = attention.bool()
+        states, head = None, None
+        if (decoded := decoder_output(self.model, seen)) is not None:
+            part, returned = decoded
+            states, head = returned[0], Head(self.model, part, returned, self._recorder)
+
+        def logits() -> torch.Tensor | None:
+            """Takes those that the pass built, or makes them of its hidden states."""
+            if output is not None and "logits" in output and (head is None or self.runner.leaves_logits(needs)):
+                return torch.as_tensor(output["logits"])
+            return _over_rows(head, states) if head is not None and states is not None else None
+
+        plain = {k: v for k, v in self._for_model(inputs).items() if k != "num_items_in_batch"}
+        return Observation(
+            model=self.model,
+            inputs=inputs,
+            labels=inputs.get("labels"),
+            attention_mask=attention,
+            mask=mask.reshape(-1).bool() if mask is not None else None,
+            captured={key: value for key, value in seen.items() if not is_decoder(key)},
+            outputs=output,
+            hidden_states=states,
+            head=head,
+            shifts=self._shifts,
+            decoder_masks=self._sides.masks(inputs),
+            make_logits=logits,
+            make_reference=partial(self._reference.run, plain, self._recorder) if self._reference else None,
+        )
 
 
 def _unshifted(objective: Objective) -> list[str]:
@@ -304,7 +278,3 @@ def _unshifted(objective: Objective) -> list[str]:
 
 def _over_rows(head: Head, states: torch.Tensor) -> torch.Tensor:
     return head(states.reshape(-1, states.shape[-1])).reshape(*states.shape[:-1], -1)
-
-
-def _item(made: Callable[[], Mapping[Any, Any]], key: Any) -> Any:
-    return made()[key]

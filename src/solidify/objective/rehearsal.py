@@ -19,8 +19,9 @@ from solidify.model import anatomy
 from solidify.objective.capture import Capture
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
-from solidify.objective.supply import Supply, decoder_output, encodes_and_decodes
-from solidify.objective.term import OWN_MASKS, REFERENCE, SHIFTS, Term
+from solidify.objective.observation import NotShown, Observation, ReferenceObservation
+from solidify.objective.supply import decoder_output, encodes_and_decodes
+from solidify.objective.term import Term
 from solidify.objective.window import Counts, Window
 from solidify.system import foreign
 
@@ -39,18 +40,18 @@ def rehearse(objective: Objective, model: nn.Module, *, steps: int = 0) -> None:
     """
     engine = ObjectiveEngine(objective, model, steps=steps)
     try:
-        supply = _Seen(engine, model).supply()
+        shown = _Made(engine, model).observation()
     finally:
         engine.close()
-    found = [fault for term in objective.terms for fault in _faults(term, supply, steps)]
+    found = [fault for term in objective.terms for fault in _faults(term, shown, steps)]
     refuse(ObjectiveError, "the objective does not fit the model", list(dict.fromkeys(found)))
 
 
-def _faults(term: Term, supply: Mapping[Any, Any], steps: int) -> list[str]:
+def _faults(term: Term, shown: Observation, steps: int) -> list[str]:
     called = foreign.attempt(term.weight.at, 1, steps)
     errors: list[Exception | None] = [called.error] if isinstance(called.error, ObjectiveError) else []
-    if not term.is_model and {*_asked(term)} <= {*supply}:
-        given = foreign.attempt(term.call, supply)
+    if not term.is_model:
+        given = foreign.attempt(term.call, shown)
         errors += [given.error] if _counts(term, given.error) else []
         if term.is_statistic and given.value is not None:
             judged = foreign.attempt(term.subject.value, given.value / (ROWS * LENGTH))
@@ -60,24 +61,21 @@ def _faults(term: Term, supply: Mapping[Any, Any], steps: int) -> list[str]:
     ]
 
 
-def _asked(term: Term) -> list[Any]:
-    own = {*term.captures, *term.reference_captures}
-    return [(term.name, key) if key in own else key for key in term.asks]
-
-
 def _ours(term: Term) -> bool:
     return type(term.subject).__module__.startswith("solidify.losses.")
 
 
 def _counts(term: Term, error: Exception | None) -> bool:
     """Returns whether an error is the recipe's fault: made-up values may be no values for a term of the user's."""
-    if error is None or isinstance(error, ObjectiveError):
-        return error is not None
+    if error is None or isinstance(error, NotShown):
+        return False
+    if isinstance(error, ObjectiveError):
+        return True
     impossible = isinstance(error, NotImplementedError) or "meta" in str(error)
     return _ours(term) and not impossible
 
 
-class _Seen:
+class _Made:
     """What a pass over a made-up batch on the meta device showed, made into values."""
 
     def __init__(self, engine: ObjectiveEngine, model: nn.Module) -> None:
@@ -86,34 +84,41 @@ class _Seen:
         self._ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
         self._labels = torch.zeros(ROWS, TARGETS, dtype=torch.long) if encodes_and_decodes(model) else self._ids
 
-    def supply(self) -> Supply:
+    def observation(self) -> Observation:
         """Returns what terms may ask for, as far as it could be made."""
-        objective = self._engine.objective
+        engine = self._engine
         mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
-        given: dict[Any, Any] = {
-            "model": self._model,
-            "inputs": {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._labels},
-            "labels": self._labels,
-            "attention_mask": mask,
-            "mask": mask.reshape(-1),
-            SHIFTS: self._engine._shifts,
-        }
+        inputs = {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._labels}
         logits, seen = self._pass()
-        given[OWN_MASKS] = self._engine._sides.masks(given["inputs"])
-        given |= self._values(seen, objective.captures, self._model)
         decoded = decoder_output(self._model, seen)
-        if decoded is not None:
-            given |= {"hidden_states": self._value(decoded[1][0]), "head": _head}
-        if logits is not None:
-            given["logits"] = self._value(logits)
-        reference = self._engine._reference
-        if reference is not None:
-            with _experts_in_batches(reference.model):
-                passed = foreign.attempt(reference.run, self._batch(), self._engine._recorder)
-            shown = passed.value or {}
-            given |= self._values(shown, objective.reference_captures, reference.model)
-            given |= {k: _head if k == "reference_head" else self._value(shown[k]) for k in REFERENCE if k in shown}
-        return Supply(given, {})
+        return Observation(
+            model=self._model,
+            inputs=inputs,
+            labels=self._labels,
+            attention_mask=mask,
+            mask=mask.reshape(-1),
+            captured=self._values(seen, engine.objective.captures, self._model),
+            hidden_states=self._value(decoded[1][0]) if decoded is not None else None,
+            head=_head if decoded is not None else None,
+            shifts=engine._shifts,
+            decoder_masks=engine._sides.masks(inputs),
+            make_logits=lambda: self._value(logits),
+            make_reference=self._reference if engine._reference is not None else None,
+        )
+
+    def _reference(self) -> ReferenceObservation:
+        engine = self._engine
+        assert engine._reference is not None
+        with _experts_in_batches(engine._reference.model):
+            shown = foreign.attempt(engine._reference.run, self._batch(), engine._recorder).value
+        if shown is None:
+            return ReferenceObservation({})
+        return ReferenceObservation(
+            self._values(shown.captured, engine.objective.reference_captures, engine._reference.model),
+            logits=self._value(shown.logits),
+            hidden_states=self._value(shown.hidden_states),
+            head=_head if shown.head is not None else None,
+        )
 
     def _pass(self) -> tuple[torch.Tensor | None, Mapping[Any, Any]]:
         """Runs the model, and returns its logits and what was seen until it could not go on."""
@@ -129,7 +134,7 @@ class _Seen:
             _experts_in_batches(self._model),
             engine._recorder.recording() as seen,
         ):
-            outcome = foreign.attempt(engine._runs.run, batch, needs, nothing, Window(1, 1, 1, 1))
+            outcome = foreign.attempt(engine.runner.run, batch, needs, nothing, Window(1, 1, 1, 1))
         output = outcome.value[1] if outcome.value is not None else None
         return (output["logits"] if output is not None and "logits" in output else None), seen
 

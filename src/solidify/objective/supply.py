@@ -1,8 +1,8 @@
-"""What terms may ask for, made when it is first asked for: of the pass that was run, and of the reference."""
+"""Where an observation's hidden states, its head and its reference come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,39 +17,12 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy, behaviour
 from solidify.objective.capture import Capture, Recorder
 from solidify.objective.objective import Objective
+from solidify.objective.observation import MakesLogits, ReferenceObservation
 
 DECODER = ("", "decoder")  # how the keys begin under which the decoder's output is captured
 
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")  # what a decoder reads, as transformers calls it
 _KEEP = "logits_to_keep"  # how transformers' causal models are told for how many positions to build logits
-
-
-class Supply(Mapping[Any, Any]):
-    """Things by name; some are made only when they are first read."""
-
-    def __init__(self, given: Mapping[Any, Any], makers: Mapping[Any, Callable[[], Any]]) -> None:
-        self._given = dict(given)
-        self._makers = makers
-
-    def __getitem__(self, key: Any) -> Any:
-        """Returns a thing.
-
-        Raises:
-            ObjectiveError: this pass cannot give it.
-        """
-        if key not in self._given:
-            if key not in self._makers:
-                raise ObjectiveError(f"a term asks for {key!r}, which this trainer's forward pass does not give")
-            self._given[key] = self._makers[key]()
-        return self._given[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields the names of all things."""
-        return iter({*self._given, *self._makers})
-
-    def __len__(self) -> int:
-        """Returns how many there are."""
-        return len({*self._given, *self._makers})
 
 
 class Head:
@@ -202,7 +175,7 @@ class Reference:
             objective.reference.requires_grad_(False)
         self._wanted = wanted
 
-    def run(self, inputs: Mapping[str, Any], recorder: Recorder[Any]) -> dict[Any, Any]:
+    def run(self, inputs: Mapping[str, Any], recorder: Recorder[Any]) -> ReferenceObservation:
         """Runs the reference once and returns what terms may see of it; `recorder` is the trained model's."""
         device = next((value.device for value in inputs.values() if isinstance(value, torch.Tensor)), None)
         if not self._own and device not in (None, next(self.model.parameters()).device):
@@ -216,17 +189,15 @@ class Reference:
                     output = self.model(**given)
             finally:
                 own.remove()
-        found: dict[Any, Any] = {key: value for key, value in seen.items() if not is_decoder(key)}
-        if logits_asked:
-            found["reference_logits"] = output.logits
-        if (decoded := decoder_output(self.model, seen)) is not None:
-            part, states = decoded
-            found["reference_hidden_states"] = states[0]
-            head = Head(self.model, part, states)
-            found["reference_head"] = self._quietly(head)
-        return found
+        part, states = decoder_output(self.model, seen) or (None, None)
+        return ReferenceObservation(
+            captured={key: value for key, value in seen.items() if not is_decoder(key)},
+            logits=output.logits if logits_asked else None,
+            hidden_states=states[0] if states is not None else None,
+            head=self._quietly(Head(self.model, part, states)) if part is not None else None,
+        )
 
-    def _quietly(self, head: Head) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _quietly(self, head: Head) -> MakesLogits:
         def call(rows: torch.Tensor) -> torch.Tensor:
             """Makes the reference's logits, without a graph."""
             with torch.no_grad(), anatomy.evaluation(self.model), self._switched():

@@ -26,18 +26,12 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.objective import memory, weights
 from solidify.objective.capture import Capture
 from solidify.objective.memory import Stateful
+from solidify.objective.observation import OF_DATA, REFERENCE, WORDS, Observation
 from solidify.objective.weights import Weight
 from solidify.objective.window import Counts, Window
 from solidify.system import foreign
 
 REDUCTIONS = ("token_sum", "token_mean", "sequence_mean", "statistic", "constant", "none")
-
-# What a term may ask for by naming a parameter so.
-REFERENCE = ("reference_logits", "reference_hidden_states", "reference_head")
-OF_DATA = ("inputs", "labels", "attention_mask", "outputs", "logits", "hidden_states", "head", *REFERENCE, "mask")
-SUPPLIED = ("model", *OF_DATA)
-SHIFTS = "shifts"  # in a supply: whether a position's label stands at the next one
-OWN_MASKS = "own masks"  # in a supply: the masks of terms that look along other positions than `mask` says
 
 # What has one entry for each position of a row, and what stands where a row is longer than it was.
 _BY_POSITION = {"labels": -100, "logits": 0, "hidden_states": 0, "reference_logits": 0, "reference_hidden_states": 0}
@@ -146,7 +140,7 @@ class Term:
     def _bind(self, loss: Any, arguments: dict[str, Any]) -> set[str]:
         """Returns what the term asks to be supplied with; refuses parameters that nobody gives."""
         parameters = inspect.signature(self.function).parameters
-        supplied = {*SUPPLIED, *self.captures, *self.reference_captures}
+        supplied = {*WORDS, *self.captures, *self.reference_captures}
         own = {} if inspect.isclass(loss) else arguments
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         named = {
@@ -212,13 +206,14 @@ class Term:
             elif remembered:
                 vars(thing).update(remembered)
 
-    def call(self, supply: Mapping[Any, Any]) -> torch.Tensor:
-        """Calls the term (or its `statistics`) with what it asks for; `supply` holds captures by (term, word)."""
-        own = {*self.captures, *self.reference_captures}
-        given = {key: supply[(self.name, key)] if key in own else supply[key] for key in self.asks}
-        if "mask" in given:
-            given["mask"] = supply.get(OWN_MASKS, {}).get(self.name, given["mask"])
-        if getattr(self.subject, "shifts", False) and not supply.get(SHIFTS, True):
+    def call(self, observation: Observation) -> torch.Tensor:
+        """Calls the term (or its `statistics`) with what it asks for.
+
+        Raises:
+            ObjectiveError: the pass does not show it, or the term returns no scalar.
+        """
+        given = {word: self._shown(observation, word) for word in self.asks}
+        if getattr(self.subject, "shifts", False) and not observation.shifts:
             given = {key: _one_later(key, value) for key, value in given.items()}
         result = self.function(**given, **self.arguments)
         if not isinstance(result, torch.Tensor):
@@ -227,8 +222,14 @@ class Term:
             raise ObjectiveError(f"the term {self.name} returned a tensor of shape {list(result.shape)}, not a scalar")
         return result
 
+    def _shown(self, observation: Observation, word: str) -> Any:
+        if word in self.captures or word in self.reference_captures:
+            return observation.give_captured(self.name, word, reference=word in self.reference_captures)
+        found = observation.give(word)
+        return observation.decoder_masks.get(self.name, found) if word == "mask" else found
+
     def part(
-        self, supply: Mapping[Any, Any], counts: Counts, window: Window, model_loss: torch.Tensor, weight: float
+        self, observation: Observation, counts: Counts, window: Window, model_loss: torch.Tensor, weight: float
     ) -> Part | None:
         """Returns this micro-batch's share of the term, at this step's weight; None for terms that are no loss."""
         if self.reduction == "none":
@@ -236,11 +237,11 @@ class Term:
         if self.is_model:
             loss = model_loss
         elif self.reduction == "statistic":
-            loss = self._statistic(supply, counts, window)
+            loss = self._statistic(observation, counts, window)
         else:
             share = self._share(counts, window)
             # Without a single token there is nothing to average; 0/0 must not reach the sum.
-            loss = self.call(supply).reshape(()) * share if share else model_loss.new_zeros(())
+            loss = self.call(observation).reshape(()) * share if share else model_loss.new_zeros(())
         return Part(weight * loss, loss.detach())
 
     def _share(self, counts: Counts, window: Window) -> float:
@@ -251,8 +252,8 @@ class Term:
         tokens = window.ranks / max(window.target_tokens, 1)
         return tokens * (counts.target_tokens if self.reduction == "token_mean" else float(counts.target_tokens > 0))
 
-    def _statistic(self, supply: Mapping[Any, Any], counts: Counts, window: Window) -> torch.Tensor:
-        sums = self.call(supply)
+    def _statistic(self, observation: Observation, counts: Counts, window: Window) -> torch.Tensor:
+        sums = self.call(observation)
         means = window.means.get(self.name)
         share = window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)
         if means is None:  # this micro-batch is the whole window, or the term is linear

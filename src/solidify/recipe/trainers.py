@@ -21,7 +21,8 @@ from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import batching, defaults, groups
 from solidify.training.groups import ParameterGroup
-from solidify.training.trainer import ObjectiveSFTTrainer, ObjectiveTrainer
+from solidify.training.sft import ObjectiveSFTTrainer
+from solidify.training.trainer import ObjectiveTrainer
 
 
 def trainer_class(recipe: Recipe) -> type[Any]:

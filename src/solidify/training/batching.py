@@ -18,7 +18,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length
 
 from solidify.errors import DataError, refuse
-from solidify.upstream.transformers import TrainerSeams
 
 GROUPS = ("modality", "length")
 # Columns that hold something other than text; a row's modality is which of them it fills.
@@ -105,57 +104,56 @@ def refuse_mixed(rows: Any) -> None:
         )
 
 
-class Batched(TrainerSeams):
-    """To stand before transformers' Trainer among the bases of a class: it then takes `group_by`.
+def refuse_ungroupable(trainer: Any, group_by: Sequence[str]) -> None:
+    """Raises DataError for rows that a trainer cannot group as `group_by` says (`modality`, `length` or both).
 
-    `group_by` holds `modality`, `length` or both. Evaluation reads its rows in their order.
+    There is no such group, the trainer has an order of its own, the rows cannot be counted, have no length or no column
+    for anything other than text, `train_sampling_strategy` says otherwise, or weights are sharded (FSDP) and some rows
+    alone have images.
+    """
+    rows = trainer.train_dataset
+    if rows is None:
+        return
+    if group_by:
+        refuse(DataError, "the rows cannot be grouped", _faults(trainer, rows, group_by))
+    if "length" in group_by:
+        trainer.runner.lengths([rows[0]])
+    if trainer.args.fsdp and has_length(rows):
+        refuse_mixed(rows)
+
+
+def _faults(trainer: Any, rows: Any, group_by: Sequence[str]) -> list[str]:
+    strategy = trainer.args.train_sampling_strategy
+    faults = [f"{name!r} is unknown; known: {', '.join(GROUPS)}" for name in group_by if name not in GROUPS]
+    if trainer.runner.ungrouped:
+        return [*faults, f"{trainer.runner.ungrouped}; leave out group_by"]
+    if strategy != "random":
+        faults.append(f"train_sampling_strategy={strategy!r} says otherwise; leave one out")
+    if not has_length(rows):
+        faults.append("they come one by one")
+    elif "modality" in group_by and not any(name in rows[0] for name in _MEDIA):
+        faults.append(f"they have no column for anything other than text, which would be {' or '.join(_MEDIA)}")
+    return faults
+
+
+def sampler(trainer: Any, group_by: Sequence[str]) -> GroupedSampler:
+    """Returns the sampler that groups a trainer's rows.
+
+    The rows as they were given are looked at: of those that a trainer samples, columns may have been removed.
 
     Raises:
-        DataError: there is no such group, the rows cannot be counted or have no column for anything other than text,
-            `train_sampling_strategy` says otherwise, or weights are sharded (FSDP) and some rows alone have images.
+        DataError: the rows do not say how long they are.
     """
-
-    def __init__(self, *args: Any, group_by: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group_by = tuple(group_by)
-        if self.group_by and self.train_dataset is not None:
-            refuse(DataError, "the rows cannot be grouped", self._faults())
-        if self.args.fsdp and self.train_dataset is not None and has_length(self.train_dataset):
-            refuse_mixed(self.train_dataset)
-        if self.group_by:
-            self.add_callback(_AtEpochs())  # type: ignore[attr-defined]
-
-    args: TrainingArguments
-    train_dataset: Any
-
-    def _faults(self) -> list[str]:
-        rows, strategy = self.train_dataset, self.args.train_sampling_strategy
-        faults = [f"{name!r} is unknown; known: {', '.join(GROUPS)}" for name in self.group_by if name not in GROUPS]
-        if strategy != "random":
-            faults.append(f"train_sampling_strategy={strategy!r} says otherwise; leave one out")
-        if not has_length(rows):
-            faults.append("they come one by one")
-        elif "modality" in self.group_by and not any(name in rows[0] for name in _MEDIA):
-            faults.append(f"they have no column for anything other than text, which would be {' or '.join(_MEDIA)}")
-        return faults
-
-    def train_sampler(self, train_dataset: Any = None) -> Any:
-        """Returns the sampler that groups.
-
-        The rows as they were given are looked at: of those that arrive here, columns may have been removed.
-        """
-        if not self.group_by:
-            return super().train_sampler(train_dataset)
-        rows = self.train_dataset
-        return GroupedSampler(
-            modalities(rows) if "modality" in self.group_by else [()] * len(rows),
-            lengths(rows, self.args.length_column_name) if "length" in self.group_by else None,
-            step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
+    rows, args = trainer.train_dataset, trainer.args
+    return GroupedSampler(
+        modalities(rows) if "modality" in group_by else [()] * len(rows),
+        trainer.runner.lengths(rows) if "length" in group_by else None,
+        step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+    )
 
 
-class _AtEpochs(TrainerCallback):  # type: ignore[misc]
+class AtEpochs(TrainerCallback):  # type: ignore[misc]
     """When several processes go on in the middle of an epoch, accelerate 1.15 wraps the sampler so that no one tells it
     which epoch it is, and all would read the rows in the order of the first one: here the loader is told before."""
 

@@ -195,68 +195,45 @@ def uncovered(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     ]
 
 
-class Grouped:
-    """To stand before transformers' Trainer among the bases of a class: it then takes `parameter_groups`.
+class Groups(TrainerCallback):  # type: ignore[misc]
+    """The parameter groups of one trainer, which go into whatever optimizer transformers makes for it.
 
-    Whatever `optim` is, transformers makes the optimizer; its groups are split before anything is stepped, and the
-    schedule scales each from its own learning rate. With `learning_rate` every log has `learning_rate/<pattern>`.
+    The schedule scales each group from its own learning rate. `rates` holds those that the last step had, by what logs
+    call them.
 
     Raises:
         RecipeError: the groups do not fit what is trained or the optimizer, the optimizer knows no groups or was made
             elsewhere, or it lacks something that is trained.
     """
 
-    def __init__(
-        self, *args: Any, parameter_groups: Sequence[ParameterGroup | Mapping[str, Any]] = (), **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.parameter_groups = declared(parameter_groups)
+    def __init__(self, trainer: Any, groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> None:
+        self.declared = declared(groups)
+        self.rates: dict[str, float] = {}
         self._labels: list[str | None] = []
-        self._rates: dict[str, float] = {}
-        resolve(self.model, self.parameter_groups)
-        if self.parameter_groups and self.optimizer is not None:
+        self._steps_itself = any(word in trainer.args.optim for word in _OWN_WAY)
+        resolve(trainer.model, self.declared)
+        if self.declared and trainer.optimizer is not None:
             raise RecipeError("an optimizer was given, which has its groups; leave out parameter_groups, or it")
-        if self.parameter_groups and any(word in self.args.optim for word in _OWN_WAY):
-            raise RecipeError(f"optim={self.args.optim!s} steps inside the backward pass and knows no parameter groups")
-        self.add_callback(_AroundSteps(self))  # type: ignore[attr-defined]
+        if self.declared and self._steps_itself:
+            raise RecipeError(
+                f"optim={trainer.args.optim!s} steps inside the backward pass and knows no parameter groups"
+            )
 
-    args: TrainingArguments
-    model: Any
-    optimizer: Any
+    def split(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Splits the groups of an optimizer that was just made."""
+        if self.declared:
+            self._labels = split(optimizer, model, self.declared)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Has transformers make the optimizer, and splits its groups."""
-        made = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        trained = self.model if model is None else model
-        if made and self.parameter_groups:
-            self._labels = split(optimizer, trained, self.parameter_groups)
-        if not any(word in self.args.optim for word in _OWN_WAY):
-            refuse(RecipeError, "the optimizer does not hold what is trained", data.few(uncovered(optimizer, trained)))
-        return optimizer
-
-    def note_rates(self) -> None:
-        """Keeps the learning rates of a step that is about to be taken; when it is logged, the schedule has gone on."""
-        if self._labels:
-            pairs = zip(self._labels, self.optimizer.param_groups, strict=True)
-            self._rates = {label: float(group["lr"]) for label, group in pairs if label is not None}
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the learning rate that the last step had in every declared group."""
-        if "learning_rate" in logs:
-            logs |= {f"learning_rate/{label}": rate for label, rate in self._rates.items()}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-class _AroundSteps(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: Grouped) -> None:
-        self.trainer = trainer
+    def refuse_uncovered(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Raises RecipeError for an optimizer that does not hold all that is trained."""
+        if not self._steps_itself:
+            refuse(RecipeError, "the optimizer does not hold what is trained", data.few(uncovered(optimizer, model)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses to train without the groups: what DeepSpeed's configuration names is made without the trainer."""
-        if self.trainer.parameter_groups and not self.trainer._labels:
+        if self.declared and not self._labels:
             raise RecipeError(
                 "the optimizer was not made by the trainer, so the parameter groups would be ignored; leave "
                 "`optimizer` out of DeepSpeed's configuration"
@@ -265,5 +242,7 @@ class _AroundSteps(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Has the trainer keep the learning rates that the step will have."""
-        self.trainer.note_rates()
+        """Keeps the learning rates that the step will have; when it is logged, the schedule has gone on."""
+        if self._labels:
+            pairs = zip(self._labels, kwargs["optimizer"].param_groups, strict=True)
+            self.rates = {f"learning_rate/{label}": float(group["lr"]) for label, group in pairs if label is not None}

@@ -18,45 +18,81 @@ from trl import DPOTrainer
 
 from solidify.adapter import standing
 from solidify.adapter.adapters import train_parameters
-from solidify.errors import ObjectiveError, refuse
+from solidify.errors import ObjectiveError
 from solidify.objective import window as windowing
-from solidify.objective.window import Counts, Window, count
-from solidify.training.groups import Grouped
-from solidify.training.runs import TrainerRuns
+from solidify.objective.window import Counts, Window
+from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
 
 # What TRL's collator and its precomputation put into a batch beside the model's own inputs (TRL 1.16).
 _BESIDE = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the columns of a pair's tokens
 _OF_TOKENS = "sft"  # the one loss type that is a mean over tokens: those of the chosen answers
 _OF_THE_BATCH = ("aot", "aot_unpaired")  # these sort the pairs of a micro-batch
 _TRAINED, _START = "default", "ref"  # the names that TRL gives an adapter and the copy of it at its start
 
 
-class DPORuns(TrainerRuns):
+class DPORunner(TrainerRunner):
     """TRL's DPOTrainer. Rows are pairs: all chosen answers, then all rejected ones; `sequences` counts pairs.
 
     Labels are the tokens of the answers. `chosen_tokens` is how many of the chosen answers' the window holds.
     """
 
     builds_logits = False
+    extra_inputs = WITHOUT_CACHE
     chosen_tokens = 0.0
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.shifts = True
+
+    def faults(self) -> list[str]:
+        """Names parts of TRL's loss that depend on how the pairs are split."""
+        trainer, faults = self.trainer, []
+        if trainer.aux_loss_enabled:
+            faults.append(
+                f"router_aux_loss_coef is {trainer.router_aux_loss_coef}: TRL adds the auxiliary loss of each "
+                "micro-batch by itself; set it to 0.0 and add the term load_balance, which is one over the whole step"
+            )
+        faults += [
+            f"loss_type {kind!r} sorts the pairs of each micro-batch, so it is another loss for every split"
+            for kind in trainer.loss_types
+            if kind in _OF_THE_BATCH
+        ]
+        if _OF_TOKENS in trainer.loss_types and trainer.use_weighting:
+            faults.append(f"use_weighting weighs pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens")
+        if trainer.objective.has_model_term and trainer.objective.asks_for("outputs"):
+            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
+        return faults
+
+    def lengths(self, rows: Any) -> list[int]:
+        """Returns the number of tokens of every pair's longer answer, with its prompt."""
+        if not all(name in rows[0] for name in _PARTS):
+            return super().lengths(rows)
+        prompts, *answers = ([len(row[name]) for row in rows] for name in _PARTS)
+        return [prompt + max(both) for prompt, *both in zip(prompts, *answers, strict=True)]
+
+    def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+        """Counts the chosen answers' tokens too, where a loss is a mean over them."""
+        if _OF_TOKENS in self.trainer.loss_types:
+            local = torch.tensor(sum(map(_chosen_tokens, batches)), device=self.trainer.args.device)
+            self.chosen_tokens = float(windowing.over_ranks(local))
+        return super().complete(model, batches)
 
     def count(self, batch: Mapping[str, Any]) -> Counts:
         """Counts a batch."""
-        counts = count(self.view(batch), shifts=True)
+        counts = super().count(batch)
         return replace(counts, sequences=counts.sequences / 2)
 
-    def view(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, and as `labels` the tokens of the answers."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         return {**{key: value for key, value in batch.items() if key not in _BESIDE}, "labels": labels}
 
-    def run(
+    def own_loss(
         self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
-    ) -> tuple[torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor, Any]:
         """Runs the model once; TRL runs the reference beside it, without a graph."""
-        if "loss" not in needs:
-            return super().run({**batch, "use_cache": False}, needs, counts, window)
         share = counts.sequences / max(window.sequences, 1)
         with self._weighed(batch, share):
             loss = DPOTrainer.compute_loss(self.trainer, self.model, dict(batch), False, None)
@@ -82,7 +118,7 @@ def _chosen_tokens(batch: Mapping[str, Any]) -> float:
     return float(mask[: len(mask) // 2, 1:].sum())
 
 
-class ObjectiveDPOTrainer(Grouped, ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
+class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer, trained on an `Objective`; all other arguments are DPOTrainer's.
 
     TRL's reference of a model with an adapter is the adapter as it stands now, of which a copy is kept; it is complete
@@ -94,39 +130,12 @@ class ObjectiveDPOTrainer(Grouped, ObjectiveMixin, DPOTrainer):  # type: ignore[
             does not build, or the model's adapter is not called `default`.
     """
 
-    runs_of = DPORuns
-    runs: DPORuns
+    runner_of = DPORunner
 
     def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
         copies = ref_model is None and isinstance(model, PeftModel)
         with _complete_copy(model) if copies else nullcontext():
             super().__init__(model, ref_model, *args, objective=objective, **kwargs)
-
-    def _refuse_unusable(self) -> None:
-        super()._refuse_unusable()
-        faults = []
-        if self.aux_loss_enabled:
-            faults.append(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}: TRL adds the auxiliary loss of each micro-batch "
-                "by itself; set it to 0.0 and add the term load_balance, which is one over the whole step"
-            )
-        faults += [
-            f"loss_type {kind!r} sorts the pairs of each micro-batch, so it is another loss for every split"
-            for kind in self.loss_types
-            if kind in _OF_THE_BATCH
-        ]
-        if _OF_TOKENS in self.loss_types and self.use_weighting:
-            faults.append(f"use_weighting weighs pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens")
-        if self.objective.has_model_term and self.objective.asks_for("outputs"):
-            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
-        refuse(ObjectiveError, "the preference loss cannot be combined so", faults)
-
-    def open_window(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Counts what one step will see; the chosen answers' tokens too, where a loss is a mean over them."""
-        super().open_window(batches)
-        if _OF_TOKENS in self.loss_types:
-            local = torch.tensor(sum(map(_chosen_tokens, batches)), device=self.args.device)
-            self.runs.chosen_tokens = float(windowing.over_ranks(local))
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """Computes the reference's log-probabilities; what is trainable stays as it was."""

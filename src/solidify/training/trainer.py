@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer with an objective: one override of each seam, the same for both.
+"""What every trainer with an objective shares, one override of each seam; and transformers' Trainer with it.
 
 The engine (`objective/engine.py`) makes the loss; here it meets what a Trainer does: fetching, logging, checkpoints,
 half precision. In evaluation only the model's own loss counts.
@@ -6,7 +6,7 @@ half precision. In evaluation only the model's own loss counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,20 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
 
 from solidify.adapter import standing
 from solidify.adapter.adapters import trained_state
-from solidify.errors import AdapterError, ObjectiveError
+from solidify.errors import AdapterError, ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.memory import Stateful
 from solidify.objective.objective import Objective
-from solidify.objective.passes import Scaling
+from solidify.objective.runner import Scaling
 from solidify.objective.sanity import Sanity
 from solidify.system import console
-from solidify.training import checkpoints, kernels
-from solidify.training.batching import Batched
-from solidify.training.groups import Grouped
-from solidify.training.runs import SFTRuns, TrainerRuns
+from solidify.training import batching, checkpoints, kernels
+from solidify.training.groups import Groups, ParameterGroup
+from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
 from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
 
@@ -37,7 +35,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class ObjectiveMixin(TrainerSeams):
-    """What all trainers with an objective share; it stands before a Trainer among the bases, with `runs_of` set.
+    """What all trainers with an objective share; it stands before a Trainer among the bases, with `runner_of` set.
+
+    `parameter_groups` and `group_by` are as in a recipe. Evaluation reads its rows in their order.
 
     `loss_is_scaled_for_ga` is transformers' own switch: the loss is already scaled. `fingerprint` is written into
     checkpoints, to tell later whose they are. `engine.sanity` holds what was found of every term in the first step.
@@ -45,32 +45,49 @@ class ObjectiveMixin(TrainerSeams):
 
     loss_is_scaled_for_ga = True
     fingerprint = ""
-    runs_of: type[TrainerRuns] = TrainerRuns
+    runner_of: type[TrainerRunner] = TrainerRunner
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        parameter_groups: Sequence[ParameterGroup | Mapping[str, Any]] = (),
+        group_by: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self.runner = self.runner_of(self)
         self._sums: dict[str, float] = {}
         self._steps_since_log = 0
         self.history: list[dict[str, float]] = []
+        self._fetched: list[Any] = []
+        self._ready: list[Any] = []
         self._refuse_unusable()
         self.kernels: kernels.Switched | None = None
         self.kernel_findings: list[Any] = []
         if self.args.use_liger_kernel:
             self.kernels = kernels.switch_on(self.model, kernels.settings(self.args, objective), objective)
             self.args = kernels.taken_over(self.args)
-        self.runs = self.runs_of(self)
-        self.engine = ObjectiveEngine(objective, self.model, runs=self.runs)
+        self.engine = ObjectiveEngine(objective, self.model, runner=self.runner)
         self.engine.sanity.measures = self._keeps_graphs()
         # Each process loaded the same file: sent to the others, its weights would be written over a mapping of it, and
         # so be copied into memory.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         leave_out_of_broadcast(self.model, frozen)
         self._narrow = widen(self.model)
-        self.add_callback(_Steps(self))  # type: ignore[attr-defined]
+        self.add_callback(_Steps(self))
+        self.group_by = tuple(group_by)
+        batching.refuse_ungroupable(self, self.group_by)
+        if self.group_by:
+            self.add_callback(batching.AtEpochs())
+        self.groups = Groups(self, parameter_groups)
+        self.add_callback(self.groups)
 
     args: TrainingArguments
     model: Any
+    optimizer: Any
+    add_callback: Callable[[TrainerCallback], None]
     accelerator: Any
     state: TrainerState
 
@@ -92,6 +109,7 @@ class ObjectiveMixin(TrainerSeams):
             names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
             raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
         refuse_half_precision(self.args, self.model)
+        refuse(ObjectiveError, f"{type(self).__name__} cannot be trained so", self.runner.faults())
 
     def _is_reentrant(self) -> bool:
         checkpointing = self.args.activation_checkpointing_kwargs or {}
@@ -102,16 +120,43 @@ class ObjectiveMixin(TrainerSeams):
         used_up = self.kernels is not None or self.args.torch_compile or self._is_reentrant()
         return not (used_up or self.is_deepspeed_enabled)  # type: ignore[attr-defined]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Has transformers make the optimizer, and splits its groups."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        trained = self.model if model is None else model
+        if made:
+            self.groups.split(optimizer, trained)
+        self.groups.refuse_uncovered(optimizer, trained)
+        return optimizer
+
+    def train_sampler(self, train_dataset: Any = None) -> Any:
+        """Returns the sampler that groups."""
+        if not self.group_by:
+            return super().train_sampler(train_dataset)
+        return batching.sampler(self, self.group_by)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetches one step's micro-batches and lets the engine count them."""
+        """Fetches one step's micro-batches, and keeps them until the first of them is to be trained on."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        if batches:
-            self.open_window(batches)
+        self._fetched, self._ready = list(batches), []
         return batches, items
 
-    def open_window(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Lets the engine count what one step will see; a trainer that changes its batches first does so here."""
-        self.engine.begin(batches)
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Opens the step with its first micro-batch; then as the trainer does."""
+        step: torch.Tensor = super().training_step(model, self.open_step(model, inputs), num_items_in_batch)  # type: ignore[misc]
+        return step
+
+    def open_step(self, model: nn.Module, inputs: Any) -> Any:
+        """Returns the next micro-batch as it is trained on. With a step's first, all are completed and counted.
+
+        That is as late as this because a resumed training takes back its random numbers only after the fetching.
+        """
+        if self._fetched:
+            fetched, self._fetched = self._fetched, []
+            self._ready = self.runner.complete(model, fetched)
+            self.engine.begin(self._ready)
+        return self._ready.pop(0) if self._ready else inputs
 
     def compute_loss(
         self,
@@ -129,7 +174,7 @@ class ObjectiveMixin(TrainerSeams):
             dtype = half or anatomy.main_dtype(self.model) or torch.float32
             verified = self.kernels.verify(lambda: own(model, dict(inputs), False, num_items_in_batch), dtype)
             self.kernel_findings = [self.kernels.finding(), verified]
-        self.runs.model, self.runs.items = model, num_items_in_batch
+        self.runner.model, self.runner.items = model, num_items_in_batch
         return self.engine.loss(inputs, outputs=return_outputs)
 
     def settle(self) -> None:
@@ -141,7 +186,12 @@ class ObjectiveMixin(TrainerSeams):
         self._narrow = []
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds every term's mean per step since the last log, as it is (`term/name`) and weighted (`weighted/name`)."""
+        """Adds every term's mean per step since the last log, as it is (`term/name`) and weighted (`weighted/name`).
+
+        With the learning rate, also that of every declared group in the last step.
+        """
+        if "learning_rate" in logs:
+            logs |= self.groups.rates
         if "loss" in logs and self._steps_since_log:
             logs.update({key: value / self._steps_since_log for key, value in self._sums.items()})
             self._sums, self._steps_since_log = {}, 0
@@ -176,7 +226,7 @@ class ObjectiveMixin(TrainerSeams):
         write_model(self, output_dir, trained_state(peft_model))
 
     def _remembered(self) -> dict[str, Any]:
-        scaling = self.runs.scaling
+        scaling = self.runner.scaling
         return {
             "fingerprint": self.fingerprint,
             "scaling": (scaling.divides, scaling.aux_weight) if scaling is not None else None,
@@ -195,7 +245,7 @@ class ObjectiveMixin(TrainerSeams):
         if checkpoint is None:
             return
         remembered = checkpoints.read(Path(checkpoint))
-        self.runs.scaling = Scaling(*remembered["scaling"]) if remembered["scaling"] is not None else None
+        self.runner.scaling = Scaling(*remembered["scaling"]) if remembered["scaling"] is not None else None
         self.history = remembered["history"]
         self.engine.load_state_dict(remembered["engine"])
         for callback in self._stateful_callbacks():
@@ -207,12 +257,14 @@ class ObjectiveMixin(TrainerSeams):
 
     def forget_window(self) -> None:
         """Drops what was counted for a step that was computed but not taken."""
+        self._fetched, self._ready = [], []
         self.engine.forget()
 
     def after_step(self) -> dict[str, float]:
         """Ends a step: terms act, weights move. Returns its numbers, which are added up until the next log."""
         window = self.engine.window
-        if window is not None and self.args.include_num_input_tokens_seen == "no":  # else transformers counts them
+        counted = self.runner.counts_tokens or self.args.include_num_input_tokens_seen != "no"
+        if window is not None and not counted:
             self.state.num_input_tokens_seen += int(window.attended_tokens)
         self.engine.step = self.state.global_step - 1
         numbers = self.engine.end()
@@ -267,21 +319,8 @@ def sanity_table(sanity: Sanity, numbers: Mapping[str, float]) -> Any:
     return console.table("The objective in the first step", columns, rows, numbers=(1, 2, 3, 4))
 
 
-class ObjectiveTrainer(Grouped, Batched, ObjectiveMixin, Trainer):  # type: ignore[misc]
-    """transformers' Trainer, trained on an `Objective`, with `parameter_groups` and `group_by` as a recipe has them.
-
-    All other arguments are Trainer's.
-    """
-
-
-class ObjectiveSFTTrainer(Grouped, Batched, ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
-    """TRL's SFTTrainer, trained on an `Objective`; all other arguments are SFTTrainer's.
-
-    TRL computes the loss from the decoder's output without ever building the logits; where a term asks for them, they
-    are made of the same output.
-    """
-
-    runs_of = SFTRuns
+class ObjectiveTrainer(ObjectiveMixin, Trainer):  # type: ignore[misc]
+    """transformers' Trainer, trained on an `Objective`; all other arguments are Trainer's."""
 
 
 def refuse_half_precision(arguments: TrainingArguments, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""One forward pass as a plain loop runs it; trainers put their own in its place.
+"""How a batch is counted and the model is run once: the interface, and how a plain loop does it.
 
 How a model scales its own loss is measured, not assumed: a model that accepts `num_items_in_batch` but ignores it
 returns a mean; an auxiliary loss inside the model is not divided at all. Both would silently be multiplied by the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,53 +73,84 @@ def nothing(outputs: Any) -> torch.Tensor:
     return graded.sum() * 0.0 if graded is not None else torch.zeros((), device=outputs["loss"].device)
 
 
-class Passes:
-    """How a plain loop counts a batch and runs the model once. Trainers have the same methods and do it their way."""
+class Runner:
+    """What the engine needs done by whoever runs the model, as a plain loop does it; each trainer has a subclass.
+
+    `builds_logits` says whether a pass leaves logits; where it does not, they are made of hidden states for those terms
+    that ask. `extra_inputs` is what the model is given with every batch. `scaling` is how the model scales its loss,
+    once that was measured.
+    """
 
     builds_logits = True
+    extra_inputs: Mapping[str, Any] = {}
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        plain: Any = standing.plain_model(model)
-        # The rule of transformers' Trainer (5.23, trainer.py) for whether the model shifts labels by itself.
+        self.scaling: Scaling | None = None
+
+    @cached_property
+    def shifts(self) -> bool:
+        """Whether the model shifts labels by itself; the rule of transformers' Trainer (5.23, trainer.py)."""
+        plain: Any = standing.plain_model(self.model)
         loss_function = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
-        self.shifts = loss_function is ForCausalLMLoss and not encodes_and_decodes(plain)
-        parameters = inspect.signature(plain.forward).parameters
-        self._accepts = "num_items_in_batch" in parameters or any(
+        return loss_function is ForCausalLMLoss and not encodes_and_decodes(plain)
+
+    @cached_property
+    def divides(self) -> bool:
+        """Whether the model takes the number of items that its loss shall be divided by."""
+        parameters = inspect.signature(standing.plain_model(self.model).forward).parameters
+        return "num_items_in_batch" in parameters or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
         )
-        self._scaling: Scaling | None = None
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Puts a batch where the model is."""
         device = next(self.model.parameters()).device
         return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    def count(self, batch: Mapping[str, Any]) -> Counts:
-        """Counts a batch."""
-        return count(batch, shifts=self.shifts)
-
-    def view(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, with `labels`: what terms see."""
         return dict(batch)
+
+    def count(self, batch: Mapping[str, Any]) -> Counts:
+        """Counts a micro-batch."""
+        return count(self.inputs(batch), shifts=self.shifts)
 
     def run(
         self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
     ) -> tuple[torch.Tensor | None, Any]:
-        """Runs the model once; returns its own loss as the window's share (None if unasked for), and its outputs.
+        """Runs the model once, for what is needed: `loss`, `logits`, `outputs`.
+
+        Returns its own loss as the window's share (None if not needed), and its outputs.
+        """
+        if "loss" in needs:
+            return self.own_loss(batch, needs, counts, window)
+        given = without_loss if self.leaves_logits(needs) else without_logits
+        return None, self.model(**given(self.model, {**self.inputs(batch), **self.extra_inputs}))
+
+    def leaves_logits(self, needs: Set[str]) -> bool:
+        """Returns whether a pass that is run for `needs` leaves logits of all positions in its outputs."""
+        return "outputs" in needs or (self.builds_logits and "logits" in needs)
+
+    def own_loss(
+        self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
+    ) -> tuple[torch.Tensor, Any]:
+        """Runs the model with its own loss; returns that as the window's share, and the outputs (None if not kept).
 
         Raises:
-            ObjectiveError: the model's loss is wanted, but the batch has no labels.
+            ObjectiveError: the batch has no labels.
         """
-        if "loss" not in needs:
-            given = (without_loss if needs & {"logits", "outputs"} else without_logits)(self.model, batch)
-            return None, self.model(**given)
-        if batch.get("labels") is None:
-            raise ObjectiveError("the objective has the term 'model', but the batch has no labels, so there is no loss")
-        if self._scaling is None and counts.target_tokens and self._accepts:
+        require_labels(batch)
+        if self.scaling is None and counts.target_tokens and self.divides:
             with anatomy.evaluation(self.model):
-                self._scaling = measure_scaling(self.model, batch, counts)
+                self.scaling = measure_scaling(self.model, batch, counts)
         outputs = self.model(**batch)
         if not counts.target_tokens:
             return nothing(outputs), outputs
-        return share(outputs["loss"], outputs, self._scaling, counts, window), outputs
+        return share(outputs["loss"], outputs, self.scaling, counts, window), outputs
+
+
+def require_labels(batch: Mapping[str, Any]) -> None:
+    """Raises ObjectiveError for a batch from which the model can make no loss of its own."""
+    if batch.get("labels") is None:
+        raise ObjectiveError("the objective has the term 'model', but the batch has no labels, so there is no loss")

@@ -1,0 +1,94 @@
+"""What differs between trainers: one small interface, which every trainer's file fills in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from solidify.model import anatomy
+from solidify.objective.runner import Runner, Scaling, measure_scaling, nothing, require_labels, share
+from solidify.objective.window import Counts, Window
+from solidify.training import batching
+from solidify.upstream.transformers import prepare_inputs, shifts_labels
+
+WITHOUT_CACHE: Mapping[str, Any] = {"use_cache": False}  # `extra_inputs` of trainers that never continue a text
+
+
+class TrainerRunner(Runner):
+    """How one trainer makes batches, counts them and runs the model; here transformers' Trainer does.
+
+    Another trainer says only what it does otherwise:
+
+    - `inputs(batch)`: what the model takes of a batch, with `labels`; terms see it, and it is what counts;
+    - `own_loss(batch, needs, counts, window)`: one pass with the trainer's own loss, as its share of the step;
+    - `complete(model, batches)`: all batches of a step become what is trained on, before any is counted;
+    - `faults()`: which of its settings make its loss another one for every split;
+    - `lengths(rows)`: how many tokens a row has, for `group_by`; `ungrouped` says why its rows cannot be grouped;
+    - `builds_logits`, `extra_inputs`: see `Runner`; `counts_tokens`: the trainer counts the tokens that it has seen.
+
+    `model` and `items` are those that the trainer passes to `compute_loss`.
+    """
+
+    counts_tokens = False
+    ungrouped = ""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer.model)
+        self.trainer = trainer
+        self.items: torch.Tensor | int | None = None
+        self.shifts = shifts_labels(trainer)
+        self.divides = trainer.model_accepts_loss_kwargs
+
+    def faults(self) -> list[str]:
+        """Returns in words what of the trainer's settings or of the objective cannot be one over a whole step."""
+        return []
+
+    def lengths(self, rows: Any) -> list[int]:
+        """Returns the number of tokens of every row.
+
+        Raises:
+            DataError: the rows do not say.
+        """
+        return batching.lengths(rows, self.trainer.args.length_column_name)
+
+    def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+        """Returns one step's micro-batches as they will be trained on; called right before the first of them is."""
+        return list(batches)
+
+    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts a batch where the model is."""
+        return prepare_inputs(self.trainer, batch)
+
+    def own_loss(
+        self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
+    ) -> tuple[torch.Tensor, Any]:
+        """Runs the model once by the trainer's own `compute_loss`."""
+        inputs = {**self.inputs(batch), **self.extra_inputs}
+        require_labels(inputs)
+        if self.scaling is None and counts.target_tokens:
+            self.scaling = self._measured(inputs, counts)
+        loss, outputs = Trainer.compute_loss(self.trainer, self.model, inputs, True, self.items)
+        return self._scaled(loss, outputs, counts, window), outputs
+
+    def _measured(self, inputs: Mapping[str, Any], counts: Counts) -> Scaling:
+        if not self.divides:
+            return Scaling(False)
+        model = self.trainer.model
+        with anatomy.evaluation(model), self.trainer.compute_loss_context_manager():
+            return measure_scaling(model, inputs, counts)
+
+    def _scaled(self, loss: torch.Tensor, outputs: Any, counts: Counts, window: Window) -> torch.Tensor:
+        divided = self.scaling is not None and self.scaling.divides and self.items is not None
+        if not divided:
+            if not counts.target_tokens:
+                return nothing(outputs)
+            return share(loss, outputs, self.scaling, counts, window)
+        if self.scaling is not None and self.scaling.aux_weight:
+            attended = window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)
+            spread = self.trainer.args.average_tokens_across_devices
+            loss = loss + (attended - (window.ranks if spread else 1)) * self.scaling.aux_weight * outputs["aux_loss"]
+        return loss
