@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from solidify.surgery.replacing import Edit as Edit
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
+    from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
@@ -70,6 +71,7 @@ _WHERE = {
     "ModelError": "errors",
     "Objective": "objective.objective",
     "ObjectiveDPOTrainer": "training.preference",
+    "ObjectiveDistillationTrainer": "training.distilling",
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
     "ObjectiveGKDTrainer": "training.teaching",

@@ -26,7 +26,7 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import solidify
 from solidify import losses
@@ -39,6 +39,7 @@ from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.objective.weights import make
+from solidify.training.distilling import ObjectiveDistillationTrainer
 from solidify.training.preference import ObjectiveDPOTrainer
 from solidify.training.sft import ObjectiveSFTTrainer
 from solidify.training.trainer import ObjectiveTrainer
@@ -273,6 +274,11 @@ def rows_of(way: str, case: Case) -> list[dict[str, Any]]:
     rows = examples(case)
     if way == "GKDTrainer":
         return [{**row, "prompt": len(row["input_ids"]) // 3} for row in rows]
+    if way == "DistillationTrainer":
+        if case.lengths == "empty":
+            return []  # an answer has at least one token
+        cuts = [max(1, len(row["input_ids"]) // 3) for row in rows]
+        return [{"prompt": r["input_ids"][:n], "answer": r["input_ids"][n:]} for r, n in zip(rows, cuts, strict=True)]
     if way != "DPOTrainer":
         return rows
     if case.lengths == "empty":
@@ -303,6 +309,28 @@ def of_prompts(rows: list[Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def of_answers(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """TRL's batch once prompts are answered, and both joined as the model takes them."""
+
+    def padded(part: str, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row[part]) for row in rows)
+        fill = [[1] * (width - len(row[part])) for row in rows]
+        mask = [[0] * len(f) + [1] * (width - len(f)) for f in fill]
+        ids = [f + row[part] if left else row[part] + f for row, f in zip(rows, fill, strict=True)]
+        return torch.tensor(ids), torch.tensor(mask if left else [each[::-1] for each in mask])
+
+    (prompts, prompt_mask), (answers, answer_mask) = padded("prompt", left=True), padded("answer", left=False)
+    parts = {"prompt_ids": prompts, "prompt_mask": prompt_mask}
+    return joined({**parts, "completion_ids": answers, "completion_mask": answer_mask})
+
+
+def joined(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    answered = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], 1)
+    attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    return {**batch, "input_ids": ids, "attention_mask": attended, "labels": ids.masked_fill(answered == 0, -100)}
+
+
 WAYS = {
     way.name: way
     for way in (
@@ -310,6 +338,7 @@ WAYS = {
         Way("SFTTrainer", pico.collate, next_token, "`super().compute_loss(...) + λ term(micro-batch)`"),
         Way("DPOTrainer", of_pairs, preference, "`super().compute_loss(...) + λ term(micro-batch)`"),
         Way("GKDTrainer", of_prompts, divergence, "`super().compute_loss(...) + λ term(micro-batch)`"),
+        Way("DistillationTrainer", of_answers, divergence, "`super().compute_loss(...) + λ term(micro-batch)`"),
         Way("plain loop", pico.collate, next_token, "`(model(**batch).loss + λ term(micro-batch)) / steps`"),
         Way("Lightning", pico.collate, next_token, "the same sum, with `accumulate_grad_batches`"),
     )
@@ -326,7 +355,9 @@ def added(kind: type, name: str, case: Case) -> type:
         def compute_loss(self, subject: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(subject, dict(inputs), *args, **kwargs)
             seen = dict(inputs)
-            if "completion_mask" in seen:
+            if "prompt_ids" in seen:
+                seen = joined(seen)
+            elif "completion_mask" in seen:
                 seen["labels"] = seen["input_ids"].masked_fill(seen["completion_mask"] == 0, -100)
             inside = subject.module if isinstance(subject, nn.parallel.DistributedDataParallel) else subject
             return loss + weight(name) * value(TERMS[name](case), inside, seen, case)
@@ -344,7 +375,11 @@ def options(way: str, case: Case, subject: Any) -> tuple[type, dict[str, Any], d
         values = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     if way == "Trainer":
         return TrainingArguments, values, {}
-    values = {"router_aux_loss_coef": 0.0, "activation_checkpointing": False, **values}
+    values = {"activation_checkpointing": False, **values}
+    if way == "DistillationTrainer":
+        values |= {"beta": 0.5, "shuffle_dataset": False}
+        return DistillationConfig, values, {"processing_class": tokenizer(), "teacher_model": teacher()}
+    values |= {"router_aux_loss_coef": 0.0}
     more = {"processing_class": tokenizer()}
     if way == "SFTTrainer":
         return SFTConfig, {**values, "dataset_kwargs": {"skip_prepare_dataset": True}}, more
@@ -359,18 +394,25 @@ def trained(kind: type, way: str, case: Case, directory: Path, subject: Any, **m
     """The gradient of one optimizer step of a trainer."""
     configuration, values, others = options(way, case, subject)
     rows: Any = rows_of(way, case)
-    if way != "DPOTrainer":
+    if way not in ("DPOTrainer", "DistillationTrainer"):
         others["data_collator"] = WAYS[way].collate
+    given = rows
+    if way == "DistillationTrainer":
+        given = [{"prompt": " ".join(f"w{t}" for t in row["prompt"])} for row in rows]
     trainer = kind(
         model=subject,
         args=arguments(directory, case.size, case.steps, kind=configuration, **values),
-        train_dataset=rows if way == "Trainer" else Dataset.from_list([WORDS] if way == "DPOTrainer" else rows),
+        train_dataset=rows if way == "Trainer" else Dataset.from_list([WORDS] if way == "DPOTrainer" else given),
         **others,
         **more,
     )
     if way == "DPOTrainer":  # which prepares words itself
         trainer.train_dataset = Dataset.from_list(rows)
-    in_order(trainer)
+    if way == "DistillationTrainer":  # the student says what it is known to say; TRL has an order of its own
+        answers = {tuple(row["prompt"]): row["answer"] for row in rows}
+        trainer._generate_single_turn = lambda prompts, *rest: [answers[tuple(ids)] for ids in prompts]
+    else:
+        in_order(trainer)
     watch = Gradients(subject)
     trainer.add_callback(watch)
     trainer.train()
@@ -384,10 +426,10 @@ def tokenizer() -> Any:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(128)}
+    words = {"<eos>": 0, "<pad>": 1, **{f"w{i}": i for i in range(2, 128)}}
     made = Tokenizer(WordLevel(words, unk_token="w2"))
     made.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w0", pad_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>")
 
 
 def batches(case: Case) -> list[dict[str, torch.Tensor]]:
@@ -484,6 +526,7 @@ def kinds(way: str) -> tuple[type, type]:
         "Trainer": (Trainer, ObjectiveTrainer),
         "SFTTrainer": (SFTTrainer, ObjectiveSFTTrainer),
         "DPOTrainer": (DPOTrainer, ObjectiveDPOTrainer),
+        "DistillationTrainer": (DistillationTrainer, ObjectiveDistillationTrainer),
     }[way]
 
 

@@ -1,0 +1,126 @@
+"""TRL's DistillationTrainer with an objective: the term `model` is the divergence from a teacher that TRL computes.
+
+Its rows are prompts. The student answers all prompts of a step at once, which TRL then cuts into micro-batches; here
+the answers are written before anything of the step is counted, and every term sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+from trl import DistillationTrainer
+from trl.models.utils import _ForwardRedirection
+
+from solidify.adapter import standing
+from solidify.objective.runner import share
+from solidify.objective.window import Counts, Window
+from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
+from solidify.training.trainer import ObjectiveMixin
+
+_PARTS = ("prompt", "completion")  # of which a batch of TRL's holds `<part>_ids` and `<part>_mask`
+_BESIDE = (*(f"{part}_{what}" for part in _PARTS for what in ("ids", "mask")), "tool_mask", "num_items_in_batch")
+_OF_IMAGES = ("num_images", "num_tiles")  # these say where TRL cuts a batch
+
+
+class DistillationRunner(TrainerRunner):
+    """TRL's DistillationTrainer. Prompts are padded on the left, answers on the right; labels are what was written."""
+
+    builds_logits = False
+    extra_inputs = WITHOUT_CACHE
+    counts_tokens = True
+    ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.shifts = True
+
+    def faults(self) -> list[str]:
+        """Names what TRL's loss would not see (it takes the weight of the head alone), and rows that make no step."""
+        args, rows = self.trainer.args, self.trainer.train_dataset
+        taken = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        faults = []
+        if rows is not None and has_length(rows) and len(rows) < taken:
+            faults.append(f"a step takes {taken} prompts, and there are {len(rows)}: TRL would train on none of them")
+        faults += [
+            f"the {who}'s head is a {type(head).__name__}, but TRL's loss takes its weight and bias alone; train with "
+            "ObjectiveTrainer and the term chunked_distillation, which runs the head as it is"
+            for who, model in (("model", self.trainer.model), ("teacher", self.trainer.teacher_model))
+            if model is not None
+            and type(head := _head(model)) is not nn.Linear
+            and self.trainer.objective.has_model_term
+        ]
+        if self.trainer.objective.has_model_term and self.trainer.objective.asks_for("outputs"):
+            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
+        return faults
+
+    def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+        """Lets TRL write the answers of a whole step; every one of its batches holds all prompts of the step."""
+        model.train()
+        self.trainer._buffered_inputs = None
+        self.trainer._prepare_inputs(batches[0])
+        return list(self.trainer._buffered_inputs)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns prompts with their answers as the model takes them, and the answers' tokens as `labels`."""
+        ids, mask = (torch.cat([batch[f"{part}_{what}"] for part in _PARTS], dim=1) for what in ("ids", "mask"))
+        learnt = batch["completion_mask"] * batch.get("tool_mask", 1)
+        labels = torch.cat([torch.zeros_like(batch["prompt_mask"]), learnt], dim=1)
+        others = {key: value for key, value in batch.items() if key not in (*_BESIDE, *_OF_IMAGES)}
+        return {"input_ids": ids, "attention_mask": mask, **others, "labels": ids.masked_fill(labels == 0, -100)}
+
+    def own_loss(
+        self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
+    ) -> tuple[torch.Tensor, Any]:
+        """Runs the model once; TRL runs the teacher beside it, without a graph."""
+        # Without a number of items TRL takes the mean over the micro-batch's answers.
+        own = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
+        loss = DistillationTrainer.compute_loss(self.trainer, self.model, own, False, None)
+        return share(loss, None, None, counts, window), None
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    plain: Any = standing.plain_model(model)
+    head = plain.get_output_embeddings()
+    return standing.unwrap(head) if head is not None else None
+
+
+class _Redirection(_ForwardRedirection):  # type: ignore[misc]
+    """TRL's way of running its loss inside the model's call, where the model's hooks see what the loss returns.
+
+    A hook that adds to outputs (`solidify.add`) would add to the numbers that TRL takes apart; it adds to a dictionary.
+    """
+
+    def __call__(
+        self, wrapper: nn.Module, model: nn.Module, method: Callable[..., Any], *args: Any, **more: Any
+    ) -> Any:
+        """Calls a method in place of the model's forward."""
+        kept = super().__call__(wrapper, model, lambda *a, **k: {"returned": method(*a, **k)}, *args, **more)
+        return kept["returned"]
+
+
+class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationTrainer):  # type: ignore[misc]
+    """TRL's DistillationTrainer, trained on an `Objective`; all other arguments are DistillationTrainer's.
+
+    `DistillationConfig.temperature` is that of sampling and of the divergence, as TRL means it.
+
+    Raises:
+        ObjectiveError: a head is more than the product that TRL's loss takes it for, or a term asks for `outputs`,
+            which TRL does not build.
+    """
+
+    runner_of = DistillationRunner
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._forward_redirection = _Redirection()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Lets TRL answer a list of prompts; a micro-batch, which is answered, only goes where the model is."""
+        if isinstance(inputs, Mapping):
+            return Trainer._prepare_inputs(self, inputs)
+        return super()._prepare_inputs(inputs)
