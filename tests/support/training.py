@@ -143,7 +143,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def in_processes(script: str, artifact: Path, directory: Path) -> None:
     """Runs a test file by torchrun, in one process with all of the batch and in two with ragged halves of it."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    found = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
     for processes, size, steps in ((1, 8, 1), (2, 2, 2)):
         done = subprocess.run(
             [
