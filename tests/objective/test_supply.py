@@ -17,6 +17,7 @@ from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture, capture
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
+from solidify.objective.observation import Observation, ReferenceObservation
 from solidify.objective.supply import Head, decoder_captures, decoder_output
 from solidify.objective.term import Term
 from training import awake
@@ -202,3 +203,27 @@ def test_masks_are_boolean_so_that_indexing_takes_the_attended_rows() -> None:
     assert seen["inputs"]["attention_mask"].dtype == torch.long  # the model's own is as it was
     states = engine.model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
     torch.testing.assert_close(value, states[batch["attention_mask"].bool()].square().mean())
+
+
+def test_an_observation_shows_what_it_has_and_runs_the_reference_when_it_is_asked_for() -> None:
+    ran: list[int] = []
+
+    def reference() -> ReferenceObservation:
+        ran.append(1)
+        return ReferenceObservation({("mine", "seen"): {"a": 1}}, logits=torch.ones(2, 3, 4))
+
+    states = torch.zeros(2, 3, 8)
+    given = {"model": nn.Linear(1, 1), "inputs": {}, "labels": None, "attention_mask": None, "mask": None}
+    shown = Observation(**given, hidden_states=states, make_reference=reference)
+    assert shown.give("labels") is None  # a batch may have none
+    assert shown.give("hidden_states") is states
+    with pytest.raises(ObjectiveError, match="asks for 'logits', which this trainer's forward pass does not give"):
+        shown.give("logits")
+    assert not ran
+    assert shown.give("reference_logits").shape == (2, 3, 4)
+    assert shown.give_captured("mine", "seen", reference=True) == {"a": 1}
+    assert ran == [1]
+    with pytest.raises(ObjectiveError, match="the term mine asks for 'seen', which was not captured"):
+        shown.give_captured("mine", "seen")
+    with pytest.raises(ObjectiveError, match="asks for 'reference_head', which"):
+        shown.give("reference_head")
