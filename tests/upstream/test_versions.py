@@ -10,7 +10,7 @@ import installed
 import pytest
 from packaging.requirements import Requirement
 
-from solidify.upstream import peft, transformers
+from solidify.upstream import peft, transformers, trl
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 ASKED = {r.name: r for r in map(Requirement, tomllib.loads(PROJECT.read_text())["project"]["dependencies"])}
@@ -26,7 +26,10 @@ def test_no_other_minor_version_is_asked_for(library: str) -> None:
     assert f"{major}.{minor - 1}.99" not in asked
 
 
-@pytest.mark.parametrize(("library", "tested"), [("transformers", transformers.TESTED), ("peft", peft.TESTED)])
+READ = [("transformers", transformers.TESTED), ("peft", peft.TESTED), ("trl", trl.TESTED)]
+
+
+@pytest.mark.parametrize(("library", "tested"), READ)
 def test_what_was_read_is_what_is_asked_for(library: str, tested: str) -> None:
     assert f"{tested}.99" in ASKED[library].specifier
 

@@ -6,21 +6,20 @@ the answers are written before anything of the step is counted, and every term s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 from trl import DistillationTrainer
-from trl.models.utils import _ForwardRedirection
 
 from solidify.adapter import standing
 from solidify.objective.runner import share
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
+from solidify.upstream.trl import DistillationSeams, write_answers
 
 _PARTS = ("prompt", "completion")  # of which a batch of TRL's holds `<part>_ids` and `<part>_mask`
 _BESIDE = (*(f"{part}_{what}" for part in _PARTS for what in ("ids", "mask")), "tool_mask", "num_items_in_batch")
@@ -61,9 +60,7 @@ class DistillationRunner(TrainerRunner):
     def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
         """Lets TRL write the answers of a whole step; every one of its batches holds all prompts of the step."""
         model.train()
-        self.trainer._buffered_inputs = None
-        self.trainer._prepare_inputs(batches[0])
-        return list(self.trainer._buffered_inputs)
+        return write_answers(self.trainer, batches[0])
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns prompts with their answers as the model takes them, and the answers' tokens as `labels`."""
@@ -89,21 +86,7 @@ def _head(model: nn.Module) -> nn.Module | None:
     return standing.unwrap(head) if head is not None else None
 
 
-class _Redirection(_ForwardRedirection):  # type: ignore[misc]
-    """TRL's way of running its loss inside the model's call, where the model's hooks see what the loss returns.
-
-    A hook that adds to outputs (`solidify.add`) would add to the numbers that TRL takes apart; it adds to a dictionary.
-    """
-
-    def __call__(
-        self, wrapper: nn.Module, model: nn.Module, method: Callable[..., Any], *args: Any, **more: Any
-    ) -> Any:
-        """Calls a method in place of the model's forward."""
-        kept = super().__call__(wrapper, model, lambda *a, **k: {"returned": method(*a, **k)}, *args, **more)
-        return kept["returned"]
-
-
-class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationTrainer):  # type: ignore[misc]
+class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationSeams, DistillationTrainer):  # type: ignore[misc]
     """TRL's DistillationTrainer, trained on an `Objective`; all other arguments are DistillationTrainer's.
 
     `DistillationConfig.temperature` is that of sampling and of the divergence, as TRL means it.
@@ -114,13 +97,3 @@ class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationTrainer):  # type
     """
 
     runner_of = DistillationRunner
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._forward_redirection = _Redirection()
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """Lets TRL answer a list of prompts; a micro-batch, which is answered, only goes where the model is."""
-        if isinstance(inputs, Mapping):
-            return Trainer._prepare_inputs(self, inputs)
-        return super()._prepare_inputs(inputs)

@@ -1,0 +1,49 @@
+"""The private names of TRL that the package uses, each under a name of ours.
+
+`TESTED` is the minor version that they were read and tried in; `tests/upstream/` compares each with the one installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import Trainer
+from trl.models.utils import _ForwardRedirection
+
+TESTED = "1.16"
+
+
+class _Redirection(_ForwardRedirection):  # type: ignore[misc]
+    """TRL's way of running its loss inside the model's call, where the model's hooks see what the loss returns.
+
+    A hook that adds to outputs (`solidify.add`) would add to the numbers that TRL takes apart; it adds to a dictionary.
+    """
+
+    def __call__(self, wrapper: Any, model: Any, method: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """Calls a method in place of the model's forward."""
+        kept = super().__call__(wrapper, model, lambda *a, **k: {"returned": method(*a, **k)}, *args, **more)
+        return kept["returned"]
+
+
+class DistillationSeams:
+    """Stands before TRL's DistillationTrainer among the bases: micro-batches that are answered are not answered again.
+
+    TRL has no public method between the writing of answers and the loss.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._forward_redirection = _Redirection()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if isinstance(inputs, Mapping):  # TRL's own batches of prompts are lists
+            return Trainer._prepare_inputs(self, inputs)
+        return super()._prepare_inputs(inputs)  # type: ignore[misc]
+
+
+def write_answers(trainer: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Has a DistillationTrainer in training mode answer a step's prompts; returns its micro-batches."""
+    trainer._buffered_inputs = None
+    trainer._prepare_inputs(prompts)
+    return list(trainer._buffered_inputs)
