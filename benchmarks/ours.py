@@ -30,9 +30,9 @@ def digests(artifact: str) -> None:
 
 def note(model: str) -> None:
     """Computes the digests of a model that are not known, and keeps them."""
-    from solidify.weights import known
+    from solidify.weights import digest_cache
 
-    known.digests(sorted(Path(model).glob("*.safetensors")))
+    digest_cache.digests(sorted(Path(model).glob("*.safetensors")))
 
 
 def adapter(artifact: str, output: str) -> None:

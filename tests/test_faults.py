@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import solidify
-from solidify.directory import manifest, places, trust
+from solidify.directory import manifest, trust, writing
 from solidify.errors import AdapterError, ArtifactError
 from training import awake
 
@@ -426,7 +426,7 @@ def test_one_builds_and_another_waits(world: World) -> None:
     output = world.root / "one" / "artifact"
     output.parent.mkdir()
     (world.root / "also-one").symlink_to(output.parent)
-    with places.staged(output) as staging:
+    with writing.staged(output) as staging:
         manifest.Manifest("stock", {}).write(staging)  # an earlier result, which may be replaced
         for name in ("one", "also-one"):
             world.build("memory", world.root / name).refused("another process is writing")

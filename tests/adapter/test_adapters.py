@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import solidify
-from solidify.adapter import adapters, standing, storage
+from solidify.adapter import adapters, lookup, storage
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
 
@@ -93,10 +93,10 @@ def test_every_way_of_training_comes_back_and_merges(wrapped_artifact: Path, tmp
 @pytest.mark.parametrize("way", WAYS)
 def test_a_trainable_adapter_can_be_loaded_to_go_on(wrapped_artifact: Path, tmp_path: Path, way: str) -> None:
     model = attached(wrapped_artifact, **WAYS[way])
-    names = {(kind, name) for kind, name, p in standing.named_parameters(model) if p.requires_grad}
+    names = {(kind, name) for kind, name, p in lookup.named_parameters(model) if p.requires_grad}
     solidify.save_adapter(model, tmp_path / "adapter")
     again = solidify.load_adapter(solidify.load(wrapped_artifact), tmp_path / "adapter", trainable=True)
-    assert {(kind, name) for kind, name, p in standing.named_parameters(again) if p.requires_grad} == names
+    assert {(kind, name) for kind, name, p in lookup.named_parameters(again) if p.requires_grad} == names
 
 
 def test_training_moves_only_what_was_declared(wrapped_artifact: Path) -> None:
@@ -264,7 +264,7 @@ def test_plain_peft_can_merge_what_we_attached(wrapped_artifact: Path) -> None:
 def test_names_that_peft_would_read_as_endings_hit_only_what_was_named() -> None:
     model = pico.olmoe(12)
     peft_model = solidify.attach(model, train=["model.layers.1.mlp"])
-    wrapped = {name for kind, name, p in standing.named_parameters(peft_model) if p.requires_grad}
+    wrapped = {name for kind, name, p in lookup.named_parameters(peft_model) if p.requires_grad}
     assert all(name.startswith("model.layers.1.mlp.") for name in wrapped)
     nested = torch.nn.Module()
     nested.add_module("outer", torch.nn.Module())
@@ -281,7 +281,7 @@ def test_a_tied_pair_stays_tied_when_it_is_trained(tmp_path: Path) -> None:
     edits = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
     pico.artifact(model, edits, tmp_path / "tied")
     trained = attached(tmp_path / "tied", train=["model.embed_tokens"])
-    plain = standing.plain_model(trained)
+    plain = lookup.plain_model(trained)
     embedding = plain.get_input_embeddings().weight
     assert plain.get_output_embeddings().weight is embedding
     expected = logits(trained)
@@ -308,7 +308,7 @@ def test_what_a_module_froze_itself_stays_frozen(tmp_path: Path) -> None:
     model = solidify.attach(solidify.load(tmp_path / "frozen"), train=["model.layers.*.mlp"])
 
     def trained() -> set[str]:
-        found = {n for _, n, p in standing.named_parameters(model) if p.requires_grad}
+        found = {n for _, n, p in lookup.named_parameters(model) if p.requires_grad}
         return {name.split("mlp.")[1] for name in found}
 
     assert trained() == {"free.weight", "free.bias"}

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import solidify
-from solidify.adapter import adapters, base_state, standing
+from solidify.adapter import adapters, base_state, lookup
 from solidify.errors import AdapterError, SolidifyError
 from solidify.model import anatomy
 
@@ -193,9 +193,9 @@ def test_the_base_in_memory_stays_the_artifact(normed: Path) -> None:
     model = trained(solidify.attach(solidify.load(normed), lora=LORA))
     base = base_state.require(model)
     base_state.refuse_changed(model, base)
-    kinds = {name: kind for kind, name, _ in standing.named_buffers(model) if "running_mean" in name}
+    kinds = {name: kind for kind, name, _ in lookup.named_buffers(model) if "running_mean" in name}
     assert kinds
-    assert {"base", "full"} == {k for k, n, _ in standing.named_buffers(model) if "running_mean" in n}
+    assert {"base", "full"} == {k for k, n, _ in lookup.named_buffers(model) if "running_mean" in n}
 
 
 def test_accuracy_in_memory_is_accuracy_in_a_fresh_process(normed: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import solidify
+from solidify.adapter import lookup
 from solidify.adapter import plan as planning
-from solidify.adapter import standing
 from solidify.errors import AdapterError
 
 Q = "model.layers.*.self_attn.q_proj"
@@ -98,7 +98,7 @@ def test_what_peft_did_is_compared_by_name(wrapped_artifact: Path) -> None:
     wanted = planning.plan(model, {"target_modules": [Q]}, ["**.o_proj.scale"])
     peft_model = solidify.attach(model, lora={"r": 2, "target_modules": [Q]}, train=["**.o_proj.scale"])
     assert planning.compare(peft_model, wanted) == []
-    stray = next(p for k, n, p in standing.named_parameters(peft_model) if n == "model.norm.weight")
+    stray = next(p for k, n, p in lookup.named_parameters(peft_model) if n == "model.norm.weight")
     stray.requires_grad_(True)
     peft_model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default").requires_grad_(False)
     peft_model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default").requires_grad_(False)
@@ -140,7 +140,7 @@ def test_a_tie_is_named_with_the_way_out(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_the_ways_out_of_a_tie_work(lora: dict[str, object] | None, train: list[str]) -> None:
     model = solidify.attach(pico.llama(tie_word_embeddings=True), lora=lora, train=train)
-    trained = {standing.canonical(model, name) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {lookup.canonical(model, name) for name, p in model.named_parameters() if p.requires_grad}
     asked = [*((lora or {}).get("target_modules", [])), *train]  # type: ignore[misc]
     assert trained and all(any(name.startswith(word) for word in asked) for name in trained), trained
 
@@ -157,7 +157,7 @@ def test_ranks_are_given_by_our_patterns_and_exact_names() -> None:
     ranks, scales = {}, {}
     for path, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            name = standing.canonical(model, path)
+            name = lookup.canonical(model, path)
             ranks[name], scales[name] = module.r["default"], module.scaling["default"]
     assert ranks["model.layers.0.self_attn.q_proj"] == 16
     assert ranks["model.layers.1.self_attn.q_proj"] == 4
@@ -172,7 +172,7 @@ def test_a_rank_pattern_is_no_ending_of_a_longer_name() -> None:
     nested.add_module("outer", torch.nn.Sequential())
     nested.outer.add_module("lin", torch.nn.Linear(4, 4))
     model = solidify.attach(nested, lora={"r": 2, "target_modules": ["lin", "outer.lin"], "rank_pattern": {"lin": 3}})
-    found = {standing.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
+    found = {lookup.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
     assert found == {"lin": 3, "outer.lin": 2}
 
 
@@ -194,7 +194,7 @@ def test_experts_get_ranks_by_pattern() -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     lora = {"r": 2, "target_parameters": ["**.experts.down_proj"], "rank_pattern": {"model.layers.0.**": 5}}
     model = solidify.attach(pico.olmoe(), lora=lora)
-    ranks = {standing.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
+    ranks = {lookup.canonical(model, p): m.r["default"] for p, m in model.named_modules() if hasattr(m, "lora_A")}
     assert ranks == {name.rpartition(".")[0]: 5, "model.layers.1.mlp.experts": 2}
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 import solidify
-from solidify.adapter import readback, standing, storage
+from solidify.adapter import lookup, readback, storage
 from solidify.errors import AdapterError
 from solidify.model import anatomy
 
@@ -132,7 +132,7 @@ def test_what_is_written_otherwise_is_found_before_it_is_called_saved(
 
 def test_state_that_no_adapter_holds_is_found_and_named(wrapped_artifact: Path, tmp_path: Path) -> None:
     model = noise(solidify.attach(solidify.load(wrapped_artifact), lora=LORA))
-    module = standing.at(model, "model.layers.0.self_attn.o_proj")
+    module = lookup.at(model, "model.layers.0.self_attn.o_proj")
     assert module is not None
     module.inner.bypass = True
     with pytest.raises(
@@ -140,7 +140,7 @@ def test_state_that_no_adapter_holds_is_found_and_named(wrapped_artifact: Path, 
     ):
         solidify.save_adapter(model, tmp_path / "adapter")
     module.inner.bypass = False
-    handle = standing.owner(model, "model.norm").register_forward_hook(lambda _m, _a, out: out + 0.01)
+    handle = lookup.owner(model, "model.norm").register_forward_hook(lambda _m, _a, out: out + 0.01)
     with pytest.raises(AdapterError, match="loaded again, it computes something else"):
         solidify.save_adapter(model, tmp_path / "adapter")
     handle.remove()
@@ -194,7 +194,7 @@ def test_a_large_model_is_compared_by_its_tensors_and_not_run(
 ) -> None:
     model = noise(solidify.attach(solidify.load(wrapped_artifact), lora=LORA, train=["model.norm", "**.mlp.scale"]))
     runs: list[int] = []
-    handle = standing.plain_model(model).register_forward_hook(lambda *_: runs.append(1))
+    handle = lookup.plain_model(model).register_forward_hook(lambda *_: runs.append(1))
     monkeypatch.setattr(anatomy, "LARGE", 1)
     solidify.save_adapter(model, tmp_path / "adapter")
     assert not runs

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 import solidify
-from solidify.adapter import base_state, standing
+from solidify.adapter import base_state, lookup
 from solidify.errors import AdapterError
 from solidify.model import anatomy
 
@@ -222,7 +222,7 @@ def test_pefts_own_saving_of_all_is_loaded_into_the_same_adapters(wrapped_artifa
     model, expected = two(wrapped_artifact, WAYS["parameters"])
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        for kind, _, parameter in standing.named_parameters(model):
+        for kind, _, parameter in lookup.named_parameters(model):
             if kind != "base":
                 parameter.zero_()
     for name in ("one", "two"):

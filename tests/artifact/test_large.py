@@ -27,7 +27,7 @@ from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import stages
 from solidify.recipe.schema import load as load_recipe
 from solidify.surgery import contract
-from solidify.weights import checkpoint, format, known, mapped, spilling, store
+from solidify.weights import checkpoint, digest_cache, format, mapped, spilling, store
 
 WRAP = {
     "replace": "model.layers.*.mlp",
@@ -285,7 +285,7 @@ def test_what_adopt_writes_into_the_original_is_not_lost(
     entries = checkpoint.read(tmp_path / "out" / "artifact").entries
     (name,) = [n for n in entries if n.endswith("0.mlp.original.experts.gate_up_proj")]
     assert float(entries[name].read().abs().max()) == 0.0
-    assert known.digests(checkpoint.weight_files(tmp_path / "out" / "artifact"), fresh=True) == record.tensors
+    assert digest_cache.digests(checkpoint.weight_files(tmp_path / "out" / "artifact"), fresh=True) == record.tensors
 
 
 def test_an_incomplete_base_is_refused_before_anything_is_written(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError
-from solidify.weights import checkpoint, format, known, store
+from solidify.weights import checkpoint, digest_cache, format, store
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def test_matrices_of_odd_size_stand_in_files_of_their_own(tmp_path: Path) -> Non
     for path in paths:
         for name, offset in offsets(path).items():
             assert odd[name].ndim < 2 or offset % 64 == 0
-    assert known.digests(paths) == tensors.digests(odd.items())
+    assert digest_cache.digests(paths) == tensors.digests(odd.items())
 
 
 def test_large_states_are_split_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     content = (tmp_path / checkpoint.WEIGHTS).read_bytes()
     (tmp_path / checkpoint.WEIGHTS).write_bytes(content[:-40])
     with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
-        known.digests(checkpoint.weight_files(tmp_path))
+        digest_cache.digests(checkpoint.weight_files(tmp_path))
     (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(ArtifactError, match=r"names gone.safetensors, which"):
         checkpoint.weight_files(tmp_path)

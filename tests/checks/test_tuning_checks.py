@@ -13,8 +13,8 @@ from pico import wrappers
 
 import solidify
 from solidify import losses
+from solidify.adapter import lookup, storage
 from solidify.adapter import plan as planning
-from solidify.adapter import standing, storage
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest
 from solidify.errors import ObjectiveError
@@ -34,7 +34,7 @@ def attached(artifact: Path) -> tuple[Any, Any]:
 def test_the_trainable_set_is_compared_by_name_not_by_number(trash_artifact: Path) -> None:
     model, wanted = attached(trash_artifact)
     assert trainable.trainable(model, wanted).passed
-    parameters = {(k, n): p for k, n, p in standing.named_parameters(model)}
+    parameters = {(k, n): p for k, n, p in lookup.named_parameters(model)}
     swapped = parameters["full", "model.layers.0.mlp.trash.weight"]
     other = parameters["base", "model.norm.weight"]
     assert swapped.numel() == other.numel()
@@ -51,7 +51,7 @@ def test_frozen_tensors_are_compared_with_what_was_built(trash_artifact: Path) -
     assert trainable.frozen(model, record).passed
     for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.trash.weight"):
         model = attached(trash_artifact)[0]
-        base = next(p for kind, n, p in standing.named_parameters(model) if (kind, n) == ("base", name))
+        base = next(p for kind, n, p in lookup.named_parameters(model) if (kind, n) == ("base", name))
         with torch.no_grad():
             base[0].add_(1e-6)
         finding = trainable.frozen(model, record)
@@ -62,10 +62,10 @@ def test_frozen_tensors_are_compared_with_what_was_built(trash_artifact: Path) -
 def test_a_buffer_that_moves_though_frozen_is_found(trash_artifact: Path) -> None:
     model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
     bias = "model.layers.0.mlp.trash"
-    standing.owner(model, bias).bias.fill_(-3.0)  # the adapter's own version
+    lookup.owner(model, bias).bias.fill_(-3.0)  # the adapter's own version
     assert trainable.frozen(model, manifest.read(trash_artifact)).passed
     with model.disable_adapter():
-        standing.owner(model, bias).bias.fill_(-3.0)  # the base's
+        lookup.owner(model, bias).bias.fill_(-3.0)  # the base's
     finding = trainable.frozen(model, manifest.read(trash_artifact))
     assert "model.layers.0.mlp.trash.bias changed" in finding.evidence
 
@@ -110,7 +110,7 @@ def test_a_gradient_on_something_frozen_and_one_that_is_not_finite_are_found(
 ) -> None:
     model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
     witness = gradients.GradientWitness(model)
-    frozen = next(p for kind, n, p in standing.named_parameters(model) if n == "model.norm.weight")
+    frozen = next(p for kind, n, p in lookup.named_parameters(model) if n == "model.norm.weight")
 
     class Spoil(gradients.GradientWitness):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -238,7 +238,7 @@ def saved(trash_artifact: Path, tmp_path: Path) -> Path:
 
 
 def cases(model: Any) -> dict[str, dict[str, torch.Tensor]]:
-    return {"case": probing.probe_inputs(standing.plain_model(model))}
+    return {"case": probing.probe_inputs(lookup.plain_model(model))}
 
 
 def test_an_adapter_without_effect_is_found(trash_artifact: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_head_that_is_trained_alone_is_looked_at(tmp_path: Path) -> None:
     model = solidify.attach(base, train=["value_head"])
     effect, _ = roundtrip.adapter_effect(model, expected, inputs)
     assert effect.verdict == "failed"
-    head = standing.plain_model(model).value_head
+    head = lookup.plain_model(model).value_head
     with torch.no_grad():
         head.modules_to_save["default"].linear.weight.add_(1.0)
     effect, off = roundtrip.adapter_effect(model, expected, inputs)
@@ -291,7 +291,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_found(trash_artifact: Path) -
     expected = roundtrip.outputs(base, cases(base))
     model = awake(trash_artifact)
     with torch.no_grad():
-        next(p for kind, n, p in standing.named_parameters(model) if n == "model.norm.weight").mul_(1.01)
+        next(p for kind, n, p in lookup.named_parameters(model) if n == "model.norm.weight").mul_(1.01)
     _, off = roundtrip.adapter_effect(model, expected, cases(base))
     assert not off.passed
 

@@ -192,7 +192,7 @@ def test_a_stock_model_is_closed_too(tmp_path: Path) -> None:
         kind="stock",
         base={},
         files=names,
-        tensors=manifest.known.digests([weights]),
+        tensors=manifest.digest_cache.digests([weights]),
         headers={weights.name: manifest.format.header_digest(weights)},
     )
     record.write(tmp_path / "stock")

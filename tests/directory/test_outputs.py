@@ -15,7 +15,7 @@ from blake3 import blake3
 from peft import LoraConfig, get_peft_model
 
 import solidify
-from solidify.directory import ours, places
+from solidify.directory import ours, writing
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.merging import export
@@ -69,10 +69,10 @@ def test_a_directory_that_only_holds_a_report_is_not_ours(tmp_path: Path) -> Non
             out.mkdir()
             (out / name).write_text(text)
             (out / "thesis.tex").write_text("years of work")
-            for refuse in (places.refuse_foreign, places.refuse_foreign_run):
+            for refuse in (writing.refuse_foreign, writing.refuse_foreign_run):
                 with pytest.raises(ArtifactError, match="remove it first"):
                     refuse(out)
-            with pytest.raises(ArtifactError), places.staged(out) as staging:
+            with pytest.raises(ArtifactError), writing.staged(out) as staging:
                 (staging / "x").write_text("x")
             assert (out / "thesis.tex").read_text() == "years of work"
 
@@ -131,21 +131,21 @@ def test_an_artifact_is_replaced_only_while_it_is_wholly_ours(
 ) -> None:
     """The honest twin: an earlier result that nobody touched is replaced, which is said."""
     out = run / "artifact"
-    with places.staged(out) as staging:
+    with writing.staged(out) as staging:
         shutil.copytree(out, staging, dirs_exist_ok=True)
     assert "holds an earlier artifact" in capsys.readouterr().err.replace("\n", " ")
     change(out)
     before = contents(out)
-    with pytest.raises(ArtifactError, match="the output"), places.staged(out) as staging:
+    with pytest.raises(ArtifactError, match="the output"), writing.staged(out) as staging:
         (staging / "x").write_text("x")
     assert contents(out) == before
     with pytest.raises(ArtifactError, match="the output"):
-        places.refuse_foreign_run(run)
+        writing.refuse_foreign_run(run)
 
 
 def test_what_is_put_there_meanwhile_is_kept(run: Path) -> None:
     out = run / "artifact"
-    with pytest.raises(ArtifactError, match="notes"), places.staged(out) as staging:
+    with pytest.raises(ArtifactError, match="notes"), writing.staged(out) as staging:
         (staging / "x").write_text("x")
         _note(out)
     assert (out / "notes.md").read_text() == "mine"
@@ -154,25 +154,25 @@ def test_what_is_put_there_meanwhile_is_kept(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["notes.md", "data/train.jsonl", "checkpoints/notes.md", "checkpoints/checkpoint-3/x"])
 def test_a_run_goes_only_where_a_run_has_been(run: Path, name: str) -> None:
-    places.refuse_foreign_run(run)
+    writing.refuse_foreign_run(run)
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).write_text("mine")
     with pytest.raises(ArtifactError, match="what solidify did not write"):
-        places.refuse_foreign_run(run)
+        writing.refuse_foreign_run(run)
 
 
 def test_a_changed_report_is_the_users(run: Path) -> None:
     path = run / "report.json"
     path.write_text(path.read_text().replace("it holds", "it holds, I think"))
     with pytest.raises(ArtifactError, match="not the report that a run wrote"):
-        places.refuse_foreign_run(run)
+        writing.refuse_foreign_run(run)
 
 
 def test_a_single_result_does_not_replace_a_whole_run(run: Path) -> None:
     with pytest.raises(ArtifactError, match="whole run"):
-        places.refuse_foreign(run)
+        writing.refuse_foreign(run)
     with pytest.raises(ArtifactError, match="a single model"):
-        places.refuse_foreign_run(run / "artifact")
+        writing.refuse_foreign_run(run / "artifact")
 
 
 def test_inputs_are_known_by_what_they_are(run: Path, tmp_path: Path) -> None:
@@ -180,14 +180,14 @@ def test_inputs_are_known_by_what_they_are(run: Path, tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
     shutil.copytree(run / "artifact", out)
-    places.refuse_foreign(out, [base])
-    places.refuse_foreign(tmp_path / "new", [base, tmp_path / "nothing", "no/such-model"])
+    writing.refuse_foreign(out, [base])
+    writing.refuse_foreign(tmp_path / "new", [base, tmp_path / "nothing", "no/such-model"])
     (base / "model.safetensors").symlink_to(out / "model.safetensors")
     with pytest.raises(ArtifactError, match="holds an input"):
-        places.refuse_foreign(out, [base])
+        writing.refuse_foreign(out, [base])
     for path in (out / "config.json", out):
         with pytest.raises(ArtifactError, match="input of the command"):
-            places.refuse_foreign(out, [path])
+            writing.refuse_foreign(out, [path])
 
 
 def test_home_root_and_repositories_are_no_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,11 +202,11 @@ def test_home_root_and_repositories_are_no_outputs(monkeypatch: pytest.MonkeyPat
         (Path("/"), "root of the file system"),
         (repository, "repository"),
     ):
-        for refuse in (places.refuse_foreign, places.refuse_foreign_run):
+        for refuse in (writing.refuse_foreign, writing.refuse_foreign_run):
             with pytest.raises(ArtifactError, match=word):
                 refuse(place)
-    places.refuse_foreign(repository / "build" / "x")
-    places.refuse_foreign(home / "x")
+    writing.refuse_foreign(repository / "build" / "x")
+    writing.refuse_foreign(home / "x")
 
 
 NAMES = ["../payload", "/etc/passwd", "a/../../b", "..", ".", "", "a\\b", "c:x", "~/x", "a//b", "./a", "a\nb", None, 3]
@@ -379,14 +379,14 @@ def test_a_checkpoint_of_another_program_is_not_ours(tmp_path: Path, kind: str) 
     (tmp_path / "checkpoint-1").mkdir()
     FOREIGN[kind](tmp_path / "checkpoint-1")
     with pytest.raises(ArtifactError):
-        places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
+        writing.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
 
 
 @pytest.mark.parametrize("kind", EDITED)
 def test_a_checkpoint_with_a_file_of_somebodys_is_not_replaced(tmp_path: Path, kind: str) -> None:
     EDITED[kind](checkpoint(tmp_path / "checkpoint-1", sealed=True))
     with pytest.raises(ArtifactError, match="checkpoint-1 holds"):
-        places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
+        writing.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
 
 
 def test_checkpoints_of_ours_are_ours(tmp_path: Path) -> None:
@@ -397,9 +397,9 @@ def test_checkpoints_of_ours_are_ours(tmp_path: Path) -> None:
         tmp_path / "checkpoint-4" / ".objective.pt"
     )
     (tmp_path / "checkpoint-4" / "adapter_config.json").unlink()
-    places.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
+    writing.refuse_foreign_checkpoints(tmp_path, tmp_path.with_name("run"))
     shutil.copytree(tmp_path, tmp_path.with_name("copied"))
-    places.refuse_foreign_checkpoints(tmp_path.with_name("copied"), tmp_path.with_name("run"))
+    writing.refuse_foreign_checkpoints(tmp_path.with_name("copied"), tmp_path.with_name("run"))
     assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True) == []
     (tmp_path / "checkpoint-1" / "adapter_config.json").unlink()
     assert ours.checkpoint_faults(tmp_path / "checkpoint-1", whole=True)

@@ -22,7 +22,7 @@ from model_signing import hashing, signing, verifying
 from signatures import SIGNED, Copy, Pair, hashes_of, solid
 
 import solidify
-from solidify.directory import manifest, places, signature
+from solidify.directory import manifest, signature, writing
 from solidify.errors import ArtifactError, CheckFailed
 from solidify.weights.hashing import digest_bytes
 from training import awake
@@ -41,7 +41,7 @@ def plain(mine: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind="stock",
         base={},
         files=names,
-        tensors=manifest.known.digests([weights]),
+        tensors=manifest.digest_cache.digests([weights]),
         headers={weights.name: manifest.format.header_digest(weights)},
     ).write(directory)
     solidify.sign(directory, mine.private)
@@ -368,16 +368,16 @@ def test_what_stands_in_the_place_of_a_signature_is_not_lost(trash_artifact: Pat
     with pytest.raises(ArtifactError, match="that would replace a file"):
         solidify.sign(directory, mine.private)
     with pytest.raises(ArtifactError, match="is not listed by its manifest"):
-        places.refuse_foreign(directory)
+        writing.refuse_foreign(directory)
     assert (directory / manifest.SIGNATURE).read_text() == "my own notes"
 
 
 def test_a_signed_directory_is_still_ours_to_replace(signed: Path, copy_of: Copy) -> None:
     directory = copy_of(signed)
-    places.refuse_foreign(directory)
+    writing.refuse_foreign(directory)
     adopted(directory)  # the signature is of what stood there before: somebody's own by now
     with pytest.raises(ArtifactError, match=r"model\.sig is not listed by its manifest"):
-        places.refuse_foreign(directory)
+        writing.refuse_foreign(directory)
 
 
 def test_what_a_killed_process_left_of_a_signature_is_swept(trash_artifact: Path, mine: Pair, copy_of: Copy) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import solidify
 from solidify import losses
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Term
 from training import LORA
@@ -31,7 +31,7 @@ def moved(model: Any, seed: int = 1) -> Any:
 
 def distances(model: Any, base: Any) -> dict[str, torch.Tensor]:
     """Differences of the merged model from its base, in float64, by name: no code of ours is in between."""
-    merged = model.merge_and_unload() if standing.peft_model(model) is not None else model
+    merged = model.merge_and_unload() if lookup.peft_model(model) is not None else model
     before = dict(base.named_parameters())
     return {n: p.detach().double() - before[n].detach().double() for n, p in merged.named_parameters()}
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from solidify import losses
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.losses.chunking import chunked, trainable
 from solidify.objective.objective import Objective, Term
@@ -206,10 +206,8 @@ def test_the_term_is_the_models_own_loss(kind: str) -> None:
     own = model(**batch).loss * count
     theirs = grads(model, own)
     model = MODELS[kind]()
-    output = standing.plain_model(model).base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    )
-    head = standing.plain_model(model).lm_head
+    output = lookup.plain_model(model).base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    head = lookup.plain_model(model).lm_head
     loss = losses.next_token(chunk=7)(output.last_hidden_state, head, batch["labels"])
     ours = grads(model, loss)
     assert loss.item() == pytest.approx(own.item(), rel=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import solidify
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture, capture
 
@@ -15,20 +15,20 @@ LORA = {"r": 2, "target_modules": ["**.q_proj"]}
 
 
 def test_names_lead_through_every_wrapper_of_peft(trash_artifact: Path) -> None:
-    plain = {place.name for place in standing.modules(solidify.load(trash_artifact))}
+    plain = {place.name for place in lookup.modules(solidify.load(trash_artifact))}
     model = solidify.attach(
         solidify.load(trash_artifact),
         lora=LORA,
         train=["model.layers.0.mlp", "model.layers.1.mlp.trash", "**.o_proj.weight"],
     )
-    assert {place.name for place in standing.modules(model)} == plain
+    assert {place.name for place in lookup.modules(model)} == plain
     wrapped = torch.nn.DataParallel(model)
-    assert {place.name for place in standing.modules(wrapped)} == plain
+    assert {place.name for place in lookup.modules(wrapped)} == plain
 
 
 def test_the_active_copy_is_read_and_the_frozen_original_is_not(trash_artifact: Path) -> None:
     model = solidify.attach(solidify.load(trash_artifact), train=["**.mlp.trash"])
-    can = next(p for p in standing.modules(model) if p.name == "model.layers.0.mlp.trash")
+    can = next(p for p in lookup.modules(model) if p.name == "model.layers.0.mlp.trash")
     with torch.no_grad():
         can.inner.weight.fill_(0.5)
         can.inner.bias.fill_(-1.0)

@@ -181,7 +181,7 @@ def test_a_failed_run_keeps_its_words(beside: Path, copied: Path, monkeypatch: p
     with pytest.raises(ArtifactError):
         stages.run(load(beside, "a.yaml", document(seed=3)), copied)
     assert Report.read(copied / "report.json")["finished"] is False
-    stages.places.refuse_foreign_run(copied)
+    stages.writing.refuse_foreign_run(copied)
 
 
 def test_only_a_checkpoint_that_reached_the_disk_is_gone_on_from(copied: Path) -> None:

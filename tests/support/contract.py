@@ -30,7 +30,7 @@ from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer, 
 
 import solidify
 from solidify import losses
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.adapters import switched_off
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import TrashCanMoE
@@ -124,7 +124,7 @@ def model(case: Case) -> Any:
         for name, parameter in made.named_parameters():
             if parameter.requires_grad and (not case.full or "trash" in name):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        for place in standing.modules(made):
+        for place in lookup.modules(made):
             if type(place.inner).__name__ == "TrashCan":
                 place.inner.bias.fill_(-2.0)
     return made.train()
@@ -187,7 +187,7 @@ def value(term: Term, subject: nn.Module, batch: Mapping[str, torch.Tensor], cas
     """The term on one batch, as its declaration says: nothing here is the library's but the term and the hooks."""
     with capture(subject, term.captures) as seen:
         out = forward(subject, batch, output_hidden_states=True)
-    head = standing.plain_model(subject).lm_head
+    head = lookup.plain_model(subject).lm_head
     supply: dict[str, Any] = {
         "model": subject,
         "inputs": batch,
@@ -440,7 +440,7 @@ def batches(case: Case) -> list[dict[str, torch.Tensor]]:
 def prepared(case: Case) -> Any:
     subject = model(case)
     if case.checkpointing:
-        standing.plain_model(subject).activation_checkpointing_enable({"use_reentrant": False})
+        lookup.plain_model(subject).activation_checkpointing_enable({"use_reentrant": False})
     return subject
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import solidify
 from solidify import losses
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.objective.objective import Objective, Term
 from solidify.training.trainer import ObjectiveTrainer
 
@@ -33,12 +33,12 @@ def awake(artifact: Path, **declared: Any) -> torch.nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        buffers = standing.trained_buffers(model)
+        buffers = lookup.trained_buffers(model)
         own = buffers.versions(None) if buffers is not None else {}
-        for place in standing.modules(model):
+        for place in lookup.modules(model):
             if type(place.inner).__name__ == "TrashCan":
                 place.inner.bias.fill_(-2.0)
-                if place.inner is standing.owner(model, place.name):  # not in a trained copy: the base's is awake too
+                if place.inner is lookup.owner(model, place.name):  # not in a trained copy: the base's is awake too
                     own[f"{place.name}.bias"].fill_(-2.0)
     return model
 

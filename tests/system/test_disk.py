@@ -16,7 +16,7 @@ import pico
 import pytest
 
 import solidify
-from solidify.directory import places
+from solidify.directory import writing
 from solidify.findings import Report
 from solidify.merging import export
 from solidify.system import disk
@@ -53,7 +53,7 @@ class Recorder:
 def recorded(below: Path) -> Iterator[Recorder]:
     """Records what this process syncs and renames below a directory."""
     recorder, fsync, rename, replace = Recorder(), os.fsync, os.rename, os.replace
-    exchanged = places._exchanged
+    exchanged = writing._exchanged
 
     def naming(call: Callable[..., None]) -> Callable[..., None]:
         def work(source: Any, target: Any, **more: Any) -> None:
@@ -78,7 +78,7 @@ def recorded(below: Path) -> Iterator[Recorder]:
         patch.setattr(os, "fsync", syncing)
         patch.setattr(os, "rename", naming(rename))
         patch.setattr(os, "replace", naming(replace))
-        patch.setattr(places, "_exchanged", exchange)
+        patch.setattr(writing, "_exchanged", exchange)
         yield recorder
 
 
@@ -119,7 +119,7 @@ def test_a_power_cut_is_noticed_where_nothing_is_synced(tmp_path: Path, monkeypa
 
 
 def test_new_directories_above_an_output_survive_too(tmp_path: Path) -> None:
-    with recorded(tmp_path) as recorder, places.staged(tmp_path / "a" / "b" / "out") as staging:
+    with recorded(tmp_path) as recorder, writing.staged(tmp_path / "a" / "b" / "out") as staging:
         (staging / "x").write_text("x")
     survives(recorder, tmp_path / "a" / "b" / "out")
     assert {str(tmp_path / "a"), str(tmp_path)} <= {path for kind, path in recorder.events if kind == "fsync"}
@@ -146,7 +146,7 @@ def test_a_report_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_system_sees_the_syncs(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from solidify import places\n"
-        "with places.staged(Path(sys.argv[1])) as staging: (staging / 'weights').write_text('x')\n"
+        "with writing.staged(Path(sys.argv[1])) as staging: (staging / 'weights').write_text('x')\n"
     )
     command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(tmp_path / "trace")]
     done = subprocess.run(

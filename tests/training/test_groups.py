@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer
 
 import solidify
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import RecipeError
 from solidify.objective.objective import Objective, Term
 from solidify.training import groups
@@ -50,7 +50,7 @@ def trainer(model: Any, directory: Path, declared: Any = (), *, kind: Any = Obje
 
 
 def names_of(model: Any) -> dict[int, str]:
-    return {id(p): name for _, name, p in standing.named_parameters(model) if p.requires_grad}
+    return {id(p): name for _, name, p in lookup.named_parameters(model) if p.requires_grad}
 
 
 # What goes wrong without.

@@ -16,7 +16,7 @@ from pico import wrappers
 from safetensors.torch import load_file, save_file
 
 import solidify
-from solidify.adapter import adapters, standing, storage
+from solidify.adapter import adapters, lookup, storage
 from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
@@ -61,7 +61,7 @@ def test_expert_conversion_hijacks_the_names_of_a_new_modules_layers(tmp_path: P
     edits = solidify.replace(model, "model.layers.0.mlp", wrappers.RouterlessMoE)
     pico.artifact(model, edits, tmp_path / "ours")
     ours = solidify.attach(solidify.load(tmp_path / "ours"), lora={"r": 2, "target_modules": names})
-    assert {standing.canonical(ours, name) for name in lora_parents(ours)} == set(names)
+    assert {lookup.canonical(ours, name) for name in lora_parents(ours)} == set(names)
 
 
 def test_only_a_new_module_and_no_lora_is_refused_by_peft(trash_artifact: Path) -> None:
@@ -71,7 +71,7 @@ def test_only_a_new_module_and_no_lora_is_refused_by_peft(trash_artifact: Path) 
             get_peft_model(pico.olmoe(), config)
 
     model = solidify.attach(solidify.load(trash_artifact), train=["model.layers.0.mlp.trash"])
-    trained = {name for kind, name, p in standing.named_parameters(model) if p.requires_grad}
+    trained = {name for kind, name, p in lookup.named_parameters(model) if p.requires_grad}
     assert trained == {"model.layers.0.mlp.trash.weight"}
 
 
@@ -82,7 +82,7 @@ def test_modules_to_save_matches_endings_without_a_dot() -> None:
     assert {name.split(".layers.")[1].split(".")[0] for name in wrapped} == {"1", "11"}
 
     model = solidify.attach(pico.olmoe(12), train=["model.layers.1.mlp"])
-    trained = {name for kind, name, p in standing.named_parameters(model) if p.requires_grad}
+    trained = {name for kind, name, p in lookup.named_parameters(model) if p.requires_grad}
     assert {name.split(".")[2] for name in trained} == {"1"}
     with pytest.raises(AdapterError, match=r"'1.mlp' hits nothing"):
         solidify.attach(pico.olmoe(12), train=["1.mlp"])
@@ -102,7 +102,7 @@ def test_modules_to_save_cannot_name_a_single_parameter() -> None:
     assert not any("gate.weight" in name for name, p in model.named_parameters() if p.requires_grad)
 
     ours = solidify.attach(pico.olmoe(), train=["model.layers.0.mlp.gate.weight"])
-    assert {n for _, n, p in standing.named_parameters(ours) if p.requires_grad} == {"model.layers.0.mlp.gate.weight"}
+    assert {n for _, n, p in lookup.named_parameters(ours) if p.requires_grad} == {"model.layers.0.mlp.gate.weight"}
 
 
 def test_modules_to_save_copies_and_the_totals_grow() -> None:
@@ -127,7 +127,7 @@ def test_what_was_frozen_on_purpose_becomes_trainable(tmp_path: Path) -> None:
     model = pico.olmoe()
     solidify.replace(model, "model.layers.0.mlp", wrappers.PartlyFrozen)
     ours = solidify.attach(model, train=["model.layers.0.mlp"])
-    trained = {name for _, name, p in standing.named_parameters(ours) if p.requires_grad}
+    trained = {name for _, name, p in lookup.named_parameters(ours) if p.requires_grad}
     assert trained == {"model.layers.0.mlp.free.weight", "model.layers.0.mlp.free.bias"}
 
 
@@ -136,7 +136,7 @@ def test_a_regulariser_over_modules_counts_the_frozen_twins_too(trash_artifact: 
     found = [m for m in model.modules() if type(m).__name__ == "TrashCanMoE"]
     assert len(found) == 4  # two layers
 
-    ours = [place for place in standing.modules(model) if type(place.inner).__name__ == "TrashCanMoE"]
+    ours = [place for place in lookup.modules(model) if type(place.inner).__name__ == "TrashCanMoE"]
     assert [place.name for place in ours] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert all(p.requires_grad for place in ours for p in place.inner.trash.parameters())
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError
 from solidify.weights import format
-from solidify.weights.format import Shape, Supply
+from solidify.weights.format import Shape, TensorSource
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> Non
         yield "a", a[1:]
         yield "b", b[5:]
 
-    supply = Supply({"a": Shape.of(a), "b": Shape.of(b)}, pieces)
+    supply = TensorSource({"a": Shape.of(a), "b": Shape.of(b)}, pieces)
     digests = format.write_file(tmp_path / "x.safetensors", [supply])
     found = load_file(tmp_path / "x.safetensors")
     assert torch.equal(found["a"], a) and torch.equal(found["b"], b)
@@ -56,7 +56,7 @@ def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("rows", "words"), [(3, "too few values came for a"), (5, "more values came for a")])
 def test_a_supply_gives_what_it_said(tmp_path: Path, rows: int, words: str) -> None:
-    supply = Supply({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))
+    supply = TensorSource({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))
     with pytest.raises(ArtifactError, match=words):
         format.write_file(tmp_path / "x.safetensors", [supply])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from solidify.weights import format, known, transfer
+from solidify.weights import digest_cache, format, transfer
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_is_known_is_not_read_again_unless_asked(weights: Path, reads: list[str]) -> None:
-    first = known.digests([weights])
+    first = digest_cache.digests([weights])
     assert sorted(reads) == ["a", "b"]
-    assert known.digests([weights]) == first
+    assert digest_cache.digests([weights]) == first
     assert len(reads) == 2
-    assert known.digests([weights], fresh=True) == first
+    assert digest_cache.digests([weights], fresh=True) == first
     assert len(reads) == 4
 
 
@@ -73,36 +73,36 @@ def by_another_file(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [in_place, with_its_time_set_back, by_another_file])
 def test_a_changed_file_is_read_again(weights: Path, change: Callable[[Path], None]) -> None:
-    before = known.digests([weights])
+    before = digest_cache.digests([weights])
     change(weights)
-    after = known.digests([weights])
+    after = digest_cache.digests([weights])
     assert before["a"] == after["a"] and before["b"] != after["b"]
 
 
 def test_a_file_written_a_moment_ago_is_not_noted(tmp_path: Path, reads: list[str]) -> None:
     path = tmp_path / "new.safetensors"
     save_file({"a": torch.randn(4)}, path)
-    known.digests([path])
-    known.digests([path])
+    digest_cache.digests([path])
+    digest_cache.digests([path])
     assert reads == ["a", "a"]
 
 
 def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, reads: list[str]) -> None:
-    first = known.digests([weights])
+    first = digest_cache.digests([weights])
     assert transfer.place(weights, tmp_path / "linked", link=True)
     assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino
-    assert known.digests([tmp_path / "linked"]) == known.digests([weights]) == first
+    assert digest_cache.digests([tmp_path / "linked"]) == digest_cache.digests([weights]) == first
     (tmp_path / "linked").unlink()
-    assert known.digests([weights]) == first
+    assert digest_cache.digests([weights]) == first
     assert len(reads) == 2
 
 
 def test_a_copy_is_known_as_its_source_is(weights: Path, tmp_path: Path, reads: list[str]) -> None:
-    first = known.digests([weights])
+    first = digest_cache.digests([weights])
     assert not transfer.place(weights, tmp_path / "copy", link=False)
     assert (tmp_path / "copy").stat().st_ino != weights.stat().st_ino
     assert (tmp_path / "copy").read_bytes() == weights.read_bytes()
-    assert known.digests([tmp_path / "copy"]) == first
+    assert digest_cache.digests([tmp_path / "copy"]) == first
     assert len(reads) == 2
 
 

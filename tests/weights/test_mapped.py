@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from solidify.artifact import tensors
-from solidify.weights import format, known, mapped, spilling
+from solidify.weights import digest_cache, format, mapped, spilling
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is known, and tensors are read")
 
@@ -89,6 +89,6 @@ def test_new_tensors_are_spilled_and_old_ones_are_not(
     (tmp_path / "spilled").mkdir()
     spilling.spill("here", new, kept, tmp_path / "spilled")
     (file,) = (tmp_path / "spilled").iterdir()
-    assert set(known.digests([file])) == {"here.1.weight", "here.1.bias"}
+    assert set(digest_cache.digests([file])) == {"here.1.weight", "here.1.bias"}
     assert mapped.places(new.state_dict())["1.weight"][0] == file
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())

@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, patterns, standing, tied, together, trial, verbs
+from solidify.adapter import base_state, configured, lookup, patterns, tied, together, trial, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -43,7 +43,7 @@ def attach(
         AdapterError: the declaration does not fit the model (see `solidify.adapter.plan`), or PEFT made something else
             trainable than was declared. The model is then as it was, as after any other exception.
     """
-    existing = standing.peft_model(model)
+    existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
     base = base_state.find(model)
@@ -72,7 +72,7 @@ def attach(
 def _frozen_inside(model: PeftModel, wanted: AdapterPlan) -> set[str]:
     """Names what stays frozen in modules that are trained in full."""
     inside = tuple(f"{module}." for module in wanted.modules)
-    return {name for name, _ in standing.plain_parameters(model) if name.startswith(inside)} - set(wanted.full)
+    return {name for name, _ in lookup.plain_parameters(model) if name.startswith(inside)} - set(wanted.full)
 
 
 _OF_TIES = "You have requested `ensure_weight_tying`"  # how PEFT's warnings of ties begin (0.21.2)
@@ -112,7 +112,7 @@ def _inject(model: Any, existing: PeftModel | None, configuration: LoraConfig, n
 def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
     """Freezes again, in the trained copies, what a module's own code had frozen: PEFT makes all of a copy trainable."""
     copies = [
-        (f"{standing.canonical(model, path)}.{key}", parameter)
+        (f"{lookup.canonical(model, path)}.{key}", parameter)
         for path, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
         for key, parameter in module.modules_to_save[adapter].named_parameters()
@@ -128,7 +128,7 @@ def _single(model: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
     PEFT takes the name of a module that is trained in full for the end of a name: `score` is `layers.0.mlp.score` too.
     Of a module whose name other names end in, no copy is trained, but a version of each of its parameters.
     """
-    everywhere = [name for name, _ in standing.owners(model)]
+    everywhere = [name for name, _ in lookup.owners(model)]
     return tuple(m + "." for m in modules if any(n != m and n.endswith(m) for n in everywhere))
 
 
@@ -154,7 +154,7 @@ def _configuration(
 
 
 def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     tied = plain.all_tied_weights_keys if isinstance(plain, PreTrainedModel) else {}
     names = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
     return any(module in names for module in (*wanted.modules, *wanted.lora_modules))
@@ -162,7 +162,7 @@ def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:
 
 def _exact(names: Sequence[str], model: nn.Module) -> list[str] | str:
     """Returns names so that PEFT cannot read them as ends of longer ones: a list, or a regular expression."""
-    everywhere = [place.name for place in standing.modules(model)]
+    everywhere = [place.name for place in lookup.modules(model)]
     endings = tuple("." + name for name in names)
     if endings and any(name.endswith(endings) for name in everywhere):
         return "|".join(re.escape(name) for name in names)
@@ -171,7 +171,7 @@ def _exact(names: Sequence[str], model: nn.Module) -> list[str] | str:
 
 def _task_type(model: nn.Module) -> str | None:
     """Returns PEFT's task type for the model's head, so that PeftModel has its methods; None for other heads."""
-    name = type(standing.plain_model(model)).__name__
+    name = type(lookup.plain_model(model)).__name__
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
@@ -187,10 +187,10 @@ def train_parameters(model: PeftModel, names: Sequence[str], adapter: str) -> No
     """Gives the named bare parameters a version of their own for this adapter."""
     if not names:
         return
-    wanted = {name: standing.owner(model, name.rpartition(".")[0]) for name in names}
-    holder = standing.trained_parameters(model)
+    wanted = {name: lookup.owner(model, name.rpartition(".")[0]) for name in names}
+    holder = lookup.trained_parameters(model)
     if holder is None:
-        standing.plain_model(model).add_module(PARAMETERS, TrainedParameters(wanted, adapter))
+        lookup.plain_model(model).add_module(PARAMETERS, TrainedParameters(wanted, adapter))
     else:
         holder.update(adapter, owners=wanted)
 
@@ -201,7 +201,7 @@ def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
     What is spread over the processes is gathered for it: all processes must then call this.
     """
     held = [*model.named_parameters(), *model.named_buffers()]
-    kinds = [kind for kind, _, _ in (*standing.named_parameters(model), *standing.named_buffers(model))]
+    kinds = [kind for kind, _, _ in (*lookup.named_parameters(model), *lookup.named_buffers(model))]
     return {n: processes.whole(t.detach()).cpu() for (n, t), kind in zip(held, kinds, strict=True) if kind != "base"}
 
 
@@ -225,7 +225,7 @@ def merge_in_memory(model: PeftModel) -> PreTrainedModel:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Runs the plain base while the block lasts: adapters disabled, and modules that have `bypass` bypassed."""
-    peft_model = standing.peft_model(model)
+    peft_model = lookup.peft_model(model)
     bypassing: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("bypass"), bool)]
     before = [(module, module.bypass) for module in bypassing]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

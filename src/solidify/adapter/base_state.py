@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import reading, standing
+from solidify.adapter import lookup, reading
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import loading, tensors
@@ -68,7 +68,7 @@ def find(model: nn.Module) -> Base | None:
     Raises:
         AdapterError: its manifest cannot be read any more.
     """
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
     if not where or not files.is_file(Path(where) / manifest.NAME):
         return None
@@ -87,7 +87,7 @@ def require(model: nn.Module) -> Base:
     """
     base = find(model)
     if base is None:
-        plain = standing.plain_model(model)
+        plain = lookup.plain_model(model)
         where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
@@ -105,7 +105,7 @@ def refuse_changed(model: nn.Module, base: Base) -> None:
     Raises:
         AdapterError: the model or the artifact has changed since; the message names all that differs.
     """
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     if anatomy.is_meta(plain):
         return
     now, before = base.record.digest(), vars(plain).get(loading.ORIGIN)
@@ -130,7 +130,7 @@ def refuse_changed(model: nn.Module, base: Base) -> None:
 def _merged_now(model: nn.Module) -> list[str]:
     names = {
         name
-        for module in standing.plain_model(model).modules()
+        for module in lookup.plain_model(model).modules()
         if isinstance(module, BaseTunerLayer)
         for name in module.merged_adapters
     }
@@ -146,7 +146,7 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     if built.value is None:
         return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
     expected = {name: type(module) for name, module in built.value.named_modules()}
-    found = {place.name: type(place.inner) for place in standing.modules(plain)}
+    found = {place.name: type(place.inner) for place in lookup.modules(plain)}
     faults = [
         f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
         for name, kind in expected.items()
@@ -225,16 +225,16 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     The tensors are the very ones; one that has several names is there under each.
     """
-    wrapped = standing.peft_model(model)
+    wrapped = lookup.peft_model(model)
     if wrapped is None:
-        return dict(standing.plain_model(model).state_dict(keep_vars=True))
+        return dict(lookup.plain_model(model).state_dict(keep_vars=True))
     found = {name: t for kind, name, t in _held(wrapped) if kind == "base"}
-    found |= standing.set_aside(wrapped)
+    found |= lookup.set_aside(wrapped)
     return found
 
 
 def _held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
-    versions = standing.versions(model)
+    versions = lookup.versions(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if {PARAMETERS, BUFFERS} & set(path.split(".")):
             continue
@@ -242,7 +242,7 @@ def _held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
         own = {**own_parameters(module), **{k: b for k, b in own_buffers(module).items() if k not in lost}}
         for key, tensor in own.items():
             if tensor is not None and id(tensor) not in versions:
-                kind, name = standing.named(model, f"{path}.{key}" if path else key)
+                kind, name = lookup.named(model, f"{path}.{key}" if path else key)
                 yield kind, name, tensor
 
 
@@ -253,7 +253,7 @@ def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
     digests = tensors.digests_where_they_stand({n: t for n, t in found.items() if n in expected or id(t) not in same})
     changed = [name for name, digest in expected.items() if name in digests and digests[name] != digest]
     changed = [name for name in changed if not _is_cast(found[name], name, base)]
-    ties = standing.ties(model)
+    ties = lookup.ties(model)
     extra = [
         name
         for name, digest in digests.items()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify.adapter import kinds, patterns, standing, tied
+from solidify.adapter import kinds, lookup, patterns, tied
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy
 from solidify.system import console, foreign
@@ -73,10 +73,10 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
             unknown or has another door here, two declarations overlap, or nothing is declared. All faults together.
     """
     train = [train] if isinstance(train, str) else list(train)
-    named = {place.name: place.inner for place in standing.modules(model) if place.name}
+    named = {place.name: place.inner for place in lookup.modules(model) if place.name}
     parameters = {
         f"{name}.{key}" if name else key: parameter
-        for name, module in {"": standing.plain_model(model), **named}.items()
+        for name, module in {"": lookup.plain_model(model), **named}.items()
         for key, parameter in module.named_parameters(recurse=False)
     }
     faults: list[str] = []
@@ -114,22 +114,22 @@ def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter], frozen:
 
 def _frozen_by_their_module(model: nn.Module) -> set[str]:
     """Names what is frozen now, and what new modules froze in their constructors: loading makes it trainable again."""
-    plain, recorded = standing.plain_model(model), frozen_at_surgery(model)
-    if standing.peft_model(model) is not None:  # PEFT has frozen everything that it does not train
+    plain, recorded = lookup.plain_model(model), frozen_at_surgery(model)
+    if lookup.peft_model(model) is not None:  # PEFT has frozen everything that it does not train
         return recorded
     return recorded | {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
 
 
 def frozen_at_surgery(model: nn.Module) -> set[str]:
     """Names the parameters that new modules froze in their constructors, as the configuration records it."""
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     surgery = (vars(plain.config).get("surgery") if isinstance(plain, PreTrainedModel) else None) or []
     return {f"{name}.{key}" for edit in surgery for name in edit["modules"] for key in edit.get("frozen", [])}
 
 
 def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
     """Compares by name what PEFT made trainable with the plan and returns every difference."""
-    found = {(kind, name) for kind, name, p in standing.named_parameters(model) if p.requires_grad}
+    found = {(kind, name) for kind, name, p in lookup.named_parameters(model) if p.requires_grad}
     expected = wanted.expected()
     words = {"lora": "LoRA on", "full": "full training of", "base": "the base parameter"}
     return [
@@ -182,7 +182,7 @@ def _lora_targets(
 
 
 def _all_linear(named: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     head = foreign.attempt(plain.get_output_embeddings).value if isinstance(plain, PreTrainedModel) else None
     return [n for n, m in named.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
 

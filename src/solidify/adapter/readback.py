@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.base_state import Base
 from solidify.artifact import certificate, loading, tensors
 from solidify.directory import trust
@@ -43,7 +43,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     Raises:
         AdapterError: something did not come back; all that differs is named.
     """
-    plain: Any = standing.plain_model(model)
+    plain: Any = lookup.plain_model(model)
     with torch.random.fork_rng(), console.silence():
         with trust.permitting(trust.fingerprint(base.record)):  # the model in memory is made of it
             fresh = loading.load_artifact(base.directory, **_options(plain, base))
@@ -54,7 +54,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     refuse(AdapterError, "the adapter is not saved: it does not come back from its file", faults)
     if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
-    fresh = standing.plain_model(again.to(plain.device))
+    fresh = lookup.plain_model(again.to(plain.device))
     with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
         _align(plain, fresh)
         faults = _output_faults(plain, fresh)
@@ -227,9 +227,9 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
     """Names state that no adapter holds and that differs: buffers that are not saved, and plain numbers of modules."""
-    others = {place.name: place.inner for place in standing.modules(fresh)}
+    others = {place.name: place.inner for place in lookup.modules(fresh)}
     faults = []
-    for place in standing.modules(plain):
+    for place in lookup.modules(plain):
         other = others.get(place.name)
         if other is None:
             continue

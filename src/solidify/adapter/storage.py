@@ -16,19 +16,19 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, kinds, readback, standing, together, verbs
+from solidify.adapter import base_state, configured, kinds, lookup, readback, together, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import loading
-from solidify.directory import manifest, places
+from solidify.directory import manifest, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
 from solidify.surgery.transaction import transaction
 from solidify.system import files, foreign
 from solidify.weights import checkpoint, format, hashing
-from solidify.weights.format import Supply
+from solidify.weights.format import TensorSource
 
 WEIGHTS = configured.WEIGHTS
 CONFIG = "adapter_config.json"
@@ -60,8 +60,10 @@ def save_adapter(
     refuse(
         AdapterError, "the adapter is not saved: training has diverged", _not_finite(model, name, trained["buffers"])
     )
-    with places.staged(directory, [base.directory]) as staging:
-        digests = format.write_file(staging / WEIGHTS, [Supply.made(key, tensor) for key, tensor in state.items()])
+    with writing.staged(directory, [base.directory]) as staging:
+        digests = format.write_file(
+            staging / WEIGHTS, [TensorSource.made(key, tensor) for key, tensor in state.items()]
+        )
         configuration = _configuration(model, name, base.directory)
         configuration.save_pretrained(staging, auto_mapping_dict=configuration.auto_mapping)
         Manifest(
@@ -90,7 +92,7 @@ def _configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
     configuration.base_model_name_or_path = str(base)
     configuration.inference_mode = True
     if configuration.task_type is None:
-        head = type(standing.plain_model(model))
+        head = type(lookup.plain_model(model))
         configuration.auto_mapping = {"base_model_class": head.__name__, "parent_library": head.__module__}
     return configuration
 
@@ -108,15 +110,15 @@ def _not_finite(model: PeftModel, name: str, buffers: Sequence[str]) -> list[str
 
 def _trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
     """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those."""
-    holder = standing.trained_parameters(model)
+    holder = lookup.trained_parameters(model)
     bare = holder.names(adapter) if holder is not None else []
     copies = {
-        standing.canonical(model, path) + "." + key
+        lookup.canonical(model, path) + "." + key
         for path, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
         for key in _of_copy(module.modules_to_save[adapter], module.original_module)
     }
-    versions = standing.trained_buffers(model)
+    versions = lookup.trained_buffers(model)
     moved = list(versions.moved(adapter)) if versions is not None else []
     return {
         "lora": together.targets(model, adapter),
@@ -138,7 +140,7 @@ def _keys_on_disk(model: PeftModel, names: Sequence[str], holder: str, adapter: 
     result = {}
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        result[f"base_model.model.{holder}.{name}"] = f"{standing.path_alone(model, owner, adapter)}.{attribute}"
+        result[f"base_model.model.{holder}.{name}"] = f"{lookup.path_alone(model, owner, adapter)}.{attribute}"
     return result
 
 
@@ -176,7 +178,7 @@ def load_adapter(
 def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
     """Puts an adapter, whose files were compared with its manifest, on a model."""
     refuse_wrong_base(model, record, directory)
-    existing = standing.peft_model(model)
+    existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
     base_state.refuse_changed(model, base_state.require(model))
@@ -226,7 +228,7 @@ def held(model: PeftModel, name: str, buffers: Sequence[str] = ()) -> dict[str, 
     """
     state = model.state_dict(keep_vars=True)
     found = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
-    holder = standing.trained_parameters(model)
+    holder = lookup.trained_parameters(model)
     keys = _keys_on_disk(model, holder.names(name) if holder is not None else [], PARAMETERS, name)
     keys |= _keys_on_disk(model, buffers, BUFFERS, name)
     own = f"base_model.model.{BUFFERS}."

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.system import foreign
 from solidify.upstream.torch import own_parameters
 
@@ -54,8 +54,8 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     """
     apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
     found = []
-    for group in {tuple(sorted({name, *others})) for name, others in standing.ties(model).items()}:
-        places = {name: standing.at(model, name.rpartition(".")[0]) for name in group}
+    for group in {tuple(sorted({name, *others})) for name, others in lookup.ties(model).items()}:
+        places = {name: lookup.at(model, name.rpartition(".")[0]) for name in group}
         own = {n: own_parameters(p.inner).get(n.rpartition(".")[2]) for n, p in places.items() if p is not None}
         full = sorted({id(t) for t in own.values() if t is not None})
         if len(full) > 1 and any(t is not None and t.requires_grad for t in own.values()):
@@ -82,16 +82,16 @@ def _storages(layer: Any) -> frozenset[int]:
 
 def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
     """Returns the names of modules that share one weight now, and which of them holds the input embeddings."""
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):
         return []
     embeddings = foreign.attempt(plain.get_input_embeddings).value
-    own = None if embeddings is None else standing.original(embeddings)
+    own = None if embeddings is None else lookup.original(embeddings)
     found: dict[int, list[str]] = {}
-    for name in standing.ties(model):
+    for name in lookup.ties(model):
         place, _, attribute = name.rpartition(".")
-        owner = foreign.attempt(standing.owner, model, place).value
+        owner = foreign.attempt(lookup.owner, model, place).value
         if owner is not None and own_parameters(owner).get(attribute) is not None:
             found.setdefault(id(own_parameters(owner)[attribute]), []).append(place)
     groups = [sorted(set(group)) for group in found.values() if len(set(group)) > 1]
-    return [(group, next((n for n in group if standing.owner(model, n) is own), None)) for group in groups]
+    return [(group, next((n for n in group if lookup.owner(model, n) is own), None)) for group in groups]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import AdapterError, refuse
 from solidify.upstream.peft import layer_adapters
 
@@ -23,7 +23,7 @@ def refuse_overlaps(model: PeftModel, lora: Sequence[str], modules: Sequence[str
     """
     faults = []
     for adapter in model.peft_config:
-        theirs = standing.full_modules(model, adapter)
+        theirs = lookup.full_modules(model, adapter)
         inside = [*lora, *modules, *single]
         faults += [
             f"{name} lies in {outer}, which adapter {adapter!r} trains in full"
@@ -31,7 +31,7 @@ def refuse_overlaps(model: PeftModel, lora: Sequence[str], modules: Sequence[str
             for name in inside
             if name.startswith(outer + ".") or (name == outer and name in lora)
         ]
-        held = standing.trained_parameters(model)
+        held = lookup.trained_parameters(model)
         parts = [*targets(model, adapter), *theirs, *(held.names(adapter) if held is not None else ())]
         faults += [
             f"{outer} would be trained in full, and adapter {adapter!r} trains {name} in it"
@@ -53,6 +53,6 @@ def targets(model: PeftModel, adapter: str) -> list[str]:
             name
             for path, module in model.named_modules()
             if isinstance(module, BaseTunerLayer) and adapter in layer_adapters(module)
-            for name in [standing.canonical(model, path)]
+            for name in [lookup.canonical(model, path)]
         }
     )

@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import AdapterError
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
@@ -16,7 +16,7 @@ from solidify.system import foreign
 
 def inputs(model: nn.Module) -> Inputs | None:
     """Makes inputs for a small model that has no adapter yet; None where it is not run, or takes none that we know."""
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel) or anatomy.is_meta(plain) or not Extent.of(plain).whole:
         return None
     return foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value

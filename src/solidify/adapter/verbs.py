@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -56,13 +56,13 @@ class LoraVerbs(LoraTuner):
 
     def hold_buffers(self, adapter: str) -> None:
         """Gives an adapter a version of every persistent buffer of the plain model."""
-        holder = standing.trained_buffers(self.model)
+        holder = lookup.trained_buffers(self.model)
         if holder is not None:
             holder.update(adapter)
             return
         owners = {
             f"{name}.{key}" if name else key: module
-            for name, module in standing.owners(self.model)
+            for name, module in lookup.owners(self.model)
             for key, buffer in own_buffers(module).items()
             if buffer is not None and key not in unsaved_buffers(module)
         }
@@ -115,7 +115,7 @@ class LoraVerbs(LoraTuner):
     def _hold(self, names: Sequence[str], inference_mode: bool | None = None) -> None:
         """Puts some adapters' versions of parameters and buffers in place (none while an adapter is added)."""
         names = [] if self._bare else list(names)
-        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         if held is not None:
             with _trainable_kept(held) if inference_mode is None else nullcontext():
                 held.set_adapter([n for n in names if n in held.trained], inference_mode=bool(inference_mode))
@@ -127,7 +127,7 @@ class LoraVerbs(LoraTuner):
     def _refuse_disputed(self, names: Sequence[str]) -> None:
         if len(names) < 2:
             return
-        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         disputed = held.disputed(list(names)) if held is not None else []
         disputed += [
             name for name, wrapper in self._copies() if sum(adapter in wrapper.modules_to_save for adapter in names) > 1
@@ -143,7 +143,7 @@ class LoraVerbs(LoraTuner):
 
     def _moved_inside_copies(self, names: Sequence[str]) -> list[str]:
         """Names buffers that one adapter moved in a module of which another runs a copy, with buffers of its own."""
-        buffers = standing.trained_buffers(self.model)
+        buffers = lookup.trained_buffers(self.model)
         if buffers is None:
             return []
         copied = {(path, name) for path, wrapper in self._copies() for name in names if name in wrapper.modules_to_save}
@@ -157,11 +157,11 @@ class LoraVerbs(LoraTuner):
     def _copies(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
         for path, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
-                yield standing.canonical(self.model, path), module
+                yield lookup.canonical(self.model, path), module
 
     def _in_full(self, adapter: str) -> list[str]:
         """Names what an adapter has beside its low-rank updates."""
-        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         names = [path for path, wrapper in self._copies() if adapter in wrapper.modules_to_save]
         names += held.names(adapter) if held is not None else []
         return names + (list(buffers.moved(adapter)) if buffers is not None else [])
@@ -181,7 +181,7 @@ class LoraVerbs(LoraTuner):
         names = list(adapter_names) if adapter_names is not None else list(self.active_adapters)
         if set(names) != set(self.active_adapters):
             self._refuse_in_full("merge_adapter", sorted({*names, *self.active_adapters}), "call set_adapter first")
-        done = {id(parameter) for parameter, _ in self._unmerged} | standing.versions(self.model)
+        done = {id(parameter) for parameter, _ in self._unmerged} | lookup.versions(self.model)
         layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         for parameter in {id(p): p for layer in layers for p in layer.get_base_layer().parameters()}.values():
             if id(parameter) not in done:
@@ -260,7 +260,7 @@ class LoraVerbs(LoraTuner):
 
     def _refuse_mixed(self, rows: Sequence[str]) -> None:
         names = [name for name in dict.fromkeys(rows) if name in self.peft_config]
-        held, buffers = standing.trained_parameters(self.model), standing.trained_buffers(self.model)
+        held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         running = [*names, *self.active_adapters]
         found = [f"{n} (of {a!r})" for a in running if held is not None for n in held.names(a)]
         found += [f"{n} (of {a!r})" for a in running if buffers is not None for n in buffers.moved(a)]
@@ -292,7 +292,7 @@ class LoraVerbs(LoraTuner):
 
     def _rename_buffers(self, state_dict: dict[str, Any], prefix: str, tree: Collection[str]) -> None:
         """Gives buffers that a file holds under their full names those of the adapter that is being loaded."""
-        buffers = standing.trained_buffers(self.model)
+        buffers = lookup.trained_buffers(self.model)
         states = (f"{prefix}base.", f"{prefix}trained.")  # of whole models, as PyTorch writes and loads them
         for key in [k for k in state_dict if k.startswith(prefix) and k not in tree and not k.startswith(states)]:
             place = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
@@ -309,7 +309,7 @@ class LoraVerbs(LoraTuner):
 
 def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the parameters and buffers that stand in the plain model's own modules now."""
-    for _, module in standing.owners(plain):
+    for _, module in lookup.owners(plain):
         yield from (p for p in (*own_parameters(module).values(), *own_buffers(module).values()) if p is not None)
 
 

@@ -19,7 +19,7 @@ from solidify.model import cost
 from solidify.surgery import catalogue, ledger
 from solidify.system import console, files
 from solidify.upstream.torch import own_modules, own_parameters
-from solidify.weights import checkpoint, format, hashing, known
+from solidify.weights import checkpoint, digest_cache, format, hashing
 from solidify.weights.format import Entry
 
 CHUNK = 2**22  # numbers; what is compared at a time is widened to float64
@@ -282,7 +282,7 @@ def _tensor_changes(a: Sequence[Path], b: Sequence[Path]) -> list[dict[str, Any]
     Raises:
         ArtifactError: a file is truncated or not safetensors.
     """
-    digests = [known.digests(paths, title=f"Digesting {paths[0].parent}") for paths in (a, b)]
+    digests = [digest_cache.digests(paths, title=f"Digesting {paths[0].parent}") for paths in (a, b)]
     first, second = ({n: e for path in paths for n, e in format.read_header(path).items()} for paths in (a, b))
     differing = [n for n in sorted({**first, **second}) if digests[0].get(n) != digests[1].get(n)]
     total = sum(entry.shape.nbytes for name in differing if (entry := first.get(name)) is not None)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
-from solidify.directory import manifest, places, trust
+from solidify.directory import manifest, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
@@ -82,7 +82,7 @@ def build(
             travel, `directory` exists and is not ours, or the fresh process found a difference. Nothing is left behind.
     """
     directory = Path(directory)
-    with places.staged(directory, _inputs(model, edits)) as staging:
+    with writing.staged(directory, _inputs(model, edits)) as staging:
         written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging, process), *findings]
@@ -111,7 +111,7 @@ def assemble(
     recipe: dict[str, Any] | None = None,
 ) -> Manifest:
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
-    with places.staged(directory, _inputs(model, edits)) as staging:
+    with writing.staged(directory, _inputs(model, edits)) as staging:
         return _fill(model, edits, staging, tokenizer, base, recipe, link=True)[0]
 
 

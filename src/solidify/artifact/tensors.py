@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from solidify.errors import ArtifactError
-from solidify.weights import format, hashing, known, mapped
+from solidify.weights import digest_cache, format, hashing, mapped
 from solidify.weights.format import Entry
 
 PAGE = 4096  # bytes that a sample looks at in one place
@@ -57,7 +57,7 @@ def digests_where_they_stand(state: Mapping[str, torch.Tensor]) -> dict[str, str
             header = format.read_header(path)
         except ArtifactError:
             continue  # mapped too, but of another format (PyTorch's own): its tensors are read in memory
-        found = known.digests([path])
+        found = digest_cache.digests([path])
         stored |= {(str(path), entry.start): found[name] for name, entry in header.items()}
     found = {name: stored[str(path), start] for name, (path, start) in places.items() if (str(path), start) in stored}
     return {name: found.get(name) or digest(tensor) for name, tensor in state.items()}

@@ -15,7 +15,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from solidify.directory import places
+from solidify.directory import writing
 from solidify.errors import ModelError
 from solidify.system import console, disk, foreign
 from solidify.weights.hashing import digest_values
@@ -70,7 +70,7 @@ def directory() -> Path:
         disk.cache_for("models")
         with filelock.FileLock(f"{place}.lock"):  # of several processes one converts it, the others wait
             if not (place / "config.json").is_file():
-                with places.staged(place) as staging, console.stage(f"Converting {NAME} (once)"):
+                with writing.staged(place) as staging, console.stage(f"Converting {NAME} (once)"):
                     _convert(carrier, staging)
     return place
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from solidify.builtin import corpus
-from solidify.directory import places
+from solidify.directory import writing
 from solidify.system import console, disk
 from solidify.weights.hashing import digest_values
 
@@ -55,7 +55,7 @@ def directory() -> Path:
         disk.cache_for("models")
         with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
             if not (place / REPORT).is_file():
-                with places.staged(place) as staging:
+                with writing.staged(place) as staging:
                     _make(staging, train, heldout)
     return place
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from solidify.adapter import readback, standing
+from solidify.adapter import lookup, readback
 from solidify.checks import chance
 from solidify.findings import Finding
 from solidify.merging import rounding
@@ -82,7 +82,7 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
             return Finding.unseen(REACHED, "DeepSpeed keeps the gradients to itself")
         if not self.steps:
             return Finding.unseen(REACHED, "no step was taken")
-        names = {id(p): name for _, name, p in standing.named_parameters(self.model)}
+        names = {id(p): name for _, name, p in lookup.named_parameters(self.model)}
         paths = dict(self.model.named_parameters())
         dead = [names[id(paths[path])] for path, largest in self.seen.items() if not largest]
         broken = [path for path, largest in self.seen.items() if not math.isfinite(largest)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.artifact import tensors
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
@@ -24,11 +24,11 @@ UNTOUCHED = "unchanged tensors identical"
 
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it."""
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     declared = ledger.places(edits)
     faults = []
     for name, edit in declared.items():
-        place = standing.at(model, name)
+        place = lookup.at(model, name)
         kind = type(place.inner).__name__ if place else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} holds {kind}, not {edit['new_class']}")
@@ -50,7 +50,7 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
 
 def _shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Returns what shape a module has, and what is not as the edit says."""
-    place = standing.at(model, name)
+    place = lookup.at(model, name)
     return catalogue.of(edit).inspect(place.inner, edit) if place else ("", ["is gone"])
 
 
@@ -67,7 +67,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     inputs = probing.probe_inputs(model)
     idle = []
     for name, edit in declared.items():
-        place = standing.at(model, name)
+        place = lookup.at(model, name)
         key = name if catalogue.of(edit).adds else None
         before = _said(model, inputs, key)
         if place is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from peft import PeftModel
 
+from solidify.adapter import lookup
 from solidify.adapter import plan as planning
-from solidify.adapter import standing
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import tensors
 from solidify.directory.manifest import Manifest
@@ -30,10 +30,10 @@ def frozen(model: PeftModel, base: Manifest) -> Finding:
     What is spread over the processes is gathered for it, tensor by tensor: all processes must then call this.
     """
     found: dict[str, str] = {}
-    for kind, name, parameter in standing.named_parameters(model):
+    for kind, name, parameter in lookup.named_parameters(model):
         if kind == "base":
             found[name] = tensors.digest(processes.whole(parameter))
-    for kind, name, buffer in standing.named_buffers(model):
+    for kind, name, buffer in lookup.named_buffers(model):
         if kind == "base" and name in base.tensors:
             found[name] = tensors.digest(processes.whole(buffer))
     if not found:

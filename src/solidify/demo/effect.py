@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.model import anatomy
 from solidify.model.cost import cost
 from solidify.objective.capture import Capture, capture
@@ -71,7 +71,7 @@ def with_top_k(model: nn.Module, top_k: int) -> nn.Module:
 def calibrate(model: nn.Module, calibration: HeldOut, kept: float) -> None:
     """Sets in place every trash can's threshold so that this share of the slots is computed; no training."""
     margins = calibration.margins(model)
-    for place in standing.modules(model):
+    for place in lookup.modules(model):
         if place.name in margins:
             can: Any = place.inner
             with torch.no_grad():

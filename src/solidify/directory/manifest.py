@@ -20,7 +20,7 @@ from typing import Any
 
 from solidify.errors import ArtifactError, refuse
 from solidify.system import disk, files
-from solidify.weights import checkpoint, format, known
+from solidify.weights import checkpoint, digest_cache, format
 from solidify.weights.hashing import ALGORITHM, digest_file, digest_values
 
 NAME = "solidify.json"
@@ -370,7 +370,7 @@ def _tensor_faults(directory: Path, manifest: Manifest, fresh: bool) -> list[str
             return [f"its weights are other files than the manifest says: {differing}"]
         if manifest.kind != "adapter":
             checkpoint.read(directory)
-        found = known.digests(paths, fresh=fresh)
+        found = digest_cache.digests(paths, fresh=fresh)
     except (ArtifactError, OSError, ValueError) as error:
         return [str(error)]
     expected = manifest.tensors

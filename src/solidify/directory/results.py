@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solidify.directory import manifest, ours, places
+from solidify.directory import manifest, ours, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
@@ -101,7 +101,7 @@ def refuse_others(directory: Path, recipe: Mapping[str, Any], *names: str) -> No
 def drop_misfits(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Removes results that belong to another artifact than the one that stands there now, if they are wholly ours."""
     for name in sorted({*misfits(directory), *others(directory, recipe)} - {"artifact"}):
-        places.refuse_foreign(directory / name)
+        writing.refuse_foreign(directory / name)
         console.words.print(f"{directory / name} does not fit the new artifact and is removed")
         shutil.rmtree(directory / name)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError, refuse
 from solidify.losses.precision import wide
 from solidify.losses.prediction import targets
@@ -237,7 +237,7 @@ def _updates(term: str, model: nn.Module) -> Iterator[Update]:
     """
     faults = []
     updates = []
-    for place in standing.modules(model):
+    for place in lookup.modules(model):
         layer: Any = place.called
         while isinstance(layer, BaseTunerLayer):
             running = [a for a in layer.active_adapters if a in layer.lora_A] if isinstance(layer, LoraLayer) else []

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.losses.arguments import number, positive, share
 from solidify.losses.precision import wide
@@ -132,7 +132,7 @@ class TrashController:
             ObjectiveError: one of them is frozen beside an adapter.
         """
         for place in _cans(model):
-            if place.called is place.inner and standing.peft_model(model) is not None:
+            if place.called is place.inner and lookup.peft_model(model) is not None:
                 raise ObjectiveError(
                     f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
                     "saved; name it in `adapter.train`"
@@ -154,8 +154,8 @@ class TrashController:
                 can.bias += self.rate * (can.kept - wanted)
 
 
-def _cans(model: nn.Module) -> list[standing.Standing]:
-    return [place for place in standing.modules(model) if type(place.inner).__name__ == "TrashCan"]
+def _cans(model: nn.Module) -> list[lookup.Located]:
+    return [place for place in lookup.modules(model) if type(place.inner).__name__ == "TrashCan"]
 
 
 def _bin(asleep: torch.Tensor) -> torch.Tensor:

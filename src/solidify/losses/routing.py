@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.losses.precision import wide
 from solidify.objective.capture import recorded
@@ -58,7 +58,7 @@ def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) ->
     Raises:
         ObjectiveError: there are no logits with one row a token, or nothing tells how many experts were chosen.
     """
-    module = standing.at(model, name) if model is not None else None
+    module = lookup.at(model, name) if model is not None else None
     parts, place = _parts(output), _place(model, module)
     tensor = _logits(name, parts, place)
     logits = wide(tensor.reshape(-1, tensor.shape[-1]))
@@ -89,7 +89,7 @@ def read_all(router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | N
     """Yields every router's name and routing of all positions of the batch; what two modules record counts once."""
     seen: list[torch.Tensor] = []
     for name, output in router.items():
-        place = _place(model, standing.at(model, name) if model is not None else None)
+        place = _place(model, lookup.at(model, name) if model is not None else None)
         tensor = _logits(name, _parts(output), place)
         if not any(tensor is other for other in seen):  # JetMoE's attention passes on what its router returned
             seen.append(tensor)
@@ -157,7 +157,7 @@ def _logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
     return tensor
 
 
-def _place(model: nn.Module | None, router: standing.Standing | None) -> int:
+def _place(model: nn.Module | None, router: lookup.Located | None) -> int:
     """Returns where in a router's output transformers records its logits; 0 where it says nothing."""
     if model is None or router is None:
         return 0
@@ -182,7 +182,7 @@ def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
 
 
 def _configs(model: nn.Module | None) -> list[PreTrainedConfig]:
-    config = getattr(standing.plain_model(model), "config", None) if model is not None else None
+    config = getattr(lookup.plain_model(model), "config", None) if model is not None else None
     found = [config] if isinstance(config, PreTrainedConfig) else []
     for each in found:  # grows while it is walked: configurations hold configurations
         found += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError, refuse
 from solidify.losses.precision import wide
 from solidify.model import anatomy
@@ -29,10 +29,10 @@ class Named:
 
 def named(model: nn.Module) -> list[Named]:
     """Returns every parameter under its plain name, twins included, each tensor once."""
-    peft_model = standing.peft_model(model)
+    peft_model = lookup.peft_model(model)
     if peft_model is None:
-        return [Named(name, "base", p) for name, p in standing.plain_model(model).named_parameters()]
-    found = (Named(name, kind, p) for kind, name, p in standing.named_parameters(peft_model))
+        return [Named(name, "base", p) for name, p in lookup.plain_model(model).named_parameters()]
+    found = (Named(name, kind, p) for kind, name, p in lookup.named_parameters(peft_model))
     return list({id(each.parameter): each for each in found}.values())
 
 
@@ -87,7 +87,7 @@ def matrices(term: str, model: nn.Module, patterns: Patterns) -> dict[str, torch
 def active(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that take part in the forward pass now, LoRA's included; no frozen twin of a copy."""
     parameters = []
-    for place in standing.modules(model):
+    for place in lookup.modules(model):
         parameters += list(place.inner.parameters(recurse=False))
         if place.called is not place.inner:
             inside = {id(p) for p in place.inner.parameters()}

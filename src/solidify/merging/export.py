@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from solidify.adapter import configured, storage
 from solidify.artifact import autos, certificate, companions, loading
 from solidify.artifact.solidify import Artifact, copy_code, verify, write
-from solidify.directory import manifest, places, private, trust
+from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
@@ -67,10 +67,10 @@ def merge(
         ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
     """
     adapter, output = Path(adapter).resolve(), Path(output)
-    places.refuse_foreign(output, [adapter], work="merge")
+    writing.refuse_foreign(output, [adapter], work="merge")
     stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
     sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
-    with places.staged(output, [adapter, sources.base], work="merge") as staging:
+    with writing.staged(output, [adapter, sources.base], work="merge") as staging:
         if stock:
             written, findings = _stock(sources, staging, link, trust_remote_code)
         else:

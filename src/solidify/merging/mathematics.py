@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import configured, kinds, standing, storage
+from solidify.adapter import configured, kinds, lookup, storage
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -239,8 +239,8 @@ def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict
     keys: dict[int, list[str]] = {}
     for key, place in places.items():
         keys.setdefault(id(place), []).append(key)
-    names = {id(p): name for kind, name, p in standing.named_parameters(model) if kind != "lora"}
-    names |= {id(b): name for _, name, b in standing.named_buffers(model)}
+    names = {id(p): name for kind, name, p in lookup.named_parameters(model) if kind != "lora"}
+    names |= {id(b): name for _, name, b in lookup.named_buffers(model)}
     changes: dict[str, Change] = {}
     for identity, found in keys.items():
         for key in found if identity in names else ():
@@ -251,7 +251,7 @@ def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or not isinstance(layer, _KINDS) or NAME not in layer.scaling:
             continue
-        target = standing.canonical(model, path)
+        target = lookup.canonical(model, path)
         if strange := kinds.unfollowed(layer.get_base_layer()):
             faults.append(f"{target} has {strange}, which PEFT's update does not follow, so that it cannot be merged")
         own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
@@ -283,13 +283,11 @@ def _strange(model: PeftModel) -> list[str]:
             module, (ModulesToSaveWrapper, TrainedParameters)
         )
         if strange:
-            faults.append(
-                f"{standing.canonical(model, path)} became a {type(module).__name__}, which is not merged here"
-            )
+            faults.append(f"{lookup.canonical(model, path)} became a {type(module).__name__}, which is not merged here")
         if isinstance(module, ModulesToSaveWrapper):
             inside = [name for name, m in module.original_module.named_modules() if isinstance(m, BaseTunerLayer)]
             if inside:
-                faults.append(f"{standing.canonical(model, path)} is trained in full and has a low-rank update inside")
+                faults.append(f"{lookup.canonical(model, path)} is trained in full and has a low-rank update inside")
     return faults
 
 

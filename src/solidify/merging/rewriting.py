@@ -18,8 +18,8 @@ from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.merging import mathematics
 from solidify.merging.mathematics import Change, Merger
 from solidify.system import console, foreign
-from solidify.weights import checkpoint, format, hashing, known, store, transfer
-from solidify.weights.format import Entry, Piece, Shape, Supply
+from solidify.weights import checkpoint, digest_cache, format, hashing, store, transfer
+from solidify.weights.format import Entry, Piece, Shape, TensorSource
 from solidify.weights.reverting import Stored, Unit
 
 
@@ -132,7 +132,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         merger.tell_alike(change)
     writing.index()
     refuse(AdapterError, "the adapter cannot be merged", [*merger.faults, *_uses(merger)])
-    found = known.digests([directory / path.name for path in kept])
+    found = digest_cache.digests([directory / path.name for path in kept])
     writing.digests |= found
     writing.base |= found
     faults = [
@@ -144,7 +144,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     refuse(ArtifactError, f"{stored.checkpoint.directory} is not what it was", faults)
     for path in touched:
         target = directory / path.name
-        known.remember(target, {name: writing.digests[name] for name in format.read_header(target)})
+        digest_cache.remember(target, {name: writing.digests[name] for name in format.read_header(target)})
     files = [directory / path.name for path in stored.checkpoint.files]
     return Rewritten(
         writing.digests,
@@ -293,7 +293,7 @@ class _Writing:
         for key, entry in here.items():
             unit = self.units.get(key)
             if unit is None:
-                supplies.append(Supply.stored(key, entry))
+                supplies.append(TensorSource.stored(key, entry))
             elif id(unit) not in seen:
                 seen.add(id(unit))
                 keys = [k for k in here if k in set(unit.keys)]
@@ -303,10 +303,10 @@ class _Writing:
         self.digests |= written
         self.base |= {key: written[key] for key in here if key not in self.units}
 
-    def _changed(self, unit: Unit, keys: Mapping[str, Entry]) -> Supply:
-        return Supply({key: entry.shape for key, entry in keys.items()}, lambda: self._pieces(unit, set(keys)))
+    def _changed(self, unit: Unit, keys: Mapping[str, Entry]) -> TensorSource:
+        return TensorSource({key: entry.shape for key, entry in keys.items()}, lambda: self._pieces(unit, set(keys)))
 
-    def _new(self, name: str, source: str, change: Change | None) -> Supply:
+    def _new(self, name: str, source: str, change: Change | None) -> TensorSource:
         unit, key = self.stored.units[source], self.new[name]
         shape = unit.shapes[source]
 
@@ -316,7 +316,7 @@ class _Writing:
                 base = unit.read(rows)[source]
                 yield key, base if change is None else self.merger.merged(change, base, rows, unit.rows)
 
-        return Supply({key: shape}, pieces)
+        return TensorSource({key: shape}, pieces)
 
     def _pieces(self, unit: Unit, keys: set[str]) -> Iterator[Piece]:
         changes = {name: self.plan.changes[name] for name in unit.shapes if name in self.plan.changes}

@@ -19,7 +19,7 @@ from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.findings import Finding
 from solidify.merging.mathematics import NAME
 from solidify.upstream.torch import own_buffers, own_parameters
@@ -170,14 +170,14 @@ def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]
     Tensors without a low-rank update are what runs: the base's own, or the adapter's version of them.
     """
     found: dict[str, Callable[[], Weight]] = {}
-    for place in standing.modules(model):
+    for place in lookup.modules(model):
         for key, tensor in (*own_parameters(place.inner).items(), *own_buffers(place.inner).items()):
             if tensor is not None:
                 found[f"{place.name}.{key}" if place.name else key] = partial(Weight, tensor, tensor)
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
             continue
-        name = standing.canonical(model, path)
+        name = lookup.canonical(model, path)
         attribute = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         found[f"{name}.{attribute}"] = partial(weight, layer, adapter)
         if layer.lora_bias.get(adapter):

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
 from solidify.upstream.transformers import recorded_outputs
@@ -65,7 +65,7 @@ class Capture:
         Raises:
             ObjectiveError: there are none, or not as many as `count` says.
         """
-        places = {place.name: place for place in standing.modules(model)}
+        places = {place.name: place for place in lookup.modules(model)}
         if self.modules is not None:
             hits = anatomy.match(self._patterns(), places)
             names = list(dict.fromkeys(name for found in hits.values() for name in found))
@@ -103,7 +103,7 @@ class Capture:
 def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:
     """Returns the classes whose outputs the model's parts record under `key`, and which element of them."""
     found: dict[type[nn.Module], int] = {}
-    for module in standing.plain_model(model).modules():
+    for module in lookup.plain_model(model).modules():
         declared = recorded_outputs(module) if isinstance(module, PreTrainedModel) else {}
         specs = declared.get(key, [])
         for spec in specs if isinstance(specs, list) else [specs]:

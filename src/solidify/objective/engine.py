@@ -24,12 +24,12 @@ from torch import nn
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective import window as windowing
 from solidify.objective.capture import Recorder
+from solidify.objective.internals import Head, Reference, decoder_captures, decoder_output, is_decoder, shifts_labels
 from solidify.objective.objective import Objective
 from solidify.objective.observation import Observation
 from solidify.objective.runner import Runner
 from solidify.objective.sanity import Sanity
 from solidify.objective.sides import Sides, same_random_numbers
-from solidify.objective.supply import Head, Reference, decoder_captures, decoder_output, is_decoder, shifts_labels
 from solidify.objective.term import Binding, Part
 from solidify.objective.window import Window
 

@@ -18,9 +18,9 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.objective.capture import Capture
 from solidify.objective.engine import ObjectiveEngine
+from solidify.objective.internals import decoder_output, encodes_and_decodes
 from solidify.objective.objective import Objective
 from solidify.objective.observation import NotShown, Observation, ReferenceObservation
-from solidify.objective.supply import decoder_output, encodes_and_decodes
 from solidify.objective.term import Term
 from solidify.objective.window import Counts, Window
 from solidify.system import foreign

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.objective.supply import encodes_and_decodes, without_logits, without_loss
+from solidify.objective.internals import encodes_and_decodes, without_logits, without_loss
 from solidify.objective.window import Counts, Window, count
 
 
@@ -91,14 +91,14 @@ class Runner:
     @cached_property
     def shifts(self) -> bool:
         """Whether the model shifts labels by itself; the rule of transformers' Trainer (5.23, trainer.py)."""
-        plain: Any = standing.plain_model(self.model)
+        plain: Any = lookup.plain_model(self.model)
         loss_function = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
         return loss_function is ForCausalLMLoss and not encodes_and_decodes(plain)
 
     @cached_property
     def divides(self) -> bool:
         """Whether the model takes the number of items that its loss shall be divided by."""
-        parameters = inspect.signature(standing.plain_model(self.model).forward).parameters
+        parameters = inspect.signature(lookup.plain_model(self.model).forward).parameters
         return "num_items_in_batch" in parameters or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
         )

@@ -18,8 +18,8 @@ from torch import nn
 from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.objective.capture import Recorder
+from solidify.objective.internals import encodes_and_decodes, without_loss
 from solidify.objective.objective import Objective
-from solidify.objective.supply import encodes_and_decodes, without_loss
 from solidify.objective.term import Term
 from solidify.objective.window import DECODED, decoder_mask
 

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters, standing
+from solidify.adapter import adapters, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources, vocabulary
@@ -152,7 +152,7 @@ def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, step
     terms = objectives.make_terms(recipe)
     reference: Any = models.load_teacher(recipe, device="meta")
     if reference is None and any(term.asks_reference for term in terms):
-        places = [standing.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
+        places = [lookup.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
         off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
         if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
             reference = models.load_base(recipe, device="meta").model
@@ -168,7 +168,7 @@ def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], 
         peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
     groups.resolve(peft_model, trainers.parameter_groups(recipe))
     counts: dict[str, int] = {}
-    for kind, name, parameter in standing.named_parameters(peft_model):
+    for kind, name, parameter in lookup.named_parameters(peft_model):
         if parameter.requires_grad:
             counts[f"{kind} {name}"] = counts.get(f"{kind} {name}", 0) + parameter.numel()
     return counts, peft_model

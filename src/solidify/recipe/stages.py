@@ -15,7 +15,7 @@ from solidify.adapter import plan as planning
 from solidify.artifact import certificate, loading, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import gradients, roundtrip, structure, trainable
-from solidify.directory import manifest, ours, places, results
+from solidify.directory import manifest, ours, results, writing
 from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.merging import export
@@ -93,7 +93,7 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
     _refuse_early(recipe)
     results.announce(directory, recipe.document(), resume=resume)
     for name in (ours.REPORT, ours.PAGE):
-        places.sweep(directory / name)
+        writing.sweep(directory / name)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     _write(recipe, directory, report, finished=False)
@@ -102,7 +102,7 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
 
 def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
     """Refuses an output that is not wholly ours, or that the recipe reads; also where the checkpoints go."""
-    places.refuse_foreign_run(directory, recipe.inputs())
+    writing.refuse_foreign_run(directory, recipe.inputs())
     if recipe.adapter is not None:
         _refuse_foreign_checkpoints(recipe, directory)
 
@@ -110,7 +110,7 @@ def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
 def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
     """Refuses a place for checkpoints where others stand: a training removes old ones."""
     where = Path(str(recipe.training.get("output_dir") or directory / ours.CHECKPOINTS))
-    places.refuse_foreign_checkpoints(where, directory, recipe.inputs())
+    writing.refuse_foreign_checkpoints(where, directory, recipe.inputs())
 
 
 def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
@@ -168,8 +168,8 @@ def build(
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
-    places.refuse_place(directory)
-    with places.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
+    writing.refuse_unwritable(directory)
+    with writing.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
         with console.stage("Loading the base"):
             base = models.load_base(recipe, scratch=scratch)
             extent = Extent.of(base.model, scratch)
@@ -276,8 +276,8 @@ def _after_training(
 def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
     """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
     target = directory / "adapter"
-    places.refuse_place(directory)
-    places.refuse_foreign(target, recipe.inputs())
+    writing.refuse_unwritable(directory)
+    writing.refuse_foreign(target, recipe.inputs())
     _refuse_foreign_checkpoints(recipe, directory)
     results.refuse_others(directory, recipe.document(), "artifact")
     if not (resume and _made_by(target, recipe.document(), "adapter")) or "adapter" in results.misfits(directory):

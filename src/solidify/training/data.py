@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
-from solidify.objective.supply import shifts_labels
+from solidify.objective.internals import shifts_labels
 from solidify.system import console, files, foreign
 
 TOKENS = 2048  # in one forward pass of a measurement

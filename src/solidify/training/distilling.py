@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer_utils import has_length
 from trl import DistillationTrainer
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.objective.runner import share
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
@@ -81,9 +81,9 @@ class DistillationRunner(TrainerRunner):
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    plain: Any = standing.plain_model(model)
+    plain: Any = lookup.plain_model(model)
     head = plain.get_output_embeddings()
-    return standing.unwrap(head) if head is not None else None
+    return lookup.unwrap(head) if head is not None else None
 
 
 class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationSeams, DistillationTrainer):  # type: ignore[misc]

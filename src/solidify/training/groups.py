@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.errors import RecipeError, refuse
 from solidify.model import anatomy
 from solidify.system import foreign
@@ -112,11 +112,11 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
 
 
 def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    wrapped = standing.peft_model(model)
+    wrapped = lookup.peft_model(model)
     named = (
-        [(name, parameter) for _, name, parameter in standing.named_parameters(wrapped)]
+        [(name, parameter) for _, name, parameter in lookup.named_parameters(wrapped)]
         if wrapped is not None
-        else list(standing.plain_model(model).named_parameters())
+        else list(lookup.plain_model(model).named_parameters())
     )
     trained: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -126,8 +126,8 @@ def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _instead(pattern: str, model: nn.Module, trained: Mapping[str, Any]) -> str:
-    everything = {place.name for place in standing.modules(model)} | {
-        name for name, _ in standing.plain_model(model).named_parameters()
+    everything = {place.name for place in lookup.modules(model)} | {
+        name for name, _ in lookup.plain_model(model).named_parameters()
     }
     if any(anatomy.match(pattern, everything).values()):
         return f"what it names is frozen; trained are: {', '.join(anatomy.fold(trained)[:6])}"

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.activations import ACT2FN
 from transformers.utils import is_liger_kernel_available
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.artifact import descent, loading
 from solidify.errors import ObjectiveError, refuse
 from solidify.findings import Finding
@@ -205,7 +205,7 @@ def family(model: nn.Module) -> str:
 
 
 def _plain(model: nn.Module) -> PreTrainedModel:
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):
         raise ObjectiveError(f"{_TITLE}: a {type(plain).__name__} is no transformers model")
     return plain
@@ -288,7 +288,7 @@ def _places(
     left: dict[str, str],
 ) -> Iterator[tuple[str, tuple[nn.Module, dict[str, Any]]]]:
     """Yields the modules that may be changed, with what to put on them; notes in `left` which may not, and why."""
-    places = list(standing.modules(plain))
+    places = list(lookup.modules(plain))
     foreign = [p.name for p in places if p.name and (_fold(p.name), type(p.inner)) not in kinds]
     at = {place for place, _ in changes}
     for place in places:
@@ -322,7 +322,7 @@ def _root_reason(plain: PreTrainedModel, base_class: type[nn.Module], foreign: I
         return "the model's own forward is not the base's"
     head = plain.get_output_embeddings()
     name = next((path for path, module in plain.named_modules() if module is head), "")
-    at = standing.at(plain, name) if name else None
+    at = lookup.at(plain, name) if name else None
     if head is None or at is None or name in foreign:
         return "lm_head is not the base's"
     if isinstance(at.called, BaseTunerLayer) or getattr(at.inner, "bias", None) is not None:

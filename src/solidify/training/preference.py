@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from trl import DPOTrainer
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.adapters import train_parameters
 from solidify.errors import ObjectiveError
 from solidify.objective import window as windowing
@@ -174,7 +174,7 @@ def _complete_copy(model: PeftModel) -> Iterator[None]:
             f"(and take an older copy off with model.delete_adapter({_START!r}))"
         )
     add = model.add_adapter
-    holder, buffers = standing.trained_parameters(model), standing.trained_buffers(model)
+    holder, buffers = lookup.trained_parameters(model), lookup.trained_buffers(model)
 
     def add_whole(name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter with a version of every single parameter and with the trained modules' buffers."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.adapters import trained_state
 from solidify.errors import AdapterError, ObjectiveError, refuse
 from solidify.model import anatomy
@@ -105,7 +105,7 @@ class ObjectiveMixin(TrainerSeams):
                 "a term looks inside the model, but reentrant activation checkpointing cuts the graph there; set "
                 "activation_checkpointing_kwargs: {use_reentrant: false}"
             )
-        if self.args.fsdp and (holder := standing.trained_parameters(self.model)) is not None:
+        if self.args.fsdp and (holder := lookup.trained_parameters(self.model)) is not None:
             names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
             raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
         refuse_half_precision(self.args, self.model)
@@ -219,7 +219,7 @@ class ObjectiveMixin(TrainerSeams):
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, but gathers only what is trained where it would gather the whole base."""
-        peft_model = standing.peft_model(self.model)
+        peft_model = lookup.peft_model(self.model)
         if not self.is_fsdp_enabled or peft_model is None:  # type: ignore[attr-defined]
             super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
             return

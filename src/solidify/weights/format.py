@@ -214,7 +214,7 @@ def header_digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Supply:
+class TensorSource:
     """Where some tensors to be written come from: `pieces` yields their values in order, tensor by tensor or mixed.
 
     A piece may have any shape; what counts is its bytes.
@@ -224,12 +224,12 @@ class Supply:
     pieces: Callable[[], Iterator[Piece]]
 
     @classmethod
-    def stored(cls, name: str, entry: Entry) -> Supply:
+    def stored(cls, name: str, entry: Entry) -> TensorSource:
         """Takes a tensor as it stands in a file, under a name."""
         return cls({name: entry.shape}, lambda: ((name, piece) for piece in entry.pieces()))
 
     @classmethod
-    def made(cls, name: str, tensor: torch.Tensor) -> Supply:
+    def made(cls, name: str, tensor: torch.Tensor) -> TensorSource:
         """Takes a tensor from memory."""
         return cls({name: Shape.of(tensor)}, lambda: iter([(name, tensor)]))
 
@@ -244,7 +244,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 
 
 def write_file(
-    path: Path, supplies: Sequence[Supply], advance: Callable[[int], None] = lambda _: None
+    path: Path, supplies: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
     """Writes one file from its supplies, in their order, and returns the digest of every tensor.
 
@@ -262,7 +262,7 @@ def write_file(
             file.flush()
             os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
 
-            def work(supply: Supply) -> dict[str, str]:
+            def work(supply: TensorSource) -> dict[str, str]:
                 places = {name: len(header) + starts[name] for name in supply.shapes}
                 return _write(supply, file.fileno(), places, advance)
 
@@ -302,11 +302,13 @@ def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def _write(supply: Supply, descriptor: int, places: dict[str, int], advance: Callable[[int], None]) -> dict[str, str]:
-    """Writes the tensors of one supply to their places."""
-    hashers = {name: hashing.tensor_hasher(shape.dtype, shape.sizes) for name, shape in supply.shapes.items()}
-    left = {name: shape.nbytes for name, shape in supply.shapes.items()}
-    for name, tensor in supply.pieces():
+def _write(
+    source: TensorSource, descriptor: int, offsets: dict[str, int], advance: Callable[[int], None]
+) -> dict[str, str]:
+    """Writes the tensors of one source to their offsets in the file."""
+    hashers = {name: hashing.tensor_hasher(shape.dtype, shape.sizes) for name, shape in source.shapes.items()}
+    left = {name: shape.nbytes for name, shape in source.shapes.items()}
+    for name, tensor in source.pieces():
         memory = bytes_of(tensor)
         left[name] -= len(memory)
         if left[name] < 0:
@@ -316,8 +318,8 @@ def _write(supply: Supply, descriptor: int, places: dict[str, int], advance: Cal
             hashers[name].update(part)
             done = 0
             while done < len(part):
-                done += os.pwrite(descriptor, part[done:], places[name] + done)
-            places[name] += len(part)
+                done += os.pwrite(descriptor, part[done:], offsets[name] + done)
+            offsets[name] += len(part)
             advance(len(part))
     short = [name for name, count in left.items() if count]
     if short:

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from solidify.weights.checkpoint import Checkpoint
-from solidify.weights.format import Entry, Piece, Shape, Supply
+from solidify.weights.format import Entry, Piece, Shape, TensorSource
 
 _BLOCK = 2**25  # bytes of the result that are made at a time where a rule allows it
 
@@ -50,9 +50,9 @@ class Conversion:
         """All keys of the checkpoint that this needs."""
         return [key for keys in self.sources.values() for key in keys]
 
-    def supply(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Supply:
+    def supply(self, model: PreTrainedModel, checkpoint: Checkpoint) -> TensorSource:
         """Returns what makes the tensors when they are to be written, in blocks where the rule allows it."""
-        return Supply(self.targets, lambda: self._pieces(model, checkpoint.entries))
+        return TensorSource(self.targets, lambda: self._pieces(model, checkpoint.entries))
 
     def make(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Applies the rule to tensors of the checkpoint, by their keys."""
@@ -117,9 +117,9 @@ class Layout:
         """Whether the checkpoint has the layout in memory already: every tensor under its own name."""
         return not self.conversions and all(name == key for name, key in self.stored.items())
 
-    def supplies(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Supply]:
+    def supplies(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
         """Returns what gives each tensor of the model; one supply may give several."""
-        found = {name: Supply.stored(name, checkpoint.entries[key]) for name, key in self.stored.items()}
+        found = {name: TensorSource.stored(name, checkpoint.entries[key]) for name, key in self.stored.items()}
         for conversion in self.conversions:
             found |= dict.fromkeys(conversion.targets, conversion.supply(model, checkpoint))
         return found

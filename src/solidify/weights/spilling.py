@@ -13,7 +13,7 @@ from torch import nn
 
 from solidify.system import disk
 from solidify.weights import format, mapped
-from solidify.weights.format import Shape, Supply
+from solidify.weights.format import Shape, TensorSource
 
 _SMALL = 2**20  # bytes
 
@@ -43,7 +43,7 @@ def spill(name: str, module: nn.Module, kept: Iterable[torch.Tensor], directory:
         return
     names = {id(tensor): key for key, tensor in reversed(own.items())}  # a shared tensor is written once
     path = directory / f"new-{len(list(directory.iterdir())):05d}.safetensors"
-    format.write_file(path, [Supply.made(names[id(t)], t) for t in {id(t): t for t in own.values()}.values()])
+    format.write_file(path, [TensorSource.made(names[id(t)], t) for t in {id(t): t for t in own.values()}.values()])
     with safe_open(path, framework="pt") as file:
         for tensor in {id(t): t for t in own.values()}.values():
             before = Shape.of(tensor)

@@ -11,9 +11,9 @@ import torch
 
 from solidify.errors import ArtifactError, refuse
 from solidify.system import console
-from solidify.weights import checkpoint, format, known, mapped, transfer
+from solidify.weights import checkpoint, digest_cache, format, mapped, transfer
 from solidify.weights.checkpoint import Checkpoint
-from solidify.weights.format import Entry, Shape, Supply
+from solidify.weights.format import Entry, Shape, TensorSource
 
 
 def store(
@@ -40,7 +40,7 @@ def store(
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
     supplies = {
-        name: Supply.stored(name, stored[name]) if name in stored else Supply.made(name, tensor)
+        name: TensorSource.stored(name, stored[name]) if name in stored else TensorSource.made(name, tensor)
         for name, tensor in kept.items()
         if name not in linked
     }
@@ -49,7 +49,7 @@ def store(
 
 def write(
     directory: Path,
-    supplies: Mapping[str, Supply],
+    supplies: Mapping[str, TensorSource],
     *,
     whole: Mapping[Path, Mapping[str, Entry]] | None = None,
     groups: Iterable[Iterable[str]] = (),
@@ -84,8 +84,8 @@ def write(
             digests |= format.write_file(directory / file, unique, advance)
             files[file] = {name: shapes[name] for name in shard}
     for file in names[len(whole) :]:
-        known.remember(directory / file, {name: digests[name] for name in files[file]})
-    digests |= known.digests([directory / file for file in names[: len(whole)]], title="Digesting what is kept")
+        digest_cache.remember(directory / file, {name: digests[name] for name in files[file]})
+    digests |= digest_cache.digests([directory / file for file in names[: len(whole)]], title="Digesting what is kept")
     checkpoint.write_index(directory, files)
     return digests
 
@@ -113,7 +113,7 @@ def origins_by_digest(
             if entry.file == path
         )
     ]
-    found = known.digests(fitting)
+    found = digest_cache.digests(fitting)
     return {name: base.entries[name] for name, digest in found.items() if digests[name] == digest}
 
 

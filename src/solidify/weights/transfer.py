@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from solidify.errors import ArtifactError
-from solidify.weights import format, known
+from solidify.weights import digest_cache, format
 
 
 def place(source: Path, target: Path, *, link: bool) -> bool:
@@ -21,7 +21,7 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
         ArtifactError: the file cannot be read, or there is no room.
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
-    noted = known.recall(source)
+    noted = digest_cache.recall(source)
     before = _written(source)
     if link:
         try:
@@ -31,7 +31,7 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
     if not link:
         _copy(source, target)
     if noted is not None and not link and _written(source) == before:
-        known.remember(target, noted)
+        digest_cache.remember(target, noted)
     return link
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from solidify.directory import places
+from solidify.directory import writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.system import disk
@@ -22,7 +22,7 @@ def ours(directory: Path, text: str) -> None:
 
 
 def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with places.staged(tmp_path / "deep" / "out") as staging:
+    with writing.staged(tmp_path / "deep" / "out") as staging:
         (staging / "a").write_text("a")
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
@@ -31,9 +31,9 @@ def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with places.staged(out) as staging:
+    with writing.staged(out) as staging:
         ours(staging, "old")
-    with pytest.raises(KeyboardInterrupt), places.staged(out) as staging:
+    with pytest.raises(KeyboardInterrupt), writing.staged(out) as staging:
         (staging / "half").write_text("x")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -43,12 +43,12 @@ def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_swept_up(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from solidify import places\n"
-        "with places.staged(Path(sys.argv[1])) as staging:\n"
+        "with writing.staged(Path(sys.argv[1])) as staging:\n"
         "    (staging / 'x').write_text('x'); os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
-    with places.staged(tmp_path / "out") as staging:
+    with writing.staged(tmp_path / "out") as staging:
         (staging / "y").write_text("y")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -58,7 +58,7 @@ def test_a_result_that_a_killed_run_was_replacing_comes_back(tmp_path: Path) -> 
     moved = tmp_path / f".out.replaced-{int(dead.stdout)}"
     moved.mkdir()
     (moved / "report.json").write_text("mine")
-    with pytest.raises(KeyboardInterrupt), places.staged(tmp_path / "out"):
+    with pytest.raises(KeyboardInterrupt), writing.staged(tmp_path / "out"):
         raise KeyboardInterrupt
     assert (tmp_path / "out" / "report.json").read_text() == "mine"
 
@@ -66,21 +66,21 @@ def test_a_result_that_a_killed_run_was_replacing_comes_back(tmp_path: Path) -> 
 def test_a_living_run_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / f".out.partial-{os.getppid()}"
     other.mkdir()
-    with places.staged(tmp_path / "out"):
+    with writing.staged(tmp_path / "out"):
         pass
     assert other.exists()
 
 
 def test_empty_directories_and_ours_may_be_used_others_not(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    places.refuse_foreign(tmp_path / "empty")
-    places.refuse_foreign(tmp_path / "new")
+    writing.refuse_foreign(tmp_path / "empty")
+    writing.refuse_foreign(tmp_path / "new")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "x").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("theirs", "link"):
         with pytest.raises(ArtifactError, match="name another, or remove it first"):
-            places.refuse_foreign(tmp_path / name)
+            writing.refuse_foreign(tmp_path / name)
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_run_that_died_under_the_same_number_is_swept_up(tmp_path: Path) -> No
     """Processes in containers get the same few numbers again and again."""
     for kind in ("scratch", "partial"):
         (tmp_path / f".out.{kind}-{os.getpid()}").mkdir()
-    with places.scratch(tmp_path / "out") as scratch, places.staged(tmp_path / "out") as staging:
+    with writing.scratch(tmp_path / "out") as scratch, writing.staged(tmp_path / "out") as staging:
         assert scratch.is_dir()
         (staging / "x").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -104,7 +104,7 @@ def test_a_run_that_died_under_the_same_number_is_swept_up(tmp_path: Path) -> No
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     (tmp_path / ".[ab].partial-0999999999").mkdir()
     (tmp_path / ".a.partial-0999999999").mkdir()
-    with places.staged(tmp_path / "[ab]"):
+    with writing.staged(tmp_path / "[ab]"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.partial-0999999999", "[ab]"]
 
@@ -112,11 +112,11 @@ def test_a_name_is_no_pattern(tmp_path: Path) -> None:
 def test_a_link_to_a_result_stays_one(tmp_path: Path) -> None:
     """The result is written where the link leads to."""
     for text in ("old", "new"):
-        with places.staged(tmp_path / "there") as staging:
+        with writing.staged(tmp_path / "there") as staging:
             ours(staging, text)
         if text == "old":
             (tmp_path / "here").symlink_to(tmp_path / "there")
-    with places.staged(tmp_path / "here") as staging:
+    with writing.staged(tmp_path / "here") as staging:
         ours(staging, "newest")
     assert (tmp_path / "here").is_symlink()
     assert (tmp_path / "there" / "told").read_text() == "newest"
@@ -126,20 +126,20 @@ def test_a_link_to_a_result_stays_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_newer_result_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     if not at_once:
-        monkeypatch.setattr(places, "_exchanged", lambda a, b: False)  # as on systems without it
+        monkeypatch.setattr(writing, "_exchanged", lambda a, b: False)  # as on systems without it
     for text in ("old", "new"):
-        with places.staged(tmp_path / "out") as staging:
+        with writing.staged(tmp_path / "out") as staging:
             ours(staging, text)
     assert (tmp_path / "out" / "told").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_was_made_for_a_result_goes_with_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), places.staged(tmp_path / "deep" / "deeper" / "out"):
+    with pytest.raises(KeyboardInterrupt), writing.staged(tmp_path / "deep" / "deeper" / "out"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_of_what_killed_runs_left_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "out" / ".artifact.partial-0999999999").mkdir(parents=True)
-    places.refuse_foreign(tmp_path / "out")
+    writing.refuse_foreign(tmp_path / "out")

@@ -16,9 +16,9 @@ import solidify
 from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture, capture
 from solidify.objective.engine import ObjectiveEngine
+from solidify.objective.internals import Head, decoder_captures, decoder_output
 from solidify.objective.objective import Objective
 from solidify.objective.observation import Observation, ReferenceObservation
-from solidify.objective.supply import Head, decoder_captures, decoder_output
 from solidify.objective.term import Term
 from training import awake
 

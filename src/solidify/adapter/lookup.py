@@ -28,7 +28,7 @@ HOLDERS = (TrainedParameters, TrainedBuffers)  # children of the plain model tha
 
 
 @dataclass(frozen=True)
-class Standing:
+class Located:
     """A place in the plain model: its name, what is called there, and the module of the plain model's kind inside."""
 
     name: str
@@ -62,12 +62,12 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return inside_compiled(model)
 
 
-def modules(model: nn.Module) -> Iterator[Standing]:
+def modules(model: nn.Module) -> Iterator[Located]:
     """Yields every place of the plain model with what is active there, without frozen originals and idle copies."""
     yield from _walk("", plain_model(model), set())
 
 
-def at(model: nn.Module, name: str) -> Standing | None:
+def at(model: nn.Module, name: str) -> Located | None:
     """Returns what is active at one place of the plain model (also the second place of a shared module), or None."""
     called = plain_model(model)
     for part in name.split("."):
@@ -75,15 +75,15 @@ def at(model: nn.Module, name: str) -> Standing | None:
         if child is None:
             return None
         called = child
-    return Standing(name, called, unwrap(called))
+    return Located(name, called, unwrap(called))
 
 
-def _walk(name: str, called: nn.Module, seen: set[int]) -> Iterator[Standing]:
+def _walk(name: str, called: nn.Module, seen: set[int]) -> Iterator[Located]:
     inner = unwrap(called)
     if id(inner) in seen or isinstance(inner, HOLDERS):
         return
     seen.add(id(inner))
-    yield Standing(name, called, inner)
+    yield Located(name, called, inner)
     for child_name, child in inner.named_children():
         yield from _walk(f"{name}.{child_name}" if name else child_name, child, seen)
 

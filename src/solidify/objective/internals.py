@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from solidify.adapter import standing
+from solidify.adapter import lookup
 from solidify.adapter.adapters import switched_off
 from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy, behaviour
@@ -35,7 +35,7 @@ class Head:
     def __init__(
         self, model: nn.Module, decoder: nn.Module, output: Any, recorder: Recorder[Any] | None = None
     ) -> None:
-        plain: Any = standing.plain_model(model)
+        plain: Any = lookup.plain_model(model)
         self._plain = plain
         self._kind = type(output)
         self._recorder = recorder
@@ -87,7 +87,7 @@ def decoders_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         ObjectiveError: the model has no such part.
     """
-    plain = standing.plain_model(model)
+    plain = lookup.plain_model(model)
     found: list[nn.Module] = []
     if isinstance(plain, PreTrainedModel):
         found = [part for part in (plain.base_model, plain.get_decoder()) if part is not None and part is not plain]
@@ -101,7 +101,7 @@ def decoders_of(model: nn.Module) -> list[nn.Module]:
 
 def decoder_captures(model: nn.Module) -> dict[Any, Capture]:
     """Returns what captures the decoder's output: `decoder_output` finds it in what was seen."""
-    places = {id(place.inner): place.name for place in standing.modules(model)}
+    places = {id(place.inner): place.name for place in lookup.modules(model)}
     return {(*DECODER, n): Capture(modules=places[id(part)]) for n, part in enumerate(decoders_of(model))}
 
 
@@ -127,7 +127,7 @@ def without_loss(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     An encoder-decoder makes what its decoder reads of the labels: it is made here, by the model's own method; of a
     family that has none (Whisper), the labels stay, and what it returns beside its outputs is not used.
     """
-    plain: Any = standing.plain_model(model)
+    plain: Any = lookup.plain_model(model)
     kept = {key: value for key, value in inputs.items() if key != "labels"}
     labels = inputs.get("labels")
     if not encodes_and_decodes(plain) or labels is None or any(kept.get(key) is not None for key in _DECODED):
@@ -138,14 +138,14 @@ def without_loss(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns inputs with which a model builds logits of one position only, where it can be told so, and no loss."""
-    plain: Any = standing.plain_model(model)
+    plain: Any = lookup.plain_model(model)
     kept = without_loss(model, inputs)
     return {**kept, _KEEP: 1} if _KEEP in behaviour.takes(plain) else kept
 
 
 def encodes_and_decodes(model: nn.Module) -> bool:
     """Returns whether a decoder of the model reads what an encoder of it made of the inputs."""
-    return bool(getattr(getattr(standing.plain_model(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(lookup.plain_model(model), "config", None), "is_encoder_decoder", False))
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -153,7 +153,7 @@ def shifts_labels(model: nn.Module) -> bool:
 
     The rule of transformers' Trainer (5.23, trainer.py), but a model that names no loss is taken for a decoder.
     """
-    loss = LOSS_MAPPING.get(getattr(standing.plain_model(model), "loss_type", None), ForCausalLMLoss)
+    loss = LOSS_MAPPING.get(getattr(lookup.plain_model(model), "loss_type", None), ForCausalLMLoss)
     return loss is ForCausalLMLoss and not encodes_and_decodes(model)
 
 
@@ -216,7 +216,7 @@ class Reference:
 
 def refuse_inexact_bypass(model: nn.Module) -> None:
     """Raises ObjectiveError unless switching the change off gives exactly the base model."""
-    surgery = getattr(standing.plain_model(model).config, "surgery", None) or []
+    surgery = getattr(lookup.plain_model(model).config, "surgery", None) or []
     names = sorted({edit.get("class", "the layers") for edit in surgery if not edit.get("bypass")})
     refuse(
         ObjectiveError,
@@ -236,6 +236,6 @@ def refuse_other_vocabulary(model: nn.Module, reference: nn.Module) -> None:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    configuration: Any = getattr(standing.plain_model(model), "config", None)
+    configuration: Any = getattr(lookup.plain_model(model), "config", None)
     text = configuration.get_text_config() if isinstance(configuration, PreTrainedConfig) else None
     return getattr(text, "vocab_size", None)

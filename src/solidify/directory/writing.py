@@ -31,7 +31,7 @@ def refuse_foreign(output: Path, inputs: Iterable[str | Path] = (), *, work: str
 
     `work` is what the inputs belong to, for the message.
     """
-    refuse_place(output, inputs, work=work)
+    refuse_unwritable(output, inputs, work=work)
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
@@ -49,7 +49,7 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
     Every entry of it is one of the parts that a run writes, whole and unchanged, a checkpoint of a training of ours, or
     the report that lists them.
     """
-    refuse_place(directory, inputs)
+    refuse_unwritable(directory, inputs)
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir():
@@ -72,7 +72,7 @@ def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str 
             f"training.output_dir is {directory}, and the run's own directory is {run}: neither may lie in the other; "
             f"leave it out (checkpoints go to {run / ours.CHECKPOINTS}), or name a directory elsewhere"
         )
-    refuse_place(directory, inputs)
+    refuse_unwritable(directory, inputs)
     if directory.exists() or directory.is_symlink():
         _refuse(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])
 
@@ -94,7 +94,7 @@ def _refuse(output: Path, faults: list[str]) -> None:
     )
 
 
-def refuse_place(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> None:
+def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> None:
     """Raises ArtifactError for a place that is not for results, or that an input is, holds or lies in.
 
     Places are known by the names that they resolve to, and by what the system calls them (device and inode).
