@@ -22,7 +22,7 @@ from solidify.training.trainer import ObjectiveMixin
 from solidify.upstream.trl import DistillationSeams, write_answers
 
 _PARTS = ("prompt", "completion")  # of which a batch of TRL's holds `<part>_ids` and `<part>_mask`
-_BESIDE = (*(f"{part}_{what}" for part in _PARTS for what in ("ids", "mask")), "tool_mask", "num_items_in_batch")
+_TAKEN_APART = (*(f"{part}_{what}" for part in _PARTS for what in ("ids", "mask")), "tool_mask", "num_items_in_batch")
 _OF_IMAGES = ("num_images", "num_tiles")  # these say where TRL cuts a batch
 
 
@@ -67,7 +67,7 @@ class DistillationRunner(TrainerRunner):
         ids, mask = (torch.cat([batch[f"{part}_{what}"] for part in _PARTS], dim=1) for what in ("ids", "mask"))
         learnt = batch["completion_mask"] * batch.get("tool_mask", 1)
         labels = torch.cat([torch.zeros_like(batch["prompt_mask"]), learnt], dim=1)
-        others = {key: value for key, value in batch.items() if key not in (*_BESIDE, *_OF_IMAGES)}
+        others = {key: value for key, value in batch.items() if key not in (*_TAKEN_APART, *_OF_IMAGES)}
         return {"input_ids": ids, "attention_mask": mask, **others, "labels": ids.masked_fill(labels == 0, -100)}
 
     def own_loss(
@@ -92,8 +92,8 @@ class ObjectiveDistillationTrainer(ObjectiveMixin, DistillationSeams, Distillati
     `DistillationConfig.temperature` is that of sampling and of the divergence, as TRL means it.
 
     Raises:
-        ObjectiveError: a head is more than the product that TRL's loss takes it for, or a term asks for `outputs`,
-            which TRL does not build.
+        ObjectiveError: a head is more than the product that TRL's loss takes it for, a term asks for `outputs`, which
+            TRL does not build, or there are fewer prompts than a step takes.
     """
 
     runner_of = DistillationRunner
