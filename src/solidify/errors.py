@@ -6,7 +6,7 @@ SolidifyError
 ├── SurgeryError     a replacement cannot stand where it was asked to stand
 ├── ArtifactError    a directory is not the artifact that it claims to be, or cannot become one
 ├── AdapterError     an adapter does not fit its base, or is not what was declared
-├── ObjectiveError   a loss term cannot be computed as it was declared
+├── ObjectiveError   a loss term or a trainer cannot do as it was declared
 ├── DataError        the data cannot be read as asked
 └── CheckFailed      a check found that a promise does not hold
 
@@ -16,7 +16,8 @@ All but `CheckFailed` mean that the input is wrong: the command line prints the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class SolidifyError(Exception):
@@ -54,7 +55,7 @@ class AdapterError(SolidifyError, ValueError):
 
 
 class ObjectiveError(SolidifyError, ValueError):
-    """A loss term cannot be computed as it was declared."""
+    """A loss term cannot be computed, or a trainer cannot train, as it was declared."""
 
 
 class DataError(SolidifyError, ValueError):
@@ -63,6 +64,15 @@ class DataError(SolidifyError, ValueError):
 
 class CheckFailed(SolidifyError, RuntimeError):
     """A check found that a promise does not hold."""
+
+
+@contextmanager
+def raised_as(kind: type[SolidifyError], *, of: type[SolidifyError]) -> Iterator[None]:
+    """While the block lasts, what fails as `of` is raised as `kind`, with the same words: the caller's world."""
+    try:
+        yield
+    except of as error:
+        raise kind(str(error), error.faults) from error
 
 
 def refuse(kind: type[SolidifyError], title: str, faults: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 import solidify
 from solidify.adapter import lookup
-from solidify.errors import RecipeError
+from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.training import groups
 from solidify.training.groups import ParameterGroup
@@ -83,7 +83,7 @@ def test_an_optimizer_that_was_made_before_the_adapter_trains_nothing(tmp_path: 
     options = {"optimizers": (optimizer, None), "max_steps": 1}
     trainer(peft_model, tmp_path, kind=Trainer, **options).train()
     assert all(torch.equal(p, before[n]) for n, p in peft_model.named_parameters())
-    with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight is trained, but in none of"):
+    with pytest.raises(ObjectiveError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight is trained, but in none of"):
         trainer(peft_model, tmp_path, **options).train()
 
 
@@ -166,7 +166,7 @@ def test_every_optimizer_that_transformers_makes_takes_groups(tmp_path: Path, op
     try:
         optimizer = made.create_optimizer()
     except (ImportError, ValueError) as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, ObjectiveError):
             raise
         pytest.skip(f"not installed here: {str(error).splitlines()[0]}")
     rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
@@ -236,7 +236,7 @@ def test_groups_find_their_way_without_peft(tmp_path: Path) -> None:
     ],
 )
 def test_groups_that_do_not_fit_are_refused_at_once(tmp_path: Path, declared: Any, words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(ObjectiveError, match=words):
         trainer(attached(), tmp_path, declared)
 
 
@@ -250,20 +250,20 @@ def test_groups_that_do_not_fit_are_refused_at_once(tmp_path: Path, declared: An
     ],
 )
 def test_settings_that_the_optimizer_refuses_are_refused(tmp_path: Path, settings: Any, words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(ObjectiveError, match=words):
         trainer(attached(), tmp_path, [{"parameters": MLP, **settings}]).create_optimizer()
 
 
 def test_an_optimizer_of_ones_own_and_groups_exclude_each_other(tmp_path: Path) -> None:
     model = attached()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(RecipeError, match="leave out parameter_groups, or it"):
+    with pytest.raises(ObjectiveError, match="leave out parameter_groups, or it"):
         trainer(model, tmp_path, PAIR, optimizers=(optimizer, None))
     trainer(model, tmp_path, optimizers=(optimizer, None)).train()  # by itself it holds all
 
 
 def test_optimizers_that_know_no_groups_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="knows no parameter groups"):
+    with pytest.raises(ObjectiveError, match="knows no parameter groups"):
         trainer(attached(), tmp_path, PAIR, optim="lomo")
 
 
@@ -271,7 +271,7 @@ def test_an_optimizer_that_is_made_elsewhere_is_noticed(tmp_path: Path) -> None:
     """As DeepSpeed does it when its own configuration names one."""
     made = trainer(attached(), tmp_path, PAIR)
     made.optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(RecipeError, match="the parameter groups would be ignored"):
+    with pytest.raises(ObjectiveError, match="the parameter groups would be ignored"):
         made.train()
 
 

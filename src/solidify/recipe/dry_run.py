@@ -14,7 +14,7 @@ from solidify.adapter import adapters, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources, vocabulary
-from solidify.errors import RecipeError
+from solidify.errors import ObjectiveError, RecipeError, raised_as
 from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
@@ -166,7 +166,8 @@ def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], 
     shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
     with console.silence():
         peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
-    groups.resolve(peft_model, trainers.parameter_groups(recipe))
+    with raised_as(RecipeError, of=ObjectiveError):
+        groups.resolve(peft_model, trainers.parameter_groups(recipe))
     counts: dict[str, int] = {}
     for kind, name, parameter in lookup.named_parameters(peft_model):
         if parameter.requires_grad:

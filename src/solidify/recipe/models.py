@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from solidify.artifact import companions, loading
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases
-from solidify.errors import ModelError, RecipeError
+from solidify.errors import ModelError, RecipeError, raised_as
 from solidify.model.extent import Extent
 from solidify.recipe import references
 from solidify.recipe.schema import Base, Recipe
@@ -33,17 +31,8 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
 
 
 def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
-    with _named_by_a_recipe():
+    with raised_as(RecipeError, of=ModelError):
         return _read(recipe, source, device, scratch)
-
-
-@contextmanager
-def _named_by_a_recipe() -> Iterator[None]:
-    """While the block lasts, a model that cannot be loaded is a fault of the recipe that names it."""
-    try:
-        yield
-    except ModelError as error:
-        raise RecipeError(str(error), error.faults) from error
 
 
 def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from solidify.directory import trust
-from solidify.errors import DataError, RecipeError, refuse
+from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
 from solidify.recipe import datasets, objectives
 from solidify.recipe.schema import Recipe
@@ -144,7 +144,8 @@ def _unspreadable(arguments: TrainingArguments) -> list[str]:
 
 def parameter_groups(recipe: Recipe) -> list[ParameterGroup]:
     """Returns the recipe's parameter groups; raises RecipeError for one that cannot be."""
-    return groups.declared([group.model_dump() for group in recipe.parameter_groups])
+    with raised_as(RecipeError, of=ObjectiveError):
+        return groups.declared([group.model_dump() for group in recipe.parameter_groups])
 
 
 def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from solidify.adapter import lookup
-from solidify.errors import RecipeError, refuse
+from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.system import foreign
 from solidify.training import data
@@ -61,7 +61,7 @@ def declared(groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> list[Param
     """Returns groups that may be written as plain mappings as `ParameterGroup`s.
 
     Raises:
-        RecipeError: a key is unknown or missing, a group sets nothing, or sets one thing by two names.
+        ObjectiveError: a key is unknown or missing, a group sets nothing, or sets one thing by two names.
     """
     known = [f.name for f in fields(ParameterGroup)]
     made: list[ParameterGroup] = []
@@ -79,7 +79,7 @@ def declared(groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> list[Param
         if not group.settings:
             faults.append(f"{group.label}: nothing is set; give learning_rate, weight_decay or optimizer")
         made.append(group)
-    refuse(RecipeError, "the parameter groups do not fit", faults)
+    refuse(ObjectiveError, "the parameter groups do not fit", faults)
     return made
 
 
@@ -87,7 +87,7 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
     """Returns for every group what it names of what is trained: plain names (a low-rank target's has several parts).
 
     Raises:
-        RecipeError: a pattern names nothing that is trained, or two groups name the same parameter.
+        ObjectiveError: a pattern names nothing that is trained, or two groups name the same parameter.
     """
     trained = _trained(model)
     ends = {".".join(parts[: n + 1]) for parts in (name.split(".") for name in trained) for n in range(len(parts))}
@@ -107,7 +107,7 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
             faults.append(f"{group.label!r} and {owner[twice[0]]!r} both name {', '.join(twice[:3])}{more}")
         owner |= dict.fromkeys(hits, group.label)
         found.append({name: parts for name, parts in trained.items() if name in hits})
-    refuse(RecipeError, "the parameter groups do not fit what is trained", faults)
+    refuse(ObjectiveError, "the parameter groups do not fit what is trained", faults)
     return found
 
 
@@ -141,13 +141,13 @@ def split(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[P
     unless the group says otherwise. The label of a group that transformers made is None.
 
     Raises:
-        RecipeError: a name is wrong (as `resolve`), or a setting is one that the optimizer does not know or refuses.
+        ObjectiveError: a name is wrong (as `resolve`), or a setting is one that the optimizer does not know or refuses.
     """
     wanted = resolve(model, groups)
     faults: list[str] = []
     for group in groups:
         faults += _unknown(optimizer, group) or _refused(optimizer, group)
-    refuse(RecipeError, f"{type(optimizer).__name__} does not take the parameter groups", faults)
+    refuse(ObjectiveError, f"{type(optimizer).__name__} does not take the parameter groups", faults)
     before = list(optimizer.param_groups)
     labels: list[str | None] = [None] * len(before)
     for group, names in zip(groups, wanted, strict=True):
@@ -202,8 +202,8 @@ class Groups(TrainerCallback):  # type: ignore[misc]
     call them.
 
     Raises:
-        RecipeError: the groups do not fit what is trained or the optimizer, the optimizer knows no groups or was made
-            elsewhere, or it lacks something that is trained.
+        ObjectiveError: the groups do not fit what is trained or the optimizer, the optimizer knows no groups or was
+            made elsewhere, or it lacks something that is trained.
     """
 
     def __init__(self, trainer: Any, groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> None:
@@ -213,9 +213,9 @@ class Groups(TrainerCallback):  # type: ignore[misc]
         self._steps_itself = any(word in trainer.args.optim for word in _OWN_WAY)
         resolve(trainer.model, self.declared)
         if self.declared and trainer.optimizer is not None:
-            raise RecipeError("an optimizer was given, which has its groups; leave out parameter_groups, or it")
+            raise ObjectiveError("an optimizer was given, which has its groups; leave out parameter_groups, or it")
         if self.declared and self._steps_itself:
-            raise RecipeError(
+            raise ObjectiveError(
                 f"optim={trainer.args.optim!s} steps inside the backward pass and knows no parameter groups"
             )
 
@@ -225,16 +225,16 @@ class Groups(TrainerCallback):  # type: ignore[misc]
             self._labels = split(optimizer, model, self.declared)
 
     def refuse_uncovered(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Raises RecipeError for an optimizer that does not hold all that is trained."""
+        """Raises ObjectiveError for an optimizer that does not hold all that is trained."""
         if not self._steps_itself:
-            refuse(RecipeError, "the optimizer does not hold what is trained", data.few(uncovered(optimizer, model)))
+            refuse(ObjectiveError, "the optimizer does not hold what is trained", data.few(uncovered(optimizer, model)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses to train without the groups: what DeepSpeed's configuration names is made without the trainer."""
         if self.declared and not self._labels:
-            raise RecipeError(
+            raise ObjectiveError(
                 "the optimizer was not made by the trainer, so the parameter groups would be ignored; leave "
                 "`optimizer` out of DeepSpeed's configuration"
             )
