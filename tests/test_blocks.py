@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 from documents import Block
+from noise import LIGHTNING
 
 from solidify.recipe import schema
-from test_contract import LIGHTNING
 
 pytestmark = [
     # The page stands in a copy of the README's directory, so PEFT finds the base elsewhere; a reader has but one.
