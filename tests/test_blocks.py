@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,15 @@ from typing import Any
 
 import documents
 import llava
+import notebooks
 import pages
 import pytest
 import torch
 import yaml
 from documents import Block
+from noise import LIGHTNING
 
 from solidify.recipe import schema
-from test_contract import LIGHTNING
 
 pytestmark = [
     # The page stands in a copy of the README's directory, so PEFT finds the base elsewhere; a reader has but one.
@@ -36,7 +39,7 @@ def run_blocks() -> list[Any]:
     """Returns the blocks that are run."""
     found = []
     for block in every_block():
-        if block.not_run is None and block.language != "text":
+        if block.not_run is None and block.language != "text" and not documents.runs_by_itself(block.document):
             found.append(pytest.param(block, id=block.place))
     return found
 
@@ -80,7 +83,44 @@ def test_every_block_is_run_or_says_why_not() -> None:
     assert [fault for block in every_block() for fault in documents.faults(block)] == []
     run = {parameter.values[0] for parameter in run_blocks()}
     for block in set(every_block()) - run:
-        assert block.language == "text" or block.not_run in documents.REASONS, block.place
+        elsewhere = documents.runs_by_itself(block.document)
+        assert elsewhere or block.language == "text" or block.not_run in documents.REASONS, block.place
+
+
+@pytest.mark.parametrize("translation", documents.TRANSLATIONS)
+def test_a_translation_has_the_blocks_of_the_original(translation: str) -> None:
+    original = documents.TRANSLATIONS[translation]
+    ours, theirs = ([(b.language, b.text, b.marks) for b in documents.ALL[name]] for name in (translation, original))
+    assert ours == theirs, f"{translation} shows other blocks than {original}"
+
+
+def test_the_tutorial_runs(tiny_base: Path, tmp_path: Path) -> None:
+    """In a process of its own, for a notebook's classes are looked for in what was typed."""
+    path = documents.ROOT / "docs" / "tutorial.ipynb"
+    done = subprocess.run(
+        [sys.executable, notebooks.__file__, str(path)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = json.loads(done.stdout)
+    shown = notebooks.outputs_of(path)
+    again = (
+        "python tests/support/notebooks.py docs/tutorial.ipynb --write docs/tutorial.ipynb docs/tutorial.zh-CN.ipynb"
+    )
+    assert [bool(text) for text in printed] == [bool(text) for text in shown], f"{path.name} shows old outputs: {again}"
+    assert shown == notebooks.outputs_of(path.with_name("tutorial.zh-CN.ipynb"))
+    everything = "".join(printed)
+    assert "Dimmed looks ahead" in everything
+    assert "SolidOlmoeForCausalLM | Dimmed" in everything
+    assert "'failed': 0" in everything
+
+
+def test_a_cell_that_fails_ends_the_notebook(tmp_path: Path) -> None:
+    cells = [{"cell_type": "code", "source": ["1 / 0"], "outputs": []}]
+    (tmp_path / "wrong.ipynb").write_text(json.dumps({"cells": cells}))
+    command = [sys.executable, notebooks.__file__, "wrong.ipynb"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "cell 1 of wrong.ipynb: ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,13 @@ from pathlib import Path
 import contract
 import pytest
 from contract import CASES, TERMS, WAYS
+from noise import LIGHTNING
 
 import solidify
 
 EXACT = 1e-6  # transformers and TRL compute their losses in float32
 ANSWERED = ("DPOTrainer", "DistillationTrainer")  # an answer has at least one token
 PAGE = Path(solidify.__file__).parents[2] / "docs" / "contract.md"
-LIGHTNING = (  # lightning 2.6 asks torch's pytree by its old name, and advises on how to load data
-    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
-    "ignore:The .train_dataloader. does not have many workers",
-)
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING]
 
 

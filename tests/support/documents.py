@@ -6,6 +6,8 @@ A block is run as it stands, unless a comment above it says otherwise:
     <!-- run with: builtin:tiny-olmoe for owner/model -->   one text in place of another
     <!-- run: where solidify cannot be imported -->         Python in a fresh process
     <!-- file: rows.jsonl -->                               a file to write; so is a block whose first line is `# NAME`
+
+Notebooks are documents too: their cells of text, and of code as blocks. A translation has the blocks of the original.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import notebooks
 import yaml
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")])
+TRANSLATIONS = {"README.zh-CN.md": "README.md", "tutorial.zh-CN.ipynb": "tutorial.ipynb"}
 REASONS = ("needs a download", "needs an accelerator", "needs several machines", "needs a server", "takes minutes")
 LANGUAGES = ("json", "python", "sh", "text", "yaml")  # text is shown, not run: what a program prints, a tree
 STRANGERS = "run: where solidify cannot be imported"
@@ -119,4 +123,14 @@ def _is_code(text: str) -> bool:
     return False
 
 
-ALL = {path.name: blocks(path.read_text(encoding="utf-8"), path.name) for path in DOCUMENTS}
+def text_of(path: Path) -> str:
+    """Returns a document as Markdown; of a notebook its cells, without what they printed."""
+    return notebooks.markdown(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+
+
+def runs_by_itself(document: str) -> bool:
+    """Says whether another test runs a document's blocks: those of a notebook, or those that it translates."""
+    return document.endswith(".ipynb") or document in TRANSLATIONS
+
+
+ALL = {path.name: blocks(text_of(path), path.name) for path in DOCUMENTS}

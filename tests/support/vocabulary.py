@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import documents
 import pydantic
 import typer
 from documents import ROOT
@@ -168,21 +169,36 @@ def sections() -> dict[str, type[pydantic.BaseModel]]:
 
 
 def wrong_links(text: str, directory: Path) -> list[str]:
-    """Judges links to files, and to headings within them."""
+    """Judges links, pictures and HTML's references to files, and to headings within them; code has none."""
     wrong = []
-    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+    prose = SPAN.sub("", _without_blocks(text))
+    for target, heading in [*_LINK.findall(prose), *_REFERENCE.findall(prose), *_HTML.findall(prose)]:
         file = directory / target if target else None
         if file is not None and not file.exists():
             wrong.append(f"there is no {target}")
-        elif heading and heading not in _headings(file.read_text(encoding="utf-8") if file else text):
+        elif heading and heading not in headings(documents.text_of(file) if file else text):
             wrong.append(f"there is no heading {target}#{heading}")
     return wrong
 
 
-def _headings(text: str) -> set[str]:
-    """Returns the headings as addresses, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+_TARGET = r"(?![a-z+]+:)([^)#\s\"<>]*)(?:#([^)\s\"<>]+))?"  # not what has a scheme
+_LINK = re.compile(r"\]\(<?" + _TARGET)
+_REFERENCE = re.compile(r"^\[[^\]]+\]:\s+" + _TARGET, re.MULTILINE)
+_HTML = re.compile(r"\b(?:href|src)=\"" + _TARGET)
+
+
+def headings(text: str) -> set[str]:
+    """Returns the headings as addresses, as GitHub makes them: the second of one name ends in -1."""
+    found: dict[str, int] = {}
+    for title in re.findall(r"^#+ (.*)$", _without_blocks(text), re.MULTILINE):
+        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
+        address = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        found[address] = found.get(address, -1) + 1
+    return {address + (f"-{number}" if number else "") for address, last in found.items() for number in range(last + 1)}
+
+
+def _without_blocks(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 STACK = ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "torch", "transformers", "trl")
