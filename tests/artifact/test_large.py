@@ -329,11 +329,11 @@ def test_a_hub_id_is_found_in_the_cache(
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     blobs = {path.stat().st_ino for path in (hub / "blobs").iterdir()}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    files = conversion._checkpoint("someone/olmoe", {"revision": "main"})
+    files = conversion._find_checkpoint("someone/olmoe", {"revision": "main"})
     assert files is not None and len(files.entries) == len(checkpoint.read(base).entries)
     assert {path.stat().st_ino for path in files.files} <= blobs
-    assert loading._commit("someone/olmoe", None) == "a" * 40
-    assert loading._commit(str(base), None) is None
+    assert loading._find_commit("someone/olmoe", None) == "a" * 40
+    assert loading._find_commit(str(base), None) is None
 
 
 def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,14 +146,14 @@ def renumber(layer: nn.Module, path: str, place: int) -> None:
 def recorders(model: PreTrainedModel) -> dict[str, tuple[nn.Module, list[Any]]]:
     """Returns what transformers records (hidden states, attentions, router logits): name -> module, and its hooks."""
     output_capturing.maybe_install_capturing_hooks(model)
-    found = {name: (m, [h for h in m._forward_hooks.values() if _records(h)]) for name, m in model.named_modules()}
+    found = {name: (m, [h for h in m._forward_hooks.values() if _is_recorder(h)]) for name, m in model.named_modules()}
     return {name: recorded for name, recorded in found.items() if recorded[1]}
 
 
 def forget(model: PreTrainedModel) -> None:
     """Takes the hooks away by which transformers records outputs; it installs them anew when it is first asked."""
     for module in model.modules():
-        for number in [number for number, hook in module._forward_hooks.items() if _records(hook)]:
+        for number in [number for number, hook in module._forward_hooks.items() if _is_recorder(hook)]:
             del module._forward_hooks[number]
         if "_output_capturing_hooks_installed" in vars(module):
             module._output_capturing_hooks_installed = False
@@ -167,12 +167,12 @@ def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list
     itself; if not, it is left to do so when it is first asked.
     """
     forget(model)
-    alone = _told(model)
+    alone = _collect_recorded(model)
     modules = dict(model.named_modules())
     told: dict[str, set[Any]] = {}
     for name, (_, hooks) in before.items():
         if name in modules and not any(name.startswith(f"{place}.") for place in replaced):
-            told[name] = {_output(hook) for hook in hooks}
+            told[name] = {_find_output(hook) for hook in hooks}
             for hook in hooks:
                 _record_at(modules[name], hook)
     kept = {id(module) for module in modules.values()}
@@ -180,35 +180,35 @@ def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list
         outer = next((place for place in replaced if name.startswith(f"{place}.")), None)
         if outer is None or id(module) not in kept:
             continue
-        now = {_output(hook) for hook in module._forward_hooks.values() if _records(hook)}
+        now = {_find_output(hook) for hook in module._forward_hooks.values() if _is_recorder(hook)}
         for hook in hooks:
-            if _output(hook) not in now | told.get(outer, set()):
+            if _find_output(hook) not in now | told.get(outer, set()):
                 module.register_forward_hook(hook)
-    differs = _told(model) != alone
+    differs = _collect_recorded(model) != alone
     if not differs:
         forget(model)
     return differs
 
 
-def _told(model: PreTrainedModel) -> dict[str, set[Any]]:
+def _collect_recorded(model: PreTrainedModel) -> dict[str, set[Any]]:
     """Returns which outputs are recorded at which module."""
-    return {name: {_output(hook) for hook in hooks} for name, (_, hooks) in recorders(model).items()}
+    return {name: {_find_output(hook) for hook in hooks} for name, (_, hooks) in recorders(model).items()}
 
 
 def _record_at(module: nn.Module, hook: Any) -> None:
     """Has a module recorded by a hook, and nothing inside of it for the same output."""
     for inner in module.modules():
         for number, other in list(inner._forward_hooks.items()):
-            if _records(other) and _output(other) == _output(hook):
+            if _is_recorder(other) and _find_output(other) == _find_output(hook):
                 del inner._forward_hooks[number]
     module.register_forward_hook(hook)
 
 
-def _records(hook: Any) -> bool:
+def _is_recorder(hook: Any) -> bool:
     return bool(getattr(hook, "__module__", "") == output_capturing.__name__)
 
 
-def _output(hook: Any) -> Any:
+def _find_output(hook: Any) -> Any:
     """Returns which output a hook records."""
     names = hook.__code__.co_freevars
     return hook.__closure__[names.index("key")].cell_contents if "key" in names else None

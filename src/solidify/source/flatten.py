@@ -61,7 +61,7 @@ def import_text(
     as_it_was = isinstance(node, ast.Import) or (not node.level and set(outside) == {node.module})
     if as_it_was and len(bindings) == len(node.names) == len(outside):
         return original
-    lines = [(_look(source, flat[other]), "first of files that import each other") for other in first]
+    lines = [(_write_import(source, flat[other]), "first of files that import each other") for other in first]
     lines += _import_lines(source, bindings, flat) or [("pass", "")]
     if ast.dump(parse("\n".join(line for line, _ in lines))) == ast.dump(parse(ast.unparse(node))):
         return original
@@ -85,22 +85,22 @@ def write(
     head += [n for n in body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
     if statements is None or [n for n in body if n not in head] == [n for n in statements if n not in head]:
         if preamble:
-            edits = [*edits, _insertion(source, head, preamble)]
-        return _apply(source, 0, source.starts[-1], edits)
+            edits = [*edits, _make_insertion(source, head, preamble)]
+        return _apply_edits(source, 0, source.starts[-1], edits)
     pieces: list[str] = []
     last: ast.stmt | None = None
     for statement in [*[n for n in statements if n in head], *[n for n in statements if n not in head]]:
-        start, end = _segment(source, statement)
+        start, end = _find_segment(source, statement)
         blank = _blank_lines_before(source, start)
         if preamble and statement not in head:
             pieces.append(("\n\n" if pieces else "") + "\n".join(preamble))
             preamble, last = (), None
         if last is not None and body.index(statement) == body.index(last) + 1:
-            start = _segment(source, last)[1]
+            start = _find_segment(source, last)[1]
         elif pieces:
             defined = _is_definition(statement) or (last is not None and _is_definition(last))
             pieces.append("\n" * (3 if defined else 1 + min(blank, 2)))
-        pieces.append(_apply(source, start, end, edits))
+        pieces.append(_apply_edits(source, start, end, edits))
         last = statement
     return "".join(pieces).rstrip() + "\n"
 
@@ -168,12 +168,12 @@ def _import_lines(
             if stem == place:
                 lines.append((f"import {place}" + ("" if place == local or "." in local else f" as {local}"), ""))
                 continue
-            lines.append((_look(source, stem), "transformers follows this line, not the next"))
+            lines.append((_write_import(source, stem), "transformers follows this line, not the next"))
             lines.append((f"from . import {stem}" + ("" if stem == local else f" as {local}"), ""))
     return lines
 
 
-def _look(source: SourceFile, stem: str) -> str:
+def _write_import(source: SourceFile, stem: str) -> str:
     """Returns a statement that imports a file and that transformers recognises; it works in a circular import, too."""
     return f"from .{stem} import __name__ as {unused(f'_{stem}', source.identifiers)}"
 
@@ -192,7 +192,7 @@ def _in_place(source: SourceFile, node: ast.stmt, lines: Sequence[tuple[str, str
     return ("\n" + before).join(shown)
 
 
-def _apply(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> str:
+def _apply_edits(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> str:
     data, pieces, here = source.text.encode(), [], start
     for first, last, text in sorted(e for e in edits if start <= e[0] and e[1] <= end):
         pieces += [data[here:first], text.encode()]
@@ -200,7 +200,7 @@ def _apply(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> s
     return b"".join([*pieces, data[here:end]]).decode()
 
 
-def _insertion(source: SourceFile, head: Sequence[ast.stmt], preamble: Sequence[str]) -> Edit:
+def _make_insertion(source: SourceFile, head: Sequence[ast.stmt], preamble: Sequence[str]) -> Edit:
     text = "\n".join(preamble) + "\n"
     if head:
         line = max(node.end_lineno or node.lineno for node in head)
@@ -210,7 +210,7 @@ def _insertion(source: SourceFile, head: Sequence[ast.stmt], preamble: Sequence[
     return place, place, text
 
 
-def _segment(source: SourceFile, node: ast.stmt) -> tuple[int, int]:
+def _find_segment(source: SourceFile, node: ast.stmt) -> tuple[int, int]:
     """Returns the span of a statement with the comments directly above it and behind it."""
     data = source.text.encode()
     start, end = source.span(node)

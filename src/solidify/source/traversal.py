@@ -319,12 +319,12 @@ class Walk:
         self.faults |= dict.fromkeys(text for source, text in self.absent if source in needed)
         size = sum(found.size for found in self.payloads.values())
         if size > payload.LIMIT:
-            largest = max((p for found in self.payloads.values() for p in found.files.values()), key=_size)
+            largest = max((p for found in self.payloads.values() for p in found.files.values()), key=_get_size)
             self.faults[
                 f"the files that the modules read hold {size / 2**20:.1f} MB (most of it {largest.name}), and at most "
                 f"{payload.LIMIT // 2**20} MB can be carried as text; keep what they hold as a persistent buffer"
             ] = None
 
 
-def _size(path: Path) -> int:
+def _get_size(path: Path) -> int:
     return path.stat().st_size

@@ -44,12 +44,12 @@ def join() -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    _channel()
+    _make_channel()
     console.words.quiet = console.results.quiet = not is_first()
 
 
 @cache
-def _channel() -> Any:
+def _make_channel() -> Any:
     """Makes a group for words, apart from the group for gradients: on the CPU, and patient."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -70,7 +70,7 @@ def on_first(work: Callable[[], Result]) -> Result:
         except SolidifyError as error:
             failure = error
         said = [(result, (type(failure), str(failure)) if failure else None)]
-    _talk(lambda: dist.broadcast_object_list(said, src=0, group=_channel()))
+    _run_exchange(lambda: dist.broadcast_object_list(said, src=0, group=_make_channel()))
     if failure is not None:
         raise failure
     if said[0][1] is not None:
@@ -99,7 +99,7 @@ def in_turn(work: Callable[[], Result]) -> Result:
                 results.append(work())
             except SolidifyError as error:
                 failure = error
-        heard = _gather(str(failure) if failure else None)
+        heard = _gather_values(str(failure) if failure else None)
         if failure is not None:
             raise failure
         broken = [f"process {number} stopped: {words}" for number, words in enumerate(heard) if words is not None]
@@ -108,13 +108,13 @@ def in_turn(work: Callable[[], Result]) -> Result:
     return results[0]
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather_values(value: Any) -> list[Any]:
     heard: list[Any] = [None] * count()
-    _talk(lambda: dist.all_gather_object(heard, value, group=_channel()))
+    _run_exchange(lambda: dist.all_gather_object(heard, value, group=_make_channel()))
     return heard
 
 
-def _talk(exchange: Callable[[], Any]) -> None:
+def _run_exchange(exchange: Callable[[], Any]) -> None:
     try:
         exchange()
     except RuntimeError as error:  # so gloo says that the connection is closed

@@ -64,7 +64,7 @@ def recall(path: Path) -> dict[str, str] | None:
     """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
     try:
         now = path.stat()
-        note = files.document(_note(now))
+        note = files.document(_get_note_path(now))
         found: dict[str, str] = note["digests"]
         changed, links = note["changed"], note["links"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,13 +85,13 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
     """
     now = path.stat()
     age = time.time_ns() - now.st_mtime_ns
-    if begun is not None and (_state(begun) != _state(now) or age < _TICK):
+    if begun is not None and (_get_state(begun) != _get_state(now) or age < _TICK):
         return
     if 0 <= age < _TICK:
         time.sleep((_TICK - age) / 1e9)
         now = path.stat()
     try:
-        note = _note(now)
+        note = _get_note_path(now)
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         document = {"changed": now.st_ctime_ns, "links": now.st_nlink, "digests": found}
@@ -104,10 +104,10 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
+def _get_state(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _note(found: os.stat_result) -> Path:
+def _get_note_path(found: os.stat_result) -> Path:
     identity = f"{hashing.ALGORITHM} {found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
     return disk.cache() / "digests" / f"{hashing.digest_bytes(identity.encode())}.json"

@@ -89,7 +89,7 @@ class Entry:
         """
         whole = torch.empty(self.shape.sizes, dtype=self.shape.dtype)
         with _opened(self.file) as descriptor:
-            _fill(descriptor, self, bytes_of(whole), 0)
+            _fill_buffer(descriptor, self, bytes_of(whole), 0)
         return whole
 
     def pieces(self) -> Iterator[torch.Tensor]:
@@ -102,7 +102,7 @@ class Entry:
         with _opened(self.file) as descriptor:
             for done in range(0, self.shape.nbytes, CHUNK):
                 part = buffer[: min(CHUNK, self.shape.nbytes - done)]
-                _fill(descriptor, self, bytes_of(part), done)
+                _fill_buffer(descriptor, self, bytes_of(part), done)
                 yield part
 
     def values(self, count: int) -> Iterator[torch.Tensor]:
@@ -115,7 +115,7 @@ class Entry:
         with _opened(self.file) as descriptor:
             for begin in range(0, self.shape.nbytes, count * size):
                 part = torch.empty(min(count, (self.shape.nbytes - begin) // size), dtype=self.shape.dtype)
-                _fill(descriptor, self, bytes_of(part), begin)
+                _fill_buffer(descriptor, self, bytes_of(part), begin)
                 yield part
 
     def digest(self) -> str:
@@ -143,7 +143,7 @@ class _opened:
         os.close(self.descriptor)
 
 
-def _fill(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
+def _fill_buffer(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
     """Fills a buffer from a place within a tensor's bytes."""
     done = 0
     while done < len(target):
@@ -254,7 +254,7 @@ def write_file(
         ArtifactError: a supply gave more or less than it said, or there is no room.
     """
     shapes = {name: shape for supply in supplies for name, shape in supply.shapes.items()}
-    header, starts = _header(shapes)
+    header, starts = _make_header(shapes)
     digests: dict[str, str] = {}
     try:
         with path.open("wb") as file:
@@ -264,7 +264,7 @@ def write_file(
 
             def work(supply: TensorSource) -> dict[str, str]:
                 places = {name: len(header) + starts[name] for name in supply.shapes}
-                return _write(supply, file.fileno(), places, advance)
+                return _write_tensors(supply, file.fileno(), places, advance)
 
             for found in in_parallel(work, supplies):
                 digests |= found
@@ -286,7 +286,7 @@ def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
     )
 
 
-def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
+def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     """Makes what stands before the tensors, padded so that they begin aligned, and the places behind it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -302,7 +302,7 @@ def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def _write(
+def _write_tensors(
     source: TensorSource, descriptor: int, offsets: dict[str, int], advance: Callable[[int], None]
 ) -> dict[str, str]:
     """Writes the tensors of one source to their offsets in the file."""

@@ -35,7 +35,7 @@ def store(
     """
     left_out = set(tied)
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
-    refuse(ArtifactError, "tensors that are shared but not tied cannot be reloaded", _shared(kept))
+    refuse(ArtifactError, "tensors that are shared but not tied cannot be reloaded", _find_shared(kept))
     stored = _under_one_name({**(origins or {}), **origins_in_memory(kept)})
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
@@ -154,7 +154,7 @@ def refuse_full(directory: Path, needed: int) -> None:
         )
 
 
-def _shared(state: Mapping[str, torch.Tensor]) -> list[str]:
+def _find_shared(state: Mapping[str, torch.Tensor]) -> list[str]:
     owners: dict[int, str] = {}
     faults = []
     for name, tensor in state.items():
