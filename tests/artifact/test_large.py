@@ -186,16 +186,16 @@ def test_python_has_the_memory_of_a_recipe(base: Path, large: None, unwitnessed:
     surgery = solidify.Surgery(base)
     surgery.replace("model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock")
     state = surgery.model.state_dict(keep_vars=True)
-    assert {name for name in state if state[name].numel()} <= set(mapped.places(state))
+    assert {name for name in state if state[name].numel()} <= set(mapped.file_regions(state))
     artifact = surgery.build(tmp_path / "python")
     stages.build(recipe(base, TRASH), tmp_path / "recipe")
     by_recipe = manifest.read(tmp_path / "recipe" / "artifact")
     assert artifact.manifest.tensors == by_recipe.tensors
     assert artifact.manifest.base["model"] == str(base)
-    kept = [path for path in mapped.places(state).values()]
+    kept = [path for path in mapped.file_regions(state).values()]
     del surgery, state
     gc.collect()
-    assert not any(Path(place[0]).exists() for place in kept if base not in Path(place[0]).parents)
+    assert not any(Path(region[0]).exists() for region in kept if base not in Path(region[0]).parents)
 
 
 def test_its_certificate_says_what_was_compared(large: None, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def convert(model: PreTrainedModel, directory: Path) -> tuple[layout.Layout, Pre
     assert not any(info.values())
     found = layout.read(skeleton, files)
     (directory / "memory").mkdir()
-    store.write(directory / "memory", found.supplies(skeleton, files))
+    store.write(directory / "memory", found.tensor_sources(skeleton, files))
     config.save_pretrained(directory / "memory")
     with without_conversion():
         again, info = type(model).from_pretrained(directory / "memory", output_loading_info=True, dtype=model.dtype)
@@ -72,7 +72,7 @@ def test_the_dtype_is_the_models(tmp_path: Path) -> None:
     skeleton, _ = conversion._load_skeleton(type(model), config, "bfloat16", files)
     found = layout.read(skeleton, files)
     assert not found.in_memory
-    store.write(tmp_path, found.supplies(skeleton, files))
+    store.write(tmp_path, found.tensor_sources(skeleton, files))
     whole = type(model).from_pretrained(tmp_path / "hub", dtype="bfloat16").state_dict()
     for name, entry in checkpoint.read(tmp_path).entries.items():
         assert entry.shape.dtype == torch.bfloat16

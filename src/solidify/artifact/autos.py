@@ -96,7 +96,7 @@ def _find_family(before: Ancestor) -> Family:
 def _collect_heads(before: Ancestor) -> list[str]:
     """Returns the Auto classes that lead to the model's own class, or to the class of transformers it descends from."""
     remote = vars(before.config).get("auto_map") or {}
-    named = [auto for auto, place in remote.items() if str(place).rpartition(".")[2] == before.head.__name__]
+    named = [auto for auto, reference in remote.items() if str(reference).rpartition(".")[2] == before.head.__name__]
     if named:
         return sorted(named)
     for cls in before.head.__mro__:

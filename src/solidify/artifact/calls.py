@@ -40,7 +40,7 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
         if not returned:
             continue
         inputs |= taken
-        outputs |= {f"{name}/{place}": tensor.cpu().contiguous() for place, tensor in enumerate(returned)}
+        outputs |= {f"{name}/{index}": tensor.cpu().contiguous() for index, tensor in enumerate(returned)}
         modules.append({"name": name, "args": args, "kwargs": kwargs})
     return inputs, outputs, modules
 

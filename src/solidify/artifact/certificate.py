@@ -53,13 +53,15 @@ def write(
     target = directory / NAME
     target.mkdir()
     config = files.document(directory / "config.json")
-    places = [name for edit in config["surgery"] for name in edit["modules"]]
+    module_names = [name for edit in config["surgery"] for name in edit["modules"]]
     extent = Extent.of(model)
     entries = checkpoint.read(directory).entries
     state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     if not extent.whole:
         first = list(control.first_of_each_kind(model, _find_standing(model, config["surgery"])))
-        entries = {name: e for name, e in entries.items() if any(name.startswith(f"{place}.") for place in first)}
+        entries = {
+            name: e for name, e in entries.items() if any(name.startswith(f"{module_name}.") for module_name in first)
+        }
         tensors.realign(entries, state)
         inputs, outputs, modules = calls.record(model, first)
     else:
@@ -74,8 +76,8 @@ def write(
         "samples": {} if extent.whole else _sample_tensors(model, state),
         "modules": modules,
         # Elsewhere a model may keep what it saw when it ran, and a large one does not run in the other process.
-        "attributes": tensors.digests(_walk_attributes(model, torch.Tensor, ("",) if extent.whole else places)),
-        "values": dict(_walk_attributes(model, (bool, int, float, str), places)),
+        "attributes": tensors.digests(_walk_attributes(model, torch.Tensor, ("",) if extent.whole else module_names)),
+        "values": dict(_walk_attributes(model, (bool, int, float, str), module_names)),
         "device": model.device.type,
         "implementations": {
             f"{kind}_implementation": _find_implementations(model.config, kind) for kind in ("attn", "experts")
@@ -190,8 +192,8 @@ def _sample_tensors(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -
 
 def _digest_tensors(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:
     """Returns the digests of a state whose tensors stand in files; of those that are not on disk, by reading them."""
-    known = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
-    return {name: known.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
+    stored_digests = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+    return {name: stored_digests.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
 
 
 def _find_implementations(config: PreTrainedConfig, kind: str) -> Any:
@@ -202,11 +204,13 @@ def _find_implementations(config: PreTrainedConfig, kind: str) -> Any:
     return next(iter(named.values()), None) if len(set(named.values())) < 2 else named
 
 
-def _walk_attributes(model: PreTrainedModel, kind: Any, places: Sequence[str] = ("",)) -> Iterator[tuple[str, Any]]:
+def _walk_attributes(
+    model: PreTrainedModel, kind: Any, module_names: Sequence[str] = ("",)
+) -> Iterator[tuple[str, Any]]:
     """Yields plain attributes of a kind, of the modules at some places; not what training and loading set."""
     for owner, module in model.named_modules():
         name = f"{owner}." if owner else ""
-        if not any(name.startswith(f"{place}." if place else "") for place in places):
+        if not any(name.startswith(f"{module_name}." if module_name else "") for module_name in module_names):
             continue
         for key, value in vars(module).items():
             if isinstance(value, kind) and key != "training" and not key.startswith("_"):

@@ -50,7 +50,7 @@ def converted(
     found = layout.read(skeleton, files)
     if found.in_memory:
         return reference
-    supplies = found.supplies(skeleton, files)
+    sources = found.tensor_sources(skeleton, files)
     target = scratch.directory / "base"
     target.mkdir()
     values = json.loads(skeleton.config.to_json_string(use_diff=True))
@@ -58,7 +58,7 @@ def converted(
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(target)
     with checkpoint.steady(files.files):
-        store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
+        store.write(target, sources, groups=[[name for name in scratch.apart(skeleton) if name in sources]])
     return str(target)
 
 

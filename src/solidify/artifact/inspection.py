@@ -74,9 +74,9 @@ class _Reading:
         self.owner: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.owner.setdefault(id(parameter), name)
-        self.places: dict[int, int] = {}
+        self.occurrences: dict[int, int] = {}
         for _, module in model.named_modules(remove_duplicate=False):
-            self.places[id(module)] = self.places.get(id(module), 0) + 1
+            self.occurrences[id(module)] = self.occurrences.get(id(module), 0) + 1
         self._structures: dict[int, Any] = {}
 
     def structure(self, module: nn.Module) -> Any:
@@ -133,21 +133,22 @@ def _make_branch(
         flops=sum(reading.flops.get(n, 0) for n, _ in members),
         dtype=_list_dtypes(first),
         shape=matrices[0] if len(matrices) == 1 and not own_modules(first) else (),
-        target=type(first).forward is not nn.Module.forward and all(reading.places[id(m)] == 1 for _, m in members),
+        target=type(first).forward is not nn.Module.forward
+        and all(reading.occurrences[id(m)] == 1 for _, m in members),
         tied=ties[0] if ties else "",
     )
 
 
 def _make_parameter(
-    reading: _Reading, members: Sequence[tuple[str, nn.Module]], key: str, place: tuple[str, str, int]
+    reading: _Reading, members: Sequence[tuple[str, nn.Module]], key: str, position: tuple[str, str, int]
 ) -> Branch:
     parameter = members[0][1].get_parameter(key)
     owner = reading.owner[id(parameter)]
     return Branch(
-        name=_join_names(place[0], key),
-        where=place[1],
+        name=_join_names(position[0], key),
+        where=position[1],
         kind="parameter",
-        depth=place[2],
+        depth=position[2],
         times=len(members),
         parameters=parameter.numel() * len(members),
         bytes=parameter.nbytes * len(members),
@@ -235,8 +236,13 @@ def _read_contents(directory: Path) -> dict[str, Any]:
     adapter = names[0] != "config.json"
     weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
     code = sorted(directory.rglob("*.py"))
-    told = {*code, *weights, directory / checkpoint.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
-    others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)
+    listed_elsewhere = {
+        *code,
+        *weights,
+        directory / checkpoint.INDEX,
+        *(directory / name for name in _FILES_TOLD_ELSEWHERE),
+    }
+    others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in listed_elsewhere)
     return {
         "configuration": {k: [v] for k, v in _flatten_values(values).items() if k.split(".")[0] != "surgery"},
         "code": {str(path.relative_to(directory)): files.text(path) for path in code},
@@ -260,7 +266,7 @@ def _read_figures(directory: Path) -> dict[str, int]:
 
 def _list_modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Returns what stands at each place that was changed, and how lists of layers were rearranged."""
-    found = {name: [edit["new_class"]] for name, edit in ledger.places(edits).items()}
+    found = {name: [edit["new_class"]] for name, edit in ledger.new_modules(edits).items()}
     for edit in edits:
         if catalogue.of(edit).shapes:
             found.setdefault(edit["name"], [""])[0] += f" {edit['arguments']}"

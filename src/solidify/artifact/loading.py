@@ -155,15 +155,15 @@ def _find_commit(reference: str, revision: str | None) -> str | None:
     """Returns the commit of the hub that a base was taken from; None for a directory."""
     if files.is_directory(reference):
         return None
-    place = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
-    return Path(place).parent.name if isinstance(place, str) else None
+    cached = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _find_head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
     """Returns what loads the class that the configuration names: the class, or the Auto class that leads to it."""
     remote = vars(config).get("auto_map")
-    for auto, place in remote.items() if isinstance(remote, dict) else ():
-        if str(place).rpartition(".")[2] == name and autos.is_auto_class(auto):
+    for auto, class_reference in remote.items() if isinstance(remote, dict) else ():
+        if str(class_reference).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
                 raise ModelError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
             return getattr(transformers, auto)
@@ -322,7 +322,7 @@ def _load_model(directory: Path, record: Manifest, own: Path, options: dict[str,
 def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     """Compares the source that really runs with the manifest: transformers prefers registered and cached classes."""
     faults = []
-    edited = set(ledger.places(record.edits))
+    edited = set(ledger.new_modules(record.edits))
     classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _has_module(model, name)}
     for cls in classes:
         if cls is not type(model) and cls.__module__.split(".")[0] in ownership.ALWAYS:
@@ -338,7 +338,7 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
 
 
 def _has_module(model: PreTrainedModel, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
+    return any(name == module_name for module_name, _ in model.named_modules())
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -118,10 +118,10 @@ def assemble(
 def _list_inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
     """Returns what an artifact is made from: the directory of its base, and the files of the new modules' classes."""
     base = str(getattr(model.config, "name_or_path", "") or "")
-    known = dict(model.named_modules(remove_duplicate=False))
-    classes = {type(known[edit.name]) for edit in edits if edit.name in known}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    classes = {type(modules[edit.name]) for edit in edits if edit.name in modules}
     files = (vars(sys.modules[cls.__module__]).get("__file__") for cls in classes if cls.__module__ in sys.modules)
-    return [Path(place) for place in (base, *files) if place]
+    return [Path(path) for path in (base, *files) if path]
 
 
 def _fill_staging(
@@ -231,9 +231,9 @@ def _write_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
-    told = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
-    told["tokenizer"] = companions.has_tokenizer(staging)
-    return sources.render("README.md.jinja", **told)
+    values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    values["tokenizer"] = companions.has_tokenizer(staging)
+    return sources.render("README.md.jinja", **values)
 
 
 def _find_origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
@@ -284,12 +284,12 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
         return [unchanged.words(model)]
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     faults = []
-    for name, record in ledger.places([edit.document() for edit in edits]).items():
+    for name, record in ledger.new_modules([edit.document() for edit in edits]).items():
         if name not in names:
             faults.append(f"{name} is no module of the model")
         elif (found := type(model.get_submodule(name)).__name__) != record["new_class"]:
             faults.append(f"{name} holds a {found}, but the edit put a {record['new_class']} there")
-    shaped = ledger.shapes([edit.document() for edit in edits])
+    shaped = ledger.reshaped_modules([edit.document() for edit in edits])
     faults += [f"{name} is no module of the model" for name in shaped if name not in names]
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
@@ -313,11 +313,11 @@ def _write_config(model: PreTrainedModel, code: sources.Sources) -> str:
 
 
 def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
-    told = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
+    listed_elsewhere = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
     return {
         name: hashing.digest_file(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in told
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in listed_elsewhere
     }
 
 

@@ -50,16 +50,16 @@ def digests_where_they_stand(state: Mapping[str, torch.Tensor]) -> dict[str, str
 
     Memory is then read no more than files whose digests are not known yet, in pieces.
     """
-    places = mapped.places(state)
+    regions = mapped.file_regions(state)
     stored: dict[tuple[str, int], str] = {}
-    for path in dict.fromkeys(path for path, _ in places.values()):
+    for path in dict.fromkeys(path for path, _ in regions.values()):
         try:
             header = format.read_header(path)
         except ArtifactError:
             continue  # mapped too, but of another format (PyTorch's own): its tensors are read in memory
         found = digest_cache.digests([path])
         stored |= {(str(path), entry.start): found[name] for name, entry in header.items()}
-    found = {name: stored[str(path), start] for name, (path, start) in places.items() if (str(path), start) in stored}
+    found = {name: stored[str(path), start] for name, (path, start) in regions.items() if (str(path), start) in stored}
     return {name: found.get(name) or digest(tensor) for name, tensor in state.items()}
 
 

@@ -162,9 +162,9 @@ def _check_auto(
         """Returns the name that a tensor has in the certificate; None for what belongs to a head of another kind."""
         return theirs + name.removeprefix(own) if name.startswith(own) else None
 
-    places = [name for edit in config["surgery"] for name in edit["modules"]]
+    module_names = [name for edit in config["surgery"] for name in edit["modules"]]
     _switch_caches_off(model)
-    found = _collect_state(model, known_as, places)
+    found = _collect_state(model, known_as, module_names)
     answer["meta"] = sorted(n for kind in found.values() for n, value in kind.items() if getattr(value, "is_meta", 0))
     wanted = {kind: {n: v for n, v in expected[kind].items() if n.startswith(theirs)} for kind in found}
     answer["loading_info"] = {}
@@ -178,12 +178,12 @@ def _check_auto(
     if not answer["meta"]:  # some models keep state of what they ran, so they run first, as they did in memory
         answer |= _compare_outputs(certificate, model, "hidden" if theirs else "logits", whole, behaviour)
         answer.setdefault("outputs", {}).update(_call_modules(certificate, model, expected["modules"], own, theirs))
-        found = _collect_state(model, known_as, places)
+        found = _collect_state(model, known_as, module_names)
     answer["sampled"] = bool(expected["samples"])
     if answer["sampled"]:
         wanted["state"] = {name: expected["samples"][name] for name in wanted["state"]}
         found["attributes"] = {
-            n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in places))
+            n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in module_names))
         }
     for kind, values in found.items():
         digest = _digest_pages if kind == "state" and answer["sampled"] else _digest_tensor
@@ -221,7 +221,7 @@ def _switch_caches_off(model: Any) -> None:
                 config.use_cache = False
 
 
-def _collect_state(model: Any, known_as: Any, places: list[str]) -> dict[str, dict[str, Any]]:
+def _collect_state(model: Any, known_as: Any, module_names: list[str]) -> dict[str, dict[str, Any]]:
     """Collects tensors by the names of the certificate: parameters and buffers, plain attributes that are tensors, and
     the plain numbers and words of the modules that the surgery made."""
     import torch
@@ -234,7 +234,7 @@ def _collect_state(model: Any, known_as: Any, places: list[str]) -> dict[str, di
         name = known_as(f"{owner}." if owner else "")
         if name is None:
             continue
-        made = any(name.startswith(place + ".") for place in places)
+        made = any(name.startswith(module_name + ".") for module_name in module_names)
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 attributes[name + key] = value

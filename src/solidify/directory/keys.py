@@ -99,8 +99,8 @@ def purpose_fault(der: bytes) -> str | None:
         named = [each for purpose in purposes for each in purpose]
     if not named or {For.CODE_SIGNING, For.ANY_EXTENDED_KEY_USAGE} & set(named):
         return None
-    told = ", ".join(each.dotted_string for each in named)
-    return f"its certificate is for other uses alone (extended key usage {told}), and not for signing code"
+    usages = ", ".join(each.dotted_string for each in named)
+    return f"its certificate is for other uses alone (extended key usage {usages}), and not for signing code"
 
 
 def _read_key(path: Path, what: str, wrong: tuple[str, ...]) -> bytes:

@@ -128,7 +128,7 @@ def _parse_manifest(path: Path) -> Manifest:
     try:
         text = files.text(path)
         document = json.loads(text)
-        known = {f.name for f in fields(Manifest)}
+        field_names = {f.name for f in fields(Manifest)}
         if document["format"] > FORMAT:
             raise ArtifactError(
                 f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
@@ -138,7 +138,7 @@ def _parse_manifest(path: Path) -> Manifest:
         digest = document.pop("digest", None)
         if digest != digest_values(document) or text != _format_text(document, digest):
             raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
-        manifest = Manifest(**{key: value for key, value in document.items() if key in known})
+        manifest = Manifest(**{key: value for key, value in document.items() if key in field_names})
         object.__setattr__(manifest, "sha256", hashlib.sha256(text.encode()).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
@@ -195,9 +195,9 @@ def name_faults(manifest: Manifest) -> list[str]:
     names = [NAME, *manifest.code, *manifest.files, *manifest.headers]
     faults = [f"{shown(name)} is no name of a file inside of the directory" for name in names if not is_inside(name)]
     first: dict[str, int] = {}
-    for place, name in enumerate(names):
-        other = names[first.setdefault(_fold_name(name), place)]
-        if first[_fold_name(name)] != place:
+    for index, name in enumerate(names):
+        other = names[first.setdefault(_fold_name(name), index)]
+        if first[_fold_name(name)] != index:
             how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
             faults.append(f"{shown(name)} {how}")
     faults += [

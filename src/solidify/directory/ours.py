@@ -49,11 +49,11 @@ def _find_unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
     for here, directories, names in os.walk(directory):
         for name in sorted([*directories, *names]):
             path = Path(here) / name
-            told = path.relative_to(directory).as_posix()
-            if told == manifest.SIGNATURE and signature.belongs(directory, record):
+            relative = path.relative_to(directory).as_posix()
+            if relative == manifest.SIGNATURE and signature.belongs(directory, record):
                 continue
-            if path.is_symlink() or told not in (holding if path.is_dir() else listed):
-                faults.append(f"{told} is not listed by its manifest")
+            if path.is_symlink() or relative not in (holding if path.is_dir() else listed):
+                faults.append(f"{relative} is not listed by its manifest")
         directories[:] = [name for name in directories if not (Path(here) / name).is_symlink()]
     return faults
 
@@ -97,8 +97,8 @@ def unlike_a_run(directory: Path) -> list[str]:
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
         elif what is None and path.name == PAGE:
-            told = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
-            what = "is not the page that a run wrote" if told and pages.get(PAGE) != _digest_file(path) else None
+            is_recorded = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
+            what = "is not the page that a run wrote" if is_recorded and pages.get(PAGE) != _digest_file(path) else None
         elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
             what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
         if what is not None:

@@ -108,7 +108,7 @@ def _read_plain(content: bytes, *, indent: int | None) -> Any:
 def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes a mapping whose keys stand there once."""
     if len(found := dict(pairs)) != len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"it holds {twice[:40]!a} twice")
     return found
 

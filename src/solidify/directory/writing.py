@@ -304,8 +304,8 @@ def _lock_output(output: Path) -> Iterator[None]:
 
 def sweep(output: Path) -> None:
     """Removes what runs that were killed left beside `output`; a result that was about to be replaced goes back."""
-    beside = output.parent.iterdir() if output.parent.is_dir() else ()
-    for left in [path for path in beside if ours.left(path)]:
+    siblings = output.parent.iterdir() if output.parent.is_dir() else ()
+    for left in [path for path in siblings if ours.left(path)]:
         found = ours.HIDDEN.fullmatch(left.name)
         assert found is not None
         if found[1] != output.name:

@@ -35,8 +35,8 @@ def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list
 def _compile_regex(pattern: str) -> re.Pattern[str]:
     text = ""
     parts = pattern.split(".")
-    for place, part in enumerate(parts):
-        last = place == len(parts) - 1
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
         if part == "**":
             text += r"(?:[^.]+(?:\.[^.]+)*)?" if last else r"(?:[^.]+\.)*"
         else:

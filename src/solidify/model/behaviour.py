@@ -103,8 +103,8 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
-    told = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
-    if found.draws and not control.draws and not told:
+    is_reported = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
+    if found.draws and not control.draws and not is_reported:
         result.append(Fault("deterministic", FAILED, 0.0, "it draws random numbers in evaluation, and did not before"))
     for key, entries in control.recorded.items():
         now = found.recorded.get(key, [])
@@ -679,7 +679,7 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
         found = set(parameter.detach().flatten()[:4096].tolist()) if parameter.numel() <= 2**24 else set()
         if found == {0.0, 1.0} and bool(((parameter == 0) | (parameter == 1)).all()):
             return parameter.detach().clone()
-    generator = torch.Generator().manual_seed(sum(place * byte for place, byte in enumerate(name.encode(), 1)))
+    generator = torch.Generator().manual_seed(sum(position * byte for position, byte in enumerate(name.encode(), 1)))
     fan = parameter.shape[-1] if parameter.ndim > 1 else 1
     drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5
     drawn = drawn if isinstance(parameter, nn.Parameter) else drawn.abs()

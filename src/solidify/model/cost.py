@@ -93,7 +93,7 @@ def _count_flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> 
 
 def _list_outer(name: str) -> list[str]:
     parts = name.split(".")
-    return [".".join(parts[:place]) for place in range(1, len(parts))]
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _find_stacks(model: PreTrainedModel) -> dict[str, _Stack]:
@@ -106,10 +106,10 @@ def _find_stacks(model: PreTrainedModel) -> dict[str, _Stack]:
             for key, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
         }
-        for place, size in sizes.items():
-            holder = name if place != name else name.rpartition(".")[0]
+        for stack_name, size in sizes.items():
+            holder = name if stack_name != name else name.rpartition(".")[0]
             if (stack := _judge_stack(model, holder, size)) is not None:
-                found[place] = stack
+                found[stack_name] = stack
     return found
 
 

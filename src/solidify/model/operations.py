@@ -121,10 +121,10 @@ def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], cl
     for name in names:
         old = model.get_submodule(name)
         new = type(old)()
-        for place, source in enumerate(edit["order"]):
-            layer = twin(old[source]) if source in edit["order"][:place] else old[source]
+        for index, source in enumerate(edit["order"]):
+            layer = twin(old[source]) if source in edit["order"][:index] else old[source]
             for path in edit["index"]:
-                renumber(layer, path, place)
+                renumber(layer, path, index)
             new.append(layer)
         model.set_submodule(name, new, strict=True)
 
@@ -135,12 +135,12 @@ def twin(layer: nn.Module) -> nn.Module:
     return deepcopy(layer, {id(config): config for config in configs})
 
 
-def renumber(layer: nn.Module, path: str, place: int) -> None:
+def renumber(layer: nn.Module, path: str, index: int) -> None:
     """Sets the number at a dotted path within a layer, where the layer has it."""
     owner, _, key = path.rpartition(".")
     holder = dict(layer.named_modules()).get(owner)
     if holder is not None and key in vars(holder):
-        setattr(holder, key, place)
+        setattr(holder, key, index)
 
 
 def recorders(model: PreTrainedModel) -> dict[str, tuple[nn.Module, list[Any]]]:
@@ -169,20 +169,20 @@ def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list
     forget(model)
     alone = _collect_recorded(model)
     modules = dict(model.named_modules())
-    told: dict[str, set[Any]] = {}
+    recorded: dict[str, set[Any]] = {}
     for name, (_, hooks) in before.items():
-        if name in modules and not any(name.startswith(f"{place}.") for place in replaced):
-            told[name] = {_find_output(hook) for hook in hooks}
+        if name in modules and not any(name.startswith(f"{outer_name}.") for outer_name in replaced):
+            recorded[name] = {_find_output(hook) for hook in hooks}
             for hook in hooks:
                 _record_at(modules[name], hook)
     kept = {id(module) for module in modules.values()}
     for name, (module, hooks) in before.items():
-        outer = next((place for place in replaced if name.startswith(f"{place}.")), None)
+        outer = next((outer_name for outer_name in replaced if name.startswith(f"{outer_name}.")), None)
         if outer is None or id(module) not in kept:
             continue
         now = {_find_output(hook) for hook in module._forward_hooks.values() if _is_recorder(hook)}
         for hook in hooks:
-            if _find_output(hook) not in now | told.get(outer, set()):
+            if _find_output(hook) not in now | recorded.get(outer, set()):
                 module.register_forward_hook(hook)
     differs = _collect_recorded(model) != alone
     if not differs:
@@ -328,8 +328,8 @@ def construct(
     model: PreTrainedModel, name: str, module: type[nn.Module], supplied: list[str], arguments: dict[str, Any]
 ) -> Any:
     """Builds a module for the place `name`; `supplied` says which of its arguments come from the model."""
-    supply = {"config": enclosing_config, "layer_idx": layer_index, "original": PreTrainedModel.get_submodule}
-    return module(**{key: supply[key](model, name) for key in supplied}, **arguments)
+    sources = {"config": enclosing_config, "layer_idx": layer_index, "original": PreTrainedModel.get_submodule}
+    return module(**{key: sources[key](model, name) for key in supplied}, **arguments)
 
 
 def enclosing_config(model: PreTrainedModel, name: str) -> PreTrainedConfig:

@@ -173,11 +173,11 @@ def _images_among(
     How many tokens an image stands for is asked of the model's own `get_image_features`.
     """
     config: Any = model.config
-    place = next(
+    image_token = next(
         (n for k in ("image_token_id", "image_token_index") if (n := getattr(config, k, None)) is not None), None
     )
     features: Any = getattr(model, "get_image_features", None)
-    if place is None or features is None or anatomy.is_meta(model):
+    if image_token is None or features is None or anatomy.is_meta(model):
         return
     batch_size = len(tokens["input_ids"])
     for image in (*_make_grids(config, batch_size, generator), *_plain_images(config, batch_size, generator)):
@@ -186,12 +186,12 @@ def _images_among(
             rows = _count_rows(foreign.attempt(features, **image).value)
         if rows == 0 or rows % batch_size:
             continue
-        marks = torch.full((batch_size, rows // batch_size), int(place))
-        text = torch.where(tokens["input_ids"] == int(place), 0, tokens["input_ids"])
+        marks = torch.full((batch_size, rows // batch_size), int(image_token))
+        text = torch.where(tokens["input_ids"] == int(image_token), 0, tokens["input_ids"])
         mixed = {"input_ids": torch.cat([marks, text], dim=1)}
         mixed["attention_mask"] = torch.cat([torch.ones_like(marks), tokens["attention_mask"]], dim=1)
         if "mm_token_type_ids" in takes:
-            mixed["mm_token_type_ids"] = (mixed["input_ids"] == int(place)).long()
+            mixed["mm_token_type_ids"] = (mixed["input_ids"] == int(image_token)).long()
         yield {**mixed, **image}
 
 

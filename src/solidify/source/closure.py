@@ -109,8 +109,8 @@ def _flat_names(walk: Walk, reserved: Collection[str], classes: Mapping[Any, str
             for source in inside or above:
                 length[source] += 1
             if not above:
-                for place, source in enumerate(group):
-                    number[source] += place if len(group) > 1 else 1
+                for index, source in enumerate(group):
+                    number[source] += index if len(group) > 1 else 1
 
 
 def _find_parts(source: SourceFile, cls: str | None) -> tuple[list[str], int]:

@@ -29,7 +29,7 @@ def circles(bindings: Mapping[SourceFile, Mapping[Import, Sequence[Binding]]]) -
 
 def first(circle: frozenset[SourceFile]) -> SourceFile:
     """Returns the file of a circular import that is to be imported first."""
-    order = {name: place for place, name in enumerate(sys.modules)}
+    order = {name: index for index, name in enumerate(sys.modules)}
     return max(circle, key=lambda source: (order.get(source.name, -1), source.name))
 
 

@@ -66,7 +66,7 @@ def extract(source: SourceFile, wanted: Collection[str]) -> Extract:
     if chosen:
         chosen |= dict.fromkeys(_types_shown(source, chosen, names))
         chosen |= dict.fromkeys(n for n in source.tree.body if isinstance(n, ast.ImportFrom) and _is_future(n))
-    order = {statement: place for place, statement in enumerate(source.tree.body)}
+    order = {statement: index for index, statement in enumerate(source.tree.body)}
     statements = sorted(chosen, key=lambda s: (not _is_future(s), order[s]))
     return Extract(_order_runnable(source, statements) if source.cells else statements, names)
 
@@ -103,7 +103,7 @@ def _statements_of(source: SourceFile, name: str) -> list[ast.stmt]:
     """Returns the statements that make a name what it is: those that bind it, and those that change what it holds."""
     binding = source.binders.get(name, [])
     if source.cells and binding:
-        fresh = [place for place, s in enumerate(binding) if not isinstance(s, ast.AugAssign)]
+        fresh = [index for index, s in enumerate(binding) if not isinstance(s, ast.AugAssign)]
         binding = binding[fresh[-1] if fresh else 0 :]
     if not binding or all(isinstance(s, _IMPORTS) for s in binding):
         return binding

@@ -69,9 +69,9 @@ class Library:
             return Fault(f"`{name}` is compiled ({place.path}), and only Python source can be carried")
         if place.owner == "missing":
             top = name.split(".")[0]
-            known = "." in name and locate(top, near, self.here).owner != "missing"
+            has_package = "." in name and locate(top, near, self.here).owner != "missing"
             return Fault(
-                f"there is no module `{name}`" if known else f"`{top}` is not installed ({_REMEDY})", absent=True
+                f"there is no module `{name}`" if has_package else f"`{top}` is not installed ({_REMEDY})", absent=True
             )
         if place.is_package:
             return Package(place)

@@ -45,7 +45,7 @@ def _list_cells(main: ModuleType) -> Iterator[tuple[str, str]]:
     shell = _find_shell()
     typed: Any = shell.history_manager.input_hist_parsed if shell is not None else vars(main).get("In")
     if isinstance(typed, list):
-        yield from ((f"In [{place}]", str(cell)) for place, cell in enumerate(typed))
+        yield from ((f"In [{index}]", str(cell)) for index, cell in enumerate(typed))
         return
     for name, entry in list(linecache.cache.items()):
         if len(entry) == 4 and (name.startswith(_CELL_FILES) or _KERNEL in name):

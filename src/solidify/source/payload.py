@@ -144,7 +144,7 @@ def gather(
     compiled = [path for path in found if path.suffix in _COMPILED]
     faults += [f"{source.shown}: it loads {path.name}, which is compiled and cannot be carried" for path in compiled]
     root = Path(os.path.commonpath([source.path.parent, *(p.parent for p in found), *(a.directory for a in anchors)]))
-    places = {path.relative_to(root).as_posix(): path for path in sorted(found)}
+    carried_files = {path.relative_to(root).as_posix(): path for path in sorted(found)}
     folders = tuple(dict.fromkeys(a.directory.relative_to(root).as_posix() for a in anchors))
     file = unused("_FILE", source.identifiers)
     packages = {folder: unused(f"_PACKAGE{n or ''}", source.identifiers) for n, folder in enumerate(folders)}
@@ -158,16 +158,16 @@ def gather(
             faults.append(f"{source.place(use)}: `__file__` inside an f-string cannot be replaced; assign it to a name")
     seat = source.path.relative_to(root).as_posix()
     inside = frozenset(n for a in anchors if a.argument is not None for n in ast.walk(a.argument))
-    return Payload(source, places, seat, folders, tuple(edits), ", ".join(names), inside), faults
+    return Payload(source, carried_files, seat, folders, tuple(edits), ", ".join(names), inside), faults
 
 
 def carrier(payload: Payload, name: str) -> str:
     """Returns the Python file that carries the data of the file that is called `name` in the artifact."""
     blocks = []
-    for place, path in payload.files.items():
+    for relative, path in payload.files.items():
         text = base64.b85encode(zlib.compress(path.read_bytes(), 9)).decode()
         lines = "\n".join(text[i : i + 100] for i in range(0, len(text), 100))
-        blocks.append(f'    {json.dumps(place)}: """\n{lines}\n""",\n')
+        blocks.append(f'    {json.dumps(relative)}: """\n{lines}\n""",\n')
     anchors = (f"PACKAGE{n or ''} = package({json.dumps(folder)})\n" for n, folder in enumerate(payload.anchors))
     return _CARRIER.format(
         title=f"The files that {name} reads: {', '.join(list(payload.files)[:4])}{', ...' * (len(payload.files) > 4)}.",

@@ -215,10 +215,10 @@ def _resolve_names(node: ast.AST, chain: list[_Scope]) -> Iterator[tuple[ast.AST
 
 
 def _find_owner(name: str, chain: list[_Scope]) -> ast.AST:
-    for place, scope in reversed(list(enumerate(chain))):
+    for index, scope in reversed(list(enumerate(chain))):
         if name in scope.outside:
             break
-        visible = place == len(chain) - 1 or not isinstance(scope.node, ast.ClassDef)
+        visible = index == len(chain) - 1 or not isinstance(scope.node, ast.ClassDef)
         if visible and name in scope.bound:
             return scope.node
     return chain[0].node
@@ -248,9 +248,9 @@ def _walk_inner(scope: ast.AST) -> Iterator[ast.AST]:
         yield from scope.body
     elif isinstance(scope, _COMPREHENSIONS):
         yield from (scope.key, scope.value) if isinstance(scope, ast.DictComp) else (scope.elt,)
-        for place, generator in enumerate(scope.generators):
+        for index, generator in enumerate(scope.generators):
             yield from (generator.target, *generator.ifs)
-            if place:
+            if index:
                 yield generator.iter
 
 

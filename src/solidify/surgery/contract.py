@@ -210,10 +210,10 @@ def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> 
             args, kwargs = copied(call.args), copied(call.kwargs)
             begin = 0
             for source in _find_sources(args, kwargs):
-                places = source.shape[:-1].numel()
-                here = missing[begin : begin + places].view(*source.shape[:-1], 1).to(source.device)
+                positions = source.shape[:-1].numel()
+                here = missing[begin : begin + positions].view(*source.shape[:-1], 1).to(source.device)
                 source.add_(size * source.abs().mean() * here)
-                begin += places
+                begin += positions
             outputs.append(foreign.attempt(module, *args, **kwargs))
     plain, nudged = outputs
     return plain.failed or nudged.failed or not _are_equal(plain.value, nudged.value)

@@ -229,12 +229,12 @@ def judge(
         return Judgement([f"with {what} in place the model returns NaN or infinity"])
     if control.wide is not None:
         found += _find_faults(model, control, control.wide, {}, wide=True) or []
-    told = _make_judgement(model, found, what, declared)
-    if told.faults or not values or sharp is None:
-        return told
+    judgement = _make_judgement(model, found, what, declared)
+    if judgement.faults or not values or sharp is None:
+        return judgement
     later = _find_faults(model, control, sharp, values, wide=sharp is control.wide) or []
     shaken = _make_judgement(model, later, what, declared, _NOISY)
-    return Judgement(shaken.faults, told.lost | shaken.lost)
+    return Judgement(shaken.faults, judgement.lost | shaken.lost)
 
 
 def _find_faults(

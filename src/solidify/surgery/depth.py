@@ -49,18 +49,18 @@ def insert(
     """
     lists = _find_lists(model, target, expect, count)
     faults = [
-        f"{name}.{place} has no {part!r} to set to zero; it has: {', '.join(list(_collect_parts(layer))[:12])}"
-        for name, places in lists.items()
-        for place in places
-        for layer in [model.get_submodule(f"{name}.{place}")]
+        f"{name}.{index} has no {part!r} to set to zero; it has: {', '.join(list(_collect_parts(layer))[:12])}"
+        for name, indices in lists.items()
+        for index in indices
+        for layer in [model.get_submodule(f"{name}.{index}")]
         for part in zero
         if part not in _collect_parts(layer)
     ]
     refuse(SurgeryError, "layers cannot be inserted as asked", faults)
     orders = {}
-    for name, places in lists.items():
+    for name, indices in lists.items():
         size = len(_list_at(model, name))
-        orders[name] = [i for i in range(size) for _ in range(1 + (i in places))]
+        orders[name] = [i for i in range(size) for _ in range(1 + (i in indices))]
     return _rearrange_lists(model, orders, "insert", zero, extent)
 
 
@@ -79,8 +79,8 @@ def remove(
             computes with a cache something else than without. The model is then as it was.
     """
     orders = {
-        name: [i for i in range(len(_list_at(model, name))) if i not in places]
-        for name, places in _find_lists(model, target, expect, count).items()
+        name: [i for i in range(len(_list_at(model, name))) if i not in indices]
+        for name, indices in _find_lists(model, target, expect, count).items()
     }
     empty = [f"no layer of {name} would be left" for name, order in orders.items() if not order]
     refuse(SurgeryError, "layers cannot be removed as asked", empty)
@@ -94,9 +94,9 @@ def _find_lists(
     lists: dict[str, list[int]] = {}
     faults = []
     for name in replacing.targets(model, target, expect, count):
-        parent, _, place = name.rpartition(".")
-        if place.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-            lists.setdefault(parent, []).append(int(place))
+        parent, _, index = name.rpartition(".")
+        if index.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
+            lists.setdefault(parent, []).append(int(index))
         else:
             faults.append(f"{name} is no item of a list of layers")
     refuse(SurgeryError, "the target is not a layer", faults)
@@ -176,14 +176,14 @@ def _rearrange_one(
     operations.assign(model.config, settings["after"])
     new = _list_at(model, name)
     tensors: dict[str, str | None] = {}
-    for place, source in enumerate(order):
-        copied = source in order[:place]
-        silent = {id(p) for part in zero for p in _collect_parts(new[place])[part]} if copied else set()
-        for parameter in new[place].parameters():
+    for index, source in enumerate(order):
+        copied = source in order[:index]
+        silent = {id(p) for part in zero for p in _collect_parts(new[index])[part]} if copied else set()
+        for parameter in new[index].parameters():
             if id(parameter) in silent and not parameter.is_meta:
                 parameter.data.zero_()
-        for key, tensor in new[place].state_dict(keep_vars=True).items():
-            tensors[f"{name}.{place}.{key}"] = None if id(tensor) in silent else f"{name}.{source}.{key}"
+        for key, tensor in new[index].state_dict(keep_vars=True).items():
+            tensors[f"{name}.{index}.{key}"] = None if id(tensor) in silent else f"{name}.{source}.{key}"
     used = set(tensors.values())
     return Edit(
         name=name,
@@ -218,11 +218,11 @@ def _make_settings(model: PreTrainedModel, name: str, order: list[int], wide: bo
 def _find_indices(layers: Any) -> list[str]:
     """Finds the numbers within the layers that say where a layer stands: equal to its place in every layer."""
     found: dict[str, list[bool]] = {}
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         for owner, module in layer.named_modules():
             for key, value in vars(module).items():
                 if type(value) is int and any(word in key for word in _INDEX_WORDS):
-                    found.setdefault(f"{owner}.{key}" if owner else key, []).append(value == place)
+                    found.setdefault(f"{owner}.{key}" if owner else key, []).append(value == index)
     return sorted(path for path, agrees in found.items() if all(agrees))
 
 
@@ -279,11 +279,11 @@ def path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
 
 def _reorder_list(key: str, value: list[Any], order: list[int], size: int, strict: bool) -> list[Any] | None:
     """Returns a list for the new order of layers; None for a list that has nothing to do with layers."""
-    places = bool(value) and all(type(v) is int and 0 <= v < size for v in value) and value == sorted(set(value))
-    if places and any(word in key for word in ("layer", "idx", "index", "indices")):
-        return [place for place, source in enumerate(order) if source in value]
-    told = "layer" in key or all(isinstance(v, str) for v in value) or not strict
-    return [value[source] for source in order] if len(value) == size and told else None
+    are_indices = bool(value) and all(type(v) is int and 0 <= v < size for v in value) and value == sorted(set(value))
+    if are_indices and any(word in key for word in ("layer", "idx", "index", "indices")):
+        return [index for index, source in enumerate(order) if source in value]
+    is_per_layer = "layer" in key or all(isinstance(v, str) for v in value) or not strict
+    return [value[source] for source in order] if len(value) == size and is_per_layer else None
 
 
 def _count_layers(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int | None:

@@ -125,7 +125,7 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
                 setattr(holder, key, rows)
         for path in edit["lists"]:
             items = block.get_submodule(path)
-            taken = [deepcopy(items[e]) if e in order[:place] else items[e] for place, e in enumerate(order)]
+            taken = [deepcopy(items[e]) if e in order[:index] else items[e] for index, e in enumerate(order)]
             block.set_submodule(path, type(items)(taken), strict=True)
         for path in edit["numbers"]:
             owner, _, key = path.rpartition(".")

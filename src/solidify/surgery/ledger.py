@@ -12,12 +12,12 @@ from solidify.surgery import catalogue
 from solidify.surgery.operation import Operation, Record
 
 
-def places(edits: Sequence[Record]) -> dict[str, Record]:
+def new_modules(edits: Sequence[Record]) -> dict[str, Record]:
     """Returns which new modules stand where after all edits: module name -> the edit that put it there."""
     return _follow_edits(edits, lambda operation: operation.puts or operation.adds)
 
 
-def shapes(edits: Sequence[Record]) -> dict[str, Record]:
+def reshaped_modules(edits: Sequence[Record]) -> dict[str, Record]:
     """Returns which old modules have another shape after all edits: module name -> the last edit that gave it."""
     return _follow_edits(edits, lambda operation: operation.shapes)
 
@@ -63,8 +63,8 @@ def counts(keys: Iterable[str], edits: Sequence[Record]) -> dict[str, int]:
         kept |= {origin} if origin is not None else set()
         new += origin is None
     gone: set[str] = set()
-    for place, edit in enumerate(edits):
-        origins_ = (_find_old_name(name, edits[:place]) for name in edit["dropped"])
+    for index, edit in enumerate(edits):
+        origins_ = (_find_old_name(name, edits[:index]) for name in edit["dropped"])
         gone |= {origin for origin in origins_ if origin is not None}
     return {"kept": len(kept), "new": new, "dropped": len(gone - kept)}
 

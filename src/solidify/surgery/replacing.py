@@ -345,13 +345,13 @@ def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | N
     names = [name for found in hits.values() for name in found]
     faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
     names = list(dict.fromkeys(names))
-    places: dict[int, list[str]] = {}
+    names_by_module: dict[int, list[str]] = {}
     for name, module in everywhere.items():
-        places.setdefault(id(module), []).append(name)
+        names_by_module.setdefault(id(module), []).append(name)
     hit = set(names)
     for name in names:
         module = everywhere[name]
-        twins = [twin for twin in places[id(module)] if twin != name]
+        twins = [twin for twin in names_by_module[id(module)] if twin != name]
         if twins:
             faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
         parts = name.split(".")

@@ -66,8 +66,8 @@ class Selection:
                 if tuple(parts[:depth]) not in seen:
                     seen.add(tuple(parts[:depth]))
                     lines.append(f"{'│ ' * (depth - 1)}├ {parts[depth - 1]}")
-            told = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
-            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {told}")
+            description = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
+            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {description}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -177,8 +177,8 @@ def table(
         box=box.HEAVY_HEAD if ruled else box.SIMPLE_HEAD,
     )
     made.pad_edge = ruled
-    for place, column in enumerate(columns):
-        made.add_column(column, justify="right" if place in numbers else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*map(_format_cell, row))
     return made
@@ -233,8 +233,8 @@ def silence() -> Iterator[None]:
 
 def verdict(word: str) -> Text:
     """Returns a finding's verdict with its colour."""
-    told = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
-    return line(told.get(word, word))
+    labels = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
+    return line(labels.get(word, word))
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def on_first(work: Callable[[], Result]) -> Result:
     if said[0][1] is not None:
         kind, words = said[0][1]
         raise kind(f"the first process stopped: {words}")
-    heard: Result = result if is_first() else said[0][0]  # type: ignore[assignment]
-    return heard
+    received: Result = result if is_first() else said[0][0]  # type: ignore[assignment]
+    return received
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
@@ -99,19 +99,19 @@ def in_turn(work: Callable[[], Result]) -> Result:
                 results.append(work())
             except SolidifyError as error:
                 failure = error
-        heard = _gather_values(str(failure) if failure else None)
+        failures = _gather_values(str(failure) if failure else None)
         if failure is not None:
             raise failure
-        broken = [f"process {number} stopped: {words}" for number, words in enumerate(heard) if words is not None]
+        broken = [f"process {number} stopped: {words}" for number, words in enumerate(failures) if words is not None]
         if broken:
             raise SolidifyError("; ".join(broken))
     return results[0]
 
 
 def _gather_values(value: Any) -> list[Any]:
-    heard: list[Any] = [None] * count()
-    _run_exchange(lambda: dist.all_gather_object(heard, value, group=_make_channel()))
-    return heard
+    gathered: list[Any] = [None] * count()
+    _run_exchange(lambda: dist.all_gather_object(gathered, value, group=_make_channel()))
+    return gathered
 
 
 def _run_exchange(exchange: Callable[[], Any]) -> None:

@@ -32,9 +32,9 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
     """
     headers = {path: format.read_header(path) for path in files}
-    known = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
+    recalled = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
     begun = {path: path.stat() for path in files}
-    entries = [entry for path in files if path not in known for entry in headers[path].values()]
+    entries = [entry for path in files if path not in recalled for entry in headers[path].values()]
 
     # The largest first, so that no worker is left alone with one at the end.
     entries.sort(key=lambda entry: -entry.shape.nbytes)
@@ -50,8 +50,8 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         computed = dict(zip(((e.file, e.name) for e in entries), found_now, strict=True))
     result: dict[str, str] = {}
     for path, header in headers.items():
-        found = known.get(path) or {name: computed[path, name] for name in header}
-        if path not in known:
+        found = recalled.get(path) or {name: computed[path, name] for name in header}
+        if path not in recalled:
             remember(path, found, begun[path])
         twice = next((name for name in found if name in result), None)
         if twice is not None:

@@ -244,7 +244,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 
 
 def write_file(
-    path: Path, supplies: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
+    path: Path, sources: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
     """Writes one file from its supplies, in their order, and returns the digest of every tensor.
 
@@ -253,7 +253,7 @@ def write_file(
     Raises:
         ArtifactError: a supply gave more or less than it said, or there is no room.
     """
-    shapes = {name: shape for supply in supplies for name, shape in supply.shapes.items()}
+    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
     header, starts = _make_header(shapes)
     digests: dict[str, str] = {}
     try:
@@ -262,11 +262,11 @@ def write_file(
             file.flush()
             os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
 
-            def work(supply: TensorSource) -> dict[str, str]:
-                places = {name: len(header) + starts[name] for name in supply.shapes}
-                return _write_tensors(supply, file.fileno(), places, advance)
+            def work(source: TensorSource) -> dict[str, str]:
+                offsets = {name: len(header) + starts[name] for name in source.shapes}
+                return _write_tensors(source, file.fileno(), offsets, advance)
 
-            for found in in_parallel(work, supplies):
+            for found in in_parallel(work, sources):
                 digests |= found
     except OSError as error:
         raise unwritten(error, path, len(header) + sum(shape.nbytes for shape in shapes.values())) from error

@@ -50,7 +50,7 @@ class Conversion:
         """All keys of the checkpoint that this needs."""
         return [key for keys in self.sources.values() for key in keys]
 
-    def supply(self, model: PreTrainedModel, checkpoint: Checkpoint) -> TensorSource:
+    def tensor_source(self, model: PreTrainedModel, checkpoint: Checkpoint) -> TensorSource:
         """Returns what makes the tensors when they are to be written, in blocks where the rule allows it."""
         return TensorSource(self.targets, lambda: self._make_pieces(model, checkpoint.entries))
 
@@ -117,11 +117,11 @@ class Layout:
         """Whether the checkpoint has the layout in memory already: every tensor under its own name."""
         return not self.conversions and all(name == key for name, key in self.stored.items())
 
-    def supplies(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    def tensor_sources(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
         """Returns what gives each tensor of the model; one supply may give several."""
         found = {name: TensorSource.stored(name, checkpoint.entries[key]) for name, key in self.stored.items()}
         for conversion in self.conversions:
-            found |= dict.fromkeys(conversion.targets, conversion.supply(model, checkpoint))
+            found |= dict.fromkeys(conversion.targets, conversion.tensor_source(model, checkpoint))
         return found
 
 

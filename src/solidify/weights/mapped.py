@@ -49,7 +49,7 @@ class Maps:
         self._begins: list[int] = []
         self._same: dict[_Area, bool] = {}
 
-    def place(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
+    def find_region(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
         """Returns the file of which a tensor is an unchanged part, and where in it; None where that is not known."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
@@ -109,7 +109,7 @@ def release(modules: Sequence[nn.Module]) -> None:
         return
     maps = Maps()
     found = {id(p): p for module in modules for p in module.parameters()}
-    _make_releaser([_find_pages(p) for p in found.values() if maps.place(p.detach()) is not None])()
+    _make_releaser([_find_pages(p) for p in found.values() if maps.find_region(p.detach()) is not None])()
 
 
 @contextmanager
@@ -118,9 +118,9 @@ def released(model: nn.Module) -> Iterator[None]:
     maps = Maps()
     handles = []
     for module in model.modules():
-        places = [_find_pages(p) for p in module.parameters(recurse=False) if maps.place(p.detach()) is not None]
-        if places:
-            handles.append(module.register_forward_hook(_make_releaser(places)))
+        pages = [_find_pages(p) for p in module.parameters(recurse=False) if maps.find_region(p.detach()) is not None]
+        if pages:
+            handles.append(module.register_forward_hook(_make_releaser(pages)))
     try:
         yield
     finally:
@@ -142,19 +142,19 @@ def _find_pages(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, max(0, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
 
 
-def _make_releaser(places: list[tuple[int, int]]) -> Any:
+def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     system: Any = ctypes.CDLL(None, use_errno=True)
 
     def release(*_: Any) -> None:
         """Gives the pages back; as a hook, whatever it is given."""
-        for begin, length in places:
+        for begin, length in pages:
             if length:
                 system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
 
     return release
 
 
-def places(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
+def file_regions(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
     """Returns for every tensor of a state that is an unchanged part of a file, which part of which file it is."""
     maps = Maps()
-    return {name: place for name, tensor in state.items() if (place := maps.place(tensor.detach())) is not None}
+    return {name: region for name, tensor in state.items() if (region := maps.find_region(tensor.detach())) is not None}

@@ -165,16 +165,16 @@ class Stored:
     def revert(self, part: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Applies a rule backwards, and finds the checkpoint's keys by the places that their names lead to."""
         found = revert_weight_conversion(self.model, {name: tensors[name] for name in part.targets})
-        places: dict[str, list[str]] = {}
+        keys_by_pattern: dict[str, list[str]] = {}
         for key in sorted(found, key=dot_natural_key):
             _, pattern = self._rename_key(key)
-            places.setdefault(pattern or next(iter(part.sources)), []).append(key)
-        if {p: len(keys) for p, keys in places.items()} != {p: len(keys) for p, keys in part.sources.items()}:
+            keys_by_pattern.setdefault(pattern or next(iter(part.sources)), []).append(key)
+        if {p: len(keys) for p, keys in keys_by_pattern.items()} != {p: len(keys) for p, keys in part.sources.items()}:
             return {}
         return {
             key: found[made].contiguous()
             for pattern, keys in part.sources.items()
-            for key, made in zip(keys, places[pattern], strict=True)
+            for key, made in zip(keys, keys_by_pattern[pattern], strict=True)
         }
 
     def key_of(self, name: str) -> str:
