@@ -150,7 +150,7 @@ def _measure_contract(
 
 
 def _find_standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the places of modules that were put there, as far as later changes left them."""
+    """Returns the names of modules that were put there, as far as later changes left them."""
     names = {name for name, _ in model.named_modules()}
     wanted = [name for entry in entries if catalogue.of(entry).puts for name in entry["modules"]]
     return [name for name in dict.fromkeys(wanted) if name in names]
@@ -207,7 +207,7 @@ def _find_implementations(config: PreTrainedConfig, kind: str) -> Any:
 def _walk_attributes(
     model: PreTrainedModel, kind: Any, module_names: Sequence[str] = ("",)
 ) -> Iterator[tuple[str, Any]]:
-    """Yields plain attributes of a kind, of the modules at some places; not what training and loading set."""
+    """Yields plain attributes of a kind, of the modules of some names; not what training and loading set."""
     for owner, module in model.named_modules():
         name = f"{owner}." if owner else ""
         if not any(name.startswith(f"{module_name}." if module_name else "") for module_name in module_names):

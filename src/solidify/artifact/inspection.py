@@ -62,7 +62,7 @@ def tree(model: PreTrainedModel) -> list[Branch]:
 
 
 class _Reading:
-    """What the whole tree asks of the model: FLOPs with what is inside, first owners, places, structures."""
+    """What the whole tree asks of the model: FLOPs with what is inside, first owners, occurrences, structures."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.flops: dict[str, int] = {}
@@ -265,7 +265,7 @@ def _read_figures(directory: Path) -> dict[str, int]:
 
 
 def _list_modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Returns what stands at each place that was changed, and how lists of layers were rearranged."""
+    """Returns what stands at each name that was changed, and how lists of layers were rearranged."""
     found = {name: [edit["new_class"]] for name, edit in ledger.new_modules(edits).items()}
     for edit in edits:
         if catalogue.of(edit).shapes:

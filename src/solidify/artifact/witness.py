@@ -116,7 +116,7 @@ def _same_class(directory: Path, auto: str, other: str) -> dict[str, Any]:
 def _load_steadily(
     certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any], behaviour: Any, *, forgiving: bool
 ) -> dict[str, Any]:
-    """Loads and compares as `_load`; if a single pass differs, loads anew, to see whether that is the model's doing.
+    """Loads and compares as `_check_auto`; if a single pass differs, loads anew, to see whether the model does that.
 
     Kernel libraries settle on their way when they are first used, and the first pass of a process was seen to differ in
     its last bits from all others. If fresh loads in the same process are bit-identical throughout, `once` says which

@@ -132,7 +132,7 @@ def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: 
 
 
 def _check_path(output: Path) -> None:
-    """Raises OSError when the system could not say what stands at a place: its name is too long, for one."""
+    """Raises OSError when the system could not say what stands at a path: its name is too long, for one."""
     with suppress(FileNotFoundError, NotADirectoryError):
         output.lstat()
 

@@ -114,7 +114,7 @@ def shared_keys(model: PreTrainedModel) -> dict[str, str]:
 
 
 def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Gives lists of layers another order: `order` names, for each new place, the layer that comes there, again or not.
+    """Gives lists of layers another order: `order` names, for each new index, the layer that comes there, again or not.
 
     A layer that comes again is copied. Numbers that say where a layer stands (`index`) become those of the new places.
     """
@@ -327,13 +327,13 @@ OPERATIONS: dict[str, Any] = {"replace": replace, "share": share, "rearrange": r
 def construct(
     model: PreTrainedModel, name: str, module: type[nn.Module], supplied: list[str], arguments: dict[str, Any]
 ) -> Any:
-    """Builds a module for the place `name`; `supplied` says which of its arguments come from the model."""
+    """Builds a module for the module `name`; `supplied` says which of its arguments come from the model."""
     sources = {"config": enclosing_config, "layer_idx": layer_index, "original": PreTrainedModel.get_submodule}
     return module(**{key: sources[key](model, name) for key in supplied}, **arguments)
 
 
 def enclosing_config(model: PreTrainedModel, name: str) -> PreTrainedConfig:
-    """Returns the configuration of the innermost `PreTrainedModel` that holds the place `name`."""
+    """Returns the configuration of the innermost `PreTrainedModel` that holds the module `name`."""
     config, module = model.config, model
     for part in name.split(".")[:-1]:
         module = module.get_submodule(part)

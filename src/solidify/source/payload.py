@@ -89,7 +89,7 @@ _PACKAGE = '''def package(place):
 
 @dataclass(frozen=True)
 class Payload:
-    """What one source file reads: `files` by their place in the unpacked directory, in which it has its own `seat`."""
+    """What one source file reads: `files` by their path in the unpacked directory, in which it has its own `seat`."""
 
     source: SourceFile
     files: dict[str, Path]

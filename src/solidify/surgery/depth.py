@@ -90,7 +90,7 @@ def remove(
 def _find_lists(
     model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None
 ) -> dict[str, list[int]]:
-    """Returns the lists that hold the targets, each with the places that are meant."""
+    """Returns the lists that hold the targets, each with the indices that are meant."""
     lists: dict[str, list[int]] = {}
     faults = []
     for name in replacing.targets(model, target, expect, count):
@@ -205,7 +205,7 @@ def _rearrange_one(
 
 
 def _find_difference(order: list[int], size: int) -> list[int]:
-    """Returns the layers, by their old places, that were copied or left out."""
+    """Returns the layers, by their old indices, that were copied or left out."""
     return [i for i in range(size) if order.count(i) != 1]
 
 
@@ -216,7 +216,7 @@ def _make_settings(model: PreTrainedModel, name: str, order: list[int], wide: bo
 
 
 def _find_indices(layers: Any) -> list[str]:
-    """Finds the numbers within the layers that say where a layer stands: equal to its place in every layer."""
+    """Finds the numbers within the layers that say where a layer stands: equal to its index in every layer."""
     found: dict[str, list[bool]] = {}
     for index, layer in enumerate(layers):
         for owner, module in layer.named_modules():
@@ -255,7 +255,7 @@ def _find_configuration(
 
 
 def _find_owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
-    """Returns the innermost pretrained model that holds a place, and its name."""
+    """Returns the innermost pretrained model that holds a module, and its name."""
     found = ("", model)
     parts = name.split(".")
     for end in range(1, len(parts)):

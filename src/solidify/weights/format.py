@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: `start` is its place in bytes."""
+    """A tensor in a file: `start` is its offset in bytes."""
 
     file: Path
     name: str
@@ -144,7 +144,7 @@ class _opened:
 
 
 def _fill_buffer(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
-    """Fills a buffer from a place within a tensor's bytes."""
+    """Fills a buffer from an offset within a tensor's bytes."""
     done = 0
     while done < len(target):
         try:
@@ -246,12 +246,12 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 def write_file(
     path: Path, sources: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    """Writes one file from its supplies, in their order, and returns the digest of every tensor.
+    """Writes one file from its sources, in their order, and returns the digest of every tensor.
 
     What is written is digested as it passes; `advance` is told of bytes written.
 
     Raises:
-        ArtifactError: a supply gave more or less than it said, or there is no room.
+        ArtifactError: a source gave more or less than it said, or there is no room.
     """
     shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
     header, starts = _make_header(shapes)
@@ -287,7 +287,7 @@ def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
 
 
 def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
-    """Makes what stands before the tensors, padded so that they begin aligned, and the places behind it."""
+    """Makes what stands before the tensors, padded so that they begin aligned, and their offsets behind it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, shape in shapes.items():

@@ -118,7 +118,7 @@ class Layout:
         return not self.conversions and all(name == key for name, key in self.stored.items())
 
     def tensor_sources(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
-        """Returns what gives each tensor of the model; one supply may give several."""
+        """Returns what gives each tensor of the model; one source may give several."""
         found = {name: TensorSource.stored(name, checkpoint.entries[key]) for name, key in self.stored.items()}
         for conversion in self.conversions:
             found |= dict.fromkeys(conversion.targets, conversion.tensor_source(model, checkpoint))

@@ -163,7 +163,7 @@ class Stored:
         return replace(unit, rows=number) if splits else unit
 
     def revert(self, part: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Applies a rule backwards, and finds the checkpoint's keys by the places that their names lead to."""
+        """Applies a rule backwards, and finds the checkpoint's keys by the patterns that their names lead to."""
         found = revert_weight_conversion(self.model, {name: tensors[name] for name in part.targets})
         keys_by_pattern: dict[str, list[str]] = {}
         for key in sorted(found, key=dot_natural_key):

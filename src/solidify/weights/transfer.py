@@ -13,7 +13,7 @@ from solidify.weights import digest_cache, format
 
 
 def place(source: Path, target: Path, *, link: bool) -> bool:
-    """Puts a file at another place, linked if that is wanted and possible, else copied; returns whether it is linked.
+    """Puts a file at another path, linked if that is wanted and possible, else copied; returns whether it is linked.
 
     A link is the same file under a second name: who writes into one of them writes into both. Nothing here ever does.
 
