@@ -274,7 +274,7 @@ def test_what_is_still_mapped_is_not_read_again(artifact: Path, monkeypatch: pyt
     from solidify.artifact import tensors
 
     model = solidify.load(artifact)
-    if not mapped.places(model.state_dict()):
+    if not mapped.file_regions(model.state_dict()):
         pytest.skip("this system does not tell what is mapped")
     read: list[int] = []
     digest = tensors.digest

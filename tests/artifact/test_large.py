@@ -186,16 +186,16 @@ def test_python_has_the_memory_of_a_recipe(base: Path, large: None, unwitnessed:
     surgery = solidify.Surgery(base)
     surgery.replace("model.layers.*.mlp", TrashCanMoE, expect="OlmoeSparseMoeBlock")
     state = surgery.model.state_dict(keep_vars=True)
-    assert {name for name in state if state[name].numel()} <= set(mapped.places(state))
+    assert {name for name in state if state[name].numel()} <= set(mapped.file_regions(state))
     artifact = surgery.build(tmp_path / "python")
     stages.build(recipe(base, TRASH), tmp_path / "recipe")
     by_recipe = manifest.read(tmp_path / "recipe" / "artifact")
     assert artifact.manifest.tensors == by_recipe.tensors
     assert artifact.manifest.base["model"] == str(base)
-    kept = [path for path in mapped.places(state).values()]
+    kept = [path for path in mapped.file_regions(state).values()]
     del surgery, state
     gc.collect()
-    assert not any(Path(place[0]).exists() for place in kept if base not in Path(place[0]).parents)
+    assert not any(Path(region[0]).exists() for region in kept if base not in Path(region[0]).parents)
 
 
 def test_its_certificate_says_what_was_compared(large: None, tmp_path: Path) -> None:
@@ -329,11 +329,11 @@ def test_a_hub_id_is_found_in_the_cache(
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     blobs = {path.stat().st_ino for path in (hub / "blobs").iterdir()}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    files = conversion._checkpoint("someone/olmoe", {"revision": "main"})
+    files = conversion._find_checkpoint("someone/olmoe", {"revision": "main"})
     assert files is not None and len(files.entries) == len(checkpoint.read(base).entries)
     assert {path.stat().st_ino for path in files.files} <= blobs
-    assert loading._commit("someone/olmoe", None) == "a" * 40
-    assert loading._commit(str(base), None) is None
+    assert loading._find_commit("someone/olmoe", None) == "a" * 40
+    assert loading._find_commit(str(base), None) is None
 
 
 def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,15 +159,15 @@ def test_outputs_that_move_within_rounding_are_not_identical(trash_artifact: Pat
         **{kind: {"absent": [], "additional": [], "different": [], "equal": 3} for kind in parts},
         "outputs": {"short": {"equal": False, "distance": 1e-6, "scale": 1.0}},
     }  # fmt: skip
-    assert certificate._judge("AutoModel", load, "torch 1 -> 2")[1].verdict == "measured"
-    assert certificate._judge("AutoModel", load, "")[1].verdict == "failed"
-    assert [f.verdict for f in certificate._judge("AutoModel", {**load, "outputs": {}}, "")] == [
+    assert certificate._judge_load("AutoModel", load, "torch 1 -> 2")[1].verdict == "measured"
+    assert certificate._judge_load("AutoModel", load, "")[1].verdict == "failed"
+    assert [f.verdict for f in certificate._judge_load("AutoModel", {**load, "outputs": {}}, "")] == [
         "proved",
         "not looked at",
     ]
     load["outputs"]["short"] = {"equal": True, "distance": 0.0, "scale": 1.0}
-    assert [f.verdict for f in certificate._judge("AutoModel", load, "")] == ["proved", "proved"]
-    assert {f.verdict for f in certificate._judge("AutoModel", {**load, "sampled": True}, "")} == {"measured"}
+    assert [f.verdict for f in certificate._judge_load("AutoModel", load, "")] == ["proved", "proved"]
+    assert {f.verdict for f in certificate._judge_load("AutoModel", {**load, "sampled": True}, "")} == {"measured"}
 
 
 def test_gradients_of_no_step_and_of_one_example_prove_nothing() -> None:

@@ -233,7 +233,7 @@ def forged(directory: Path, **more: dict[str, str]) -> None:
     record = manifest.read(directory)
     changed = replace(record, **{key: {**getattr(record, key), **value} for key, value in more.items()})
     document = manifest.asdict(changed)
-    (directory / manifest.NAME).write_text(manifest._text(document, manifest.digest_values(document)))
+    (directory / manifest.NAME).write_text(manifest._format_text(document, manifest.digest_values(document)))
 
 
 def test_weights_are_those_that_the_manifest_names(trash_artifact: Path, copy_of: Copy) -> None:

@@ -235,7 +235,7 @@ def test_a_manifest_that_names_what_is_elsewhere_writes_nothing(run: Path, kind:
     (run / "artifact" / "link").symlink_to(run / "payload")
     digest = blake3(b"payload").hexdigest()
     forged = manifest.asdict(replace(record, **{kind: {**getattr(record, kind), name: digest}}))
-    text = manifest._text(forged, manifest.digest_values(forged))  # `write` refuses such names
+    text = manifest._format_text(forged, manifest.digest_values(forged))  # `write` refuses such names
     (run / "artifact" / manifest.NAME).write_text(text)
     before = contents(run)
     with pytest.raises(ArtifactError, match=r"no name of a file inside|link is (a link|listed among)"):

@@ -177,7 +177,7 @@ def fresh(copy_of: Copy, source: Path) -> Path:
     return copy_of(source, f"fresh{next(_numbers)}")
 
 
-MOMENTS = {"after the digests": (trust, "require"), "after the copy": (loading, "_model")}
+MOMENTS = {"after the digests": (trust, "require"), "after the copy": (loading, "_load_model")}
 SWAPPED = ("trashcan_moe.py", "modeling_solid_olmoe.py", "config.json")
 
 
@@ -313,7 +313,7 @@ def test_weights_that_are_swapped_while_they_are_loaded_are_noticed(
     trash_artifact: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = copy_of(trash_artifact)
-    honest = loading._model
+    honest = loading._load_model
 
     def swap(*args: Any) -> Any:
         content = (directory / "model.safetensors").read_bytes()
@@ -321,7 +321,7 @@ def test_weights_that_are_swapped_while_they_are_loaded_are_noticed(
         (directory / "other").replace(directory / "model.safetensors")
         return honest(*args)
 
-    monkeypatch.setattr(loading, "_model", swap)
+    monkeypatch.setattr(loading, "_load_model", swap)
     with pytest.raises(ArtifactError, match=r"model.safetensors was written to while it was read"):
         solidify.load(directory)
 

@@ -126,7 +126,7 @@ def test_a_link_to_a_result_stays_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_newer_result_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     if not at_once:
-        monkeypatch.setattr(writing, "_exchanged", lambda a, b: False)  # as on systems without it
+        monkeypatch.setattr(writing, "_exchange_names", lambda a, b: False)  # as on systems without it
     for text in ("old", "new"):
         with writing.staged(tmp_path / "out") as staging:
             ours(staging, text)

@@ -16,7 +16,7 @@ def test_names_are_followed_through_insertions_and_removals() -> None:
     edits += solidify.remove(model, "model.layers.0")
     edits += solidify.replace(model, "model.layers.2.self_attn.o_proj", wrappers.Bottleneck)
     records = [edit.document() for edit in edits]
-    assert set(ledger.places(records)) == {
+    assert set(ledger.new_modules(records)) == {
         "model.layers.0.mlp",
         "model.layers.1.mlp",
         "model.layers.2.self_attn.o_proj",
@@ -29,7 +29,7 @@ def test_a_module_inside_a_later_replacement_is_gone_unless_it_was_kept() -> Non
     model = pico.llama()
     edits = solidify.replace(model, "model.layers.0.mlp.up_proj", wrappers.Bottleneck)
     gone = [*edits, *solidify.replace(model, "model.layers.0.mlp", wrappers.PlainMLP)]
-    assert set(ledger.places([e.document() for e in gone])) == {"model.layers.0.mlp"}
+    assert set(ledger.new_modules([e.document() for e in gone])) == {"model.layers.0.mlp"}
 
 
 def test_every_base_tensor_is_found_again_after_a_chain_of_edits() -> None:

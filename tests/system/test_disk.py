@@ -53,7 +53,7 @@ class Recorder:
 def recorded(below: Path) -> Iterator[Recorder]:
     """Records what this process syncs and renames below a directory."""
     recorder, fsync, rename, replace = Recorder(), os.fsync, os.rename, os.replace
-    exchanged = writing._exchanged
+    exchanged = writing._exchange_names
 
     def naming(call: Callable[..., None]) -> Callable[..., None]:
         def work(source: Any, target: Any, **more: Any) -> None:
@@ -78,7 +78,7 @@ def recorded(below: Path) -> Iterator[Recorder]:
         patch.setattr(os, "fsync", syncing)
         patch.setattr(os, "rename", naming(rename))
         patch.setattr(os, "replace", naming(replace))
-        patch.setattr(writing, "_exchanged", exchange)
+        patch.setattr(writing, "_exchange_names", exchange)
         yield recorder
 
 

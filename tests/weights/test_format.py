@@ -47,8 +47,8 @@ def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> Non
         yield "a", a[1:]
         yield "b", b[5:]
 
-    supply = TensorSource({"a": Shape.of(a), "b": Shape.of(b)}, pieces)
-    digests = format.write_file(tmp_path / "x.safetensors", [supply])
+    source = TensorSource({"a": Shape.of(a), "b": Shape.of(b)}, pieces)
+    digests = format.write_file(tmp_path / "x.safetensors", [source])
     found = load_file(tmp_path / "x.safetensors")
     assert torch.equal(found["a"], a) and torch.equal(found["b"], b)
     assert digests == {"a": tensors.digest(a), "b": tensors.digest(b)}
@@ -56,9 +56,9 @@ def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("rows", "words"), [(3, "too few values came for a"), (5, "more values came for a")])
 def test_a_supply_gives_what_it_said(tmp_path: Path, rows: int, words: str) -> None:
-    supply = TensorSource({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))
+    source = TensorSource({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))
     with pytest.raises(ArtifactError, match=words):
-        format.write_file(tmp_path / "x.safetensors", [supply])
+        format.write_file(tmp_path / "x.safetensors", [source])
 
 
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:

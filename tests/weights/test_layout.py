@@ -20,11 +20,11 @@ def convert(model: PreTrainedModel, directory: Path) -> tuple[layout.Layout, Pre
     model.save_pretrained(directory / "hub")
     files = checkpoint.read(directory / "hub")
     config = AutoConfig.from_pretrained(directory / "hub")
-    skeleton, info = conversion._skeleton(type(model), config, str(model.dtype).split(".")[1], files)
+    skeleton, info = conversion._load_skeleton(type(model), config, str(model.dtype).split(".")[1], files)
     assert not any(info.values())
     found = layout.read(skeleton, files)
     (directory / "memory").mkdir()
-    store.write(directory / "memory", found.supplies(skeleton, files))
+    store.write(directory / "memory", found.tensor_sources(skeleton, files))
     config.save_pretrained(directory / "memory")
     with without_conversion():
         again, info = type(model).from_pretrained(directory / "memory", output_loading_info=True, dtype=model.dtype)
@@ -57,9 +57,9 @@ def test_experts_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     model.save_pretrained(tmp_path)
     files = checkpoint.read(tmp_path)
     (first, *_) = layout.read(model, files).conversions
-    assert len(list(first._blocks())) == 1
+    assert len(list(first._split_blocks())) == 1
     monkeypatch.setattr(layout, "_BLOCK", 1)
-    blocks = list(first._blocks())
+    blocks = list(first._split_blocks())
     assert len(blocks) == model.config.num_experts
     assert sorted(key for block in blocks for key in block.keys) == sorted(first.keys)
 
@@ -69,10 +69,10 @@ def test_the_dtype_is_the_models(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hub")
     files = checkpoint.read(tmp_path / "hub")
     config = AutoConfig.from_pretrained(tmp_path / "hub")
-    skeleton, _ = conversion._skeleton(type(model), config, "bfloat16", files)
+    skeleton, _ = conversion._load_skeleton(type(model), config, "bfloat16", files)
     found = layout.read(skeleton, files)
     assert not found.in_memory
-    store.write(tmp_path, found.supplies(skeleton, files))
+    store.write(tmp_path, found.tensor_sources(skeleton, files))
     whole = type(model).from_pretrained(tmp_path / "hub", dtype="bfloat16").state_dict()
     for name, entry in checkpoint.read(tmp_path).entries.items():
         assert entry.shape.dtype == torch.bfloat16

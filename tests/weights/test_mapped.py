@@ -30,22 +30,22 @@ def module(tmp_path: Path) -> nn.Module:
 
 def test_a_mapped_tensor_is_found_in_its_file(module: nn.Module, tmp_path: Path) -> None:
     entries = format.read_header(tmp_path / "m.safetensors")
-    places = mapped.places(module.state_dict())
-    assert places == {name: (tmp_path / "m.safetensors", entry.start) for name, entry in entries.items()}
+    regions = mapped.file_regions(module.state_dict())
+    assert regions == {name: (tmp_path / "m.safetensors", entry.start) for name, entry in entries.items()}
 
 
 @pytest.mark.parametrize("write", [lambda w: w.detach().mul_(2), lambda w: w.detach().numpy().fill(0)])
 def test_what_was_written_to_is_no_part_of_the_file(module: nn.Module, write: object) -> None:
     assert callable(write)
     write(module.weight)
-    assert "weight" not in mapped.places(module.state_dict())
+    assert "weight" not in mapped.file_regions(module.state_dict())
     assert tensors.digests_where_they_stand(module.state_dict())["weight"] == tensors.digest(module.weight)
 
 
 def test_other_memory_is_no_part_of_a_file(module: nn.Module, tmp_path: Path) -> None:
-    assert mapped.places({"made": torch.randn(8, 8), "turned": module.weight.T, "empty": torch.empty(0)}) == {}
+    assert mapped.file_regions({"made": torch.randn(8, 8), "turned": module.weight.T, "empty": torch.empty(0)}) == {}
     (tmp_path / "m.safetensors").unlink()
-    assert mapped.places(module.state_dict()) == {}
+    assert mapped.file_regions(module.state_dict()) == {}
 
 
 def test_digests_come_from_the_file_without_reading_memory(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +85,10 @@ def test_new_tensors_are_spilled_and_old_ones_are_not(
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     kept = list(module.state_dict(keep_vars=True).values())
     spilling.spill("here", new, kept, None)  # nobody said where to
-    assert "1.weight" not in mapped.places(new.state_dict())
+    assert "1.weight" not in mapped.file_regions(new.state_dict())
     (tmp_path / "spilled").mkdir()
     spilling.spill("here", new, kept, tmp_path / "spilled")
     (file,) = (tmp_path / "spilled").iterdir()
     assert set(digest_cache.digests([file])) == {"here.1.weight", "here.1.bias"}
-    assert mapped.places(new.state_dict())["1.weight"][0] == file
+    assert mapped.file_regions(new.state_dict())["1.weight"][0] == file
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())

@@ -76,37 +76,37 @@ def find(before: Ancestor) -> Family:
         ArtifactError: no Auto class maps to the model's class.
     """
     with trust.never_asking():
-        return _family(before)
+        return _find_family(before)
 
 
-def _family(before: Ancestor) -> Family:
-    heads = _heads(before)
+def _find_family(before: Ancestor) -> Family:
+    heads = _collect_heads(before)
     with torch.device("meta"):
         whole = before.head(before.config)
     inner: Any = whole.base_model
-    alone, unpooled = (inner, False) if inner is whole else _alone(before, inner)
+    alone, unpooled = (inner, False) if inner is whole else _build_alone(before, inner)
     if alone is None:
         return Family(heads, None, False, {}, "", whole.all_tied_weights_keys)
     prefix = "" if inner is whole else whole.base_model_prefix + "."
-    others = _others(before, inner) if _maps("AutoModel", type(inner)) else {}
+    others = _find_others(before, inner) if _is_mapping("AutoModel", type(inner)) else {}
     heads = [name for name in heads if name != "AutoModel"]
     return Family(heads, type(inner), unpooled, others, prefix, whole.all_tied_weights_keys)
 
 
-def _heads(before: Ancestor) -> list[str]:
+def _collect_heads(before: Ancestor) -> list[str]:
     """Returns the Auto classes that lead to the model's own class, or to the class of transformers it descends from."""
     remote = vars(before.config).get("auto_map") or {}
-    named = [auto for auto, place in remote.items() if str(place).rpartition(".")[2] == before.head.__name__]
+    named = [auto for auto, reference in remote.items() if str(reference).rpartition(".")[2] == before.head.__name__]
     if named:
         return sorted(named)
     for cls in before.head.__mro__:
-        names = [name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _maps(name, cls)]
+        names = [name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _is_mapping(name, cls)]
         if names:
             return sorted(names)
     raise ArtifactError(f"no Auto class of transformers maps to {before.head.__name__}, so nobody could load it")
 
 
-def _maps(auto: str, cls: type) -> bool:
+def _is_mapping(auto: str, cls: type) -> bool:
     """Returns whether an Auto class leads to a class of transformers, for whichever configuration.
 
     Asked by configuration, families are missed whose head is listed under the configuration of a part.
@@ -117,7 +117,7 @@ def _maps(auto: str, cls: type) -> bool:
     return any(cls.__name__ in ((n,) if isinstance(n, str) else n) for n in names_by_family(table))
 
 
-def _mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
+def _list_mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
     """Returns the classes that an Auto class has for the model's configuration."""
     table: Any = classes_by_configuration(getattr(modeling_auto, auto))
     for kind in type(before.config).__mro__:
@@ -127,16 +127,16 @@ def _mapped(auto: str, before: Ancestor) -> tuple[type, ...]:
     return ()
 
 
-def _alone(before: Ancestor, inner: Any) -> tuple[Any, bool]:
+def _build_alone(before: Ancestor, inner: Any) -> tuple[Any, bool]:
     """Builds the part without a head by itself: None where AutoModel would build another class, or the same with
     tensors that the model with its head does not have."""
     if not isinstance(inner, PreTrainedModel):
         return None, False
-    if before.head.__module__.startswith("transformers.") and not _maps("AutoModel", type(inner)):
+    if before.head.__module__.startswith("transformers.") and not _is_mapping("AutoModel", type(inner)):
         return None, False
     poolable = "add_pooling_layer" in inspect.signature(type(inner).__init__).parameters
     for options in ({}, {"add_pooling_layer": False}) if poolable else ({},):
-        alone = _built(type(inner), before, **options)
+        alone = _build_class(type(inner), before, **options)
         if alone is None:
             continue
         if set(alone.state_dict()) == set(inner.state_dict()):
@@ -144,20 +144,20 @@ def _alone(before: Ancestor, inner: Any) -> tuple[Any, bool]:
     return None, False
 
 
-def _built(cls: Any, before: Ancestor, **options: Any) -> Any:
+def _build_class(cls: Any, before: Ancestor, **options: Any) -> Any:
     """Builds a class on the meta device; None where it was written for other configurations than the one at hand."""
     with torch.device("meta"):
         return foreign.attempt(cls, before.config, **options).value
 
 
-def _others(before: Ancestor, inner: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+def _find_others(before: Ancestor, inner: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     """Finds other heads that stand on a part of the same class and hold all of its tensors."""
     found = {}
     for auto in OTHER_HEADS:
-        for cls in _mapped(auto, before):
+        for cls in _list_mapped(auto, before):
             if cls is before.head or cls is type(inner):
                 continue
-            other = _built(cls, before)
+            other = _build_class(cls, before)
             if other is None:
                 continue
             part = other.base_model

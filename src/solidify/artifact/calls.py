@@ -30,35 +30,35 @@ def record(model: PreTrainedModel, names: Sequence[str]) -> tuple[Tensors, Tenso
     for name in [name for name in names if name in found]:
         taken: Tensors = {}
         try:
-            args, kwargs = (_put(part, f"{name}/", taken) for part in (found[name].args, found[name].kwargs))
+            args, kwargs = (_describe_value(part, f"{name}/", taken) for part in (found[name].args, found[name].kwargs))
         except TypeError:
             continue
         # Called again as the other process will call it: with inputs of their own, which are aligned.
         with torch.no_grad(), anatomy.evaluation(model):
-            given = [_take(part, taken) for part in (args, kwargs)]
+            given = [_make_value(part, taken) for part in (args, kwargs)]
             returned = contract.tensors_in(model.get_submodule(name)(*given[0], **given[1]))
         if not returned:
             continue
         inputs |= taken
-        outputs |= {f"{name}/{place}": tensor.cpu().contiguous() for place, tensor in enumerate(returned)}
+        outputs |= {f"{name}/{index}": tensor.cpu().contiguous() for index, tensor in enumerate(returned)}
         modules.append({"name": name, "args": args, "kwargs": kwargs})
     return inputs, outputs, modules
 
 
-def _take(value: dict[str, Any], tensors: Tensors) -> Any:
+def _make_value(value: dict[str, Any], tensors: Tensors) -> Any:
     """Makes a value of its description."""
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content].clone()
     if kind == "dict":
-        return {key: _take(item, tensors) for key, item in content.items()}
+        return {key: _make_value(item, tensors) for key, item in content.items()}
     if kind in ("tuple", "list"):
-        items = [_take(item, tensors) for item in content]
+        items = [_make_value(item, tensors) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content
 
 
-def _put(value: Any, prefix: str, taken: Tensors) -> Any:
+def _describe_value(value: Any, prefix: str, taken: Tensors) -> Any:
     """Describes a value in plain words, its tensors by their keys in `taken`."""
     if isinstance(value, torch.Tensor):
         key = f"{prefix}{len(taken)}"
@@ -67,7 +67,7 @@ def _put(value: Any, prefix: str, taken: Tensors) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     if isinstance(value, (tuple, list)):
-        return {type(value).__name__: [_put(item, prefix, taken) for item in value]}
+        return {type(value).__name__: [_describe_value(item, prefix, taken) for item in value]}
     if isinstance(value, Mapping):
-        return {"dict": {key: _put(item, prefix, taken) for key, item in value.items()}}
+        return {"dict": {key: _describe_value(item, prefix, taken) for key, item in value.items()}}
     raise TypeError(type(value).__name__)

@@ -53,13 +53,15 @@ def write(
     target = directory / NAME
     target.mkdir()
     config = files.document(directory / "config.json")
-    places = [name for edit in config["surgery"] for name in edit["modules"]]
+    module_names = [name for edit in config["surgery"] for name in edit["modules"]]
     extent = Extent.of(model)
     entries = checkpoint.read(directory).entries
     state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     if not extent.whole:
-        first = list(control.first_of_each_kind(model, _standing(model, config["surgery"])))
-        entries = {name: e for name, e in entries.items() if any(name.startswith(f"{place}.") for place in first)}
+        first = list(control.first_of_each_kind(model, _find_standing(model, config["surgery"])))
+        entries = {
+            name: e for name, e in entries.items() if any(name.startswith(f"{module_name}.") for module_name in first)
+        }
         tensors.realign(entries, state)
         inputs, outputs, modules = calls.record(model, first)
     else:
@@ -70,15 +72,15 @@ def write(
     safetensors.torch.save_file(outputs, target / "outputs.safetensors")
     document: dict[str, Any] = {
         "prefix": "" if model.base_model is model else model.base_model_prefix + ".",
-        "state": tensors.digests(state.items()) if extent.whole else _digests(state, stored),
-        "samples": {} if extent.whole else _samples(model, state),
+        "state": tensors.digests(state.items()) if extent.whole else _digest_tensors(state, stored),
+        "samples": {} if extent.whole else _sample_tensors(model, state),
         "modules": modules,
         # Elsewhere a model may keep what it saw when it ran, and a large one does not run in the other process.
-        "attributes": tensors.digests(_attributes(model, torch.Tensor, ("",) if extent.whole else places)),
-        "values": dict(_attributes(model, (bool, int, float, str), places)),
+        "attributes": tensors.digests(_walk_attributes(model, torch.Tensor, ("",) if extent.whole else module_names)),
+        "values": dict(_walk_attributes(model, (bool, int, float, str), module_names)),
         "device": model.device.type,
         "implementations": {
-            f"{kind}_implementation": _implementations(model.config, kind) for kind in ("attn", "experts")
+            f"{kind}_implementation": _find_implementations(model.config, kind) for kind in ("attn", "experts")
         },
         "environment": {
             "torch": torch.__version__,
@@ -87,12 +89,12 @@ def write(
             "threads": torch.get_num_threads(),
         },
     }
-    document["contract"], given = _contract(model, config["surgery"], edits, extent)
+    document["contract"], given = _measure_contract(model, config["surgery"], edits, extent)
     safetensors.torch.save_file(given, target / "contract.safetensors")
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _contract(
+def _measure_contract(
     model: PreTrainedModel, entries: Sequence[Mapping[str, Any]], edits: Sequence[Mapping[str, Any]], extent: Extent
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Measures how the model behaves, with noise in what the surgery made, as the fresh process will measure it again.
@@ -101,7 +103,7 @@ def _contract(
     what the model before the changes showed.
     """
     declared = sorted({key for entry in entries for key, kept in entry.get("declares", {}).items() if not kept})
-    first = list(control.first_of_each_kind(model, _standing(model, entries)))
+    first = list(control.first_of_each_kind(model, _find_standing(model, entries)))
     heads = [edit["name"] for edit in edits if catalogue.of(edit).adds]
     first += [name for name in heads if name not in first] if extent.whole else []
     made = {name for edit in edits for name in edit["new"]}
@@ -147,8 +149,8 @@ def _contract(
     return document, given
 
 
-def _standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the places of modules that were put there, as far as later changes left them."""
+def _find_standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of modules that were put there, as far as later changes left them."""
     names = {name for name, _ in model.named_modules()}
     wanted = [name for entry in entries if catalogue.of(entry).puts for name in entry["modules"]]
     return [name for name in dict.fromkeys(wanted) if name in names]
@@ -161,16 +163,16 @@ def _whole_outputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dic
     for case, settings in sorted(CASES.items()):
         batch = probing.probe_inputs(model, **settings)
         inputs |= {f"{case}/{key}": tensor.cpu().contiguous() for key, tensor in batch.items()}
-        outputs[f"{case}/logits"] = _steady(model, batch)
+        outputs[f"{case}/logits"] = _run_steady(model, batch)
         if model.base_model is not model:
             # The part without a head may ask for inputs that its head makes for it; then only its state is compared.
-            hidden = foreign.attempt(_steady, model.base_model, batch).value
+            hidden = foreign.attempt(_run_steady, model.base_model, batch).value
             if hidden is not None:
                 outputs[f"{case}/hidden"] = hidden
     return inputs, outputs
 
 
-def _steady(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _run_steady(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns what the model gives twice in a row (or the last of a few runs): kernels may settle as they are used."""
     output = anatomy.run(model, batch)
     for _ in range(_RUNS - 1):
@@ -180,7 +182,7 @@ def _steady(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.
     return output.cpu().contiguous()
 
 
-def _samples(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _sample_tensors(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     samples = {}
     for name, tensor in state.items():
         samples[name] = tensors.sample(tensor)
@@ -188,13 +190,13 @@ def _samples(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[
     return samples
 
 
-def _digests(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:
+def _digest_tensors(state: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:
     """Returns the digests of a state whose tensors stand in files; of those that are not on disk, by reading them."""
-    known = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
-    return {name: known.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
+    stored_digests = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+    return {name: stored_digests.get(id(tensor)) or tensors.digest(tensor) for name, tensor in state.items()}
 
 
-def _implementations(config: PreTrainedConfig, kind: str) -> Any:
+def _find_implementations(config: PreTrainedConfig, kind: str) -> Any:
     """Returns which kernels a model uses, as `from_pretrained` takes it: one word, or one per part."""
     parts = {name: part for name in config.sub_configs if isinstance(part := getattr(config, name), PreTrainedConfig)}
     found = {"": implementation(config, kind), **{name: implementation(part, kind) for name, part in parts.items()}}
@@ -202,11 +204,13 @@ def _implementations(config: PreTrainedConfig, kind: str) -> Any:
     return next(iter(named.values()), None) if len(set(named.values())) < 2 else named
 
 
-def _attributes(model: PreTrainedModel, kind: Any, places: Sequence[str] = ("",)) -> Iterator[tuple[str, Any]]:
-    """Yields plain attributes of a kind, of the modules at some places; not what training and loading set."""
+def _walk_attributes(
+    model: PreTrainedModel, kind: Any, module_names: Sequence[str] = ("",)
+) -> Iterator[tuple[str, Any]]:
+    """Yields plain attributes of a kind, of the modules of some names; not what training and loading set."""
     for owner, module in model.named_modules():
         name = f"{owner}." if owner else ""
-        if not any(name.startswith(f"{place}." if place else "") for place in places):
+        if not any(name.startswith(f"{module_name}." if module_name else "") for module_name in module_names):
             continue
         for key, value in vars(module).items():
             if isinstance(value, kind) and key != "training" and not key.startswith("_"):
@@ -246,12 +250,12 @@ def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
     document = files.document(directory / NAME / "state.json")
     expected = document["environment"]
     moved = ", ".join(f"{k} {expected[k]} -> {v}" for k, v in answer["environment"].items() if v != expected[k])
-    findings = [finding for auto, load in answer["loads"].items() for finding in _judge(auto, load, moved)]
+    findings = [finding for auto, load in answer["loads"].items() for finding in _judge_load(auto, load, moved)]
     behaved = next((load["behaviour"] for load in answer["loads"].values() if "behaviour" in load), None)
-    return [*findings, *_behaviour(document.get("contract"), behaved)]
+    return [*findings, *_judge_behaviour(document.get("contract"), behaved)]
 
 
-def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) -> list[Finding]:
+def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) -> list[Finding]:
     """Turns what the fresh process measured of the contract into findings, one a property."""
     if contract is None or found is None or "error" in {**contract, **found}:
         why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not hold it"
@@ -281,7 +285,7 @@ def _behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) ->
     return [*findings, *(Finding.unseen(f"behaviour of {name}", why) for name in contract.get("unwatched", ()))]
 
 
-def _judge(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
+def _judge_load(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
     """Turns what the fresh process saw through one Auto class into findings."""
     if "error" in load:
         return [Finding(f"reload ({auto})", False, load["error"])]

@@ -53,9 +53,9 @@ class Carried:
         """Says what travelled and what did not; nothing where there was nothing but what is written anew."""
         if not self.names and not self.left:
             return []
-        evidence = f"as they are: {_listed(self.names)}" if self.names else "none but what is written anew"
+        evidence = f"as they are: {_list_names(self.names)}" if self.names else "none but what is written anew"
         if self.left:
-            evidence += f"; left out: {_listed([f'{name} ({reason})' for name, reason in self.left.items()])}"
+            evidence += f"; left out: {_list_names([f'{name} ({reason})' for name, reason in self.left.items()])}"
         return [Finding(TRAVELS, None if self.left else True, evidence)]
 
 
@@ -102,32 +102,32 @@ def carry(base: Path, target: Path, preparing: Any = None) -> Carried:
     generated = set(manifest.read(base).code) if (base / manifest.NAME).is_file() else set()
     anew = [_TOKENIZER] if vocabulary.tokenizer_of(preparing) is not None else []
     anew += [_PROCESSOR] if preparing is not None and preparing is not vocabulary.tokenizer_of(preparing) else []
-    for name, path in _files(base, carried.left):
+    for name, path in _walk_files(base, carried.left):
         if name in {*_OURS, *generated} or any(kind.fullmatch(name) for kind in anew) or (target / name).exists():
             continue
         if name.endswith(".py"):
             carried.left[name] = "code; what the model needs of it travels as the artifact's own"
         else:
-            _copy(path, target, name, carried)
+            _copy_file(path, target, name, carried)
     return carried
 
 
 def copy_all(base: Path, target: Path) -> Carried:
     """Copies the files of a plain model that keeps its layout, code and card included; otherwise as `carry`."""
     carried = Carried()
-    for name, path in _files(base, carried.left):
+    for name, path in _walk_files(base, carried.left):
         if name != manifest.NAME:
-            _copy(path, target, name, carried)
+            _copy_file(path, target, name, carried)
     return carried
 
 
-def _copy(path: Path, target: Path, name: str, carried: Carried) -> None:
+def _copy_file(path: Path, target: Path, name: str, carried: Carried) -> None:
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target / name)
     carried.names.append(name)
 
 
-def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
+def _walk_files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Yields what may travel, by name; fills `left` with what does not, and why."""
     own = _own_weights(base)
     root, parts = disk.root(base), _module_directories(base)
@@ -145,7 +145,7 @@ def _files(base: Path, left: dict[str, str]) -> Iterator[tuple[str, Path]]:
             name = path.relative_to(base).as_posix()
             if name in own or file.startswith("."):
                 continue
-            reason = _against(name, path, root, parts)
+            reason = _explain_left(name, path, root, parts)
             if reason:
                 left[name] = reason
             else:
@@ -169,7 +169,7 @@ def _against_directory(path: Path) -> str | None:
     return "a checkpoint of a training" if _TRAINING.fullmatch(path.name) else None
 
 
-def _against(name: str, path: Path, root: Path, parts: set[str]) -> str:
+def _explain_left(name: str, path: Path, root: Path, parts: set[str]) -> str:
     """Returns why a file does not travel; "" if it does."""
     if not path.is_file():
         return "no plain file"
@@ -195,6 +195,6 @@ def _module_directories(base: Path) -> set[str]:
         return set()
 
 
-def _listed(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

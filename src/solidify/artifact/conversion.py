@@ -38,10 +38,10 @@ def converted(
         ModelError: the base is incomplete.
         ArtifactError: a file of it is missing, truncated or not safetensors, or there is no room.
     """
-    files = _checkpoint(reference, options)
+    files = _find_checkpoint(reference, options)
     if files is None or files.nbytes < anatomy.LARGE or not issubclass(head, PreTrainedModel):
         return reference
-    skeleton, info = _skeleton(head, config, dtype, files)
+    skeleton, info = _load_skeleton(head, config, dtype, files)
     refuse(
         ModelError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
@@ -50,7 +50,7 @@ def converted(
     found = layout.read(skeleton, files)
     if found.in_memory:
         return reference
-    supplies = found.supplies(skeleton, files)
+    sources = found.tensor_sources(skeleton, files)
     target = scratch.directory / "base"
     target.mkdir()
     values = json.loads(skeleton.config.to_json_string(use_diff=True))
@@ -58,11 +58,13 @@ def converted(
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(target)
     with checkpoint.steady(files.files):
-        store.write(target, supplies, groups=[[name for name in scratch.apart(skeleton) if name in supplies]])
+        store.write(target, sources, groups=[[name for name in scratch.apart(skeleton) if name in sources]])
     return str(target)
 
 
-def _skeleton(head: Any, config: Any, dtype: str | None, files: Checkpoint) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_skeleton(
+    head: Any, config: Any, dtype: str | None, files: Checkpoint
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Has transformers load tensors without values, so that it says what is missing and of which dtype all is."""
     state = {
         name: torch.empty(entry.shape.sizes, dtype=entry.shape.dtype, device="meta")
@@ -81,7 +83,7 @@ def _skeleton(head: Any, config: Any, dtype: str | None, files: Checkpoint) -> t
     return model, info
 
 
-def _checkpoint(reference: str, options: dict[str, Any]) -> Checkpoint | None:
+def _find_checkpoint(reference: str, options: dict[str, Any]) -> Checkpoint | None:
     """Returns the files of a base, downloaded if they are not here; None where they are no safetensors."""
     directory = Path(reference)
     if not directory.is_dir():

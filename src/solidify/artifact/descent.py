@@ -54,5 +54,5 @@ def trace(model: PreTrainedModel, edits: Sequence[Edit] = ()) -> Ancestor:
     config.__class__ = type(config).__mro__[1]
     for key in ("surgery", "auto_map", "model_type"):
         vars(config).pop(key, None)
-    known = vars(sys.modules[type(model).__module__])["CLASSES"]
-    return Ancestor(head, config, earlier, {e["class"]: known[e["class"]] for e in earlier if "class" in e})
+    classes = vars(sys.modules[type(model).__module__])["CLASSES"]
+    return Ancestor(head, config, earlier, {e["class"]: classes[e["class"]] for e in earlier if "class" in e})

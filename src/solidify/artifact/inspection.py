@@ -58,11 +58,11 @@ class Branch:
 
 def tree(model: PreTrainedModel) -> list[Branch]:
     """Returns the model's modules in order, as a tree whose equal members of a list are folded into one."""
-    return list(_grow(_Reading(model), [("", model)], "", "", 0))[1:]
+    return list(_grow_branches(_Reading(model), [("", model)], "", "", 0))[1:]
 
 
 class _Reading:
-    """What the whole tree asks of the model: FLOPs with what is inside, first owners, places, structures."""
+    """What the whole tree asks of the model: FLOPs with what is inside, first owners, occurrences, structures."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.flops: dict[str, int] = {}
@@ -74,9 +74,9 @@ class _Reading:
         self.owner: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.owner.setdefault(id(parameter), name)
-        self.places: dict[int, int] = {}
+        self.occurrences: dict[int, int] = {}
         for _, module in model.named_modules(remove_duplicate=False):
-            self.places[id(module)] = self.places.get(id(module), 0) + 1
+            self.occurrences[id(module)] = self.occurrences.get(id(module), 0) + 1
         self._structures: dict[int, Any] = {}
 
     def structure(self, module: nn.Module) -> Any:
@@ -88,33 +88,35 @@ class _Reading:
         return self._structures[id(module)]
 
 
-def _grow(
+def _grow_branches(
     reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: str, where: str, depth: int
 ) -> Iterator[Branch]:
     """Yields the branch of some equal modules, then those of their parameters and children."""
     first = members[0][1]
-    yield _branch(reading, members, name, where, depth)
+    yield _make_branch(reading, members, name, where, depth)
     own = {key: p for key, p in own_parameters(first).items() if p is not None}
     if name and (own_modules(first) or not set(own) <= _SIMPLE):
         for key in own:
-            yield _parameter(reading, members, key, (name, where, depth + 1))
+            yield _make_parameter(reading, members, key, (name, where, depth + 1))
     children = {key: child for key, child in own_modules(first).items() if child is not None}
     groups: dict[Any, list[str]] = {}
     for key, child in children.items():
         folds = isinstance(first, (nn.ModuleList, nn.Sequential)) and key.isdigit()
         groups.setdefault(reading.structure(child) if folds else key, []).append(key)
     for keys in groups.values():
-        inner = [(_join(full, key), module.get_submodule(key)) for full, module in members for key in keys]
+        inner = [(_join_names(full, key), module.get_submodule(key)) for full, module in members for key in keys]
         part = "*" if len(keys) > 1 else keys[0]
         numbers = ranges(keys) if 1 < len(keys) < len(children) else "" if len(keys) > 1 else where
-        yield from _grow(reading, inner, _join(name, part), numbers, depth + 1)
+        yield from _grow_branches(reading, inner, _join_names(name, part), numbers, depth + 1)
 
 
-def _join(name: str, part: str) -> str:
+def _join_names(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _branch(reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: str, where: str, depth: int) -> Branch:
+def _make_branch(
+    reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: str, where: str, depth: int
+) -> Branch:
     full, first = members[0]
     own = list(first.parameters(recurse=False))
     ties = [reading.owner[id(p)] for p in own if not reading.owner[id(p)].startswith(f"{full}.")]
@@ -129,23 +131,24 @@ def _branch(reading: _Reading, members: Sequence[tuple[str, nn.Module]], name: s
         parameters=sum(p.numel() for p in numbers),
         bytes=sum(p.nbytes for p in numbers),
         flops=sum(reading.flops.get(n, 0) for n, _ in members),
-        dtype=_dtypes(first),
+        dtype=_list_dtypes(first),
         shape=matrices[0] if len(matrices) == 1 and not own_modules(first) else (),
-        target=type(first).forward is not nn.Module.forward and all(reading.places[id(m)] == 1 for _, m in members),
+        target=type(first).forward is not nn.Module.forward
+        and all(reading.occurrences[id(m)] == 1 for _, m in members),
         tied=ties[0] if ties else "",
     )
 
 
-def _parameter(
-    reading: _Reading, members: Sequence[tuple[str, nn.Module]], key: str, place: tuple[str, str, int]
+def _make_parameter(
+    reading: _Reading, members: Sequence[tuple[str, nn.Module]], key: str, position: tuple[str, str, int]
 ) -> Branch:
     parameter = members[0][1].get_parameter(key)
     owner = reading.owner[id(parameter)]
     return Branch(
-        name=_join(place[0], key),
-        where=place[1],
+        name=_join_names(position[0], key),
+        where=position[1],
         kind="parameter",
-        depth=place[2],
+        depth=position[2],
         times=len(members),
         parameters=parameter.numel() * len(members),
         bytes=parameter.nbytes * len(members),
@@ -153,11 +156,11 @@ def _parameter(
         dtype=str(parameter.dtype).removeprefix("torch."),
         shape=tuple(parameter.shape),
         target=False,
-        tied=owner if owner != _join(members[0][0], key) else "",
+        tied=owner if owner != _join_names(members[0][0], key) else "",
     )
 
 
-def _dtypes(module: nn.Module) -> str:
+def _list_dtypes(module: nn.Module) -> str:
     return " ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()}))
 
 
@@ -187,34 +190,34 @@ def diff(a: Path, b: Path) -> dict[str, list[dict[str, Any]]]:
     Raises:
         ArtifactError: one of them is no model or adapter directory.
     """
-    first, second = _contents(a), _contents(b)
+    first, second = _read_contents(a), _read_contents(b)
     result: dict[str, list[dict[str, Any]]] = {}
     for section in SECTIONS[:3]:
         result[section] = [
-            {**_change(old, new), "name": name, **_told(section, name, old, new)}
-            for name, old, new in _pairs(first[section], second[section])
+            {**_name_change(old, new), "name": name, **_describe_change(section, name, old, new)}
+            for name, old, new in _pair_values(first[section], second[section])
         ]
     result["tensors"] = _tensor_changes(first["weights"], second["weights"])
     result["figures"] = [
-        {**_change(old, new), "name": name, "old": old, "new": new}
-        for name, old, new in _pairs(first["figures"], second["figures"])
+        {**_name_change(old, new), "name": name, "old": old, "new": new}
+        for name, old, new in _pair_values(first["figures"], second["figures"])
     ]
     result["files"] = [
-        {**_change(old, new), "name": name} for name, old, new in _pairs(first["files"], second["files"])
+        {**_name_change(old, new), "name": name} for name, old, new in _pair_values(first["files"], second["files"])
     ]
     return result
 
 
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _pair_values(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Returns what differs, with None for what is not there."""
     return [(name, a.get(name), b.get(name)) for name in sorted({**a, **b}) if a.get(name) != b.get(name)]
 
 
-def _change(old: Any, new: Any) -> dict[str, str]:
+def _name_change(old: Any, new: Any) -> dict[str, str]:
     return {"change": "added" if old is None else "removed" if new is None else "changed"}
 
 
-def _told(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
+def _describe_change(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
     if section != "code":
         return {"old": old and old[0], "new": new and new[0]}
     lines = difflib.unified_diff(
@@ -223,7 +226,7 @@ def _told(section: str, name: str, old: Any, new: Any) -> dict[str, Any]:
     return {"text": "\n".join(lines)}
 
 
-def _contents(directory: Path) -> dict[str, Any]:
+def _read_contents(directory: Path) -> dict[str, Any]:
     """Reads what a directory holds; values of the configuration and modules stand in lists, so that None is a value."""
     edits = manifest.read(directory).edits if files.is_file(directory / manifest.NAME) else []
     names = [name for name in ("config.json", "adapter_config.json") if files.is_file(directory / name)]
@@ -233,19 +236,24 @@ def _contents(directory: Path) -> dict[str, Any]:
     adapter = names[0] != "config.json"
     weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
     code = sorted(directory.rglob("*.py"))
-    told = {*code, *weights, directory / checkpoint.INDEX, *(directory / name for name in _FILES_TOLD_ELSEWHERE)}
-    others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in told)
+    listed_elsewhere = {
+        *code,
+        *weights,
+        directory / checkpoint.INDEX,
+        *(directory / name for name in _FILES_TOLD_ELSEWHERE),
+    }
+    others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in listed_elsewhere)
     return {
-        "configuration": {k: [v] for k, v in _flat(values).items() if k.split(".")[0] != "surgery"},
+        "configuration": {k: [v] for k, v in _flatten_values(values).items() if k.split(".")[0] != "surgery"},
         "code": {str(path.relative_to(directory)): files.text(path) for path in code},
-        "modules": _modules(edits),
-        "figures": _figures(directory),
+        "modules": _list_modules(edits),
+        "figures": _read_figures(directory),
         "weights": weights,
         "files": {str(path.relative_to(directory)): hashing.digest_file(path) for path in others},
     }
 
 
-def _figures(directory: Path) -> dict[str, int]:
+def _read_figures(directory: Path) -> dict[str, int]:
     """Returns the numbers that were written down when an artifact was built: of the last surgery, and of the whole."""
     if not (directory / manifest.NAME).is_file():
         return {}
@@ -256,21 +264,21 @@ def _figures(directory: Path) -> dict[str, int]:
     return {**counted, **{key: value for key, value in steps[-1]["cost"].items() if isinstance(value, int)}}
 
 
-def _modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Returns what stands at each place that was changed, and how lists of layers were rearranged."""
-    found = {name: [edit["new_class"]] for name, edit in ledger.places(edits).items()}
+def _list_modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Returns what stands at each name that was changed, and how lists of layers were rearranged."""
+    found = {name: [edit["new_class"]] for name, edit in ledger.new_modules(edits).items()}
     for edit in edits:
         if catalogue.of(edit).shapes:
             found.setdefault(edit["name"], [""])[0] += f" {edit['arguments']}"
     return found
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested values by dotted keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            result |= _flat(value, f"{prefix}{key}.")
+            result |= _flatten_values(value, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = value
     return result
@@ -290,12 +298,12 @@ def _tensor_changes(a: Sequence[Path], b: Sequence[Path]) -> list[dict[str, Any]
         changes = []
         for name in differing:
             old, new = first.get(name), second.get(name)
-            changes.append({**_change(old, new), "name": name, **_apart(old, new)})
+            changes.append({**_name_change(old, new), "name": name, **_describe_tensors(old, new)})
             advance(old.shape.nbytes if old is not None else 0)
         return changes
 
 
-def _apart(old: Entry | None, new: Entry | None) -> dict[str, Any]:
+def _describe_tensors(old: Entry | None, new: Entry | None) -> dict[str, Any]:
     described = {
         f"{side}_{what}": value
         for side, entry in (("old", old), ("new", new))

@@ -92,7 +92,7 @@ def load_base(
         files.document(Path(reference) / "config.json", ModelError)
     try:
         with nullcontext() if trust_remote_code else trust.never_asking():
-            model, info, name = _read(reference, dtype, device, options, scratch)
+            model, info, name = _read_model(reference, dtype, device, options, scratch)
     except Exception as error:
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -107,21 +107,21 @@ def load_base(
     )
     origin = {
         "model": reference,
-        "revision": _commit(reference, revision) or revision,
+        "revision": _find_commit(reference, revision) or revision,
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    processor = _processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
-    tokenizer = _tokenizer(reference, revision, trust_remote_code=trust_remote_code)
+    processor = _load_processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
+    tokenizer = _load_tokenizer(reference, revision, trust_remote_code=trust_remote_code)
     return BaseModel(model.eval(), tokenizer, origin, processor)
 
 
-def _read(
+def _read_model(
     reference: str, dtype: str | None, device: str, options: dict[str, Any], scratch: Scratch | None
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
-    if _has(reference, CONFIG_NAME, options["revision"]):
+    if _has_file(reference, CONFIG_NAME, options["revision"]):
         raise ModelError(
             f"the base {reference!r} holds an adapter too ({CONFIG_NAME}), which transformers would put on it; merge "
             "that first (`solidify merge`), or remove the file"
@@ -129,7 +129,7 @@ def _read(
     config = AutoConfig.from_pretrained(reference, **options)
     named = config.architectures if isinstance(config.architectures, list) else []
     name = next((each for each in named if isinstance(each, str)), "")
-    head = _head(reference, config, name, trusted)
+    head = _find_head(reference, config, name, trusted)
     if not trusted:
         _refuse_kernels(reference, config)
     if device == "meta":
@@ -151,19 +151,19 @@ def _refuse_unknown(dtype: str | None) -> None:
         raise ModelError(f"the dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
 
 
-def _commit(reference: str, revision: str | None) -> str | None:
+def _find_commit(reference: str, revision: str | None) -> str | None:
     """Returns the commit of the hub that a base was taken from; None for a directory."""
     if files.is_directory(reference):
         return None
-    place = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
-    return Path(place).parent.name if isinstance(place, str) else None
+    cached = try_to_load_from_cache(reference, "config.json", revision=revision or "main")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
+def _find_head(reference: str, config: Any, name: str, trust_remote_code: bool) -> Any:
     """Returns what loads the class that the configuration names: the class, or the Auto class that leads to it."""
     remote = vars(config).get("auto_map")
-    for auto, place in remote.items() if isinstance(remote, dict) else ():
-        if str(place).rpartition(".")[2] == name and autos.is_auto_class(auto):
+    for auto, class_reference in remote.items() if isinstance(remote, dict) else ():
+        if str(class_reference).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
                 raise ModelError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
             return getattr(transformers, auto)
@@ -211,17 +211,19 @@ def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_rem
     options: dict[str, Any] = {"device_map": "meta"} if device == "meta" else {}
     options |= {"dtype": getattr(torch, dtype)} if dtype else {}
     directory = directory.resolve()
-    with _opened(directory, trust_remote_code) as (record, own):
-        model = _model(directory, record, own, options)
-        processor = _processor(str(own), None, trust_remote_code=True, needed=device != "meta")
-        tokenizer = _tokenizer(str(own), None, trust_remote_code=True)
+    with _open_artifact(directory, trust_remote_code) as (record, own):
+        model = _load_model(directory, record, own, options)
+        processor = _load_processor(str(own), None, trust_remote_code=True, needed=device != "meta")
+        tokenizer = _load_tokenizer(str(own), None, trust_remote_code=True)
         for thing in (processor, tokenizer):
             private.point_back(thing, own, directory)
     return BaseModel(model, tokenizer, record.base, processor)
 
 
 @contextmanager
-def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -> Iterator[tuple[Manifest, Path]]:
+def _open_artifact(
+    directory: Path, trust_remote_code: bool, *, weights: bool = True
+) -> Iterator[tuple[Manifest, Path]]:
     """Yields an artifact's manifest and a private copy of its files, all verified; no code of it has run yet.
 
     While the block lasts, its weight files stay as they are, or ArtifactError says that they did not.
@@ -235,7 +237,7 @@ def _opened(directory: Path, trust_remote_code: bool, *, weights: bool = True) -
             yield record, own
 
 
-def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
+def _load_tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
     with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", ModelError), trust.never_asking():
         try:
             return AutoTokenizer.from_pretrained(
@@ -248,14 +250,14 @@ def _tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool 
 def tokenizer_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Returns the tokenizer that stands in a model's directory, an artifact's or not; None where there is none."""
     if manifest.kind(directory) == "artifact":
-        with _opened(directory.resolve(), trust_remote_code, weights=False) as (_, own):
-            found = _tokenizer(str(own), None, trust_remote_code=True)
+        with _open_artifact(directory.resolve(), trust_remote_code, weights=False) as (_, own):
+            found = _load_tokenizer(str(own), None, trust_remote_code=True)
             private.point_back(found, own, directory.resolve())
             return found
-    return _tokenizer(str(directory), None, trust_remote_code=trust_remote_code)
+    return _load_tokenizer(str(directory), None, trust_remote_code=trust_remote_code)
 
 
-def _processor(reference: str, revision: str | None, *, trust_remote_code: bool, needed: bool) -> Any:
+def _load_processor(reference: str, revision: str | None, *, trust_remote_code: bool, needed: bool) -> Any:
     """Returns what prepares images, sound or text with either for a model; None where that is the tokenizer alone.
 
     Raises:
@@ -271,7 +273,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
         brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
     elif not isinstance(read.value, PreTrainedTokenizerBase):
         return read.value
-    brought = [name for name in brought if _has(reference, name, revision)]
+    brought = [name for name in brought if _has_file(reference, name, revision)]
     if brought and needed:
         raise ModelError(
             f"{reference!r} has a {brought[0]} that cannot be loaded, so what it prepares inputs with would be lost: "
@@ -280,7 +282,7 @@ def _processor(reference: str, revision: str | None, *, trust_remote_code: bool,
     return None
 
 
-def _has(reference: str, name: str, revision: str | None) -> bool:
+def _has_file(reference: str, name: str, revision: str | None) -> bool:
     """Returns whether a model has a file; of one from the hub, whether it is in the cache by now."""
     if files.is_directory(reference):
         return files.is_file(Path(reference) / name)
@@ -298,11 +300,11 @@ def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **o
             on this machine and `trust_remote_code` is not given, or transformers would run other code than its own.
     """
     directory = Path(directory).resolve()
-    with _opened(directory, trust_remote_code) as (record, own):
-        return _model(directory, record, own, options)
+    with _open_artifact(directory, trust_remote_code) as (record, own):
+        return _load_model(directory, record, own, options)
 
 
-def _model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
+def _load_model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Loads the model of an artifact from a private copy of it."""
     auto = autos.own_class(own)
     with foreign.calling(f"the model of {directory} cannot be loaded", ArtifactError):
@@ -320,8 +322,8 @@ def _model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]
 def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     """Compares the source that really runs with the manifest: transformers prefers registered and cached classes."""
     faults = []
-    edited = set(ledger.places(record.edits))
-    classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _holds(model, name)}
+    edited = set(ledger.new_modules(record.edits))
+    classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _has_module(model, name)}
     for cls in classes:
         if cls is not type(model) and cls.__module__.split(".")[0] in ownership.ALWAYS:
             continue  # the artifact's code imports it from there
@@ -335,8 +337,8 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     return faults
 
 
-def _holds(model: PreTrainedModel, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
+def _has_module(model: PreTrainedModel, name: str) -> bool:
+    return any(name == module_name for module_name, _ in model.named_modules())
 
 
 def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -347,13 +349,13 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     Raises:
         ArtifactError: there is none, a file is not what was written, or the artifact's code may not run.
     """
-    tokenizer = tokenizer_in(_artifact(directory), trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_in(_find_artifact(directory), trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ArtifactError(f"{directory} holds no tokenizer; build it with tokenizer=...")
     return tokenizer
 
 
-def _artifact(directory: str | Path) -> Path:
+def _find_artifact(directory: str | Path) -> Path:
     """Returns the directory of an artifact."""
     found = Path(directory).resolve()
     manifest.read(found, "artifact")
@@ -367,8 +369,8 @@ def load_processor(directory: str | Path, *, trust_remote_code: bool = False) ->
         ArtifactError: there is neither, a file is not what was written, or the artifact's code may not run.
         ModelError: a package that the processor is made of is not installed.
     """
-    directory = _artifact(directory)
-    with _opened(directory, trust_remote_code, weights=False) as (_, own):
-        processor = _processor(str(own), None, trust_remote_code=True, needed=True)
+    directory = _find_artifact(directory)
+    with _open_artifact(directory, trust_remote_code, weights=False) as (_, own):
+        processor = _load_processor(str(own), None, trust_remote_code=True, needed=True)
         private.point_back(processor, own, directory)
     return processor if processor is not None else load_tokenizer(directory, trust_remote_code=trust_remote_code)

@@ -82,15 +82,15 @@ def build(
             travel, `directory` exists and is not ours, or the fresh process found a difference. Nothing is left behind.
     """
     directory = Path(directory)
-    with writing.staged(directory, _inputs(model, edits)) as staging:
-        written, findings = _fill(model, edits, staging, tokenizer, base, recipe, link)
+    with writing.staged(directory, _list_inputs(model, edits)) as staging:
+        written, findings = _fill_staging(model, edits, staging, tokenizer, base, recipe, link)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging, process), *findings]
-        _remember(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
+        _remember_built(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
     return Artifact(directory, written, findings)
 
 
-def _remember(model: PreTrainedModel, tokenizer: Saveable | None, written: Manifest) -> None:
+def _remember_built(model: PreTrainedModel, tokenizer: Saveable | None, written: Manifest) -> None:
     """Notes that the artifact was built here, unless code of strangers is in it, which ran by permission."""
     if not (strange := trust.strange_classes(model, tokenizer)):
         trust.remember(written)
@@ -111,20 +111,20 @@ def assemble(
     recipe: dict[str, Any] | None = None,
 ) -> Manifest:
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
-    with writing.staged(directory, _inputs(model, edits)) as staging:
-        return _fill(model, edits, staging, tokenizer, base, recipe, link=True)[0]
+    with writing.staged(directory, _list_inputs(model, edits)) as staging:
+        return _fill_staging(model, edits, staging, tokenizer, base, recipe, link=True)[0]
 
 
-def _inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
+def _list_inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
     """Returns what an artifact is made from: the directory of its base, and the files of the new modules' classes."""
     base = str(getattr(model.config, "name_or_path", "") or "")
-    known = dict(model.named_modules(remove_duplicate=False))
-    classes = {type(known[edit.name]) for edit in edits if edit.name in known}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    classes = {type(modules[edit.name]) for edit in edits if edit.name in modules}
     files = (vars(sys.modules[cls.__module__]).get("__file__") for cls in classes if cls.__module__ in sys.modules)
-    return [Path(place) for place in (base, *files) if place]
+    return [Path(path) for path in (base, *files) if path]
 
 
-def _fill(
+def _fill_staging(
     model: PreTrainedModel,
     edits: Sequence[Edit],
     staging: Path,
@@ -142,10 +142,10 @@ def _fill(
             companions.refuse_broken_tokenizer(source)
     vocabulary.refuse_unfit(model, travelling)
     code = sources.compile_sources(model, edits)
-    origin, lineage, earlier = _descent(model, base)
+    origin, lineage, earlier = _trace_descent(model, base)
     for name, text in code.files.items():
         (staging / name).write_text(text, encoding="utf-8")
-    (staging / "config.json").write_text(_config(model, code), encoding="utf-8")
+    (staging / "config.json").write_text(_write_config(model, code), encoding="utf-8")
     if model.can_generate():
         remedy = "mend generation_config.json of the base"
         with foreign.calling("the base's settings for generation cannot be written", ArtifactError, remedy=remedy):
@@ -157,7 +157,7 @@ def _fill(
     draft = Manifest(
         kind="artifact",
         base=origin,
-        lineage=[*lineage, {"step": "surgery", "edits": records, **_figures(model, records)}],
+        lineage=[*lineage, {"step": "surgery", "edits": records, **_count_figures(model, records)}],
         edits=[*earlier, *records],
         code={name: hashing.digest_bytes(text.encode()) for name, text in code.files.items()},
         requirements=code.requirements,
@@ -167,12 +167,12 @@ def _fill(
     return written, [*vocabulary.findings(model, travelling), *carried.findings()]
 
 
-def _figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _count_figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the numbers that plan, run, card and diff show: of tensors, and of FLOPs."""
     return {"tensors": ledger.counts(model.state_dict(), records), "cost": cost(model).document()}
 
 
-def _descent(
+def _trace_descent(
     model: PreTrainedModel, base: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns where the model comes from, what was done to it until now, and the edits among that.
@@ -200,8 +200,10 @@ def write(
     """
     if stored is None:
         state = model.state_dict(keep_vars=True)
-        tied = _tied(model, state)
-        origins = _origins(model, {n: t for n, t in state.items() if n not in tied}) if Extent.of(model).whole else {}
+        tied = _find_tied(model, state)
+        origins = (
+            _find_origins(model, {n: t for n, t in state.items() if n not in tied}) if Extent.of(model).whole else {}
+        )
         files = {entry.file for entry in (*origins.values(), *store.origins_in_memory(state).values())}
         with checkpoint.steady(files):
             stored = store.store(state, staging, tied=tied, origins=origins, link=link)
@@ -209,7 +211,7 @@ def write(
     else:
         certificate.write(model, staging, stored, draft.edits)
     draft = replace(draft, versions=manifest.current_versions())
-    (staging / manifest.CARD).write_text(_card(model, staging, draft), encoding="utf-8")
+    (staging / manifest.CARD).write_text(_write_card(model, staging, draft), encoding="utf-8")
     others = _other_files(staging, set(draft.code))
     finished = replace(
         draft,
@@ -223,18 +225,18 @@ def write(
     return finished
 
 
-def _card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
+def _write_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     """Writes the model card: how to load it, what was changed, and what it does not keep of its base's behaviour."""
     auto = autos.own_class(staging)
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
-    told = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
-    told["tokenizer"] = companions.has_tokenizer(staging)
-    return sources.render("README.md.jinja", **told)
+    values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    values["tokenizer"] = companions.has_tokenizer(staging)
+    return sources.render("README.md.jinja", **values)
 
 
-def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
+def _find_origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
     """Finds the tensors of a state in the files that the model was loaded from, as far as those are on this machine."""
     where = Path(str(model.config.name_or_path or "nowhere"))
     try:
@@ -244,7 +246,7 @@ def _origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[
     return store.origins_by_digest(state, base, tensors.digests(state.items()))
 
 
-def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
+def _find_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
     """Returns the names whose tensors come back by being tied to another, as they are now."""
     declared = {**model.all_tied_weights_keys, **operations.shared_keys(model)}
     return {
@@ -265,7 +267,7 @@ def verify(model: PreTrainedModel, staging: Path, process: Alone | None = None) 
     refuse(
         ArtifactError,
         "the artifact does not reload as it was in memory",
-        [f"{finding.name}: {finding.evidence}{_remedy(finding, model)}" for finding in failed],
+        [f"{finding.name}: {finding.evidence}{_describe_remedy(finding, model)}" for finding in failed],
     )
     return findings
 
@@ -282,12 +284,12 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
         return [unchanged.words(model)]
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     faults = []
-    for name, record in ledger.places([edit.document() for edit in edits]).items():
+    for name, record in ledger.new_modules([edit.document() for edit in edits]).items():
         if name not in names:
             faults.append(f"{name} is no module of the model")
         elif (found := type(model.get_submodule(name)).__name__) != record["new_class"]:
             faults.append(f"{name} holds a {found}, but the edit put a {record['new_class']} there")
-    shaped = ledger.shapes([edit.document() for edit in edits])
+    shaped = ledger.reshaped_modules([edit.document() for edit in edits])
     faults += [f"{name} is no module of the model" for name in shaped if name not in names]
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
@@ -297,7 +299,7 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
     return faults
 
 
-def _config(model: PreTrainedModel, code: sources.Sources) -> str:
+def _write_config(model: PreTrainedModel, code: sources.Sources) -> str:
     values = json.loads(model.config.to_json_string(use_diff=True))
     values |= {
         "model_type": code.model_type,
@@ -311,15 +313,15 @@ def _config(model: PreTrainedModel, code: sources.Sources) -> str:
 
 
 def _other_files(directory: Path, code: set[str]) -> dict[str, str]:
-    told = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
+    listed_elsewhere = {*code, manifest.NAME, *(path.name for path in checkpoint.weight_files(directory))}
     return {
         name: hashing.digest_file(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in told
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in listed_elsewhere
     }
 
 
-def _remedy(finding: Finding, model: PreTrainedModel) -> str:
+def _describe_remedy(finding: Finding, model: PreTrainedModel) -> str:
     """Says what to do about state that a reload does not bring back."""
     lost = [
         name

@@ -56,15 +56,15 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     configuration, modeling = f"configuration_solid_{stem}", f"modeling_solid_{stem}"
     model_class = next((c for c in before.head.__mro__ if c.__module__.startswith("transformers.models.")), before.head)
     bases = list(dict.fromkeys([before.head, *family.classes, model_class]))
-    entries, classes = _entries(before, edits, {cls.__name__ for cls in bases})
+    entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    files = {**carried.files, OPERATIONS: _operations(entries)}
+    files = {**carried.files, OPERATIONS: _write_operations(entries)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
     shares = not set(operations.shared_keys(model)) <= set(family.ties)
     prefix = None if family.backbone is None else family.prefix
-    within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _places(entry))
+    within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _list_names(entry))
     context = {
         "head": before.head.__name__,
         "family": model_class.__name__,
@@ -77,9 +77,9 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "outside": prefix is not None and not within,
         "shares": shares,
         "config": config.__name__,
-        "config_module": _home(config, carried.modules),
+        "config_module": _find_home(config, carried.modules),
         "classes": list(classes),
-        "imports": _imports(
+        "imports": _list_imports(
             carried.modules,
             classes,
             [*bases, config],
@@ -94,13 +94,13 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     }
     files[f"{configuration}.py"] = render("configuration.py.jinja", **context)
     files[f"{modeling}.py"] = render("modeling.py.jinja", **context)
-    auto_map = {auto: f"{modeling}.Solid{cls.__name__}" for auto, cls in _served(before, family).items()}
+    auto_map = {auto: f"{modeling}.Solid{cls.__name__}" for auto, cls in _map_served(before, family).items()}
     auto_map["AutoConfig"] = f"{configuration}.Solid{config.__name__}"
     heads = [f"Solid{before.head.__name__}"]
     return Sources(files, str(context["model_type"]), auto_map, heads, entries, carried.requirements)
 
 
-def _operations(entries: Sequence[Mapping[str, Any]]) -> str:
+def _write_operations(entries: Sequence[Mapping[str, Any]]) -> str:
     """Returns the code that makes the changes: what every artifact carries, and what its own operations bring."""
     text = inspect.getsource(operations)
     for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
@@ -123,7 +123,7 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(**oldest, **context)
 
 
-def _served(before: Ancestor, family: Family) -> dict[str, type[PreTrainedModel]]:
+def _map_served(before: Ancestor, family: Family) -> dict[str, type[PreTrainedModel]]:
     """Returns the class that each Auto class leads to."""
     served = dict.fromkeys(family.heads, before.head) | family.others
     if "AutoModelForCausalLM" in served:
@@ -138,7 +138,7 @@ def _head_keys(model: PreTrainedModel, prefix: str) -> list[str]:
     return [rf"^{re.escape(top)}(\.|$)" for top in sorted(tops)]
 
 
-def _entries(
+def _make_entries(
     before: Ancestor, edits: Sequence[Edit], taken: set[str]
 ) -> tuple[list[dict[str, Any]], dict[str, type[nn.Module]]]:
     """Returns the changes as config.json holds them, and the classes that they name.
@@ -149,7 +149,7 @@ def _entries(
     for number, edit in enumerate(edits):
         entry: dict[str, Any] = {"operation": edit.operation, **edit.settings}
         if edit.module_class is not None:
-            key = _key(edit.module_class, classes, taken)
+            key = _make_key(edit.module_class, classes, taken)
             classes[key] = edit.module_class
             entry |= {"class": key, "supplied": list(edit.supplied), "arguments": edit.arguments, "bypass": edit.bypass}
         if edit.frozen:
@@ -166,7 +166,7 @@ def _entries(
     return entries, classes
 
 
-def _key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: set[str]) -> str:
+def _make_key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: set[str]) -> str:
     """Returns the name by which config.surgery calls a class: its own, with a number when another has it."""
     number, key = 1, cls.__name__
     while key in taken or classes.get(key, cls) is not cls:
@@ -175,22 +175,22 @@ def _key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: set[s
     return key
 
 
-def _places(entry: dict[str, Any]) -> list[str]:
+def _list_names(entry: dict[str, Any]) -> list[str]:
     return [*entry["modules"], *([entry["reads"]] if "reads" in entry else [])]
 
 
-def _imports(
+def _list_imports(
     modules: dict[type, str], classes: dict[str, type[nn.Module]], bases: Sequence[type], wanted: dict[str, set[str]]
 ) -> list[tuple[str, list[str]]]:
     """Returns the import lines of the modelling file: packages first, then files beside it."""
     for base in bases:
-        wanted.setdefault(_home(base, modules), set()).add(base.__name__)
+        wanted.setdefault(_find_home(base, modules), set()).add(base.__name__)
     for key, cls in classes.items():
         wanted.setdefault(modules[cls], set()).add(cls.__name__ if key == cls.__name__ else f"{cls.__name__} as {key}")
     lines = sorted(wanted.items(), key=lambda line: (line[0].startswith("."), line[0]))
     return [(module, sorted(names)) for module, names in lines]
 
 
-def _home(cls: type, modules: dict[type, str]) -> str:
+def _find_home(cls: type, modules: dict[type, str]) -> str:
     """Returns the module to import a class from: transformers itself for what it exports."""
     return "transformers" if getattr(transformers, cls.__name__, None) is cls else modules[cls]

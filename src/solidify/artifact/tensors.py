@@ -50,23 +50,23 @@ def digests_where_they_stand(state: Mapping[str, torch.Tensor]) -> dict[str, str
 
     Memory is then read no more than files whose digests are not known yet, in pieces.
     """
-    places = mapped.places(state)
+    regions = mapped.file_regions(state)
     stored: dict[tuple[str, int], str] = {}
-    for path in dict.fromkeys(path for path, _ in places.values()):
+    for path in dict.fromkeys(path for path, _ in regions.values()):
         try:
             header = format.read_header(path)
         except ArtifactError:
             continue  # mapped too, but of another format (PyTorch's own): its tensors are read in memory
         found = digest_cache.digests([path])
         stored |= {(str(path), entry.start): found[name] for name, entry in header.items()}
-    found = {name: stored[str(path), start] for name, (path, start) in places.items() if (str(path), start) in stored}
+    found = {name: stored[str(path), start] for name, (path, start) in regions.items() if (str(path), start) in stored}
     return {name: found.get(name) or digest(tensor) for name, tensor in state.items()}
 
 
 def align(module: nn.Module) -> None:
     """Moves in place, values unchanged, every matrix of a module that does not start at a multiple of 64 bytes."""
     for tensor in (*module.parameters(), *module.buffers()):
-        _move(tensor, 0)
+        _move_tensor(tensor, 0)
 
 
 def realign(entries: Mapping[str, Entry], state: Mapping[str, torch.Tensor]) -> None:
@@ -76,20 +76,20 @@ def realign(entries: Mapping[str, Entry], state: Mapping[str, torch.Tensor]) -> 
     """
     for name, entry in entries.items():
         if name in state:
-            _move(state[name], entry.start % format.ALIGNMENT)
+            _move_tensor(state[name], entry.start % format.ALIGNMENT)
 
 
 def align_to(tensor: torch.Tensor, address: int) -> None:
     """Moves in place, values unchanged, a matrix that stands otherwise aligned than what stands at an address."""
-    _move(tensor, address % format.ALIGNMENT)
+    _move_tensor(tensor, address % format.ALIGNMENT)
 
 
-def _move(tensor: torch.Tensor, offset: int) -> None:
+def _move_tensor(tensor: torch.Tensor, offset: int) -> None:
     if tensor.device.type == "cpu" and tensor.ndim >= 2 and tensor.data_ptr() % format.ALIGNMENT != offset:
-        tensor.data = _at(tensor, offset)
+        tensor.data = _copy_aligned(tensor, offset)
 
 
-def _at(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+def _copy_aligned(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     """Copies a tensor to an address that is `offset` above a multiple of the alignment."""
     room = torch.empty(tensor.nbytes + 2 * format.ALIGNMENT, dtype=torch.uint8)
     begin = (offset - room.data_ptr()) % format.ALIGNMENT

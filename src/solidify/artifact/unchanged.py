@@ -19,7 +19,7 @@ def words(model: PreTrainedModel) -> str:
         for name, module in model.named_modules()
         if plain is not None
         and type(module) is not expected.get(name)
-        and all(expected.get(outer) is type(model.get_submodule(outer)) for outer in _outer(name))
+        and all(expected.get(outer) is type(model.get_submodule(outer)) for outer in _list_outer(name))
     ]
     if patched:
         more = f" and {len(patched) - _SHOWN} more" if len(patched) > _SHOWN else ""
@@ -36,7 +36,7 @@ def words(model: PreTrainedModel) -> str:
     )
 
 
-def _outer(name: str) -> list[str]:
+def _list_outer(name: str) -> list[str]:
     """Returns the names of the modules that hold a module, the model itself first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:count]) for count in range(len(parts))]

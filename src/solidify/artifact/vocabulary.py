@@ -40,26 +40,26 @@ def findings(model: PreTrainedModel, processor: Any) -> list[Finding]:
     tokenizer = tokenizer_of(processor)
     if tokenizer is None:
         return []
-    return _embedded(model, tokenizer) + (_stops(model, tokenizer) if model.can_generate() else [])
+    return _compare_embeddings(model, tokenizer) + (_compare_stops(model, tokenizer) if model.can_generate() else [])
 
 
-def _embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _compare_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Compares ids and rows, where it is a plain table that turns ids into vectors."""
     table = foreign.attempt(model.get_input_embeddings).value
     if isinstance(table, nn.Embedding):
-        return [_fits(tokenizer, table.num_embeddings)]
+        return [_check_rows(tokenizer, table.num_embeddings)]
     if table is None or model.main_input_name != "input_ids":
         return []
     return [Finding.unseen(FITS, f"a {type(table).__name__} takes the ids")]
 
 
-def _fits(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
+def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
     if not beyond:
         return Finding(FITS, True, f"{len(vocabulary)} ids, the embeddings have {rows} rows")
     placeholders = {t for role, t in tokenizer.special_tokens_map.items() if role not in _ROLES and isinstance(t, str)}
-    listed = _listed([f"{token!r} (id {number})" for number, token in beyond])
+    listed = _list_names([f"{token!r} (id {number})" for number, token in beyond])
     if all(token in placeholders for _, token in beyond):
         # A family's tokenizer names the places of images and sound, also beside a model that takes text alone.
         return Finding(FITS, None, f"{listed} stands for what this model does not take; text that holds it fails")
@@ -72,7 +72,7 @@ def _fits(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
     )
 
 
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _compare_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Compares end, padding and first token with what generation and other programs read."""
     words = model.config.get_text_config(decoder=True)
     sources = {"generation_config": model.generation_config, "config": words}
@@ -82,30 +82,32 @@ def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[F
     for role in ("pad_token", "bos_token"):
         own = getattr(tokenizer, f"{role}_id")
         for where, source in sources.items():
-            other = _ids(source, f"{role}_id")
+            other = _list_ids(source, f"{role}_id")
             if own is not None and other and own not in other:
-                faults.append(f"{role} is id {own} of the tokenizer and {_plain(other)} in {where}")
+                faults.append(f"{role} is id {own} of the tokenizer and {_format_ids(other)} in {where}")
     if tokenizer.eos_token_id is None and not faults:
         return []
     remedy = "; set these on the model (or the tokenizer) before the build"
-    return [Finding(ENDS, None, "; ".join(faults) + remedy) if faults else Finding(ENDS, True, _ended(tokenizer))]
-
-
-def _against_end(where: str, source: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    own, ends = tokenizer.eos_token_id, _ids(source, "eos_token_id")
-    if own in ends or (where == "config" and not ends):
-        return []
     return [
-        f"the tokenizer ends with {tokenizer.eos_token!r} (id {own}), and {where}.eos_token_id is {_plain(ends)}: "
-        f"{where}.eos_token_id = {_plain([*ends, own])} stops there too"
+        Finding(ENDS, None, "; ".join(faults) + remedy) if faults else Finding(ENDS, True, _describe_end(tokenizer))
     ]
 
 
-def _ended(tokenizer: PreTrainedTokenizerBase) -> str:
+def _against_end(where: str, source: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    own, ends = tokenizer.eos_token_id, _list_ids(source, "eos_token_id")
+    if own in ends or (where == "config" and not ends):
+        return []
+    return [
+        f"the tokenizer ends with {tokenizer.eos_token!r} (id {own}), and {where}.eos_token_id is {_format_ids(ends)}: "
+        f"{where}.eos_token_id = {_format_ids([*ends, own])} stops there too"
+    ]
+
+
+def _describe_end(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) ends generation"
 
 
-def _ids(source: Any, key: str) -> list[int]:
+def _list_ids(source: Any, key: str) -> list[int]:
     """Returns the ids that a configuration gives for a role: none, one or several."""
     value = source.to_dict().get(key) if isinstance(source, PreTrainedConfig) else getattr(source, key, None)
     try:
@@ -117,10 +119,10 @@ def _ids(source: Any, key: str) -> list[int]:
         raise ArtifactError(f"{key} in {where} of the model is {value!r}, and no id of a token; mend it") from error
 
 
-def _plain(ids: Sequence[int]) -> str:
+def _format_ids(ids: Sequence[int]) -> str:
     return "None" if not ids else str(ids[0]) if len(ids) == 1 else str(list(ids))
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -45,8 +45,8 @@ def main() -> None:
     request = json.loads(asked)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    behaviour = _module(request["behaviour"])
-    answers = {d: _directory(Path(d) / request["certificate"], behaviour) for d in request["directories"]}
+    behaviour = _import_file(request["behaviour"])
+    answers = {d: _check_directory(Path(d) / request["certificate"], behaviour) for d in request["directories"]}
     imported = [name for name in forbidden if sys.modules.get(name) is not None]
     print(json.dumps({"imported": imported, "directories": answers}))
 
@@ -57,7 +57,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _module(path: str) -> Any:
+def _import_file(path: str) -> Any:
     """Imports one file by its path."""
     spec = importlib.util.spec_from_file_location("behaviour", path)
     assert spec is not None and spec.loader is not None
@@ -67,7 +67,7 @@ def _module(path: str) -> Any:
     return module
 
 
-def _directory(certificate: Path, behaviour: Any) -> dict[str, Any]:
+def _check_directory(certificate: Path, behaviour: Any) -> dict[str, Any]:
     """Loads one directory through every Auto class that its configuration names."""
     import torch
     import transformers
@@ -116,20 +116,20 @@ def _same_class(directory: Path, auto: str, other: str) -> dict[str, Any]:
 def _load_steadily(
     certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any], behaviour: Any, *, forgiving: bool
 ) -> dict[str, Any]:
-    """Loads and compares as `_load`; if a single pass differs, loads anew, to see whether that is the model's doing.
+    """Loads and compares as `_check_auto`; if a single pass differs, loads anew, to see whether the model does that.
 
     Kernel libraries settle on their way when they are first used, and the first pass of a process was seen to differ in
     its last bits from all others. If fresh loads in the same process are bit-identical throughout, `once` says which
     case differed and how far. What differs by itself (an alignment, a buffer, chance) differs again; a process in which
     a second pass differs is not `forgiving`.
     """
-    answer = _load(certificate, config, auto, expected, behaviour)
+    answer = _check_auto(certificate, config, auto, expected, behaviour)
     different = {name: case for name, case in answer.get("outputs", {}).items() if not case["equal"]}
     if not forgiving or len(different) != 1 or any(case["distance"] is None for case in different.values()):
         return answer
     for _ in range(REPEATS):
         gc.collect()
-        again = _load(certificate, config, auto, expected, behaviour)
+        again = _check_auto(certificate, config, auto, expected, behaviour)
         if "error" in again or not all(case["equal"] for case in again.get("outputs", {}).values()):
             return answer
     (name, case), *_ = different.items()
@@ -137,7 +137,7 @@ def _load_steadily(
     return again
 
 
-def _load(
+def _check_auto(
     certificate: Path, config: dict[str, Any], auto: str, expected: dict[str, Any], behaviour: Any
 ) -> dict[str, Any]:
     """Loads through one Auto class, compares state and outputs, and measures how the whole model behaves."""
@@ -162,9 +162,9 @@ def _load(
         """Returns the name that a tensor has in the certificate; None for what belongs to a head of another kind."""
         return theirs + name.removeprefix(own) if name.startswith(own) else None
 
-    places = [name for edit in config["surgery"] for name in edit["modules"]]
+    module_names = [name for edit in config["surgery"] for name in edit["modules"]]
     _switch_caches_off(model)
-    found = _state(model, known_as, places)
+    found = _collect_state(model, known_as, module_names)
     answer["meta"] = sorted(n for kind in found.values() for n, value in kind.items() if getattr(value, "is_meta", 0))
     wanted = {kind: {n: v for n, v in expected[kind].items() if n.startswith(theirs)} for kind in found}
     answer["loading_info"] = {}
@@ -176,24 +176,24 @@ def _load(
         if strict:
             answer["loading_info"][kind] = sorted(strict)
     if not answer["meta"]:  # some models keep state of what they ran, so they run first, as they did in memory
-        answer |= _outputs(certificate, model, "hidden" if theirs else "logits", whole, behaviour)
-        answer.setdefault("outputs", {}).update(_called(certificate, model, expected["modules"], own, theirs))
-        found = _state(model, known_as, places)
+        answer |= _compare_outputs(certificate, model, "hidden" if theirs else "logits", whole, behaviour)
+        answer.setdefault("outputs", {}).update(_call_modules(certificate, model, expected["modules"], own, theirs))
+        found = _collect_state(model, known_as, module_names)
     answer["sampled"] = bool(expected["samples"])
     if answer["sampled"]:
         wanted["state"] = {name: expected["samples"][name] for name in wanted["state"]}
         found["attributes"] = {
-            n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in places))
+            n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in module_names))
         }
     for kind, values in found.items():
-        digest = _sample if kind == "state" and answer["sampled"] else _digest
+        digest = _digest_pages if kind == "state" and answer["sampled"] else _digest_tensor
         answer[kind] = _compare_state(values, wanted[kind], digest, additional=whole or backbone)
     if whole and not answer["meta"] and "distances" in expected.get("contract", {}):
-        answer["behaviour"] = _behave(certificate, model, expected["contract"], behaviour)
+        answer["behaviour"] = _measure_contract(certificate, model, expected["contract"], behaviour)
     return answer
 
 
-def _behave(certificate: Path, model: Any, contract: dict[str, Any], behaviour: Any) -> dict[str, Any]:
+def _measure_contract(certificate: Path, model: Any, contract: dict[str, Any], behaviour: Any) -> dict[str, Any]:
     """Measures the properties of the contract as they were measured in memory."""
     from safetensors.torch import load_file
 
@@ -221,7 +221,7 @@ def _switch_caches_off(model: Any) -> None:
                 config.use_cache = False
 
 
-def _state(model: Any, known_as: Any, places: list[str]) -> dict[str, dict[str, Any]]:
+def _collect_state(model: Any, known_as: Any, module_names: list[str]) -> dict[str, dict[str, Any]]:
     """Collects tensors by the names of the certificate: parameters and buffers, plain attributes that are tensors, and
     the plain numbers and words of the modules that the surgery made."""
     import torch
@@ -234,7 +234,7 @@ def _state(model: Any, known_as: Any, places: list[str]) -> dict[str, dict[str, 
         name = known_as(f"{owner}." if owner else "")
         if name is None:
             continue
-        made = any(name.startswith(place + ".") for place in places)
+        made = any(name.startswith(module_name + ".") for module_name in module_names)
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 attributes[name + key] = value
@@ -253,7 +253,7 @@ def _compare_state(found: dict[str, Any], wanted: dict[str, Any], digest: Any, *
     }
 
 
-def _outputs(certificate: Path, model: Any, kind: str, whole: bool, behaviour: Any) -> dict[str, Any]:
+def _compare_outputs(certificate: Path, model: Any, kind: str, whole: bool, behaviour: Any) -> dict[str, Any]:
     """Runs the certificate's cases through the model, or through its part without a head, and compares."""
     from safetensors.torch import load_file
 
@@ -264,13 +264,15 @@ def _outputs(certificate: Path, model: Any, kind: str, whole: bool, behaviour: A
         if wanted is not None:
             arguments = {k.split("/")[1]: t.to(model.device) for k, t in inputs.items() if k.startswith(case + "/")}
             try:
-                answer[case] = _compare(_run(model if whole else model.base_model, arguments, behaviour).cpu(), wanted)
+                answer[case] = _compare_tensors(
+                    _run_model(model if whole else model.base_model, arguments, behaviour).cpu(), wanted
+                )
             except Exception as error:  # whatever stops it from running is the finding
                 return {"outputs": answer, "error": f"{case}: {type(error).__name__}: {error}"}
     return {"outputs": answer}
 
 
-def _called(
+def _call_modules(
     certificate: Path, model: Any, modules: list[dict[str, Any]], own: str, theirs: str
 ) -> dict[str, dict[str, Any]]:
     """Calls single modules with what they were given at the time of the certificate, and compares what they return."""
@@ -283,29 +285,29 @@ def _called(
         if not call["name"].startswith(theirs):
             continue
         module = model.get_submodule(own + call["name"].removeprefix(theirs))
-        args, kwargs = (_take(call[key], inputs, model.device) for key in ("args", "kwargs"))
+        args, kwargs = (_make_value(call[key], inputs, model.device) for key in ("args", "kwargs"))
         wanted = [tensor for key, tensor in outputs.items() if key.rpartition("/")[0] == call["name"]]
         try:
             with torch.no_grad():
                 returned = _tensors_in(module(*args, **kwargs))
         except Exception as error:  # whatever stops it from running is the finding
             return {call["name"]: {"equal": False, "distance": None, "scale": None, "error": str(error)}}
-        pairs = [_compare(t.cpu(), w) for t, w in zip(returned, wanted, strict=False)]
+        pairs = [_compare_tensors(t.cpu(), w) for t, w in zip(returned, wanted, strict=False)]
         if len(returned) != len(wanted):
             pairs.insert(0, {"equal": False, "distance": None, "scale": None})
         answer[call["name"]] = next((pair for pair in pairs if not pair["equal"]), pairs[0])
     return answer
 
 
-def _take(value: dict[str, Any], inputs: dict[str, Any], device: Any) -> Any:
+def _make_value(value: dict[str, Any], inputs: dict[str, Any], device: Any) -> Any:
     """Makes a value of its description."""
     ((kind, content),) = value.items()
     if kind == "tensor":
         return inputs[content].clone().to(device)  # a copy is aligned, and what is mapped need not be
     if kind == "dict":
-        return {key: _take(item, inputs, device) for key, item in content.items()}
+        return {key: _make_value(item, inputs, device) for key, item in content.items()}
     if kind in ("tuple", "list"):
-        items = [_take(item, inputs, device) for item in content]
+        items = [_make_value(item, inputs, device) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content
 
@@ -320,7 +322,7 @@ def _tensors_in(value: Any) -> list[Any]:
     return [t for item in value for t in _tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _sample(tensor: Any) -> Any:
+def _digest_pages(tensor: Any) -> Any:
     """Digests dtype and shape, and pages spread evenly over the bytes, both ends included."""
     import torch
     from blake3 import blake3
@@ -337,7 +339,7 @@ def _sample(tensor: Any) -> Any:
     return hasher.hexdigest()
 
 
-def _run(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
+def _run_model(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
     import torch
 
     if "use_cache" in behaviour.takes(model):
@@ -347,7 +349,7 @@ def _run(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
     return next(outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor))
 
 
-def _compare(found: Any, wanted: Any) -> dict[str, Any]:
+def _compare_tensors(found: Any, wanted: Any) -> dict[str, Any]:
     import torch
 
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
@@ -357,7 +359,7 @@ def _compare(found: Any, wanted: Any) -> dict[str, Any]:
     return {"equal": torch.equal(found, wanted), "distance": distance, "scale": scale}
 
 
-def _digest(tensor: Any) -> Any:
+def _digest_tensor(tensor: Any) -> Any:
     import torch
 
     if not isinstance(tensor, torch.Tensor):

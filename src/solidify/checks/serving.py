@@ -53,7 +53,7 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
 
 def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[str, str]) -> list[Finding]:
     """Judges a model that was changed by `edits` (their records) and whose `auto_map` stands in config.json."""
-    kind, places = _kind(model), ledger.places(edits)
+    kind, places = _kind(model), ledger.new_modules(edits)
     needed = (
         [Rule("architecture", kind, "", "Serve it with transformers")] if kind else _needed(model, places, auto_map)
     )

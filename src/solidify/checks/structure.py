@@ -25,14 +25,14 @@ UNTOUCHED = "unchanged tensors identical"
 def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it."""
     plain = lookup.plain_model(model)
-    declared = ledger.places(edits)
+    declared = ledger.new_modules(edits)
     faults = []
     for name, edit in declared.items():
         place = lookup.at(model, name)
         kind = type(place.inner).__name__ if place else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} holds {kind}, not {edit['new_class']}")
-    shaped = {name: _shape(model, name, edit) for name, edit in ledger.shapes(edits).items()}
+    shaped = {name: _shape(model, name, edit) for name, edit in ledger.reshaped_modules(edits).items()}
     faults += [f"{name} {fault}" for name, (_, wrong) in shaped.items() for fault in wrong]
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
@@ -59,7 +59,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 
     An added module must move what the outputs carry under its name, any other the logits.
     """
-    declared = ledger.places(edits)
+    declared = ledger.new_modules(edits)
     if not declared:
         return Finding.unseen(IN_USE, "no new module was put in")
     if not Extent.of(model).whole:

@@ -37,15 +37,17 @@ def read(directory: str | Path, files: Sequence[str | Path]) -> list[Adopted]:
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, closed=False)
-    names = list(dict.fromkeys(_name(directory, file) for file in files))
+    names = list(dict.fromkeys(_find_name(directory, file) for file in files))
     refuse(
-        ArtifactError, f"{directory} is not changed", [f for name in names if (f := _fault(directory, record, name))]
+        ArtifactError,
+        f"{directory} is not changed",
+        [f for name in names if (f := _find_fault(directory, record, name))],
     )
     found = []
     for name in names:
         content = reading.content(directory / name)
         shown_at_most = len(content) if name.endswith(".py") else SHOWN
-        text = _text(content[:shown_at_most])
+        text = _decode_text(content[:shown_at_most])
         found.append(Adopted(name, len(content), digest_bytes(content), text, record.listed().get(name)))
     return found
 
@@ -83,7 +85,7 @@ def keep(directory: Path, adopted: Sequence[Adopted]) -> list[Adopted]:
     return list(adopted)
 
 
-def _name(directory: Path, file: str | Path) -> str:
+def _find_name(directory: Path, file: str | Path) -> str:
     """Returns a file's name in the directory, for a path to it or for that name itself."""
     path = Path(file)
     if path.is_absolute() or not (directory / path).exists():
@@ -92,7 +94,7 @@ def _name(directory: Path, file: str | Path) -> str:
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else path.as_posix()
 
 
-def _fault(directory: Path, record: Manifest, name: str) -> str | None:
+def _find_fault(directory: Path, record: Manifest, name: str) -> str | None:
     if not manifest.is_inside(name):
         return f"{shown(name)} is no file inside of it"
     if name == NAME:
@@ -111,7 +113,7 @@ def _fault(directory: Path, record: Manifest, name: str) -> str | None:
     return None
 
 
-def _text(content: bytes) -> str | None:
+def _decode_text(content: bytes) -> str | None:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ def private(path: Path) -> bytes | None:
     """
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    content = _read(path, "private key", wrong=("PUBLIC KEY", "CERTIFICATE"))
+    content = _read_key(path, "private key", wrong=("PUBLIC KEY", "CERTIFICATE"))
     opened, password = foreign.attempt(load_pem_private_key, content, None), None
     if isinstance(opened.error, TypeError):  # so it says that a password is wanted
         password = os.environ.get(PASSWORD, "").encode()
@@ -49,7 +49,7 @@ def public(path: Path) -> str:
     """
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-    opened = foreign.attempt(load_pem_public_key, _read(path, "public key", wrong=("PRIVATE KEY", "CERTIFICATE")))
+    opened = foreign.attempt(load_pem_public_key, _read_key(path, "public key", wrong=("PRIVATE KEY", "CERTIFICATE")))
     if opened.value is None:
         raise ArtifactError(f"{path} holds no public key in PEM that can be read") from opened.error
     _require_curve(path, opened.value)
@@ -65,7 +65,7 @@ def certificates(path: Path) -> None:
     """
     from cryptography.x509 import load_pem_x509_certificates
 
-    opened = foreign.attempt(load_pem_x509_certificates, _read(path, "certificate", wrong=("PRIVATE KEY",)))
+    opened = foreign.attempt(load_pem_x509_certificates, _read_key(path, "certificate", wrong=("PRIVATE KEY",)))
     if not opened.value:
         raise ArtifactError(f"{path} holds no certificate in PEM that can be read") from opened.error
 
@@ -99,11 +99,11 @@ def purpose_fault(der: bytes) -> str | None:
         named = [each for purpose in purposes for each in purpose]
     if not named or {For.CODE_SIGNING, For.ANY_EXTENDED_KEY_USAGE} & set(named):
         return None
-    told = ", ".join(each.dotted_string for each in named)
-    return f"its certificate is for other uses alone (extended key usage {told}), and not for signing code"
+    usages = ", ".join(each.dotted_string for each in named)
+    return f"its certificate is for other uses alone (extended key usage {usages}), and not for signing code"
 
 
-def _read(path: Path, what: str, wrong: tuple[str, ...]) -> bytes:
+def _read_key(path: Path, what: str, wrong: tuple[str, ...]) -> bytes:
     files.require_regular(path, largest=LARGEST)
     try:
         content = path.read_bytes()

@@ -86,10 +86,10 @@ class Manifest:
         """
         refuse(ArtifactError, f"{directory} cannot be listed", name_faults(self))
         document = asdict(self)
-        disk.write(directory / NAME, _text(document, digest_values(document)))
+        disk.write(directory / NAME, _format_text(document, digest_values(document)))
 
 
-def _text(document: dict[str, Any], digest: str) -> str:
+def _format_text(document: dict[str, Any], digest: str) -> str:
     return json.dumps({**document, "digest": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -112,23 +112,23 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
             each = " or ".join(str(directory / part) for part in parts)
             raise ArtifactError(f"{directory} is the output of a run, which has no {NAME} of its own: name {each}")
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
-    manifest = _parse(path)
+    manifest = _parse_manifest(path)
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory} is {_a(manifest.kind)}, but {_a(kind)} was expected")
+        raise ArtifactError(f"{directory} is {_name_kind(manifest.kind)}, but {_name_kind(kind)} was expected")
     if closed:
         refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
     return manifest
 
 
-def _a(kind: str) -> str:
+def _name_kind(kind: str) -> str:
     return "a merged model of stock layout" if kind == "stock" else f"an {kind}"
 
 
-def _parse(path: Path) -> Manifest:
+def _parse_manifest(path: Path) -> Manifest:
     try:
         text = files.text(path)
         document = json.loads(text)
-        known = {f.name for f in fields(Manifest)}
+        field_names = {f.name for f in fields(Manifest)}
         if document["format"] > FORMAT:
             raise ArtifactError(
                 f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
@@ -136,9 +136,9 @@ def _parse(path: Path) -> Manifest:
         if document["algorithm"] != ALGORITHM:
             raise ArtifactError(f"{path} holds {document['algorithm']} digests, and not {ALGORITHM}; build it anew")
         digest = document.pop("digest", None)
-        if digest != digest_values(document) or text != _text(document, digest):
+        if digest != digest_values(document) or text != _format_text(document, digest):
             raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
-        manifest = Manifest(**{key: value for key, value in document.items() if key in known})
+        manifest = Manifest(**{key: value for key, value in document.items() if key in field_names})
         object.__setattr__(manifest, "sha256", hashlib.sha256(text.encode()).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
@@ -195,15 +195,15 @@ def name_faults(manifest: Manifest) -> list[str]:
     names = [NAME, *manifest.code, *manifest.files, *manifest.headers]
     faults = [f"{shown(name)} is no name of a file inside of the directory" for name in names if not is_inside(name)]
     first: dict[str, int] = {}
-    for place, name in enumerate(names):
-        other = names[first.setdefault(_folded(name), place)]
-        if first[_folded(name)] != place:
+    for index, name in enumerate(names):
+        other = names[first.setdefault(_fold_name(name), index)]
+        if first[_fold_name(name)] != index:
             how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
             faults.append(f"{shown(name)} {how}")
     faults += [
         f"{shown(name)} is the name of a signature, which no manifest lists"
         for name in names
-        if _folded(name) == SIGNATURE
+        if _fold_name(name) == SIGNATURE
     ]
     faults += [f"{shown(name)} is listed among code" for name in manifest.code if not name.endswith(".py")]
     faults += [f"{shown(name)} is code, and not listed as such" for name in manifest.files if name.endswith(".py")]
@@ -222,7 +222,7 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _folded(name: str) -> str:
+def _fold_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -243,9 +243,9 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
     """
     listed = {NAME, *manifest.listed()}
     folders = {str(parent) for name in (*listed, *LEFT_BY_TOOLS_IN) for parent in PurePosixPath(name).parents}
-    by_case = {_folded(name): name for name in listed}
+    by_case = {_fold_name(name): name for name in listed}
     seen, faults = set(), []
-    for name, what in _entries(directory, folders):
+    for name, what in _walk_entries(directory, folders):
         if what == "file" and name in listed:
             seen.add(name)
         elif _is_left_by_tools(name, what):
@@ -253,13 +253,15 @@ def strangers(directory: Path, manifest: Manifest) -> list[str]:
         elif name == SIGNATURE and what == "file":
             if (size := (directory / name).lstat().st_size) > LARGEST_SIGNATURE:
                 faults.append(f"{name} holds {size} bytes; no signature holds more than {LARGEST_SIGNATURE}")
-        elif what == "file" and _folded(name) in by_case:
-            faults.append(f"{shown(name)} is not {shown(by_case[_folded(name)])}, which is listed: the case differs")
+        elif what == "file" and _fold_name(name) in by_case:
+            faults.append(f"{shown(name)} is not {shown(by_case[_fold_name(name)])}, which is listed: the case differs")
         elif what == "a link" and directory.parent.name == "snapshots":
             faults.append(f"{shown(name)} is a link, as in the hub's cache; download it with local_dir=...")
             seen.add(name)
         elif what in ("file", "directory"):
-            faults.append(f"{shown(name)} is a {what} that the manifest does not list; {_remedy(directory, what)}")
+            faults.append(
+                f"{shown(name)} is a {what} that the manifest does not list; {_describe_remedy(directory, what)}"
+            )
         else:
             faults.append(f"{shown(name)} is {what}; a model is made of plain files")
             seen.add(name)  # it is there, as what it should not be
@@ -282,11 +284,11 @@ def left_by_tools(path: Path) -> bool:
     return bool(found) and all(name in LEFT_BY_TOOLS_IN for name in found)
 
 
-def _remedy(directory: Path, what: str) -> str:
+def _describe_remedy(directory: Path, what: str) -> str:
     return "remove it" if what == "directory" else f"remove it, or list it on purpose (solidify adopt {directory} FILE)"
 
 
-def _entries(directory: Path, folders: set[str], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _walk_entries(directory: Path, folders: set[str], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yields everything in a directory with what it is; goes into the folders alone, and follows no link."""
     try:
         with os.scandir(directory) as found:
@@ -299,7 +301,7 @@ def _entries(directory: Path, folders: set[str], prefix: str = "") -> Iterator[t
             yield name, "a link"
         elif entry.is_dir(follow_symlinks=False):
             if name in folders:
-                yield from _entries(Path(entry.path), folders, f"{name}/")
+                yield from _walk_entries(Path(entry.path), folders, f"{name}/")
             else:
                 yield name, "directory"
         else:

@@ -37,30 +37,30 @@ def foreign(directory: Path) -> list[str]:
         return [f"it has no {manifest.NAME}, but {names(entries)}"]
     try:
         record = manifest.read(directory)
-        return [*_unlisted(directory, record), *manifest.faults(directory, record)]
+        return [*_find_unlisted(directory, record), *manifest.faults(directory, record)]
     except (SolidifyError, OSError) as error:
         return [str(error)]
 
 
-def _unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
+def _find_unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
     listed = {manifest.NAME, *record.code, *record.files, *record.headers}
     holding = {parent.as_posix() for name in listed for parent in Path(name).parents}
     faults = []
     for here, directories, names in os.walk(directory):
         for name in sorted([*directories, *names]):
             path = Path(here) / name
-            told = path.relative_to(directory).as_posix()
-            if told == manifest.SIGNATURE and signature.belongs(directory, record):
+            relative = path.relative_to(directory).as_posix()
+            if relative == manifest.SIGNATURE and signature.belongs(directory, record):
                 continue
-            if path.is_symlink() or told not in (holding if path.is_dir() else listed):
-                faults.append(f"{told} is not listed by its manifest")
+            if path.is_symlink() or relative not in (holding if path.is_dir() else listed):
+                faults.append(f"{relative} is not listed by its manifest")
         directories[:] = [name for name in directories if not (Path(here) / name).is_symlink()]
     return faults
 
 
 def in_run(directory: Path) -> list[str]:
     """Says what in a run's directory is no part of a run of ours, or is not as that wrote it."""
-    report = _report(directory)
+    report = _read_report(directory)
     faults = []
     for path in sorted(directory.iterdir()):
         if left(path):
@@ -73,7 +73,7 @@ def in_run(directory: Path) -> list[str]:
             faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
         elif path.name == REPORT and report is None:
             faults.append(f"{REPORT} is not the report that a run wrote")
-        elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest(path):
+        elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest_file(path):
             faults.append(f"{PAGE} is not the page that a run wrote")
     return faults
 
@@ -84,8 +84,8 @@ def unlike_a_run(directory: Path) -> list[str]:
     Other than `in_run` it is for who reads a run: what tools leave may stand there, as in a part, and so may what a run
     that was stopped left of its own; a page that the report lists must be there.
     """
-    report = _report(directory)
-    pages = _entry(report, "files")
+    report = _read_report(directory)
+    pages = _get_entry(report, "files")
     faults = [f"{PAGE} is missing, which {REPORT} lists"] if PAGE in pages and not (directory / PAGE).exists() else []
     for path in sorted(directory.iterdir()):
         hidden = HIDDEN.fullmatch(path.name)
@@ -97,8 +97,8 @@ def unlike_a_run(directory: Path) -> list[str]:
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
         elif what is None and path.name == PAGE:
-            told = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
-            what = "is not the page that a run wrote" if told and pages.get(PAGE) != _digest(path) else None
+            is_recorded = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
+            what = "is not the page that a run wrote" if is_recorded and pages.get(PAGE) != _digest_file(path) else None
         elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
             what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
         if what is not None:
@@ -106,7 +106,7 @@ def unlike_a_run(directory: Path) -> list[str]:
     return faults
 
 
-def _entry(document: Any, key: str) -> dict[str, Any]:
+def _get_entry(document: Any, key: str) -> dict[str, Any]:
     """Returns an entry that is a mapping; an empty one for any other."""
     found = document.get(key) if isinstance(document, dict) else None
     return found if isinstance(found, dict) else {}
@@ -135,7 +135,7 @@ def _in_part(path: Path) -> list[str]:
     return [] if kind in PARTS[path.name] else [f"it holds an {kind}"]
 
 
-def _report(directory: Path) -> dict[str, Any] | None:
+def _read_report(directory: Path) -> dict[str, Any] | None:
     """Returns a run's report as it was written; None if there is none, or somebody changed it."""
     try:
         return Report.read(directory / REPORT)
@@ -143,13 +143,13 @@ def _report(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _digest(path: Path) -> str:
+def _digest_file(path: Path) -> str:
     return blake3(files.content(path)).hexdigest() if path.is_file() else ""
 
 
 def page_digests(directory: Path) -> dict[str, str]:
     """Returns what a report lists of the files beside it."""
-    return {PAGE: _digest(directory / PAGE)} if (directory / PAGE).is_file() else {}
+    return {PAGE: _digest_file(directory / PAGE)} if (directory / PAGE).is_file() else {}
 
 
 def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
@@ -214,7 +214,7 @@ def anything(directory: Path) -> bool:
     """Returns whether there is a manifest or a report of ours in a directory, or in a part of a run there."""
     manifests = [directory / manifest.NAME, *(directory / name / manifest.NAME for name in PARTS)]
     checkpoints = directory.glob(f"checkpoint-*/{OBJECTIVE}")
-    return any(path.is_file() for path in (*manifests, *checkpoints)) or _report(directory) is not None
+    return any(path.is_file() for path in (*manifests, *checkpoints)) or _read_report(directory) is not None
 
 
 def names(paths: list[Path]) -> str:
@@ -226,10 +226,10 @@ def names(paths: list[Path]) -> str:
 def left(path: Path) -> bool:
     """Returns whether a path is a hidden directory that a run has left which is over."""
     found = HIDDEN.fullmatch(path.name)
-    return found is not None and path not in used and not _alive(int(found[3]))
+    return found is not None and path not in used and not _is_alive(int(found[3]))
 
 
-def _alive(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     if process == os.getpid():
         return False
     try:

@@ -32,14 +32,14 @@ def copy(directory: Path, record: Manifest) -> Iterator[Path]:
     with disk.temporary() as root:  # of mode 0700
         private = root.resolve() / directory.name
         private.mkdir()
-        faults = [fault for name in record.listed() if (fault := _take(directory, private, name, record))]
+        faults = [fault for name in record.listed() if (fault := _copy_file(directory, private, name, record))]
         refuse(ArtifactError, f"{directory} is not what was written", faults)
         trust.refuse_leading(directory, record, private)
         record.write(private)
         yield private
 
 
-def _take(directory: Path, private: Path, name: str, record: Manifest) -> str | None:
+def _copy_file(directory: Path, private: Path, name: str, record: Manifest) -> str | None:
     """Puts one file into the copy; returns what is wrong with it."""
     source, target = directory / name, private / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,25 +64,25 @@ def point_back(thing: Any, private: Path, directory: Path) -> None:
         things = [value for value in held if isinstance(value, (PreTrainedConfig, GenerationConfig))]
         vars(thing)["name_or_path"] = str(directory)
     for each in things:
-        _point(each, str(private), str(directory), seen)
+        _replace_paths(each, str(private), str(directory), seen)
 
 
-def _point(thing: Any, old: str, new: str, seen: set[int]) -> Any:
+def _replace_paths(thing: Any, old: str, new: str, seen: set[int]) -> Any:
     """Returns a value with every path changed; things are changed in place, and so is what they hold."""
     if isinstance(thing, str):
         return new + thing[len(old) :] if thing == old or thing.startswith(f"{old}/") else thing
     if isinstance(thing, tuple) and type(thing) is tuple:
-        return tuple(_point(each, old, new, seen) for each in thing)
+        return tuple(_replace_paths(each, old, new, seen) for each in thing)
     if id(thing) in seen:
         return thing
     seen.add(id(thing))
     if isinstance(thing, dict):
         for key, value in thing.items():
-            thing[key] = _point(value, old, new, seen)
+            thing[key] = _replace_paths(value, old, new, seen)
     elif isinstance(thing, list):
-        thing[:] = [_point(each, old, new, seen) for each in thing]
+        thing[:] = [_replace_paths(each, old, new, seen) for each in thing]
     elif type(thing).__module__.partition(".")[0] in ("transformers", "transformers_modules") and hasattr(
         thing, "__dict__"
     ):
-        _point(vars(thing), old, new, seen)
+        _replace_paths(vars(thing), old, new, seen)
     return thing

@@ -26,12 +26,12 @@ def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def others(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
     """Names the results in a run's directory that another recipe made."""
     wanted = {"artifact": built_by(recipe), "adapter": recipe, "merged": built_by(recipe)}
-    return [name for name, record in _records(directory).items() if record.recipe not in (None, wanted[name])]
+    return [name for name, record in _read_records(directory).items() if record.recipe not in (None, wanted[name])]
 
 
 def misfits(directory: Path) -> dict[str, str]:
     """Says, by the name of the part, what in a run's directory does not belong to the rest."""
-    records = _records(directory)
+    records = _read_records(directory)
     artifact, adapter, merged = (records.get(name) for name in ours.PARTS)
     found: dict[str, str] = {}
     if artifact is not None and adapter is not None:
@@ -46,7 +46,7 @@ def misfits(directory: Path) -> dict[str, str]:
             found["merged"] = "the merged model was made with another adapter"
     if artifact is not None and merged is not None and artifact.recipe != merged.recipe and "merged" not in found:
         found["merged"] = "the merged model and the artifact were made by different recipes"
-    if (written := _reported(directory)) is not None:
+    if (written := _read_recipe(directory)) is not None:
         unlike = [name for name in others(directory, written) if name not in found]
         found |= {name: f"the {name} was made by another recipe than the one of the report" for name in unlike}
     return found
@@ -55,12 +55,12 @@ def misfits(directory: Path) -> dict[str, str]:
 def together(directory: Path) -> Finding:
     """Returns whether the parts of a run's directory were made by one recipe, one from the other."""
     found = misfits(directory)
-    names = ", ".join(_records(directory))
+    names = ", ".join(_read_records(directory))
     evidence = f"{names}: by one recipe, each from the one before"
     return Finding(TOGETHER, not found, "; ".join(found.values()) or evidence)
 
 
-def _reported(directory: Path) -> dict[str, Any] | None:
+def _read_recipe(directory: Path) -> dict[str, Any] | None:
     try:
         written = Report.read(directory / ours.REPORT).get("recipe")
     except (OSError, ValueError):
@@ -68,18 +68,18 @@ def _reported(directory: Path) -> dict[str, Any] | None:
     return written if isinstance(written, dict) and set(_BUILT) <= set(written) else None
 
 
-def _records(directory: Path) -> dict[str, Manifest]:
-    return {name: manifest.read(directory / name, closed=False) for name in _standing(directory)}
+def _read_records(directory: Path) -> dict[str, Manifest]:
+    return {name: manifest.read(directory / name, closed=False) for name in _find_standing(directory)}
 
 
-def _standing(directory: Path) -> list[str]:
+def _find_standing(directory: Path) -> list[str]:
     return [name for name in ours.PARTS if (directory / name / manifest.NAME).is_file()]
 
 
 def announce(directory: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
     """Says what stands in a run's directory and will be replaced."""
     foreign = others(directory, recipe)
-    standing = _standing(directory)
+    standing = _find_standing(directory)
     if not standing or (resume and not foreign):
         return
     whose = "another recipe" if foreign else "this recipe"
@@ -108,7 +108,7 @@ def drop_misfits(directory: Path, recipe: Mapping[str, Any]) -> None:
 
 def kept(directory: Path) -> str:
     """Says which results of a run that was stopped are there to go on from."""
-    found = _standing(directory)
+    found = _find_standing(directory)
     saved = (directory / ours.CHECKPOINTS).glob(f"checkpoint-*/{ours.LISTING}")
     last = max((path.parent for path in saved), key=lambda path: path.stat().st_mtime, default=None)
     found += [f"{ours.CHECKPOINTS}/{last.name}"] if last is not None else []

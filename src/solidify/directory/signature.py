@@ -74,61 +74,61 @@ def parse(content: bytes) -> Signature:
         ArtifactError: it is none, or none by a key or a certificate.
     """
     try:
-        return _bundle(_plain(content, indent=None), content)
+        return _parse_bundle(_read_plain(content, indent=None), content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = str(error) if type(error) is ValueError else foreign.said(error)
         raise ArtifactError(f"{SIGNATURE} is no model signature by a key or a certificate: {words[:200]}") from error
 
 
-def _bundle(document: Any, content: bytes) -> Signature:
-    media, material, envelope = _exactly(document, "mediaType", "verificationMaterial", "dsseEnvelope")
-    payload, form, signatures = _exactly(envelope, "payload", "payloadType", "signatures")
+def _parse_bundle(document: Any, content: bytes) -> Signature:
+    media, material, envelope = _get_exactly(document, "mediaType", "verificationMaterial", "dsseEnvelope")
+    payload, form, signatures = _get_exactly(envelope, "payload", "payloadType", "signatures")
     if media != _BUNDLE or form != _STATEMENT or len(signatures) != 1:
         raise ValueError("it is of another form")
-    value, unused = _exactly(signatures[0], "sig", "keyid")
-    listed = _resources(_plain(_decoded(payload), indent=2))
+    value, unused = _get_exactly(signatures[0], "sig", "keyid")
+    listed = _collect_resources(_read_plain(_decode_plain(payload), indent=2))
     kind = "certificate" if "x509CertificateChain" in material else "key"
-    by, entries = _exactly(material, _MATERIAL[kind], "tlogEntries")
-    if not _decoded(value) or unused != "" or entries != []:
+    by, entries = _get_exactly(material, _MATERIAL[kind], "tlogEntries")
+    if not _decode_plain(value) or unused != "" or entries != []:
         raise ValueError("it was made by a service, and is verified with one")
     if kind == "key":
-        return Signature(kind, _digest(*_exactly(by, "hint")), listed, content=content)
-    first, *_ = [_decoded(*_exactly(each, "rawBytes")) for each in _exactly(by, "certificates")[0]]
+        return Signature(kind, _require_digest(*_get_exactly(by, "hint")), listed, content=content)
+    first, *_ = [_decode_plain(*_get_exactly(each, "rawBytes")) for each in _get_exactly(by, "certificates")[0]]
     return Signature(kind, hashlib.sha256(first).hexdigest(), listed, certificate=first, content=content)
 
 
-def _plain(content: bytes, *, indent: int | None) -> Any:
+def _read_plain(content: bytes, *, indent: int | None) -> Any:
     """Reads JSON that is written in its one plain form: a bundle without spaces, a statement with them."""
-    found = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+    found = json.loads(content.decode("utf-8"), object_pairs_hook=_require_unique)
     if json.dumps(found, indent=indent, separators=(",", ":" if indent is None else ": ")).encode() != content:
         raise ValueError("it is not written as model-signing writes it: some bytes were changed, or added")
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes a mapping whose keys stand there once."""
     if len(found := dict(pairs)) != len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"it holds {twice[:40]!a} twice")
     return found
 
 
-def _resources(statement: Any) -> dict[str, str]:
+def _collect_resources(statement: Any) -> dict[str, str]:
     """Returns the SHA-256 of every file that a statement lists."""
     if statement["predicateType"] != _PREDICATE or statement["predicate"]["serialization"]["method"] != "files":
         raise ValueError("its statement is of another form; sign with solidify, or with model-signing's own command")
     found: dict[str, str] = {}
     for each in statement["predicate"]["resources"]:
-        algorithm, digest, name = _exactly(dict(sorted(each.items())), "algorithm", "digest", "name")
+        algorithm, digest, name = _get_exactly(dict(sorted(each.items())), "algorithm", "digest", "name")
         if algorithm != "sha256":
             raise ValueError("it lists digests that are not SHA-256")
-        if _text(name) in found:
+        if _require_text(name) in found:
             raise ValueError(f"it lists {name!a} twice")
-        found[name] = _digest(digest)
+        found[name] = _require_digest(digest)
     return found
 
 
-def _exactly(document: Any, *keys: str) -> Sequence[Any]:
+def _get_exactly(document: Any, *keys: str) -> Sequence[Any]:
     """Returns the entries of a mapping that has these, in this order, and no others."""
     if not isinstance(document, dict) or tuple(document) != keys:
         found = ", ".join(map(ascii, document)) if isinstance(document, dict) else type(document).__name__
@@ -136,21 +136,21 @@ def _exactly(document: Any, *keys: str) -> Sequence[Any]:
     return [document[key] for key in keys]
 
 
-def _text(value: Any) -> str:
+def _require_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{ascii(value)[:40]} stands in the place of a text")
     return value
 
 
-def _digest(value: Any) -> str:
-    if not re.fullmatch("[0-9a-f]{64}", _text(value)):
+def _require_digest(value: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", _require_text(value)):
         raise ValueError(f"{value[:40]!a} stands in the place of a SHA-256")
     return str(value)
 
 
-def _decoded(value: Any) -> bytes:
+def _decode_plain(value: Any) -> bytes:
     """Reads base64 in its one plain form: every other byte is another text."""
-    found = base64.b64decode(_text(value), validate=True)
+    found = base64.b64decode(_require_text(value), validate=True)
     if base64.b64encode(found).decode() != value:
         raise ValueError("its base64 was changed")
     return found

@@ -46,25 +46,25 @@ def sign(
         ArtifactError: the directory is none of ours, or not what its manifest says; the key or a certificate cannot be
             used; the package `model-signing` is not installed. Then nothing is written.
     """
-    signing = _library().signing.Config()
+    signing = _import_library().signing.Config()
     _let_sign(signing, Path(key), certificate, certificate_chain)
     directory = Path(directory).resolve()
     record = manifest.read(directory)
     _refuse_other(directory)
-    _sweep(directory)
-    before = _stamps(directory, record)
+    _remove_drafts(directory)
+    before = _collect_stamps(directory, record)
     with console.stage(f"Comparing {directory.name} with its manifest"):
         wrong = manifest.faults(directory, record, fresh=True)
         refuse(ArtifactError, f"{directory} is not signed: it is not what was written", wrong)
     with console.stage(f"Signing {directory.name}"), disk.temporary() as draft:
         with foreign.calling(f"{directory} cannot be signed", ArtifactError):
-            signing.set_hashing_config(_hashing()).sign(directory, draft / SIGNATURE)
+            signing.set_hashing_config(_configure_hashing()).sign(directory, draft / SIGNATURE)
         made = signature.parse((draft / SIGNATURE).read_bytes())
     wrong = signature.faults(record, made)
-    if _stamps(directory, record) != before:
+    if _collect_stamps(directory, record) != before:
         wrong.append("a file in it was changed meanwhile")
     refuse(ArtifactError, f"{directory} is not signed", wrong)
-    _write(directory, made.content)
+    _write_signature(directory, made.content)
     return made
 
 
@@ -107,7 +107,7 @@ def verify_record(
         CheckFailed: as `verify`, and where the signature is not of this very manifest.
         ArtifactError: as `verify`.
     """
-    verifying = _library().verifying.Config()
+    verifying = _import_library().verifying.Config()
     wanted = _let_verify(verifying, key, certificate_chain, name)
     wrong = manifest.faults(directory, record, weights=False)
     try:
@@ -118,7 +118,7 @@ def verify_record(
         found, wrong = Signature("key", "", {}), [*wrong, str(error)]
     if not wrong:
         with console.stage(f"Verifying {directory.name}"):
-            wrong = _unlike(verifying, directory, found)
+            wrong = _find_differences(verifying, directory, found)
     if not wrong and found.kind == "certificate":
         found = replace(found, names=keys.names(found.certificate))
         fault = keys.purpose_fault(found.certificate)
@@ -131,7 +131,7 @@ def verify_record(
 
 def require_usable(key: str | Path | None, chain: Sequence[str | Path] = (), name: str | None = None) -> None:
     """Raises ArtifactError when something could not be used to verify with: it, or the package, is not there or fit."""
-    _let_verify(_library().verifying.Config(), key, chain, name)
+    _let_verify(_import_library().verifying.Config(), key, chain, name)
 
 
 def findings(directory: Path, record: Manifest, key: Path | None, *, intact: bool) -> list[Finding]:
@@ -158,7 +158,7 @@ def findings(directory: Path, record: Manifest, key: Path | None, *, intact: boo
     return [Finding.unseen(SIGNED, f"it names {found.signer}, with which nothing was compared: {how}")]
 
 
-def _library() -> Any:
+def _import_library() -> Any:
     logging.getLogger("model_signing").addHandler(logging.NullHandler())  # what it logs, it also raises
     try:
         return import_module("model_signing")
@@ -225,7 +225,7 @@ def _by_another(found: Signature, wanted: str | None, key: Path | None) -> list[
     return []
 
 
-def _unlike(verifying: Any, directory: Path, found: Signature) -> list[str]:
+def _find_differences(verifying: Any, directory: Path, found: Signature) -> list[str]:
     """Has the library compare every file with what was signed, and that with the key; returns what is wrong."""
     with disk.temporary() as draft, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls what is deprecated
@@ -243,19 +243,19 @@ def _unlike(verifying: Any, directory: Path, found: Signature) -> list[str]:
     return [f"it cannot be verified: {foreign.said(error)[:_LONGEST]}"]
 
 
-def _hashing() -> Any:
+def _configure_hashing() -> Any:
     """Returns how the library makes a list of all files: but of the signature, and of what may stand there unlisted."""
-    config = _library().hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+    config = _import_library().hashing.Config().use_file_serialization(hashing_algorithm="sha256")
     return config.set_ignored_paths(paths=[SIGNATURE, *LEFT_BY_TOOLS, *LEFT_BY_TOOLS_IN], ignore_git_paths=False)
 
 
-def _stamps(directory: Path, record: Manifest) -> list[tuple[int, ...]]:
+def _collect_stamps(directory: Path, record: Manifest) -> list[tuple[int, ...]]:
     """Returns what the system notes of every file; it sets the time of a change by itself."""
     found = [(directory / name).lstat() for name in (NAME, *record.listed())]
     return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found]
 
 
-def _write(directory: Path, content: bytes) -> None:
+def _write_signature(directory: Path, content: bytes) -> None:
     path = directory / SIGNATURE
     try:
         disk.write(path, content)
@@ -263,7 +263,7 @@ def _write(directory: Path, content: bytes) -> None:
         raise ArtifactError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _sweep(directory: Path) -> None:
+def _remove_drafts(directory: Path) -> None:
     """Removes drafts of manifests and signatures whose writers were killed; all else in a directory is signed."""
     for draft in (*directory.glob(f".{NAME}.*"), *directory.glob(f".{SIGNATURE}.*")):
         if ours.left(draft):

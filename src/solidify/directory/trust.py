@@ -126,11 +126,11 @@ def leads(directory: Path, record: Manifest) -> list[str]:
             faults.append(f"{shown(name)} puts an adapter on it, and may name another base")
         if not name.endswith(".json"):
             continue
-        for key, value in _settings(directory / name):
+        for key, value in _read_settings(directory / name):
             if key == "auto_map":
                 own = all(_leads_home(reference, record) for reference in texts(value))
             elif key == "custom_pipelines":
-                impl = [task.get("impl", "") if isinstance(task, dict) else task for task in _values(value)]
+                impl = [task.get("impl", "") if isinstance(task, dict) else task for task in _list_values(value)]
                 own = all(_leads_home(reference, record) for reference in texts(impl))
             else:
                 own = not any("/" in word for word in texts(value))
@@ -144,7 +144,7 @@ def _leads_home(reference: str, record: Manifest) -> bool:
     return found is not None and f"{found[1]}.py" in record.code
 
 
-def _settings(path: Path) -> list[tuple[str, Any]]:
+def _read_settings(path: Path) -> list[tuple[str, Any]]:
     """Returns what a JSON file says, at any depth, of where code is; what is no JSON is none to transformers either."""
     found: list[tuple[str, Any]] = []
 
@@ -164,7 +164,7 @@ def _settings(path: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def _values(value: Any) -> list[Any]:
+def _list_values(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 

@@ -40,7 +40,7 @@ def refuse_foreign(output: Path, inputs: Iterable[str | Path] = (), *, work: str
         return
     if any((output / name / manifest.NAME).is_file() for name in ours.PARTS) and not (output / manifest.NAME).exists():
         faults = ["it holds the results of a whole run"]
-    _refuse(output, faults)
+    _refuse_output(output, faults)
 
 
 def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -55,8 +55,8 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
     if not directory.is_dir():
         raise ArtifactError(f"the output {directory} exists and is not a directory; name another, or remove it first")
     if (directory / manifest.NAME).exists():
-        _refuse(directory, ["it holds a single model or adapter, and no run"])
-    _refuse(directory, ours.in_run(directory))
+        _refuse_output(directory, ["it holds a single model or adapter, and no run"])
+    _refuse_output(directory, ours.in_run(directory))
 
 
 def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -74,10 +74,10 @@ def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str 
         )
     refuse_unwritable(directory, inputs)
     if directory.exists() or directory.is_symlink():
-        _refuse(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])
+        _refuse_output(directory, ours.in_checkpoints(directory) if directory.is_dir() else ["it is not a directory"])
 
 
-def _refuse(output: Path, faults: list[str]) -> None:
+def _refuse_output(output: Path, faults: list[str]) -> None:
     if not faults:
         return
     if output.is_dir() and not ours.anything(output):
@@ -102,7 +102,7 @@ def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: 
     try:
         os.fspath(output).encode()
         resolved = output.resolve()
-        _known(output)
+        _check_path(output)
     except UnicodeEncodeError as error:
         words = "its name is not text in UTF-8, as names in the files of a model are; name another"
         raise ArtifactError(f"the output {str(output)[:200]!a} is no place to write to: {words}") from error
@@ -118,26 +118,26 @@ def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: 
         raise ArtifactError(f"the output {output} is a home directory, or holds it; name a directory for the results")
     if (found := next((name for name in _REPOSITORY if os.path.lexists(resolved / name)), None)) is not None:
         raise ArtifactError(f"the output {output} is the root of a repository (it holds {found}); name another")
-    own = {_identity(resolved)} - {None}
-    above = {_identity(parent) for parent in resolved.parents} - {None}
+    own = {_find_identity(resolved)} - {None}
+    above = {_find_identity(parent) for parent in resolved.parents} - {None}
     for given in inputs:
-        for path in _reached(Path(given)):
-            parents = {_identity(parent) for parent in path.parents} - {None}
-            if path == resolved or _identity(path) in own:
+        for path in _walk_reached(Path(given)):
+            parents = {_find_identity(parent) for parent in path.parents} - {None}
+            if path == resolved or _find_identity(path) in own:
                 raise ArtifactError(f"the output {output} is an input of the {work}; name another")
             if resolved in path.parents or own & parents:
                 raise ArtifactError(f"the output {output} holds an input of the {work}, {path}; name another")
-            if path in resolved.parents or _identity(path) in above:
+            if path in resolved.parents or _find_identity(path) in above:
                 raise ArtifactError(f"the output {output} lies in an input of the {work}, {path}; name another")
 
 
-def _known(output: Path) -> None:
-    """Raises OSError when the system could not say what stands at a place: its name is too long, for one."""
+def _check_path(output: Path) -> None:
+    """Raises OSError when the system could not say what stands at a path: its name is too long, for one."""
     with suppress(FileNotFoundError, NotADirectoryError):
         output.lstat()
 
 
-def _reached(path: Path) -> Iterator[Path]:
+def _walk_reached(path: Path) -> Iterator[Path]:
     """Yields an input and, of a directory, also what links in it lead to; nothing for what is not there."""
     try:
         if not path.exists():
@@ -151,7 +151,7 @@ def _reached(path: Path) -> Iterator[Path]:
         return
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _find_identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -159,7 +159,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _announce(output: Path) -> None:
+def _announce_replacing(output: Path) -> None:
     """Says what is about to be replaced, if something is."""
     if (output / manifest.NAME).is_file():
         record = manifest.read(output)
@@ -182,14 +182,14 @@ def staged(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "comm
     """
     inputs = list(inputs)
     refuse_foreign(output, inputs, work=work)
-    _announce(output)
-    with _beside(output, "partial") as staging:
+    _announce_replacing(output)
+    with _make_hidden_directory(output, "partial") as staging:
         yield staging
         disk.sync_tree(staging)
         refuse_foreign(output, inputs, work=work)  # much may have happened there meanwhile
         output = output.resolve()
         try:
-            _put(staging, output)
+            _put_staging(staging, output)
         except OSError as error:
             raise ArtifactError(f"{output} cannot be put in its place: {error.strerror}") from error
 
@@ -202,16 +202,16 @@ def scratch(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
         ArtifactError: `output` exists and is not ours, another process writes it now, or its place cannot be written.
     """
     refuse_foreign(output, inputs)
-    with _beside(output, "scratch") as directory:
+    with _make_hidden_directory(output, "scratch") as directory:
         yield directory
 
 
 @contextmanager
-def _beside(output: Path, kind: str) -> Iterator[Path]:
+def _make_hidden_directory(output: Path, kind: str) -> Iterator[Path]:
     """Yields a hidden directory beside `output` while no other process writes there; it does not outlive the block."""
     output = output.resolve()  # one place has one name, whatever links lead to it
     directory = output.parent / f".{output.name}.{kind}-{os.getpid()}"
-    with _alone(output):
+    with _lock_output(output):
         made: list[Path] = []
         try:
             made = [parent for parent in output.parents if not parent.exists()]
@@ -221,23 +221,23 @@ def _beside(output: Path, kind: str) -> Iterator[Path]:
             for parent in made:
                 disk.sync(parent.parent)
         except OSError as error:
-            _remove(made)
+            _remove_empty(made)
             raise ArtifactError(f"{output.parent} cannot be written to: {error.strerror}") from error
         ours.used.add(directory)
         try:
             yield directory
         except Exception as error:
-            words = None if isinstance(error, SolidifyError) else _words(error, directory)
+            words = None if isinstance(error, SolidifyError) else _describe_error(error, directory)
             if words is None:
                 raise
             raise ArtifactError(words) from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
             ours.used.discard(directory)
-            _remove(made)
+            _remove_empty(made)
 
 
-def _words(error: Exception, directory: Path) -> str | None:
+def _describe_error(error: Exception, directory: Path) -> str | None:
     """Says what hinders the writing into a hidden directory; None if that is not what went wrong."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     number = error.errno if isinstance(error, OSError) else None
@@ -254,12 +254,12 @@ def _words(error: Exception, directory: Path) -> str | None:
     return None
 
 
-def _put(staging: Path, output: Path) -> None:
+def _put_staging(staging: Path, output: Path) -> None:
     """Gives a finished directory its name; where the system can, what stood there changes places with it at once."""
     if not output.exists():
         staging.rename(output)
         disk.sync(output.parent)
-    elif _exchanged(staging, output):
+    elif _exchange_names(staging, output):
         disk.sync(output.parent)
     else:
         old = output.parent / f".{output.name}.replaced-{os.getpid()}"
@@ -269,7 +269,7 @@ def _put(staging: Path, output: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchanged(a: Path, b: Path) -> bool:
+def _exchange_names(a: Path, b: Path) -> bool:
     """Exchanges two names in one step; returns whether the system did so."""
     try:
         exchange = ctypes.CDLL(None, use_errno=True).renameat2
@@ -278,7 +278,7 @@ def _exchanged(a: Path, b: Path) -> bool:
     return bool(exchange(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0)
 
 
-def _remove(made: list[Path]) -> None:
+def _remove_empty(made: list[Path]) -> None:
     """Removes directories that were made, as far as they are empty."""
     with suppress(OSError):
         for directory in made:
@@ -286,7 +286,7 @@ def _remove(made: list[Path]) -> None:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def _lock_output(output: Path) -> Iterator[None]:
     """Keeps other processes from writing an output; the system ends that with the process, however it dies."""
     name = hashlib.sha256(os.fsencode(output)).hexdigest()[:16]
     locks = disk.cache_for("locks")
@@ -304,8 +304,8 @@ def _alone(output: Path) -> Iterator[None]:
 
 def sweep(output: Path) -> None:
     """Removes what runs that were killed left beside `output`; a result that was about to be replaced goes back."""
-    beside = output.parent.iterdir() if output.parent.is_dir() else ()
-    for left in [path for path in beside if ours.left(path)]:
+    siblings = output.parent.iterdir() if output.parent.is_dir() else ()
+    for left in [path for path in siblings if ours.left(path)]:
         found = ours.HIDDEN.fullmatch(left.name)
         assert found is not None
         if found[1] != output.name:

@@ -28,15 +28,15 @@ def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list
     """
     listed = list(names)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    return {pattern: [name for name in listed if _regex(pattern).fullmatch(name)] for pattern in patterns}
+    return {pattern: [name for name in listed if _compile_regex(pattern).fullmatch(name)] for pattern in patterns}
 
 
 @lru_cache(maxsize=1024)
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_regex(pattern: str) -> re.Pattern[str]:
     text = ""
     parts = pattern.split(".")
-    for place, part in enumerate(parts):
-        last = place == len(parts) - 1
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
         if part == "**":
             text += r"(?:[^.]+(?:\.[^.]+)*)?" if last else r"(?:[^.]+\.)*"
         else:

@@ -103,8 +103,8 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
-    told = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
-    if found.draws and not control.draws and not told:
+    is_reported = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
+    if found.draws and not control.draws and not is_reported:
         result.append(Fault("deterministic", FAILED, 0.0, "it draws random numbers in evaluation, and did not before"))
     for key, entries in control.recorded.items():
         now = found.recorded.get(key, [])
@@ -176,9 +176,9 @@ class Watched:
             Exception: the model does not run at all.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with _evaluation(self.model), _chance_kept(), _instead(self.model, self.values), torch.no_grad():
+        with _hold_evaluation(self.model), _chance_kept(), _substitute_values(self.model, self.values), torch.no_grad():
             try:
-                return self._read(control, whole)
+                return self._read_model(control, whole)
             finally:
                 for buffer, value in buffers:
                     if buffer.shape != value.shape or not torch.equal(buffer, value):
@@ -213,20 +213,20 @@ class Watched:
         other.dtype = self.dtype
         return other
 
-    def _read(self, control: Reading | None, whole: bool) -> Reading:
+    def _read_model(self, control: Reading | None, whole: bool) -> Reading:
         reading = Reading(dtype=self.dtype)
-        packs = [(control.packed, control.padded)] if control is not None else self._packs()
+        packs = [(control.packed, control.padded)] if control is not None else self._list_packs()
         for packed, padded in packs:
-            batch = self._batch(packed, padded)
-            _seed(0)
+            batch = self._make_batch(packed, padded)
+            _set_seed(0)
             try:
-                plain = self._call(batch)
+                plain = self._call_model(batch)
             except Exception:
                 if (packed, padded) == packs[-1]:
                     raise
                 continue
             reading.packed, reading.padded, reading.plain = packed, padded, plain.parts
-            drawn = reading.draws = _state() != _seeded(0)
+            drawn = reading.draws = _get_state() != _get_seeded_state(0)
             self._look_ahead(reading, batch, plain.parts)
             # Padding on the left says something of models alone in which no position sees a later one.
             if (
@@ -238,30 +238,30 @@ class Watched:
         if not whole or not plain.parts:
             reading.distances.clear()
             return reading
-        self._padding(reading, batch, plain.parts)
-        self._cache(reading, batch, plain.parts, control)
-        self._alone(reading, batch, plain.parts)
+        self._measure_padding(reading, batch, plain.parts)
+        self._measure_cache(reading, batch, plain.parts, control)
+        self._run_alone(reading, batch, plain.parts)
         if control is not None or drawn:
-            self._again(reading, batch, plain.parts, drawn)
+            self._repeat_reading(reading, batch, plain.parts, drawn)
         else:  # without chance, the unchanged model is taken to be the same again
             reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
         return reading
 
-    def _packs(self) -> list[tuple[bool, bool]]:
+    def _list_packs(self) -> list[tuple[bool, bool]]:
         """Returns in which ways the probes may be rows of one batch: with changed rows, and with a padded one."""
         if self.stream is None or any(t.shape[:1] != (self.rows,) for t in self.inputs.values()):
             return [(False, False)]
         text = set(self.inputs) <= {"input_ids", "attention_mask"} and self.decoder
         return [*([(True, True)] if text and "attention_mask" in self.takes else []), (True, False), (False, False)]
 
-    def _batch(self, packed: bool, padded: bool) -> dict[str, torch.Tensor]:
+    def _make_batch(self, packed: bool, padded: bool) -> dict[str, torch.Tensor]:
         """Makes the batch: rows as given; packed, also the first with another last token, and padded on the left."""
         if not packed or self.stream is None:
             return dict(self.inputs)
         order = [*range(self.rows), 0, *([0] if padded else [])]
         batch = {key: tensor[order].clone() for key, tensor in self.inputs.items()}
         tokens = batch[self.stream]
-        tokens[self.rows, -1] = _other(tokens[self.rows, -1])
+        tokens[self.rows, -1] = _change_tokens(tokens[self.rows, -1])
         if padded:
             batch["attention_mask"] = torch.ones_like(tokens)
             batch["attention_mask"][-1, : self.pad] = 0
@@ -281,21 +281,21 @@ class Watched:
         if self.stream is None:
             return
         if reading.packed:
-            changed, before = _cut(plain, slice(self.rows, self.rows + 1)), _cut(plain, slice(0, 1))
+            changed, before = _cut_parts(plain, slice(self.rows, self.rows + 1)), _cut_parts(plain, slice(0, 1))
         else:
             tokens = batch[self.stream].clone()
-            tokens[:, -1] = _other(tokens[:, -1])
-            found = self._try(reading, "causal", {**batch, self.stream: tokens})
+            tokens[:, -1] = _change_tokens(tokens[:, -1])
+            found = self._try_call(reading, "causal", {**batch, self.stream: tokens})
             if found is None:
                 return
             changed, before = found.parts, plain
         every = slice(None)
-        reading.distances["causal"] = apart(_cut(changed, every, slice(-1)), _cut(before, every, slice(-1)))
+        reading.distances["causal"] = apart(_cut_parts(changed, every, slice(-1)), _cut_parts(before, every, slice(-1)))
 
-    def _padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
+    def _measure_padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         if reading.padded:
-            whole = _cut(plain, slice(0, 1), slice(0, self.positions - self.pad))
-            reading.distances["padding"] = apart(_cut(plain, slice(-1, None), slice(self.pad, None)), whole)
+            whole = _cut_parts(plain, slice(0, 1), slice(0, self.positions - self.pad))
+            reading.distances["padding"] = apart(_cut_parts(plain, slice(-1, None), slice(self.pad, None)), whole)
         elif (self.stream == "input_ids" and set(self.inputs) <= {"input_ids", "attention_mask", "token_type_ids"}) or (
             "attention_mask" in self.inputs and self.model.config.is_encoder_decoder
         ):
@@ -312,8 +312,8 @@ class Watched:
         cut["attention_mask"] = torch.ones_like(cut["input_ids"])
         mask = torch.ones_like(first["input_ids"])
         mask[:, kept:] = 0
-        short = self._try(reading, "padding", cut, rows=1)
-        long = self._try(reading, "padding", {**first, "attention_mask": mask}, rows=1)
+        short = self._try_call(reading, "padding", cut, rows=1)
+        long = self._try_call(reading, "padding", {**first, "attention_mask": mask}, rows=1)
         if short is None or long is None:
             return
         size = slice(kept if self.stream == "input_ids" else None)
@@ -321,7 +321,7 @@ class Watched:
         names = [n for n, part in short.parts.items() if n in found and found[n].shape == part.shape]
         reading.distances["padding"] = apart({n: found[n] for n in names}, {n: short.parts[n] for n in names})
 
-    def _cache(
+    def _measure_cache(
         self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, control: Reading | None
     ) -> None:
         """Feeds the batch in pieces, in the way in which the control worked: the first in which all is rounding.
@@ -334,20 +334,20 @@ class Watched:
         best: dict[str, float] | None = None
         for way in _WAYS if control is None else [control.way]:
             trial = Reading(dtype=self.dtype, padded=reading.padded, way=way)
-            self._pieces(trial, batch, plain, name, later=1 if control is None else 2)
+            self._run_pieces(trial, batch, plain, name, later=1 if control is None else 2)
             whole = _WAYS[-1] == way or {key.partition("/")[2] for key in trial.distances} >= {
                 "prefill",
                 way[0],
                 way[1],
             }
-            if control is not None or (whole and _rounding(trial)) or best is None:
+            if control is not None or (whole and _is_rounding(trial)) or best is None:
                 best, reading.way = trial.distances, way
-            if control is not None or (whole and _rounding(trial)):
+            if control is not None or (whole and _is_rounding(trial)):
                 reading.errors |= trial.errors
                 break
         reading.distances |= best or {}
 
-    def _pieces(
+    def _run_pieces(
         self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, name: str, *, later: int
     ) -> None:
         """Runs a prefill, a second piece (over reordered rows), and single steps (after a crop).
@@ -357,7 +357,7 @@ class Watched:
         """
         assert self.stream is not None
         ends = [self.positions - 5 if self.positions > 7 else 1, max(2, self.positions - 3)]
-        cache = self._piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
+        cache = self._run_piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
         if hasattr(cache, "activate_past_recording"):  # layers that forget what is out of their window could not crop
@@ -368,11 +368,14 @@ class Watched:
         turned = {k: t[order] if t.shape[:1] == (rows,) else t for k, t in batch.items()}
         if reading.way[0] == "singles":  # some take one position at a time, once there is a cache
             ends[1] = ends[0] + 1
-        wanted, back = _cut(plain, order), ends[1]
+        wanted, back = _cut_parts(plain, order), ends[1]
         try:
             if reading.way[0] == "reordered":
                 cache.reorder_cache(torch.tensor(order, device=batch[self.stream].device))
-            if self._piece(reading, f"cache/{reading.way[0]}", turned, wanted, (ends[0], ends[1]), name, cache) is None:
+            if (
+                self._run_piece(reading, f"cache/{reading.way[0]}", turned, wanted, (ends[0], ends[1]), name, cache)
+                is None
+            ):
                 return
             if reading.way[1] == "crop":
                 back = ends[1] - 2
@@ -380,14 +383,14 @@ class Watched:
         except Exception as error:
             reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
             return
-        cache = self._piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
+        cache = self._run_piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
         if cache is None:
             return
         if _first_row_of(cache):
             turned = {k: t[:1] if t.shape[:1] == (rows,) else t for k, t in turned.items()}
-            wanted = _cut(wanted, slice(0, 1))
+            wanted = _cut_parts(wanted, slice(0, 1))
         for at in range(back + 1, min(back + 1 + later, self.positions)):
-            if self._piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
+            if self._run_piece(reading, "cache/later", turned, wanted, (at, at + 1), name, cache) is None:
                 return
 
     def _fresh_cache(self, name: str) -> Any:
@@ -398,7 +401,7 @@ class Watched:
             return EncoderDecoderCache(DynamicCache(), DynamicCache())
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
-    def _piece(
+    def _run_piece(
         self,
         reading: Reading,
         label: str,
@@ -421,13 +424,13 @@ class Watched:
         if begin and self.decoder:  # images and the like are among the first tokens
             inputs = {k: t for k, t in inputs.items() if k in (self.stream, "attention_mask") or k.endswith("_ids")}
         options: dict[str, Any] = {"use_cache": True, **({name: cache} if cache is not None else {})}
-        found = self._try(reading, label, inputs, positions=end - begin, **options)
+        found = self._try_call(reading, label, inputs, positions=end - begin, **options)
         if found is None or not found.parts:
             return None
         cache = found.cache.get(name) or cache
         if cache is None:
             return None
-        wanted, got = _cut(plain, slice(None), slice(begin, end)), found.parts
+        wanted, got = _cut_parts(plain, slice(None), slice(begin, end)), found.parts
         if reading.padded:
             kept = batch["attention_mask"][:, begin:end].bool()
             far = apart({n: part[kept] for n, part in got.items()}, {n: part[kept] for n, part in wanted.items()})
@@ -436,27 +439,27 @@ class Watched:
         reading.distances[label] = max(far, reading.distances.get(label, 0.0))
         return cache
 
-    def _alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
+    def _run_alone(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         """Runs the first row alone, and asks for what the model can record."""
         rows = len(next(iter(plain.values())))
         alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
         row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
         inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
-        flags = [key for key in RECORDS if self._records(key)]
+        flags = [key for key in RECORDS if self._can_record(key)]
         found = None
         if not self.leave:
             for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
                 wanted = {f"output_{key}": True for key in asked if key in flags}
-                found = self._try(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
+                found = self._try_call(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
                 if found is not None:
                     reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
                     break
         if found is None:
-            found = self._try(reading, "rows", inputs, rows=1 if alone else None)
+            found = self._try_call(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:
-            reading.distances["rows"] = apart(found.parts, _cut(plain, slice(row, row + 1)))
+            reading.distances["rows"] = apart(found.parts, _cut_parts(plain, slice(row, row + 1)))
 
-    def _records(self, key: str) -> bool:
+    def _can_record(self, key: str) -> bool:
         if key == "hidden_states":
             return True
         if key == "attentions":  # kernels that never build the weights cannot return them
@@ -464,7 +467,7 @@ class Watched:
         text = self.model.config.get_text_config()
         return hasattr(self.model.config, "output_router_logits") or hasattr(text, "output_router_logits")
 
-    def _again(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, drawn: bool) -> None:
+    def _repeat_reading(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts, drawn: bool) -> None:
         """Repeats the first call with its rows the other way round and other random numbers.
 
         The shapes are the same and the contents are not, so that what was kept of an earlier call is found, and what
@@ -472,18 +475,18 @@ class Watched:
         """
         rows = len(next(iter(plain.values())))
         turn = list(reversed(range(rows))) if all(len(t) == rows for t in batch.values()) else list(range(rows))
-        _seed(1)
-        found = self._try(reading, "stateless", {k: t[turn] if len(t) == rows else t for k, t in batch.items()})
+        _set_seed(1)
+        found = self._try_call(reading, "stateless", {k: t[turn] if len(t) == rows else t for k, t in batch.items()})
         if found is None:
             return
-        far = apart(found.parts, _cut(plain, turn))
+        far = apart(found.parts, _cut_parts(plain, turn))
         reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
         if far <= allowed("stateless", 0.0, self.dtype) and not (drawn and far > 0):
             return
-        _seed(1)
-        other = self._try(reading, "stateless", batch)
-        _seed(0)
-        same = self._try(reading, "stateless", batch)
+        _set_seed(1)
+        other = self._try_call(reading, "stateless", batch)
+        _set_seed(0)
+        same = self._try_call(reading, "stateless", batch)
         if other is None or same is None:
             return
         chance, state = apart(other.parts, same.parts), apart(same.parts, plain)
@@ -493,27 +496,29 @@ class Watched:
         if max(chance, state) <= allowed("stateless", 0.0, self.dtype):  # the order of the rows alone makes it differ
             reading.distances["rows"] = max(reading.distances.get("rows", 0.0), far)
 
-    def _try(self, reading: Reading, label: str, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
+    def _try_call(self, reading: Reading, label: str, inputs: Mapping[str, Any], **options: Any) -> _Seen | None:
         """Calls the model; an error is noted under the probe's name, which then has no distance."""
         try:
-            return self._call(inputs, **options)
+            return self._call_model(inputs, **options)
         except Exception as error:
             reading.errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             reading.distances.pop(label, None)
             return None
 
-    def _call(
+    def _call_model(
         self, inputs: Mapping[str, Any], *, rows: int | None = None, positions: int | None = None, **options: Any
     ) -> _Seen:
         """Runs the model and returns what is watched of it, (batch_size, sequence_length, ...) where it has that."""
         caching = bool(options.get("use_cache"))
         if "use_cache" in self.takes:
             options.setdefault("use_cache", False)
-        shape = (rows or len(next(iter(inputs.values()))), positions or self._length(inputs))
+        shape = (rows or len(next(iter(inputs.values()))), positions or self._count_positions(inputs))
         inner: list[Any] = []
         got: dict[str, torch.Tensor] = {}
         handles = [self.model.base_model.register_forward_hook(lambda _m, _a, output: inner.append(output))]
-        handles += [self.model.get_submodule(name).register_forward_hook(self._keep(name, got)) for name in self.at]
+        handles += [
+            self.model.get_submodule(name).register_forward_hook(self._make_hook(name, got)) for name in self.at
+        ]
         outputs: Any = {}
         with _caches_off(() if caching else self.configs):
             try:
@@ -524,23 +529,23 @@ class Watched:
             finally:
                 for handle in handles:
                     handle.remove()
-        views = {name: self._view(tensor, shape) for name, tensor in got.items()}
+        views = {name: self._view_rows(tensor, shape) for name, tensor in got.items()}
         parts = {name: view for name, view in views.items() if view is not None}
         if not self.leave:
             tensors = [outputs.get(key) for key in OUTPUTS] if hasattr(outputs, "get") else []
-            tensors += [t for value in (*inner[-1:], outputs) for t in _tensors(value)]
-            output = next((t for t in tensors if self._fits(t, shape)), None)
+            tensors += [t for value in (*inner[-1:], outputs) for t in _collect_tensors(value)]
+            output = next((t for t in tensors if self._fits_stream(t, shape)), None)
             parts |= {"": output} if output is not None else {}
         seen = _Seen(parts, {key: outputs.get(key) for key in _CACHES if hasattr(outputs, "get")}, {})
         for key in RECORDS:
             if options.get(f"output_{key}"):
-                seen.recorded |= _recorded(outputs, key)
+                seen.recorded |= _collect_shapes(outputs, key)
         return seen
 
-    def _keep(self, name: str, got: dict[str, torch.Tensor]) -> Any:
+    def _make_hook(self, name: str, got: dict[str, torch.Tensor]) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             """Keeps what the module returns first, and ends the pass after the last."""
-            found = next((t for t in _tensors(output) if t.is_floating_point()), None)
+            found = next((t for t in _collect_tensors(output) if t.is_floating_point()), None)
             if found is not None and name not in got:
                 got[name] = found.clone()
             if self.leave and len(got) == len(self.at):
@@ -548,7 +553,7 @@ class Watched:
 
         return hook
 
-    def _view(self, tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
+    def _view_rows(self, tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
         """Views a tensor as (batch_size, sequence_length, ...), also when both are flattened into one; else None."""
         if self.stream is None:
             return tensor if tensor.shape[:1] == shape[:1] else None
@@ -558,10 +563,10 @@ class Watched:
             return tensor.reshape(*shape, -1)
         return None
 
-    def _length(self, inputs: Mapping[str, Any]) -> int:
+    def _count_positions(self, inputs: Mapping[str, Any]) -> int:
         return int(inputs[self.stream].shape[1]) if self.stream is not None else 0
 
-    def _fits(self, tensor: Any, shape: tuple[int, int]) -> bool:
+    def _fits_stream(self, tensor: Any, shape: tuple[int, int]) -> bool:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
             return False
         return tensor.shape[0] == shape[0] if self.stream is None else tuple(tensor.shape[:2]) == shape
@@ -613,7 +618,7 @@ def apart(found: Parts, wanted: Parts) -> float:
     return max((distance(found[n], part) if n in found else FAILED for n, part in wanted.items()), default=0.0)
 
 
-def _cut(parts: Parts, rows: Any, positions: Any = slice(None)) -> Parts:
+def _cut_parts(parts: Parts, rows: Any, positions: Any = slice(None)) -> Parts:
     """Returns some rows and positions of every part (a part without positions as it is)."""
     return {n: part[rows][:, positions] if part.ndim > 2 else part[rows] for n, part in parts.items()}
 
@@ -640,7 +645,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @contextmanager
-def _instead(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _substitute_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Puts values in the places of the parameters and buffers of these names, wherever each of them stands.
 
     (`torch.func.functional_call` leaves a value behind in a module that stands at two places.)
@@ -658,7 +663,7 @@ def _instead(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[N
             table[key] = tensor
 
 
-def _rounding(reading: Reading) -> bool:
+def _is_rounding(reading: Reading) -> bool:
     """Returns whether all that was measured is rounding."""
     return all(far <= allowed(name, 0.0, reading.dtype) for name, far in reading.distances.items())
 
@@ -674,7 +679,7 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
         found = set(parameter.detach().flatten()[:4096].tolist()) if parameter.numel() <= 2**24 else set()
         if found == {0.0, 1.0} and bool(((parameter == 0) | (parameter == 1)).all()):
             return parameter.detach().clone()
-    generator = torch.Generator().manual_seed(sum(place * byte for place, byte in enumerate(name.encode(), 1)))
+    generator = torch.Generator().manual_seed(sum(position * byte for position, byte in enumerate(name.encode(), 1)))
     fan = parameter.shape[-1] if parameter.ndim > 1 else 1
     drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5
     drawn = drawn if isinstance(parameter, nn.Parameter) else drawn.abs()
@@ -682,32 +687,32 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return noisy
 
 
-def _other(tokens: torch.Tensor) -> torch.Tensor:
+def _change_tokens(tokens: torch.Tensor) -> torch.Tensor:
     """Returns other tokens."""
     return torch.where(tokens > 3, tokens - 1, tokens + 1)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _collect_tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = tuple(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+    return [t for item in value for t in _collect_tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _recorded(outputs: Any, key: str) -> dict[str, list[Any]]:
+def _collect_shapes(outputs: Any, key: str) -> dict[str, list[Any]]:
     """Returns the shapes that outputs of a kind have, those of an encoder and a decoder too."""
     names = [name for name in outputs if name == key or name.endswith(f"_{key}")] if hasattr(outputs, "get") else []
     found: list[Any] = []
     for name in names:
         value = outputs[name]
         entries = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
-        found += [[list(t.shape) for t in _tensors(entry)] for entry in entries]
+        found += [[list(t.shape) for t in _collect_tensors(entry)] for entry in entries]
     return {key: found}
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _hold_evaluation(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -741,7 +746,7 @@ def _chance_kept() -> Iterator[None]:
             random.setstate(before)
 
 
-def _seed(number: int) -> None:
+def _set_seed(number: int) -> None:
     if torch.accelerator.is_available():
         torch.manual_seed(number)
     else:  # without one, `torch.manual_seed` writes the stack down for each kind of accelerator
@@ -749,15 +754,15 @@ def _seed(number: int) -> None:
     random.seed(number)
 
 
-def _state() -> tuple[Any, Any]:
+def _get_state() -> tuple[Any, Any]:
     return torch.random.get_rng_state().numpy().tobytes(), random.getstate()
 
 
-def _seeded(number: int) -> tuple[Any, Any]:
+def _get_seeded_state(number: int) -> tuple[Any, Any]:
     """Returns the state of random numbers right after they were seeded."""
     now = torch.random.get_rng_state(), random.getstate()
-    _seed(number)
-    found = _state()
+    _set_seed(number)
+    found = _get_state()
     torch.random.set_rng_state(now[0])
     random.setstate(now[1])
     return found

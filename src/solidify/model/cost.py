@@ -52,14 +52,14 @@ def cost(model: PreTrainedModel) -> Cost:
         size + sum(buffer.nbytes for name, buffer in buffers.items() if name not in computed),
         size + sum(buffer.nbytes for buffer in buffers.values()),
         sum(flops(model).values()),
-        tuple(dict.fromkeys(name for name, stack in _stacks(model).items() if stack.picked is None)),
+        tuple(dict.fromkeys(name for name, stack in _find_stacks(model).items() if stack.picked is None)),
     )
 
 
 def flops(model: PreTrainedModel) -> dict[str, int]:
     """Returns for every module the FLOPs per token of the matrices that it holds itself."""
-    stacks = _stacks(model)
-    return {name: _flops(stacks, name, module) for name, module in model.named_modules()}
+    stacks = _find_stacks(model)
+    return {name: _count_flops(stacks, name, module) for name, module in model.named_modules()}
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class _Stack:
         return (self.picked if self.picked is not None else self.size) / self.size
 
 
-def _flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> int:
+def _count_flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> int:
     if isinstance(module, nn.Embedding):
         return 0
-    above = [stacks[outer] for outer in _outer(name) if outer in stacks]  # a list of experts that it stands in
+    above = [stacks[outer] for outer in _list_outer(name) if outer in stacks]  # a list of experts that it stands in
     share = min((stack.share() for stack in above), default=1.0)
     if isinstance(module, (nn.Linear, Conv1D)):
         return int(2 * module.weight.numel() * share)
@@ -91,12 +91,12 @@ def _flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> int:
     return total
 
 
-def _outer(name: str) -> list[str]:
+def _list_outer(name: str) -> list[str]:
     parts = name.split(".")
-    return [".".join(parts[:place]) for place in range(1, len(parts))]
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _stacks(model: PreTrainedModel) -> dict[str, _Stack]:
+def _find_stacks(model: PreTrainedModel) -> dict[str, _Stack]:
     """Finds what may be experts: lists of equal modules within a layer, and parameters with three dimensions."""
     found: dict[str, _Stack] = {}
     for name, module in model.named_modules():
@@ -106,10 +106,10 @@ def _stacks(model: PreTrainedModel) -> dict[str, _Stack]:
             for key, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
         }
-        for place, size in sizes.items():
-            holder = name if place != name else name.rpartition(".")[0]
-            if (stack := _stack(model, holder, size)) is not None:
-                found[place] = stack
+        for stack_name, size in sizes.items():
+            holder = name if stack_name != name else name.rpartition(".")[0]
+            if (stack := _judge_stack(model, holder, size)) is not None:
+                found[stack_name] = stack
     return found
 
 
@@ -118,19 +118,19 @@ def _side_by_side(name: str, modules: nn.ModuleList) -> bool:
     return len(modules) > 1 and len(kinds) == 1 and any(part.isdigit() for part in name.split("."))
 
 
-def _stack(model: PreTrainedModel, holder: str, size: int) -> _Stack | None:
+def _judge_stack(model: PreTrainedModel, holder: str, size: int) -> _Stack | None:
     """Judges a stack by what holds it; None for one that is no stack of experts, as far as anybody says."""
     number, chosen = experts(operations.enclosing_config(model, f"{holder}.experts"))
     near = [model.get_submodule(name) for name in (holder, holder.rpartition(".")[0])]
     said = size == number or any(size == value for each in near for key, value in vars(each).items() if "expert" in key)
-    if said and not any(map(_users, near)):  # a family's own block, whatever stands around it
+    if said and not any(map(_is_users, near)):  # a family's own block, whatever stands around it
         return _Stack(size, chosen)
     users = False
-    for outer in [holder, *reversed(_outer(holder))]:
+    for outer in [holder, *reversed(_list_outer(holder))]:
         if outer.rpartition(".")[2].isdigit() and outer != holder:
             break  # the layer: what stands around it is about all layers
         module = model.get_submodule(outer)
-        own = _users(module)
+        own = _is_users(module)
         users = users or own
         for each in (module, *module.children()) if own else ():
             for key in _TOP_K:
@@ -142,7 +142,7 @@ def _stack(model: PreTrainedModel, holder: str, size: int) -> _Stack | None:
     return _Stack(size, None) if users else None
 
 
-def _users(module: nn.Module) -> bool:
+def _is_users(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(("torch.", "transformers.models.", "transformers.integrations."))
 
 

@@ -114,17 +114,17 @@ def shared_keys(model: PreTrainedModel) -> dict[str, str]:
 
 
 def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Gives lists of layers another order: `order` names, for each new place, the layer that comes there, again or not.
+    """Gives lists of layers another order: `order` names, for each new index, the layer that comes there, again or not.
 
     A layer that comes again is copied. Numbers that say where a layer stands (`index`) become those of the new places.
     """
     for name in names:
         old = model.get_submodule(name)
         new = type(old)()
-        for place, source in enumerate(edit["order"]):
-            layer = twin(old[source]) if source in edit["order"][:place] else old[source]
+        for index, source in enumerate(edit["order"]):
+            layer = twin(old[source]) if source in edit["order"][:index] else old[source]
             for path in edit["index"]:
-                renumber(layer, path, place)
+                renumber(layer, path, index)
             new.append(layer)
         model.set_submodule(name, new, strict=True)
 
@@ -135,25 +135,25 @@ def twin(layer: nn.Module) -> nn.Module:
     return deepcopy(layer, {id(config): config for config in configs})
 
 
-def renumber(layer: nn.Module, path: str, place: int) -> None:
+def renumber(layer: nn.Module, path: str, index: int) -> None:
     """Sets the number at a dotted path within a layer, where the layer has it."""
     owner, _, key = path.rpartition(".")
     holder = dict(layer.named_modules()).get(owner)
     if holder is not None and key in vars(holder):
-        setattr(holder, key, place)
+        setattr(holder, key, index)
 
 
 def recorders(model: PreTrainedModel) -> dict[str, tuple[nn.Module, list[Any]]]:
     """Returns what transformers records (hidden states, attentions, router logits): name -> module, and its hooks."""
     output_capturing.maybe_install_capturing_hooks(model)
-    found = {name: (m, [h for h in m._forward_hooks.values() if _records(h)]) for name, m in model.named_modules()}
+    found = {name: (m, [h for h in m._forward_hooks.values() if _is_recorder(h)]) for name, m in model.named_modules()}
     return {name: recorded for name, recorded in found.items() if recorded[1]}
 
 
 def forget(model: PreTrainedModel) -> None:
     """Takes the hooks away by which transformers records outputs; it installs them anew when it is first asked."""
     for module in model.modules():
-        for number in [number for number, hook in module._forward_hooks.items() if _records(hook)]:
+        for number in [number for number, hook in module._forward_hooks.items() if _is_recorder(hook)]:
             del module._forward_hooks[number]
         if "_output_capturing_hooks_installed" in vars(module):
             module._output_capturing_hooks_installed = False
@@ -167,48 +167,48 @@ def record_again(model: PreTrainedModel, before: dict[str, tuple[nn.Module, list
     itself; if not, it is left to do so when it is first asked.
     """
     forget(model)
-    alone = _told(model)
+    alone = _collect_recorded(model)
     modules = dict(model.named_modules())
-    told: dict[str, set[Any]] = {}
+    recorded: dict[str, set[Any]] = {}
     for name, (_, hooks) in before.items():
-        if name in modules and not any(name.startswith(f"{place}.") for place in replaced):
-            told[name] = {_output(hook) for hook in hooks}
+        if name in modules and not any(name.startswith(f"{outer_name}.") for outer_name in replaced):
+            recorded[name] = {_find_output(hook) for hook in hooks}
             for hook in hooks:
                 _record_at(modules[name], hook)
     kept = {id(module) for module in modules.values()}
     for name, (module, hooks) in before.items():
-        outer = next((place for place in replaced if name.startswith(f"{place}.")), None)
+        outer = next((outer_name for outer_name in replaced if name.startswith(f"{outer_name}.")), None)
         if outer is None or id(module) not in kept:
             continue
-        now = {_output(hook) for hook in module._forward_hooks.values() if _records(hook)}
+        now = {_find_output(hook) for hook in module._forward_hooks.values() if _is_recorder(hook)}
         for hook in hooks:
-            if _output(hook) not in now | told.get(outer, set()):
+            if _find_output(hook) not in now | recorded.get(outer, set()):
                 module.register_forward_hook(hook)
-    differs = _told(model) != alone
+    differs = _collect_recorded(model) != alone
     if not differs:
         forget(model)
     return differs
 
 
-def _told(model: PreTrainedModel) -> dict[str, set[Any]]:
+def _collect_recorded(model: PreTrainedModel) -> dict[str, set[Any]]:
     """Returns which outputs are recorded at which module."""
-    return {name: {_output(hook) for hook in hooks} for name, (_, hooks) in recorders(model).items()}
+    return {name: {_find_output(hook) for hook in hooks} for name, (_, hooks) in recorders(model).items()}
 
 
 def _record_at(module: nn.Module, hook: Any) -> None:
     """Has a module recorded by a hook, and nothing inside of it for the same output."""
     for inner in module.modules():
         for number, other in list(inner._forward_hooks.items()):
-            if _records(other) and _output(other) == _output(hook):
+            if _is_recorder(other) and _find_output(other) == _find_output(hook):
                 del inner._forward_hooks[number]
     module.register_forward_hook(hook)
 
 
-def _records(hook: Any) -> bool:
+def _is_recorder(hook: Any) -> bool:
     return bool(getattr(hook, "__module__", "") == output_capturing.__name__)
 
 
-def _output(hook: Any) -> Any:
+def _find_output(hook: Any) -> Any:
     """Returns which output a hook records."""
     names = hook.__code__.co_freevars
     return hook.__closure__[names.index("key")].cell_contents if "key" in names else None
@@ -327,13 +327,13 @@ OPERATIONS: dict[str, Any] = {"replace": replace, "share": share, "rearrange": r
 def construct(
     model: PreTrainedModel, name: str, module: type[nn.Module], supplied: list[str], arguments: dict[str, Any]
 ) -> Any:
-    """Builds a module for the place `name`; `supplied` says which of its arguments come from the model."""
-    supply = {"config": enclosing_config, "layer_idx": layer_index, "original": PreTrainedModel.get_submodule}
-    return module(**{key: supply[key](model, name) for key in supplied}, **arguments)
+    """Builds a module for the module `name`; `supplied` says which of its arguments come from the model."""
+    sources = {"config": enclosing_config, "layer_idx": layer_index, "original": PreTrainedModel.get_submodule}
+    return module(**{key: sources[key](model, name) for key in supplied}, **arguments)
 
 
 def enclosing_config(model: PreTrainedModel, name: str) -> PreTrainedConfig:
-    """Returns the configuration of the innermost `PreTrainedModel` that holds the place `name`."""
+    """Returns the configuration of the innermost `PreTrainedModel` that holds the module `name`."""
     config, module = model.config, model
     for part in name.split(".")[:-1]:
         module = module.get_submodule(part)

@@ -37,7 +37,7 @@ def probe_inputs(
         SurgeryError: the model's main input is of a kind that cannot be made up, or it runs with none that was tried.
     """
     tried = []
-    for inputs in _candidates(model, batch_size, length, padded, seed):
+    for inputs in _make_candidates(model, batch_size, length, padded, seed):
         placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         if anatomy.is_meta(model) or _takes_plain_tokens(model):
             return placed
@@ -71,17 +71,17 @@ def _takes_plain_tokens(model: PreTrainedModel) -> bool:
     return model.main_input_name == "input_ids" and model.can_generate() and not images and not books
 
 
-def _candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bool, seed: int) -> Iterator[Inputs]:
+def _make_candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bool, seed: int) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(seed)
     takes = behaviour.takes(model)
     kind = model.main_input_name
     worded = "input_ids" in takes or kind in ("input_ids", "inputs")
-    tokens = _tokens(model, batch_size, length, padded, generator) if worded else {}
-    decoder = _decoder(model, batch_size, length, generator)
+    tokens = _make_tokens(model, batch_size, length, padded, generator) if worded else {}
+    decoder = _make_decoder_inputs(model, batch_size, length, generator)
     if kind == "input_ids":
         if "pixel_values" in takes:
             yield from ({**mixed, **decoder} for mixed in _images_among(model, tokens, takes, generator))
-            for pixels in _pixels(model.config, batch_size, generator):
+            for pixels in _make_pixels(model.config, batch_size, generator):
                 yield {**tokens, "pixel_values": pixels.to(model.dtype)}
         yield {**tokens, **decoder}
         yield _ending_alike(model, tokens)
@@ -89,18 +89,20 @@ def _candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bo
         yield {**tokens, "input_ids": tokens["input_ids"].repeat(books, 1)}
         yield {key: tensor[:1] for key, tensor in {**tokens, **decoder}.items()}
     elif kind == "pixel_values":
-        for pixels in _pixels(model.config, batch_size, generator):
+        for pixels in _make_pixels(model.config, batch_size, generator):
             yield {"pixel_values": pixels.to(model.dtype), **decoder}
             if tokens:
                 yield {"pixel_values": pixels.to(model.dtype), **tokens}
     elif kind in ("input_features", "input_values", "inputs"):
-        for sound in _sounds(model, batch_size, generator):
+        for sound in _make_sounds(model, batch_size, generator):
             yield {kind: sound.to(model.dtype), **decoder}
         if kind == "inputs":
             yield {"inputs": tokens["input_ids"]}
 
 
-def _tokens(model: PreTrainedModel, batch_size: int, length: int, padded: bool, generator: torch.Generator) -> Inputs:
+def _make_tokens(
+    model: PreTrainedModel, batch_size: int, length: int, padded: bool, generator: torch.Generator
+) -> Inputs:
     high = int(model.config.get_text_config().vocab_size)
     inputs = {"input_ids": torch.randint(min(3, high - 1), high, (batch_size, length), generator=generator)}
     inputs["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
@@ -109,7 +111,7 @@ def _tokens(model: PreTrainedModel, batch_size: int, length: int, padded: bool, 
     return inputs
 
 
-def _decoder(model: PreTrainedModel, batch_size: int, length: int, generator: torch.Generator) -> Inputs:
+def _make_decoder_inputs(model: PreTrainedModel, batch_size: int, length: int, generator: torch.Generator) -> Inputs:
     if not model.config.is_encoder_decoder:
         return {}
     high = int(model.config.get_text_config().vocab_size)
@@ -126,35 +128,35 @@ def _ending_alike(model: PreTrainedModel, tokens: Inputs) -> Inputs:
     return {**tokens, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _find(config: PreTrainedConfig, *keys: str) -> Any:
+def _find_entry(config: PreTrainedConfig, *keys: str) -> Any:
     """Returns the first of some entries that a configuration, or else one of its parts, has."""
     parts = [part for name in config.sub_configs if isinstance(part := getattr(config, name, None), PreTrainedConfig)]
     for part in (config, *parts):
         for key in keys:
             if getattr(part, key, None) is not None:
                 return getattr(part, key)
-    return next((found for part in parts for found in [_find(part, *keys)] if found is not None), None)
+    return next((found for part in parts for found in [_find_entry(part, *keys)] if found is not None), None)
 
 
-def _vision(config: PreTrainedConfig) -> Any:
+def _find_vision(config: PreTrainedConfig) -> Any:
     """Returns the configuration of what looks at images: a part of the model's, or its own."""
     return getattr(config, "vision_config", None) or config
 
 
-def _pixels(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    vision = _vision(config)
-    size = _find(vision, "image_size") or 64
+def _make_pixels(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    vision = _find_vision(config)
+    size = _find_entry(vision, "image_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    channels = int(_find(vision, "num_channels", "in_channels") or 3)
+    channels = int(_find_entry(vision, "num_channels", "in_channels") or 3)
     yield torch.randn((batch_size, channels, height, width), generator=generator)
     yield torch.randn((batch_size, 1, channels, height, width), generator=generator)
 
 
-def _sounds(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def _make_sounds(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Yields features (batch_size, bands, frames), the other way round, and plain samples (batch_size, samples)."""
     config = model.config
-    bands = int(_find(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") or 80)
-    frames = 2 * int(_find(config, "max_source_positions", "max_length") or 32)
+    bands = int(_find_entry(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") or 80)
+    frames = 2 * int(_find_entry(config, "max_source_positions", "max_length") or 32)
     if model.main_input_name == "input_features":
         yield torch.randn((batch_size, bands, frames), generator=generator)
         yield torch.randn((batch_size, frames, bands), generator=generator)
@@ -171,49 +173,49 @@ def _images_among(
     How many tokens an image stands for is asked of the model's own `get_image_features`.
     """
     config: Any = model.config
-    place = next(
+    image_token = next(
         (n for k in ("image_token_id", "image_token_index") if (n := getattr(config, k, None)) is not None), None
     )
     features: Any = getattr(model, "get_image_features", None)
-    if place is None or features is None or anatomy.is_meta(model):
+    if image_token is None or features is None or anatomy.is_meta(model):
         return
     batch_size = len(tokens["input_ids"])
-    for image in (*_grids(config, batch_size, generator), *_plain_images(config, batch_size, generator)):
+    for image in (*_make_grids(config, batch_size, generator), *_plain_images(config, batch_size, generator)):
         image = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in image.items()}
         with torch.no_grad(), anatomy.evaluation(model):
-            rows = _rows(foreign.attempt(features, **image).value)
+            rows = _count_rows(foreign.attempt(features, **image).value)
         if rows == 0 or rows % batch_size:
             continue
-        marks = torch.full((batch_size, rows // batch_size), int(place))
-        text = torch.where(tokens["input_ids"] == int(place), 0, tokens["input_ids"])
+        marks = torch.full((batch_size, rows // batch_size), int(image_token))
+        text = torch.where(tokens["input_ids"] == int(image_token), 0, tokens["input_ids"])
         mixed = {"input_ids": torch.cat([marks, text], dim=1)}
         mixed["attention_mask"] = torch.cat([torch.ones_like(marks), tokens["attention_mask"]], dim=1)
         if "mm_token_type_ids" in takes:
-            mixed["mm_token_type_ids"] = (mixed["input_ids"] == int(place)).long()
+            mixed["mm_token_type_ids"] = (mixed["input_ids"] == int(image_token)).long()
         yield {**mixed, **image}
 
 
 def _plain_images(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> Iterator[Inputs]:
-    for pixels in _pixels(config, batch_size, generator):
+    for pixels in _make_pixels(config, batch_size, generator):
         yield {"pixel_values": pixels}
 
 
-def _grids(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> Iterator[Inputs]:
+def _make_grids(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> Iterator[Inputs]:
     """Yields images as rows of patches with the grid that they form: one frame, two merged patches high and wide."""
-    vision = _vision(config)
+    vision = _find_vision(config)
     patch, merge = getattr(vision, "patch_size", None), getattr(vision, "spatial_merge_size", None)
     if not isinstance(patch, int) or not isinstance(merge, int):
         return
-    channels = int(_find(vision, "in_channels", "num_channels") or 3)
+    channels = int(_find_entry(vision, "in_channels", "num_channels") or 3)
     width = channels * int(getattr(vision, "temporal_patch_size", None) or 1) * patch * patch
     side = 2 * merge
     pixels = torch.randn((batch_size * side * side, width), generator=generator)
     yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]] * batch_size)}
 
 
-def _rows(features: Any) -> int:
+def _count_rows(features: Any) -> int:
     """Counts the vectors in what a model makes of images, whatever they are nested in."""
     features = getattr(features, "pooler_output", features)
     if isinstance(features, torch.Tensor):
         return features.numel() // features.shape[-1]
-    return sum(_rows(part) for part in features) if isinstance(features, (tuple, list)) else 0
+    return sum(_count_rows(part) for part in features) if isinstance(features, (tuple, list)) else 0

@@ -152,7 +152,7 @@ def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, step
     terms = objectives.make_terms(recipe)
     reference: Any = models.load_teacher(recipe, device="meta")
     if reference is None and any(term.asks_reference for term in terms):
-        places = [lookup.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
+        places = [lookup.at(peft_model, name) for name in ledger.new_modules([edit.document() for edit in edits])]
         off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
         if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
             reference = models.load_base(recipe, device="meta").model

@@ -74,7 +74,7 @@ def collect(classes: Sequence[type], *, reserved: Collection[str] = ()) -> Closu
     flat = _flat_names(walk, reserved, {t.source: c.__name__ for c, t in reversed(targets.items()) if t.source})
     circles = cycles.circles(walk.bindings)
     taken = {name.removesuffix(".py") for name in reserved}
-    files = _files(walk, flat, circles, taken)
+    files = _write_files(walk, flat, circles, taken)
     refuse(ArtifactError, title, walk.faults)
     modules = {cls: t.module if t.source is None else f".{flat[t.source]}" for cls, t in targets.items()}
     for cls, target in targets.items():
@@ -89,12 +89,12 @@ def collect(classes: Sequence[type], *, reserved: Collection[str] = ()) -> Closu
 
 def _flat_names(walk: Walk, reserved: Collection[str], classes: Mapping[Any, str]) -> dict[SourceFile, str]:
     """Gives each file a name of its own, made of as much of its path as it takes to be the only one."""
-    parts = {source: _parts(source, classes.get(source)) for source in walk.bindings}
+    parts = {source: _find_parts(source, classes.get(source)) for source in walk.bindings}
     taken = {name.removesuffix(".py").casefold() for name in reserved}
     length, number = dict.fromkeys(parts, 1), dict.fromkeys(parts, 1)
     while True:
         names = {
-            s: _identifier("_".join(p[0][-length[s] :])) + (f"_{number[s]}" if number[s] > 1 else "")
+            s: _make_identifier("_".join(p[0][-length[s] :])) + (f"_{number[s]}" if number[s] > 1 else "")
             for s, p in parts.items()
         }
         groups: dict[str, list[SourceFile]] = {}
@@ -109,11 +109,11 @@ def _flat_names(walk: Walk, reserved: Collection[str], classes: Mapping[Any, str
             for source in inside or above:
                 length[source] += 1
             if not above:
-                for place, source in enumerate(group):
-                    number[source] += place if len(group) > 1 else 1
+                for index, source in enumerate(group):
+                    number[source] += index if len(group) > 1 else 1
 
 
-def _parts(source: SourceFile, cls: str | None) -> tuple[list[str], int]:
+def _find_parts(source: SourceFile, cls: str | None) -> tuple[list[str], int]:
     """Returns the parts of a file's path that its name is made of, and how many of them lie inside its project."""
     if source.name in MAIN:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls or "main").lower()
@@ -125,13 +125,15 @@ def _parts(source: SourceFile, cls: str | None) -> tuple[list[str], int]:
     return parts, max(1, sum(not _NOISE.fullmatch(part) for part in within))
 
 
-def _identifier(name: str) -> str:
+def _make_identifier(name: str) -> str:
     word = re.sub(r"\W", "_", name)
     word = f"_{word}" if not word or word[0].isdigit() else word
     return f"{word}_" if keyword.iskeyword(word) else word
 
 
-def _files(walk: Walk, flat: Mapping[SourceFile, str], circles: Circles, reserved: Collection[str]) -> dict[str, str]:
+def _write_files(
+    walk: Walk, flat: Mapping[SourceFile, str], circles: Circles, reserved: Collection[str]
+) -> dict[str, str]:
     """Writes every file that travels, and those that carry data."""
     files: dict[str, str] = {}
     carriers: dict[SourceFile, str] = {}

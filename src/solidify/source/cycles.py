@@ -18,8 +18,8 @@ Circles = dict[SourceFile, frozenset[SourceFile]]
 
 def circles(bindings: Mapping[SourceFile, Mapping[Import, Sequence[Binding]]]) -> Circles:
     """Returns, for each file that is part of a circular import, all that are."""
-    edges = {source: _imported(source, bindings[source]) for source in bindings}
-    reached = {source: _reach(source, edges) for source in edges}
+    edges = {source: _find_imported(source, bindings[source]) for source in bindings}
+    reached = {source: _find_reachable(source, edges) for source in edges}
     return {
         source: frozenset({other for other in reached[source] if source in reached[other]} | {source})
         for source in edges
@@ -29,11 +29,11 @@ def circles(bindings: Mapping[SourceFile, Mapping[Import, Sequence[Binding]]]) -
 
 def first(circle: frozenset[SourceFile]) -> SourceFile:
     """Returns the file of a circular import that is to be imported first."""
-    order = {name: place for place, name in enumerate(sys.modules)}
+    order = {name: index for index, name in enumerate(sys.modules)}
     return max(circle, key=lambda source: (order.get(source.name, -1), source.name))
 
 
-def _imported(source: SourceFile, bindings: Mapping[Import, Sequence[Binding]]) -> set[SourceFile]:
+def _find_imported(source: SourceFile, bindings: Mapping[Import, Sequence[Binding]]) -> set[SourceFile]:
     """Returns the files that a file imports as soon as it is imported itself."""
     return {
         binding.target.source
@@ -44,7 +44,7 @@ def _imported(source: SourceFile, bindings: Mapping[Import, Sequence[Binding]]) 
     }
 
 
-def _reach(source: SourceFile, edges: Mapping[SourceFile, set[SourceFile]]) -> set[SourceFile]:
+def _find_reachable(source: SourceFile, edges: Mapping[SourceFile, set[SourceFile]]) -> set[SourceFile]:
     reached: set[SourceFile] = set()
     queue = [source]
     while queue:

@@ -66,9 +66,9 @@ def extract(source: SourceFile, wanted: Collection[str]) -> Extract:
     if chosen:
         chosen |= dict.fromkeys(_types_shown(source, chosen, names))
         chosen |= dict.fromkeys(n for n in source.tree.body if isinstance(n, ast.ImportFrom) and _is_future(n))
-    order = {statement: place for place, statement in enumerate(source.tree.body)}
+    order = {statement: index for index, statement in enumerate(source.tree.body)}
     statements = sorted(chosen, key=lambda s: (not _is_future(s), order[s]))
-    return Extract(_runnable(source, statements) if source.cells else statements, names)
+    return Extract(_order_runnable(source, statements) if source.cells else statements, names)
 
 
 def faults(source: SourceFile, extracted: Extract, live: Mapping[str, Any]) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _statements_of(source: SourceFile, name: str) -> list[ast.stmt]:
     """Returns the statements that make a name what it is: those that bind it, and those that change what it holds."""
     binding = source.binders.get(name, [])
     if source.cells and binding:
-        fresh = [place for place, s in enumerate(binding) if not isinstance(s, ast.AugAssign)]
+        fresh = [index for index, s in enumerate(binding) if not isinstance(s, ast.AugAssign)]
         binding = binding[fresh[-1] if fresh else 0 :]
     if not binding or all(isinstance(s, _IMPORTS) for s in binding):
         return binding
@@ -112,13 +112,13 @@ def _statements_of(source: SourceFile, name: str) -> list[ast.stmt]:
         statement.name
         for statement in source.tree.body
         if isinstance(statement, ast.FunctionDef)
-        and any(isinstance(inner, ast.stmt) and _changes(inner, name) for inner in ast.walk(statement))
+        and any(isinstance(inner, ast.stmt) and _is_change(inner, name) for inner in ast.walk(statement))
     }
-    later = [s for s in source.tree.body[first + 1 :] if _changes(s, name) or _calls(source, s, changers)]
+    later = [s for s in source.tree.body[first + 1 :] if _is_change(s, name) or _is_call(source, s, changers)]
     return binding + [s for s in later if s not in binding]
 
 
-def _changes(statement: ast.stmt, name: str) -> bool:
+def _is_change(statement: ast.stmt, name: str) -> bool:
     """Whether a statement stores into an object (`name[...] = `, `name.x = `) or calls a method of it."""
     targets: list[ast.expr] = []
     if isinstance(statement, ast.Assign):
@@ -127,10 +127,10 @@ def _changes(statement: ast.stmt, name: str) -> bool:
         targets = [statement.target]
     elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
         targets = [statement.value.func]
-    return any(target is not _root(target) and _is_name(_root(target), {name}) for target in targets)
+    return any(target is not _find_root(target) and _is_name(_find_root(target), {name}) for target in targets)
 
 
-def _calls(source: SourceFile, statement: ast.stmt, functions: Collection[str]) -> bool:
+def _is_call(source: SourceFile, statement: ast.stmt, functions: Collection[str]) -> bool:
     """Whether a statement calls or is decorated with one of the functions, as registries are filled."""
     called: list[ast.expr] = []
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -139,10 +139,10 @@ def _calls(source: SourceFile, statement: ast.stmt, functions: Collection[str]) 
         source.cells and statement is not source.binders[statement.name][-1]
     ):
         called = statement.decorator_list
-    return any(_is_name(_root(part.func if isinstance(part, ast.Call) else part), functions) for part in called)
+    return any(_is_name(_find_root(part.func if isinstance(part, ast.Call) else part), functions) for part in called)
 
 
-def _root(node: ast.expr) -> ast.expr:
+def _find_root(node: ast.expr) -> ast.expr:
     while isinstance(node, ast.Attribute | ast.Subscript):
         node = node.value
     return node
@@ -170,7 +170,7 @@ def _types_shown(source: SourceFile, chosen: Collection[ast.stmt], names: dict[s
     return found
 
 
-def _runnable(source: SourceFile, statements: list[ast.stmt]) -> list[ast.stmt]:
+def _order_runnable(source: SourceFile, statements: list[ast.stmt]) -> list[ast.stmt]:
     """Puts what a statement needs when it runs before it, and leaves the order as it is otherwise."""
     binding: dict[str, list[ast.stmt]] = {}
     for statement in statements:

@@ -61,7 +61,7 @@ def import_text(
     as_it_was = isinstance(node, ast.Import) or (not node.level and set(outside) == {node.module})
     if as_it_was and len(bindings) == len(node.names) == len(outside):
         return original
-    lines = [(_look(source, flat[other]), "first of files that import each other") for other in first]
+    lines = [(_write_import(source, flat[other]), "first of files that import each other") for other in first]
     lines += _import_lines(source, bindings, flat) or [("pass", "")]
     if ast.dump(parse("\n".join(line for line, _ in lines))) == ast.dump(parse(ast.unparse(node))):
         return original
@@ -85,22 +85,22 @@ def write(
     head += [n for n in body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
     if statements is None or [n for n in body if n not in head] == [n for n in statements if n not in head]:
         if preamble:
-            edits = [*edits, _insertion(source, head, preamble)]
-        return _apply(source, 0, source.starts[-1], edits)
+            edits = [*edits, _make_insertion(source, head, preamble)]
+        return _apply_edits(source, 0, source.starts[-1], edits)
     pieces: list[str] = []
     last: ast.stmt | None = None
     for statement in [*[n for n in statements if n in head], *[n for n in statements if n not in head]]:
-        start, end = _segment(source, statement)
+        start, end = _find_segment(source, statement)
         blank = _blank_lines_before(source, start)
         if preamble and statement not in head:
             pieces.append(("\n\n" if pieces else "") + "\n".join(preamble))
             preamble, last = (), None
         if last is not None and body.index(statement) == body.index(last) + 1:
-            start = _segment(source, last)[1]
+            start = _find_segment(source, last)[1]
         elif pieces:
             defined = _is_definition(statement) or (last is not None and _is_definition(last))
             pieces.append("\n" * (3 if defined else 1 + min(blank, 2)))
-        pieces.append(_apply(source, start, end, edits))
+        pieces.append(_apply_edits(source, start, end, edits))
         last = statement
     return "".join(pieces).rstrip() + "\n"
 
@@ -129,11 +129,11 @@ def hide_from_transformers(text: str, names: Iterable[str]) -> tuple[str, list[i
         for match in reversed(list(re.finditer(pattern, text, flags=re.MULTILINE))):
             if match.group(1) not in unwanted:
                 continue
-            place = match.start() + len(match.group()) - len(match.group().lstrip())
-            if not _in_plain_string(text, place):
-                failed.append(text.count("\n", 0, place) + 1)
+            offset = match.start() + len(match.group()) - len(match.group().lstrip())
+            if not _in_plain_string(text, offset):
+                failed.append(text.count("\n", 0, offset) + 1)
                 continue
-            text = f"{text[:place]}\\x{ord(text[place]):02x}{text[place + 1 :]}"
+            text = f"{text[:offset]}\\x{ord(text[offset]):02x}{text[offset + 1 :]}"
     return text, sorted(failed)
 
 
@@ -152,28 +152,28 @@ def _import_lines(
     groups: dict[tuple[str, bool], list[str]] = {}
     for binding in bindings:
         target = binding.target
-        place = f".{flat[target.source]}" if target.source is not None else target.module
+        module = f".{flat[target.source]}" if target.source is not None else target.module
         if target.name is None:
-            groups.setdefault((place, True), []).append(binding.local)
+            groups.setdefault((module, True), []).append(binding.local)
         else:
             alias = "" if binding.local in (target.name, "*") else f" as {binding.local}"
-            groups.setdefault((place, False), []).append(target.name + alias)
+            groups.setdefault((module, False), []).append(target.name + alias)
     lines = []
-    for (place, is_module), names in groups.items():
+    for (module, is_module), names in groups.items():
         if not is_module:
-            lines.append((f"from {place} import {', '.join(names)}", ""))
+            lines.append((f"from {module} import {', '.join(names)}", ""))
             continue
-        stem = place.removeprefix(".")
+        stem = module.removeprefix(".")
         for local in names:
-            if stem == place:
-                lines.append((f"import {place}" + ("" if place == local or "." in local else f" as {local}"), ""))
+            if stem == module:
+                lines.append((f"import {module}" + ("" if module == local or "." in local else f" as {local}"), ""))
                 continue
-            lines.append((_look(source, stem), "transformers follows this line, not the next"))
+            lines.append((_write_import(source, stem), "transformers follows this line, not the next"))
             lines.append((f"from . import {stem}" + ("" if stem == local else f" as {local}"), ""))
     return lines
 
 
-def _look(source: SourceFile, stem: str) -> str:
+def _write_import(source: SourceFile, stem: str) -> str:
     """Returns a statement that imports a file and that transformers recognises; it works in a circular import, too."""
     return f"from .{stem} import __name__ as {unused(f'_{stem}', source.identifiers)}"
 
@@ -192,7 +192,7 @@ def _in_place(source: SourceFile, node: ast.stmt, lines: Sequence[tuple[str, str
     return ("\n" + before).join(shown)
 
 
-def _apply(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> str:
+def _apply_edits(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> str:
     data, pieces, here = source.text.encode(), [], start
     for first, last, text in sorted(e for e in edits if start <= e[0] and e[1] <= end):
         pieces += [data[here:first], text.encode()]
@@ -200,17 +200,17 @@ def _apply(source: SourceFile, start: int, end: int, edits: Sequence[Edit]) -> s
     return b"".join([*pieces, data[here:end]]).decode()
 
 
-def _insertion(source: SourceFile, head: Sequence[ast.stmt], preamble: Sequence[str]) -> Edit:
+def _make_insertion(source: SourceFile, head: Sequence[ast.stmt], preamble: Sequence[str]) -> Edit:
     text = "\n".join(preamble) + "\n"
     if head:
         line = max(node.end_lineno or node.lineno for node in head)
         ends = source.text.encode()[: source.starts[line]].endswith((b"\n", b"\r"))
         return source.starts[line], source.starts[line], text if ends else "\n" + text
-    place = source.starts[source.text.encode()[: source.span(source.tree.body[0])[0]].count(b"\n")]
-    return place, place, text
+    offset = source.starts[source.text.encode()[: source.span(source.tree.body[0])[0]].count(b"\n")]
+    return offset, offset, text
 
 
-def _segment(source: SourceFile, node: ast.stmt) -> tuple[int, int]:
+def _find_segment(source: SourceFile, node: ast.stmt) -> tuple[int, int]:
     """Returns the span of a statement with the comments directly above it and behind it."""
     data = source.text.encode()
     start, end = source.span(node)
@@ -226,8 +226,8 @@ def _segment(source: SourceFile, node: ast.stmt) -> tuple[int, int]:
     return start, end
 
 
-def _blank_lines_before(source: SourceFile, place: int) -> int:
-    lines = source.text.encode()[:place].splitlines()
+def _blank_lines_before(source: SourceFile, offset: int) -> int:
+    lines = source.text.encode()[:offset].splitlines()
     return next((n for n, line in enumerate(reversed(lines)) if line.strip()), len(lines))
 
 
@@ -235,14 +235,14 @@ def _is_definition(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
-def _in_plain_string(text: str, place: int) -> bool:
-    """Whether the character at `place` stands in a string literal in which `\\x66` means `f`."""
+def _in_plain_string(text: str, offset: int) -> bool:
+    """Whether the character at `offset` stands in a string literal in which `\\x66` means `f`."""
     starts = [0]
     for line in io.StringIO(text, newline=""):
         starts.append(starts[-1] + len(line))
     for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
         first, last = starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1]
-        if token.type == tokenize.STRING and first <= place < last:
+        if token.type == tokenize.STRING and first <= offset < last:
             prefix = token.string[: re.search("['\"]", token.string).start()]  # type: ignore[union-attr]
             return not set(prefix.lower()) & {"r", "f"}
     return False

@@ -69,9 +69,9 @@ class Library:
             return Fault(f"`{name}` is compiled ({place.path}), and only Python source can be carried")
         if place.owner == "missing":
             top = name.split(".")[0]
-            known = "." in name and locate(top, near, self.here).owner != "missing"
+            has_package = "." in name and locate(top, near, self.here).owner != "missing"
             return Fault(
-                f"there is no module `{name}`" if known else f"`{top}` is not installed ({_REMEDY})", absent=True
+                f"there is no module `{name}`" if has_package else f"`{top}` is not installed ({_REMEDY})", absent=True
             )
         if place.is_package:
             return Package(place)
@@ -107,7 +107,7 @@ class Library:
                 return passed_on
             if name in init.binders:
                 return Target(init, "", name)
-            for star in reversed(_stars(init)):
+            for star in reversed(_find_stars(init)):
                 module = self.absolute(init, star)
                 if isinstance(module, str) and name in self.public(module, init):
                     return self.member(module, name, init, seen)
@@ -156,7 +156,7 @@ class Library:
         if declared is not None:
             return declared
         names = [name for name in source.binders if not name.startswith("_")]
-        for star in _stars(source):
+        for star in _find_stars(source):
             inner = self.absolute(source, star)
             names += self.public(inner, source, seen | {module}) if isinstance(inner, str) else []
         return list(dict.fromkeys(names))
@@ -256,5 +256,5 @@ def _catches_import_error(kind: ast.expr | None) -> bool:
     return any(k is None or (isinstance(k, ast.Name) and k.id in _IMPORT_ERRORS) for k in kinds)
 
 
-def _stars(source: SourceFile) -> list[ast.ImportFrom]:
+def _find_stars(source: SourceFile) -> list[ast.ImportFrom]:
     return [n for n in source.tree.body if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]

@@ -31,8 +31,8 @@ def script_of(cls: type, main: ModuleType) -> Path | None:
 def notebook(main: ModuleType) -> SourceFile | None:
     """Returns the cells that were run in `__main__`, as one source; None where none are kept."""
     text, cells = "", []
-    for label, cell in _cells(main):
-        code = _python(cell)
+    for label, cell in _list_cells(main):
+        code = _convert_python(cell)
         if code is not None:
             cells.append((text.count("\n") + 1, label))
             text += code.rstrip("\n") + "\n\n\n"
@@ -41,23 +41,23 @@ def notebook(main: ModuleType) -> SourceFile | None:
     return SourceFile("__main__", "", None, text, "the notebook", whole=False, cells=tuple(cells))
 
 
-def _cells(main: ModuleType) -> Iterator[tuple[str, str]]:
-    shell = _shell()
+def _list_cells(main: ModuleType) -> Iterator[tuple[str, str]]:
+    shell = _find_shell()
     typed: Any = shell.history_manager.input_hist_parsed if shell is not None else vars(main).get("In")
     if isinstance(typed, list):
-        yield from ((f"In [{place}]", str(cell)) for place, cell in enumerate(typed))
+        yield from ((f"In [{index}]", str(cell)) for index, cell in enumerate(typed))
         return
     for name, entry in list(linecache.cache.items()):
         if len(entry) == 4 and (name.startswith(_CELL_FILES) or _KERNEL in name):
             yield name, "".join(entry[2])
 
 
-def _shell() -> Any:
+def _find_shell() -> Any:
     ipython: Any = sys.modules.get("IPython")
     return ipython.get_ipython() if ipython is not None else None
 
 
-def _python(cell: str) -> str | None:
+def _convert_python(cell: str) -> str | None:
     """Returns a cell as Python, line by line; None for one that is none (it did not run either)."""
     try:
         tree = parse(cell)
@@ -69,6 +69,6 @@ def _python(cell: str) -> str | None:
             return None
     match tree.body:
         case [ast.Expr(ast.Call(ast.Attribute(attr="run_cell_magic"), [ast.Constant(magic), _, ast.Constant(body)]))]:
-            inner = _python(str(body)) if magic in _TRANSPARENT_MAGICS else None
+            inner = _convert_python(str(body)) if magic in _TRANSPARENT_MAGICS else None
             return None if inner is None else "\n" + inner
     return cell

@@ -40,7 +40,7 @@ class Origins:
             found = self._in_module(cls, module)
         if isinstance(found, Fault):
             return found
-        return _fault(cls, module, found) or Target(found.source, found.module, cls.__name__)
+        return _find_fault(cls, module, found) or Target(found.source, found.module, cls.__name__)
 
     def _always_there(self, module: ModuleType, name: str) -> bool:
         return name.split(".")[0] in ALWAYS or judge(name, module.__spec__, self.index.here).owner == "always"
@@ -84,7 +84,7 @@ class Origins:
         return source if isinstance(source, Fault) else Target(source, "", cls.__name__)
 
 
-def _fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
+def _find_fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
     """Says why importing the class's name from its source would not give the class."""
     name, source = cls.__name__, found.source
     if source is None:
@@ -92,33 +92,33 @@ def _fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
         return None if same else Fault(f"{name} was made at run time ({cls.__module__} does not define it)")
     if "<locals>" in cls.__qualname__:
         return Fault(
-            f"{source.place(_line(source, name))}: {name} is defined inside a function ({cls.__qualname__}); "
+            f"{source.place(_find_line(source, name))}: {name} is defined inside a function ({cls.__qualname__}); "
             "move it to module level"
         )
     if "." in cls.__qualname__:
-        where = source.place(_line(source, name))
+        where = source.place(_find_line(source, name))
         return Fault(f"{where}: {name} is defined inside a class ({cls.__qualname__}); move it to module level")
     if not any(
         isinstance(n, ast.ClassDef) and n.name == name for s in source.binders.get(name, []) for n in ast.walk(s)
     ):
         main = " in __main__" if cls.__module__ in MAIN else ""
         return Fault(
-            f"{source.place(_line(source, name))}: {name} was made at run time{main}: "
+            f"{source.place(_find_line(source, name))}: {name} was made at run time{main}: "
             f"the file has no `class {name}`; write one"
         )
     if vars(module).get(name) is not cls:
         return Fault(
-            f"{source.place(_line(source, name))}: the name {name} stands for something else now, so importing it "
+            f"{source.place(_find_line(source, name))}: the name {name} stands for something else now, so importing it "
             "would not give this class (was it defined again? then repeat the surgery)"
         )
     stale = [b for b in cls.__mro__[1:] if b.__module__ == cls.__module__ and vars(module).get(b.__name__) is not b]
     if stale and source.cells:
-        where = source.place(_line(source, name))
+        where = source.place(_find_line(source, name))
         return Fault(f"{where}: {name} was built on an earlier {stale[0].__name__}; run its cell and the surgery again")
     return None
 
 
-def _line(source: SourceFile, name: str) -> int:
+def _find_line(source: SourceFile, name: str) -> int:
     """Returns the line where a class comes from, as well as that can be said."""
     nodes = list(ast.walk(source.tree))
     lines = [n.lineno for n in nodes if isinstance(n, ast.ClassDef) and n.name == name]

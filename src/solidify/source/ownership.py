@@ -121,12 +121,14 @@ def judge(name: str, spec: ModuleSpec | None, here: Surroundings) -> Place:
         return Place(name, "always" if standard else "missing")
     search = tuple(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
     origin = spec.origin if spec.origin not in (None, "namespace") else None
-    place = Path(origin) if origin is not None else Path(search[0]) if search else None
-    if standard and (place is None or not place.is_absolute() or _within(place, [sysconfig.get_path("stdlib")])):
+    location = Path(origin) if origin is not None else Path(search[0]) if search else None
+    if standard and (
+        location is None or not location.is_absolute() or _is_within(location, [sysconfig.get_path("stdlib")])
+    ):
         return Place(name, "always")
     if top == "solidify" and not f"{name}.".startswith(f"{_CARRIED_OF_OURS}."):
         return Place(name, "solidify", search=search)
-    if place is not None and top not in here.tops and top != "solidify" and _is_installed(top, place, here):
+    if location is not None and top not in here.tops and top != "solidify" and _is_installed(top, location, here):
         return Place(name, "installed")
     if origin is None:
         return Place(name, "own" if search else "missing", None, search)
@@ -142,8 +144,8 @@ def _is_installed(top: str, path: Path, here: Surroundings) -> bool:
     paths = sysconfig.get_paths()
     directories = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
     directories += [str(distribution(n).locate_file("")) for n in names if distribution(n).read_text("RECORD")]
-    return bool(names) and _within(path, directories)
+    return bool(names) and _is_within(path, directories)
 
 
-def _within(path: Path, directories: list[str]) -> bool:
+def _is_within(path: Path, directories: list[str]) -> bool:
     return any(path.is_relative_to(d) or path.resolve().is_relative_to(Path(d).resolve()) for d in directories)

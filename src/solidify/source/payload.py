@@ -89,7 +89,7 @@ _PACKAGE = '''def package(place):
 
 @dataclass(frozen=True)
 class Payload:
-    """What one source file reads: `files` by their place in the unpacked directory, in which it has its own `seat`."""
+    """What one source file reads: `files` by their path in the unpacked directory, in which it has its own `seat`."""
 
     source: SourceFile
     files: dict[str, Path]
@@ -133,7 +133,7 @@ def gather(
             anchors.append(_Anchor(call, argument, directory))
     if source.path is None or not (uses or anchors):
         return None, faults
-    found = _files(source, statements, [*uses, *(a.call for a in anchors)], [a.directory for a in anchors])
+    found = _find_files(source, statements, [*uses, *(a.call for a in anchors)], [a.directory for a in anchors])
     if not found:
         faults += [
             f"{source.place(use)}: `{ast.unparse(statement_of(source, use)).splitlines()[0]}` looks beside the file, "
@@ -144,7 +144,7 @@ def gather(
     compiled = [path for path in found if path.suffix in _COMPILED]
     faults += [f"{source.shown}: it loads {path.name}, which is compiled and cannot be carried" for path in compiled]
     root = Path(os.path.commonpath([source.path.parent, *(p.parent for p in found), *(a.directory for a in anchors)]))
-    places = {path.relative_to(root).as_posix(): path for path in sorted(found)}
+    carried_files = {path.relative_to(root).as_posix(): path for path in sorted(found)}
     folders = tuple(dict.fromkeys(a.directory.relative_to(root).as_posix() for a in anchors))
     file = unused("_FILE", source.identifiers)
     packages = {folder: unused(f"_PACKAGE{n or ''}", source.identifiers) for n, folder in enumerate(folders)}
@@ -158,16 +158,16 @@ def gather(
             faults.append(f"{source.place(use)}: `__file__` inside an f-string cannot be replaced; assign it to a name")
     seat = source.path.relative_to(root).as_posix()
     inside = frozenset(n for a in anchors if a.argument is not None for n in ast.walk(a.argument))
-    return Payload(source, places, seat, folders, tuple(edits), ", ".join(names), inside), faults
+    return Payload(source, carried_files, seat, folders, tuple(edits), ", ".join(names), inside), faults
 
 
 def carrier(payload: Payload, name: str) -> str:
     """Returns the Python file that carries the data of the file that is called `name` in the artifact."""
     blocks = []
-    for place, path in payload.files.items():
+    for relative, path in payload.files.items():
         text = base64.b85encode(zlib.compress(path.read_bytes(), 9)).decode()
         lines = "\n".join(text[i : i + 100] for i in range(0, len(text), 100))
-        blocks.append(f'    {json.dumps(place)}: """\n{lines}\n""",\n')
+        blocks.append(f'    {json.dumps(relative)}: """\n{lines}\n""",\n')
     anchors = (f"PACKAGE{n or ''} = package({json.dumps(folder)})\n" for n, folder in enumerate(payload.anchors))
     return _CARRIER.format(
         title=f"The files that {name} reads: {', '.join(list(payload.files)[:4])}{', ...' * (len(payload.files) > 4)}.",
@@ -234,12 +234,12 @@ def _anchor_edit(source: SourceFile, anchor: _Anchor, name: str) -> Edit:
     return end, end, name
 
 
-def _files(
+def _find_files(
     source: SourceFile, statements: Sequence[ast.stmt], uses: Sequence[ast.expr], directories: Sequence[Path]
 ) -> list[Path]:
     """Returns the files that strings of the source name, and directories that strings beside a use name."""
     assert source.path is not None
-    touched = _touched(source, uses)
+    touched = _find_touched(source, uses)
     strings: dict[str, bool] = {}
     for statement in statements:
         for node in ast.walk(statement):
@@ -253,30 +253,30 @@ def _files(
                 strings[text] = strings.get(text, False) or statement_of(source, node) in touched
     bases = [*directories]
     here = source.path.parent
-    for _ in range(_ups(touched)):
+    for _ in range(_count_ups(touched)):
         bases.append(here)
         here = here.parent
     found: list[Path] = []
     for base in dict.fromkeys(bases):
-        found += _named(base, [s for s in strings if strings[s] or (base / s).is_file()], sorted(strings))
+        found += _find_named(base, [s for s in strings if strings[s] or (base / s).is_file()], sorted(strings))
     return list(dict.fromkeys(path for path in found if path != source.path))
 
 
-def _named(base: Path, tops: Sequence[str], strings: Sequence[str]) -> Iterator[Path]:
+def _find_named(base: Path, tops: Sequence[str], strings: Sequence[str]) -> Iterator[Path]:
     """Yields the files under `base` that the strings name, alone or joined; of a directory with none, all its files."""
     for text in tops:
         path = Path(os.path.normpath(base / text))
         if path.is_file():
             yield path
         elif path.is_dir() and text.strip("./"):
-            inner = list(_named(path, strings, strings))
+            inner = list(_find_named(path, strings, strings))
             every = (p for p in sorted(path.rglob("*")) if p.is_file() and not _UNSEEN & set(p.parts))
             yield from inner or every
         elif any(mark in text for mark in "*?[") and "**" not in text:
             yield from (p for p in sorted(base.glob(text)) if p.is_file())
 
 
-def _touched(source: SourceFile, uses: Sequence[ast.expr]) -> set[ast.stmt]:
+def _find_touched(source: SourceFile, uses: Sequence[ast.expr]) -> set[ast.stmt]:
     """Returns the statements that a use of the file's place reaches through what is assigned and returned."""
     readers: dict[object, set[ast.stmt]] = {}
     for node in ast.walk(source.tree):
@@ -304,7 +304,7 @@ def _touched(source: SourceFile, uses: Sequence[ast.expr]) -> set[ast.stmt]:
     return touched
 
 
-def _ups(touched: set[ast.stmt]) -> int:
+def _count_ups(touched: set[ast.stmt]) -> int:
     """Returns how many directories, counted from the source's own, the statements can reach at most."""
     ups = 0
     for statement in touched:

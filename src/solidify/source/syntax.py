@@ -56,14 +56,14 @@ class SourceFile:
     @cached_property
     def owners(self) -> dict[ast.AST, ast.AST]:
         """The scope whose variable each name is (the module, for what no inner scope binds), and each import's."""
-        return dict(_resolve(self.tree, [_Scope(self.tree, frozenset(), frozenset())]))
+        return dict(_resolve_names(self.tree, [_Scope(self.tree, frozenset(), frozenset())]))
 
     @cached_property
     def binders(self) -> dict[str, list[ast.stmt]]:
         """The top-level statements that bind each name of the module."""
         found: dict[str, list[ast.stmt]] = {}
         for statement in self.tree.body:
-            for name in sorted(_bound([statement])):
+            for name in sorted(_collect_bound([statement])):
                 found.setdefault(name, []).append(statement)
         return found
 
@@ -84,7 +84,7 @@ class SourceFile:
         names = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
         names |= {node.arg for node in ast.walk(self.tree) if isinstance(node, ast.arg)}
         scopes: list[ast.AST] = [node for node in ast.walk(self.tree) if isinstance(node, _SCOPES)]
-        return names.union(_bound(self.tree.body), *(_bound(_inner(scope)) for scope in scopes))
+        return names.union(_collect_bound(self.tree.body), *(_collect_bound(_walk_inner(scope)) for scope in scopes))
 
     def offset(self, line: int, column: int) -> int:
         """Returns the offset in bytes of a node's position."""
@@ -158,7 +158,7 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
     """Yields what is evaluated when a statement runs: everything but the bodies of functions."""
     yield node
     if isinstance(node, _FUNCTIONS):
-        for part in _outer(node):
+        for part in _walk_outer(node):
             yield from at_import(part)
         return
     for child in ast.iter_child_nodes(node):
@@ -193,38 +193,38 @@ class _Scope:
     outside: frozenset[str]  # declared global
 
 
-def _resolve(node: ast.AST, chain: list[_Scope]) -> Iterator[tuple[ast.AST, ast.AST]]:
+def _resolve_names(node: ast.AST, chain: list[_Scope]) -> Iterator[tuple[ast.AST, ast.AST]]:
     """Yields each name (and import) under `node` with the scope that owns it."""
     if isinstance(node, _SCOPES):
-        for part in _outer(node):
-            yield from _resolve(part, chain)
-        inner = list(_inner(node))
-        declared = {n: type(d) for d in _local(inner) if isinstance(d, ast.Global | ast.Nonlocal) for n in d.names}
+        for part in _walk_outer(node):
+            yield from _resolve_names(part, chain)
+        inner = list(_walk_inner(node))
+        declared = {n: type(d) for d in _walk_local(inner) if isinstance(d, ast.Global | ast.Nonlocal) for n in d.names}
         outside = frozenset(name for name, kind in declared.items() if kind is ast.Global)
-        scope = _Scope(node, frozenset(_bound(inner) | _parameters(node)) - declared.keys(), outside)
+        scope = _Scope(node, frozenset(_collect_bound(inner) | _collect_parameters(node)) - declared.keys(), outside)
         for part in inner:
-            yield from _resolve(part, [*chain, scope])
+            yield from _resolve_names(part, [*chain, scope])
         return
     if isinstance(node, ast.Name):
-        yield node, _owner(node.id, chain)
+        yield node, _find_owner(node.id, chain)
     elif isinstance(node, ast.Import | ast.ImportFrom):
         names = [alias.asname or alias.name.split(".")[0] for alias in node.names]
-        yield node, _owner(names[0], chain)
+        yield node, _find_owner(names[0], chain)
     for child in ast.iter_child_nodes(node):
-        yield from _resolve(child, chain)
+        yield from _resolve_names(child, chain)
 
 
-def _owner(name: str, chain: list[_Scope]) -> ast.AST:
-    for place, scope in reversed(list(enumerate(chain))):
+def _find_owner(name: str, chain: list[_Scope]) -> ast.AST:
+    for index, scope in reversed(list(enumerate(chain))):
         if name in scope.outside:
             break
-        visible = place == len(chain) - 1 or not isinstance(scope.node, ast.ClassDef)
+        visible = index == len(chain) - 1 or not isinstance(scope.node, ast.ClassDef)
         if visible and name in scope.bound:
             return scope.node
     return chain[0].node
 
 
-def _outer(scope: ast.AST) -> Iterator[ast.AST]:
+def _walk_outer(scope: ast.AST) -> Iterator[ast.AST]:
     """Yields what belongs to a scope's node but is evaluated outside it."""
     if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
         arguments = scope.args
@@ -240,7 +240,7 @@ def _outer(scope: ast.AST) -> Iterator[ast.AST]:
         yield scope.generators[0].iter
 
 
-def _inner(scope: ast.AST) -> Iterator[ast.AST]:
+def _walk_inner(scope: ast.AST) -> Iterator[ast.AST]:
     """Yields what is evaluated within a scope."""
     if isinstance(scope, ast.Lambda):
         yield scope.body
@@ -248,13 +248,13 @@ def _inner(scope: ast.AST) -> Iterator[ast.AST]:
         yield from scope.body
     elif isinstance(scope, _COMPREHENSIONS):
         yield from (scope.key, scope.value) if isinstance(scope, ast.DictComp) else (scope.elt,)
-        for place, generator in enumerate(scope.generators):
+        for index, generator in enumerate(scope.generators):
             yield from (generator.target, *generator.ifs)
-            if place:
+            if index:
                 yield generator.iter
 
 
-def _parameters(scope: ast.AST) -> set[str]:
+def _collect_parameters(scope: ast.AST) -> set[str]:
     if not isinstance(scope, _FUNCTIONS):
         return set()
     a = scope.args
@@ -262,22 +262,22 @@ def _parameters(scope: ast.AST) -> set[str]:
     return {argument.arg for argument in every if argument is not None}
 
 
-def _local(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+def _walk_local(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     """Yields the nodes of one scope: nested scopes are named, but what is within them is left out."""
     for node in nodes:
         yield node
         if not isinstance(node, _SCOPES):
-            yield from _local(ast.iter_child_nodes(node))
+            yield from _walk_local(ast.iter_child_nodes(node))
         else:
-            yield from _local(_outer(node))
+            yield from _walk_local(_walk_outer(node))
             if isinstance(node, _COMPREHENSIONS):  # what `:=` binds within one is the enclosing scope's
                 yield from (n.target for n in ast.walk(node) if isinstance(n, ast.NamedExpr))
 
 
-def _bound(nodes: Iterable[ast.AST]) -> set[str]:
+def _collect_bound(nodes: Iterable[ast.AST]) -> set[str]:
     """Returns the names that the nodes of one scope bind."""
     names: set[str] = set()
-    for node in _local(nodes):
+    for node in _walk_local(nodes):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             names.add(node.id)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -83,9 +83,9 @@ class Walk:
         self.bindings[source], self.edits[source], self.unseen[source] = {}, [], {}
         nodes = [node for statement in self.statements(source) for node in ast.walk(statement)]
         sites = [s for n in nodes if isinstance(n, Import) for s in self.look_at_import(source, n)]
-        places = {site.local: site.package for site in sites}
+        packages = {site.local: site.package for site in sites}
         found, faults = payload.gather(
-            source, self.statements(source), lambda anchor: self.directory_of(source, anchor, places)
+            source, self.statements(source), lambda anchor: self.directory_of(source, anchor, packages)
         )
         self.faults |= dict.fromkeys(faults)
         if found is not None:
@@ -230,10 +230,10 @@ class Walk:
 
     def alias(self, source: SourceFile, word: str, target: Target, *, free: str) -> str:
         """Returns a name for `target` that nothing else in the file has (`free` is the package's own name)."""
-        known = self.aliases.setdefault(source, {})
-        while known.get(word, target) != target or (word in source.identifiers and word != free):
+        aliases = self.aliases.setdefault(source, {})
+        while aliases.get(word, target) != target or (word in source.identifiers and word != free):
             word += "_"
-        known[word] = target
+        aliases[word] = target
         return word
 
     def look_at_call(self, source: SourceFile, node: ast.Call) -> None:
@@ -273,7 +273,7 @@ class Walk:
         return None if what.absent and circumstances(source, node)[0] else self.fault(source, node, what)
 
     def directory_of(
-        self, source: SourceFile, anchor: ast.expr | None, places: Mapping[str, Package]
+        self, source: SourceFile, anchor: ast.expr | None, packages: Mapping[str, Package]
     ) -> Path | str | None:
         """Returns the directory that an argument of importlib.resources stands for (see `payload.gather`)."""
         written = ast.unparse(anchor) if anchor is not None else "__package__"
@@ -284,7 +284,7 @@ class Walk:
             what = self.index.module(anchor.value, source)
         elif isinstance(anchor, ast.Name | ast.Attribute):
             first, *rest = written.split(".")
-            what = places.get(first)
+            what = packages.get(first)
             for part in rest:
                 what = self.index.attribute(what.place, part, source) if isinstance(what, Package) else what
         if isinstance(what, Package) and what.place.search:
@@ -319,12 +319,12 @@ class Walk:
         self.faults |= dict.fromkeys(text for source, text in self.absent if source in needed)
         size = sum(found.size for found in self.payloads.values())
         if size > payload.LIMIT:
-            largest = max((p for found in self.payloads.values() for p in found.files.values()), key=_size)
+            largest = max((p for found in self.payloads.values() for p in found.files.values()), key=_get_size)
             self.faults[
                 f"the files that the modules read hold {size / 2**20:.1f} MB (most of it {largest.name}), and at most "
                 f"{payload.LIMIT // 2**20} MB can be carried as text; keep what they hold as a persistent buffer"
             ] = None
 
 
-def _size(path: Path) -> int:
+def _get_size(path: Path) -> int:
     return path.stat().st_size

@@ -81,7 +81,7 @@ class _Rearrange(Operation):
     def follow(cls, edit: Record, now: dict[str, Record]) -> dict[str, Record]:
         """Moves what stands within the layers: a layer that is gone takes it along, a copied one has it twice."""
         order = edit["settings"]["order"]
-        return {new: record for old, record in now.items() for new in _moved(old, edit["name"], order)}
+        return {new: record for old, record in now.items() for new in _map_name(old, edit["name"], order)}
 
     @classmethod
     def inspect(cls, module: nn.Module, edit: Record) -> tuple[str, list[str]]:
@@ -90,7 +90,7 @@ class _Rearrange(Operation):
         return f"has {size} layers", [] if found == size else [f"holds {found} layers, not {size}"]
 
 
-def _moved(name: str, layers: str, order: Sequence[int]) -> list[str]:
+def _map_name(name: str, layers: str, order: Sequence[int]) -> list[str]:
     """Returns the names that a module has once a list of layers has another order: none, one or several."""
     if not name.startswith(layers + "."):
         return [name]

@@ -78,7 +78,7 @@ def recording(model: PreTrainedModel, names: Sequence[str], *, partly: bool = Fa
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             """Copies what the first call returns."""
             if name not in calls:
-                whole = _untouched(given[name][0], _args)
+                whole = _is_untouched(given[name][0], _args)
                 calls[name] = Call(*given[name], copied(output), {"inputs": whole})
             if partly and len(calls) == len(names):
                 raise _EnoughError
@@ -99,37 +99,37 @@ def recording(model: PreTrainedModel, names: Sequence[str], *, partly: bool = Fa
 
 def copied(value: Any) -> Any:
     """Copies the tensors in nested arguments or outputs, whatever they are nested in: a caller may write into them."""
-    return _mapped(value, torch.Tensor.clone)
+    return _map_tensors(value, torch.Tensor.clone)
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Rebuilds nested arguments or outputs with every tensor changed; a cache is only copied."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Cache):
         return deepcopy(value)
     if isinstance(value, ModelOutput):
-        return type(value)(**{key: _mapped(item, change) for key, item in value.items()})
+        return type(value)(**{key: _map_tensors(item, change) for key, item in value.items()})
     if isinstance(value, dict):
         result: Any = copy(value)
-        result.update({key: _mapped(item, change) for key, item in value.items()})
+        result.update({key: _map_tensors(item, change) for key, item in value.items()})
         return result
     if isinstance(value, tuple):
-        items = [_mapped(item, change) for item in value]
+        items = [_map_tensors(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) is list:
-        return [_mapped(item, change) for item in value]
+        return [_map_tensors(item, change) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy(value)
         for key, item in vars(value).items():
-            object.__setattr__(result, key, _mapped(item, change))
+            object.__setattr__(result, key, _map_tensors(item, change))
         return result
     return value
 
 
 def with_habits(module: nn.Module, call: Call) -> Call:
     """Adds to a call of an original what the module does beside it: see `Call.habits`."""
-    return dataclasses.replace(call, habits={**call.habits, **_habits(module, call)})
+    return dataclasses.replace(call, habits={**call.habits, **_find_habits(module, call)})
 
 
 def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
@@ -142,20 +142,20 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     with torch.no_grad(), _buffers_kept(replacement), anatomy.evaluation(replacement), anatomy.caches_off(replacement):
         outcome = foreign.attempt(replacement, *args, **kwargs)
     if outcome.error is not None:
-        given = ", ".join([_describe(a) for a in call.args] + list(call.kwargs))
+        given = ", ".join([_describe_value(a) for a in call.args] + list(call.kwargs))
         return [
             f"{name}: {type(replacement).__name__} fails on what the original takes ({given}): "
             f"{foreign.said(outcome.error)}"
         ], False
-    old, new = _describe(call.output), _describe(outcome.value)
+    old, new = _describe_value(call.output), _describe_value(outcome.value)
     if old != new:
         return [
             f"{name}: the original returns {old}, but {type(replacement).__name__} returns {new}; "
             "return the same structure, shapes and dtypes"
         ], False
-    if call.habits.get("inputs", False) and not _untouched((call.args, call.kwargs), (args, kwargs)):
+    if call.habits.get("inputs", False) and not _is_untouched((call.args, call.kwargs), (args, kwargs)):
         return [f"{name}: {type(replacement).__name__}: {_BROKEN['inputs']}"], False
-    return [], _equal(call.output, outcome.value)
+    return [], _are_equal(call.output, outcome.value)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             table.clear()
             table.update(before)
         for buffer, value in values:
-            if not buffer.is_meta and not _same(buffer, value):
+            if not buffer.is_meta and not _are_same(buffer, value):
                 buffer.data = value
 
 
@@ -190,8 +190,8 @@ def lost_habits(name: str, replacement: nn.Module, call: Call) -> dict[str, str]
     """Returns what the original does (see `Call.habits`) and the replacement does not: a sentence by property."""
     if not _ALONE & set(call.habits):
         return {}
-    found = _habits(replacement, call)
-    lost = [key for key, kept in call.habits.items() if key in _ALONE and not _covers(found.get(key, False), kept)]
+    found = _find_habits(replacement, call)
+    lost = [key for key, kept in call.habits.items() if key in _ALONE and not _is_covering(found.get(key, False), kept)]
     if "gradient" in lost and not _is_cut_off(replacement, call, found["gradient"]):
         lost.remove("gradient")
     return {key: f"{name}: {type(replacement).__name__}: {_BROKEN[key]}" for key in lost}
@@ -209,40 +209,40 @@ def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> 
         for size in (0.0, _NUDGE):
             args, kwargs = copied(call.args), copied(call.kwargs)
             begin = 0
-            for source in _sources(args, kwargs):
-                places = source.shape[:-1].numel()
-                here = missing[begin : begin + places].view(*source.shape[:-1], 1).to(source.device)
+            for source in _find_sources(args, kwargs):
+                positions = source.shape[:-1].numel()
+                here = missing[begin : begin + positions].view(*source.shape[:-1], 1).to(source.device)
                 source.add_(size * source.abs().mean() * here)
-                begin += places
+                begin += positions
             outputs.append(foreign.attempt(module, *args, **kwargs))
     plain, nudged = outputs
-    return plain.failed or nudged.failed or not _equal(plain.value, nudged.value)
+    return plain.failed or nudged.failed or not _are_equal(plain.value, nudged.value)
 
 
-def _covers(found: Any, wanted: Any) -> bool:
+def _is_covering(found: Any, wanted: Any) -> bool:
     """Returns whether all that is wanted was found: a yes, or a yes at every place."""
     if isinstance(wanted, torch.Tensor):
         return isinstance(found, torch.Tensor) and bool((found | ~wanted).all())
     return bool(found) or not wanted
 
 
-def _habits(module: nn.Module, call: Call) -> dict[str, Any]:
+def _find_habits(module: nn.Module, call: Call) -> dict[str, Any]:
     with _buffers_kept(module), anatomy.evaluation(module), anatomy.caches_off(module):
         found = {"gradient": _lets_gradient_through(module, call)}
-        if anatomy.main_dtype(module) in (torch.float32, None) and _floating(call.args, call.kwargs):
+        if anatomy.main_dtype(module) in (torch.float32, None) and _find_floating(call.args, call.kwargs):
             found["half_precision"] = _works_in_half(module, call)
     return found
 
 
-def _untouched(before: Any, after: Any) -> bool:
+def _is_untouched(before: Any, after: Any) -> bool:
     """Returns whether the tensors in nested arguments still have the values that they had."""
-    return all(_same(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
+    return all(_are_same(a, b) for a, b in zip(tensors_in(before), tensors_in(after), strict=True))
 
 
 def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool:
     """Returns where (along all axes but the last) the first floating argument gets a gradient that is not zero."""
     args, kwargs = copied(call.args), copied(call.kwargs)
-    sources = _sources(args, kwargs)
+    sources = _find_sources(args, kwargs)
     if not sources:
         return False
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -266,16 +266,16 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool
     return torch.cat([(g != 0).any(-1).flatten() for g in seen])
 
 
-def _sources(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+def _find_sources(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Returns what a gradient should reach: the first floating argument, and the states of an encoder."""
-    found = _floating(args, kwargs)
+    found = _find_floating(args, kwargs)
     others = [t for key, t in kwargs.items() if key in _STATES and isinstance(t, torch.Tensor) and t is not found[0]]
     return [*found[:1], *others]
 
 
 def _works_in_half(module: nn.Module, call: Call) -> bool:
     """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
-    args, kwargs = (_mapped(part, _half) for part in (call.args, call.kwargs))
+    args, kwargs = (_map_tensors(part, _cast_half) for part in (call.args, call.kwargs))
     wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
     configs = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)}
     for cast in (_all_of_it, _first_children):
@@ -302,7 +302,7 @@ def _first_children(module: nn.Module) -> nn.Module:
     return module
 
 
-def _half(tensor: torch.Tensor) -> torch.Tensor:
+def _cast_half(tensor: torch.Tensor) -> torch.Tensor:
     """Casts to bfloat16; the lowest float32, which masks hold, becomes the lowest there is, and no infinity."""
     if not tensor.is_floating_point():
         return tensor.clone()
@@ -310,35 +310,35 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
     return half.where(half.isfinite() | ~tensor.isfinite(), half.clamp(limits.min, limits.max))
 
 
-def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+def _find_floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     found = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
     return [tensor for tensor in found if tensor.is_floating_point()]
 
 
-def _describe(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {_describe_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        inside = ", ".join(_describe(v) for v in value)
+        inside = ", ".join(_describe_value(v) for v in value)
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     return "None" if value is None else type(value).__name__
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return _same(a, b)
+        return _are_same(a, b)
     if isinstance(a, Mapping):
-        return all(_equal(a[k], b[k]) for k in a)
+        return all(_are_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
-        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return all(_are_equal(x, y) for x, y in zip(a, b, strict=True))
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
-        return all(_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
+        return all(_are_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
     return True
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Returns whether two tensors are equal; a number that is none (where a row is padding) is itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
@@ -366,10 +366,10 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def constructor(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a module's constructor by name, without `self`."""
-    return _constructor(module_class)  # type: ignore[arg-type]  # torch types a module's hash by hand
+    return _read_constructor(module_class)  # type: ignore[arg-type]  # torch types a module's hash by hand
 
 
 @lru_cache(maxsize=16)
-def _constructor(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+def _read_constructor(module_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     parameters = list(inspect.signature(module_class.__init__).parameters.values())[1:]
     return MappingProxyType({parameter.name: parameter for parameter in parameters})

@@ -101,7 +101,7 @@ def take(model: PreTrainedModel, names: Sequence[str], extent: Extent) -> Contro
     for name in called:
         calls[name] = contract.with_habits(model.get_submodule(name), calls[name])
     before = dataclasses.replace(before, calls=calls, probed=called)
-    wide = _read(model, before, wide=True) if is_half(model) and extent.whole else None
+    wide = _read_model(model, before, wide=True) if is_half(model) and extent.whole else None
     return dataclasses.replace(before, reading=reading, wide=wide)
 
 
@@ -111,12 +111,12 @@ def _calls_and_reading(
     """Returns the first call of each module, and the reading; a small model's first pass serves both."""
     if not before.alone:
         with contract.recording(model, names) as calls:
-            reading = _read(model, before)
+            reading = _read_model(model, before)
         if reading is not None:
             return calls, reading
     calls = contract.record(model, names, before.inputs or {}, partly=before.alone)
     watched = dataclasses.replace(before, probed=tuple(name for name in before.probed if name in calls))
-    return calls, _read(model, watched) if watched.probed else None
+    return calls, _read_model(model, watched) if watched.probed else None
 
 
 def is_half(model: PreTrainedModel) -> bool:
@@ -124,7 +124,7 @@ def is_half(model: PreTrainedModel) -> bool:
     return model.dtype in (torch.bfloat16, torch.float16)
 
 
-def _read(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
+def _read_model(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
     with anatomy.sparing(model):
         return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
 
@@ -139,7 +139,7 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
         return Control(None, {}, None)
     inputs = extent.inputs(model)
     before = Control(inputs, {}, None)
-    reading = _read(model, before)
+    reading = _read_model(model, before)
     _refuse_spoilt(model, reading)
     return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
 
@@ -153,9 +153,9 @@ def take_at(model: PreTrainedModel, name: str, extent: Extent) -> Control:
     if anatomy.is_meta(model):
         return Control(None, {}, None)
     before = Control(probing.probe_inputs(model), {}, None, None, (name,), alone=True)
-    reading = _read(model, before)
+    reading = _read_model(model, before)
     _refuse_spoilt(model, reading)
-    wide = _read(model, before, wide=True) if is_half(model) and extent.whole else None
+    wide = _read_model(model, before, wide=True) if is_half(model) and extent.whole else None
     return dataclasses.replace(before, reading=reading, wide=wide, output=anatomy.run(model, before.inputs or {}))
 
 
@@ -213,9 +213,9 @@ def judge(
     values = _new_parameters(model, fresh)
     sharp = control.wide or control.reading
     if identical and values and sharp is not None:  # what is found with noise is found as it stands too
-        noisy = _faults(model, control, sharp, values, wide=sharp is control.wide)
+        noisy = _find_faults(model, control, sharp, values, wide=sharp is control.wide)
         if noisy is not None:
-            return _judgement(model, noisy, what, declared, _NOISY)
+            return _make_judgement(model, noisy, what, declared, _NOISY)
     called = foreign.calling(f"with {what} in place the model does not run", SurgeryError, remedy=remedy)
     with called, anatomy.sparing(model):
         watched = Watched(model, control.inputs, **control.watched)
@@ -225,19 +225,19 @@ def judge(
             reading, found = watched.judged(control.reading)
     if control.reading is None:
         return Judgement()
-    if _finite(control.reading) and not _finite(reading):
+    if _is_finite(control.reading) and not _is_finite(reading):
         return Judgement([f"with {what} in place the model returns NaN or infinity"])
     if control.wide is not None:
-        found += _faults(model, control, control.wide, {}, wide=True) or []
-    told = _judgement(model, found, what, declared)
-    if told.faults or not values or sharp is None:
-        return told
-    later = _faults(model, control, sharp, values, wide=sharp is control.wide) or []
-    shaken = _judgement(model, later, what, declared, _NOISY)
-    return Judgement(shaken.faults, told.lost | shaken.lost)
+        found += _find_faults(model, control, control.wide, {}, wide=True) or []
+    judgement = _make_judgement(model, found, what, declared)
+    if judgement.faults or not values or sharp is None:
+        return judgement
+    later = _find_faults(model, control, sharp, values, wide=sharp is control.wide) or []
+    shaken = _make_judgement(model, later, what, declared, _NOISY)
+    return Judgement(shaken.faults, judgement.lost | shaken.lost)
 
 
-def _faults(
+def _find_faults(
     model: PreTrainedModel, control: Control, before: Reading, fresh: Mapping[str, torch.Tensor], *, wide: bool
 ) -> list[Fault] | None:
     """Reads the model, with noise in `fresh` parameters; None for what does not run, or gives no finite outputs."""
@@ -246,12 +246,12 @@ def _faults(
         watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
         with anatomy.sparing(model):
             outcome = foreign.attempt(watched.judged, before).value
-        if outcome is not None and _finite(outcome[0]):
+        if outcome is not None and _is_finite(outcome[0]):
             return outcome[1]
     return None
 
 
-def _judgement(
+def _make_judgement(
     model: PreTrainedModel, found: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = ""
 ) -> Judgement:
     """Tells what need not be kept from what must be: router logits may go where nobody asks for them by default."""
@@ -269,7 +269,7 @@ def _new_parameters(model: PreTrainedModel, fresh: Iterable[str]) -> dict[str, t
 
 def _refuse_spoilt(model: PreTrainedModel, reading: Reading | None) -> None:
     """Refuses a model that is broken before anything is changed: NaN hides whatever a change does."""
-    if reading is None or not reading.plain or _finite(reading):
+    if reading is None or not reading.plain or _is_finite(reading):
         return
     tensors = (*model.named_parameters(), *model.named_buffers())
     spoilt = [name for name, tensor in tensors if tensor.is_floating_point() and bool(torch.isnan(tensor).any())]
@@ -280,7 +280,7 @@ def _refuse_spoilt(model: PreTrainedModel, reading: Reading | None) -> None:
         )
 
 
-def _finite(reading: Reading) -> bool:
+def _is_finite(reading: Reading) -> bool:
     rows = slice(1 if reading.packed else None)
     return all(bool(torch.isfinite(part[rows]).all()) for part in reading.plain.values())
 

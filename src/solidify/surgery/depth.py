@@ -47,21 +47,21 @@ def insert(
         SurgeryError: a target is no layer of a list, a name in `zero` is not found, or the changed model does not run
             or computes with a cache something else than without. The model is then as it was.
     """
-    lists = _lists(model, target, expect, count)
+    lists = _find_lists(model, target, expect, count)
     faults = [
-        f"{name}.{place} has no {part!r} to set to zero; it has: {', '.join(list(_parts(layer))[:12])}"
-        for name, places in lists.items()
-        for place in places
-        for layer in [model.get_submodule(f"{name}.{place}")]
+        f"{name}.{index} has no {part!r} to set to zero; it has: {', '.join(list(_collect_parts(layer))[:12])}"
+        for name, indices in lists.items()
+        for index in indices
+        for layer in [model.get_submodule(f"{name}.{index}")]
         for part in zero
-        if part not in _parts(layer)
+        if part not in _collect_parts(layer)
     ]
     refuse(SurgeryError, "layers cannot be inserted as asked", faults)
     orders = {}
-    for name, places in lists.items():
+    for name, indices in lists.items():
         size = len(_list_at(model, name))
-        orders[name] = [i for i in range(size) for _ in range(1 + (i in places))]
-    return _rearrange(model, orders, "insert", zero, extent)
+        orders[name] = [i for i in range(size) for _ in range(1 + (i in indices))]
+    return _rearrange_lists(model, orders, "insert", zero, extent)
 
 
 def remove(
@@ -79,24 +79,24 @@ def remove(
             computes with a cache something else than without. The model is then as it was.
     """
     orders = {
-        name: [i for i in range(len(_list_at(model, name))) if i not in places]
-        for name, places in _lists(model, target, expect, count).items()
+        name: [i for i in range(len(_list_at(model, name))) if i not in indices]
+        for name, indices in _find_lists(model, target, expect, count).items()
     }
     empty = [f"no layer of {name} would be left" for name, order in orders.items() if not order]
     refuse(SurgeryError, "layers cannot be removed as asked", empty)
-    return _rearrange(model, orders, "remove", (), extent)
+    return _rearrange_lists(model, orders, "remove", (), extent)
 
 
-def _lists(
+def _find_lists(
     model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None
 ) -> dict[str, list[int]]:
-    """Returns the lists that hold the targets, each with the places that are meant."""
+    """Returns the lists that hold the targets, each with the indices that are meant."""
     lists: dict[str, list[int]] = {}
     faults = []
     for name in replacing.targets(model, target, expect, count):
-        parent, _, place = name.rpartition(".")
-        if place.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-            lists.setdefault(parent, []).append(int(place))
+        parent, _, index = name.rpartition(".")
+        if index.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
+            lists.setdefault(parent, []).append(int(index))
         else:
             faults.append(f"{name} is no item of a list of layers")
     refuse(SurgeryError, "the target is not a layer", faults)
@@ -107,13 +107,13 @@ def _list_at(model: PreTrainedModel, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def _parts(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _collect_parts(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Returns what can be named in a layer, modules and parameters, with the parameters of each."""
     modules = {name: list(module.parameters()) for name, module in layer.named_modules() if name}
     return {**modules, **{name: [parameter] for name, parameter in layer.named_parameters()}}
 
 
-def _rearrange(
+def _rearrange_lists(
     model: PreTrainedModel, orders: dict[str, list[int]], verb: str, zero: Sequence[str], extent: Extent | None
 ) -> list[Edit]:
     """Changes the lists one after the other; puts everything back when the result does not run.
@@ -126,7 +126,7 @@ def _rearrange(
     for wide in (False, True):
         try:
             with transaction(model):
-                edits = [_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
+                edits = [_rearrange_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
                 identical = judge(model, before, what)
         except SurgeryError:
             if wide:
@@ -165,29 +165,31 @@ def judge(model: PreTrainedModel, before: Control, what: str) -> bool:
     return old is not None and torch.equal(output.value, old)
 
 
-def _one(model: PreTrainedModel, name: str, order: list[int], verb: str, zero: Sequence[str], *, wide: bool) -> Edit:
+def _rearrange_one(
+    model: PreTrainedModel, name: str, order: list[int], verb: str, zero: Sequence[str], *, wide: bool
+) -> Edit:
     """Rearranges one list and writes the record."""
-    settings = _settings(model, name, order, wide)
+    settings = _make_settings(model, name, order, wide)
     old = _list_at(model, name)
     size, parameters, old_keys = len(old), anatomy.count(old.parameters()), list(old.state_dict())
     operations.rearrange(model, [name], settings, {})
     operations.assign(model.config, settings["after"])
     new = _list_at(model, name)
     tensors: dict[str, str | None] = {}
-    for place, source in enumerate(order):
-        copied = source in order[:place]
-        silent = {id(p) for part in zero for p in _parts(new[place])[part]} if copied else set()
-        for parameter in new[place].parameters():
+    for index, source in enumerate(order):
+        copied = source in order[:index]
+        silent = {id(p) for part in zero for p in _collect_parts(new[index])[part]} if copied else set()
+        for parameter in new[index].parameters():
             if id(parameter) in silent and not parameter.is_meta:
                 parameter.data.zero_()
-        for key, tensor in new[place].state_dict(keep_vars=True).items():
-            tensors[f"{name}.{place}.{key}"] = None if id(tensor) in silent else f"{name}.{source}.{key}"
+        for key, tensor in new[index].state_dict(keep_vars=True).items():
+            tensors[f"{name}.{index}.{key}"] = None if id(tensor) in silent else f"{name}.{source}.{key}"
     used = set(tensors.values())
     return Edit(
         name=name,
         old_class=type(new).__name__,
         module_class=None,
-        arguments={verb: _difference(order, size), **({"zero": list(zero)} if zero else {})},
+        arguments={verb: _find_difference(order, size), **({"zero": list(zero)} if zero else {})},
         supplied=(),
         tensors=tensors,
         dropped=tuple(f"{name}.{key}" for key in old_keys if f"{name}.{key}" not in used),
@@ -202,29 +204,29 @@ def _one(model: PreTrainedModel, name: str, order: list[int], verb: str, zero: S
     )
 
 
-def _difference(order: list[int], size: int) -> list[int]:
-    """Returns the layers, by their old places, that were copied or left out."""
+def _find_difference(order: list[int], size: int) -> list[int]:
+    """Returns the layers, by their old indices, that were copied or left out."""
     return [i for i in range(size) if order.count(i) != 1]
 
 
-def _settings(model: PreTrainedModel, name: str, order: list[int], wide: bool) -> dict[str, Any]:
+def _make_settings(model: PreTrainedModel, name: str, order: list[int], wide: bool) -> dict[str, Any]:
     """Returns what an artifact needs to do the same: order, numbers to renew, the configuration before and after."""
-    before, after = _configuration(model, name, order, wide)
-    return {"order": order, "index": _indices(_list_at(model, name)), "before": before, "after": after}
+    before, after = _find_configuration(model, name, order, wide)
+    return {"order": order, "index": _find_indices(_list_at(model, name)), "before": before, "after": after}
 
 
-def _indices(layers: Any) -> list[str]:
-    """Finds the numbers within the layers that say where a layer stands: equal to its place in every layer."""
+def _find_indices(layers: Any) -> list[str]:
+    """Finds the numbers within the layers that say where a layer stands: equal to its index in every layer."""
     found: dict[str, list[bool]] = {}
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         for owner, module in layer.named_modules():
             for key, value in vars(module).items():
                 if type(value) is int and any(word in key for word in _INDEX_WORDS):
-                    found.setdefault(f"{owner}.{key}" if owner else key, []).append(value == place)
+                    found.setdefault(f"{owner}.{key}" if owner else key, []).append(value == index)
     return sorted(path for path, agrees in found.items() if all(agrees))
 
 
-def _configuration(
+def _find_configuration(
     model: PreTrainedModel, name: str, order: list[int], wide: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Finds the entries of the configuration that go with the list, as they are and as they must become.
@@ -233,7 +235,7 @@ def _configuration(
     layers is the entry that, changed, makes the family's own constructor build a list of the new length. Lists that
     do not speak of layers by their name are touched only when it cannot be had without.
     """
-    owner_name, owner = _owner(model, name)
+    owner_name, owner = _find_owner(model, name)
     path = path_of(model.config, owner.config)
     if path is None:
         raise SurgeryError(f"the configuration of {owner_name} is no part of the model's; its layers cannot be counted")
@@ -243,17 +245,17 @@ def _configuration(
     lists = {key: list(value) for key, value in values.items() if isinstance(value, (list, tuple))}
     numbers = [key for key, value in values.items() if type(value) is int and value == size]
     for strict in (True, False):
-        changed = {key: new for key, value in lists.items() if (new := _reordered(key, value, order, size, strict))}
+        changed = {key: new for key, value in lists.items() if (new := _reorder_list(key, value, order, size, strict))}
         for number in [None, *numbers]:
             after = {**changed, **({number: len(order)} if number else {})}
-            if _length(owner, inside, after) == len(order):
+            if _count_layers(owner, inside, after) == len(order):
                 after |= dict.fromkeys([key for key in numbers if "layer" in key] if wide else [], len(order))
                 return {path + key: values[key] for key in after}, {path + key: value for key, value in after.items()}
     return {}, {}  # the family does not count these layers; the list alone says how many there are
 
 
-def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
-    """Returns the innermost pretrained model that holds a place, and its name."""
+def _find_owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
+    """Returns the innermost pretrained model that holds a module, and its name."""
     found = ("", model)
     parts = name.split(".")
     for end in range(1, len(parts)):
@@ -275,16 +277,16 @@ def path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
     return None
 
 
-def _reordered(key: str, value: list[Any], order: list[int], size: int, strict: bool) -> list[Any] | None:
+def _reorder_list(key: str, value: list[Any], order: list[int], size: int, strict: bool) -> list[Any] | None:
     """Returns a list for the new order of layers; None for a list that has nothing to do with layers."""
-    places = bool(value) and all(type(v) is int and 0 <= v < size for v in value) and value == sorted(set(value))
-    if places and any(word in key for word in ("layer", "idx", "index", "indices")):
-        return [place for place, source in enumerate(order) if source in value]
-    told = "layer" in key or all(isinstance(v, str) for v in value) or not strict
-    return [value[source] for source in order] if len(value) == size and told else None
+    are_indices = bool(value) and all(type(v) is int and 0 <= v < size for v in value) and value == sorted(set(value))
+    if are_indices and any(word in key for word in ("layer", "idx", "index", "indices")):
+        return [index for index, source in enumerate(order) if source in value]
+    is_per_layer = "layer" in key or all(isinstance(v, str) for v in value) or not strict
+    return [value[source] for source in order] if len(value) == size and is_per_layer else None
 
 
-def _length(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int | None:
+def _count_layers(owner: PreTrainedModel, inside: str, after: dict[str, Any]) -> int | None:
     """Returns how many layers the family builds from a configuration with other values; None when it refuses them."""
     config = deepcopy(owner.config)
     operations.assign(config, after)

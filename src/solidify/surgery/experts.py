@@ -51,8 +51,8 @@ class RearrangeExperts(Operation):
         """Measures the tensors and lists that have one row or item per expert."""
         settings = edit["settings"]
         size = len(settings["order"])
-        found = {path: _at(module, path).shape[dim] for path, dim in settings["tensors"].items()}
-        found |= {path: len(_at(module, path)) for path in settings["lists"]}
+        found = {path: _get_path(module, path).shape[dim] for path, dim in settings["tensors"].items()}
+        found |= {path: len(_get_path(module, path)) for path in settings["lists"]}
         wrong = [f"{path} has {rows} experts, not {size}" for path, rows in found.items() if rows != size]
         return f"has {size} experts", wrong
 
@@ -90,15 +90,15 @@ def rearrange_experts(
 
     extent = Extent.given(extent, model)
     names = replacing.targets(model, target, expect, count)
-    plans = {name: _plan(model, name, list(order)) for name in names}
-    faults = [fault for name, plan in plans.items() for fault in _faults(model.get_submodule(name), name, plan)]
+    plans = {name: _plan_block(model, name, list(order)) for name in names}
+    faults = [fault for name, plan in plans.items() for fault in _find_faults(model.get_submodule(name), name, plan)]
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
     before = control.take_whole(model, extent)
     if before.inputs is not None:
         _refuse_unproved(model, plans, before.inputs, partly=not extent.whole)
-    settings = {name: {**plan, **_configured(model, names, name, plan)} for name, plan in plans.items()}
+    settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
     with transaction(model):
-        edits = [_one(model, name, settings[name], extent) for name in names]
+        edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
         identical = depth.judge(model, before, "these experts")
     probed = before.inputs is not None
     return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
@@ -125,24 +125,24 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
                 setattr(holder, key, rows)
         for path in edit["lists"]:
             items = block.get_submodule(path)
-            taken = [deepcopy(items[e]) if e in order[:place] else items[e] for place, e in enumerate(order)]
+            taken = [deepcopy(items[e]) if e in order[:index] else items[e] for index, e in enumerate(order)]
             block.set_submodule(path, type(items)(taken), strict=True)
         for path in edit["numbers"]:
             owner, _, key = path.rpartition(".")
             setattr(block.get_submodule(owner), key, len(order))
 
 
-def _at(module: nn.Module, path: str) -> Any:
+def _get_path(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part)
     return module
 
 
-def _plan(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]:
+def _plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]:
     """Finds, within a block, what has one row, item or number for each expert; `size` experts (0: none) at present."""
     block = model.get_submodule(name)
-    size = _size(model, name, block)
-    lists = [path for path, items in _lists(block).items() if len(items) == size]
+    size = _count_experts(model, name, block)
+    lists = [path for path, items in _find_lists(block).items() if len(items) == size]
     tensors = {
         path: dim
         for path, tensor in (*block.named_parameters(), *block.named_buffers())
@@ -160,24 +160,24 @@ def _plan(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]
     return {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
 
 
-def _lists(block: nn.Module) -> dict[str, Any]:
+def _find_lists(block: nn.Module) -> dict[str, Any]:
     from torch import nn
 
     return {path: module for path, module in block.named_modules() if path and isinstance(module, nn.ModuleList)}
 
 
-def _size(model: PreTrainedModel, name: str, block: nn.Module) -> int:
+def _count_experts(model: PreTrainedModel, name: str, block: nn.Module) -> int:
     """Returns how many experts a block has: so many are stacked, and it says so itself or its configuration does."""
     from solidify.model import cost, operations
 
     stacks = {parameter.shape[0] for parameter in block.parameters() if parameter.ndim == 3}
-    stacks |= {len(items) for items in _lists(block).values()}
+    stacks |= {len(items) for items in _find_lists(block).values()}
     said = [value for module in block.modules() for key, value in vars(module).items() if "expert" in key]
     said.append(cost.experts(operations.enclosing_config(model, f"{name}.experts"))[0])
     return next((value for value in said if type(value) is int and value > 1 and value in stacks), 0)
 
 
-def _faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
+def _find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
     size, order = plan["size"], plan["order"]
     if not size:
         return [f"{name} ({type(block).__name__}) has no experts; name an MoE block, such as '**.mlp'"]
@@ -239,7 +239,7 @@ def _moved_by_renumbering(block: nn.Module, plan: Mapping[str, Any], call: Call)
     return None if far <= allowed else far
 
 
-def _configured(
+def _find_configured(
     model: PreTrainedModel, names: Sequence[str], name: str, plan: Mapping[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Returns the number of experts in the configuration, before and after; nothing where some blocks keep theirs."""
@@ -259,7 +259,7 @@ def _configured(
     }
 
 
-def _one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:
+def _rearrange_one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:
     """Rearranges one block and writes the record."""
     from solidify.model import anatomy, operations
     from solidify.surgery.replacing import Edit

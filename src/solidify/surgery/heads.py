@@ -67,14 +67,14 @@ def add(
             state = initial.read(weights)
             refuse(SurgeryError, "the weights do not fit", initial.load(name, head, nn.Module(), state, [name]))
         if before.inputs is not None:
-            _try(model, name, before)
+            _try_head(model, name, before)
         what, fresh = type(head).__name__, [f"{name}.{key}" for key in head.state_dict()]
         judged = control.judge_at(model, before, name, what=what, fresh=fresh, declared=declared)
         refuse(SurgeryError, f"{what} cannot be added as asked", judged.faults)
-    return [_record(model, name, head, arguments, supplied, reads, declared, probed=before.inputs is not None)]
+    return [_make_record(model, name, head, arguments, supplied, reads, declared, probed=before.inputs is not None)]
 
 
-def _try(model: PreTrainedModel, name: str, before: Control) -> None:
+def _try_head(model: PreTrainedModel, name: str, before: Control) -> None:
     """Runs the model once with the new module: its answer must be there, and nothing else may have moved."""
     assert before.inputs is not None and before.output is not None
     with torch.no_grad(), anatomy.evaluation(model):
@@ -91,7 +91,7 @@ def _is_answer(answer: Any) -> bool:
     return isinstance(answer, torch.Tensor)
 
 
-def _record(
+def _make_record(
     model: PreTrainedModel,
     name: str,
     head: nn.Module,

@@ -12,17 +12,17 @@ from solidify.surgery import catalogue
 from solidify.surgery.operation import Operation, Record
 
 
-def places(edits: Sequence[Record]) -> dict[str, Record]:
+def new_modules(edits: Sequence[Record]) -> dict[str, Record]:
     """Returns which new modules stand where after all edits: module name -> the edit that put it there."""
-    return _follow(edits, lambda operation: operation.puts or operation.adds)
+    return _follow_edits(edits, lambda operation: operation.puts or operation.adds)
 
 
-def shapes(edits: Sequence[Record]) -> dict[str, Record]:
+def reshaped_modules(edits: Sequence[Record]) -> dict[str, Record]:
     """Returns which old modules have another shape after all edits: module name -> the last edit that gave it."""
-    return _follow(edits, lambda operation: operation.shapes)
+    return _follow_edits(edits, lambda operation: operation.shapes)
 
 
-def _follow(edits: Sequence[Record], wanted: Callable[[type[Operation]], bool]) -> dict[str, Record]:
+def _follow_edits(edits: Sequence[Record], wanted: Callable[[type[Operation]], bool]) -> dict[str, Record]:
     now: dict[str, Record] = {}
     for edit in edits:
         operation = catalogue.of(edit)
@@ -59,17 +59,17 @@ def counts(keys: Iterable[str], edits: Sequence[Record]) -> dict[str, int]:
     kept: set[str] = set()
     new = 0
     for key in keys:
-        origin = _before(key, edits)
+        origin = _find_old_name(key, edits)
         kept |= {origin} if origin is not None else set()
         new += origin is None
     gone: set[str] = set()
-    for place, edit in enumerate(edits):
-        origins_ = (_before(name, edits[:place]) for name in edit["dropped"])
+    for index, edit in enumerate(edits):
+        origins_ = (_find_old_name(name, edits[:index]) for name in edit["dropped"])
         gone |= {origin for origin in origins_ if origin is not None}
     return {"kept": len(kept), "new": new, "dropped": len(gone - kept)}
 
 
-def _before(key: str, edits: Sequence[Record]) -> str | None:
+def _find_old_name(key: str, edits: Sequence[Record]) -> str | None:
     """Returns the name that a tensor had before some edits; None for one that an edit made."""
     for edit in reversed(edits):
         if key in edit["kept"]:

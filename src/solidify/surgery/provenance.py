@@ -55,9 +55,9 @@ class Original:
         state = new.state_dict(keep_vars=True)
         for key, tensor in state.items():
             candidates = [key, *(k for k in self.tensors if key.endswith("." + k)), *self.tensors]
-            origin = next((k for k in candidates if k in self.tensors and self._same(k, tensor)), None)
+            origin = next((k for k in candidates if k in self.tensors and self._is_same(k, tensor)), None)
             source = (traced or {}).get(key)
-            if origin is None and source is not None and self._holds(source, tensor):
+            if origin is None and source is not None and self._has_values(source, tensor):
                 origin = source
             tensors[f"{name}.{key}"] = None if origin is None else f"{name}.{origin}"
         used = {origin for origin in tensors.values() if origin is not None}
@@ -65,16 +65,16 @@ class Original:
         open_ = self.open_questions(new) if traced is None else []
         return tensors, dropped, tuple(f"{name}.{key}" for key in open_ if state[key].is_meta)
 
-    def _same(self, key: str, tensor: torch.Tensor) -> bool:
+    def _is_same(self, key: str, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor is one of the original, with the values that it had before the user's code ran."""
         if tensor is self.tensors[key]:
-            return self.values.get(key, tensor) is tensor or self._holds(key, tensor)
-        if tensor.is_meta or not self._holds(key, tensor):
+            return self.values.get(key, tensor) is tensor or self._has_values(key, tensor)
+        if tensor.is_meta or not self._has_values(key, tensor):
             return False
         # A constant tensor (a fresh bias of zeros, say) equals every other such: that is no sign of descent.
         return tensor.numel() > 1 and bool((tensor != tensor.reshape(-1)[0]).any())
 
-    def _holds(self, key: str, tensor: torch.Tensor) -> bool:
+    def _has_values(self, key: str, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor has the values of the original's; where neither has any, whether it could have."""
         before = self.values.get(key, self.tensors[key])
         if before.shape != tensor.shape or before.dtype != tensor.dtype or before.is_meta != tensor.is_meta:
@@ -91,17 +91,17 @@ def trace(original: nn.Module, build: Callable[[nn.Module], nn.Module]) -> dict[
     if not Extent.of(original).whole:
         return None
     with torch.random.fork_rng([]):
-        return foreign.attempt(_trace, original, build).value
+        return foreign.attempt(_trace_tensors, original, build).value
 
 
-def _trace(original: nn.Module, build: Callable[[nn.Module], nn.Module]) -> dict[str, str]:
+def _trace_tensors(original: nn.Module, build: Callable[[nn.Module], nn.Module]) -> dict[str, str]:
     stand_in = _stand_in(original)
     before = {key: tensor.detach().clone() for key, tensor in stand_in.state_dict(keep_vars=True).items()}
     new = build(stand_in).state_dict(keep_vars=True)
     found: dict[str, str] = {}
     for key, tensor in new.items():
         candidates = [key, *(k for k in before if key.endswith("." + k)), *before]
-        origin = next((k for k in candidates if k in before and _equal(before[k], tensor)), None)
+        origin = next((k for k in candidates if k in before and _are_equal(before[k], tensor)), None)
         if origin is not None:
             found[key] = origin
     return found
@@ -127,7 +127,7 @@ def _stand_in(original: nn.Module) -> nn.Module:
     return made
 
 
-def _equal(before: torch.Tensor, tensor: torch.Tensor) -> bool:
+def _are_equal(before: torch.Tensor, tensor: torch.Tensor) -> bool:
     if before.shape != tensor.shape or before.dtype != tensor.dtype:
         return False
     return before.is_floating_point() and bool(before.numel()) and torch.equal(before, tensor)

@@ -149,7 +149,9 @@ def replace(
             keep what it does not declare. The model is then as it was, as after any other exception.
     """
     names = targets(model, target, expect, count)
-    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=False)
+    return _put_modules(
+        model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=False
+    )
 
 
 def share(
@@ -172,10 +174,12 @@ def share(
         SurgeryError: as `replace`.
     """
     names = targets(model, target, expect, count)
-    return _put(model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=True)
+    return _put_modules(
+        model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=True
+    )
 
 
-def _put(
+def _put_modules(
     model: PreTrainedModel,
     names: Sequence[str],
     module: type[nn.Module],
@@ -187,7 +191,7 @@ def _put(
     shared: bool,
 ) -> list[Edit]:
     arguments = dict(arguments or {})
-    refuse(SurgeryError, f"{_called(module)} cannot be built as asked", constructor_faults(module, arguments))
+    refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructor_faults(module, arguments))
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # from here on, code of the user's runs
     state = initial.read(weights) if weights is not None else None
@@ -241,10 +245,10 @@ class _Replacing:
             self.originals[name] = (original, control.kind_of(original))
             old = Original.of(original, with_values=self.extent.whole)
             first = next(iter(self.built.values()), None)
-            new = first if self.shared and first is not None else _build(self.model, name, original, self)
+            new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
-            edits.append(self._examine(name, old, new))
+            edits.append(self._examine_replacement(name, old, new))
             self.built[name] = new
             if not self.extent.whole:
                 kept = original.state_dict(keep_vars=True).values()
@@ -252,7 +256,7 @@ class _Replacing:
                 mapped.release([original, new])
         return edits
 
-    def _examine(self, name: str, old: Original, new: nn.Module) -> Edit:
+    def _examine_replacement(self, name: str, old: Original, new: nn.Module) -> Edit:
         """Probes one replacement and writes its record."""
         call = self.before.calls.get(name)
         identical, bypass = False, False
@@ -268,7 +272,7 @@ class _Replacing:
             if not faults and isinstance(new, Bypassing) and not self.shared:  # one module cannot be several originals
                 bypass = _bypass_is_exact(name, new, call, faults)
             self.faults += faults
-        traced = self._traced(name, old, new)
+        traced = self._trace_tensors(name, old, new)
         tensors, dropped, unknown = old.ledger(name, new, traced)
         return Edit(
             name=name,
@@ -289,7 +293,7 @@ class _Replacing:
             unknown=unknown,
         )
 
-    def _traced(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
+    def _trace_tensors(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
         """Returns which tensors of the original the new module took over; None where that cannot be told."""
         if self.weights is not None or (self.shared and self.built):
             return {}
@@ -299,10 +303,10 @@ class _Replacing:
         supplied = supplied_to(self.module)
         key = (kind, operations.layer_index(self.model, name) if "layer_idx" in supplied else None)
         if key not in self.descents:
-            self.descents[key] = provenance.trace(original, lambda stand_in: self._again(name, stand_in))
+            self.descents[key] = provenance.trace(original, lambda stand_in: self._build_again(name, stand_in))
         return self.descents[key]
 
-    def _again(self, name: str, stand_in: nn.Module) -> nn.Module:
+    def _build_again(self, name: str, stand_in: nn.Module) -> nn.Module:
         """Builds the replacement for one place once more, for another module than the one that stands there."""
         give: dict[str, Any] = {
             "config": copy.deepcopy(operations.enclosing_config(self.model, name)),
@@ -341,13 +345,13 @@ def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | N
     names = [name for found in hits.values() for name in found]
     faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
     names = list(dict.fromkeys(names))
-    places: dict[int, list[str]] = {}
+    names_by_module: dict[int, list[str]] = {}
     for name, module in everywhere.items():
-        places.setdefault(id(module), []).append(name)
+        names_by_module.setdefault(id(module), []).append(name)
     hit = set(names)
     for name in names:
         module = everywhere[name]
-        twins = [twin for twin in places[id(module)] if twin != name]
+        twins = [twin for twin in names_by_module[id(module)] if twin != name]
         if twins:
             faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
         parts = name.split(".")
@@ -394,7 +398,7 @@ def constructor_faults(
     return faults
 
 
-def _called(module: Any) -> str:
+def _find_called(module: Any) -> str:
     return getattr(module, "__name__", None) or repr(module)
 
 
@@ -403,7 +407,7 @@ def supplied_to(module: type[nn.Module]) -> list[str]:
     return [key for key in SUPPLIED if key in contract.constructor(module)]
 
 
-def _build(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
+def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
     """Constructs the replacement for one place; its mode and device follow the original.
 
     It is made under the model's dtype, as when it is loaded: a dtype that its constructor states stays.

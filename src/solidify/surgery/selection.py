@@ -66,8 +66,8 @@ class Selection:
                 if tuple(parts[:depth]) not in seen:
                     seen.add(tuple(parts[:depth]))
                     lines.append(f"{'│ ' * (depth - 1)}├ {parts[depth - 1]}")
-            told = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
-            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {told}")
+            description = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
+            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {description}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -88,7 +88,9 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
         faults, names = [f"{type(where).__name__} is no pattern, class or function; give a name or a class"], []
     elif isinstance(where, type):
         names = [name for name, module in modules.items() if isinstance(module, where)]
-        faults = [] if names else [f"no module is a {where.__name__}; there are {', '.join(_kinds(modules.values()))}"]
+        faults = (
+            [] if names else [f"no module is a {where.__name__}; there are {', '.join(_list_kinds(modules.values()))}"]
+        )
     elif callable(where):
         names = [name for name, module in modules.items() if where(name, module)]
         faults = [] if names else [f"of none of {len(modules)} modules the function is true"]
@@ -106,5 +108,5 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
     return Selection(model, tuple(described))
 
 
-def _kinds(modules: Iterable[nn.Module]) -> list[str]:
+def _list_kinds(modules: Iterable[nn.Module]) -> list[str]:
     return sorted({type(module).__name__ for module in modules})[:12]

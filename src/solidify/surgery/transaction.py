@@ -53,21 +53,21 @@ class _Before:
         kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
         self._classes = {kind: dict(vars(kind)) for kind in kinds}
         for module in model.modules():
-            self._object(module)
+            self._remember_object(module)
         for name, parameter in model.named_parameters():
             self._parameters.append(_Parameter(name, parameter, small))
         for buffer in model.buffers():
             self._buffers.append((buffer, buffer.data, buffer.detach().clone()))
 
-    def _object(self, value: Any) -> None:
+    def _remember_object(self, value: Any) -> None:
         """Remembers an object's attributes, and the containers and configurations among them."""
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
         self._steps.append((value, type(value), dict(vars(value))))
-        self._values(vars(value).values())
+        self._remember_values(vars(value).values())
 
-    def _values(self, values: Iterable[Any]) -> None:
+    def _remember_values(self, values: Iterable[Any]) -> None:
         for value in values:
             kind = type(value)
             if kind in _CONTAINERS:
@@ -75,9 +75,9 @@ class _Before:
                     self._seen[id(value)] = value
                     self._steps.append((value, kind, value.copy()))
                     if value:  # most tables of hooks are empty
-                        self._values(value.values() if isinstance(value, dict) else value)
+                        self._remember_values(value.values() if isinstance(value, dict) else value)
             elif kind not in _PLAIN and isinstance(value, (PreTrainedConfig, GenerationConfig)):
-                self._object(value)
+                self._remember_object(value)
 
     def put_back(self) -> list[str]:
         """Puts everything back; returns the names of parameters whose values could not be."""
@@ -95,7 +95,7 @@ class _Before:
             _put_back_class(kind, attributes)
         for buffer, data, copy in self._buffers:
             buffer.data = data
-            if not buffer.is_meta and not _same(buffer, copy):
+            if not buffer.is_meta and not _are_equal(buffer, copy):
                 buffer.data.copy_(copy)
         return [parameter.name for parameter in self._parameters if not parameter.put_back()]
 
@@ -108,7 +108,7 @@ class _Parameter:
         self._parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
         self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
         self._attributes = dict(vars(parameter))
-        self._hooks = {key: _copied(getattr(parameter, key)) for key in TENSOR_HOOKS}
+        self._hooks = {key: _copy_hooks(getattr(parameter, key)) for key in TENSOR_HOOKS}
         self._values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
     def put_back(self) -> bool:
@@ -126,12 +126,12 @@ class _Parameter:
                 now.update(hooks or {})
         if self._values is None:
             return not written
-        if not _same(self._data, self._values):
+        if not _are_equal(self._data, self._values):
             self._data.copy_(self._values)
         return True
 
 
-def _copied(hooks: Any) -> Any:
+def _copy_hooks(hooks: Any) -> Any:
     return None if hooks is None else dict(hooks)
 
 
@@ -144,5 +144,5 @@ def _put_back_class(kind: type, attributes: dict[str, Any]) -> None:
             setattr(kind, key, value)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)

@@ -42,10 +42,10 @@ def printable(text: str, escaped: Any = lambda character: repr(character)[1:-1])
     """Returns a text in which everything that could steer a terminal (but newlines and tabs) is an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c in "\n\t" or _shows(c) else escaped(c) for c in text)
+    return "".join(c if c in "\n\t" or _is_shown(c) else escaped(c) for c in text)
 
 
-def _shows(character: str) -> bool:
+def _is_shown(character: str) -> bool:
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) in _HARMLESS
 
 
@@ -76,12 +76,12 @@ class _Console(Console):
         Raises:
             SolidifyError: what it is printed to cannot be written.
         """
-        with _writing("stderr" if self.stderr else "stdout"):
+        with _wrap_writing("stderr" if self.stderr else "stdout"):
             super().print(*objects, **options)
 
 
 @contextmanager
-def _writing(name: str) -> Iterator[None]:
+def _wrap_writing(name: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
@@ -101,8 +101,8 @@ def write(text: str) -> None:
         SolidifyError: stdout cannot be written.
     """
     if not results.quiet:
-        with _writing("stdout"):
-            _put(sys.stdout, f"{printable(text)}\n")
+        with _wrap_writing("stdout"):
+            _put_text(sys.stdout, f"{printable(text)}\n")
 
 
 def write_json(document: Any) -> None:
@@ -117,10 +117,10 @@ def write_json(document: Any) -> None:
 
 def message(text: str) -> None:
     """Writes a sentence to stderr in one piece: several processes may share the terminal."""
-    _put(sys.stderr, f"solidify: {printable(text)}\n")
+    _put_text(sys.stderr, f"solidify: {printable(text)}\n")
 
 
-def _put(stream: TextIO | None, text: str) -> None:
+def _put_text(stream: TextIO | None, text: str) -> None:
     if stream is not None:
         stream.write(text)
         stream.flush()
@@ -132,15 +132,15 @@ def line(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*((printable(text), style) for text, style in pieces))
 
 
-def _column(format: str) -> TextColumn:
+def _make_column(format: str) -> TextColumn:
     return TextColumn(format, markup=False)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
     """Shows a bar and yields a function `advance(note)` that moves it by one and replaces the note beside it."""
-    columns = (_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, _column("{task.fields[note]}"), console=words) as bar:
+    columns = (_make_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, _make_column("{task.fields[note]}"), console=words) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(note: str = "") -> None:
@@ -155,7 +155,7 @@ def bytes_progress(description: str, total: int) -> Iterator[Any]:
     if total < 2**28:
         yield lambda _count: None
         return
-    columns = (_column("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (_make_column("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=words) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.update(task, advance=count)
@@ -177,14 +177,14 @@ def table(
         box=box.HEAVY_HEAD if ruled else box.SIMPLE_HEAD,
     )
     made.pad_edge = ruled
-    for place, column in enumerate(columns):
-        made.add_column(column, justify="right" if place in numbers else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(_cell, row))
+        made.add_row(*map(_format_cell, row))
     return made
 
 
-def _cell(content: str | Text) -> str | Text:
+def _format_cell(content: str | Text) -> str | Text:
     """Makes what a cell shows before its width is measured."""
     if isinstance(content, str) or (shown := printable(content.plain)) == content.plain:
         return content
@@ -233,8 +233,8 @@ def silence() -> Iterator[None]:
 
 def verdict(word: str) -> Text:
     """Returns a finding's verdict with its colour."""
-    told = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
-    return line(told.get(word, word))
+    labels = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
+    return line(labels.get(word, word))
 
 
 @contextmanager

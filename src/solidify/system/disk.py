@@ -156,7 +156,7 @@ def temporary() -> Iterator[Path]:
     """
     sweep()
     directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-    held = _hold(directory)
+    held = _hold_lock(directory)
     try:
         yield directory
     finally:
@@ -165,7 +165,7 @@ def temporary() -> Iterator[Path]:
             os.close(held)
 
 
-def _hold(directory: Path) -> int | None:
+def _hold_lock(directory: Path) -> int | None:
     """Puts a lock and this process's number in a directory; the lock has its name when it is held."""
     if fcntl is None:
         return None

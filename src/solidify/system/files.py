@@ -47,15 +47,15 @@ def require_regular(path: Path, kind: type[SolidifyError] = ArtifactError, *, la
 
 def is_directory(path: str | Path) -> bool:
     """Returns whether a directory stands at a path; also no name that no file could have is one."""
-    return _stands(path, Path.is_dir)
+    return _is_standing(path, Path.is_dir)
 
 
 def is_file(path: str | Path) -> bool:
     """Returns whether a regular file stands at a path; also no name that no file could have is one."""
-    return _stands(path, Path.is_file)
+    return _is_standing(path, Path.is_file)
 
 
-def _stands(path: str | Path, asked: Callable[[Path], bool]) -> bool:
+def _is_standing(path: str | Path, asked: Callable[[Path], bool]) -> bool:
     try:
         return asked(Path(path))
     except (OSError, ValueError):  # too long, not in UTF-8, or behind a door that is closed
@@ -144,9 +144,11 @@ class _Loader(yaml.SafeLoader):
         """Composes a node, unless it is an alias or lies too deep."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise _refused(f"the alias *{event.anchor} is not read; write out what it stands for", event.start_mark)
+            raise _make_refusal(
+                f"the alias *{event.anchor} is not read; write out what it stands for", event.start_mark
+            )
         if self._depth >= DEEPEST:
-            raise _refused(f"it is nested more than {DEEPEST} deep", event.start_mark)
+            raise _make_refusal(f"it is nested more than {DEEPEST} deep", event.start_mark)
         self._depth += 1
         try:
             return super().compose_node(parent, index)
@@ -159,14 +161,16 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             word = key.value if isinstance(key, yaml.ScalarNode) else None
             if word is None or key.tag != "tag:yaml.org,2002:str":
-                raise _refused(f"the key {word if word is not None else 'here'} is no word; quote it", key.start_mark)
+                raise _make_refusal(
+                    f"the key {word if word is not None else 'here'} is no word; quote it", key.start_mark
+                )
             if word in seen:
-                raise _refused(f"the key {word!r} stands twice", key.start_mark)
+                raise _make_refusal(f"the key {word!r} stands twice", key.start_mark)
             seen.add(word)
         return super().construct_mapping(node, deep=deep)
 
 
-def _refused(words: str, mark: Any) -> yaml.YAMLError:
+def _make_refusal(words: str, mark: Any) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, words, mark)
 
 

@@ -44,12 +44,12 @@ def join() -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    _channel()
+    _make_channel()
     console.words.quiet = console.results.quiet = not is_first()
 
 
 @cache
-def _channel() -> Any:
+def _make_channel() -> Any:
     """Makes a group for words, apart from the group for gradients: on the CPU, and patient."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -70,14 +70,14 @@ def on_first(work: Callable[[], Result]) -> Result:
         except SolidifyError as error:
             failure = error
         said = [(result, (type(failure), str(failure)) if failure else None)]
-    _talk(lambda: dist.broadcast_object_list(said, src=0, group=_channel()))
+    _run_exchange(lambda: dist.broadcast_object_list(said, src=0, group=_make_channel()))
     if failure is not None:
         raise failure
     if said[0][1] is not None:
         kind, words = said[0][1]
         raise kind(f"the first process stopped: {words}")
-    heard: Result = result if is_first() else said[0][0]  # type: ignore[assignment]
-    return heard
+    received: Result = result if is_first() else said[0][0]  # type: ignore[assignment]
+    return received
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
@@ -99,22 +99,22 @@ def in_turn(work: Callable[[], Result]) -> Result:
                 results.append(work())
             except SolidifyError as error:
                 failure = error
-        heard = _gather(str(failure) if failure else None)
+        failures = _gather_values(str(failure) if failure else None)
         if failure is not None:
             raise failure
-        broken = [f"process {number} stopped: {words}" for number, words in enumerate(heard) if words is not None]
+        broken = [f"process {number} stopped: {words}" for number, words in enumerate(failures) if words is not None]
         if broken:
             raise SolidifyError("; ".join(broken))
     return results[0]
 
 
-def _gather(value: Any) -> list[Any]:
-    heard: list[Any] = [None] * count()
-    _talk(lambda: dist.all_gather_object(heard, value, group=_channel()))
-    return heard
+def _gather_values(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * count()
+    _run_exchange(lambda: dist.all_gather_object(gathered, value, group=_make_channel()))
+    return gathered
 
 
-def _talk(exchange: Callable[[], Any]) -> None:
+def _run_exchange(exchange: Callable[[], Any]) -> None:
     try:
         exchange()
     except RuntimeError as error:  # so gloo says that the connection is closed

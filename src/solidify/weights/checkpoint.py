@@ -85,13 +85,15 @@ def steady(files: Iterable[Path]) -> Iterator[None]:
     Raises:
         ArtifactError: one was; it names all.
     """
-    before = {path: _state(path) for path in files}
+    before = {path: _read_state(path) for path in files}
     yield
-    faults = [f"{path} was written to while it was read" for path, state in before.items() if _state(path) != state]
+    faults = [
+        f"{path} was written to while it was read" for path, state in before.items() if _read_state(path) != state
+    ]
     refuse(ArtifactError, "an input changed, so that nothing was made of it; start again when it is at rest", faults)
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def _read_state(path: Path) -> tuple[int, ...]:
     """Returns what changes when a file is written to or replaced, but not when it is linked."""
     try:
         found = path.stat()
@@ -136,8 +138,8 @@ def shards(units: Sequence[Mapping[str, Shape]]) -> list[list[str]]:
 
     The names of a unit stay together: they are written at once.
     """
-    even = [unit for unit in units if not _odd(unit)]
-    odd = [unit for unit in units if _odd(unit)]
+    even = [unit for unit in units if not _has_odd_size(unit)]
+    odd = [unit for unit in units if _has_odd_size(unit)]
     found: list[list[str]] = [[]]
     size, closed = 0, False
     for unit in even:
@@ -156,7 +158,7 @@ def shards(units: Sequence[Mapping[str, Shape]]) -> list[list[str]]:
     return found
 
 
-def _odd(unit: Mapping[str, Shape]) -> bool:
+def _has_odd_size(unit: Mapping[str, Shape]) -> bool:
     return any(shape.nbytes % format.ALIGNMENT for shape in unit.values())
 
 

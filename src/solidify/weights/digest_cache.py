@@ -32,9 +32,9 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
     """
     headers = {path: format.read_header(path) for path in files}
-    known = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
+    recalled = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
     begun = {path: path.stat() for path in files}
-    entries = [entry for path in files if path not in known for entry in headers[path].values()]
+    entries = [entry for path in files if path not in recalled for entry in headers[path].values()]
 
     # The largest first, so that no worker is left alone with one at the end.
     entries.sort(key=lambda entry: -entry.shape.nbytes)
@@ -50,8 +50,8 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         computed = dict(zip(((e.file, e.name) for e in entries), found_now, strict=True))
     result: dict[str, str] = {}
     for path, header in headers.items():
-        found = known.get(path) or {name: computed[path, name] for name in header}
-        if path not in known:
+        found = recalled.get(path) or {name: computed[path, name] for name in header}
+        if path not in recalled:
             remember(path, found, begun[path])
         twice = next((name for name in found if name in result), None)
         if twice is not None:
@@ -64,7 +64,7 @@ def recall(path: Path) -> dict[str, str] | None:
     """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
     try:
         now = path.stat()
-        note = files.document(_note(now))
+        note = files.document(_get_note_path(now))
         found: dict[str, str] = note["digests"]
         changed, links = note["changed"], note["links"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,13 +85,13 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
     """
     now = path.stat()
     age = time.time_ns() - now.st_mtime_ns
-    if begun is not None and (_state(begun) != _state(now) or age < _TICK):
+    if begun is not None and (_get_state(begun) != _get_state(now) or age < _TICK):
         return
     if 0 <= age < _TICK:
         time.sleep((_TICK - age) / 1e9)
         now = path.stat()
     try:
-        note = _note(now)
+        note = _get_note_path(now)
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         document = {"changed": now.st_ctime_ns, "links": now.st_nlink, "digests": found}
@@ -104,10 +104,10 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
+def _get_state(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _note(found: os.stat_result) -> Path:
+def _get_note_path(found: os.stat_result) -> Path:
     identity = f"{hashing.ALGORITHM} {found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
     return disk.cache() / "digests" / f"{hashing.digest_bytes(identity.encode())}.json"

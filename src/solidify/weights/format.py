@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: `start` is its place in bytes."""
+    """A tensor in a file: `start` is its offset in bytes."""
 
     file: Path
     name: str
@@ -89,7 +89,7 @@ class Entry:
         """
         whole = torch.empty(self.shape.sizes, dtype=self.shape.dtype)
         with _opened(self.file) as descriptor:
-            _fill(descriptor, self, bytes_of(whole), 0)
+            _fill_buffer(descriptor, self, bytes_of(whole), 0)
         return whole
 
     def pieces(self) -> Iterator[torch.Tensor]:
@@ -102,7 +102,7 @@ class Entry:
         with _opened(self.file) as descriptor:
             for done in range(0, self.shape.nbytes, CHUNK):
                 part = buffer[: min(CHUNK, self.shape.nbytes - done)]
-                _fill(descriptor, self, bytes_of(part), done)
+                _fill_buffer(descriptor, self, bytes_of(part), done)
                 yield part
 
     def values(self, count: int) -> Iterator[torch.Tensor]:
@@ -115,7 +115,7 @@ class Entry:
         with _opened(self.file) as descriptor:
             for begin in range(0, self.shape.nbytes, count * size):
                 part = torch.empty(min(count, (self.shape.nbytes - begin) // size), dtype=self.shape.dtype)
-                _fill(descriptor, self, bytes_of(part), begin)
+                _fill_buffer(descriptor, self, bytes_of(part), begin)
                 yield part
 
     def digest(self) -> str:
@@ -143,8 +143,8 @@ class _opened:
         os.close(self.descriptor)
 
 
-def _fill(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
-    """Fills a buffer from a place within a tensor's bytes."""
+def _fill_buffer(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
+    """Fills a buffer from an offset within a tensor's bytes."""
     done = 0
     while done < len(target):
         try:
@@ -244,17 +244,17 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 
 
 def write_file(
-    path: Path, supplies: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
+    path: Path, sources: Sequence[TensorSource], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, str]:
-    """Writes one file from its supplies, in their order, and returns the digest of every tensor.
+    """Writes one file from its sources, in their order, and returns the digest of every tensor.
 
     What is written is digested as it passes; `advance` is told of bytes written.
 
     Raises:
-        ArtifactError: a supply gave more or less than it said, or there is no room.
+        ArtifactError: a source gave more or less than it said, or there is no room.
     """
-    shapes = {name: shape for supply in supplies for name, shape in supply.shapes.items()}
-    header, starts = _header(shapes)
+    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
+    header, starts = _make_header(shapes)
     digests: dict[str, str] = {}
     try:
         with path.open("wb") as file:
@@ -262,11 +262,11 @@ def write_file(
             file.flush()
             os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
 
-            def work(supply: TensorSource) -> dict[str, str]:
-                places = {name: len(header) + starts[name] for name in supply.shapes}
-                return _write(supply, file.fileno(), places, advance)
+            def work(source: TensorSource) -> dict[str, str]:
+                offsets = {name: len(header) + starts[name] for name in source.shapes}
+                return _write_tensors(source, file.fileno(), offsets, advance)
 
-            for found in in_parallel(work, supplies):
+            for found in in_parallel(work, sources):
                 digests |= found
     except OSError as error:
         raise unwritten(error, path, len(header) + sum(shape.nbytes for shape in shapes.values())) from error
@@ -286,8 +286,8 @@ def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
     )
 
 
-def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
-    """Makes what stands before the tensors, padded so that they begin aligned, and the places behind it."""
+def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
+    """Makes what stands before the tensors, padded so that they begin aligned, and their offsets behind it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, shape in shapes.items():
@@ -302,7 +302,7 @@ def _header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def _write(
+def _write_tensors(
     source: TensorSource, descriptor: int, offsets: dict[str, int], advance: Callable[[int], None]
 ) -> dict[str, str]:
     """Writes the tensors of one source to their offsets in the file."""

@@ -50,9 +50,9 @@ class Conversion:
         """All keys of the checkpoint that this needs."""
         return [key for keys in self.sources.values() for key in keys]
 
-    def supply(self, model: PreTrainedModel, checkpoint: Checkpoint) -> TensorSource:
+    def tensor_source(self, model: PreTrainedModel, checkpoint: Checkpoint) -> TensorSource:
         """Returns what makes the tensors when they are to be written, in blocks where the rule allows it."""
-        return TensorSource(self.targets, lambda: self._pieces(model, checkpoint.entries))
+        return TensorSource(self.targets, lambda: self._make_pieces(model, checkpoint.entries))
 
     def make(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Applies the rule to tensors of the checkpoint, by their keys."""
@@ -67,13 +67,13 @@ class Conversion:
         flat = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         return {n: t.to(self.targets[n].dtype) if n in self.targets else t for n, t in flat.items()}
 
-    def _pieces(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> Iterator[Piece]:
-        for part in self._blocks():
+    def _make_pieces(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> Iterator[Piece]:
+        for part in self._split_blocks():
             made = part.make(model, {key: entries[key].read() for key in part.keys})
             for name in self.targets:
                 yield name, made[name]
 
-    def _blocks(self) -> Iterator[Conversion]:
+    def _split_blocks(self) -> Iterator[Conversion]:
         """Splits by experts: stacked along the first axis and joined along others, they do not meet."""
         operations = [] if self.rule is None else self.rule.operations
         numbers = {len(keys) for keys in self.sources.values()}
@@ -117,11 +117,11 @@ class Layout:
         """Whether the checkpoint has the layout in memory already: every tensor under its own name."""
         return not self.conversions and all(name == key for name, key in self.stored.items())
 
-    def supplies(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
-        """Returns what gives each tensor of the model; one supply may give several."""
+    def tensor_sources(self, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
+        """Returns what gives each tensor of the model; one source may give several."""
         found = {name: TensorSource.stored(name, checkpoint.entries[key]) for name, key in self.stored.items()}
         for conversion in self.conversions:
-            found |= dict.fromkeys(conversion.targets, conversion.supply(model, checkpoint))
+            found |= dict.fromkeys(conversion.targets, conversion.tensor_source(model, checkpoint))
         return found
 
 
@@ -150,11 +150,11 @@ def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
         if rule is None and entry.shape == Shape.of(state[name]):
             stored[name] = entry.name
         else:
-            conversions.append(_conversion(model, state, name, sources, rule, checkpoint))
+            conversions.append(_make_conversion(model, state, name, sources, rule, checkpoint))
     return Layout(stored, conversions)
 
 
-def _conversion(
+def _make_conversion(
     model: PreTrainedModel,
     state: Mapping[str, torch.Tensor],
     name: str,

@@ -44,12 +44,12 @@ class Maps:
     """The process's file mappings as they are now."""
 
     def __init__(self) -> None:
-        self._spans = _spans()
+        self._spans = _read_spans()
         self._areas: list[_Area] | None = None  # read when a tensor stands in a file: the system looks at every page
         self._begins: list[int] = []
         self._same: dict[_Area, bool] = {}
 
-    def place(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
+    def find_region(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
         """Returns the file of which a tensor is an unchanged part, and where in it; None where that is not known."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
@@ -58,15 +58,15 @@ class Maps:
         if span < 0 or address >= self._spans[span][1]:
             return None
         if self._areas is None:
-            self._areas = sorted(_areas(), key=lambda area: area.begin)
+            self._areas = sorted(_list_areas(), key=lambda area: area.begin)
             self._begins = [area.begin for area in self._areas]
         index = bisect.bisect_right(self._begins, address) - 1
         area = self._areas[index] if index >= 0 else None
-        if area is None or address + tensor.nbytes > area.end or area.own or not self._stands(area):
+        if area is None or address + tensor.nbytes > area.end or area.own or not self._is_mapped(area):
             return None
         return Path(area.path), area.offset + address - area.begin
 
-    def _stands(self, area: _Area) -> bool:
+    def _is_mapped(self, area: _Area) -> bool:
         """Returns whether the file of that name is still the one that is mapped."""
         if area not in self._same:
             try:
@@ -78,7 +78,7 @@ class Maps:
         return self._same[area]
 
 
-def _spans() -> list[tuple[int, int]]:
+def _read_spans() -> list[tuple[int, int]]:
     """Returns where files are mapped, in order."""
     if not _MAPS.is_file():
         return []
@@ -86,7 +86,7 @@ def _spans() -> list[tuple[int, int]]:
     return sorted((int(found[0], 16), int(found[1], 16)) for found in _FILES.findall(text))
 
 
-def _areas() -> Iterator[_Area]:
+def _list_areas() -> Iterator[_Area]:
     if not _SMAPS.is_file():
         return
     yield from _read_areas(_SMAPS.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -109,7 +109,7 @@ def release(modules: Sequence[nn.Module]) -> None:
         return
     maps = Maps()
     found = {id(p): p for module in modules for p in module.parameters()}
-    _releaser([_pages(p) for p in found.values() if maps.place(p.detach()) is not None])()
+    _make_releaser([_find_pages(p) for p in found.values() if maps.find_region(p.detach()) is not None])()
 
 
 @contextmanager
@@ -118,9 +118,9 @@ def released(model: nn.Module) -> Iterator[None]:
     maps = Maps()
     handles = []
     for module in model.modules():
-        places = [_pages(p) for p in module.parameters(recurse=False) if maps.place(p.detach()) is not None]
-        if places:
-            handles.append(module.register_forward_hook(_releaser(places)))
+        pages = [_find_pages(p) for p in module.parameters(recurse=False) if maps.find_region(p.detach()) is not None]
+        if pages:
+            handles.append(module.register_forward_hook(_make_releaser(pages)))
     try:
         yield
     finally:
@@ -136,25 +136,25 @@ def _resident_files() -> int:
         return 0
 
 
-def _pages(tensor: torch.Tensor) -> tuple[int, int]:
+def _find_pages(tensor: torch.Tensor) -> tuple[int, int]:
     """Returns the whole pages within a tensor: address and length."""
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     return begin, max(0, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
 
 
-def _releaser(places: list[tuple[int, int]]) -> Any:
+def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     system: Any = ctypes.CDLL(None, use_errno=True)
 
     def release(*_: Any) -> None:
         """Gives the pages back; as a hook, whatever it is given."""
-        for begin, length in places:
+        for begin, length in pages:
             if length:
                 system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
 
     return release
 
 
-def places(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
+def file_regions(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
     """Returns for every tensor of a state that is an unchanged part of a file, which part of which file it is."""
     maps = Maps()
-    return {name: place for name, tensor in state.items() if (place := maps.place(tensor.detach())) is not None}
+    return {name: region for name, tensor in state.items() if (region := maps.find_region(tensor.detach())) is not None}

@@ -46,18 +46,18 @@ class Unit:
     @property
     def keys(self) -> list[str]:
         """The names in the checkpoint."""
-        return [self.entry.name] if self.entry is not None else self._part(None).keys
+        return [self.entry.name] if self.entry is not None else self._select_part(None).keys
 
     def keys_of(self, rows: range | None) -> list[str]:
         """Returns the names in the checkpoint that a part belongs to."""
-        return [self.entry.name] if self.entry is not None else self._part(rows).keys
+        return [self.entry.name] if self.entry is not None else self._select_part(rows).keys
 
     def read(self, rows: range | None = None) -> dict[str, torch.Tensor]:
         """Reads the tensors as they are in memory, or some rows of them."""
         if self.entry is not None:
             (name,) = self.shapes
             return {name: rows_of(self.entry, rows).read()}
-        part, entries = self._part(rows), self.owner.checkpoint.entries
+        part, entries = self._select_part(rows), self.owner.checkpoint.entries
         made = part.make(self.owner.model, {key: entries[key].read() for key in part.keys})
         return {name: made[name] for name in self.shapes}
 
@@ -70,7 +70,7 @@ class Unit:
         if self.entry is not None:
             (name,) = self.shapes
             return {self.entry.name: tensors[name]}
-        part = self._part(rows)
+        part = self._select_part(rows)
         found = self.owner.revert(part, tensors)
         entries = self.owner.checkpoint.entries
         fits = set(found) == set(part.keys) and all(
@@ -84,7 +84,7 @@ class Unit:
             )
         return found
 
-    def _part(self, rows: range | None) -> Conversion:
+    def _select_part(self, rows: range | None) -> Conversion:
         assert self.conversion is not None
         if rows is None or not self.rows:
             return self.conversion
@@ -110,12 +110,12 @@ class Stored:
         self._renamings = [rule for rule in self._mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._mapping if isinstance(rule, WeightConverter)]
         self._state = dict(model.state_dict())
-        units = [self._plain(name, checkpoint.entries[key]) for name, key in self.layout.stored.items()]
-        units += [self._converted(conversion) for conversion in self.layout.conversions]
+        units = [self._make_plain(name, checkpoint.entries[key]) for name, key in self.layout.stored.items()]
+        units += [self._make_converted(conversion) for conversion in self.layout.conversions]
         self.units = {name: unit for unit in units for name in unit.shapes}
-        refuse(ArtifactError, f"the weights in {checkpoint.directory} do not fit their class", self._faults())
+        refuse(ArtifactError, f"the weights in {checkpoint.directory} do not fit their class", self._find_faults())
         for key in checkpoint.entries:
-            self._rename(key)  # by which the rules learn that they were used
+            self._rename_key(key)  # by which the rules learn that they were used
         set_conversions(model, [rule for rule in self._mapping if rule.was_used()])
 
     def _take_dtypes(self, found: layout.Layout) -> None:
@@ -127,7 +127,7 @@ class Stored:
             if name in dtypes and tensor.dtype != dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
 
-    def _faults(self) -> list[str]:
+    def _find_faults(self) -> list[str]:
         state = self.model.state_dict(keep_vars=True)
         there = {id(state[name]) for name in self.units if name in state}
         ignored = [re.compile(pattern) for pattern in optional_keys(self.model)]
@@ -145,10 +145,10 @@ class Stored:
             if name in state and unit.shapes[name].sizes != tuple(state[name].shape)
         ]
 
-    def _plain(self, name: str, entry: Entry) -> Unit:
+    def _make_plain(self, name: str, entry: Entry) -> Unit:
         return Unit(self, {name: entry.shape}, entry, None, entry.shape.sizes[0] if entry.shape.sizes else 0)
 
-    def _converted(self, conversion: Conversion) -> Unit:
+    def _make_converted(self, conversion: Conversion) -> Unit:
         """Tries on the meta device whether the first two of each pattern's tensors make the first two rows."""
         unit = Unit(self, dict(conversion.targets), None, conversion, 0)
         numbers = {len(keys) for keys in conversion.sources.values()}
@@ -163,18 +163,18 @@ class Stored:
         return replace(unit, rows=number) if splits else unit
 
     def revert(self, part: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Applies a rule backwards, and finds the checkpoint's keys by the places that their names lead to."""
+        """Applies a rule backwards, and finds the checkpoint's keys by the patterns that their names lead to."""
         found = revert_weight_conversion(self.model, {name: tensors[name] for name in part.targets})
-        places: dict[str, list[str]] = {}
+        keys_by_pattern: dict[str, list[str]] = {}
         for key in sorted(found, key=dot_natural_key):
-            _, pattern = self._rename(key)
-            places.setdefault(pattern or next(iter(part.sources)), []).append(key)
-        if {p: len(keys) for p, keys in places.items()} != {p: len(keys) for p, keys in part.sources.items()}:
+            _, pattern = self._rename_key(key)
+            keys_by_pattern.setdefault(pattern or next(iter(part.sources)), []).append(key)
+        if {p: len(keys) for p, keys in keys_by_pattern.items()} != {p: len(keys) for p, keys in part.sources.items()}:
             return {}
         return {
             key: found[made].contiguous()
             for pattern, keys in part.sources.items()
-            for key, made in zip(keys, places[pattern], strict=True)
+            for key, made in zip(keys, keys_by_pattern[pattern], strict=True)
         }
 
     def key_of(self, name: str) -> str:
@@ -182,7 +182,7 @@ class Stored:
         (found,) = revert_weight_conversion(self.model, {name: self._state[name]})
         return str(found)
 
-    def _rename(self, key: str) -> tuple[str, Any]:
+    def _rename_key(self, key: str) -> tuple[str, Any]:
         found: tuple[str, Any] = rename_source_key(
             key, self._renamings, self._converters, self.model.base_model_prefix, self._state
         )

@@ -36,7 +36,7 @@ def spill(name: str, module: nn.Module, kept: Iterable[torch.Tensor], directory:
     state = {key: tensor for key, tensor in state.items() if id(tensor) not in others}
     if directory is None or sum(tensor.nbytes for tensor in state.values()) < _SMALL:
         return
-    standing = mapped.places(state)
+    standing = mapped.file_regions(state)
     own = {key: tensor for key, tensor in state.items() if key not in standing and tensor.device.type == "cpu"}
     own = {key: tensor for key, tensor in own.items() if tensor.numel()}
     if not own:

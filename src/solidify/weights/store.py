@@ -35,27 +35,27 @@ def store(
     """
     left_out = set(tied)
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
-    refuse(ArtifactError, "tensors that are shared but not tied cannot be reloaded", _shared(kept))
+    refuse(ArtifactError, "tensors that are shared but not tied cannot be reloaded", _find_shared(kept))
     stored = _under_one_name({**(origins or {}), **origins_in_memory(kept)})
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
-    supplies = {
+    sources = {
         name: TensorSource.stored(name, stored[name]) if name in stored else TensorSource.made(name, tensor)
         for name, tensor in kept.items()
         if name not in linked
     }
-    return write(directory, supplies, whole=whole, link=link)
+    return write(directory, sources, whole=whole, link=link)
 
 
 def write(
     directory: Path,
-    supplies: Mapping[str, TensorSource],
+    sources: Mapping[str, TensorSource],
     *,
     whole: Mapping[Path, Mapping[str, Entry]] | None = None,
     groups: Iterable[Iterable[str]] = (),
     link: bool = True,
 ) -> dict[str, str]:
-    """Writes files from supplies beside files that are taken as a whole; returns the digest of every tensor.
+    """Writes files from sources beside files that are taken as a whole; returns the digest of every tensor.
 
     Each of `groups` names tensors that get files of their own.
 
@@ -63,11 +63,9 @@ def write(
         ArtifactError: there is no room, or a file cannot be read.
     """
     whole = whole or {}
-    shapes = {name: supply.shapes[name] for name, supply in supplies.items()}
-    units = {id(supply): supply.shapes for supply in supplies.values()}
-    plan = [
-        list({id(s): units.pop(id(s)) for n in group if id(s := supplies[n]) in units}.values()) for group in groups
-    ]
+    shapes = {name: source.shapes[name] for name, source in sources.items()}
+    units = {id(source): source.shapes for source in sources.values()}
+    plan = [list({id(s): units.pop(id(s)) for n in group if id(s := sources[n]) in units}.values()) for group in groups]
     shards = [shard for group in (*plan, list(units.values())) if group for shard in checkpoint.shards(group)]
     names = checkpoint.file_names(len(whole) + len(shards))
     total = sum(shape.nbytes for shape in shapes.values())
@@ -80,7 +78,7 @@ def write(
         files[file] = {name: entry.shape for name, entry in header.items()}
     with console.bytes_progress("Writing tensors", total) as advance:
         for shard, file in zip(shards, names[len(whole) :], strict=True):
-            unique = list({id(supplies[name]): supplies[name] for name in shard}.values())
+            unique = list({id(sources[name]): sources[name] for name in shard}.values())
             digests |= format.write_file(directory / file, unique, advance)
             files[file] = {name: shapes[name] for name in shard}
     for file in names[len(whole) :]:
@@ -93,7 +91,8 @@ def write(
 def origins_in_memory(state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:
     """Returns for every tensor that is an unchanged part of a mapped file where it stands there."""
     return {
-        name: Entry(path, name, Shape.of(state[name]), start) for name, (path, start) in mapped.places(state).items()
+        name: Entry(path, name, Shape.of(state[name]), start)
+        for name, (path, start) in mapped.file_regions(state).items()
     }
 
 
@@ -154,7 +153,7 @@ def refuse_full(directory: Path, needed: int) -> None:
         )
 
 
-def _shared(state: Mapping[str, torch.Tensor]) -> list[str]:
+def _find_shared(state: Mapping[str, torch.Tensor]) -> list[str]:
     owners: dict[int, str] = {}
     faults = []
     for name, tensor in state.items():

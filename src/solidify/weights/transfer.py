@@ -13,7 +13,7 @@ from solidify.weights import digest_cache, format
 
 
 def place(source: Path, target: Path, *, link: bool) -> bool:
-    """Puts a file at another place, linked if that is wanted and possible, else copied; returns whether it is linked.
+    """Puts a file at another path, linked if that is wanted and possible, else copied; returns whether it is linked.
 
     A link is the same file under a second name: who writes into one of them writes into both. Nothing here ever does.
 
@@ -22,15 +22,15 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
     noted = digest_cache.recall(source)
-    before = _written(source)
+    before = _read_state(source)
     if link:
         try:
             os.link(source, target)
         except OSError:  # another file system, one without links, or a file that is not ours to link
             link = False
     if not link:
-        _copy(source, target)
-    if noted is not None and not link and _written(source) == before:
+        _copy_bytes(source, target)
+    if noted is not None and not link and _read_state(source) == before:
         digest_cache.remember(target, noted)
     return link
 
@@ -40,13 +40,13 @@ def copied(files: Iterable[Path], directory: Path, *, link: bool) -> list[Path]:
     return [path for path in files if not link or path.stat().st_dev != directory.stat().st_dev]
 
 
-def _written(path: Path) -> tuple[int, int]:
+def _read_state(path: Path) -> tuple[int, int]:
     """Returns what changes when a file is written to, but not when it is linked."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy_bytes(source: Path, target: Path) -> None:
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
             left = os.fstat(reader.fileno()).st_size
