@@ -24,7 +24,7 @@ def faults(
     """
     apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
     found = []
-    for group, first in _groups(model):
+    for group, first in _find_groups(model):
         low = [name for name in group if name in targets]
         full = [name for name in group if name in modules]
         if low and full:
@@ -64,7 +64,7 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
                 "tie only where it knows the embeddings by their name; train other parts, or LoRA on all of them"
             )
         updates = {
-            _storages(p.called) for p in places.values() if p is not None and isinstance(p.called, BaseTunerLayer)
+            _find_storages(p.called) for p in places.values() if p is not None and isinstance(p.called, BaseTunerLayer)
         }
         if len(updates) > 1 and not apart:
             found.append(
@@ -74,13 +74,13 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def _storages(layer: Any) -> frozenset[int]:
+def _find_storages(layer: Any) -> frozenset[int]:
     """Returns where in memory the parameters of PEFT's layer stand; its base layer's are none of them."""
     inside = {id(p) for p in layer.get_base_layer().parameters()}
     return frozenset(p.untyped_storage().data_ptr() for p in layer.parameters() if id(p) not in inside)
 
 
-def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
+def _find_groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
     """Returns the names of modules that share one weight now, and which of them holds the input embeddings."""
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):

@@ -29,16 +29,16 @@ _LOST_BY_VLLM = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.c
 def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
     """Returns the rules about what is replaced, for a model and what was seen when it was called."""
     return [
-        _linear(model),
-        _called(model, seen),
+        _judge_linear(model),
+        _judge_called(model, seen),
         _named_norms(model),
-        _embeddings(model),
-        _alike(model),
-        _dispatch(model, seen),
-        _heads(model, seen),
-        _activation(model),
-        _types(model),
-        _names(model),
+        _judge_embeddings(model),
+        _judge_alike(model),
+        _judge_dispatch(model, seen),
+        _judge_heads(model, seen),
+        _judge_activation(model),
+        _judge_types(model),
+        _judge_names(model),
     ]
 
 
@@ -60,7 +60,7 @@ def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     )
 
 
-def _linear(model: PreTrainedModel) -> Rule:
+def _judge_linear(model: PreTrainedModel) -> Rule:
     own = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and _does_more(m)]
     return Rule(
         "linear layers are only that",
@@ -74,10 +74,12 @@ def _does_more(module: nn.Linear) -> bool:
     return type(module).forward is not nn.Linear.forward
 
 
-def _called(model: PreTrainedModel, seen: Observed) -> Rule:
-    called = {_alternative(name) for name in seen.called}
+def _judge_called(model: PreTrainedModel, seen: Observed) -> Rule:
+    called = {_drop_later_numbers(name) for name in seen.called}
     modules = dict(model.base_model.named_modules()) if called else {}
-    idle = [name for name, module in modules.items() if _alternative(name) not in called and _may_be_fused(module)]
+    idle = [
+        name for name, module in modules.items() if _drop_later_numbers(name) not in called and _may_be_fused(module)
+    ]
     return Rule(
         "what holds linear layers is called",
         [f"{place} is not called, but read by other modules" for place in listed(model, idle)],
@@ -86,7 +88,7 @@ def _called(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _alternative(name: str) -> str:
+def _drop_later_numbers(name: str) -> str:
     """Returns a name without its numbers after the first: of experts within a layer some are called, not all."""
     first = re.match(r"\D*\d+", name)
     start = first.group() if first else ""
@@ -112,7 +114,7 @@ def _named_norms(model: PreTrainedModel) -> Rule:
     )
 
 
-def _embeddings(model: PreTrainedModel) -> Rule:
+def _judge_embeddings(model: PreTrainedModel) -> Rule:
     module = model.base_model.get_input_embeddings()
     own = not isinstance(module, nn.Embedding)
     return Rule(
@@ -124,7 +126,7 @@ def _embeddings(model: PreTrainedModel) -> Rule:
     )
 
 
-def _alike(model: PreTrainedModel) -> Rule:
+def _judge_alike(model: PreTrainedModel) -> Rule:
     """vLLM decides once for a class, by the first module in order, what of it to fuse."""
     first: dict[tuple[type, tuple[str, ...]], nn.Module] = {}
     faults: list[str] = []
@@ -137,23 +139,23 @@ def _alike(model: PreTrainedModel) -> Rule:
         faults += [f"{name}.{key}".lstrip(".") for key in linear if not isinstance(children[key], nn.Linear)]
     return Rule(
         "layers of one class are alike",
-        [f"{place} is no nn.Linear, but is in the first {_kind(model, place)}" for place in listed(model, faults)],
+        [f"{place} is no nn.Linear, but is in the first {_name_kind(model, place)}" for place in listed(model, faults)],
         "linear layers within modules of one class are so in all of them, or not in the first",
         "vLLM fuses them in all modules of the class and does not start; change the first layer in the same way",
         (VLLM,),
     )
 
 
-def _kind(model: PreTrainedModel, place: str) -> str:
+def _name_kind(model: PreTrainedModel, place: str) -> str:
     holder = re.sub(r"\.[^.]*$", "", place.split(" ")[0]).replace("*", "0")
     return type(dict(model.named_modules()).get(holder, model)).__name__
 
 
-def _dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
     modules = dict(model.base_model.named_modules())
     faults: dict[str, list[str]] = {}
     for arrival in seen.arrivals:
-        if (module := modules.get(arrival.module)) is not None and (fault := _unreadable(module)):
+        if (module := modules.get(arrival.module)) is not None and (fault := _explain_unreadable(module)):
             faults.setdefault(fault, []).append(arrival.module)
     return Rule(
         "forward itself calls the attention function",
@@ -165,7 +167,7 @@ def _dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _heads(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_heads(model: PreTrainedModel, seen: Observed) -> Rule:
     """Both keep a cache of the shape that the configuration states, whatever arrives."""
     values = model.config.get_text_config()
     queries = int(values.num_attention_heads)
@@ -203,7 +205,7 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(values.to_dict().get("head_dim") or values.hidden_size // values.num_attention_heads)
 
 
-def _unreadable(module: nn.Module) -> str:
+def _explain_unreadable(module: nn.Module) -> str:
     """Returns what keeps vLLM from finding the call of the attention function in the source of a module's forward."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
@@ -217,7 +219,7 @@ def _unreadable(module: nn.Module) -> str:
     if len(calls) != 1:
         return f"calls it {len(calls)} times in its own forward"
     for keyword in calls[0].keywords:
-        if keyword.arg == "scaling" and not isinstance(_value(keyword.value, module), (int, float)):
+        if keyword.arg == "scaling" and not isinstance(_read_value(keyword.value, module), (int, float)):
             return f"passes scaling={ast.unparse(keyword.value)}, which is no number of its own"
     return ""
 
@@ -231,15 +233,15 @@ def _looks_up(node: ast.expr | None) -> bool:
     )
 
 
-def _value(node: ast.expr, module: nn.Module) -> object:
+def _read_value(node: ast.expr, module: nn.Module) -> object:
     if isinstance(node, ast.Constant):
         return node.value
     own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     return getattr(module, node.attr, None) if own and isinstance(node, ast.Attribute) else None
 
 
-def _activation(model: PreTrainedModel) -> Rule:
-    blocks = [n for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts" and _replaced(m)]
+def _judge_activation(model: PreTrainedModel) -> Rule:
+    blocks = [n for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts" and _is_replaced(m)]
     values = model.config.get_text_config().to_dict()
     named = values.get("hidden_act") or values.get("hidden_activation") or values.get("activation")
     odd = bool(blocks) and named not in SILU and "GptOss" not in (model.config.architectures or [""])[0]
@@ -255,12 +257,12 @@ def _activation(model: PreTrainedModel) -> Rule:
     )
 
 
-def _replaced(module: nn.Module) -> bool:
+def _is_replaced(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return isinstance(module, nn.ModuleList) or bool(parameters and all(p.ndim == 3 for p in parameters))
 
 
-def _types(model: PreTrainedModel) -> Rule:
+def _judge_types(model: PreTrainedModel) -> Rule:
     strict = modules_in_float32(model.base_model)
     own = model.dtype
     odd = [
@@ -277,7 +279,7 @@ def _types(model: PreTrainedModel) -> Rule:
     )
 
 
-def _names(model: PreTrainedModel) -> Rule:
+def _judge_names(model: PreTrainedModel) -> Rule:
     faults: list[str] = []
     servers: Sequence[str] = ()
     for server, parts in ((SGLANG, _LOST_BY_SGLANG), (VLLM, _LOST_BY_VLLM)):

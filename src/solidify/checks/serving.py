@@ -53,15 +53,17 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
 
 def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[str, str]) -> list[Finding]:
     """Judges a model that was changed by `edits` (their records) and whose `auto_map` stands in config.json."""
-    kind, places = _kind(model), ledger.places(edits)
+    kind, places = _judge_kind(model), ledger.places(edits)
     needed = (
-        [Rule("architecture", kind, "", "Serve it with transformers")] if kind else _needed(model, places, auto_map)
+        [Rule("architecture", kind, "", "Serve it with transformers")]
+        if kind
+        else _list_needed(model, places, auto_map)
     )
     plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model), replaced.head_size(model)]
-    return [rule.finding() for rule in (*needed, *plans)] + [_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
+    return [rule.finding() for rule in (*needed, *plans)] + [_state_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
 
 
-def _needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str]) -> list[Rule]:
+def _list_needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str]) -> list[Rule]:
     """Returns the rules that a server cannot do without."""
     seen = served_call.observe(model.base_model)
     encoder = ["it is an encoder; SGLang's document names decoders only"] if seen.causal is False else []
@@ -71,17 +73,17 @@ def _needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str])
         _auto_map(auto_map),
         _in_the_base_model(model, places),
         _backend_flag(model),
-        _keywords(model, seen),
-        _attention(model, seen),
+        _judge_keywords(model, seen),
+        _judge_attention(model, seen),
         _is_causal(model, seen),
-        _experts(model, places, seen),
-        _ties(model),
+        _judge_experts(model, places, seen),
+        _judge_ties(model),
         *replaced.rules(model, seen),
-        *_hints(model, auto_map),
+        *_judge_hints(model, auto_map),
     ]
 
 
-def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Finding:
+def _state_verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Finding:
     broken = [rule.name for rule in needed if rule.faults and server in rule.servers]
     if broken:
         return Finding(f"rules of {server}", None, f"not met; not run: {', '.join(broken)}")
@@ -92,7 +94,7 @@ def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Find
     return Finding(f"rules of {server}", None, f"met; not run: {run}{alone}")
 
 
-def _hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
+def _judge_hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
     """Judges the artifact's part without a head, built as the servers build it; a model in memory has none."""
     place = auto_map.get("AutoModel", "").rpartition(".")[2]
     part = vars(sys.modules[type(model).__module__]).get(place)
@@ -107,7 +109,7 @@ def _hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
     return [replaced.hints(model, built.value)]
 
 
-def _kind(model: PreTrainedModel) -> list[str]:
+def _judge_kind(model: PreTrainedModel) -> list[str]:
     if model.config.is_encoder_decoder:
         return ["it is an encoder-decoder; both serve encoder-only (vLLM) and decoder-only models"]
     if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -148,7 +150,7 @@ def _in_the_base_model(model: PreTrainedModel, places: Places) -> Rule:
     )
 
 
-def _keywords(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_keywords(model: PreTrainedModel, seen: Observed) -> Rule:
     faults = []
     if seen.refused:
         what = f"refuses {KEYWORD}" if seen.runs_without else "fails when it is called as the servers do"
@@ -170,10 +172,10 @@ def _last_with_keyword(module: str, seen: Observed) -> str:
     return [name for name in around if name in seen.received][-1]
 
 
-def _attention(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_attention(model: PreTrainedModel, seen: Observed) -> Rule:
     mixers = listed(model, seen.mixers)
     faults = [f"{place} mixes positions by itself" for place in mixers]
-    layers = _layers(model)
+    layers = _count_layers(model)
     numbers = [arrival.layer_idx for arrival in seen.arrivals]
     for arrival in seen.arrivals:
         place, number = full(model, arrival.module), arrival.layer_idx
@@ -196,7 +198,7 @@ def _attention(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _layers(model: PreTrainedModel) -> int:
+def _count_layers(model: PreTrainedModel) -> int:
     """Returns the number of layers by the name under which the servers look for it, 0 where there is none."""
     config = model.config.get_text_config()
     return int(config.to_dict().get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")) or 0)
@@ -222,13 +224,18 @@ def _is_causal(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
+def _judge_experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
     blocks = {n: m for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts"}
     number, _ = cost.experts(model.config)
     faults = [fault for name, module in blocks.items() for fault in _experts_faults(model, name, module, number, seen)]
     inside = tuple(f"{name}." for name in places)
     for name, module in model.base_model.named_modules():
-        if full(model, name).startswith(inside) and name not in blocks and number > 1 and _size(module) == number:
+        if (
+            full(model, name).startswith(inside)
+            and name not in blocks
+            and number > 1
+            and _count_experts(module) == number
+        ):
             faults.append(f"{full(model, name)} holds {number} experts, but is not called `experts`")
     return Rule(
         "experts",
@@ -245,8 +252,8 @@ def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number
     flat = [key for key, parameter in module.named_parameters() if parameter.ndim != 3]
     if not isinstance(module, nn.ModuleList) and (flat or not list(module.parameters())):
         faults.append(f"{place} is no ModuleList and its {flat[0] if flat else 'content'} is not stacked by expert")
-    elif number and _size(module) != number:
-        faults.append(f"{place} holds {_size(module)} experts, but the configuration says {number}")
+    elif number and _count_experts(module) != number:
+        faults.append(f"{place} holds {_count_experts(module)} experts, but the configuration says {number}")
     if type(module).forward is nn.ModuleList.forward:
         faults.append(f"{place} has no forward")
     else:
@@ -261,7 +268,7 @@ def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number
     return faults
 
 
-def _size(module: nn.Module) -> int:
+def _count_experts(module: nn.Module) -> int:
     """Returns how many experts a module may hold: members of a list, or the length of stacked parameters."""
     if isinstance(module, nn.ModuleList):
         return len(module)
@@ -269,17 +276,17 @@ def _size(module: nn.Module) -> int:
     return stacked.pop() if len(stacked) == 1 else 0
 
 
-def _ties(model: PreTrainedModel) -> Rule:
+def _judge_ties(model: PreTrainedModel) -> Rule:
     stated = any(c.to_dict().get("tie_word_embeddings") for c in (model.config, model.config.get_text_config()))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    pair = [_weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())]
+    pair = [_find_weight(model.get_input_embeddings()), _find_weight(model.get_output_embeddings())]
     faults = []
     for parameter, group in names.items():
         allowed = 2 if stated and parameter is pair[0] is pair[1] else 1
         if len(group) > allowed and any(name.startswith(prefix(model)) for name in group):
-            faults.append(f"{_together(group)} are one tensor")
+            faults.append(f"{_fold_names(group)} are one tensor")
     if stated and None not in pair and pair[0] is not pair[1]:
         faults.append("the configuration ties the head to the embeddings, but they are two tensors")
     return Rule(
@@ -291,12 +298,12 @@ def _ties(model: PreTrainedModel) -> Rule:
     )
 
 
-def _together(names: Sequence[str]) -> str:
+def _fold_names(names: Sequence[str]) -> str:
     folded = anatomy.fold(names)
     return f"{folded[0]} ({len(names)} names)" if len(folded) == 1 else " and ".join(names)
 
 
-def _weight(module: nn.Module | None) -> nn.Parameter | None:
+def _find_weight(module: nn.Module | None) -> nn.Parameter | None:
     return own_parameters(module).get("weight") if module is not None else None
 
 
@@ -344,7 +351,7 @@ def _pipeline_parallel(model: PreTrainedModel) -> Rule:
     names = plan or [name for name, child in children.items() if any(True for _ in child.parameters())]
     faults = [f"{full(model, name)} is planned, but is not there" for name in names if name not in children]
     lists = {name: child for name in names if isinstance(child := children.get(name), nn.ModuleList)}
-    layers = _layers(model)
+    layers = _count_layers(model)
     if len(lists) != 1:
         faults.append(f"it takes exactly one ModuleList to split, but there are: {', '.join(lists) or 'none'}")
     faults += [

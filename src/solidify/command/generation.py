@@ -25,7 +25,7 @@ def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) ->
         length = inputs["input_ids"].shape[-1]
     if not length:
         raise DataError("the prompt holds no token; give a text to continue (--prompt)")
-    places = _places(model)
+    places = _count_positions(model)
     if length + new_tokens > places:
         raise DataError(
             f"{length} tokens of the prompt and {new_tokens} new ones are more than the {places} that are possible "
@@ -39,7 +39,7 @@ def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) ->
     return text
 
 
-def _places(model: nn.Module) -> int:
+def _count_positions(model: nn.Module) -> int:
     """Returns for how many tokens a model was made."""
     config: Any = model.config
     with foreign.calling("the model's configuration cannot be read", ArtifactError):

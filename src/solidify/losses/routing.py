@@ -59,8 +59,8 @@ def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) ->
         ObjectiveError: there are no logits with one row a token, or nothing tells how many experts were chosen.
     """
     module = lookup.at(model, name) if model is not None else None
-    parts, place = _parts(output), _place(model, module)
-    tensor = _logits(name, parts, place)
+    parts, place = _list_parts(output), _find_index(model, module)
+    tensor = _read_logits(name, parts, place)
     logits = wide(tensor.reshape(-1, tensor.shape[-1]))
     if len(logits) != tokens:
         raise ObjectiveError(
@@ -89,8 +89,8 @@ def read_all(router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | N
     """Yields every router's name and routing of all positions of the batch; what two modules record counts once."""
     seen: list[torch.Tensor] = []
     for name, output in router.items():
-        place = _place(model, lookup.at(model, name) if model is not None else None)
-        tensor = _logits(name, _parts(output), place)
+        place = _find_index(model, lookup.at(model, name) if model is not None else None)
+        tensor = _read_logits(name, _list_parts(output), place)
         if not any(tensor is other for other in seen):  # JetMoE's attention passes on what its router returned
             seen.append(tensor)
             yield name, read(name, output, len(mask), model)
@@ -146,18 +146,18 @@ def _is_per_token(tensor: Any, tokens: int) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 and tensor.numel() == tokens * tensor.shape[-1]
 
 
-def _parts(output: Any) -> list[Any]:
+def _list_parts(output: Any) -> list[Any]:
     return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
-def _logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
+def _read_logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
     tensor = parts[place] if place < len(parts) else None
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
         raise ObjectiveError(f"the router {name} returned no logits in place {place} of what it returns")
     return tensor
 
 
-def _place(model: nn.Module | None, router: lookup.Located | None) -> int:
+def _find_index(model: nn.Module | None, router: lookup.Located | None) -> int:
     """Returns where in a router's output transformers records its logits; 0 where it says nothing."""
     if model is None or router is None:
         return 0
@@ -170,7 +170,7 @@ def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
     own = vars(router).get("top_k") if router is not None else None
     if isinstance(own, int):
         return own
-    for config in _configs(model):
+    for config in _list_configs(model):
         for key in _TOP_K:
             value = getattr(config, key, None)
             if isinstance(value, int):
@@ -181,7 +181,7 @@ def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
     )
 
 
-def _configs(model: nn.Module | None) -> list[PreTrainedConfig]:
+def _list_configs(model: nn.Module | None) -> list[PreTrainedConfig]:
     config = getattr(lookup.plain_model(model), "config", None) if model is not None else None
     found = [config] if isinstance(config, PreTrainedConfig) else []
     for each in found:  # grows while it is walked: configurations hold configurations

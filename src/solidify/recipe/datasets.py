@@ -77,7 +77,7 @@ def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
     images, the first half has; of those nothing is cut before a token that follows the images.
     """
     kinds = batching.modalities(examples)
-    rows = sorted(_alternating(kinds)[:PROBES], key=lambda row: not kinds[row])
+    rows = sorted(_alternate_rows(kinds)[:PROBES], key=lambda row: not kinds[row])
     whole = [examples[row] for row in rows]
     bound = max(len(row["input_ids"]) for row in whole) * batch_size // PROBES
     probes: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
     return probes
 
 
-def _alternating(modalities: Sequence[Any]) -> list[int]:
+def _alternate_rows(modalities: Sequence[Any]) -> list[int]:
     """Returns the numbers of rows, one of each modality in turn as long as there are."""
     turns: dict[Any, int] = {}
     places = []

@@ -29,12 +29,12 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
     In `scratch`, a large one is converted to the layout in memory; what the surgery renames or drops is kept apart.
     """
     where = Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None
-    return _load(recipe, recipe.base, device, where)
+    return _load_model(recipe, recipe.base, device, where)
 
 
-def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
+def _load_model(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
     with _named_by_a_recipe():
-        return _read(recipe, source, device, scratch)
+        return _read_model(recipe, source, device, scratch)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _named_by_a_recipe() -> Iterator[None]:
         raise RecipeError(str(error), error.faults) from error
 
 
-def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
+def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
     name = source.model
     if (built_in := bases.directory(name)) is not None:
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
@@ -67,7 +67,7 @@ def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) ->
 
 def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
     """Loads the model that a recipe learns from, if it names one."""
-    return _load(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
+    return _load_model(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
 
 
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:

@@ -34,7 +34,7 @@ def resolve(reference: str, directory: Path | None = None) -> Any:
     if not separator or not place or not name:
         raise RecipeError(f"a reference is written `file.py:Name` or `package.module:Name`, but {reference!r} is not")
     directory = (directory or Path.cwd()).resolve()
-    module = _import_file(directory / place, reference) if place.endswith(".py") else _import(place, directory)
+    module = _import_file(directory / place, reference) if place.endswith(".py") else _import_module(place, directory)
     if name not in vars(module):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         close = get_close_matches(name, known, n=3) or sorted(known)[:8]
@@ -74,7 +74,7 @@ def _import_file(path: Path, reference: str) -> ModuleType:
     return module
 
 
-def _import(place: str, directory: Path) -> ModuleType:
+def _import_module(place: str, directory: Path) -> ModuleType:
     with _first_on_path(directory):
         try:
             return importlib.import_module(place)

@@ -106,14 +106,14 @@ def refuse_unspreadable(arguments: TrainingArguments, *, here: bool) -> None:
 
     With `here` also when it would not happen in these processes; without, that is told, as others may train.
     """
-    unstarted = _unstarted(arguments)
+    unstarted = _find_unstarted(arguments)
     if not here and unstarted:
         console.words.print("\n".join(unstarted))
-    faults = [*(unstarted if here else []), *_unspreadable(arguments)]
+    faults = [*(unstarted if here else []), *_find_unspreadable(arguments)]
     refuse(RecipeError, "the training cannot be spread like that", faults)
 
 
-def _unstarted(arguments: TrainingArguments) -> list[str]:
+def _find_unstarted(arguments: TrainingArguments) -> list[str]:
     state = arguments.distributed_state
     alone = state is None or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     if not (arguments.fsdp and alone):
@@ -124,7 +124,7 @@ def _unstarted(arguments: TrainingArguments) -> list[str]:
     ]
 
 
-def _unspreadable(arguments: TrainingArguments) -> list[str]:
+def _find_unspreadable(arguments: TrainingArguments) -> list[str]:
     faults = []
     configured = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and configured.get("version", 2) != 2:

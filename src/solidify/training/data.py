@@ -46,7 +46,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
     # In pieces, a column that is empty in the first of them is taken for one that is always empty.
     whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-    read = foreign.attempt(datasets.load_dataset, kind, data_files=_literal(path), split="train", **whole)
+    read = foreign.attempt(datasets.load_dataset, kind, data_files=_escape_path(path), split="train", **whole)
     if read.error is not None:
         cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
         raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
@@ -59,7 +59,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     if image is None:
         return data.select_columns([text])
     found = data.select_columns([text, image]).map(
-        _found,
+        _find_images,
         batched=True,
         with_indices=True,
         remove_columns=[image],
@@ -70,12 +70,14 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     return found.select_columns([text, IMAGES])
 
 
-def _literal(path: Path) -> str:
+def _escape_path(path: Path) -> str:
     """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
     return glob.escape(str(path.resolve()))
 
 
-def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:
+def _find_images(
+    rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str
+) -> dict[str, list[list[str]]]:
     """Makes paths of the names of images; raises all that lead nowhere."""
     places = []
     missing = []

@@ -38,7 +38,7 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
         }
     )
     result = rows.map(
-        _examples,
+        _make_examples,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -51,19 +51,19 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
     return result
 
 
-def _ids(processor: Any, words: str, places: list[Any]) -> list[int]:
+def _make_ids(processor: Any, words: str, places: list[Any]) -> list[int]:
     seen = {"images": [load_image(place) for place in places]} if places else {}
     return data.ended(list(processor(text=[words], **seen)["input_ids"][0]), processor.tokenizer)
 
 
-def _examples(
+def _make_examples(
     rows: dict[str, list[Any]], numbers: list[int], *, processor: Any, text: str, max_length: int
 ) -> dict[str, list[Any]]:
     """Makes examples of a batch of rows, or raises all that is wrong with it."""
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], IMAGES: []}
     faults: list[str] = []
     for words, places, number in zip(rows[text], rows[IMAGES], numbers, strict=True):
-        read = foreign.attempt(_ids, processor, words, places)
+        read = foreign.attempt(_make_ids, processor, words, places)
         if read.error is not None or read.value is None:
             faults += [f"row {number}: {foreign.said(read.error)}"] if read.error is not None else []
             continue
