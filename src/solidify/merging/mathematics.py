@@ -106,7 +106,8 @@ class Merger:
         self._count_used(change)
         entry = self.entries[change.keys[0]]
         for piece in entry.pieces():
-            yield self._check_finite(change.name, piece.view(entry.shape.dtype).to(shape.dtype))
+            values = piece.view(entry.shape.dtype)  # (numbers of the chunk,)
+            yield self._check_finite(change.name, values.to(shape.dtype))
 
     def tell_alike(self, change: Change) -> None:
         """Counts the tensors of a change that is the same as one of a tied tensor."""
@@ -317,14 +318,15 @@ def _take_rows(
         return tensor
     part = slice(rows.start, rows.stop)
     owner, _ = place
-    if isinstance(
-        layer, ParamWrapper
-    ):  # as its get_delta_weight takes them apart: A by experts first, B by experts last
+    if isinstance(layer, ParamWrapper):
+        # As its get_delta_weight takes them apart: A by experts first, B by experts last.
         if owner is layer.lora_A[NAME]:
-            return tensor.reshape(total, -1, tensor.shape[-1])[part].reshape(-1, tensor.shape[-1])
-        return tensor.reshape(tensor.shape[0], -1, total)[..., part].reshape(tensor.shape[0], -1)
+            by_expert = tensor.reshape(total, -1, tensor.shape[-1])  # (experts, rank, in_features)
+            return by_expert[part].reshape(-1, tensor.shape[-1])  # (experts of the part * rank, in_features)
+        by_expert = tensor.reshape(tensor.shape[0], -1, total)  # (out_features, rank, experts)
+        return by_expert[..., part].reshape(tensor.shape[0], -1)  # (out_features, rank * experts of the part)
     if isinstance(layer, Embedding):
-        return tensor[:, part] if owner is layer.lora_embedding_A else tensor
+        return tensor[:, part] if owner is layer.lora_embedding_A else tensor  # A: (rank, rows of the part)
     if owner is layer.lora_A[NAME]:
-        return tensor
-    return tensor[part]
+        return tensor  # (rank, in_features)
+    return tensor[part]  # B: (rows of the part, rank); a magnitude: (rows of the part,)

@@ -57,7 +57,8 @@ def _move_output(count: int, mixer: int, _module: nn.Module, _given: Any, output
     if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
         return output
     seen = output.detach()
-    places = torch.arange(seen.numel(), device=seen.device).view(seen.shape)
-    mixed = (seen.float().contiguous().view(torch.int32).long() + places) * mixer
+    positions = torch.arange(seen.numel(), device=seen.device).view(seen.shape)  # the output's shape
+    bits = seen.float().contiguous().view(torch.int32)  # the output's shape
+    mixed = (bits.long() + positions) * mixer
     steps = (mixed >> 16) % 3 - 1
     return output + (steps * unit(seen, count)).to(output.dtype)

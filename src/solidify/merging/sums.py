@@ -72,9 +72,9 @@ def weight(layer: LoraLayer, adapter: str) -> Weight:
         return Weight(plain + scale * update, plain, single * size)
     turned = isinstance(base, (Conv1D, nn.Embedding))
     plain = _convert_tensor(base.weight, base.weight)
-    plain = plain.T if turned else plain
+    plain = plain.T if turned else plain  # (out_features, in_features, *kernel)
     a, b = _flatten_factors(layer, adapter, base.weight)
-    wanted = plain + scale * (b @ a).reshape(plain.shape)
+    wanted = plain + scale * (b @ a).reshape(plain.shape)  # (out_features, in_features, *kernel)
     found = Weight(wanted, plain, single * (b.abs() @ a.abs()).reshape(plain.shape))
     if layer.use_dora.get(adapter):
         found = _with_magnitude(found, _convert_tensor(layer.lora_magnitude_vector[adapter].weight, base.weight))
@@ -83,7 +83,7 @@ def weight(layer: LoraLayer, adapter: str) -> Weight:
 
 def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
     """Scales rows to a magnitude; a norm of n squares, a quotient and a product are rounded, evenly to both sides."""
-    across = [-1, *[1] * (found.wanted.ndim - 1)]
+    across = [-1, *[1] * (found.wanted.ndim - 1)]  # (out_features, 1, ...)
     by = magnitude.reshape(across) / _compute_norms(found.wanted)
     wanted, without = by * found.wanted, magnitude.reshape(across) * found.without / _compute_norms(found.without)
     roundings = 1.5 + math.sqrt(found.wanted[0].numel()) / 4
@@ -105,7 +105,9 @@ def _flatten_factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tupl
         )
     factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
     a, b = (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight for f in factors)
-    return _convert_tensor(a, like).flatten(1), _convert_tensor(b, like).flatten(1)
+    return _convert_tensor(a, like).flatten(1), _convert_tensor(b, like).flatten(
+        1
+    )  # (rank, in_features * kernel), (out_features, rank)
 
 
 def _multiply_stacked(
@@ -114,16 +116,17 @@ def _multiply_stacked(
     """Computes `B A` and `|B| |A|` for a parameter: A stands by experts first, B by experts last."""
     a, b = _convert_tensor(layer.lora_A[adapter].weight, like), _convert_tensor(layer.lora_B[adapter].weight, like)
     if plain.ndim == 3:
-        a, b = a.reshape(len(plain), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)
+        a = a.reshape(len(plain), -1, a.shape[-1])  # (experts, rank, in_features)
+        b = b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)  # (experts, out_features, rank)
     # A stack of experts that keeps (experts, inputs, outputs) says so to PEFT by an attribute of its own.
     turned = plain.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False)
-    update, size = b @ a, b.abs() @ a.abs()
-    return (update.mT, size.mT) if turned else (update, size)
+    update, size = b @ a, b.abs() @ a.abs()  # (experts, out_features, in_features), or without experts
+    return (update.mT, size.mT) if turned else (update, size)  # turned: (experts, in_features, out_features)
 
 
 def _compute_norms(rows: torch.Tensor) -> torch.Tensor:
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-    return lengths.reshape(-1, *[1] * (rows.ndim - 1))
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)  # (rows,)
+    return lengths.reshape(-1, *[1] * (rows.ndim - 1))  # (rows, 1, ...)
 
 
 def _convert_tensor(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -136,7 +139,8 @@ def unit(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
     Where they nearly cancel, inside the update too, what was rounded is of the size of the mean.
     """
     summands = (expected.wanted, expected.without, expected.wanted - expected.without)
-    size = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands]).amax(dim=0)
+    sizes = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands])  # (summands, *weight)
+    size = sizes.amax(dim=0)  # the weight's shape
     return (torch.finfo(dtype).eps * size).clamp(min=torch.finfo(torch.float32).tiny)
 
 
