@@ -161,5 +161,5 @@ def _digest_document(document: Mapping[str, Any]) -> str:
 
 def tell(counts: Mapping[str, int]) -> str:
     """Writes how many findings have each verdict: `31 proved, 2 measured, 1 not looked at`."""
-    told = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    return ", ".join(told) or "nothing was looked at"
+    counted = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return ", ".join(counted) or "nothing was looked at"

@@ -162,7 +162,7 @@ def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:
 
 def _match_exactly(names: Sequence[str], model: nn.Module) -> list[str] | str:
     """Returns names so that PEFT cannot read them as ends of longer ones: a list, or a regular expression."""
-    everywhere = [place.name for place in lookup.modules(model)]
+    everywhere = [located.name for located in lookup.modules(model)]
     endings = tuple("." + name for name in names)
     if endings and any(name.endswith(endings) for name in everywhere):
         return "|".join(re.escape(name) for name in names)

@@ -146,7 +146,7 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     if built.value is None:
         return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
     expected = {name: type(module) for name, module in built.value.named_modules()}
-    found = {place.name: type(place.inner) for place in lookup.modules(plain)}
+    found = {located.name: type(located.inner) for located in lookup.modules(plain)}
     faults = [
         f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
         for name, kind in expected.items()

@@ -125,8 +125,8 @@ class TrainedBuffers(TrainingWrapper):
 
     def renamed(self, name: str) -> str | None:
         """Returns where the adapter that PEFT loads into has its version of a buffer; None where it has none."""
-        known = self._asked in self.trained and name in self._owners[0]
-        return _make_state_key(self._asked, name) if known else None
+        is_trained = self._asked in self.trained and name in self._owners[0]
+        return _make_state_key(self._asked, name) if is_trained else None
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Returns which of the asked-for adapters has buffers here."""

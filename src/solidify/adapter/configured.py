@@ -59,9 +59,9 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
         header = format.read_header(directory / WEIGHTS)
         refuse(AdapterError, title, _rank_faults(document, header))
         document = _with_names(document, header, model)
-    known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
+    field_names = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
-        return LoraConfig(**{key: value for key, value in document.items() if key in known})
+        return LoraConfig(**{key: value for key, value in document.items() if key in field_names})
 
 
 def _expression_faults(document: Mapping[str, Any]) -> list[str]:
@@ -153,10 +153,10 @@ def _layout_faults(document: Mapping[str, Any]) -> list[str]:
 
 def _find_unknown_fields(document: Mapping[str, Any]) -> list[str]:
     """Names fields that this PEFT does not have; what is empty or switched off changes nothing."""
-    known = {f.name for f in fields(LoraConfig)}
+    field_names = {f.name for f in fields(LoraConfig)}
     return [
         f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would pass over; install "
         "the PEFT that wrote it, or remove the field if it changes nothing"
         for key, value in document.items()
-        if key not in known and value and not _LAYOUT.search(key)
+        if key not in field_names and value and not _LAYOUT.search(key)
     ]

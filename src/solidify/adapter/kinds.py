@@ -218,7 +218,7 @@ def _find_default(field: Field[Any]) -> Any:
 
 def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> list[str]:
     start = lora.get("init_lora_weights", True)
-    if any(start is known or (isinstance(start, str) and start == known) for known in allowed):
+    if any(start is choice or (isinstance(start, str) and start == choice) for choice in allowed):
         return []
     word = str(start).lower()
     family = "pissa_niter_[number of iters]" if word.startswith("pissa_niter") else word
@@ -253,9 +253,13 @@ def value_faults(lora: Mapping[str, Any]) -> list[str]:
             found.append(f"LoRA: {key} must be {words}, not {lora[key]!r}")
     bdlora = lora.get("use_bdlora")
     if bdlora and not found:
-        known = [f.name for f in fields(BdLoraConfig)]
+        field_names = [f.name for f in fields(BdLoraConfig)]
         given = vars(bdlora) if is_dataclass(bdlora) else bdlora
-        found += [f"LoRA: use_bdlora has no {key!r}; it has {', '.join(known)}" for key in given if key not in known]
+        found += [
+            f"LoRA: use_bdlora has no {key!r}; it has {', '.join(field_names)}"
+            for key in given
+            if key not in field_names
+        ]
     return found
 
 

@@ -60,8 +60,8 @@ class AdapterPlan:
             ("in full", self.full),
         ):
             for line in anatomy.fold(names):
-                places = sum(1 for name in names if anatomy.fold([name]) == [line])
-                rows.append((how, line, str(places)))
+                count = sum(1 for name in names if anatomy.fold([name]) == [line])
+                rows.append((how, line, str(count)))
         return rows
 
 
@@ -73,7 +73,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
             unknown or has another door here, two declarations overlap, or nothing is declared. All faults together.
     """
     train = [train] if isinstance(train, str) else list(train)
-    named = {place.name: place.inner for place in lookup.modules(model) if place.name}
+    named = {located.name: located.inner for located in lookup.modules(model) if located.name}
     parameters = {
         f"{name}.{key}" if name else key: parameter
         for name, module in {"": lookup.plain_model(model), **named}.items()
@@ -150,9 +150,9 @@ def _lora_targets(
     if (fault := kinds.object_fault(lora)) is not None:
         faults.append(fault)
         return [], []
-    known = [f.name for f in fields(LoraConfig)]
+    field_names = [f.name for f in fields(LoraConfig)]
     strange = kinds.faults(lora)
-    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in known]
+    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in field_names]
     faults += [
         f"LoRA: leave out {key!r}; {where}"
         for key, where in _ELSEWHERE.items()

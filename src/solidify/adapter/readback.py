@@ -213,8 +213,8 @@ def _yield_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for key, part in value.items():
             yield from _yield_tensors(f"{name}.{key}" if name else str(key), part)
     elif isinstance(value, (tuple, list)):
-        for place, part in enumerate(value):
-            yield from _yield_tensors(f"{name}[{place}]", part)
+        for index, part in enumerate(value):
+            yield from _yield_tensors(f"{name}[{index}]", part)
 
 
 def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -229,21 +229,21 @@ def _measure_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
     """Names state that no adapter holds and that differs: buffers that are not saved, and plain numbers of modules."""
-    others = {place.name: place.inner for place in lookup.modules(fresh)}
+    others = {located.name: located.inner for located in lookup.modules(fresh)}
     faults = []
-    for place in lookup.modules(plain):
-        other = others.get(place.name)
+    for located in lookup.modules(plain):
+        other = others.get(located.name)
         if other is None:
             continue
-        for key, buffer in own_buffers(place.inner).items():
+        for key, buffer in own_buffers(located.inner).items():
             twin = own_buffers(other).get(key)
             if buffer is not None and twin is not None and not _are_equal(buffer, twin):
-                kept = "" if key not in unsaved_buffers(place.inner) else " (not persistent: register it so)"
-                faults.append(f"the buffer {place.name}.{key}{kept}")
-        for key, value in vars(place.inner).items():
+                kept = "" if key not in unsaved_buffers(located.inner) else " (not persistent: register it so)"
+                faults.append(f"the buffer {located.name}.{key}{kept}")
+        for key, value in vars(located.inner).items():
             if isinstance(value, torch.Tensor) and not isinstance(vars(other).get(key), torch.Tensor):
-                faults.append(f"the tensor {place.name}.{key}, which is no buffer (keep it in a persistent one)")
+                faults.append(f"the tensor {located.name}.{key}, which is no buffer (keep it in a persistent one)")
             plain_value = isinstance(value, (bool, int, float, str)) and not key.startswith("_") and key != "training"
             if plain_value and vars(other).get(key) != value:
-                faults.append(f"{place.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")
+                faults.append(f"{located.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")
     return [*faults[:_NAMED], *(["..."] if len(faults) > _NAMED else [])]

@@ -56,8 +56,8 @@ def _yield_codes(code: CodeType) -> Iterator[CodeType]:
 def _yield_read_names(code: CodeType, names: frozenset[str]) -> Iterator[str]:
     before: Any = None
     for step in dis.get_instructions(code):
-        known = step.opname == "LOAD_CONST" or (step.opname in _ATTRIBUTES and before != "self")
-        if known and isinstance(step.argval, str) and step.argval in names:
+        is_name = step.opname == "LOAD_CONST" or (step.opname in _ATTRIBUTES and before != "self")
+        if is_name and isinstance(step.argval, str) and step.argval in names:
             yield step.argval
         before = step.argval
 

@@ -216,8 +216,8 @@ def _fill_adapter(
 
 def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str, buffers: Sequence[str]) -> list[str]:
     """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
-    places = held(model, name, buffers)
-    changed = [key for key, tensor in state.items() if not torch.equal(places[key].to(tensor.dtype).cpu(), tensor)]
+    tensors = held(model, name, buffers)
+    changed = [key for key, tensor in state.items() if not torch.equal(tensors[key].to(tensor.dtype).cpu(), tensor)]
     return [f"{key} differs after loading" for key in changed]
 
 

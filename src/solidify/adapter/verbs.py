@@ -299,11 +299,11 @@ class LoraVerbs(LoraTuner):
         buffers = lookup.trained_buffers(self.model)
         states = (f"{prefix}base.", f"{prefix}trained.")  # of whole models, as PyTorch writes and loads them
         for key in [k for k in state_dict if k.startswith(prefix) and k not in tree and not k.startswith(states)]:
-            place = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
-            if place is None:
+            renamed = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
+            if renamed is None:
                 self._drop_added()
                 raise AdapterError(f"this file holds the buffer {key.removeprefix(prefix)}, which the model has not")
-            state_dict[prefix + place] = state_dict.pop(key)
+            state_dict[prefix + renamed] = state_dict.pop(key)
 
     def _drop_added(self) -> None:
         """Forgets an adapter that was added for a file that is refused."""

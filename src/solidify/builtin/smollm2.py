@@ -65,14 +65,14 @@ def directory() -> Path:
     if carrier is None or find_spec("gguf") is None:
         raise ModelError(REMEDY)
     made_from = [FILE, carrier.stat().st_size, _read_version(), CONFIG]
-    place = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
-    if not (place / "config.json").is_file():
+    path = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
+    if not (path / "config.json").is_file():
         disk.cache_for("models")
-        with filelock.FileLock(f"{place}.lock"):  # of several processes one converts it, the others wait
-            if not (place / "config.json").is_file():
-                with writing.staged(place) as staging, console.stage(f"Converting {NAME} (once)"):
+        with filelock.FileLock(f"{path}.lock"):  # of several processes one converts it, the others wait
+            if not (path / "config.json").is_file():
+                with writing.staged(path) as staging, console.stage(f"Converting {NAME} (once)"):
                     _convert_model(carrier, staging)
-    return place
+    return path
 
 
 def _find_carrier() -> Path | None:

@@ -50,14 +50,14 @@ def directory() -> Path:
     """Returns where the model stands, training it first when the cache does not have it (a minute or two)."""
     train, heldout = corpus.texts("train"), corpus.texts("heldout")
     key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__, REPORT])[:8]
-    place = disk.cache() / "models" / f"tiny-olmoe-{key}"
-    if not (place / REPORT).is_file():
+    path = disk.cache() / "models" / f"tiny-olmoe-{key}"
+    if not (path / REPORT).is_file():
         disk.cache_for("models")
-        with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
-            if not (place / REPORT).is_file():
-                with writing.staged(place) as staging:
+        with filelock.FileLock(f"{path}.lock"):  # of several processes one trains it, the others wait
+            if not (path / REPORT).is_file():
+                with writing.staged(path) as staging:
                     _make_model(staging, train, heldout)
-    return place
+    return path
 
 
 def report() -> dict[str, float]:

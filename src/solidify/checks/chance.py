@@ -66,9 +66,9 @@ def _replace_argument(
     names: list[str], args: Any, kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the arguments of a call with one of them changed, if it was given."""
-    place = names.index(name)
-    if place < len(args):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
+    index = names.index(name)
+    if index < len(args):
+        return (*args[:index], value, *args[index + 1 :]), kwargs
     return args, {**kwargs, name: value} if name in kwargs else kwargs
 
 

@@ -66,8 +66,8 @@ def check(
 def _check_closed(directory: Path, parts: list[str]) -> Finding:
     """Looks at what stands in a run's directory beside its parts, which are each looked at for themselves."""
     faults = ours.unlike_a_run(directory)
-    beside = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
-    held = f"{', '.join([*parts, *beside])}, and nothing else (a report by a digest of its own)"
+    extras = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
+    held = f"{', '.join([*parts, *extras])}, and nothing else (a report by a digest of its own)"
     return Finding(CLOSED, not faults, "; ".join(faults[:6]) or held)
 
 

@@ -97,8 +97,8 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
             each = [*dict.fromkeys([*never, *faults])]
             more = [f"and {len(each) - 4} more"] if len(each) > 4 else []
             return Finding(REACHED, not faults, "; ".join([*each[:4], *more] if faults else [got]))
-        told = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
-        return Finding(REACHED, None, f"{told}, too few to tell of {', '.join(dead[:4])}")
+        counted = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
+        return Finding(REACHED, None, f"{counted}, too few to tell of {', '.join(dead[:4])}")
 
 
 def accumulation(
@@ -145,8 +145,10 @@ def accumulation(
         if worst <= min(_MOST * tolerance, _ROUNDING) and ranks == 1 and not trainer.args.torch_compile:
             rounded = _measure_rounding(trainer, examples, splits[0], reference)
             if worst <= rounded:
-                told = f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
-                return _state_agreement(told, mode)
+                explained = (
+                    f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
+                )
+                return _state_agreement(explained, mode)
         if (repeated := _measure_repeat(trainer, examples, splits[0], reference)) > tolerance:
             return Finding.unseen(
                 ACCUMULATION,

@@ -44,9 +44,9 @@ def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
 
 def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     """Judges what `backbone`, built from the configuration alone, says of tensors of `model`: vLLM leaves those out."""
-    known: Iterable[str] = passed_over_keys(backbone)
+    keys: Iterable[str] = passed_over_keys(backbone)
     faults = []
-    for hint in sorted(known):
+    for hint in sorted(keys):
         lost = [name for name in model.state_dict() if re.search(hint, name)]
         if lost:
             faults.append(f"{hint!r} names {', '.join(lost[:2])}{f' and {len(lost) - 2} more' * (len(lost) > 2)}")
@@ -64,7 +64,7 @@ def _judge_linear(model: PreTrainedModel) -> Rule:
     own = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and _does_more(m)]
     return Rule(
         "linear layers are only that",
-        [f"{place} is a linear layer by its class, and is replaced by a plain one" for place in listed(model, own)],
+        [f"{name} is a linear layer by its class, and is replaced by a plain one" for name in listed(model, own)],
         "no class that inherits from nn.Linear has a forward of its own",
         "Inherit from nn.Module and hold an nn.Linear",
     )
@@ -82,7 +82,7 @@ def _judge_called(model: PreTrainedModel, seen: Observed) -> Rule:
     ]
     return Rule(
         "what holds linear layers is called",
-        [f"{place} is not called, but read by other modules" for place in listed(model, idle)],
+        [f"{listed_name} is not called, but read by other modules" for listed_name in listed(model, idle)],
         "every linear layer, and every module of several, is called as a module",
         "Call it: the servers pack, split or fuse what it holds, and only its own forward knows of that",
     )
@@ -107,7 +107,7 @@ def _named_norms(model: PreTrainedModel) -> Rule:
     ]
     return Rule(
         "what is called RMSNorm is one",
-        [f"{place} is replaced because of its class's name" for place in listed(model, own)],
+        [f"{listed_name} is replaced because of its class's name" for listed_name in listed(model, own)],
         "every class of that name is transformers' own",
         "Call the class otherwise, unless it is `weight * x / sqrt(mean(x²) + eps)` and no more",
         (SGLANG,),
@@ -139,15 +139,18 @@ def _judge_alike(model: PreTrainedModel) -> Rule:
         faults += [f"{name}.{key}".lstrip(".") for key in linear if not isinstance(children[key], nn.Linear)]
     return Rule(
         "layers of one class are alike",
-        [f"{place} is no nn.Linear, but is in the first {_name_kind(model, place)}" for place in listed(model, faults)],
+        [
+            f"{listed_name} is no nn.Linear, but is in the first {_name_kind(model, listed_name)}"
+            for listed_name in listed(model, faults)
+        ],
         "linear layers within modules of one class are so in all of them, or not in the first",
         "vLLM fuses them in all modules of the class and does not start; change the first layer in the same way",
         (VLLM,),
     )
 
 
-def _name_kind(model: PreTrainedModel, place: str) -> str:
-    holder = re.sub(r"\.[^.]*$", "", place.split(" ")[0]).replace("*", "0")
+def _name_kind(model: PreTrainedModel, name: str) -> str:
+    holder = re.sub(r"\.[^.]*$", "", name.split(" ")[0]).replace("*", "0")
     return type(dict(model.named_modules()).get(holder, model)).__name__
 
 
@@ -159,7 +162,7 @@ def _judge_dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
             faults.setdefault(fault, []).append(arrival.module)
     return Rule(
         "forward itself calls the attention function",
-        [f"{place} {fault}" for fault, names in faults.items() for place in listed(model, names)],
+        [f"{name} {fault}" for fault, names in faults.items() for name in listed(model, names)],
         "once, in every module that attends",
         "vLLM reads the source of forward: write `attention = ALL_ATTENTION_FUNCTIONS[...]` and "
         "`attention(self, ..., scaling=self.scaling)` there, once",
@@ -179,9 +182,9 @@ def _judge_heads(model: PreTrainedModel, seen: Observed) -> Rule:
     return Rule(
         "heads are those of the configuration",
         [
-            f"{place} attends with {q} heads of queries, {k} of keys, of {width}, not {queries}, {keys}, of {size}"
+            f"{name} attends with {q} heads of queries, {k} of keys, of {width}, not {queries}, {keys}, of {size}"
             for (q, k, width), names in odd.items()
-            for place in listed(model, names)
+            for name in listed(model, names)
         ],
         f"{queries} of queries and {keys} of keys, of {size}",
         "Give the attention function what num_attention_heads, num_key_value_heads and head_dim state",
@@ -251,7 +254,7 @@ def _judge_activation(model: PreTrainedModel) -> Rule:
     return Rule(
         "experts are gated by silu",
         [f"the configuration names {named!r}, the servers' kernel computes silu"] * odd
-        + [f"{place} is of a class of its own, of which only the tensors are used" for place in listed(model, own)],
+        + [f"{name} is of a class of its own, of which only the tensors are used" for name in listed(model, own)],
         f"{len(blocks)} blocks of experts" if blocks else "there are no experts to replace",
         "Serve it with transformers, or call what holds the experts otherwise than `experts`",
     )
@@ -272,7 +275,7 @@ def _judge_types(model: PreTrainedModel) -> Rule:
     ]
     return Rule(
         "one type for all parameters",
-        [f"{place} is not {str(own).removeprefix('torch.')}" for place in listed(model, odd)],
+        [f"{listed_name} is not {str(own).removeprefix('torch.')}" for listed_name in listed(model, odd)],
         str(own).removeprefix("torch."),
         "vLLM gives every parameter the type that it serves in: `--dtype float32` keeps them all wide",
         (VLLM,),
@@ -285,7 +288,7 @@ def _judge_names(model: PreTrainedModel) -> Rule:
     for server, parts in ((SGLANG, _LOST_BY_SGLANG), (VLLM, _LOST_BY_VLLM)):
         lost = [name for name in model.base_model.state_dict() if any(part in full(model, name) for part in parts)]
         if lost:
-            faults += [f"{server} leaves {place} out" for place in listed(model, lost)]
+            faults += [f"{server} leaves {listed_name} out" for listed_name in listed(model, lost)]
             servers = (*servers, server)
     return Rule(
         "no tensor has a name that is left out",

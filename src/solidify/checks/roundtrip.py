@@ -38,13 +38,13 @@ def adapter_effect(
     most = max(moves, key=lambda key: moves[key], default="nothing")
     moved = moves.get(most, 0.0)
     different = _find_different(base, off)
-    told = f"disabled, {_name_outputs(different)} {'is' if len(different) == 1 else 'are'} not the base's"
+    evidence = f"disabled, {_name_outputs(different)} {'is' if len(different) == 1 else 'are'} not the base's"
     return [
         Finding(
             "adapter has an effect", moved > 0, f"of {_count_outputs(base)}, {most} moves most, by up to {moved:.3g}"
         ),
         Finding(
-            "adapter off is the base", not different, told if different else f"{_count_outputs(base)} bit-identical"
+            "adapter off is the base", not different, evidence if different else f"{_count_outputs(base)} bit-identical"
         ),
     ]
 

@@ -81,7 +81,7 @@ def observe(backbone: PreTrainedModel) -> Observed:
     return seen
 
 
-def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], place: int, seen: Observed) -> list[str]:
+def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], position: int, seen: Observed) -> list[str]:
     """Changes the token at one place and names the modules that let it reach the output at other places."""
     names = {module: name for name, module in backbone.named_modules()}
     first: dict[tuple[str, int], Any] = {}
@@ -90,8 +90,8 @@ def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], place: in
     with _hook_modules(names, _make_keeper(first, seen)):
         backbone(**inputs)
     changed = ids.clone()
-    changed[0, place] = next(token for token in ids[0] if token != ids[0, place])
-    others = [index for index in range(ids.shape[1]) if index != place % ids.shape[1]]
+    changed[0, position] = next(token for token in ids[0] if token != ids[0, position])
+    others = [index for index in range(ids.shape[1]) if index != position % ids.shape[1]]
     arrived = len(seen.arrivals)
     with _hook_modules(names, _make_comparison(first, found, others)):
         backbone(**{**inputs, "input_ids": changed})
@@ -121,7 +121,7 @@ def ordinary(backbone: PreTrainedModel, length: int) -> list[int]:
     special = {v for c in (backbone.config, text) for k, v in vars(c).items() if "token" in k and isinstance(v, int)}
     tokens = [token for token in range(int(text.vocab_size)) if token not in special]
     generator = torch.Generator().manual_seed(0)
-    return [tokens[place] for place in torch.randint(len(tokens), (length,), generator=generator).tolist()]
+    return [tokens[index] for index in torch.randint(len(tokens), (length,), generator=generator).tolist()]
 
 
 @contextmanager
@@ -218,8 +218,8 @@ def _make_comparison(first: Mapping[tuple[str, int], Any], found: list[str], oth
 
 def _find_axis(tensor: torch.Tensor, others: list[int]) -> int | None:
     """Returns the one axis that runs along the positions."""
-    places = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
-    return places[0] if len(places) == 1 else None
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _has_moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool:

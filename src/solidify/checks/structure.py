@@ -28,8 +28,8 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     declared = ledger.places(edits)
     faults = []
     for name, edit in declared.items():
-        place = lookup.at(model, name)
-        kind = type(place.inner).__name__ if place else "nothing"
+        located = lookup.at(model, name)
+        kind = type(located.inner).__name__ if located else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} holds {kind}, not {edit['new_class']}")
     shaped = {name: _inspect_shape(model, name, edit) for name, edit in ledger.shapes(edits).items()}
@@ -50,8 +50,8 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
 
 def _inspect_shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Returns what shape a module has, and what is not as the edit says."""
-    place = lookup.at(model, name)
-    return catalogue.of(edit).inspect(place.inner, edit) if place else ("", ["is gone"])
+    located = lookup.at(model, name)
+    return catalogue.of(edit).inspect(located.inner, edit) if located else ("", ["is gone"])
 
 
 def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Finding:
@@ -67,13 +67,13 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     inputs = probing.probe_inputs(model)
     idle = []
     for name, edit in declared.items():
-        place = lookup.at(model, name)
+        located = lookup.at(model, name)
         key = name if catalogue.of(edit).adds else None
         before = _collect_logits(model, inputs, key)
-        if place is None:
+        if located is None:
             idle.append(name)
             continue
-        handle = place.called.register_forward_hook(_double_output)
+        handle = located.called.register_forward_hook(_double_output)
         try:
             if torch.equal(_collect_logits(model, inputs, key), before):
                 idle.append(name)

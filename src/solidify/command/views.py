@@ -249,8 +249,8 @@ def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Re
 def _show_values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
         sides = [repr(entry[side]) for side in ("old", "new")]
-        told = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
-        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {told}")
+        written = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {written}")
 
 
 def _show_code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
@@ -266,24 +266,24 @@ def _show_code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]
 def _show_modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for entry in entries:
-        told = " → ".join(entry[side] for side in ("old", "new") if entry[side])
-        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry["name"])
-    for (change, _, told), names in groups.items():
-        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {told}{_write_times(names)}")
+        written = " → ".join(entry[side] for side in ("old", "new") if entry[side])
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], written), []).append(entry["name"])
+    for (change, _, written), names in groups.items():
+        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {written}{_write_times(names)}")
 
 
 def _show_tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for entry in entries:
         sides = [f"{entry[f'{s}_dtype']} {entry[f'{s}_shape']}" for s in ("old", "new") if f"{s}_dtype" in entry]
-        told = " → ".join(dict.fromkeys(sides))
-        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry)
-    for (change, _, told), each in groups.items():
+        written = " → ".join(dict.fromkeys(sides))
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], written), []).append(entry)
+    for (change, _, written), each in groups.items():
         names, apart = [entry["name"] for entry in each], ""
         if "max_abs" in each[0]:
             largest, relative = (max(_read_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
             apart = f", differs by up to {largest:.2g} (relative norm {relative:.2g})"
-        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {told}{_write_times(names)}{apart}")
+        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {written}{_write_times(names)}{apart}")
 
 
 def _read_number(value: float | None) -> float:

@@ -239,15 +239,15 @@ def _find_updates(term: str, model: nn.Module) -> Iterator[Update]:
     """
     faults = []
     updates = []
-    for place in lookup.modules(model):
-        layer: Any = place.called
+    for located in lookup.modules(model):
+        layer: Any = located.called
         while isinstance(layer, BaseTunerLayer):
             running = [a for a in layer.active_adapters if a in layer.lora_A] if isinstance(layer, LoraLayer) else []
             plain = isinstance(layer, LoraLayer) and not layer.lora_variant and not len(layer.lora_embedding_A)
             if not plain or len(running) > 1 or any(layer.lora_A[a].weight.ndim != 2 for a in running):
-                faults.append(f"{place.name} has {type(layer).__name__}")
+                faults.append(f"{located.name} has {type(layer).__name__}")
             elif running and not layer.disable_adapters:
-                updates.append(_build_update(place.name, layer, running[0]))
+                updates.append(_build_update(located.name, layer, running[0]))
             layer = layer.base_layer
     refuse(ObjectiveError, f"{term} knows the update of one LoRA on a linear layer or on experts, and no other", faults)
     yield from updates

@@ -131,18 +131,18 @@ class TrashController:
         Raises:
             ObjectiveError: one of them is frozen beside an adapter.
         """
-        for place in _find_cans(model):
-            if place.called is place.inner and lookup.peft_model(model) is not None:
+        for located in _find_cans(model):
+            if located.called is located.inner and lookup.peft_model(model) is not None:
                 raise ObjectiveError(
-                    f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
-                    "saved; name it in `adapter.train`"
+                    f"trash_controller moves the threshold of {located.name}, but that module is frozen and would not "
+                    "be saved; name it in `adapter.train`"
                 )
 
     def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
         """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""
         wanted = 1 - (1 - self.target) * min(1.0, step / max(1.0, self.ramp * steps))
-        for place, row in zip(_find_cans(model), means, strict=True):
-            can: Any = place.inner
+        for located, row in zip(_find_cans(model), means, strict=True):
+            can: Any = located.inner
             kept, slots, bins = row[0], row[1], row[2:]
             with torch.no_grad():
                 if float(can.bias) <= ASLEEP / 2:
@@ -155,7 +155,7 @@ class TrashController:
 
 
 def _find_cans(model: nn.Module) -> list[lookup.Located]:
-    return [place for place in lookup.modules(model) if type(place.inner).__name__ == "TrashCan"]
+    return [located for located in lookup.modules(model) if type(located.inner).__name__ == "TrashCan"]
 
 
 def _find_bins(asleep: torch.Tensor) -> torch.Tensor:
@@ -166,8 +166,8 @@ def _find_bins(asleep: torch.Tensor) -> torch.Tensor:
 def _find_edge(bins: torch.Tensor, quantile: float) -> float:
     """Returns the lower edge of the bin that holds the quantile of what was counted; at most that share lies below."""
     below = bins.cumsum(0)
-    place = int((below <= quantile * below[-1]).sum())
-    return LOWEST + WIDTH * min(place, _BINS - 1)
+    index = int((below <= quantile * below[-1]).sum())
+    return LOWEST + WIDTH * min(index, _BINS - 1)
 
 
 def _check_share(term: str, target: float) -> None:

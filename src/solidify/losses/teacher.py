@@ -108,8 +108,8 @@ def with_teacher_columns(collate: Collate) -> Collate:
             values = [torch.as_tensor(row[name]) for row in rows]
             _refuse_other_lengths(values, mask)
             padded = values[0].new_full((*mask.shape, *values[0].shape[1:]), _FILL[name])
-            for place, value in enumerate(values):
-                padded[place, mask[place]] = value
+            for index, value in enumerate(values):
+                padded[index, mask[index]] = value
             batch[name] = padded.long() if name == IDS else padded.float()
         return batch
 
@@ -168,8 +168,8 @@ def _refuse_other_lengths(values: Sequence[torch.Tensor], mask: torch.Tensor) ->
         DataError,
         "what a teacher said is not one for one with the tokens",
         [
-            f"row {place} of a batch has {int(n)} tokens, but {len(value)} positions of the teacher"
-            for place, (value, n) in enumerate(zip(values, mask.sum(-1), strict=True))
+            f"row {index} of a batch has {int(n)} tokens, but {len(value)} positions of the teacher"
+            for index, (value, n) in enumerate(zip(values, mask.sum(-1), strict=True))
             if len(value) != int(n)
         ],
     )

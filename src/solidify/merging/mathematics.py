@@ -204,26 +204,28 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
             is of a kind that cannot be merged. All faults together.
     """
     held, state = storage.held(model, NAME), model.state_dict(keep_vars=True)
-    places = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
+    tensors = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
     faults = [f"the file lacks {key}" for key in held if key not in entries]
-    faults += [f"the file holds {key}, for which the model has no place" for key in entries if key not in places]
+    faults += [f"the file holds {key}, for which the model has no place" for key in entries if key not in tensors]
     faults += [
-        f"{key} has shape {list(entries[key].shape.sizes)} in the file and {list(place.shape)} in the model"
-        for key, place in places.items()
-        if entries[key].shape.sizes != tuple(place.shape)
+        f"{key} has shape {list(entries[key].shape.sizes)} in the file and {list(tensor.shape)} in the model"
+        for key, tensor in tensors.items()
+        if entries[key].shape.sizes != tuple(tensor.shape)
     ]
     faults += [
-        f"{key} is {_name_dtype(entries[key].shape.dtype)} in the file, and {_name_dtype(place.dtype)} is of another "
+        f"{key} is {_name_dtype(entries[key].shape.dtype)} in the file, and {_name_dtype(tensor.dtype)} is of another "
         "kind"
-        for key, place in places.items()
-        if entries[key].shape.dtype.is_floating_point != place.is_floating_point()
+        for key, tensor in tensors.items()
+        if entries[key].shape.dtype.is_floating_point != tensor.is_floating_point()
     ]
-    changes, strange = _sort_changes(model, places)
+    changes, strange = _sort_changes(model, tensors)
     faults += strange
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
-    hint = configured.layout_hint([key for key in entries if key not in places])
+    hint = configured.layout_hint([key for key in entries if key not in tensors])
     refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
-    parts = {key: owner for key, place in places.items() if (owner := _find_owners(model).get(id(place))) is not None}
+    parts = {
+        key: owner for key, tensor in tensors.items() if (owner := _find_owners(model).get(id(tensor))) is not None
+    }
     return Merger(entries, changes, parts)
 
 
@@ -235,12 +237,12 @@ def _find_owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return {id(p): (module, name) for module in model.modules() for name, p in own_parameters(module).items()}
 
 
-def _sort_changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict[str, Change], list[str]]:
+def _sort_changes(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Change], list[str]]:
     """Sorts an adapter's tensors by what they change in the plain model."""
     faults = _find_strange(model)
     keys: dict[int, list[str]] = {}
-    for key, place in places.items():
-        keys.setdefault(id(place), []).append(key)
+    for key, tensor in tensors.items():
+        keys.setdefault(id(tensor), []).append(key)
     names = {id(p): name for kind, name, p in lookup.named_parameters(model) if kind != "lora"}
     names |= {id(b): name for _, name, b in lookup.named_buffers(model)}
     changes: dict[str, Change] = {}
@@ -272,10 +274,10 @@ def _strip_wrappers(key: str) -> str:
     return re.sub(r"\.(original_module|base_layer)(?=\.)", "", key.removeprefix("base_model.model."))
 
 
-def _name_results(layer: LoraLayer, place: str) -> list[str]:
+def _name_results(layer: LoraLayer, name: str) -> list[str]:
     if isinstance(layer, ParamWrapper):
-        return [f"{place}.{layer.parameter_name}"]
-    return [f"{place}.weight", f"{place}.bias"] if layer.lora_bias.get(NAME) else [f"{place}.weight"]
+        return [f"{name}.{layer.parameter_name}"]
+    return [f"{name}.weight", f"{name}.bias"] if layer.lora_bias.get(NAME) else [f"{name}.weight"]
 
 
 def _find_strange(model: PeftModel) -> list[str]:
@@ -311,13 +313,13 @@ def _is_splittable(change: Change, shape: Shape) -> bool:
 
 
 def _take_rows(
-    layer: LoraLayer, place: tuple[nn.Module, str], tensor: torch.Tensor, rows: range | None, total: int
+    layer: LoraLayer, location: tuple[nn.Module, str], tensor: torch.Tensor, rows: range | None, total: int
 ) -> torch.Tensor:
     """Returns what of an adapter's tensor belongs to some rows of the tensor that it changes."""
     if rows is None:
         return tensor
     part = slice(rows.start, rows.stop)
-    owner, _ = place
+    owner, _ = location
     if isinstance(layer, ParamWrapper):
         # As its get_delta_weight takes them apart: A by experts first, B by experts last.
         if owner is layer.lora_A[NAME]:

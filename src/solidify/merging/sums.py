@@ -100,14 +100,13 @@ def bias(layer: LoraLayer, adapter: str) -> Weight:
 def _flatten_factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A (r, in) and B (out, r), all that a kernel covers flattened."""
     if adapter in layer.lora_embedding_A:
-        return _convert_tensor(layer.lora_embedding_A[adapter], like), _convert_tensor(
-            layer.lora_embedding_B[adapter], like
-        )
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return _convert_tensor(a, like), _convert_tensor(b, like)  # (rank, words), (width, rank)
     factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
     a, b = (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight for f in factors)
-    return _convert_tensor(a, like).flatten(1), _convert_tensor(b, like).flatten(
-        1
-    )  # (rank, in_features * kernel), (out_features, rank)
+    a = _convert_tensor(a, like).flatten(1)  # (rank, in_features * kernel)
+    b = _convert_tensor(b, like).flatten(1)  # (out_features, rank)
+    return a, b
 
 
 def _multiply_stacked(
@@ -176,10 +175,10 @@ def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]
     Tensors without a low-rank update are what runs: the base's own, or the adapter's version of them.
     """
     found: dict[str, Callable[[], Weight]] = {}
-    for place in lookup.modules(model):
-        for key, tensor in (*own_parameters(place.inner).items(), *own_buffers(place.inner).items()):
+    for located in lookup.modules(model):
+        for key, tensor in (*own_parameters(located.inner).items(), *own_buffers(located.inner).items()):
             if tensor is not None:
-                found[f"{place.name}.{key}" if place.name else key] = partial(Weight, tensor, tensor)
+                found[f"{located.name}.{key}" if located.name else key] = partial(Weight, tensor, tensor)
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
             continue

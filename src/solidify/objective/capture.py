@@ -65,22 +65,22 @@ class Capture:
         Raises:
             ObjectiveError: there are none, or not as many as `count` says.
         """
-        places = {place.name: place for place in lookup.modules(model)}
+        by_name = {located.name: located for located in lookup.modules(model)}
         if self.modules is not None:
-            hits = anatomy.match(self._list_patterns(), places)
+            hits = anatomy.match(self._list_patterns(), by_name)
             names = list(dict.fromkeys(name for found in hits.values() for name in found))
             missed = [pattern for pattern, found in hits.items() if not found]
             if missed and not self.optional:
                 raise ObjectiveError(
                     f"a loss term looks into {', '.join(missed)}, but the model has none; "
-                    f"{anatomy.suggestions(missed[0], places)}"
+                    f"{anatomy.suggestions(missed[0], by_name)}"
                 )
         elif self.records is not None:
             classes = tuple(recorded(model, self.records))
-            names = [name for name, place in places.items() if isinstance(place.inner, classes)]
+            names = [name for name, located in by_name.items() if isinstance(located.inner, classes)]
         else:
-            names = [name for name, place in places.items() if type(place.inner).__name__ == self.class_name]
-        found = {name: places[name].called for name in names}
+            names = [name for name, located in by_name.items() if type(located.inner).__name__ == self.class_name]
+        found = {name: by_name[name].called for name in names}
         what = (
             ", ".join(self._list_patterns())
             if self.modules

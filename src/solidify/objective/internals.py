@@ -101,8 +101,8 @@ def decoders_of(model: nn.Module) -> list[nn.Module]:
 
 def decoder_captures(model: nn.Module) -> dict[Any, Capture]:
     """Returns what captures the decoder's output: `decoder_output` finds it in what was seen."""
-    places = {id(place.inner): place.name for place in lookup.modules(model)}
-    return {(*DECODER, n): Capture(modules=places[id(part)]) for n, part in enumerate(decoders_of(model))}
+    names = {id(located.inner): located.name for located in lookup.modules(model)}
+    return {(*DECODER, n): Capture(modules=names[id(part)]) for n, part in enumerate(decoders_of(model))}
 
 
 def decoder_output(model: nn.Module, seen: Mapping[Any, Any]) -> tuple[nn.Module, Any] | None:

@@ -155,10 +155,10 @@ class _Made:
         if isinstance(value, (tuple, list)):
             parts = [self._make_value(each) for each in value]
             shapes: list[torch.Size] = []
-            for place, part in enumerate(parts):
+            for index, part in enumerate(parts):
                 if isinstance(part, torch.Tensor) and part.is_floating_point():
                     if part.shape in shapes:  # beside a router's logits: the weights of the experts that were chosen
-                        parts[place] = part.abs() * (part == part.amax(-1, keepdim=True))
+                        parts[index] = part.abs() * (part == part.amax(-1, keepdim=True))
                     shapes.append(part.shape)
             return tuple(parts)
         if not isinstance(value, torch.Tensor):

@@ -152,8 +152,8 @@ def _rehearse_objective(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftM
     terms = objectives.make_terms(recipe)
     reference: Any = models.load_teacher(recipe, device="meta")
     if reference is None and any(term.asks_reference for term in terms):
-        places = [lookup.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
-        off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
+        located = [lookup.at(peft_model, name) for name in ledger.places([edit.document() for edit in edits])]
+        off = all(each is not None and isinstance(each.inner, Bypassing) for each in located)
         if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
             reference = models.load_base(recipe, device="meta").model
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))

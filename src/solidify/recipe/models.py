@@ -51,9 +51,9 @@ def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | No
     if (built_in := bases.directory(name)) is not None:
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
         return replace(loaded, origin={**loaded.origin, "model": name})
-    beside = recipe.directory / name
+    local = recipe.directory / name
     loaded = loading.load_base(
-        str(beside) if name and files.is_directory(beside) else name,
+        str(local) if name and files.is_directory(local) else name,
         revision=source.revision,
         dtype=source.dtype,
         device=device,
@@ -79,8 +79,8 @@ def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
 
 def operate(recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None) -> list[Edit]:
     """Applies the surgery of a recipe to a model, one edit after the other."""
-    beside = _Beside(recipe.directory, Extent.given(extent, model))
-    return [edit for step in recipe.surgery for edit in step.apply(model, beside)]
+    context = _Beside(recipe.directory, Extent.given(extent, model))
+    return [edit for step in recipe.surgery for edit in step.apply(model, context)]
 
 
 class _Beside:

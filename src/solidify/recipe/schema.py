@@ -187,18 +187,18 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"an override is written key=value, but {override!r} is not")
     *parents, last = key.split(".")
-    place: Any = document
+    node: Any = document
     for part in parents:
-        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
         else:
             raise RecipeError(f"the override {override!r} points nowhere: there is no {part!r} in the recipe")
-    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
-        place[int(last)] = _parse_value(override, value)
-    elif isinstance(place, dict):
-        place[last] = _parse_value(override, value)
+    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
+        node[int(last)] = _parse_value(override, value)
+    elif isinstance(node, dict):
+        node[last] = _parse_value(override, value)
     else:
         raise RecipeError(f"the override {override!r} points nowhere: there is no {last!r} in the recipe")
 
@@ -230,10 +230,10 @@ def _write_sentence(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{where}: say what to do; known here: {', '.join(ASKED)}"
     if error["type"] == "extra_forbidden":
-        known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
-        close = get_close_matches(location[-1], known, n=1)
+        keys = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
+        close = get_close_matches(location[-1], keys, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{where}: this key is required"
     found = repr(error["input"])

@@ -29,11 +29,11 @@ def trainer_class(recipe: Recipe) -> type[Any]:
     """A field that only SFTConfig has asks for TRL's trainer."""
     plain = {f.name for f in fields(TrainingArguments)}
     sft = {f.name for f in fields(SFTConfig)}
-    known = plain | sft
+    field_names = plain | sft
     faults = []
     for key in recipe.training:
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
+        if key not in field_names:
+            close = get_close_matches(key, field_names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             faults.append(f"training.{key} is no field of TrainingArguments or SFTConfig{hint}")
     refuse(RecipeError, "the training section does not fit", faults)

@@ -79,15 +79,15 @@ def _find_images(
     rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str
 ) -> dict[str, list[list[str]]]:
     """Makes paths of the names of images; raises all that lead nowhere."""
-    places = []
+    image_paths = []
     missing = []
     for value, number in zip(rows[image], numbers, strict=True):
         names = [value] if isinstance(value, str) else value or []
         paths = [(Path(file).parent / name).resolve() for name in names if name]
         missing += [f"row {number}: {path}" for path in paths if not path.is_file()]
-        places.append([str(path) for path in paths])
+        image_paths.append([str(path) for path in paths])
     refuse(DataError, f"{file} names images that do not exist", few(missing))
-    return {IMAGES: places}
+    return {IMAGES: image_paths}
 
 
 def refuse_untaught(model: nn.Module) -> None:
@@ -105,8 +105,8 @@ def _reads_on(model: nn.Module) -> bool:
     """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
     listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    known = not kinds or any(kind.__name__ in listed for kind in kinds)
-    return known and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
+    is_listed = not kinds or any(kind.__name__ in listed for kind in kinds)
+    return is_listed and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
 
 
 def few(faults: Sequence[str]) -> list[str]:

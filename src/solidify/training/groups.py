@@ -63,13 +63,13 @@ def declared(groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> list[Param
     Raises:
         RecipeError: a key is unknown or missing, a group sets nothing, or sets one thing by two names.
     """
-    known = [f.name for f in fields(ParameterGroup)]
+    field_names = [f.name for f in fields(ParameterGroup)]
     made: list[ParameterGroup] = []
     faults: list[str] = []
     for number, group in enumerate(groups):
         if isinstance(group, Mapping):
-            unknown = [key for key in group if key not in known]
-            faults += [f"group {number}: {key!r} is unknown; known here: {', '.join(known)}" for key in unknown]
+            unknown = [key for key in group if key not in field_names]
+            faults += [f"group {number}: {key!r} is unknown; known here: {', '.join(field_names)}" for key in unknown]
             if "parameters" not in group:
                 faults.append(f"group {number}: `parameters` must name what it is about")
             if unknown or "parameters" not in group:
@@ -126,7 +126,7 @@ def _list_trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _suggest_instead(pattern: str, model: nn.Module, trained: Mapping[str, Any]) -> str:
-    everything = {place.name for place in lookup.modules(model)} | {
+    everything = {located.name for located in lookup.modules(model)} | {
         name for name, _ in lookup.plain_model(model).named_parameters()
     }
     if any(anatomy.match(pattern, everything).values()):
@@ -164,11 +164,11 @@ def split(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[P
 
 def _find_unknown(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[str]:
     """A key that is not among the optimizer's defaults would stand in the group, and nothing would read it."""
-    known = list(optimizer.defaults)
+    settings = list(optimizer.defaults)
     return [
-        f"{group.label}: it has no setting {key!r}; it has: {', '.join(known)}"
+        f"{group.label}: it has no setting {key!r}; it has: {', '.join(settings)}"
         for key in group.settings
-        if key not in known
+        if key not in settings
     ]
 
 
