@@ -19,9 +19,9 @@ def main() -> None:
     """
     try:
         _open_streams()
-        _run()
+        _run_command()
     except BrokenPipeError:  # who read the output has read enough
-        _discard(sys.stdout)
+        _discard_rest(sys.stdout)
         sys.exit(0)
     except KeyboardInterrupt:  # outside of a verb, which says more; the first things are still being imported
         sys.stderr.write("solidify: interrupted; nothing half-written is left\n")
@@ -45,7 +45,7 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _run() -> None:
+def _run_command() -> None:
     from solidify.command.cli import app
     from solidify.errors import CheckFailed, SolidifyError
     from solidify.system import foreign
@@ -56,22 +56,22 @@ def _run() -> None:
         try:
             app()
         finally:
-            _flush()
+            _flush_output()
     except (CheckFailed, SolidifyError) as error:
         if os.environ.get(DEBUG):
             raise
-        _end(str(error), 1 if isinstance(error, CheckFailed) else 2)
+        _end_process(str(error), 1 if isinstance(error, CheckFailed) else 2)
     except BrokenPipeError:
         raise
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            _end(f"{os.fsdecode(error.filename)[:300]} cannot be used: {error.strerror}", 2)
+            _end_process(f"{os.fsdecode(error.filename)[:300]} cannot be used: {error.strerror}", 2)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _discard(sys.stdout)
-            _end(f"stdout or a file cannot be written to: {error.strerror}", 2)
-        _end(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)", 2)
+            _discard_rest(sys.stdout)
+            _end_process(f"stdout or a file cannot be written to: {error.strerror}", 2)
+        _end_process(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)", 2)
 
 
 def _require_here() -> None:
@@ -96,7 +96,7 @@ def _require_words() -> None:
             raise SolidifyError(f"the argument {word[:200]!a} is not text in UTF-8; write it in UTF-8") from error
 
 
-def _flush() -> None:
+def _flush_output() -> None:
     """Writes what is printed but not yet written; what cannot be is an error of its own."""
     from solidify.errors import SolidifyError
 
@@ -105,23 +105,23 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _discard(sys.stdout)
+        _discard_rest(sys.stdout)
         raise SolidifyError(f"stdout cannot be written to: {error.strerror}") from error
 
 
-def _discard(stream: Any) -> None:
+def _discard_rest(stream: Any) -> None:
     """Lets what is left in a stream go nowhere; Python would try to write it once more at the end."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _end(words: str, code: int) -> NoReturn:
+def _end_process(words: str, code: int) -> NoReturn:
     from solidify.system import console
 
     try:
         console.message(words)
     except OSError:  # there is nobody to tell
-        _discard(sys.stderr)
+        _discard_rest(sys.stderr)
     sys.exit(code)
 
 

@@ -70,27 +70,27 @@ class Surgery:
 
     def replace(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
         """Replaces the modules, as `solidify.replace` does with the same options."""
-        return self._keep(replacing.replace(self.model, self._names(where), module, **options))
+        return self._keep_edits(replacing.replace(self.model, self._pass_patterns(where), module, **options))
 
     def share(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
         """Puts one new module at all of the places, as `solidify.share` does with the same options."""
-        return self._keep(replacing.share(self.model, self._names(where), module, **options))
+        return self._keep_edits(replacing.share(self.model, self._pass_patterns(where), module, **options))
 
     def insert(self, where: Where | Selection, **options: Any) -> list[Edit]:
         """Inserts a copy after each of the layers, as `solidify.insert` does with the same options."""
-        return self._keep(depth.insert(self.model, self._names(where), **options))
+        return self._keep_edits(depth.insert(self.model, self._pass_patterns(where), **options))
 
     def remove(self, where: Where | Selection, **options: Any) -> list[Edit]:
         """Removes the layers, as `solidify.remove` does with the same options."""
-        return self._keep(depth.remove(self.model, self._names(where), **options))
+        return self._keep_edits(depth.remove(self.model, self._pass_patterns(where), **options))
 
     def rearrange_experts(self, where: Where | Selection, order: Sequence[int], **options: Any) -> list[Edit]:
         """Chooses, repeats and reorders the experts of the blocks, as `solidify.rearrange_experts` does."""
-        return self._keep(experts.rearrange_experts(self.model, self._names(where), order, **options))
+        return self._keep_edits(experts.rearrange_experts(self.model, self._pass_patterns(where), order, **options))
 
     def add(self, name: str, module: type[nn.Module], *, reads: str, **options: Any) -> list[Edit]:
         """Adds a module that reads what another returns, as `solidify.add` does with the same options."""
-        return self._keep(heads.add(self.model, name, module, reads=reads, **options))
+        return self._keep_edits(heads.add(self.model, name, module, reads=reads, **options))
 
     def build(
         self,
@@ -111,7 +111,7 @@ class Surgery:
             origin = origin or self._base.origin
         return solidify.build(self.model, self.edits, directory, tokenizer=tokenizer, base=origin, link=link)
 
-    def _names(self, where: Where | Selection) -> str | Sequence[str]:
+    def _pass_patterns(self, where: Where | Selection) -> str | Sequence[str]:
         """Hands patterns on as they are: what is wrong with them is said of them."""
         if isinstance(where, Selection):
             if where.model is not self.model:
@@ -119,7 +119,7 @@ class Surgery:
             return list(where)
         return list(self.select(where)) if isinstance(where, type) or callable(where) else where
 
-    def _keep(self, edits: list[Edit]) -> list[Edit]:
+    def _keep_edits(self, edits: list[Edit]) -> list[Edit]:
         self.edits += edits
         return edits
 

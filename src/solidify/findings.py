@@ -126,7 +126,7 @@ class Report:
         """
         first = {"finished": more.pop("finished")} if "finished" in more else {}
         document = {**first, **self.document(), **more}
-        text = json.dumps({**document, "digest": _digest(document)}, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps({**document, "digest": _digest_document(document)}, indent=1, ensure_ascii=False) + "\n"
         disk.write(path, text)
 
     @staticmethod
@@ -140,7 +140,7 @@ class Report:
         document = files.document(path)
         if not {"subject", "stages", "digest"} <= set(document):
             raise ValueError(f"{path} is no report of solidify")
-        if document.pop("digest") != _digest(document):
+        if document.pop("digest") != _digest_document(document):
             raise ValueError(f"{path} is not the report that was written (its digest differs)")
         return document
 
@@ -155,11 +155,11 @@ class Report:
         return "a check failed:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
-def _digest(document: Mapping[str, Any]) -> str:
+def _digest_document(document: Mapping[str, Any]) -> str:
     return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def tell(counts: Mapping[str, int]) -> str:
     """Writes how many findings have each verdict: `31 proved, 2 measured, 1 not looked at`."""
-    told = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    return ", ".join(told) or "nothing was looked at"
+    counted = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return ", ".join(counted) or "nothing was looked at"

@@ -270,8 +270,8 @@ def test_names_that_peft_would_read_as_endings_hit_only_what_was_named() -> None
     nested.add_module("outer", torch.nn.Module())
     nested.outer.add_module("lin", torch.nn.Linear(4, 4))
     nested.add_module("lin", torch.nn.Linear(4, 4))
-    assert adapters._exact(["lin"], nested) == "lin"
-    assert adapters._exact(["outer.lin"], nested) == ["outer.lin"]
+    assert adapters._match_exactly(["lin"], nested) == "lin"
+    assert adapters._match_exactly(["outer.lin"], nested) == ["outer.lin"]
 
 
 def test_a_tied_pair_stays_tied_when_it_is_trained(tmp_path: Path) -> None:

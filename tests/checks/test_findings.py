@@ -66,7 +66,7 @@ def test_all_four_are_shown_in_the_table_the_document_and_the_page(
     document = report.document()
     assert [each["verdict"] for each in document["stages"]["stage"]] == list(findings.VERDICTS)
     monkeypatch.setattr(console, "results", console.Console(width=120, highlight=False))
-    cli._show(document)
+    cli._show_report(document)
     shown = capsys.readouterr().out
     for word in ("proved", "FAILED", "measured", "not looked at", "1 proved, 1 failed, 1 measured, 1 not looked at"):
         assert word in shown

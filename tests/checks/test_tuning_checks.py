@@ -170,10 +170,12 @@ def test_what_is_called_rounding_is_what_rounding_is_measured_to_do(
 ) -> None:
     trainer = train(awake(trash_artifact), tmp_path, terms=[Term("model")], cls=cls)
     batch = pico.ragged(8)
-    whole = gradients._gradient(trainer, batch, 8, 1)
-    off = max(gradients._furthest(whole, gradients._gradient(trainer, batch, size, 1))[0] for size in (4, 2, 1))
+    whole = gradients._compute_gradient(trainer, batch, 8, 1)
+    off = max(
+        gradients._find_furthest(whole, gradients._compute_gradient(trainer, batch, size, 1))[0] for size in (4, 2, 1)
+    )
     assert tolerance < off < 10 * tolerance  # where it may be rounding
-    rounded = gradients._rounded(trainer, batch, (8, 1), whole)
+    rounded = gradients._measure_rounding(trainer, batch, (8, 1), whole)
     assert 1e-7 < rounded < 1e-4
     finding = gradients.accumulation(trainer, batch, tolerance=tolerance)
     assert finding.passed is (cls is ObjectiveTrainer)

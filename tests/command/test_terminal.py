@@ -174,7 +174,7 @@ def test_names_of_directories_are_shown_as_they_are(place: Path, tmp_path: Path)
 
 def test_a_report_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     finding = {"name": "[/red]", "passed": False, "evidence": "the tensor [/red]\x1b[2J is missing"}
-    cli._show({"subject": "[/red]\x1b", "stages": {"check": [finding]}, "measured": {}})
+    cli._show_report({"subject": "[/red]\x1b", "stages": {"check": [finding]}, "measured": {}})
     out = capsys.readouterr().out
     assert "[/red]\\x1b" in out and "\\x1b[2J is missing" in " ".join(out.split()) and not steers(out)
 

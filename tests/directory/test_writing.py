@@ -42,7 +42,7 @@ def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_swept_up(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from solidify import places\n"
+        "import os, sys; from pathlib import Path; from solidify.directory import writing\n"
         "with writing.staged(Path(sys.argv[1])) as staging:\n"
         "    (staging / 'x').write_text('x'); os.kill(os.getpid(), 9)\n"
     )

@@ -156,7 +156,7 @@ def test_a_part_of_the_experts_is_merged_as_all_of_them(experts: int) -> None:
 
     def merged(rows: range | None) -> torch.Tensor:
         merger = mathematics.Merger({}, {"stack": change}, parts)
-        merger._read = {"A": a, "B": b}.__getitem__  # type: ignore[method-assign, assignment]
+        merger._read_tensor = {"A": a, "B": b}.__getitem__  # type: ignore[method-assign, assignment]
         return merger.merged(change, base if rows is None else base[rows.start : rows.stop], rows, 8)
 
     assert torch.equal(merged(range(experts)), merged(None)[:experts])
@@ -178,7 +178,7 @@ def test_some_rows_of_a_large_matrix_are_merged_as_all_of_them(kind: str) -> Non
 
     def merged(rows: range | None) -> torch.Tensor:
         merger = mathematics.Merger({}, {"0.weight": change}, parts)
-        merger._read = values.__getitem__  # type: ignore[method-assign, assignment]
+        merger._read_tensor = values.__getitem__  # type: ignore[method-assign, assignment]
         return merger.merged(change, base if rows is None else base[rows.start : rows.stop], rows, 4096)
 
     whole = merged(None)

@@ -158,7 +158,7 @@ def test_check_finds_results_of_two_recipes(
     beside: Path, copied: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The honest twin: the same directory before."""
-    monkeypatch.setattr(check, "_one", lambda *_: [Finding("each for itself", True, "is well")])
+    monkeypatch.setattr(check, "_check_one", lambda *_: [Finding("each for itself", True, "is well")])
     assert check.check(copied).passed
     stages.run(load(beside, "b.yaml", document(learning_rate=0.02, seed=7)), tmp_path / "other")
     if part == "artifact":

@@ -145,7 +145,7 @@ def test_a_report_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_the_system_sees_the_syncs(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from solidify import places\n"
+        "import sys; from pathlib import Path; from solidify.directory import writing\n"
         "with writing.staged(Path(sys.argv[1])) as staging: (staging / 'weights').write_text('x')\n"
     )
     command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(tmp_path / "trace")]
@@ -163,7 +163,7 @@ def test_the_system_sees_the_syncs(tmp_path: Path) -> None:
 
 
 HOLDER = (
-    "import sys, time; from solidify import disk\n"
+    "import sys, time; from solidify.system import disk\n"
     "with disk.temporary() as directory:\n"
     "    (directory / 'big').write_text('x'); print(directory, flush=True); time.sleep(60)\n"
 )

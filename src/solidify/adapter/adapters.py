@@ -55,11 +55,11 @@ def attach(
             existing, [*wanted.lora_modules, *wanted.lora_parameters], wanted.modules, wanted.parameters
         )
     console.words.print(wanted.table())
-    single = _single(model, wanted.modules)
-    configuration = _configuration(model, lora, wanted, single)
+    single = _find_single_parameters(model, wanted.modules)
+    configuration = _build_configuration(model, lora, wanted, single)
     probe = trial.inputs(model)
     with transaction(existing if existing is not None else model):
-        peft_model, faults = _attached(model, existing, configuration, wanted, name)
+        peft_model, faults = _attach_adapter(model, existing, configuration, wanted, name)
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
         _freeze_inside(peft_model, wanted, name)
         train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
@@ -78,7 +78,7 @@ def _frozen_inside(model: PeftModel, wanted: AdapterPlan) -> set[str]:
 _OF_TIES = "You have requested `ensure_weight_tying`"  # how PEFT's warnings of ties begin (0.21.2)
 
 
-def _attached(
+def _attach_adapter(
     model: Any, existing: PeftModel | None, configuration: LoraConfig, wanted: AdapterPlan, name: str
 ) -> tuple[PeftModel, list[str]]:
     """Has PEFT put an adapter on the model; returns what it warns of that would be a fault.
@@ -89,7 +89,7 @@ def _attached(
     with warnings.catch_warnings(record=True) as caught, foreign.calling("PEFT refuses the adapter", AdapterError):
         warnings.simplefilter("always", RuntimeWarning)  # by which PEFT says that a name hit nothing
         warnings.filterwarnings("always", message=_OF_TIES)
-        peft_model = _inject(model, existing, configuration, name)
+        peft_model = _inject_adapter(model, existing, configuration, name)
     faults = []
     for warning in caught:
         if str(warning.message).startswith(_OF_TIES):
@@ -101,7 +101,7 @@ def _attached(
     return peft_model, faults
 
 
-def _inject(model: Any, existing: PeftModel | None, configuration: LoraConfig, name: str) -> PeftModel:
+def _inject_adapter(model: Any, existing: PeftModel | None, configuration: LoraConfig, name: str) -> PeftModel:
     if existing is None:
         return get_peft_model(model, configuration, adapter_name=name)
     existing.add_adapter(name, configuration)
@@ -122,7 +122,7 @@ def _freeze_inside(model: PeftModel, wanted: AdapterPlan, adapter: str) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def _single(model: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
+def _find_single_parameters(model: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
     """Returns the beginnings of names of parameters that are trained one by one, though their module was named.
 
     PEFT takes the name of a module that is trained in full for the end of a name: `score` is `layers.0.mlp.score` too.
@@ -132,7 +132,7 @@ def _single(model: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
     return tuple(m + "." for m in modules if any(n != m and n.endswith(m) for n in everywhere))
 
 
-def _configuration(
+def _build_configuration(
     model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan, single: Sequence[str]
 ) -> LoraConfig:
     fields = {**(lora or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
@@ -142,7 +142,7 @@ def _configuration(
         return LoraConfig(
             **{
                 **fields,
-                "target_modules": _exact(wanted.lora_modules, model)
+                "target_modules": _match_exactly(wanted.lora_modules, model)
                 or ([] if wanted.lora_parameters else configured.NO_TARGETS),
                 "target_parameters": list(wanted.lora_parameters) or None,
                 "modules_to_save": copied or None,
@@ -160,9 +160,9 @@ def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:
     return any(module in names for module in (*wanted.modules, *wanted.lora_modules))
 
 
-def _exact(names: Sequence[str], model: nn.Module) -> list[str] | str:
+def _match_exactly(names: Sequence[str], model: nn.Module) -> list[str] | str:
     """Returns names so that PEFT cannot read them as ends of longer ones: a list, or a regular expression."""
-    everywhere = [place.name for place in lookup.modules(model)]
+    everywhere = [located.name for located in lookup.modules(model)]
     endings = tuple("." + name for name in names)
     if endings and any(name.endswith(endings) for name in everywhere):
         return "|".join(re.escape(name) for name in names)

@@ -142,22 +142,24 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     config = files.document(base.directory / "config.json")
     if type(plain).__name__ not in config["architectures"]:
         return [f"it is a {type(plain).__name__}, and the artifact a {config['architectures'][0]}"]
-    built: Any = foreign.attempt(_skeleton, plain, base.directory)
+    built: Any = foreign.attempt(_build_skeleton, plain, base.directory)
     if built.value is None:
         return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
     expected = {name: type(module) for name, module in built.value.named_modules()}
-    found = {place.name: type(place.inner) for place in lookup.modules(plain)}
+    found = {located.name: type(located.inner) for located in lookup.modules(plain)}
     faults = [
         f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
         for name, kind in expected.items()
-        if name in found and _own(found[name]) is not _own(kind) and not _is_view(found[name], kind)
+        if name in found
+        and _find_own_class(found[name]) is not _find_own_class(kind)
+        and not _is_view(found[name], kind)
     ]
     faults += [f"{name} ({kind.__name__}) is not in the model" for name, kind in expected.items() if name not in found]
     extra = [f"{name} ({kind.__name__}) is not in the artifact" for name, kind in found.items() if name not in expected]
-    return _few([*faults, *extra], "modules")
+    return _list_few([*faults, *extra], "modules")
 
 
-def _own(kind: type) -> type:
+def _find_own_class(kind: type) -> type:
     """Returns a class; for one that torch derived for a single parametrized module (weight norm), what it derived from.
 
     (`torch.nn.utils.parametrize` names it so, and has no other mark of the class itself; torch 2.13.)
@@ -170,7 +172,7 @@ def _is_view(found: type, kind: type) -> bool:
     return issubclass(found, kind) and found.__name__.startswith("FSDP")
 
 
-def _skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
+def _build_skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
     built: nn.Module = loading.on_meta(type(plain), _stored_configuration(plain, directory))
     return built
 
@@ -187,7 +189,7 @@ def _setting_faults(plain: nn.Module, base: Base) -> list[str]:
     read = foreign.attempt(_stored_configuration, plain, base.directory)
     if read.value is None:
         return []  # its class cannot read it; `_class_faults` has said so
-    expected, found = _flat(read.value.to_dict()), _flat(deepcopy(plain.config).to_dict())
+    expected, found = _flatten_values(read.value.to_dict()), _flatten_values(deepcopy(plain.config).to_dict())
     differing = [key for key in {**expected, **found} if expected.get(key, None) != found.get(key, None)]
     return [
         f"config.{key} is {found.get(key)!r}, and {expected.get(key)!r} in the artifact"
@@ -210,11 +212,11 @@ def _is_inferred(key: str, stored: Any, found: Any, plain: PreTrainedModel) -> b
     return key == "problem_type" and stored is None and str(found).removesuffix("_classification") in kinds
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            result |= _flat(value, f"{prefix}{key}.")
+            result |= _flatten_values(value, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return result
@@ -228,12 +230,12 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     wrapped = lookup.peft_model(model)
     if wrapped is None:
         return dict(lookup.plain_model(model).state_dict(keep_vars=True))
-    found = {name: t for kind, name, t in _held(wrapped) if kind == "base"}
+    found = {name: t for kind, name, t in _yield_held(wrapped) if kind == "base"}
     found |= lookup.set_aside(wrapped)
     return found
 
 
-def _held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _yield_held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
     versions = lookup.versions(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if {PARAMETERS, BUFFERS} & set(path.split(".")):
@@ -260,32 +262,32 @@ def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
         if name not in expected and digest not in [expected.get(other) for other in ties.get(name, ())]
     ]
     faults = [f"{name} is not in the model" for name in expected if name not in found]
-    faults += [_difference(name, found[name], base) for name in changed]
+    faults += [_describe_difference(name, found[name], base) for name in changed]
     faults += [f"{name} is not in the artifact" for name in extra]
-    return _few(faults, f"of {len(expected)} tensors")
+    return _list_few(faults, f"of {len(expected)} tensors")
 
 
-def _few(faults: list[str], what: str) -> list[str]:
+def _list_few(faults: list[str], what: str) -> list[str]:
     if len(faults) <= _NAMED:
         return faults
     return [*faults[:_NAMED], f"and {len(faults) - _NAMED} more ({len(faults)} {what} differ)"]
 
 
-def _entry(base: Base, name: str) -> Any:
+def _read_entry(base: Base, name: str) -> Any:
     return checkpoint.read(base.directory).entries.get(name)
 
 
 def _is_cast(tensor: torch.Tensor, name: str, base: Base) -> bool:
     """Returns whether a tensor is the artifact's in another dtype, as it was loaded."""
-    entry = _entry(base, name)
+    entry = _read_entry(base, name)
     if entry is None or entry.shape.dtype == tensor.dtype or entry.shape.sizes != tuple(tensor.shape):
         return False
     stored = entry.read()
     return tensors.digest(stored) == base.record.tensors[name] and torch.equal(stored.to(tensor.dtype), tensor.cpu())
 
 
-def _difference(name: str, tensor: torch.Tensor, base: Base) -> str:
-    entry = _entry(base, name)
+def _describe_difference(name: str, tensor: torch.Tensor, base: Base) -> str:
+    entry = _read_entry(base, name)
     if entry is not None and entry.shape.sizes != tuple(tensor.shape):
         return f"{name} has shape {list(tensor.shape)}, and {list(entry.shape.sizes)} in the artifact"
     return f"{name} holds other numbers than in the artifact"

@@ -35,13 +35,13 @@ class TrainedBuffers(TrainingWrapper):
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         """Makes room for the versions."""
         self._owners: tuple[dict[str, nn.Module]] = (dict(kwargs["owners"]),)  # in a tuple: no children of this
-        self.base = _Versions(self._running())
+        self.base = _Versions(self._find_running())
         self.trained = nn.ModuleDict({})
         self._installed: str | None = None
         self._asked = adapter_name
         self.note_active([])
-        self.register_state_dict_pre_hook(_settle)
-        self.register_load_state_dict_pre_hook(_settle)
+        self.register_state_dict_pre_hook(_settle_versions)
+        self.register_load_state_dict_pre_hook(_settle_versions)
         self.register_load_state_dict_post_hook(_take_up)
 
     def check_module(self) -> None:
@@ -60,8 +60,8 @@ class TrainedBuffers(TrainingWrapper):
 
     def versions(self, adapter_name: str | None) -> dict[str, torch.Tensor]:
         """Returns an adapter's version of every buffer (None: the plain model's own), the very tensors."""
-        _settle(self)
-        slot = self._slot(adapter_name)
+        _settle_versions(self)
+        slot = self._find_slot(adapter_name)
         return {name: slot.version(name) for name in self.names()}
 
     def moved(self, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ class TrainedBuffers(TrainingWrapper):
         if adapter_name not in self.trained:
             return {}
         own = self.versions(None)
-        return {name: b for name, b in self.versions(adapter_name).items() if not _alike(b, own[name])}
+        return {name: b for name, b in self.versions(adapter_name).items() if not _are_equal(b, own[name])}
 
     def take(self, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:
         """Gives an adapter's version of some buffers other values."""
@@ -80,10 +80,10 @@ class TrainedBuffers(TrainingWrapper):
 
     def identities(self) -> set[int]:
         """Returns the identities of all tensors that are an adapter's version."""
-        _settle(self)
+        _settle_versions(self)
         return {id(b) for slot in self.trained.values() for b in slot.buffers()}
 
-    def _running(self) -> dict[str, torch.Tensor]:
+    def _find_running(self) -> dict[str, torch.Tensor]:
         found = {}
         for name, owner in self._owners[0].items():
             buffer = own_buffers(owner)[name.rpartition(".")[2]]
@@ -91,19 +91,19 @@ class TrainedBuffers(TrainingWrapper):
             found[name] = buffer
         return found
 
-    def _slot(self, adapter_name: str | None) -> _Versions:
+    def _find_slot(self, adapter_name: str | None) -> _Versions:
         found: Any = self.base if adapter_name is None else self.trained[adapter_name]
         assert isinstance(found, _Versions)
         return found
 
-    def _install(self) -> None:
+    def _install_versions(self) -> None:
         """Puts into every owner the version that should run now."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.trained]
         wanted = active[0] if active else None
         if wanted == self._installed:
             return
-        _settle(self)
-        slot = self._slot(wanted)
+        _settle_versions(self)
+        slot = self._find_slot(wanted)
         for name, owner in self._owners[0].items():
             own_buffers(owner)[name.rpartition(".")[2]] = slot.version(name)
         self._installed = wanted
@@ -113,7 +113,7 @@ class TrainedBuffers(TrainingWrapper):
         if adapter_name not in self.trained:
             return {}
         own = self.versions(adapter_name)
-        return {name: state_dict.get(_stored(adapter_name, name), own[name]) for name in self.names()}
+        return {name: state_dict.get(_make_state_key(adapter_name, name), own[name]) for name in self.names()}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Asks PEFT for no buffer, of which a file may hold some or none; `renamed` finds those that it holds.
@@ -125,8 +125,8 @@ class TrainedBuffers(TrainingWrapper):
 
     def renamed(self, name: str) -> str | None:
         """Returns where the adapter that PEFT loads into has its version of a buffer; None where it has none."""
-        known = self._asked in self.trained and name in self._owners[0]
-        return _stored(self._asked, name) if known else None
+        is_trained = self._asked in self.trained and name in self._owners[0]
+        return _make_state_key(self._asked, name) if is_trained else None
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Returns which of the asked-for adapters has buffers here."""
@@ -136,12 +136,12 @@ class TrainedBuffers(TrainingWrapper):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Lets one adapter's buffers (or none's) run."""
         self.note_active([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
-        self._install()
+        self._install_versions()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches between the active adapter's buffers and the plain model's."""
         super().enable_adapters(enabled)
-        self._install()
+        self._install_versions()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Forgets an adapter."""
@@ -170,30 +170,30 @@ class _Versions(nn.Module):
     def __init__(self, buffers: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         for name, buffer in buffers.items():
-            self.register_buffer(_key(name), buffer)
+            self.register_buffer(_make_buffer_name(name), buffer)
 
     def version(self, name: str) -> torch.Tensor:
         """Returns a buffer by its full name."""
-        found = own_buffers(self)[_key(name)]
+        found = own_buffers(self)[_make_buffer_name(name)]
         assert found is not None
         return found
 
 
-def _settle(holder: TrainedBuffers, *_: Any) -> None:
+def _settle_versions(holder: TrainedBuffers, *_: Any) -> None:
     """Notes the running tensors in their slot: a module may have put others into its buffers, or moved them."""
-    slot = holder._slot(holder._installed)
-    for name, buffer in holder._running().items():
-        own_buffers(slot)[_key(name)] = buffer
+    slot = holder._find_slot(holder._installed)
+    for name, buffer in holder._find_running().items():
+        own_buffers(slot)[_make_buffer_name(name)] = buffer
 
 
 def _take_up(holder: TrainedBuffers, _keys: Any) -> None:
     """Puts tensors that were loaded into the running slot into the owners."""
-    slot = holder._slot(holder._installed)
+    slot = holder._find_slot(holder._installed)
     for name, owner in holder._owners[0].items():
         own_buffers(owner)[name.rpartition(".")[2]] = slot.version(name)
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Returns whether two tensors are equal bit for bit (a NaN is itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -201,11 +201,11 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in flat))
 
 
-def _stored(adapter_name: str, name: str) -> str:
+def _make_state_key(adapter_name: str, name: str) -> str:
     """Returns the key under which the holder's state has an adapter's version of a buffer."""
-    return f"trained.{adapter_name}.{_key(name)}"
+    return f"trained.{adapter_name}.{_make_buffer_name(name)}"
 
 
-def _key(name: str) -> str:
+def _make_buffer_name(name: str) -> str:
     """Turns a dotted name into one that a module's buffer may have."""
     return name.replace(".", "/")

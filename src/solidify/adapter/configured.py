@@ -47,21 +47,21 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
         AdapterError: there is none that can be read, it is of another kind than LoRA, or it says something that is not
             offered. All faults together.
     """
-    document = _document(directory / CONFIG_NAME)
+    document = _read_document(directory / CONFIG_NAME)
     title = f"the adapter {directory} cannot be used"
     kind = document.get("peft_type")
     fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
     with foreign.calling(f"{title}: its {CONFIG_NAME} is not of the form that PEFT writes", AdapterError):
-        faults = [*_layout_faults(document), *_unknown(document), *kinds.configuration_faults(document)]
+        faults = [*_layout_faults(document), *_find_unknown_fields(document), *kinds.configuration_faults(document)]
         refuse(AdapterError, title, faults or _expression_faults(document))
     if model is not None:
         header = format.read_header(directory / WEIGHTS)
         refuse(AdapterError, title, _rank_faults(document, header))
         document = _with_names(document, header, model)
-    known = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
+    field_names = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
-        return LoraConfig(**{key: value for key, value in document.items() if key in known})
+        return LoraConfig(**{key: value for key, value in document.items() if key in field_names})
 
 
 def _expression_faults(document: Mapping[str, Any]) -> list[str]:
@@ -86,7 +86,7 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
 
 def expressions(directory: Path) -> list[str]:
     """Names the fields of an adapter that say by a regular expression what is adapted: none of a file is run."""
-    document = _document(directory / CONFIG_NAME)
+    document = _read_document(directory / CONFIG_NAME)
     fields = {key: document.get(key) for key in ("target_modules", "exclude_modules")}
     return [key for key, value in fields.items() if isinstance(value, str) and value != NO_TARGETS]
 
@@ -135,7 +135,7 @@ def layout_hint(keys: list[str]) -> str:
     return ""
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _read_document(path: Path) -> dict[str, Any]:
     """Reads the file, whatever it holds, as a mapping."""
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is no adapter")
@@ -151,12 +151,12 @@ def _layout_faults(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unknown(document: Mapping[str, Any]) -> list[str]:
+def _find_unknown_fields(document: Mapping[str, Any]) -> list[str]:
     """Names fields that this PEFT does not have; what is empty or switched off changes nothing."""
-    known = {f.name for f in fields(LoraConfig)}
+    field_names = {f.name for f in fields(LoraConfig)}
     return [
         f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would pass over; install "
         "the PEFT that wrote it, or remove the field if it changes nothing"
         for key, value in document.items()
-        if key not in known and value and not _LAYOUT.search(key)
+        if key not in field_names and value and not _LAYOUT.search(key)
     ]

@@ -150,7 +150,7 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
     kind = kind_fault(lora["peft_type"]) if lora.get("peft_type") is not None else None
     if kind is not None:
         return [kind]  # the fields are another kind's
-    return [*_field_faults(lora), *_start_faults(lora, STARTS), *value_faults(lora), *_together(lora)]
+    return [*_field_faults(lora), *_start_faults(lora, STARTS), *value_faults(lora), *_find_joint_variants(lora)]
 
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
@@ -205,25 +205,25 @@ def _field_faults(lora: Mapping[str, Any]) -> list[str]:
     found = []
     for field in fields(LoraConfig):
         value = lora.get(field.name)
-        if field.name in FREE or not value or value == _default(field):
+        if field.name in FREE or not value or value == _find_default(field):
             continue
         why = REFUSED_FIELDS.get(field.name, "nobody has looked at it yet; leave it out")
         found.append(f"LoRA: {field.name} is not offered: {why}")
     return found
 
 
-def _default(field: Field[Any]) -> Any:
+def _find_default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> list[str]:
     start = lora.get("init_lora_weights", True)
-    if any(start is known or (isinstance(start, str) and start == known) for known in allowed):
+    if any(start is choice or (isinstance(start, str) and start == choice) for choice in allowed):
         return []
     word = str(start).lower()
     family = "pissa_niter_[number of iters]" if word.startswith("pissa_niter") else word
-    why = REFUSED_STARTS.get(family, f"PEFT has no such start, or nobody has looked at it; {_listed(allowed)}")
-    instead = "" if family not in REFUSED_STARTS else f"; take one of {_listed(allowed)}"
+    why = REFUSED_STARTS.get(family, f"PEFT has no such start, or nobody has looked at it; {_list_values(allowed)}")
+    instead = "" if family not in REFUSED_STARTS else f"; take one of {_list_values(allowed)}"
     if family in REFUSED_STARTS and allowed is _MERGED_STARTS:
         instead = (
             "; make it plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or "
@@ -232,7 +232,7 @@ def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> lis
     return [f"LoRA: init_lora_weights={start!r} is not offered: {why}{instead}"]
 
 
-def _together(lora: Mapping[str, Any]) -> list[str]:
+def _find_joint_variants(lora: Mapping[str, Any]) -> list[str]:
     """Names variants that PEFT has, but not on one layer at a time."""
     found = [
         f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name in FREE and lora.get(f.name)
@@ -241,7 +241,7 @@ def _together(lora: Mapping[str, Any]) -> list[str]:
     return [f"LoRA: {' and '.join(found)} cannot be combined; take one"] if len(found) > 1 else []
 
 
-def _listed(values: Sequence[Any]) -> str:
+def _list_values(values: Sequence[Any]) -> str:
     return ", ".join(repr(value) for value in values)
 
 
@@ -253,47 +253,51 @@ def value_faults(lora: Mapping[str, Any]) -> list[str]:
             found.append(f"LoRA: {key} must be {words}, not {lora[key]!r}")
     bdlora = lora.get("use_bdlora")
     if bdlora and not found:
-        known = [f.name for f in fields(BdLoraConfig)]
+        field_names = [f.name for f in fields(BdLoraConfig)]
         given = vars(bdlora) if is_dataclass(bdlora) else bdlora
-        found += [f"LoRA: use_bdlora has no {key!r}; it has {', '.join(known)}" for key in given if key not in known]
+        found += [
+            f"LoRA: use_bdlora has no {key!r}; it has {', '.join(field_names)}"
+            for key in given
+            if key not in field_names
+        ]
     return found
 
 
-def _whole(value: Any) -> bool:
+def _is_whole_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value != 0
 
 
-def _share(value: Any) -> bool:
+def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
-def _names(value: Any) -> bool:
+def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
 
 
-def _pattern(right: Any) -> Any:
+def _make_pattern_check(right: Any) -> Any:
     return lambda value: isinstance(value, Mapping) and all(isinstance(k, str) and right(v) for k, v in value.items())
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 _VALUES: dict[str, tuple[Any, str]] = {
-    "r": (_whole, "a whole number of at least 1"),
-    "lora_alpha": (_number, "a finite number other than 0"),
-    "lora_dropout": (_share, "a number from 0 up to, but not, 1"),
-    "target_modules": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
-    "layers_pattern": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
-    "exclude_modules": (lambda v: isinstance(v, str) or _names(v), "a name or a list of names"),
-    "target_parameters": (lambda v: isinstance(v, str) or _names(v), "a list of names"),
-    "modules_to_save": (_names, "a list of names"),
-    "rank_pattern": (_pattern(_whole), "a mapping of names to whole numbers of at least 1"),
-    "alpha_pattern": (_pattern(_number), "a mapping of names to finite numbers other than 0"),
+    "r": (_is_whole_number, "a whole number of at least 1"),
+    "lora_alpha": (_is_number, "a finite number other than 0"),
+    "lora_dropout": (_is_share, "a number from 0 up to, but not, 1"),
+    "target_modules": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
+    "layers_pattern": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
+    "exclude_modules": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
+    "target_parameters": (lambda v: isinstance(v, str) or _are_names(v), "a list of names"),
+    "modules_to_save": (_are_names, "a list of names"),
+    "rank_pattern": (_make_pattern_check(_is_whole_number), "a mapping of names to whole numbers of at least 1"),
+    "alpha_pattern": (_make_pattern_check(_is_number), "a mapping of names to finite numbers other than 0"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "use_bdlora": (
         lambda v: v is False or isinstance(v, (Mapping, BdLoraConfig)),
@@ -302,7 +306,7 @@ _VALUES: dict[str, tuple[Any, str]] = {
     "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
     "revision": (lambda v: isinstance(v, str), "a text"),
     **{
-        flag: (_flag, "true or false")
+        flag: (_is_flag, "true or false")
         for flag in ["use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode", "ensure_weight_tying"]
     },
 }

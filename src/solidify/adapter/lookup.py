@@ -41,7 +41,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, PeftModel):
             model = model.get_base_model()
-        elif (inside := _inside(model)) is not None:
+        elif (inside := _find_wrapped(model)) is not None:
             model = inside
         else:
             return model
@@ -49,12 +49,12 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 def peft_model(model: nn.Module) -> PeftModel | None:
     """Returns the PeftModel in or around which `model` stands, or None."""
-    while (inside := _inside(model)) is not None:
+    while (inside := _find_wrapped(model)) is not None:
         model = inside
     return model if isinstance(model, PeftModel) else None
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
+def _find_wrapped(model: nn.Module) -> nn.Module | None:
     """Returns what a wrapper of torch (data parallel, compiled) holds, or None for what is no such wrapper."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inside: nn.Module = model.module
@@ -64,7 +64,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 def modules(model: nn.Module) -> Iterator[Located]:
     """Yields every place of the plain model with what is active there, without frozen originals and idle copies."""
-    yield from _walk("", plain_model(model), set())
+    yield from _walk_modules("", plain_model(model), set())
 
 
 def at(model: nn.Module, name: str) -> Located | None:
@@ -78,14 +78,14 @@ def at(model: nn.Module, name: str) -> Located | None:
     return Located(name, called, unwrap(called))
 
 
-def _walk(name: str, called: nn.Module, seen: set[int]) -> Iterator[Located]:
+def _walk_modules(name: str, called: nn.Module, seen: set[int]) -> Iterator[Located]:
     inner = unwrap(called)
     if id(inner) in seen or isinstance(inner, HOLDERS):
         return
     seen.add(id(inner))
     yield Located(name, called, inner)
     for child_name, child in inner.named_children():
-        yield from _walk(f"{name}.{child_name}" if name else child_name, child, seen)
+        yield from _walk_modules(f"{name}.{child_name}" if name else child_name, child, seen)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

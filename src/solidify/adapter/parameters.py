@@ -46,7 +46,7 @@ class TrainedParameters(TrainingWrapper):
         owners: dict[str, nn.Module] = kwargs["owners"]
         versions = nn.ParameterDict({})
         for name, owner in owners.items():
-            key = _key(name)
+            key = _make_parameter_key(name)
             if key not in self.base:
                 self._owners[0][name] = owner
                 self.base[key] = own_parameters(owner)[name.rpartition(".")[2]]
@@ -57,30 +57,32 @@ class TrainedParameters(TrainingWrapper):
 
     def names(self, adapter_name: str) -> list[str]:
         """Returns the full names of the parameters that an adapter trains."""
-        versions = self._versions(adapter_name)
-        return [name for name in self._owners[0] if _key(name) in versions]
+        versions = self._find_versions(adapter_name)
+        return [name for name in self._owners[0] if _make_parameter_key(name) in versions]
 
-    def _versions(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+    def _find_versions(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
         return dict(self.trained[adapter_name].named_parameters()) if adapter_name in self.trained else {}
 
     def version(self, adapter_name: str, name: str) -> nn.Parameter:
         """Returns an adapter's version of a parameter."""
-        return self._versions(adapter_name)[_key(name)]
+        return self._find_versions(adapter_name)[_make_parameter_key(name)]
 
     def own(self) -> dict[str, nn.Parameter]:
         """Returns the plain model's own parameters of which some adapter has a version, by their full names."""
-        return {name: self.base[_key(name)] for name in self._owners[0]}
+        return {name: self.base[_make_parameter_key(name)] for name in self._owners[0]}
 
     def disputed(self, adapter_names: list[str]) -> list[str]:
         """Returns the names of parameters of which several of some adapters have a version."""
         return [name for name in self._owners[0] if sum(name in self.names(a) for a in adapter_names) > 1]
 
-    def _install(self) -> None:
+    def _install_versions(self) -> None:
         """Puts into every owner the version that should run now."""
         active = [] if self.disable_adapters else self.active_adapters
         for name, owner in self._owners[0].items():
             versions = [self.version(a, name) for a in active if name in self.names(a)]
-            own_parameters(owner)[name.rpartition(".")[2]] = versions[0] if versions else self.base[_key(name)]
+            own_parameters(owner)[name.rpartition(".")[2]] = (
+                versions[0] if versions else self.base[_make_parameter_key(name)]
+            )
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the adapter's parameters by their full names."""
@@ -88,7 +90,7 @@ class TrainedParameters(TrainingWrapper):
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Maps the names on disk to those in memory."""
-        return {name: f"trained.{adapter_name}.{_key(name)}" for name in self.names(adapter_name)}
+        return {name: f"trained.{adapter_name}.{_make_parameter_key(name)}" for name in self.names(adapter_name)}
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Returns which of the asked-for adapters has parameters here."""
@@ -108,12 +110,12 @@ class TrainedParameters(TrainingWrapper):
             for parameter in versions.parameters():
                 parameter.requires_grad_(name in names and not inference_mode)
         self.note_active(names)
-        self._install()
+        self._install_versions()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches between the active adapter's parameters and the plain model's."""
         super().enable_adapters(enabled)
-        self._install()
+        self._install_versions()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Forgets an adapter."""
@@ -131,7 +133,7 @@ class TrainedParameters(TrainingWrapper):
             ValueError: `safe_merge` is asked for and a trained parameter is not finite.
         """
         for name, owner in self._owners[0].items():
-            own = self.base[_key(name)]
+            own = self.base[_make_parameter_key(name)]
             attribute = name.rpartition(".")[2]
             version = own_parameters(owner)[attribute]
             own_parameters(owner)[attribute] = own
@@ -146,6 +148,6 @@ class TrainedParameters(TrainingWrapper):
         return set(self.trained.keys())
 
 
-def _key(name: str) -> str:
+def _make_parameter_key(name: str) -> str:
     """Turns a dotted name into one that a ParameterDict takes."""
     return name.replace(".", "/")

@@ -47,17 +47,17 @@ def resolved(lora: Mapping[str, Any] | None, targets: Sequence[str]) -> dict[str
     for field in FIELDS:
         values: Mapping[str, Any] = (lora or {}).get(field) or {}
         hits = anatomy.match(list(values), targets)
-        result[field] = {_exactly(name): values[pattern] for pattern, names in hits.items() for name in names}
+        result[field] = {_match_exactly(name): values[pattern] for pattern, names in hits.items() for name in names}
     return {field: values for field, values in result.items() if values}
 
 
 def is_false_alarm(warning: str, modules: Sequence[str]) -> bool:
     """Returns whether PEFT (0.21.2) warns of patterns only because it looks for them among modules, not parameters."""
     return warning.startswith(tuple(f"The following {field} keys did not match" for field in FIELDS)) and not any(
-        repr(_exactly(name)) in warning for name in modules
+        repr(_match_exactly(name)) in warning for name in modules
     )
 
 
-def _exactly(name: str) -> str:
+def _match_exactly(name: str) -> str:
     """Returns an expression that only the whole name fits: PEFT (0.21.2) allows any beginning before it."""
     return r"\A" + re.escape(name)

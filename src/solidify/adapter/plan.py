@@ -60,8 +60,8 @@ class AdapterPlan:
             ("in full", self.full),
         ):
             for line in anatomy.fold(names):
-                places = sum(1 for name in names if anatomy.fold([name]) == [line])
-                rows.append((how, line, str(places)))
+                count = sum(1 for name in names if anatomy.fold([name]) == [line])
+                rows.append((how, line, str(count)))
         return rows
 
 
@@ -73,7 +73,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
             unknown or has another door here, two declarations overlap, or nothing is declared. All faults together.
     """
     train = [train] if isinstance(train, str) else list(train)
-    named = {place.name: place.inner for place in lookup.modules(model) if place.name}
+    named = {located.name: located.inner for located in lookup.modules(model) if located.name}
     parameters = {
         f"{name}.{key}" if name else key: parameter
         for name, module in {"": lookup.plain_model(model), **named}.items()
@@ -88,7 +88,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         for other, parameter in parameters.items()
         if other != name and parameter is parameters[name]
     ]
-    faults += _overlaps(lora_modules + lora_parameters, modules, bare)
+    faults += _find_overlaps(lora_modules + lora_parameters, modules, bare)
     faults += tied.faults(model, lora, lora_modules, modules)
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
@@ -150,9 +150,9 @@ def _lora_targets(
     if (fault := kinds.object_fault(lora)) is not None:
         faults.append(fault)
         return [], []
-    known = [f.name for f in fields(LoraConfig)]
+    field_names = [f.name for f in fields(LoraConfig)]
     strange = kinds.faults(lora)
-    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in known]
+    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in field_names]
     faults += [
         f"LoRA: leave out {key!r}; {where}"
         for key, where in _ELSEWHERE.items()
@@ -168,12 +168,12 @@ def _lora_targets(
     if targets == "all-linear":
         modules = _all_linear(named, model)
     else:
-        modules = _hits("LoRA: target_modules", targets or [], named, faults)
+        modules = _match_patterns("LoRA: target_modules", targets or [], named, faults)
     excluded = lora.get("exclude_modules")
     if excluded:
-        out = set(_hits("LoRA: exclude_modules", excluded, named, faults))
+        out = set(_match_patterns("LoRA: exclude_modules", excluded, named, faults))
         modules = [name for name in modules if name not in out]
-    bare = _hits("LoRA: target_parameters", target_parameters, parameters, faults)
+    bare = _match_patterns("LoRA: target_parameters", target_parameters, parameters, faults)
     layers = [kinds.layer_fault(n, named[n], named.get(n.rpartition(".")[0]), lora) for n in modules]
     stacks = [kinds.parameter_fault(name, parameters[name], lora) for name in bare]
     faults += [fault for fault in (*layers, *stacks) if fault is not None]
@@ -196,7 +196,7 @@ def _full_targets(
     """Splits what is trained in full into modules and bare parameters; lists of modules become their members."""
     modules: list[str] = []
     bare: list[str] = []
-    for name in _hits("train", train, {**named, **parameters}, faults):
+    for name in _match_patterns("train", train, {**named, **parameters}, faults):
         if name in parameters:
             bare.append(name)
         elif isinstance(named[name], (nn.ModuleList, nn.ModuleDict)):
@@ -210,7 +210,7 @@ def _full_targets(
     return list(dict.fromkeys(modules)), list(dict.fromkeys(bare))
 
 
-def _hits(what: str, patterns: Any, names: Mapping[str, Any], faults: list[str]) -> list[str]:
+def _match_patterns(what: str, patterns: Any, names: Mapping[str, Any], faults: list[str]) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found = anatomy.match(patterns, names)
     for pattern, hits in found.items():
@@ -222,7 +222,7 @@ def _hits(what: str, patterns: Any, names: Mapping[str, Any], faults: list[str])
     return list(dict.fromkeys(name for hits in found.values() for name in hits))
 
 
-def _overlaps(lora: Sequence[str], modules: Sequence[str], bare: Sequence[str]) -> list[str]:
+def _find_overlaps(lora: Sequence[str], modules: Sequence[str], bare: Sequence[str]) -> list[str]:
     faults = []
     for outer in modules:
         inside = [n for n in (*lora, *modules, *bare) if n.startswith(outer + ".") or (n == outer and n in lora)]

@@ -46,17 +46,19 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     plain: Any = lookup.plain_model(model)
     with torch.random.fork_rng(), console.silence():
         with trust.permitting(trust.fingerprint(base.record)):  # the model in memory is made of it
-            fresh = loading.load_artifact(base.directory, **_options(plain, base))
+            fresh = loading.load_artifact(base.directory, **_choose_options(plain, base))
         again = load(fresh, directory)
     mine, theirs = held(model), held(again)
     faults = [f"{key} is not there" for key in mine if key not in theirs]
-    faults += [f"{key} holds other numbers" for key in theirs if key in mine and not _same(mine[key], theirs[key])]
+    faults += [
+        f"{key} holds other numbers" for key in theirs if key in mine and not _is_unchanged(mine[key], theirs[key])
+    ]
     refuse(AdapterError, "the adapter is not saved: it does not come back from its file", faults)
     if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
     fresh = lookup.plain_model(again.to(plain.device))
     with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
-        _align(plain, fresh)
+        _align_matrices(plain, fresh)
         faults = _output_faults(plain, fresh)
     if faults:
         hints = _state_faults(plain, fresh)
@@ -64,7 +66,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
         refuse(AdapterError, f"the adapter is not saved: loaded again, it computes something else{words}", faults)
 
 
-def _options(plain: Any, base: Base) -> dict[str, Any]:
+def _choose_options(plain: Any, base: Base) -> dict[str, Any]:
     """Returns how a base has to be loaded to compute as this one: its dtype, and the kernels that it uses."""
     config = files.document(base.directory / "config.json")
     options: dict[str, Any] = {}
@@ -79,7 +81,7 @@ def _options(plain: Any, base: Base) -> dict[str, Any]:
     return options
 
 
-def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def _is_unchanged(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Returns whether a tensor came back, in the dtype that it is stored in."""
     return torch.equal(mine.detach().to(theirs.dtype).cpu(), theirs.detach().cpu())
 
@@ -117,7 +119,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, key, buffer, before in buffers:
                 own_buffers(module)[key] = buffer
-                if buffer is not None and before is not None and not _same(buffer, before):
+                if buffer is not None and before is not None and not _is_unchanged(buffer, before):
                     buffer.copy_(before)
 
 
@@ -156,7 +158,7 @@ def _as_stored(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tens
             tensor.data = data
 
 
-def _align(plain: nn.Module, fresh: nn.Module) -> None:
+def _align_matrices(plain: nn.Module, fresh: nn.Module) -> None:
     """Aligns the matrices of a fresh model as those of another of the same parts."""
     parts = zip(plain.parameters(), fresh.parameters(), strict=False)
     for mine, theirs in parts:
@@ -172,7 +174,7 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
             batch = probing.probe_inputs(plain, **settings)
         except SurgeryError:
             continue  # no inputs can be made up for it
-        expected, found = _run(plain, batch), _run(fresh, batch)
+        expected, found = _run_model(plain, batch), _run_model(fresh, batch)
         if expected.failed and found.failed:
             continue  # it does not run on these at all
         if expected.failed or found.failed:
@@ -183,65 +185,65 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
         if not set(mine) & set(theirs):  # what a setting asks for besides may be missing in one of them
             faults.append(f"case {case!r}: {', '.join(mine) or 'nothing'} is not what a fresh one returns")
         faults += [
-            f"case {case!r}: {key} differs by up to {_distance(mine[key], theirs[key]):.2g}"
+            f"case {case!r}: {key} differs by up to {_measure_distance(mine[key], theirs[key]):.2g}"
             for key in mine
-            if key in theirs and not _equal(mine[key], theirs[key])
+            if key in theirs and not _are_equal(mine[key], theirs[key])
         ]
     return faults
 
 
-def _run(model: Any, batch: Mapping[str, torch.Tensor]) -> foreign.Outcome[dict[str, torch.Tensor]]:
+def _run_model(model: Any, batch: Mapping[str, torch.Tensor]) -> foreign.Outcome[dict[str, torch.Tensor]]:
     arguments: dict[str, Any] = dict(batch)
     if "use_cache" in behaviour.takes(model):
         arguments["use_cache"] = False
 
     def call() -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        return dict(_tensors("", model(**arguments)))
+        return dict(_yield_tensors("", model(**arguments)))
 
     with torch.random.fork_rng(), anatomy.sparing(model):
         return foreign.attempt(call)
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _yield_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every tensor in what a model returns, with its name."""
     if isinstance(value, torch.Tensor):
         yield name or "output", value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _tensors(f"{name}.{key}" if name else str(key), part)
+            yield from _yield_tensors(f"{name}.{key}" if name else str(key), part)
     elif isinstance(value, (tuple, list)):
-        for place, part in enumerate(value):
-            yield from _tensors(f"{name}[{place}]", part)
+        for index, part in enumerate(value):
+            yield from _yield_tensors(f"{name}[{index}]", part)
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def _measure_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.shape == b.shape and a.numel() else float("nan")
 
 
 def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
     """Names state that no adapter holds and that differs: buffers that are not saved, and plain numbers of modules."""
-    others = {place.name: place.inner for place in lookup.modules(fresh)}
+    others = {located.name: located.inner for located in lookup.modules(fresh)}
     faults = []
-    for place in lookup.modules(plain):
-        other = others.get(place.name)
+    for located in lookup.modules(plain):
+        other = others.get(located.name)
         if other is None:
             continue
-        for key, buffer in own_buffers(place.inner).items():
+        for key, buffer in own_buffers(located.inner).items():
             twin = own_buffers(other).get(key)
-            if buffer is not None and twin is not None and not _equal(buffer, twin):
-                kept = "" if key not in unsaved_buffers(place.inner) else " (not persistent: register it so)"
-                faults.append(f"the buffer {place.name}.{key}{kept}")
-        for key, value in vars(place.inner).items():
+            if buffer is not None and twin is not None and not _are_equal(buffer, twin):
+                kept = "" if key not in unsaved_buffers(located.inner) else " (not persistent: register it so)"
+                faults.append(f"the buffer {located.name}.{key}{kept}")
+        for key, value in vars(located.inner).items():
             if isinstance(value, torch.Tensor) and not isinstance(vars(other).get(key), torch.Tensor):
-                faults.append(f"the tensor {place.name}.{key}, which is no buffer (keep it in a persistent one)")
+                faults.append(f"the tensor {located.name}.{key}, which is no buffer (keep it in a persistent one)")
             plain_value = isinstance(value, (bool, int, float, str)) and not key.startswith("_") and key != "training"
             if plain_value and vars(other).get(key) != value:
-                faults.append(f"{place.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")
+                faults.append(f"{located.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")
     return [*faults[:_NAMED], *(["..."] if len(faults) > _NAMED else [])]

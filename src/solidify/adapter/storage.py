@@ -55,7 +55,7 @@ def save_adapter(
         raise AdapterError(f"the adapter {name!r} cannot be saved: {fault}")
     base = base_state.require(model)
     base_state.refuse_changed(model, base)
-    trained = _trained(model, name)
+    trained = _list_trained(model, name)
     state = _in_base_dtype(held(model, name, trained["buffers"]), base_state.base_tensors(model))
     refuse(
         AdapterError, "the adapter is not saved: training has diverged", _not_finite(model, name, trained["buffers"])
@@ -64,7 +64,7 @@ def save_adapter(
         digests = format.write_file(
             staging / WEIGHTS, [TensorSource.made(key, tensor) for key, tensor in state.items()]
         )
-        configuration = _configuration(model, name, base.directory)
+        configuration = _make_configuration(model, name, base.directory)
         configuration.save_pretrained(staging, auto_mapping_dict=configuration.auto_mapping)
         Manifest(
             kind="adapter",
@@ -86,7 +86,7 @@ def save_adapter(
     return directory
 
 
-def _configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
+def _make_configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
     """Returns an adapter's configuration as PEFT writes it: for use, on the artifact as it stands."""
     configuration = deepcopy(model.peft_config[name])
     configuration.base_model_name_or_path = str(base)
@@ -108,7 +108,7 @@ def _not_finite(model: PeftModel, name: str, buffers: Sequence[str]) -> list[str
     return faults
 
 
-def _trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
+def _list_trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
     """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those."""
     holder = lookup.trained_parameters(model)
     bare = holder.names(adapter) if holder is not None else []
@@ -198,13 +198,13 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
         state = safetensors.torch.load_file(directory / WEIGHTS)
         train_parameters(peft_model, bare, name)
         refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name, moved), state))
-        _fill(peft_model, state, name, bare, moved)
+        _fill_adapter(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
         refuse(AdapterError, f"{directory} was not loaded completely", _load_faults(peft_model, state, name, moved))
         return peft_model.train(trainable)
 
 
-def _fill(
+def _fill_adapter(
     model: PeftModel, state: Mapping[str, torch.Tensor], name: str, bare: Sequence[str], moved: Sequence[str]
 ) -> None:
     """Puts the tensors of a file into an adapter; buffers that the file does not hold stay the base's."""
@@ -216,8 +216,8 @@ def _fill(
 
 def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str, buffers: Sequence[str]) -> list[str]:
     """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
-    places = held(model, name, buffers)
-    changed = [key for key, tensor in state.items() if not torch.equal(places[key].to(tensor.dtype).cpu(), tensor)]
+    tensors = held(model, name, buffers)
+    changed = [key for key, tensor in state.items() if not torch.equal(tensors[key].to(tensor.dtype).cpu(), tensor)]
     return [f"{key} differs after loading" for key in changed]
 
 

@@ -24,7 +24,7 @@ def faults(
     """
     apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
     found = []
-    for group, first in _groups(model):
+    for group, first in _find_groups(model):
         low = [name for name in group if name in targets]
         full = [name for name in group if name in modules]
         if low and full:
@@ -55,8 +55,8 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     apart = isinstance(lora, Mapping) and lora.get("ensure_weight_tying") is False
     found = []
     for group in {tuple(sorted({name, *others})) for name, others in lookup.ties(model).items()}:
-        places = {name: lookup.at(model, name.rpartition(".")[0]) for name in group}
-        own = {n: own_parameters(p.inner).get(n.rpartition(".")[2]) for n, p in places.items() if p is not None}
+        located = {name: lookup.at(model, name.rpartition(".")[0]) for name in group}
+        own = {n: own_parameters(p.inner).get(n.rpartition(".")[2]) for n, p in located.items() if p is not None}
         full = sorted({id(t) for t in own.values() if t is not None})
         if len(full) > 1 and any(t is not None and t.requires_grad for t in own.values()):
             found.append(
@@ -64,7 +64,7 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
                 "tie only where it knows the embeddings by their name; train other parts, or LoRA on all of them"
             )
         updates = {
-            _storages(p.called) for p in places.values() if p is not None and isinstance(p.called, BaseTunerLayer)
+            _find_storages(p.called) for p in located.values() if p is not None and isinstance(p.called, BaseTunerLayer)
         }
         if len(updates) > 1 and not apart:
             found.append(
@@ -74,13 +74,13 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def _storages(layer: Any) -> frozenset[int]:
+def _find_storages(layer: Any) -> frozenset[int]:
     """Returns where in memory the parameters of PEFT's layer stand; its base layer's are none of them."""
     inside = {id(p) for p in layer.get_base_layer().parameters()}
     return frozenset(p.untyped_storage().data_ptr() for p in layer.parameters() if id(p) not in inside)
 
 
-def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
+def _find_groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
     """Returns the names of modules that share one weight now, and which of them holds the input embeddings."""
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):
@@ -89,9 +89,9 @@ def _groups(model: nn.Module) -> list[tuple[list[str], str | None]]:
     own = None if embeddings is None else lookup.original(embeddings)
     found: dict[int, list[str]] = {}
     for name in lookup.ties(model):
-        place, _, attribute = name.rpartition(".")
-        owner = foreign.attempt(lookup.owner, model, place).value
+        path, _, attribute = name.rpartition(".")
+        owner = foreign.attempt(lookup.owner, model, path).value
         if owner is not None and own_parameters(owner).get(attribute) is not None:
-            found.setdefault(id(own_parameters(owner)[attribute]), []).append(place)
+            found.setdefault(id(own_parameters(owner)[attribute]), []).append(path)
     groups = [sorted(set(group)) for group in found.values() if len(set(group)) > 1]
     return [(group, next((n for n in group if lookup.owner(model, n) is own), None)) for group in groups]

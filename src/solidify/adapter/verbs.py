@@ -76,15 +76,15 @@ class LoraVerbs(LoraTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter as PEFT does, to the plain model as it is without any, so that copies are the base's."""
-        self._restore()
+        self._restore_unmerged()
         self._added, self._bare = adapter_name, True
         try:
-            self._hold([])
+            self._hold_adapters([])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.hold_buffers(adapter_name)
         finally:
             self._bare = False
-            self._hold([name for name in self.active_adapters if name in self.peft_config])
+            self._hold_adapters([name for name in self.active_adapters if name in self.peft_config])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates one adapter, or several of which no two train the same thing in full.
@@ -94,7 +94,7 @@ class LoraVerbs(LoraTuner):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._refuse_disputed(names)
-        self._restore()
+        self._restore_unmerged()
         if names:
             super().set_adapter(adapter_name, inference_mode=inference_mode)
         else:
@@ -103,16 +103,16 @@ class LoraVerbs(LoraTuner):
                     module.set_adapter([])
             self.active_adapter = list[str]()
         self._freeze_inside(names)
-        self._hold(names, inference_mode)
+        self._hold_adapters(names, inference_mode)
 
     def _freeze_inside(self, names: Sequence[str]) -> None:
-        for path, wrapper in self._copies():
+        for path, wrapper in self._yield_copies():
             for copy in (wrapper.modules_to_save[name] for name in names if name in wrapper.modules_to_save):
                 held = {f"{path}.{key}": parameter for key, parameter in copy.named_parameters()}
                 for name in held.keys() & set(self._frozen) if held.keys() - set(self._frozen) else ():
                     held[name].requires_grad_(False)
 
-    def _hold(self, names: Sequence[str], inference_mode: bool | None = None) -> None:
+    def _hold_adapters(self, names: Sequence[str], inference_mode: bool | None = None) -> None:
         """Puts some adapters' versions of parameters and buffers in place (none while an adapter is added)."""
         names = [] if self._bare else list(names)
         held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
@@ -130,7 +130,9 @@ class LoraVerbs(LoraTuner):
         held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         disputed = held.disputed(list(names)) if held is not None else []
         disputed += [
-            name for name, wrapper in self._copies() if sum(adapter in wrapper.modules_to_save for adapter in names) > 1
+            name
+            for name, wrapper in self._yield_copies()
+            if sum(adapter in wrapper.modules_to_save for adapter in names) > 1
         ]
         if buffers is not None and sum(bool(buffers.moved(name)) for name in names) > 1:
             disputed += [key for name in names for key in buffers.moved(name)]
@@ -138,7 +140,7 @@ class LoraVerbs(LoraTuner):
         if disputed:
             raise AdapterError(
                 f"adapters {' and '.join(names)} cannot be active together: each trained its own "
-                f"{_some(disputed)}; activate one of them"
+                f"{_list_some(disputed)}; activate one of them"
             )
 
     def _moved_inside_copies(self, names: Sequence[str]) -> list[str]:
@@ -146,7 +148,9 @@ class LoraVerbs(LoraTuner):
         buffers = lookup.trained_buffers(self.model)
         if buffers is None:
             return []
-        copied = {(path, name) for path, wrapper in self._copies() for name in names if name in wrapper.modules_to_save}
+        copied = {
+            (path, name) for path, wrapper in self._yield_copies() for name in names if name in wrapper.modules_to_save
+        }
         return [
             key
             for name in names
@@ -154,7 +158,7 @@ class LoraVerbs(LoraTuner):
             if any(other != name and key.startswith(f"{path}.") for path, other in copied)
         ]
 
-    def _copies(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    def _yield_copies(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
         for path, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
                 yield lookup.canonical(self.model, path), module
@@ -162,13 +166,13 @@ class LoraVerbs(LoraTuner):
     def _in_full(self, adapter: str) -> list[str]:
         """Names what an adapter has beside its low-rank updates."""
         held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
-        names = [path for path, wrapper in self._copies() if adapter in wrapper.modules_to_save]
+        names = [path for path, wrapper in self._yield_copies() if adapter in wrapper.modules_to_save]
         names += held.names(adapter) if held is not None else []
         return names + (list(buffers.moved(adapter)) if buffers is not None else [])
 
     def switch_layers(self, enabled: bool = True) -> None:
         """Switches all adapters on or off; what may be trained stays as it is, and off is the base bit for bit."""
-        self._restore()
+        self._restore_unmerged()
         with _trainable_kept(self.model):
             super().switch_layers(enabled)
 
@@ -198,13 +202,13 @@ class LoraVerbs(LoraTuner):
             parameter.data = data.to(parameter.device)
         self._unmerged = ()
 
-    def _restore(self) -> None:
+    def _restore_unmerged(self) -> None:
         if self._unmerged:
             self.unmerge_adapter()
 
     def take_out(self, merge: bool, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Takes PEFT's modules out: with `merge`, the named (or the active) adapters stay in the weights, else none."""
-        self._restore()
+        self._restore_unmerged()
         names = list(adapter_names) if adapter_names is not None else list(self.active_adapters)
         unknown = [name for name in names if name not in self.peft_config]
         if merge and unknown:
@@ -242,7 +246,7 @@ class LoraVerbs(LoraTuner):
     def _refuse_in_full(self, verb: str, adapters: Sequence[str], remedy: str) -> None:
         found = {name: parts for name in adapters if name in self.peft_config and (parts := self._in_full(name))}
         if found:
-            what = "; ".join(f"{name!r} trained {_some(parts)}" for name, parts in found.items())
+            what = "; ".join(f"{name!r} trained {_list_some(parts)}" for name, parts in found.items())
             raise AdapterError(f"{verb} cannot take adapters that trained something in full ({what}): {remedy}")
 
     @contextmanager
@@ -264,14 +268,14 @@ class LoraVerbs(LoraTuner):
         running = [*names, *self.active_adapters]
         found = [f"{n} (of {a!r})" for a in running if held is not None for n in held.names(a)]
         found += [f"{n} (of {a!r})" for a in running if buffers is not None for n in buffers.moved(a)]
-        for path, wrapper in self._copies():
+        for path, wrapper in self._yield_copies():
             here = [name for name in running if name in wrapper.modules_to_save]
             if here and not (isinstance(wrapper.original_module, _BY_ROW) and set(running) <= set(here)):
                 found.append(f"{path} (of {here[0]!r})")
         if found:
             raise AdapterError(
                 "adapter_names cannot mix adapters in one batch of which one trained this in full: "
-                f"{_some(list(dict.fromkeys(found)))}; run the rows of each adapter by themselves (set_adapter)"
+                f"{_list_some(list(dict.fromkeys(found)))}; run the rows of each adapter by themselves (set_adapter)"
             )
 
     def load_own(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -284,8 +288,8 @@ class LoraVerbs(LoraTuner):
         if written and len(written) < len(base):
             self._drop_added()
             raise AdapterError(
-                f"this file holds {_some(written)}, which PEFT's own loading would write into the base itself; load "
-                "it with solidify.load_adapter"
+                f"this file holds {_list_some(written)}, which PEFT's own loading would write into the base itself; "
+                "load it with solidify.load_adapter"
             )
         self._rename_buffers(state_dict, f"{prefix}model.{BUFFERS}.", tree)
         super().load_own(state_dict, prefix, *args)
@@ -295,11 +299,11 @@ class LoraVerbs(LoraTuner):
         buffers = lookup.trained_buffers(self.model)
         states = (f"{prefix}base.", f"{prefix}trained.")  # of whole models, as PyTorch writes and loads them
         for key in [k for k in state_dict if k.startswith(prefix) and k not in tree and not k.startswith(states)]:
-            place = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
-            if place is None:
+            renamed = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
+            if renamed is None:
                 self._drop_added()
                 raise AdapterError(f"this file holds the buffer {key.removeprefix(prefix)}, which the model has not")
-            state_dict[prefix + place] = state_dict.pop(key)
+            state_dict[prefix + renamed] = state_dict.pop(key)
 
     def _drop_added(self) -> None:
         """Forgets an adapter that was added for a file that is refused."""
@@ -324,5 +328,5 @@ def _trainable_kept(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -52,7 +52,7 @@ SmolLM2-135M-Instruct of Hugging Face, in float32, from `{FILE}` of the package 
 
 def available() -> bool:
     """Returns whether the packages that the model is made from are installed."""
-    return _carrier() is not None and find_spec("gguf") is not None
+    return _find_carrier() is not None and find_spec("gguf") is not None
 
 
 def directory() -> Path:
@@ -61,35 +61,35 @@ def directory() -> Path:
     Raises:
         ModelError: a package that it is made from is not installed, or does not hold it.
     """
-    carrier = _carrier()
+    carrier = _find_carrier()
     if carrier is None or find_spec("gguf") is None:
         raise ModelError(REMEDY)
-    made_from = [FILE, carrier.stat().st_size, _version(), CONFIG]
-    place = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
-    if not (place / "config.json").is_file():
+    made_from = [FILE, carrier.stat().st_size, _read_version(), CONFIG]
+    path = disk.cache() / "models" / f"smollm2-135m-{digest_values(made_from)[:8]}"
+    if not (path / "config.json").is_file():
         disk.cache_for("models")
-        with filelock.FileLock(f"{place}.lock"):  # of several processes one converts it, the others wait
-            if not (place / "config.json").is_file():
-                with writing.staged(place) as staging, console.stage(f"Converting {NAME} (once)"):
-                    _convert(carrier, staging)
-    return place
+        with filelock.FileLock(f"{path}.lock"):  # of several processes one converts it, the others wait
+            if not (path / "config.json").is_file():
+                with writing.staged(path) as staging, console.stage(f"Converting {NAME} (once)"):
+                    _convert_model(carrier, staging)
+    return path
 
 
-def _carrier() -> Path | None:
+def _find_carrier() -> Path | None:
     """Returns the file in the package, which is not imported: it would import llama.cpp."""
     spec = find_spec(PACKAGE.replace("-", "_"))
     found = [Path(where) / FILE for where in (spec.submodule_search_locations or [])] if spec is not None else []
     return next((path for path in found if path.is_file()), None)
 
 
-def _version() -> str:
+def _read_version() -> str:
     try:
         return version(PACKAGE)
     except PackageNotFoundError:  # its files alone, on the path
         return ""
 
 
-def _convert(carrier: Path, staging: Path) -> None:
+def _convert_model(carrier: Path, staging: Path) -> None:
     """Writes the model as transformers reads it from the file, its tokenizer and how it generates."""
     with foreign.calling(f"{carrier} cannot be converted", ModelError, remedy=f"install {PACKAGE} anew"):
         options = {"gguf_file": carrier.name}

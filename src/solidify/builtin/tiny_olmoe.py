@@ -50,14 +50,14 @@ def directory() -> Path:
     """Returns where the model stands, training it first when the cache does not have it (a minute or two)."""
     train, heldout = corpus.texts("train"), corpus.texts("heldout")
     key = digest_values([CONFIG, TRAINING, train, heldout, torch.__version__, REPORT])[:8]
-    place = disk.cache() / "models" / f"tiny-olmoe-{key}"
-    if not (place / REPORT).is_file():
+    path = disk.cache() / "models" / f"tiny-olmoe-{key}"
+    if not (path / REPORT).is_file():
         disk.cache_for("models")
-        with filelock.FileLock(f"{place}.lock"):  # of several processes one trains it, the others wait
-            if not (place / REPORT).is_file():
-                with writing.staged(place) as staging:
-                    _make(staging, train, heldout)
-    return place
+        with filelock.FileLock(f"{path}.lock"):  # of several processes one trains it, the others wait
+            if not (path / REPORT).is_file():
+                with writing.staged(path) as staging:
+                    _make_model(staging, train, heldout)
+    return path
 
 
 def report() -> dict[str, float]:
@@ -66,13 +66,13 @@ def report() -> dict[str, float]:
     return figures
 
 
-def _make(staging: Path, train: Sequence[str], heldout: Sequence[str]) -> None:
+def _make_model(staging: Path, train: Sequence[str], heldout: Sequence[str]) -> None:
     tokenizer = _train_tokenizer(train)
-    tokens, unseen = _encode(tokenizer, train), _encode(tokenizer, heldout)
+    tokens, unseen = _encode_texts(tokenizer, train), _encode_texts(tokenizer, heldout)
     with torch.random.fork_rng():
         torch.manual_seed(int(TRAINING["seed"]))
         model = OlmoeForCausalLM(OlmoeConfig(**CONFIG, bos_token_id=None))
-        _train(model, tokens)
+        _train_model(model, tokens)
     figures = {
         "heldout_loss": heldout_loss(model, unseen),
         "unigram_loss": _unigram_loss(tokens, unseen),
@@ -104,13 +104,13 @@ def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
+def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
     """Returns all texts as one row of tokens, each closed by the end token."""
     encode = tokenizer.backend_tokenizer.encode
     return torch.tensor([i for text in texts for i in (*encode(text).ids, CONFIG["eos_token_id"])])
 
 
-def _train(model: OlmoeForCausalLM, tokens: torch.Tensor) -> None:
+def _train_model(model: OlmoeForCausalLM, tokens: torch.Tensor) -> None:
     steps, batch_size, length = (int(TRAINING[k]) for k in ("steps", "batch_size", "length"))
     rate = float(TRAINING["learning_rate"])
     optimizer = torch.optim.AdamW(

@@ -43,7 +43,9 @@ class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         names = [argument.name for argument in schema(func).arguments]
         if "dropout_p" in names or "dropout" in names:  # attention and recurrent kernels, forwards and backwards
-            args, kwargs = _with(names, args, kwargs, "dropout_p" if "dropout_p" in names else "dropout", 0.0)
+            args, kwargs = _replace_argument(
+                names, args, kwargs, "dropout_p" if "dropout_p" in names else "dropout", 0.0
+            )
             return func(*args, **kwargs)
         name = schema(func).name.removeprefix("aten::")
         if name not in _MEANS:
@@ -60,19 +62,21 @@ class Chanceless(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return call["out"].copy_(made) if call.get("out") is not None else made
 
 
-def _with(names: list[str], args: Any, kwargs: dict[str, Any], name: str, value: Any) -> tuple[Any, dict[str, Any]]:
+def _replace_argument(
+    names: list[str], args: Any, kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[Any, dict[str, Any]]:
     """Returns the arguments of a call with one of them changed, if it was given."""
-    place = names.index(name)
-    if place < len(args):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
+    index = names.index(name)
+    if index < len(args):
+        return (*args[:index], value, *args[index + 1 :]), kwargs
     return args, {**kwargs, name: value} if name in kwargs else kwargs
 
 
-def _full(value: float, like: torch.Tensor) -> torch.Tensor:
+def _fill_like(value: float, like: torch.Tensor) -> torch.Tensor:
     return torch.full_like(like, value)
 
 
-def _made(value: float, call: Call) -> torch.Tensor:
+def _make_tensor(value: float, call: Call) -> torch.Tensor:
     """Returns a new tensor of one value, where a factory was asked for one."""
     dtype = call["dtype"] if isinstance(call.get("dtype"), torch.dtype) else None  # a schema's own default is a number
     if isinstance(call.get("self"), torch.Tensor):
@@ -81,20 +85,20 @@ def _made(value: float, call: Call) -> torch.Tensor:
     return torch.full(tuple(call["size"]), value, dtype=dtype, device=call.get("device"))
 
 
-def _middle(call: Call) -> torch.Tensor:
+def _take_middle(call: Call) -> torch.Tensor:
     low, high = call.get("low", 0) or 0, call["high"]
-    return _made(int((int(low) + int(high) - 1) // 2), call)
+    return _make_tensor(int((int(low) + int(high) - 1) // 2), call)
 
 
-def _normal(call: Call) -> torch.Tensor:
+def _take_normal_mean(call: Call) -> torch.Tensor:
     mean, std = call.get("mean", 0.0), call.get("std")
     if isinstance(mean, torch.Tensor):
         return mean.clone()
     like = std if isinstance(std, torch.Tensor) else call.get("self")
-    return _full(mean, like) if isinstance(like, torch.Tensor) else _made(float(mean), call)
+    return _fill_like(mean, like) if isinstance(like, torch.Tensor) else _make_tensor(float(mean), call)
 
 
-def _random(call: Call) -> torch.Tensor:
+def _take_random_mean(call: Call) -> torch.Tensor:
     """A whole number; without an upper end, of all that the dtype holds exactly (`Tensor.random_`)."""
     like: torch.Tensor = call["self"]
     low, high = int(call.get("from") or 0), call.get("to")
@@ -105,13 +109,13 @@ def _random(call: Call) -> torch.Tensor:
     return torch.full_like(like, (low + int(high) - 1) // 2)
 
 
-def _bernoulli(call: Call) -> torch.Tensor:
+def _take_bernoulli_mean(call: Call) -> torch.Tensor:
     p = call.get("p", call["self"])
     subject: torch.Tensor = call["self"]
-    return p.expand_as(subject).clone() if isinstance(p, torch.Tensor) else _full(p, subject)
+    return p.expand_as(subject).clone() if isinstance(p, torch.Tensor) else _fill_like(p, subject)
 
 
-def _multinomial(call: Call) -> torch.Tensor:
+def _take_multinomial(call: Call) -> torch.Tensor:
     weights: torch.Tensor = call["self"]
     count = int(call["num_samples"])
     if call.get("replacement"):
@@ -119,7 +123,7 @@ def _multinomial(call: Call) -> torch.Tensor:
     return weights.topk(count, dim=-1).indices
 
 
-def _rrelu(call: Call) -> torch.Tensor:
+def _apply_mean_rrelu(call: Call) -> torch.Tensor:
     subject: torch.Tensor = call["self"]
     slopes = torch.where(call["self"] >= 0, 1.0, (float(call["lower"]) + float(call["upper"])) / 2).to(call["self"])
     call["noise"].copy_(slopes)  # which the backward pass takes for the slopes
@@ -134,36 +138,36 @@ _MEANS: dict[str, Callable[[Call], Any]] = {
     "_masked_scale": lambda c: c["self"] * c["mask"],
     "dropout": lambda c: c["input"].clone(),
     "alpha_dropout": lambda c: c["input"].clone(),
-    "bernoulli": _bernoulli,
-    "bernoulli_": _bernoulli,
-    "rand": lambda c: _made(0.5, c),
-    "rand_like": lambda c: _made(0.5, c),
-    "randn": lambda c: _made(0.0, c),
-    "randn_like": lambda c: _made(0.0, c),
-    "randint": _middle,
-    "randint_like": _middle,
+    "bernoulli": _take_bernoulli_mean,
+    "bernoulli_": _take_bernoulli_mean,
+    "rand": lambda c: _make_tensor(0.5, c),
+    "rand_like": lambda c: _make_tensor(0.5, c),
+    "randn": lambda c: _make_tensor(0.0, c),
+    "randn_like": lambda c: _make_tensor(0.0, c),
+    "randint": _take_middle,
+    "randint_like": _take_middle,
     "randperm": lambda c: torch.arange(c["n"], device=c.get("device")),
-    "normal": _normal,
-    "normal_": _normal,
-    "uniform": lambda c: _full((c["from"] + c["to"]) / 2, c["self"]),
-    "uniform_": lambda c: _full((c["from"] + c["to"]) / 2, c["self"]),
-    "exponential": lambda c: _full(1 / c["lambd"], c["self"]),
-    "exponential_": lambda c: _full(1 / c["lambd"], c["self"]),
-    "geometric": lambda c: _full(math.ceil(1 / c["p"]), c["self"]),
-    "geometric_": lambda c: _full(math.ceil(1 / c["p"]), c["self"]),
-    "cauchy": lambda c: _full(c["median"], c["self"]),
-    "cauchy_": lambda c: _full(c["median"], c["self"]),
-    "log_normal": lambda c: _full(math.exp(c["mean"]), c["self"]),
-    "log_normal_": lambda c: _full(math.exp(c["mean"]), c["self"]),
+    "normal": _take_normal_mean,
+    "normal_": _take_normal_mean,
+    "uniform": lambda c: _fill_like((c["from"] + c["to"]) / 2, c["self"]),
+    "uniform_": lambda c: _fill_like((c["from"] + c["to"]) / 2, c["self"]),
+    "exponential": lambda c: _fill_like(1 / c["lambd"], c["self"]),
+    "exponential_": lambda c: _fill_like(1 / c["lambd"], c["self"]),
+    "geometric": lambda c: _fill_like(math.ceil(1 / c["p"]), c["self"]),
+    "geometric_": lambda c: _fill_like(math.ceil(1 / c["p"]), c["self"]),
+    "cauchy": lambda c: _fill_like(c["median"], c["self"]),
+    "cauchy_": lambda c: _fill_like(c["median"], c["self"]),
+    "log_normal": lambda c: _fill_like(math.exp(c["mean"]), c["self"]),
+    "log_normal_": lambda c: _fill_like(math.exp(c["mean"]), c["self"]),
     "poisson": lambda c: c["self"].clone(),
     "binomial": lambda c: c["count"] * c["prob"],
     "_standard_gamma": lambda c: c["self"].clone(),
     "_sample_dirichlet": lambda c: c["self"] / c["self"].sum(-1, keepdim=True),
-    "random": _random,
-    "random_": _random,
-    "multinomial": _multinomial,
-    "rrelu_with_noise": _rrelu,
-    "rrelu_with_noise_": _rrelu,
+    "random": _take_random_mean,
+    "random_": _take_random_mean,
+    "multinomial": _take_multinomial,
+    "rrelu_with_noise": _apply_mean_rrelu,
+    "rrelu_with_noise_": _apply_mean_rrelu,
 }
 
 
@@ -196,7 +200,7 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 def other_numbers(seed: int) -> Iterator[None]:
     """Starts every generator at another place while the block lasts, and puts all of them back."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(_devices()):
+    with torch.random.fork_rng(_list_devices()):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -207,5 +211,5 @@ def other_numbers(seed: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _devices() -> list[int]:
+def _list_devices() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []

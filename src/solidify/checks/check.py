@@ -47,54 +47,54 @@ def check(
     report = Report(str(directory))
     parts = [d for d in ours.PARTS if files.is_file(directory / d / manifest.NAME)]
     if parts and not files.is_file(directory / manifest.NAME):
-        closed = _closed(directory, parts)
+        closed = _check_closed(directory, parts)
         for part in parts:
             if closed.passed:
                 below = directory / "artifact" if base is None and "artifact" in parts else base  # of this very run
-                report.add(part, _one(directory / part, below, trust_remote_code, serve, key))
+                report.add(part, _check_one(directory / part, below, trust_remote_code, serve, key))
             else:
-                report.add(part, _unrun(directory / part, key)[1])
+                report.add(part, _check_unrun(directory / part, key)[1])
         report.add("run", [closed])
         if len(parts) > 1 or (directory / ours.REPORT).exists():
             report.add("run", [results.together(directory)])
     else:
         record = manifest.read(directory, closed=False)
-        report.add(record.kind, _one(directory, base, trust_remote_code, serve, key))
+        report.add(record.kind, _check_one(directory, base, trust_remote_code, serve, key))
     return report
 
 
-def _closed(directory: Path, parts: list[str]) -> Finding:
+def _check_closed(directory: Path, parts: list[str]) -> Finding:
     """Looks at what stands in a run's directory beside its parts, which are each looked at for themselves."""
     faults = ours.unlike_a_run(directory)
-    beside = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
-    held = f"{', '.join([*parts, *beside])}, and nothing else (a report by a digest of its own)"
+    extras = [name for name in (ours.CHECKPOINTS, ours.REPORT, ours.PAGE) if (directory / name).exists()]
+    held = f"{', '.join([*parts, *extras])}, and nothing else (a report by a digest of its own)"
     return Finding(CLOSED, not faults, "; ".join(faults[:6]) or held)
 
 
-def _one(
+def _check_one(
     directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None, key: Path | None
 ) -> list[Finding]:
-    record, first = _unrun(directory, key)
+    record, first = _check_unrun(directory, key)
     if not first[0].passed or any(finding.passed is False for finding in first):
         return first
     if record.kind == "adapter":
-        return first + _adapter(directory, record, base, trust_remote_code)
+        return first + _check_adapter(directory, record, base, trust_remote_code)
     if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
         return first
-    return first + _artifact(directory, record, trust_remote_code, serve)
+    return first + _check_artifact(directory, record, trust_remote_code, serve)
 
 
-def _unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Finding]]:
+def _check_unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Finding]]:
     """Reads a manifest, and compares the directory and its signature with that, before any of its code runs.
 
     Whoever goes on with what was found goes on with this manifest, and reads none again.
     """
     record = manifest.read(directory, closed=False)
-    intact = _intact(directory, record)
+    intact = _check_intact(directory, record)
     return record, [intact, *signing.findings(directory, record, key, intact=intact.passed is not False)]
 
 
-def _intact(directory: Path, record: Manifest) -> Finding:
+def _check_intact(directory: Path, record: Manifest) -> Finding:
     with console.stage(f"Comparing {directory.name} with its manifest"):
         faults = manifest.faults(directory, record, fresh=True) or trust.leads(directory, record)
     files = len(record.code) + len(record.files)
@@ -104,27 +104,29 @@ def _intact(directory: Path, record: Manifest) -> Finding:
     return Finding(INTACT, not faults, "; ".join(faults[:6]) or counted)
 
 
-def _artifact(directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None) -> list[Finding]:
+def _check_artifact(
+    directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None
+) -> list[Finding]:
     trust.require(record, directory, trust_remote_code)
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
-        return _run(directory, record, serve)
+        return _run_artifact(directory, record, serve)
 
 
-def _run(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
+def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
     """Runs an artifact, whose code may, in every way in which it is checked."""
     with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
         findings = certificate.witness(own)
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
-        findings += [*_tokenizer(directory), *serving(directory, record)]
+        findings += [*_check_tokenizer(directory), *serving(directory, record)]
     if serve is None:
         return findings
     with console.stage(f"Serving {directory.name}"):
         return [*findings, served(directory, serve)]
 
 
-def _tokenizer(directory: Path) -> list[Finding]:
+def _check_tokenizer(directory: Path) -> list[Finding]:
     """Compares the tokenizer of an artifact, whose code may run, with its model."""
     if not companions.has_tokenizer(directory):
         return []
@@ -132,7 +134,9 @@ def _tokenizer(directory: Path) -> list[Finding]:
     return vocabulary.findings(held.model, held.processor or held.tokenizer)
 
 
-def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool) -> list[Finding]:
+def _check_adapter(
+    directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool
+) -> list[Finding]:
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
     below_record = manifest.read(base, "artifact", closed=False)
     fits = below_record.digest()
@@ -142,7 +146,7 @@ def _adapter(directory: Path, record: Manifest, where: str | Path | None, trust_
         not wrong,
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
-    below = _intact(base, below_record)
+    below = _check_intact(base, below_record)
     findings = [fit, replace(below, name="its base is intact")]
     if wrong or not below.passed:
         return findings

@@ -54,7 +54,7 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
                 if parameter.grad is not None:
                     self.stray.add(name)
             elif not self.seen.get(name):
-                self.seen[name] = _largest(parameter.grad) if parameter.grad is not None else 0.0
+                self.seen[name] = _find_largest(parameter.grad) if parameter.grad is not None else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was seen so far, for a checkpoint: a resumed training goes on looking."""
@@ -97,8 +97,8 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
             each = [*dict.fromkeys([*never, *faults])]
             more = [f"and {len(each) - 4} more"] if len(each) > 4 else []
             return Finding(REACHED, not faults, "; ".join([*each[:4], *more] if faults else [got]))
-        told = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
-        return Finding(REACHED, None, f"{told}, too few to tell of {', '.join(dead[:4])}")
+        counted = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
+        return Finding(REACHED, None, f"{counted}, too few to tell of {', '.join(dead[:4])}")
 
 
 def accumulation(
@@ -128,12 +128,12 @@ def accumulation(
     if len(splits) < 2:
         return Finding.unseen(ACCUMULATION, f"{n} example{'s' if n != 1 else ''} cannot be split in two ways")
     with chance.without(trainer.model, everywhere=not trainer.args.torch_compile) as mode:
-        reference = _gradient(trainer, examples, *splits[0])
+        reference = _compute_gradient(trainer, examples, *splits[0])
         if witness is not None:
             witness.look_again(reference)
         if not any(bool(gradient.any()) for gradient in reference.values()):
             return Finding.unseen(ACCUMULATION, "no gradient is left to compare, all are zero")
-        far = [_furthest(reference, _gradient(trainer, examples, *split)) for split in splits[1:]]
+        far = [_find_furthest(reference, _compute_gradient(trainer, examples, *split)) for split in splits[1:]]
         worst, culprit = max(far)
         shown = ", ".join(
             f"{n // size}x{size}" if spread == 1 else f"{n // spread}x1 on each of {spread} processes"
@@ -141,13 +141,15 @@ def accumulation(
         )
         evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
         if worst <= tolerance:
-            return _agreed(evidence, mode)
+            return _state_agreement(evidence, mode)
         if worst <= min(_MOST * tolerance, _ROUNDING) and ranks == 1 and not trainer.args.torch_compile:
-            rounded = _rounded(trainer, examples, splits[0], reference)
+            rounded = _measure_rounding(trainer, examples, splits[0], reference)
             if worst <= rounded:
-                told = f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
-                return _agreed(told, mode)
-        if (repeated := _repeated(trainer, examples, splits[0], reference)) > tolerance:
+                explained = (
+                    f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
+                )
+                return _state_agreement(explained, mode)
+        if (repeated := _measure_repeat(trainer, examples, splits[0], reference)) > tolerance:
             return Finding.unseen(
                 ACCUMULATION,
                 f"one and the same split differs from itself by {repeated:.1e} on other random numbers, which torch "
@@ -156,7 +158,7 @@ def accumulation(
     return Finding(ACCUMULATION, False, f"{evidence} ({culprit})")
 
 
-def _agreed(evidence: str, mode: chance.Chanceless) -> Finding:
+def _state_agreement(evidence: str, mode: chance.Chanceless) -> Finding:
     """Splits agree; where a mean stood for numbers that decide what is in the loss, that is measured and not proved."""
     if not mode.replaced:
         return Finding(ACCUMULATION, True, evidence)
@@ -164,29 +166,29 @@ def _agreed(evidence: str, mode: chance.Chanceless) -> Finding:
     return Finding(ACCUMULATION, None, f"{evidence}; the random numbers of {drawn} stood at their mean")
 
 
-def _rounded(
+def _measure_rounding(
     trainer: Any, examples: Sequence[Mapping[str, Any]], split: tuple[int, int], reference: Mapping[str, torch.Tensor]
 ) -> float:
     """Returns how far a split's gradient is from itself at most when what modules return is rounded otherwise."""
     distances = []
     for draw in range(_DRAWS):
         with rounding.moved(trainer.model, draw):
-            distances.append(_furthest(reference, _gradient(trainer, examples, *split))[0])
+            distances.append(_find_furthest(reference, _compute_gradient(trainer, examples, *split))[0])
     return max(distances)
 
 
-def _repeated(
+def _measure_repeat(
     trainer: Any, examples: Sequence[Mapping[str, Any]], split: tuple[int, int], reference: Mapping[str, torch.Tensor]
 ) -> float:
     """Returns how far a split's gradient is from itself when it is computed on other random numbers."""
     distances = []
     for seed in (1, 2):
         with chance.other_numbers(seed):
-            distances.append(_furthest(reference, _gradient(trainer, examples, *split))[0])
+            distances.append(_find_furthest(reference, _compute_gradient(trainer, examples, *split))[0])
     return max(distances)
 
 
-def _furthest(reference: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+def _find_furthest(reference: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[float, str]:
     """Returns how far two gradients are apart at most, relative to each tensor's largest, and in which tensor."""
     scales = {name: float(gradient.abs().max()) for name, gradient in reference.items()}
     largest = max(scales.values(), default=0.0)
@@ -205,7 +207,9 @@ def _furthest(reference: Mapping[str, torch.Tensor], found: Mapping[str, torch.T
     return worst, culprit
 
 
-def _gradient(trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, spread: int) -> dict[str, torch.Tensor]:
+def _compute_gradient(
+    trainer: Any, examples: Sequence[Mapping[str, Any]], size: int, spread: int
+) -> dict[str, torch.Tensor]:
     """Runs one window in micro-batches of `size` and returns the gradients, leaving none behind.
 
     With a `spread` every process runs its share of the examples, and the gradients are averaged as data parallel
@@ -247,7 +251,7 @@ def terms(sanity: Sanity, *, steps: int = FEW) -> Finding:
     return Finding(TERMS, not faults, "; ".join(faults) or evidence)
 
 
-def _largest(gradient: torch.Tensor) -> float:
+def _find_largest(gradient: torch.Tensor) -> float:
     return float(processes.whole(gradient).abs().max())
 
 

@@ -29,24 +29,24 @@ _LOST_BY_VLLM = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.c
 def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
     """Returns the rules about what is replaced, for a model and what was seen when it was called."""
     return [
-        _linear(model),
-        _called(model, seen),
+        _judge_linear(model),
+        _judge_called(model, seen),
         _named_norms(model),
-        _embeddings(model),
-        _alike(model),
-        _dispatch(model, seen),
-        _heads(model, seen),
-        _activation(model),
-        _types(model),
-        _names(model),
+        _judge_embeddings(model),
+        _judge_alike(model),
+        _judge_dispatch(model, seen),
+        _judge_heads(model, seen),
+        _judge_activation(model),
+        _judge_types(model),
+        _judge_names(model),
     ]
 
 
 def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     """Judges what `backbone`, built from the configuration alone, says of tensors of `model`: vLLM leaves those out."""
-    known: Iterable[str] = passed_over_keys(backbone)
+    keys: Iterable[str] = passed_over_keys(backbone)
     faults = []
-    for hint in sorted(known):
+    for hint in sorted(keys):
         lost = [name for name in model.state_dict() if re.search(hint, name)]
         if lost:
             faults.append(f"{hint!r} names {', '.join(lost[:2])}{f' and {len(lost) - 2} more' * (len(lost) > 2)}")
@@ -60,11 +60,11 @@ def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
     )
 
 
-def _linear(model: PreTrainedModel) -> Rule:
+def _judge_linear(model: PreTrainedModel) -> Rule:
     own = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and _does_more(m)]
     return Rule(
         "linear layers are only that",
-        [f"{place} is a linear layer by its class, and is replaced by a plain one" for place in listed(model, own)],
+        [f"{name} is a linear layer by its class, and is replaced by a plain one" for name in listed(model, own)],
         "no class that inherits from nn.Linear has a forward of its own",
         "Inherit from nn.Module and hold an nn.Linear",
     )
@@ -74,19 +74,21 @@ def _does_more(module: nn.Linear) -> bool:
     return type(module).forward is not nn.Linear.forward
 
 
-def _called(model: PreTrainedModel, seen: Observed) -> Rule:
-    called = {_alternative(name) for name in seen.called}
+def _judge_called(model: PreTrainedModel, seen: Observed) -> Rule:
+    called = {_drop_later_numbers(name) for name in seen.called}
     modules = dict(model.base_model.named_modules()) if called else {}
-    idle = [name for name, module in modules.items() if _alternative(name) not in called and _may_be_fused(module)]
+    idle = [
+        name for name, module in modules.items() if _drop_later_numbers(name) not in called and _may_be_fused(module)
+    ]
     return Rule(
         "what holds linear layers is called",
-        [f"{place} is not called, but read by other modules" for place in listed(model, idle)],
+        [f"{listed_name} is not called, but read by other modules" for listed_name in listed(model, idle)],
         "every linear layer, and every module of several, is called as a module",
         "Call it: the servers pack, split or fuse what it holds, and only its own forward knows of that",
     )
 
 
-def _alternative(name: str) -> str:
+def _drop_later_numbers(name: str) -> str:
     """Returns a name without its numbers after the first: of experts within a layer some are called, not all."""
     first = re.match(r"\D*\d+", name)
     start = first.group() if first else ""
@@ -105,14 +107,14 @@ def _named_norms(model: PreTrainedModel) -> Rule:
     ]
     return Rule(
         "what is called RMSNorm is one",
-        [f"{place} is replaced because of its class's name" for place in listed(model, own)],
+        [f"{listed_name} is replaced because of its class's name" for listed_name in listed(model, own)],
         "every class of that name is transformers' own",
         "Call the class otherwise, unless it is `weight * x / sqrt(mean(x²) + eps)` and no more",
         (SGLANG,),
     )
 
 
-def _embeddings(model: PreTrainedModel) -> Rule:
+def _judge_embeddings(model: PreTrainedModel) -> Rule:
     module = model.base_model.get_input_embeddings()
     own = not isinstance(module, nn.Embedding)
     return Rule(
@@ -124,7 +126,7 @@ def _embeddings(model: PreTrainedModel) -> Rule:
     )
 
 
-def _alike(model: PreTrainedModel) -> Rule:
+def _judge_alike(model: PreTrainedModel) -> Rule:
     """vLLM decides once for a class, by the first module in order, what of it to fuse."""
     first: dict[tuple[type, tuple[str, ...]], nn.Module] = {}
     faults: list[str] = []
@@ -137,27 +139,30 @@ def _alike(model: PreTrainedModel) -> Rule:
         faults += [f"{name}.{key}".lstrip(".") for key in linear if not isinstance(children[key], nn.Linear)]
     return Rule(
         "layers of one class are alike",
-        [f"{place} is no nn.Linear, but is in the first {_kind(model, place)}" for place in listed(model, faults)],
+        [
+            f"{listed_name} is no nn.Linear, but is in the first {_name_kind(model, listed_name)}"
+            for listed_name in listed(model, faults)
+        ],
         "linear layers within modules of one class are so in all of them, or not in the first",
         "vLLM fuses them in all modules of the class and does not start; change the first layer in the same way",
         (VLLM,),
     )
 
 
-def _kind(model: PreTrainedModel, place: str) -> str:
-    holder = re.sub(r"\.[^.]*$", "", place.split(" ")[0]).replace("*", "0")
+def _name_kind(model: PreTrainedModel, name: str) -> str:
+    holder = re.sub(r"\.[^.]*$", "", name.split(" ")[0]).replace("*", "0")
     return type(dict(model.named_modules()).get(holder, model)).__name__
 
 
-def _dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
     modules = dict(model.base_model.named_modules())
     faults: dict[str, list[str]] = {}
     for arrival in seen.arrivals:
-        if (module := modules.get(arrival.module)) is not None and (fault := _unreadable(module)):
+        if (module := modules.get(arrival.module)) is not None and (fault := _explain_unreadable(module)):
             faults.setdefault(fault, []).append(arrival.module)
     return Rule(
         "forward itself calls the attention function",
-        [f"{place} {fault}" for fault, names in faults.items() for place in listed(model, names)],
+        [f"{name} {fault}" for fault, names in faults.items() for name in listed(model, names)],
         "once, in every module that attends",
         "vLLM reads the source of forward: write `attention = ALL_ATTENTION_FUNCTIONS[...]` and "
         "`attention(self, ..., scaling=self.scaling)` there, once",
@@ -165,7 +170,7 @@ def _dispatch(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _heads(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_heads(model: PreTrainedModel, seen: Observed) -> Rule:
     """Both keep a cache of the shape that the configuration states, whatever arrives."""
     values = model.config.get_text_config()
     queries = int(values.num_attention_heads)
@@ -177,9 +182,9 @@ def _heads(model: PreTrainedModel, seen: Observed) -> Rule:
     return Rule(
         "heads are those of the configuration",
         [
-            f"{place} attends with {q} heads of queries, {k} of keys, of {width}, not {queries}, {keys}, of {size}"
+            f"{name} attends with {q} heads of queries, {k} of keys, of {width}, not {queries}, {keys}, of {size}"
             for (q, k, width), names in odd.items()
-            for place in listed(model, names)
+            for name in listed(model, names)
         ],
         f"{queries} of queries and {keys} of keys, of {size}",
         "Give the attention function what num_attention_heads, num_key_value_heads and head_dim state",
@@ -203,7 +208,7 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(values.to_dict().get("head_dim") or values.hidden_size // values.num_attention_heads)
 
 
-def _unreadable(module: nn.Module) -> str:
+def _explain_unreadable(module: nn.Module) -> str:
     """Returns what keeps vLLM from finding the call of the attention function in the source of a module's forward."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
@@ -217,7 +222,7 @@ def _unreadable(module: nn.Module) -> str:
     if len(calls) != 1:
         return f"calls it {len(calls)} times in its own forward"
     for keyword in calls[0].keywords:
-        if keyword.arg == "scaling" and not isinstance(_value(keyword.value, module), (int, float)):
+        if keyword.arg == "scaling" and not isinstance(_read_value(keyword.value, module), (int, float)):
             return f"passes scaling={ast.unparse(keyword.value)}, which is no number of its own"
     return ""
 
@@ -231,15 +236,15 @@ def _looks_up(node: ast.expr | None) -> bool:
     )
 
 
-def _value(node: ast.expr, module: nn.Module) -> object:
+def _read_value(node: ast.expr, module: nn.Module) -> object:
     if isinstance(node, ast.Constant):
         return node.value
     own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     return getattr(module, node.attr, None) if own and isinstance(node, ast.Attribute) else None
 
 
-def _activation(model: PreTrainedModel) -> Rule:
-    blocks = [n for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts" and _replaced(m)]
+def _judge_activation(model: PreTrainedModel) -> Rule:
+    blocks = [n for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts" and _is_replaced(m)]
     values = model.config.get_text_config().to_dict()
     named = values.get("hidden_act") or values.get("hidden_activation") or values.get("activation")
     odd = bool(blocks) and named not in SILU and "GptOss" not in (model.config.architectures or [""])[0]
@@ -249,18 +254,18 @@ def _activation(model: PreTrainedModel) -> Rule:
     return Rule(
         "experts are gated by silu",
         [f"the configuration names {named!r}, the servers' kernel computes silu"] * odd
-        + [f"{place} is of a class of its own, of which only the tensors are used" for place in listed(model, own)],
+        + [f"{name} is of a class of its own, of which only the tensors are used" for name in listed(model, own)],
         f"{len(blocks)} blocks of experts" if blocks else "there are no experts to replace",
         "Serve it with transformers, or call what holds the experts otherwise than `experts`",
     )
 
 
-def _replaced(module: nn.Module) -> bool:
+def _is_replaced(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return isinstance(module, nn.ModuleList) or bool(parameters and all(p.ndim == 3 for p in parameters))
 
 
-def _types(model: PreTrainedModel) -> Rule:
+def _judge_types(model: PreTrainedModel) -> Rule:
     strict = modules_in_float32(model.base_model)
     own = model.dtype
     odd = [
@@ -270,20 +275,20 @@ def _types(model: PreTrainedModel) -> Rule:
     ]
     return Rule(
         "one type for all parameters",
-        [f"{place} is not {str(own).removeprefix('torch.')}" for place in listed(model, odd)],
+        [f"{listed_name} is not {str(own).removeprefix('torch.')}" for listed_name in listed(model, odd)],
         str(own).removeprefix("torch."),
         "vLLM gives every parameter the type that it serves in: `--dtype float32` keeps them all wide",
         (VLLM,),
     )
 
 
-def _names(model: PreTrainedModel) -> Rule:
+def _judge_names(model: PreTrainedModel) -> Rule:
     faults: list[str] = []
     servers: Sequence[str] = ()
     for server, parts in ((SGLANG, _LOST_BY_SGLANG), (VLLM, _LOST_BY_VLLM)):
         lost = [name for name in model.base_model.state_dict() if any(part in full(model, name) for part in parts)]
         if lost:
-            faults += [f"{server} leaves {place} out" for place in listed(model, lost)]
+            faults += [f"{server} leaves {listed_name} out" for listed_name in listed(model, lost)]
             servers = (*servers, server)
     return Rule(
         "no tensor has a name that is left out",

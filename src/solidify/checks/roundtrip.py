@@ -34,14 +34,18 @@ def adapter_effect(
     on = outputs(model, inputs)
     with model.disable_adapter():
         off = outputs(model, inputs)
-    moves = {key: _moved(base[key], on[key]) for key in base if key in on}
+    moves = {key: _measure_move(base[key], on[key]) for key in base if key in on}
     most = max(moves, key=lambda key: moves[key], default="nothing")
     moved = moves.get(most, 0.0)
-    different = _different(base, off)
-    told = f"disabled, {_named(different)} {'is' if len(different) == 1 else 'are'} not the base's"
+    different = _find_different(base, off)
+    evidence = f"disabled, {_name_outputs(different)} {'is' if len(different) == 1 else 'are'} not the base's"
     return [
-        Finding("adapter has an effect", moved > 0, f"of {_counted(base)}, {most} moves most, by up to {moved:.3g}"),
-        Finding("adapter off is the base", not different, told if different else f"{_counted(base)} bit-identical"),
+        Finding(
+            "adapter has an effect", moved > 0, f"of {_count_outputs(base)}, {most} moves most, by up to {moved:.3g}"
+        ),
+        Finding(
+            "adapter off is the base", not different, evidence if different else f"{_count_outputs(base)} bit-identical"
+        ),
     ]
 
 
@@ -49,22 +53,22 @@ def adapter_reload(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
     """Compares outputs before saving with those after loading; they must be bit-identical."""
     if not expected:
         return Finding.unseen("adapter reload exact", "nothing was run before it was saved")
-    different = _different(expected, found)
-    evidence = f"differs: {_named(different)}" if different else f"{_counted(expected)} bit-identical"
+    different = _find_different(expected, found)
+    evidence = f"differs: {_name_outputs(different)}" if different else f"{_count_outputs(expected)} bit-identical"
     return Finding("adapter reload exact", not different, evidence)
 
 
-def _different(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
+def _find_different(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
     """Names outputs that are not bit for bit the same, or that one of two models alone has."""
-    both = [key for key in expected if key in found and _alike(expected[key], found[key])]
+    both = [key for key in expected if key in found and _are_equal(expected[key], found[key])]
     return [key for key in {**expected, **found} if key not in both]
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
+def _measure_move(before: torch.Tensor, after: torch.Tensor) -> float:
     """Returns by how much the elements of an output move at most; what is of another shape or no number, by inf."""
     if before.shape != after.shape:
         return math.inf
@@ -73,11 +77,11 @@ def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
     return math.inf if math.isnan(moved) else moved
 
 
-def _named(outputs: Sequence[str]) -> str:
+def _name_outputs(outputs: Sequence[str]) -> str:
     return ", ".join(outputs[:4]) + (f" and {len(outputs) - 4} more" if len(outputs) > 4 else "")
 
 
-def _counted(outputs: Mapping[str, torch.Tensor]) -> str:
+def _count_outputs(outputs: Mapping[str, torch.Tensor]) -> str:
     """Counts outputs and the cases that they are of."""
     cases = {key.partition("/")[0] for key in outputs}
     plural = "s" if len(outputs) != 1 else ""

@@ -62,16 +62,16 @@ class Observed:
 def observe(backbone: PreTrainedModel) -> Observed:
     """Calls a model without its head as it is, and as a server does; the model is unchanged."""
     seen = Observed()
-    inputs = _inputs(backbone, _length(backbone))
+    inputs = _make_inputs(backbone, _choose_length(backbone))
     with torch.no_grad(), anatomy.evaluation(backbone), anatomy.sparing(backbone):
-        alone = foreign.attempt(_mixers, backbone, inputs, -1, Observed())
+        alone = foreign.attempt(_find_mixers, backbone, inputs, -1, Observed())
         if alone.error is not None:
             seen.refused = foreign.said(alone.error)
             return seen
         seen.causal = not alone.value
-        with _attention(backbone, seen):
+        with _isolate_positions(backbone, seen):
             middle = inputs["input_ids"].shape[1] // 2
-            served = foreign.attempt(_mixers, backbone, {**inputs, KEYWORD: seen}, middle, seen)
+            served = foreign.attempt(_find_mixers, backbone, {**inputs, KEYWORD: seen}, middle, seen)
             seen.mixers = served.value or []
             if served.error is not None:
                 seen.refused = foreign.said(served.error)
@@ -81,31 +81,31 @@ def observe(backbone: PreTrainedModel) -> Observed:
     return seen
 
 
-def _mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], place: int, seen: Observed) -> list[str]:
+def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], position: int, seen: Observed) -> list[str]:
     """Changes the token at one place and names the modules that let it reach the output at other places."""
     names = {module: name for name, module in backbone.named_modules()}
     first: dict[tuple[str, int], Any] = {}
     found: list[str] = []
     ids = inputs["input_ids"]
-    with _hooked(names, _keep(first, seen)):
+    with _hook_modules(names, _make_keeper(first, seen)):
         backbone(**inputs)
     changed = ids.clone()
-    changed[0, place] = next(token for token in ids[0] if token != ids[0, place])
-    others = [index for index in range(ids.shape[1]) if index != place % ids.shape[1]]
+    changed[0, position] = next(token for token in ids[0] if token != ids[0, position])
+    others = [index for index in range(ids.shape[1]) if index != position % ids.shape[1]]
     arrived = len(seen.arrivals)
-    with _hooked(names, _compare(first, found, others)):
+    with _hook_modules(names, _make_comparison(first, found, others)):
         backbone(**{**inputs, "input_ids": changed})
     del seen.arrivals[arrived:]
     return found
 
 
-def _length(backbone: PreTrainedModel) -> int:
+def _choose_length(backbone: PreTrainedModel) -> int:
     """Returns a number of positions that is no size of a parameter: so tensors tell which axis runs along them."""
     sizes = {size for parameter in backbone.parameters() for size in parameter.shape}
     return next((length for length in _LENGTHS if length not in sizes), _LENGTHS[-1])
 
 
-def _inputs(backbone: PreTrainedModel, length: int) -> dict[str, Any]:
+def _make_inputs(backbone: PreTrainedModel, length: int) -> dict[str, Any]:
     """Makes one row of ordinary tokens and their positions."""
     return {
         "input_ids": torch.tensor([ordinary(backbone, length)], device=backbone.device),
@@ -121,11 +121,11 @@ def ordinary(backbone: PreTrainedModel, length: int) -> list[int]:
     special = {v for c in (backbone.config, text) for k, v in vars(c).items() if "token" in k and isinstance(v, int)}
     tokens = [token for token in range(int(text.vocab_size)) if token not in special]
     generator = torch.Generator().manual_seed(0)
-    return [tokens[place] for place in torch.randint(len(tokens), (length,), generator=generator).tolist()]
+    return [tokens[index] for index in torch.randint(len(tokens), (length,), generator=generator).tolist()]
 
 
 @contextmanager
-def _attention(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
+def _isolate_positions(backbone: PreTrainedModel, seen: Observed) -> Iterator[None]:
     """Makes the model use, while the block lasts, an attention in which every position sees itself alone."""
     names = {module: name for name, module in backbone.named_modules()}
 
@@ -159,7 +159,7 @@ Hook = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 @contextmanager
-def _hooked(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
+def _hook_modules(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
     """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output."""
 
     def bind(name: str) -> Any:
@@ -173,7 +173,7 @@ def _hooked(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
-def _keep(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
+def _make_keeper(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
     """Makes a hook that keeps what every module is given and returns."""
     times: dict[str, int] = {}
 
@@ -186,12 +186,12 @@ def _keep(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
             seen.experts[name] = len(args)
         call = (name, times.setdefault(name, 0))
         times[name] += 1
-        first[call] = ([t.clone() for t in _tensors((args, kwargs))], [t.clone() for t in _tensors(output)])
+        first[call] = ([t.clone() for t in _list_tensors((args, kwargs))], [t.clone() for t in _list_tensors(output)])
 
     return keep
 
 
-def _compare(first: Mapping[tuple[str, int], Any], found: list[str], others: list[int]) -> Hook:
+def _make_comparison(first: Mapping[tuple[str, int], Any], found: list[str], others: list[int]) -> Hook:
     """Makes a hook that finds modules whose output at other positions moved although their input there did not.
 
     What moved, if only by rounding, is put back: so rounding does not add up, and a mixer does not hide the next.
@@ -203,28 +203,28 @@ def _compare(first: Mapping[tuple[str, int], Any], found: list[str], others: lis
         call = (name, times.setdefault(name, 0))
         times[name] += 1
         given, returned = first.get(call, ([], []))
-        now, out = _tensors((args, kwargs)), _tensors(output)
+        now, out = _list_tensors((args, kwargs)), _list_tensors(output)
         if [t.shape for t in given + returned] != [t.shape for t in now + out]:
             return output
-        if any(_moved(a, b, others) for a, b in zip(given, now, strict=True)):
+        if any(_has_moved(a, b, others) for a, b in zip(given, now, strict=True)):
             return output
-        if any(_moved(a, b, others) for a, b in zip(returned, out, strict=True)):
+        if any(_has_moved(a, b, others) for a, b in zip(returned, out, strict=True)):
             found.append(name)
         before = iter(returned)
-        return _mapped(output, lambda tensor: _put_back(next(before), tensor, others))
+        return _map_tensors(output, lambda tensor: _put_back(next(before), tensor, others))
 
     return compare
 
 
-def _axis(tensor: torch.Tensor, others: list[int]) -> int | None:
+def _find_axis(tensor: torch.Tensor, others: list[int]) -> int | None:
     """Returns the one axis that runs along the positions."""
-    places = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
-    return places[0] if len(places) == 1 else None
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
+    return axes[0] if len(axes) == 1 else None
 
 
-def _moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool:
+def _has_moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool:
     """Returns whether a tensor differs at the other positions by more than rounding."""
-    axis = _axis(before, others)
+    axis = _find_axis(before, others)
     if axis is None:
         return False
     index = torch.tensor(others, device=before.device)
@@ -237,25 +237,25 @@ def _moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool
 
 
 def _put_back(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> torch.Tensor:
-    axis = _axis(before, others)
+    axis = _find_axis(before, others)
     if axis is None:
         return after
     index = torch.tensor(others, device=before.device)
     return after.index_copy(axis, index, before.index_select(axis, index))
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _list_tensors(value: Any) -> list[torch.Tensor]:
     """Lists the tensors in nested arguments or outputs, in order."""
     found: list[torch.Tensor] = []
-    _mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    _map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(_map_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        return type(value)(**{key: _mapped(item, change) for key, item in value.items()})
+        return type(value)(**{key: _map_tensors(item, change) for key, item in value.items()})
     return value

@@ -61,7 +61,7 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
     Raises:
         SolidifyError: the interpreter cannot be run, or has no vLLM.
     """
-    _require(python)
+    _require_vllm(python)
     record = manifest.read(directory, "artifact")
     model = loading.load_artifact(directory)
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -124,7 +124,7 @@ def run(
     return answer
 
 
-def _require(python: str | Path) -> None:
+def _require_vllm(python: str | Path) -> None:
     """Finds out whether an interpreter has vLLM."""
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
@@ -153,7 +153,7 @@ def compare(
 
     `logprobs` are the server's log-probabilities of its tokens. The model is run in evaluation, without a cache.
     """
-    logits = _logits(model, prompts, tokens)
+    logits = _compute_logits(model, prompts, tokens)
     chosen = torch.tensor([token for row in tokens for token in row])
     said = torch.tensor([value for row in logprobs for value in row])
     mine = logits.gather(-1, chosen[:, None]).squeeze(-1)
@@ -162,7 +162,7 @@ def compare(
     apart = margins[margins > 0]
     if not apart.numel():
         return Compared(len(chosen), 0, 0, logprob, 0.0)
-    noise = _rounding(model, prompts, tokens, logits)
+    noise = _measure_rounding(model, prompts, tokens, logits)
     others = apart[apart > 2 * noise]  # each side is off by up to that much
     return Compared(
         len(chosen) - apart.numel(),
@@ -173,7 +173,9 @@ def compare(
     )
 
 
-def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+def _compute_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> torch.Tensor:
     """Returns the logits (new tokens of all texts, vocabulary) that each new token was chosen from."""
     rows = []
     with torch.no_grad(), anatomy.evaluation(model):
@@ -184,7 +186,7 @@ def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Se
     return torch.cat(rows)
 
 
-def _rounding(
+def _measure_rounding(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
@@ -192,4 +194,4 @@ def _rounding(
 ) -> float:
     """Returns by how much the logits move when the same tensors are computed with in the next wider type."""
     wide = deepcopy(model).to(_WIDER[model.dtype])
-    return float((_logits(wide, prompts, tokens) - logits).abs().max())
+    return float((_compute_logits(wide, prompts, tokens) - logits).abs().max())

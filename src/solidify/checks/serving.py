@@ -53,15 +53,17 @@ def serving(directory: Path, record: Manifest) -> list[Finding]:
 
 def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[str, str]) -> list[Finding]:
     """Judges a model that was changed by `edits` (their records) and whose `auto_map` stands in config.json."""
-    kind, places = _kind(model), ledger.new_modules(edits)
+    kind, edited = _judge_kind(model), ledger.new_modules(edits)
     needed = (
-        [Rule("architecture", kind, "", "Serve it with transformers")] if kind else _needed(model, places, auto_map)
+        [Rule("architecture", kind, "", "Serve it with transformers")]
+        if kind
+        else _list_needed(model, edited, auto_map)
     )
-    plans = [] if kind else [_tensor_parallel(model, places), _pipeline_parallel(model), replaced.head_size(model)]
-    return [rule.finding() for rule in (*needed, *plans)] + [_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
+    plans = [] if kind else [_tensor_parallel(model, edited), _pipeline_parallel(model), replaced.head_size(model)]
+    return [rule.finding() for rule in (*needed, *plans)] + [_state_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
 
 
-def _needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str]) -> list[Rule]:
+def _list_needed(model: PreTrainedModel, edited: Places, auto_map: Mapping[str, str]) -> list[Rule]:
     """Returns the rules that a server cannot do without."""
     seen = served_call.observe(model.base_model)
     encoder = ["it is an encoder; SGLang's document names decoders only"] if seen.causal is False else []
@@ -69,19 +71,19 @@ def _needed(model: PreTrainedModel, places: Places, auto_map: Mapping[str, str])
         Rule("architecture", [], f"{'decoder' if seen.causal else 'encoder'}-only, takes tokens", ""),
         *([Rule("architecture for SGLang", encoder, "", "Serve it with vLLM", (SGLANG,))] if encoder else []),
         _auto_map(auto_map),
-        _in_the_base_model(model, places),
+        _in_the_base_model(model, edited),
         _backend_flag(model),
-        _keywords(model, seen),
-        _attention(model, seen),
+        _judge_keywords(model, seen),
+        _judge_attention(model, seen),
         _is_causal(model, seen),
-        _experts(model, places, seen),
-        _ties(model),
+        _judge_experts(model, edited, seen),
+        _judge_ties(model),
         *replaced.rules(model, seen),
-        *_hints(model, auto_map),
+        *_judge_hints(model, auto_map),
     ]
 
 
-def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Finding:
+def _state_verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Finding:
     broken = [rule.name for rule in needed if rule.faults and server in rule.servers]
     if broken:
         return Finding(f"rules of {server}", None, f"not met; not run: {', '.join(broken)}")
@@ -92,22 +94,22 @@ def _verdict(server: str, needed: Sequence[Rule], plans: Sequence[Rule]) -> Find
     return Finding(f"rules of {server}", None, f"met; not run: {run}{alone}")
 
 
-def _hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
+def _judge_hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Rule]:
     """Judges the artifact's part without a head, built as the servers build it; a model in memory has none."""
-    place = auto_map.get("AutoModel", "").rpartition(".")[2]
-    part = vars(sys.modules[type(model).__module__]).get(place)
+    class_name = auto_map.get("AutoModel", "").rpartition(".")[2]
+    part = vars(sys.modules[type(model).__module__]).get(class_name)
     if part is None:
         return []
     with torch.device("meta"):
         built = foreign.attempt(part, deepcopy(model.config))
     if built.error is not None:
-        told = f"{place} cannot be built from the configuration alone: {foreign.said(built.error)}"
+        reason = f"{class_name} cannot be built from the configuration alone: {foreign.said(built.error)}"
         remedy = "servers build it so; let the constructors of its modules take what the configuration holds"
-        return [Rule("the part without a head is built by its configuration", [told], "", remedy)]
+        return [Rule("the part without a head is built by its configuration", [reason], "", remedy)]
     return [replaced.hints(model, built.value)]
 
 
-def _kind(model: PreTrainedModel) -> list[str]:
+def _judge_kind(model: PreTrainedModel) -> list[str]:
     if model.config.is_encoder_decoder:
         return ["it is an encoder-decoder; both serve encoder-only (vLLM) and decoder-only models"]
     if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -135,26 +137,26 @@ def _backend_flag(model: PreTrainedModel) -> Rule:
     )
 
 
-def _in_the_base_model(model: PreTrainedModel, places: Places) -> Rule:
+def _in_the_base_model(model: PreTrainedModel, edited: Places) -> Rule:
     start = prefix(model)
-    added = [name for name, edit in places.items() if catalogue.of(edit).adds]
-    outside = [name for name in places if not name.startswith(start) and name not in added]
+    added = [name for name, edit in edited.items() if catalogue.of(edit).adds]
+    outside = [name for name in edited if not name.startswith(start) and name not in added]
     return Rule(
         "changes lie in the base model",
         [f"{name} belongs to the head, which the servers build themselves" for name in outside]
         + [f"{name} adds to the outputs, of which the servers read the hidden states only" for name in added],
-        f"all {len(places)} lie in {full(model, '')}",
+        f"all {len(edited)} lie in {full(model, '')}",
         "Move the change into the part without a head, or serve it with transformers",
     )
 
 
-def _keywords(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_keywords(model: PreTrainedModel, seen: Observed) -> Rule:
     faults = []
     if seen.refused:
         what = f"refuses {KEYWORD}" if seen.runs_without else "fails when it is called as the servers do"
         faults.append(f"{full(model, '')} {what} ({seen.refused})")
     lost = [_last_with_keyword(arrival.module, seen) for arrival in seen.arrivals if not arrival.passed]
-    faults += [f"{place} does not pass them on" for place in listed(model, dict.fromkeys(lost))]
+    faults += [f"{name} does not pass them on" for name in listed(model, dict.fromkeys(lost))]
     return Rule(
         "keyword arguments reach the attention",
         faults,
@@ -170,15 +172,15 @@ def _last_with_keyword(module: str, seen: Observed) -> str:
     return [name for name in around if name in seen.received][-1]
 
 
-def _attention(model: PreTrainedModel, seen: Observed) -> Rule:
+def _judge_attention(model: PreTrainedModel, seen: Observed) -> Rule:
     mixers = listed(model, seen.mixers)
-    faults = [f"{place} mixes positions by itself" for place in mixers]
-    layers = _layers(model)
+    faults = [f"{name} mixes positions by itself" for name in mixers]
+    layers = _count_layers(model)
     numbers = [arrival.layer_idx for arrival in seen.arrivals]
     for arrival in seen.arrivals:
-        place, number = full(model, arrival.module), arrival.layer_idx
+        name, number = full(model, arrival.module), arrival.layer_idx
         if not isinstance(number, int) or not 0 <= number < layers:
-            faults.append(f"{place} has layer_idx {number!r}, but num_hidden_layers is {layers}")
+            faults.append(f"{name} has layer_idx {number!r}, but num_hidden_layers is {layers}")
         elif numbers.count(number) > 1:
             faults.append(
                 f"layer_idx {number} is used {numbers.count(number)} times; the servers keep one cache for it"
@@ -196,7 +198,7 @@ def _attention(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _layers(model: PreTrainedModel) -> int:
+def _count_layers(model: PreTrainedModel) -> int:
     """Returns the number of layers by the name under which the servers look for it, 0 where there is none."""
     config = model.config.get_text_config()
     return int(config.to_dict().get(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")) or 0)
@@ -210,10 +212,12 @@ def _is_causal(model: PreTrainedModel, seen: Observed) -> Rule:
         faults = ["not known, because the model cannot be called"]
     elif seen.causal and model.config.get_text_config() is model.config:
         wrong = [name for name, value in values.items() if not value]
-        faults = [f"{place} has it False, but the model is causal" for place in listed(model, wrong)]
+        faults = [f"{listed_name} has it False, but the model is causal" for listed_name in listed(model, wrong)]
     elif not seen.causal:
         wrong = [arrival.module for arrival in seen.arrivals if values.get(arrival.module, True)]
-        faults = [f"{place} does not have it False, but the model is an encoder" for place in listed(model, wrong)]
+        faults = [
+            f"{listed_name} does not have it False, but the model is an encoder" for listed_name in listed(model, wrong)
+        ]
     return Rule(
         "is_causal tells encoders",
         faults,
@@ -222,13 +226,18 @@ def _is_causal(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
+def _judge_experts(model: PreTrainedModel, edited: Places, seen: Observed) -> Rule:
     blocks = {n: m for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts"}
     number, _ = cost.experts(model.config)
     faults = [fault for name, module in blocks.items() for fault in _experts_faults(model, name, module, number, seen)]
-    inside = tuple(f"{name}." for name in places)
+    inside = tuple(f"{name}." for name in edited)
     for name, module in model.base_model.named_modules():
-        if full(model, name).startswith(inside) and name not in blocks and number > 1 and _size(module) == number:
+        if (
+            full(model, name).startswith(inside)
+            and name not in blocks
+            and number > 1
+            and _count_experts(module) == number
+        ):
             faults.append(f"{full(model, name)} holds {number} experts, but is not called `experts`")
     return Rule(
         "experts",
@@ -240,28 +249,28 @@ def _experts(model: PreTrainedModel, places: Places, seen: Observed) -> Rule:
 
 
 def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number: int, seen: Observed) -> list[str]:
-    place = full(model, name)
+    full_name = full(model, name)
     faults = []
     flat = [key for key, parameter in module.named_parameters() if parameter.ndim != 3]
     if not isinstance(module, nn.ModuleList) and (flat or not list(module.parameters())):
-        faults.append(f"{place} is no ModuleList and its {flat[0] if flat else 'content'} is not stacked by expert")
-    elif number and _size(module) != number:
-        faults.append(f"{place} holds {_size(module)} experts, but the configuration says {number}")
+        faults.append(f"{full_name} is no ModuleList and its {flat[0] if flat else 'content'} is not stacked by expert")
+    elif number and _count_experts(module) != number:
+        faults.append(f"{full_name} holds {_count_experts(module)} experts, but the configuration says {number}")
     if type(module).forward is nn.ModuleList.forward:
-        faults.append(f"{place} has no forward")
+        faults.append(f"{full_name} has no forward")
     else:
         try:
             inspect.signature(type(module).forward).bind(None, "hidden_states", "top_k_index", "top_k_weights")
         except TypeError:
-            faults.append(f"{place}.forward takes {inspect.signature(type(module).forward)}")
+            faults.append(f"{full_name}.forward takes {inspect.signature(type(module).forward)}")
     given = seen.experts.get(name)
     if not seen.refused and not faults and given != 3:
         how = "is never called as a module" if given is None else f"is called with {given} positional arguments"
-        faults.append(f"{place} {how}")
+        faults.append(f"{full_name} {how}")
     return faults
 
 
-def _size(module: nn.Module) -> int:
+def _count_experts(module: nn.Module) -> int:
     """Returns how many experts a module may hold: members of a list, or the length of stacked parameters."""
     if isinstance(module, nn.ModuleList):
         return len(module)
@@ -269,17 +278,17 @@ def _size(module: nn.Module) -> int:
     return stacked.pop() if len(stacked) == 1 else 0
 
 
-def _ties(model: PreTrainedModel) -> Rule:
+def _judge_ties(model: PreTrainedModel) -> Rule:
     stated = any(c.to_dict().get("tie_word_embeddings") for c in (model.config, model.config.get_text_config()))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    pair = [_weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())]
+    pair = [_find_weight(model.get_input_embeddings()), _find_weight(model.get_output_embeddings())]
     faults = []
     for parameter, group in names.items():
         allowed = 2 if stated and parameter is pair[0] is pair[1] else 1
         if len(group) > allowed and any(name.startswith(prefix(model)) for name in group):
-            faults.append(f"{_together(group)} are one tensor")
+            faults.append(f"{_fold_names(group)} are one tensor")
     if stated and None not in pair and pair[0] is not pair[1]:
         faults.append("the configuration ties the head to the embeddings, but they are two tensors")
     return Rule(
@@ -291,25 +300,25 @@ def _ties(model: PreTrainedModel) -> Rule:
     )
 
 
-def _together(names: Sequence[str]) -> str:
+def _fold_names(names: Sequence[str]) -> str:
     folded = anatomy.fold(names)
     return f"{folded[0]} ({len(names)} names)" if len(folded) == 1 else " and ".join(names)
 
 
-def _weight(module: nn.Module | None) -> nn.Parameter | None:
+def _find_weight(module: nn.Module | None) -> nn.Parameter | None:
     return own_parameters(module).get("weight") if module is not None else None
 
 
-def _tensor_parallel(model: PreTrainedModel, places: Places) -> Rule:
+def _tensor_parallel(model: PreTrainedModel, edited: Places) -> Rule:
     base, start = model.base_model, prefix(model)
     plan: dict[str, str] = dict(base.tp_plan or {})
     modules = dict(base.named_modules(remove_duplicate=False))
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     there = {*modules, *(name for name, _ in base.named_parameters(remove_duplicate=False))}
-    inside = [name.removeprefix(start) for name in places if name.startswith(start)]
+    inside = [name.removeprefix(start) for name in edited if name.startswith(start)]
     before = {  # what stood at each place, by the place's name now
-        (place + old.removeprefix(edit["name"])).removeprefix(start)
-        for place, edit in places.items()
+        (target + old.removeprefix(edit["name"])).removeprefix(start)
+        for target, edit in edited.items()
         for old in (*edit["dropped"], *edit["kept"].values())
         if old.startswith(edit["name"])
     }
@@ -325,8 +334,8 @@ def _tensor_parallel(model: PreTrainedModel, places: Places) -> Rule:
         if style not in ("colwise", "rowwise") and hit & linear:
             odd.setdefault(style, []).append(pattern)
     faults = [] if plan else ["the configuration has no base_model_tp_plan"]
-    faults += [f"{place} is in the plan, but was replaced" for place in listed(model, replaced)]
-    faults += [f"{place} is in the plan, but is not there any more" for place in listed(model, gone)]
+    faults += [f"{target} is in the plan, but was replaced" for target in listed(model, replaced)]
+    faults += [f"{target} is in the plan, but is not there any more" for target in listed(model, gone)]
     faults += [f"{', '.join(names)} are planned as {style}, not colwise or rowwise" for style, names in odd.items()]
     return Rule(
         "tensor parallel plan",
@@ -344,7 +353,7 @@ def _pipeline_parallel(model: PreTrainedModel) -> Rule:
     names = plan or [name for name, child in children.items() if any(True for _ in child.parameters())]
     faults = [f"{full(model, name)} is planned, but is not there" for name in names if name not in children]
     lists = {name: child for name in names if isinstance(child := children.get(name), nn.ModuleList)}
-    layers = _layers(model)
+    layers = _count_layers(model)
     if len(lists) != 1:
         faults.append(f"it takes exactly one ModuleList to split, but there are: {', '.join(lists) or 'none'}")
     faults += [

@@ -28,11 +28,11 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     declared = ledger.new_modules(edits)
     faults = []
     for name, edit in declared.items():
-        place = lookup.at(model, name)
-        kind = type(place.inner).__name__ if place else "nothing"
+        located = lookup.at(model, name)
+        kind = type(located.inner).__name__ if located else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} holds {kind}, not {edit['new_class']}")
-    shaped = {name: _shape(model, name, edit) for name, edit in ledger.reshaped_modules(edits).items()}
+    shaped = {name: _inspect_shape(model, name, edit) for name, edit in ledger.reshaped_modules(edits).items()}
     faults += [f"{name} {fault}" for name, (_, wrong) in shaped.items() for fault in wrong]
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
@@ -48,10 +48,10 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("structure", not faults, "; ".join(faults or said))
 
 
-def _shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _inspect_shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Returns what shape a module has, and what is not as the edit says."""
-    place = lookup.at(model, name)
-    return catalogue.of(edit).inspect(place.inner, edit) if place else ("", ["is gone"])
+    located = lookup.at(model, name)
+    return catalogue.of(edit).inspect(located.inner, edit) if located else ("", ["is gone"])
 
 
 def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Finding:
@@ -63,19 +63,19 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     if not declared:
         return Finding.unseen(IN_USE, "no new module was put in")
     if not Extent.of(model).whole:
-        return _called(model, declared)
+        return _check_called(model, declared)
     inputs = probing.probe_inputs(model)
     idle = []
     for name, edit in declared.items():
-        place = lookup.at(model, name)
+        located = lookup.at(model, name)
         key = name if catalogue.of(edit).adds else None
-        before = _said(model, inputs, key)
-        if place is None:
+        before = _collect_logits(model, inputs, key)
+        if located is None:
             idle.append(name)
             continue
-        handle = place.called.register_forward_hook(_double)
+        handle = located.called.register_forward_hook(_double_output)
         try:
-            if torch.equal(_said(model, inputs, key), before):
+            if torch.equal(_collect_logits(model, inputs, key), before):
                 idle.append(name)
         finally:
             handle.remove()
@@ -83,7 +83,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     return Finding(IN_USE, not idle, f"no effect: {', '.join(idle)}" if idle else evidence)
 
 
-def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
+def _check_called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Runs a large model until the first new module of each kind was called: a sample, and no proof of the others."""
     replaced = [name for name, edit in declared.items() if catalogue.of(edit).puts]
     first = list(control.first_of_each_kind(model, replaced))
@@ -95,7 +95,7 @@ def _called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -
     return Finding(IN_USE, False if idle else None, f"never called: {', '.join(idle)}" if idle else evidence)
 
 
-def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str | None) -> torch.Tensor:
+def _collect_logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str | None) -> torch.Tensor:
     """Returns the model's logits, or what its outputs carry under a name."""
     if key is None:
         return anatomy.run(model, inputs)
@@ -104,19 +104,19 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], key: str |
     return torch.as_tensor(answer[0] if isinstance(answer, (tuple, list)) else answer)
 
 
-def _double(_module: nn.Module, _args: Any, output: Any) -> Any:
-    return _doubled(output)
+def _double_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+    return _double_tensors(output)
 
 
-def _doubled(value: Any) -> Any:
+def _double_tensors(value: Any) -> Any:
     """Doubles all floating tensors within what a module returned, whatever holds them."""
     if isinstance(value, torch.Tensor):
         return value * 2 if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return type(value)(**{key: _doubled(each) for key, each in value.items()})
+        return type(value)(**{key: _double_tensors(each) for key, each in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_doubled, value))
-    return type(value)(map(_doubled, value)) if isinstance(value, (tuple, list)) else value
+        return type(value)(*map(_double_tensors, value))
+    return type(value)(map(_double_tensors, value)) if isinstance(value, (tuple, list)) else value
 
 
 def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence[Mapping[str, Any]]) -> Finding:

@@ -46,7 +46,7 @@ def main(request_file: str, answer_file: str) -> None:
     (package,) = set(packages_distributions()["vllm"])
     answer = {
         "tokens": [list(each.token_ids) for each in best],
-        "logprobs": [_logprobs(each) for each in best],
+        "logprobs": [_list_logprobs(each) for each in best],
         "seconds": seconds,
         "versions": {
             package: version(package),
@@ -57,7 +57,7 @@ def main(request_file: str, answer_file: str) -> None:
     Path(answer_file).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def _logprobs(output: Any) -> list[float]:
+def _list_logprobs(output: Any) -> list[float]:
     return [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
 
 

@@ -51,7 +51,7 @@ Chain = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         from solidify.system import console
 
@@ -61,7 +61,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     """Change the architecture of a pretrained Hugging Face model, and prove that the result is solid."""
 
@@ -71,7 +73,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("build/demo"),
 ) -> None:
     """The whole loop on an embedded tiny OLMoE, offline; ends with a table of what was proved."""
-    with _starting():
+    with _start_verb():
         from solidify.demo import story
 
     story.tell(output)
@@ -84,7 +86,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """The tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
-    with _starting():
+    with _start_verb():
         from solidify.artifact import inspection
         from solidify.command import views
         from solidify.model.cost import cost
@@ -96,14 +98,14 @@ def inspect(
     if as_json:
         _print_json({"class": name, **total.document(), "modules": [branch.document() for branch in branches]})
         return
-    _print(views.inspection(name, branches, total))
+    _print_results(views.inspection(name, branches, total))
 
 
 @app.command()
 def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     """What a recipe would do: every edit, the exact trainable set, costs, the code to be written. Writes nothing."""
-    loaded = _recipe(recipe, set_)
-    with _starting():
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
         from solidify.command import views
         from solidify.recipe import dry_run
 
@@ -111,7 +113,7 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(planned)
         return
-    _print(views.plan(planned))
+    _print_results(views.plan(planned))
 
 
 @app.command()
@@ -119,19 +121,19 @@ def run(
     recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, copy: Copy = False
 ) -> None:
     """Every stage that the recipe names: build, train, check, merge, report."""
-    loaded = _recipe(recipe, set_)
-    with _starting():
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
         from solidify.errors import SolidifyError
         from solidify.recipe import stages
 
     directory = stages.output_of(loaded, output)
-    with _resumable(directory, "run", recipe, output, set_):
+    with _explain_resuming(directory, "run", recipe, output, set_):
         report = directory / "report.json"
-        before = _stamp(report)
+        before = _read_stamp(report)
         try:
             stages.run(loaded, directory, resume=resume, link=not copy)
         except SolidifyError:
-            if _stamp(report) != before:  # what this command found, not what an earlier one did
+            if _read_stamp(report) != before:  # what this command found, not what an earlier one did
                 _show_file(report)
             raise
         _show_file(report)
@@ -140,8 +142,8 @@ def run(
 @app.command()
 def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False) -> None:
     """Surgery and solidification only: writes OUTPUT/artifact."""
-    loaded = _recipe(recipe, set_)
-    with _starting():
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
         from solidify.directory import results
         from solidify.recipe import dry_run, stages
 
@@ -149,21 +151,21 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
     directory = stages.output_of(loaded, output)
     results.refuse_others(directory, loaded.document(), "adapter", "merged")
     report = stages.build(loaded, directory, link=not copy)
-    _show(report.document())
+    _show_report(report.document())
     report.require()
 
 
 @app.command()
 def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
     """Adapter training on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
-    loaded = _recipe(recipe, set_)
-    with _starting():
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
         from solidify.recipe import stages
 
     directory = stages.output_of(loaded, output)
-    with _resumable(directory, "train", recipe, output, set_):
+    with _explain_resuming(directory, "train", recipe, output, set_):
         report = stages.train(loaded, directory, resume=resume)
-    _show(report.document())
+    _show_report(report.document())
     report.require()
 
 
@@ -179,14 +181,14 @@ def check(
     trust_remote_code: Trust = False,
 ) -> None:
     """Every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
-    with _starting():
+    with _start_verb():
         from solidify.checks.check import check as check_directory
 
     report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve, key=key)
     if as_json:
         _print_json(report.document())
     else:
-        _show(report.document())
+        _show_report(report.document())
     if not report.passed:
         raise typer.Exit(1)
 
@@ -200,13 +202,13 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Base + adapter -> a new artifact, or a stock model for plain PEFT; no PEFT is needed to load it."""
-    with _starting():
+    with _start_verb():
         from solidify.merging import export
         from solidify.system import console
 
     with console.stage("Merging"):
         merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
-    _show({"subject": str(output), "stages": {"merge": [f.document() for f in merged.findings]}, "measured": {}})
+    _show_report({"subject": str(output), "stages": {"merge": [f.document() for f in merged.findings]}, "measured": {}})
 
 
 @app.command()
@@ -216,7 +218,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """What differs: configuration, code, modules, tensors, other files. Runs none of their code."""
-    with _starting():
+    with _start_verb():
         from solidify.artifact import inspection
         from solidify.command import views
 
@@ -224,7 +226,7 @@ def diff(
     if as_json:
         _print_json(differences)
         return
-    _print(views.differences(differences))
+    _print_results(views.differences(differences))
 
 
 @app.command()
@@ -233,12 +235,12 @@ def adopt(
     files: Annotated[list[Path], typer.Argument(help="Files that stand in it.", show_default=False)],
 ) -> None:
     """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
-    with _starting():
+    with _start_verb():
         from solidify.command import views
         from solidify.directory import adopting
 
     found = adopting.read(directory, files)
-    _print(views.adopted(directory, found))
+    _print_results(views.adopted(directory, found))
     adopting.keep(directory.resolve(), found)
 
 
@@ -248,12 +250,12 @@ def trust(
     forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
 ) -> None:
     """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
-    with _starting():
+    with _start_verb():
         from solidify.command import views
         from solidify.directory import trust as trusting
 
     record = trusting.trust(directory, forget=forget)
-    _print(views.trusted(directory, record, forget=forget))
+    _print_results(views.trusted(directory, record, forget=forget))
 
 
 @app.command()
@@ -268,7 +270,7 @@ def sign(
     from solidify.directory import signing
 
     made = signing.sign(directory, key, certificate=certificate, certificate_chain=certificate_chain or ())
-    _print(views.signed(directory, made, "is signed by"))
+    _print_results(views.signed(directory, made, "is signed by"))
 
 
 @app.command()
@@ -283,7 +285,7 @@ def verify(
     from solidify.directory import signing
 
     found = signing.verify(directory, key, certificate_chain=certificate_chain or (), name=name)
-    _print(views.signed(directory, found, "is as it was signed by"))
+    _print_results(views.signed(directory, found, "is as it was signed by"))
 
 
 @app.command()
@@ -295,7 +297,7 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Continues a text greedily, to try the result."""
-    with _starting():
+    with _start_verb():
         from solidify.adapter.storage import load
         from solidify.artifact.loading import load_tokenizer
         from solidify.command import generation
@@ -307,7 +309,7 @@ def generate(
 
 
 @contextmanager
-def _resumable(
+def _explain_resuming(
     directory: Path, verb: str, recipe: Path, output: Path | None, overrides: list[str] | None
 ) -> Iterator[None]:
     """Has an interruption say what is kept and how to go on."""
@@ -324,7 +326,7 @@ def _resumable(
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
+def _start_verb() -> Iterator[None]:
     """Imports what a verb needs, and leaves the screen to what solidify says.
 
     That is: no chatter and no notes to developers from the libraries below it. What is imported stays, so nothing is
@@ -333,7 +335,7 @@ def _starting() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        _quiet()
+        _quiet_libraries()
         yield
         _keep_what_is_there()
     finally:
@@ -346,7 +348,7 @@ def _keep_what_is_there() -> None:
     gc.freeze()  # once in a process: later there are models, which shall be found when they are garbage
 
 
-def _quiet() -> None:
+def _quiet_libraries() -> None:
     import warnings
 
     import datasets
@@ -359,7 +361,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _recipe(path: Path, overrides: list[str] | None) -> Any:
+def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
     from solidify.recipe.schema import load
 
     return load(path, overrides)
@@ -371,7 +373,7 @@ def _print_json(document: Any) -> None:
     console.write_json(document)
 
 
-def _print(shown: Iterable[Any]) -> None:
+def _print_results(shown: Iterable[Any]) -> None:
     from rich.text import Text
 
     from solidify.system import console
@@ -380,7 +382,7 @@ def _print(shown: Iterable[Any]) -> None:
         console.results.print(each, soft_wrap=isinstance(each, (str, Text)))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _read_stamp(path: Path) -> tuple[int, int] | None:
     found = path.stat() if path.is_file() else None
     return (found.st_ino, found.st_mtime_ns) if found is not None else None
 
@@ -389,10 +391,10 @@ def _show_file(path: Path) -> None:
     from solidify.system import files
 
     if path.is_file():
-        _show(files.document(path))
+        _show_report(files.document(path))
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show_report(document: dict[str, Any]) -> None:
     """Shows a report's findings as a table."""
     from solidify import findings
     from solidify.system import console

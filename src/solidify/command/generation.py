@@ -25,11 +25,11 @@ def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) ->
         length = inputs["input_ids"].shape[-1]
     if not length:
         raise DataError("the prompt holds no token; give a text to continue (--prompt)")
-    places = _places(model)
-    if length + new_tokens > places:
+    limit = _count_positions(model)
+    if length + new_tokens > limit:
         raise DataError(
-            f"{length} tokens of the prompt and {new_tokens} new ones are more than the {places} that are possible "
-            f"here; ask for at most {max(places - length, 0)} (--max-new-tokens)"
+            f"{length} tokens of the prompt and {new_tokens} new ones are more than the {limit} that are possible "
+            f"here; ask for at most {max(limit - length, 0)} (--max-new-tokens)"
         )
     remedy = "its generation_config.json or config.json may hold odd values"
     with foreign.calling("the model does not generate", ArtifactError, remedy=remedy), torch.no_grad():
@@ -39,7 +39,7 @@ def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) ->
     return text
 
 
-def _places(model: nn.Module) -> int:
+def _count_positions(model: nn.Module) -> int:
     """Returns for how many tokens a model was made."""
     config: Any = model.config
     with foreign.calling("the model's configuration cannot be read", ArtifactError):

@@ -32,8 +32,8 @@ def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[R
     dtypes = {branch.dtype for branch in branches if branch.dtype}
     rows = [
         (
-            _label(branch),
-            _kind(branch),
+            _write_label(branch),
+            _write_kind(branch),
             str(branch.times) if branch.times > 1 else "",
             console.amount(branch.parameters) if branch.parameters else "-",
             console.share(branch.parameters, total.parameters),
@@ -52,12 +52,12 @@ def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[R
         f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
         f"memory; {total.flops_per_token:,} matrix FLOPs per token"
     )
-    yield from _uncertain(total.document())
+    yield from _show_uncertain(total.document())
     hint = "● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token."
     yield console.line((hint, "dim"))
 
 
-def _label(branch: Branch) -> Text:
+def _write_label(branch: Branch) -> Text:
     """Writes the last part of a name, indented, with the numbers that a `*` stands for."""
     last = branch.name.rpartition(".")[2]
     label = Text("│ " * (branch.depth - 1), style="dim")
@@ -69,7 +69,7 @@ def _label(branch: Branch) -> Text:
     return label
 
 
-def _kind(branch: Branch) -> Text:
+def _write_kind(branch: Branch) -> Text:
     sizes = " x ".join(map(str, branch.shape))
     kind = Text("" if branch.kind == "parameter" else branch.kind)
     if sizes:
@@ -81,40 +81,40 @@ def _kind(branch: Branch) -> Text:
 
 def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows what a recipe would do, from the plain values of a plan."""
-    yield _surgery(document["edits"])
-    yield from _declared(document["edits"])
+    yield _show_surgery(document["edits"])
+    yield from _show_declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
     if document["trainable"]:
-        yield _trained(document["trainable"], document["after"]["parameters"])
+        yield _show_trained(document["trainable"], document["after"]["parameters"])
         yield f"Trainer: {document['trainer']}\n"
-        yield _objective(document["objective"])
-        yield from _groups(document["groups"])
+        yield _show_objective(document["objective"])
+        yield from _show_groups(document["groups"])
     before, after = document["before"], document["after"]
     rows = [
-        (label, show(before[key]), show(after[key]), _difference(before[key], after[key], show))
+        (label, show(before[key]), show(after[key]), _write_difference(before[key], after[key], show))
         for key, (label, show) in _COSTS.items()
     ]
     yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
-    yield from _uncertain(after)
+    yield from _show_uncertain(after)
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
-    yield from _files(document["files"], document["generated"])
+    yield from _show_files(document["files"], document["generated"])
 
 
-def _uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _show_uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Says of which experts it is not known how many a token uses."""
     if cost["uncertain"]:
-        names = ", ".join(f"{_pattern(each)}{_times(each)}" for each in _folded(cost["uncertain"]))
+        names = ", ".join(f"{_write_pattern(each)}{_write_times(each)}" for each in _fold_names(cost["uncertain"]))
         yield f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted."
 
 
-def _difference(before: float, after: float, show: Any) -> str:
+def _write_difference(before: float, after: float, show: Any) -> str:
     if before == after:
         return "-"
     return f"{'+' if after > before else '-'}{show(abs(after - before))} ({console.share(after - before, before)})"
 
 
-def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _show_surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Shows the changes, equal ones folded."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for edit in edits:
@@ -127,19 +127,19 @@ def _surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
         grown = sum(edit["parameters_after"] - edit["parameters_before"] for edit in each)
         names = [edit["name"] for edit in each]
         change = f"{grown:+,}" if grown else "-"
-        rows.append((operation, _pattern(names), old, new, _numbers(names), change))
+        rows.append((operation, _write_pattern(names), old, new, _write_numbers(names), change))
     columns = ("operation", "module", "was", "becomes", "x", "parameters")
     return console.table("Surgery", columns, rows, numbers=(4, 5))
 
 
-def _declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     """Says which properties the changes do not keep on purpose, and what follows."""
     lost: dict[str, list[str]] = {}
     for edit in edits:
         for key in (key for key, kept in edit.get("declares", {}).items() if not kept):
             lost.setdefault(key, []).append(edit["name"])
     for key, names in lost.items():
-        what = f"{_pattern(names)}: {key} is not kept, as declared ({PROPERTIES[key]})"
+        what = f"{_write_pattern(names)}: {key} is not kept, as declared ({PROPERTIES[key]})"
         yield what + (". It generates without a cache." if key == "cache" else ".")
 
 
@@ -151,19 +151,21 @@ def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableTyp
         count = len(tensors["unknown"])
         yield f"  Not known before it is built: whether {count} more are new, or copies of those listed as dropped"
     for mark, key in (("added", "new"), ("removed", "dropped"), ("changed", "unknown")):
-        for names in _folded(tensors.get(key, [])):
-            yield console.line("  ", _MARKS[mark], f" {_pattern(names)}{_times(names)}")
+        for names in _fold_names(tensors.get(key, [])):
+            yield console.line("  ", _MARKS[mark], f" {_write_pattern(names)}{_write_times(names)}")
     yield ""
 
 
-def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
+def _show_trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
     """Shows the trainable set, repeated layers folded, with the share of the model's parameters."""
     rows = []
     for how, word in (("lora", "LoRA"), ("full", "in full")):
         counts = {name.partition(" ")[2]: count for name, count in trainable.items() if name.startswith(f"{how} ")}
-        for names in _folded(counts):
+        for names in _fold_names(counts):
             number = sum(counts[name] for name in names)
-            rows.append((word, _pattern(names), _numbers(names), f"{number:,}", console.share(number, parameters)))
+            rows.append(
+                (word, _write_pattern(names), _write_numbers(names), f"{number:,}", console.share(number, parameters))
+            )
     total = sum(trainable.values())
     made = console.table("Trained", ("how", "what", "x", "parameters", "of the model"), rows, numbers=(2, 3, 4))
     made.add_section()
@@ -171,32 +173,33 @@ def _trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
     return made
 
 
-def _objective(terms: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _show_objective(terms: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Shows the terms: what kind of quantity each is, and its weight."""
     rows = [
-        (term["name"], term["reduction"], _short(term["weight"]), "yes" if term["reference"] else "") for term in terms
+        (term["name"], term["reduction"], _write_short(term["weight"]), "yes" if term["reference"] else "")
+        for term in terms
     ]
     return console.table("Objective", ("term", "reduction", "weight", "looks at the reference"), rows)
 
 
-def _groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     """Shows the parameter groups, if there are any."""
     if groups:
         rows = [
-            (_short(group["parameters"]), _short({k: v for k, v in group.items() if k != "parameters"}))
+            (_write_short(group["parameters"]), _write_short({k: v for k, v in group.items() if k != "parameters"}))
             for group in groups
         ]
         yield console.table("Parameter groups", ("parameters", "settings"), rows)
 
 
-def _short(value: Any) -> str:
+def _write_short(value: Any) -> str:
     """Writes a value of a recipe in one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_short(each)}" for key, each in value.items() if each != {})
-    return ", ".join(map(_short, value)) if isinstance(value, (list, tuple)) else str(value)
+        return ", ".join(f"{key}: {_write_short(each)}" for key, each in value.items() if each != {})
+    return ", ".join(map(_write_short, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _folded(names: Iterable[str]) -> list[list[str]]:
+def _fold_names(names: Iterable[str]) -> list[list[str]]:
     """Groups names that differ in numbers only."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -204,12 +207,12 @@ def _folded(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _pattern(names: Sequence[str]) -> str:
+def _write_pattern(names: Sequence[str]) -> str:
     """Writes one name as it is, several that differ in numbers with `*`."""
     return names[0] if len(names) == 1 else anatomy.fold(names)[0]
 
 
-def _numbers(names: Sequence[str]) -> str:
+def _write_numbers(names: Sequence[str]) -> str:
     """Says how many names there are and, where each has one number, which."""
     numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
     if len(names) > 1 and all(len(each) == 1 for each in numbers):
@@ -217,10 +220,10 @@ def _numbers(names: Sequence[str]) -> str:
     return str(len(names))
 
 
-def _files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
+def _show_files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
     """Lists the code of the artifact and shows what of it solidify writes."""
     rows = [
-        (name, "generated" if name in generated else "copied", str(len(text.splitlines())), _bytes(text))
+        (name, "generated" if name in generated else "copied", str(len(text.splitlines())), _count_bytes(text))
         for name, text in files.items()
     ]
     yield console.table("Code of the artifact", ("file", "", "lines", "bytes"), rows, numbers=(2, 3))
@@ -229,28 +232,28 @@ def _files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[Rende
         yield console.source(files[name], "python")
 
 
-def _bytes(text: str) -> str:
+def _count_bytes(text: str) -> str:
     return f"{len(text.encode()):,}"
 
 
 def differences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[RenderableType]:
     """Shows what differs between two directories, section by section."""
-    show = {"configuration": _values, "code": _code, "modules": _modules, "tensors": _tensors}
-    show |= {"figures": _figures, "files": _others}
+    show = {"configuration": _show_values, "code": _show_code, "modules": _show_modules, "tensors": _show_tensors}
+    show |= {"figures": _show_figures, "files": _show_others}
     for section, entries in found.items():
         counted = f"{len(entries)} difference{'s' if len(entries) > 1 else ''}" if entries else "the same"
         yield console.line((section, "bold"), f": {counted}")
         yield from show[section](entries)
 
 
-def _values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_values(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
         sides = [repr(entry[side]) for side in ("old", "new")]
-        told = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
-        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {told}")
+        written = {"changed": " → ".join(sides), "removed": sides[0], "added": sides[1]}[entry["change"]]
+        yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {written}")
 
 
-def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     """Shows the changed lines; of a file that only one side has, their number."""
     for entry in entries:
         lines = entry["text"].splitlines()
@@ -260,45 +263,45 @@ def _code(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             yield console.source("\n".join(lines[2:]), "diff", indent=6)
 
 
-def _modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_modules(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for entry in entries:
-        told = " → ".join(entry[side] for side in ("old", "new") if entry[side])
-        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry["name"])
-    for (change, _, told), names in groups.items():
-        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}")
+        written = " → ".join(entry[side] for side in ("old", "new") if entry[side])
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], written), []).append(entry["name"])
+    for (change, _, written), names in groups.items():
+        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {written}{_write_times(names)}")
 
 
-def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for entry in entries:
         sides = [f"{entry[f'{s}_dtype']} {entry[f'{s}_shape']}" for s in ("old", "new") if f"{s}_dtype" in entry]
-        told = " → ".join(dict.fromkeys(sides))
-        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], told), []).append(entry)
-    for (change, _, told), each in groups.items():
+        written = " → ".join(dict.fromkeys(sides))
+        groups.setdefault((entry["change"], anatomy.fold([entry["name"]])[0], written), []).append(entry)
+    for (change, _, written), each in groups.items():
         names, apart = [entry["name"] for entry in each], ""
         if "max_abs" in each[0]:
-            largest, relative = (max(_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
+            largest, relative = (max(_read_number(entry[key]) for entry in each) for key in ("max_abs", "relative"))
             apart = f", differs by up to {largest:.2g} (relative norm {relative:.2g})"
-        yield console.line("  ", _MARKS[change], f" {_pattern(names)}: {told}{_times(names)}{apart}")
+        yield console.line("  ", _MARKS[change], f" {_write_pattern(names)}: {written}{_write_times(names)}{apart}")
 
 
-def _number(value: float | None) -> float:
+def _read_number(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
-def _figures(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_figures(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     for entry in entries:
         sides = [f"{entry[side]:,}" for side in ("old", "new") if entry[side] is not None]
         yield console.line("  ", _MARKS[entry["change"]], f" {entry['name']}: {' → '.join(sides)}")
 
 
-def _others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _show_others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     yield from (console.line("  ", _MARKS[entry["change"]], f" {entry['name']}") for entry in entries)
 
 
-def _times(names: Sequence[str]) -> str:
-    return f" x {_numbers(names)}" if len(names) > 1 else ""
+def _write_times(names: Sequence[str]) -> str:
+    return f" x {_write_numbers(names)}" if len(names) > 1 else ""
 
 
 def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableType]:
@@ -309,7 +312,7 @@ def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableTyp
             how = f"its first {len(file.text.encode())} bytes as follows"
         change = "" if file.before is None else " (listed with other contents until now)"
         yield console.line((f"{file.name}: {file.size} bytes, {how}{change}", "bold"))
-        yield from (Text(f"  {_printable(line)}") for line in (file.text or "").splitlines())
+        yield from (Text(f"  {_make_printable(line)}") for line in (file.text or "").splitlines())
         yield console.line((f"  blake3 {file.digest}", "dim"))
     if (directory / SIGNATURE).is_file():
         yield f"{SIGNATURE} is of {directory} without this, and does not hold any more; sign it anew"
@@ -330,6 +333,6 @@ def signed(directory: Path, found: Signature, how: str) -> Iterator[RenderableTy
     yield console.line(f"{directory} {how} {found.signer}: {len(found.files)} files")
 
 
-def _printable(line: str) -> str:
+def _make_printable(line: str) -> str:
     """Returns a line of a file with everything in it visible, whatever a terminal would make of it."""
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

@@ -71,11 +71,11 @@ def with_top_k(model: nn.Module, top_k: int) -> nn.Module:
 def calibrate(model: nn.Module, calibration: HeldOut, kept: float) -> None:
     """Sets in place every trash can's threshold so that this share of the slots is computed; no training."""
     margins = calibration.margins(model)
-    for place in lookup.modules(model):
-        if place.name in margins:
-            can: Any = place.inner
+    for located in lookup.modules(model):
+        if located.name in margins:
+            can: Any = located.inner
             with torch.no_grad():
-                can.bias += torch.quantile(margins[place.name], 1 - kept)
+                can.bias += torch.quantile(margins[located.name], 1 - kept)
 
 
 def at_same_share(rows: list[Row], kept: float) -> float:

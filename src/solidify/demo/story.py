@@ -60,9 +60,9 @@ def tell(output: Path) -> Report:
     loaded = schema.load(RECIPE)
     show(f"The recipe: {RECIPE.name} (also under examples/)\n")
     report = stages.run(loaded, output)
-    rows = _measure(loaded, output)
+    rows = _measure_losses(loaded, output)
     report.measured["effect"] = [vars(row) for row in rows]
-    report.add("inference", _try(output))
+    report.add("inference", _try_adapter(output))
     stages.finish(loaded, output, report)
     show(_effect_table(rows))
     show(_proof_table(report))
@@ -96,7 +96,7 @@ def _effect_table(rows: list[Row]) -> Any:
     return console.table("What it bought", columns, shown, numbers=(1, 2, 3, 4))
 
 
-def _try(output: Path) -> list[Finding]:
+def _try_adapter(output: Path) -> list[Finding]:
     """Generates with the adapter, without it, and with the merged model; switches between two adapters."""
     tokenizer = loading.load_tokenizer(output / "artifact")
     model = storage.load(output / "artifact", output / "adapter")
@@ -128,7 +128,7 @@ def _try(output: Path) -> list[Finding]:
     ]
 
 
-def _measure(loaded: Recipe, output: Path) -> list[Row]:
+def _measure_losses(loaded: Recipe, output: Path) -> list[Row]:
     """Measures held-out losses of the base, of a smaller top-k, and of the trash can, untrained and trained."""
     assert loaded.data is not None and loaded.adapter is not None
     with console.stage("Measuring what it bought"):

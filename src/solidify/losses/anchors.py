@@ -62,7 +62,7 @@ class _Anchored:
         self.parameters = parameters
         self.before: dict[str, torch.Tensor] = {}
 
-    def _differences(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Update]]:
+    def _yield_differences(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Update]]:
         """Yields every trained parameter's name and its difference from before, or its LoRA update."""
         found = [each for each in chosen(self._term, model, self.parameters) if each.parameter.requires_grad]
         if not found:
@@ -70,7 +70,7 @@ class _Anchored:
         originals = {each.name: each.parameter for each in named(model) if each.kind == "base"}
         lora = {each.name for each in found if each.kind == "lora"}
         if lora:
-            for update in _updates(self._term, model):
+            for update in _find_updates(self._term, model):
                 if {update.name, update.name.rpartition(".")[0]} & lora:
                     yield update.name, update
         for each in found:
@@ -97,7 +97,9 @@ class L2SP(_Anchored):
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar in float32."""
-        terms = [(d.squared_norm() if isinstance(d, Update) else d.square().sum()) for _, d in self._differences(model)]
+        terms = [
+            (d.squared_norm() if isinstance(d, Update) else d.square().sum()) for _, d in self._yield_differences(model)
+        ]
         return torch.stack(terms).sum() / 2
 
 
@@ -125,7 +127,7 @@ class EWC(_Anchored):
         """
         weights = self._held.read(self.fisher, model)
         terms = []
-        for name, difference in self._differences(model):
+        for name, difference in self._yield_differences(model):
             if name not in weights:
                 continue
             moved = difference.dense() if isinstance(difference, Update) else difference
@@ -229,7 +231,7 @@ def _log_likelihood(
     return result
 
 
-def _updates(term: str, model: nn.Module) -> Iterator[Update]:
+def _find_updates(term: str, model: nn.Module) -> Iterator[Update]:
     """Yields the LoRA updates that run now.
 
     Raises:
@@ -237,21 +239,21 @@ def _updates(term: str, model: nn.Module) -> Iterator[Update]:
     """
     faults = []
     updates = []
-    for place in lookup.modules(model):
-        layer: Any = place.called
+    for located in lookup.modules(model):
+        layer: Any = located.called
         while isinstance(layer, BaseTunerLayer):
             running = [a for a in layer.active_adapters if a in layer.lora_A] if isinstance(layer, LoraLayer) else []
             plain = isinstance(layer, LoraLayer) and not layer.lora_variant and not len(layer.lora_embedding_A)
             if not plain or len(running) > 1 or any(layer.lora_A[a].weight.ndim != 2 for a in running):
-                faults.append(f"{place.name} has {type(layer).__name__}")
+                faults.append(f"{located.name} has {type(layer).__name__}")
             elif running and not layer.disable_adapters:
-                updates.append(_update(place.name, layer, running[0]))
+                updates.append(_build_update(located.name, layer, running[0]))
             layer = layer.base_layer
     refuse(ObjectiveError, f"{term} knows the update of one LoRA on a linear layer or on experts, and no other", faults)
     yield from updates
 
 
-def _update(name: str, layer: Any, adapter: str) -> Update:
+def _build_update(name: str, layer: Any, adapter: str) -> Update:
     a, b = wide(layer.lora_A[adapter].weight), wide(layer.lora_B[adapter].weight)
     experts = int(vars(layer).get("num_experts", 1))
     # PEFT 0.21 stacks experts with the rank within A's rows and the expert within B's columns (ParamWrapper).

@@ -85,32 +85,32 @@ class _Step:
         self.loss = loss
         self.size = size
 
-    def parts(self, rows: torch.Tensor, beside: Sequence[torch.Tensor]) -> Any:
+    def parts(self, rows: torch.Tensor, others: Sequence[torch.Tensor]) -> Any:
         """Yields, chunk by chunk, the rows as they were given to the head, and their loss."""
-        for place in range(0, len(rows), self.size):
-            chunk = rows[place : place + self.size]
+        for start in range(0, len(rows), self.size):
+            chunk = rows[start : start + self.size]
             if torch.is_grad_enabled():
                 chunk = chunk.detach().requires_grad_()
-            yield chunk, self.loss(wide(self.head(chunk)), *(t[place : place + self.size] for t in beside))
+            yield chunk, self.loss(wide(self.head(chunk)), *(t[start : start + self.size] for t in others))
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, step: _Step, beside: tuple[torch.Tensor, ...], *leaves: Any) -> Any:
+    def forward(ctx: Any, rows: torch.Tensor, step: _Step, others: tuple[torch.Tensor, ...], *leaves: Any) -> Any:
         """Computes the loss and, chunk by chunk, all gradients; those of parameters are added up in float32."""
         total = torch.zeros((), device=rows.device)
         of_rows = torch.empty_like(rows)
         of_leaves = [wide(torch.zeros_like(leaf)) for leaf in leaves]
-        place = 0
+        start = 0
         with torch.enable_grad():
-            for chunk, part in step.parts(rows, beside):
+            for chunk, part in step.parts(rows, others):
                 found = torch.autograd.grad(part, [chunk, *leaves], allow_unused=True)
                 total = total + part.detach()
-                of_rows[place : place + len(chunk)] = found[0] if found[0] is not None else 0
+                of_rows[start : start + len(chunk)] = found[0] if found[0] is not None else 0
                 for sum_, gradient in zip(of_leaves, found[1:], strict=True):
                     if gradient is not None:
                         sum_ += gradient
-                place += len(chunk)
+                start += len(chunk)
         ctx.save_for_backward(of_rows, *(g.to(leaf.dtype) for g, leaf in zip(of_leaves, leaves, strict=True)))
         return total
 

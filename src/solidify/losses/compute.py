@@ -55,7 +55,7 @@ class TrashBudget(KeptShare):
     linear = False
 
     def __init__(self, target: float, temperature: float = 1.0) -> None:
-        _share("trash_budget", target)
+        _check_share("trash_budget", target)
         super().__init__(temperature)
         self.target = target
 
@@ -73,7 +73,7 @@ class BetaPrior(TrashBudget):
     """
 
     def __init__(self, target: float, concentration: float = 1.0, temperature: float = 1.0) -> None:
-        _share("beta_prior", target)
+        _check_share("beta_prior", target)
         super().__init__(target, temperature)
         self.concentration = positive("beta_prior", "concentration", concentration)
 
@@ -105,7 +105,7 @@ class TrashController:
     def __init__(
         self, target: float, rate: float = 0.2, ramp: float = 0.5, momentum: float = 0.9, start: float = 0.005
     ) -> None:
-        _share("trash_controller", target)
+        _check_share("trash_controller", target)
         self.target = target
         self.rate = positive("trash_controller", "rate", rate)
         self.ramp = share("trash_controller", "ramp", ramp)
@@ -119,7 +119,7 @@ class TrashController:
         for margin in trash.values():
             attended = margin.detach()[mask.bool()].flatten()
             # float32 counts to 2^24 without error; a device without float64 (mps) has no larger windows.
-            bins = torch.bincount(_bin(attended[attended > -ASLEEP / 2]), minlength=_BINS)
+            bins = torch.bincount(_find_bins(attended[attended > -ASLEEP / 2]), minlength=_BINS)
             counts = torch.stack([(attended >= 0).sum(), attended.new_full((), attended.numel(), dtype=torch.long)])
             rows.append(torch.cat([counts, bins]))
         counted = torch.stack(rows)
@@ -131,45 +131,45 @@ class TrashController:
         Raises:
             ObjectiveError: one of them is frozen beside an adapter.
         """
-        for place in _cans(model):
-            if place.called is place.inner and lookup.peft_model(model) is not None:
+        for located in _find_cans(model):
+            if located.called is located.inner and lookup.peft_model(model) is not None:
                 raise ObjectiveError(
-                    f"trash_controller moves the threshold of {place.name}, but that module is frozen and would not be "
-                    "saved; name it in `adapter.train`"
+                    f"trash_controller moves the threshold of {located.name}, but that module is frozen and would not "
+                    "be saved; name it in `adapter.train`"
                 )
 
     def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
         """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""
         wanted = 1 - (1 - self.target) * min(1.0, step / max(1.0, self.ramp * steps))
-        for place, row in zip(_cans(model), means, strict=True):
-            can: Any = place.inner
+        for located, row in zip(_find_cans(model), means, strict=True):
+            can: Any = located.inner
             kept, slots, bins = row[0], row[1], row[2:]
             with torch.no_grad():
                 if float(can.bias) <= ASLEEP / 2:
                     if bool(bins.any()):
-                        can.bias += _edge(bins, self.start) - ASLEEP
+                        can.bias += _find_edge(bins, self.start) - ASLEEP
                     continue
                 share = (kept / slots.clamp(min=torch.finfo(slots.dtype).tiny)).to(can.kept)
                 can.kept.mul_(self.momentum).add_((1 - self.momentum) * share)
                 can.bias += self.rate * (can.kept - wanted)
 
 
-def _cans(model: nn.Module) -> list[lookup.Located]:
-    return [place for place in lookup.modules(model) if type(place.inner).__name__ == "TrashCan"]
+def _find_cans(model: nn.Module) -> list[lookup.Located]:
+    return [located for located in lookup.modules(model) if type(located.inner).__name__ == "TrashCan"]
 
 
-def _bin(asleep: torch.Tensor) -> torch.Tensor:
+def _find_bins(asleep: torch.Tensor) -> torch.Tensor:
     """Returns the bins of margins that are those of a can asleep: log-probability plus 10000."""
     return ((asleep + ASLEEP - LOWEST) / WIDTH).floor().clamp(0, _BINS - 1).long()
 
 
-def _edge(bins: torch.Tensor, quantile: float) -> float:
+def _find_edge(bins: torch.Tensor, quantile: float) -> float:
     """Returns the lower edge of the bin that holds the quantile of what was counted; at most that share lies below."""
     below = bins.cumsum(0)
-    place = int((below <= quantile * below[-1]).sum())
-    return LOWEST + WIDTH * min(place, _BINS - 1)
+    index = int((below <= quantile * below[-1]).sum())
+    return LOWEST + WIDTH * min(index, _BINS - 1)
 
 
-def _share(term: str, target: float) -> None:
+def _check_share(term: str, target: float) -> None:
     if not 0 < number(term, "target", target) <= 1:
         raise ObjectiveError(f"{term}: target is the share of slots to keep, between 0 and 1, but is {target}")

@@ -21,7 +21,7 @@ from solidify.losses.prediction import targets
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log q, log p) (n, vocab_size) to a scalar
 
 
-def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+def _compute_kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     """Returns Σ KL(a ‖ b) over rows."""
     return F.kl_div(log_b, log_a, log_target=True, reduction="sum")
 
@@ -30,12 +30,12 @@ def _jensen_shannon(beta: float, swapped: bool) -> Divergence:
     def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         """Sums over rows, from log-probabilities (rows, vocab_size)."""
         if beta == 0:
-            return _kl(theirs, ours)
+            return _compute_kl(theirs, ours)
         if beta == 1:
-            return _kl(ours, theirs)
+            return _compute_kl(ours, theirs)
         mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
         first, second = (1 - beta, beta) if swapped else (beta, 1 - beta)
-        return first * _kl(theirs, mixture) + second * _kl(ours, mixture)
+        return first * _compute_kl(theirs, mixture) + second * _compute_kl(ours, mixture)
 
     return divergence
 
@@ -54,9 +54,9 @@ class _Compared:
         """Takes logits (batch_size, sequence_length, vocab_size) and labels with -100 where nothing is predicted."""
         _same_vocabulary(logits, reference_logits)
         where = targets(labels, logits.shape[1])
-        return self._compare(logits[:, :-1][where], reference_logits[:, :-1][where])
+        return self._compare_logits(logits[:, :-1][where], reference_logits[:, :-1][where])
 
-    def _compare(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    def _compare_logits(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         log_q = F.log_softmax(wide(ours) / self.temperature, dim=-1)
         log_p = F.log_softmax(wide(theirs) / self.temperature, dim=-1)
         return self.temperature**2 * self._divergence(log_q, log_p)
@@ -66,7 +66,7 @@ class ForwardKL(_Compared):
     """`τ² KL(p ‖ q)`: covers all that the reference may say (arXiv 1503.02531). Sum over target tokens."""
 
     def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(lambda ours, theirs: _kl(theirs, ours), temperature)
+        super().__init__(lambda ours, theirs: _compute_kl(theirs, ours), temperature)
 
 
 class KLToBase(ForwardKL):
@@ -77,7 +77,7 @@ class ReverseKL(_Compared):
     """`τ² KL(q ‖ p)`: keeps to what the reference holds likely (arXiv 2306.08543, eq. 1). Sum over target tokens."""
 
     def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(_kl, temperature)
+        super().__init__(_compute_kl, temperature)
 
 
 class JensenShannon(_Compared):
@@ -144,7 +144,7 @@ class ChunkedDistillation:
             with torch.no_grad():
                 reference = reference_head(theirs)
             _same_vocabulary(ours, reference)
-            return self._term._compare(ours, reference)
+            return self._term._compare_logits(ours, reference)
 
         where = targets(labels, hidden_states.shape[1])
         theirs = reference_hidden_states[:, :-1][where].detach()

@@ -51,7 +51,7 @@ class HiddenMatch:
     ) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens (layers,)."""
         sums = []
-        for name, other in self._paired(hidden, reference_hidden).items():
+        for name, other in self._pair_names(hidden, reference_hidden).items():
             ours, theirs = flat(name, hidden[name], mask), flat(other, reference_hidden[other], mask).detach()
             if ours.shape[-1] != theirs.shape[-1]:
                 raise ObjectiveError(
@@ -61,14 +61,14 @@ class HiddenMatch:
             distance = (ours - theirs).square().sum(-1) / (theirs.square().sum(-1) + self.epsilon)
             if self.cosine:
                 distance = distance + self.cosine * (1 - F.cosine_similarity(ours, theirs, dim=-1))
-            sums.append(_over(distance, mask))
+            sums.append(_sum_over(distance, mask))
         return torch.stack(sums)
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the mean over layers."""
         return means.mean()
 
-    def _paired(self, hidden: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
+    def _pair_names(self, hidden: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, str]:
         if self.pairs is not None:
             odd = [n for n in self.pairs if n not in hidden] + [n for n in self.pairs.values() if n not in reference]
             if odd or set(self.pairs) != set(hidden):
@@ -106,13 +106,13 @@ class ActivationSparsity:
 
     def statistics(self, activations: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
         """Returns, per module, the sum over attended tokens (modules,)."""
-        return torch.stack([_over(self._of(flat(n, a, mask)), mask) for n, a in activations.items()])
+        return torch.stack([_sum_over(self._measure_sparsity(flat(n, a, mask)), mask) for n, a in activations.items()])
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the mean over modules."""
         return means.mean()
 
-    def _of(self, activations: torch.Tensor) -> torch.Tensor:
+    def _measure_sparsity(self, activations: torch.Tensor) -> torch.Tensor:
         size = activations.abs()
         if self.kind == "l1":
             return size.mean(-1)
@@ -138,6 +138,6 @@ def flat(name: str, output: Any, mask: torch.Tensor) -> torch.Tensor:
     return wide(rows)
 
 
-def _over(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _sum_over(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the sum over attended tokens; what stands at padding (also NaN) does not reach it."""
     return per_token[mask.bool()].sum()

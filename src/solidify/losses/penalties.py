@@ -63,9 +63,9 @@ class GroupLasso:
         Raises:
             ObjectiveError: a named parameter has no such groups (a vector has no rows, a matrix no experts).
         """
-        return torch.stack([self._of(stack) for stack in self._stacks(model)]).sum()
+        return torch.stack([self._compute_penalty(stack) for stack in self._build_stacks(model)]).sum()
 
-    def _stacks(self, model: nn.Module) -> list[torch.Tensor]:
+    def _build_stacks(self, model: nn.Module) -> list[torch.Tensor]:
         """Returns float32 tensors (groups, elements)."""
         if self.groups == "tensors":
             found = chosen("group_lasso", model, self.parameters)
@@ -79,7 +79,7 @@ class GroupLasso:
         turned = [stack if self.groups == "rows" else stack.mT for stack in stacks.values()]
         return [stack.flatten(0, 1) for stack in turned]
 
-    def _of(self, groups: torch.Tensor) -> torch.Tensor:
+    def _compute_penalty(self, groups: torch.Tensor) -> torch.Tensor:
         norms = (groups.square().sum(1) + self.epsilon).sqrt()
         return math.sqrt(groups.shape[1]) * norms.sum()
 
@@ -100,9 +100,9 @@ class Orthogonality:
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """Returns the penalty, a scalar in float32."""
         found = matrices("orthogonality", model, self.parameters).values()
-        return torch.stack([self._of(stack) for stack in found]).sum()
+        return torch.stack([self._compute_penalty(stack) for stack in found]).sum()
 
-    def _of(self, stack: torch.Tensor) -> torch.Tensor:
+    def _compute_penalty(self, stack: torch.Tensor) -> torch.Tensor:
         if self.normalize:
             stack = F.normalize(stack, dim=-1)
         elif stack.shape[1] > stack.shape[2]:
@@ -132,27 +132,29 @@ class Spectral:
         """Returns the penalty, a scalar in float32."""
         terms = []
         for name, stack in matrices("spectral", model, self.parameters).items():
-            left, right = self._vectors(name, stack.detach())
+            left, right = self._find_vectors(name, stack.detach())
             terms.append((left * (stack @ right)).sum((1, 2)).square().sum())
         return torch.stack(terms).sum()
 
-    def _vectors(self, name: str, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _find_vectors(self, name: str, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns left and right singular vectors (experts, rows, 1) and (experts, columns, 1)."""
         if name in self.left:
             left = self.left[name].to(stack)
-            right = _unit(stack.mT @ left)
+            right = _normalize_vectors(stack.mT @ left)
             steps = int(not torch.equal(right, self.right[name].to(stack)))
         else:
             generator = torch.Generator().manual_seed(len(self.left))
-            left = _unit(torch.randn(*stack.shape[:2], 1, generator=generator, dtype=torch.float32)).to(stack)
-            right = _unit(stack.mT @ left)
+            left = _normalize_vectors(torch.randn(*stack.shape[:2], 1, generator=generator, dtype=torch.float32)).to(
+                stack
+            )
+            right = _normalize_vectors(stack.mT @ left)
             steps = self.start
         for _ in range(steps):
-            left = _unit(stack @ right)
-            right = _unit(stack.mT @ left)
+            left = _normalize_vectors(stack @ right)
+            right = _normalize_vectors(stack.mT @ left)
         self.left[name], self.right[name] = left, right
         return left, right
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
+def _normalize_vectors(vectors: torch.Tensor) -> torch.Tensor:
     return F.normalize(vectors, dim=1)

@@ -50,9 +50,9 @@ class NextToken:
     def __call__(self, hidden_states: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
         """Takes hidden_states (batch_size, sequence_length, hidden_size), the model's head, and labels."""
         where = targets(labels, hidden_states.shape[1])
-        return chunked(hidden_states[:, :-1][where], head, self._sum, [labels[:, 1:][where]], size=self.chunk)
+        return chunked(hidden_states[:, :-1][where], head, self._sum_losses, [labels[:, 1:][where]], size=self.chunk)
 
-    def _sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _sum_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
 
 

@@ -28,12 +28,12 @@ class _OnProbabilities:
     captures: Mapping[str, Capture] = MappingProxyType({"router": ROUTERS})
 
     def __init__(self, scores: str | None = None, routers: str | Sequence[str] | None = None) -> None:
-        self.captures = _looking(self.captures, routers)
+        self.captures = _select_captures(self.captures, routers)
         if scores is not None and scores not in SCORES:
             raise ObjectiveError(f"a router's scores are one of {', '.join(SCORES)}, but not {scores!r}")
         self.scores = scores
 
-    def _read(
+    def _read_routers(
         self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None
     ) -> dict[str, tuple[Routing, torch.Tensor]]:
         """Returns each router's routing and probabilities, those of padding zero."""
@@ -80,7 +80,7 @@ class LoadBalance(_OnProbabilities):
         """Returns, per layer, slots per expert and sums of probabilities over attended tokens (layers, 2, experts)."""
         margins = {name.rpartition(".")[0]: margin for name, margin in trash.items()}
         rows = []
-        for name, (routing, probabilities) in self._read(router, mask, model).items():
+        for name, (routing, probabilities) in self._read_routers(router, mask, model).items():
             margin = margins.get(name.rpartition(".")[0])
             counted = mask.bool()[:, None].expand(routing.index.shape)
             if routing.counted is not None:
@@ -95,7 +95,7 @@ class LoadBalance(_OnProbabilities):
             slots = probabilities.new_zeros(routing.logits.shape[-1])
             slots = slots.index_add(0, routing.index.flatten(), counted.flatten().to(slots.dtype))
             rows.append(torch.stack([slots, probabilities.sum(0)]))
-        return _stack(rows)
+        return _stack_rows(rows)
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns the balance, averaged over layers."""
@@ -118,7 +118,7 @@ class RouterZ:
     linear = True
 
     def __init__(self, routers: str | Sequence[str] | None = None) -> None:
-        self.captures = _looking({"router": ROUTERS}, routers)
+        self.captures = _select_captures({"router": ROUTERS}, routers)
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens (layers,)."""
@@ -155,7 +155,7 @@ class RouterEntropy(_OnProbabilities):
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens of H (layers,)."""
-        return torch.stack([torch.special.entr(p).sum() for _, p in self._read(router, mask, model).values()])
+        return torch.stack([torch.special.entr(p).sum() for _, p in self._read_routers(router, mask, model).values()])
 
     def value(self, means: torch.Tensor) -> torch.Tensor:
         """Returns ±H, averaged over layers."""
@@ -172,10 +172,10 @@ class RouterMutualInformation(_OnProbabilities):
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         """Returns, per layer, sums over attended tokens of P and of H(P) (layers, experts + 1)."""
-        return _stack(
+        return _stack_rows(
             [
                 torch.cat([p.sum(0), torch.special.entr(p).sum().reshape(1)])
-                for _, p in self._read(router, mask, model).values()
+                for _, p in self._read_routers(router, mask, model).values()
             ]
         )
 
@@ -185,12 +185,12 @@ class RouterMutualInformation(_OnProbabilities):
         return total
 
 
-def _looking(captures: Mapping[str, Capture], routers: str | Sequence[str] | None) -> dict[str, Capture]:
+def _select_captures(captures: Mapping[str, Capture], routers: str | Sequence[str] | None) -> dict[str, Capture]:
     """Returns captures with the routers found by name, where they are named."""
     return {**captures, **({"router": Capture(modules=routers)} if routers is not None else {})}
 
 
-def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
+def _stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:
     if len({row.shape for row in rows}) > 1:
         raise ObjectiveError(
             f"the routers have different numbers of columns ({', '.join(str(r.shape[-1]) for r in rows)}); a term is "

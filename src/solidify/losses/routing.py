@@ -59,8 +59,8 @@ def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) ->
         ObjectiveError: there are no logits with one row a token, or nothing tells how many experts were chosen.
     """
     module = lookup.at(model, name) if model is not None else None
-    parts, place = _parts(output), _place(model, module)
-    tensor = _logits(name, parts, place)
+    parts, logits_index = _list_parts(output), _find_index(model, module)
+    tensor = _read_logits(name, parts, logits_index)
     logits = wide(tensor.reshape(-1, tensor.shape[-1]))
     if len(logits) != tokens:
         raise ObjectiveError(
@@ -70,7 +70,7 @@ def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) ->
     normal = bool(len(logits)) and bool((logits.detach().sum(-1) - 1).abs().max() < 1e-3) and bool((logits >= 0).all())
     if normal:
         logits = logits.clamp(min=torch.finfo(torch.float32).tiny).log()
-    others = [t.reshape(-1, t.shape[-1]) for i, t in enumerate(parts) if i != place and _is_per_token(t, tokens)]
+    others = [t.reshape(-1, t.shape[-1]) for i, t in enumerate(parts) if i != logits_index and _is_per_token(t, tokens)]
     index = next((t for t in others if not t.is_floating_point() and not t.is_complex()), None)
     dense = next((t for t in others if t.shape == logits.shape and _is_sparse(t)), None)
     if index is None and dense is None:
@@ -89,8 +89,8 @@ def read_all(router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | N
     """Yields every router's name and routing of all positions of the batch; what two modules record counts once."""
     seen: list[torch.Tensor] = []
     for name, output in router.items():
-        place = _place(model, lookup.at(model, name) if model is not None else None)
-        tensor = _logits(name, _parts(output), place)
+        index = _find_index(model, lookup.at(model, name) if model is not None else None)
+        tensor = _read_logits(name, _list_parts(output), index)
         if not any(tensor is other for other in seen):  # JetMoE's attention passes on what its router returned
             seen.append(tensor)
             yield name, read(name, output, len(mask), model)
@@ -103,11 +103,11 @@ def scores_of(routings: Iterable[Routing]) -> str | None:
     a single one (top_k = 1) is compared as it is.
     """
     worst = dict.fromkeys(SCORES, 0.0)
-    told, tolerance = False, 1e-3
+    has_weights, tolerance = False, 1e-3
     for routing in routings:
         if routing.weights is None or not routing.weights.numel() or routing.normal:
             continue
-        told = True
+        has_weights = True
         tolerance = 2e-2 if routing.weights.dtype in (torch.bfloat16, torch.float16) else tolerance
         index = routing.index.clamp(max=routing.logits.shape[-1] - 1)
         weights = routing.weights.detach().double()
@@ -123,7 +123,7 @@ def scores_of(routings: Iterable[Routing]) -> str | None:
                 error = error - error.gather(-1, largest)
             worst[scores] = max(worst[scores], float(error.where(readable, 0.0).abs().max()))
     best, second = sorted(worst, key=lambda scores: worst[scores])[:2]
-    fits = told and worst[best] < tolerance and worst[second] > 8 * max(worst[best], 1e-6)
+    fits = has_weights and worst[best] < tolerance and worst[second] > 8 * max(worst[best], 1e-6)
     return best if fits else None
 
 
@@ -146,23 +146,23 @@ def _is_per_token(tensor: Any, tokens: int) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 and tensor.numel() == tokens * tensor.shape[-1]
 
 
-def _parts(output: Any) -> list[Any]:
+def _list_parts(output: Any) -> list[Any]:
     return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
-def _logits(name: str, parts: list[Any], place: int) -> torch.Tensor:
-    tensor = parts[place] if place < len(parts) else None
+def _read_logits(name: str, parts: list[Any], index: int) -> torch.Tensor:
+    tensor = parts[index] if index < len(parts) else None
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
-        raise ObjectiveError(f"the router {name} returned no logits in place {place} of what it returns")
+        raise ObjectiveError(f"the router {name} returned no logits in place {index} of what it returns")
     return tensor
 
 
-def _place(model: nn.Module | None, router: lookup.Located | None) -> int:
+def _find_index(model: nn.Module | None, router: lookup.Located | None) -> int:
     """Returns where in a router's output transformers records its logits; 0 where it says nothing."""
     if model is None or router is None:
         return 0
-    places = recorded(model, "router_logits")
-    return next((index for cls, index in places.items() if isinstance(router.inner, cls)), 0)
+    indices = recorded(model, "router_logits")
+    return next((index for cls, index in indices.items() if isinstance(router.inner, cls)), 0)
 
 
 def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
@@ -170,7 +170,7 @@ def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
     own = vars(router).get("top_k") if router is not None else None
     if isinstance(own, int):
         return own
-    for config in _configs(model):
+    for config in _list_configs(model):
         for key in _TOP_K:
             value = getattr(config, key, None)
             if isinstance(value, int):
@@ -181,7 +181,7 @@ def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
     )
 
 
-def _configs(model: nn.Module | None) -> list[PreTrainedConfig]:
+def _list_configs(model: nn.Module | None) -> list[PreTrainedConfig]:
     config = getattr(lookup.plain_model(model), "config", None) if model is not None else None
     found = [config] if isinstance(config, PreTrainedConfig) else []
     for each in found:  # grows while it is walked: configurations hold configurations

@@ -73,10 +73,10 @@ def matrices(term: str, model: nn.Module, patterns: Patterns) -> dict[str, torch
     stacks: dict[str, torch.Tensor] = {}
     for each in named_:
         if each.parameter.ndim >= 2:
-            name, place = each.name, 1
+            name, number = each.name, 1
             while name in stacks:  # the parts of a LoRA update share their target's name
-                place += 1
-                name = f"{each.name}#{place}"
+                number += 1
+                name = f"{each.name}#{number}"
             p = each.parameter
             stacks[name] = wide(p)[None] if p.ndim == 2 else wide(p).flatten(2)
     if not stacks:
@@ -87,9 +87,9 @@ def matrices(term: str, model: nn.Module, patterns: Patterns) -> dict[str, torch
 def active(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that take part in the forward pass now, LoRA's included; no frozen twin of a copy."""
     parameters = []
-    for place in lookup.modules(model):
-        parameters += list(place.inner.parameters(recurse=False))
-        if place.called is not place.inner:
-            inside = {id(p) for p in place.inner.parameters()}
-            parameters += [p for p in place.called.parameters() if p.requires_grad and id(p) not in inside]
+    for located in lookup.modules(model):
+        parameters += list(located.inner.parameters(recurse=False))
+        if located.called is not located.inner:
+            inside = {id(p) for p in located.inner.parameters()}
+            parameters += [p for p in located.called.parameters() if p.requires_grad and id(p) not in inside]
     return parameters

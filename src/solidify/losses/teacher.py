@@ -57,7 +57,7 @@ def teacher_columns(
         """Adds the columns to a batch of rows."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         made = {key: t.to(device) if isinstance(t, torch.Tensor) else t for key, t in collate(rows).items()}
-        mask = _mask(made)
+        mask = _read_mask(made)
         logits = model(**{key: value for key, value in made.items() if key != "labels"}).logits
         if logits.shape[:2] != mask.shape or not 0 < k <= logits.shape[-1]:
             raise DataError(
@@ -103,13 +103,13 @@ def with_teacher_columns(collate: Collate) -> Collate:
         missing = [name for name in COLUMNS if any(name not in row for row in rows)]
         refuse(DataError, "rows lack what a teacher said; make them with teacher_columns", missing)
         batch = dict(collate([{key: v for key, v in row.items() if key not in COLUMNS} for row in rows]))
-        mask = _mask(batch)
+        mask = _read_mask(batch)
         for name in COLUMNS:
             values = [torch.as_tensor(row[name]) for row in rows]
             _refuse_other_lengths(values, mask)
             padded = values[0].new_full((*mask.shape, *values[0].shape[1:]), _FILL[name])
-            for place, value in enumerate(values):
-                padded[place, mask[place]] = value
+            for index, value in enumerate(values):
+                padded[index, mask[index]] = value
             batch[name] = padded.long() if name == IDS else padded.float()
         return batch
 
@@ -156,7 +156,7 @@ def _log_rest(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rest.clamp(min=_NOTHING)
 
 
-def _mask(batch: Mapping[str, Any]) -> torch.Tensor:
+def _read_mask(batch: Mapping[str, Any]) -> torch.Tensor:
     mask = batch.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise DataError("a teacher's columns need a batch with an attention_mask (batch_size, sequence_length)")
@@ -168,8 +168,8 @@ def _refuse_other_lengths(values: Sequence[torch.Tensor], mask: torch.Tensor) ->
         DataError,
         "what a teacher said is not one for one with the tokens",
         [
-            f"row {place} of a batch has {int(n)} tokens, but {len(value)} positions of the teacher"
-            for place, (value, n) in enumerate(zip(values, mask.sum(-1), strict=True))
+            f"row {index} of a batch has {int(n)} tokens, but {len(value)} positions of the teacher"
+            for index, (value, n) in enumerate(zip(values, mask.sum(-1), strict=True))
             if len(value) != int(n)
         ],
     )

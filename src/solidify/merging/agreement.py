@@ -48,7 +48,7 @@ def answers(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             answer = anatomy.answer(model, batch)
-        for name, value in _leaves(case, answer):
+        for name, value in _yield_leaves(case, answer):
             if isinstance(value, torch.Tensor):
                 found.tensors[name] = value
             elif value is not None:
@@ -56,7 +56,7 @@ def answers(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) 
     return found
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _yield_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yields what is nested in a model's answer, by path."""
     if isinstance(value, Mapping):
         parts: Any = value.items()
@@ -68,7 +68,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
         return
     for key, part in parts:
-        yield from _leaves(f"{name}/{key}", part)
+        yield from _yield_leaves(f"{name}/{key}", part)
 
 
 def merged_equals_attached(
@@ -104,15 +104,15 @@ def merged_equals_attached(
     ]
     worst = max(off, key=lambda key: off[key])
     evidence = (
-        f"{_paths(off)}: {worst} differs most, by {off[worst]:.1e}; moved by one unit in the last place, the changed "
-        f"tensors make up to {reach[worst]:.1e} of it"
+        f"{_name_outputs(off)}: {worst} differs most, by {off[worst]:.1e}; moved by one unit in the last place, the "
+        f"changed tensors make up to {reach[worst]:.1e} of it"
     )
     if attached.others:
         evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.others.items())}"
     return Finding(NAME, not faults, "; ".join(faults[:4]) or evidence)
 
 
-def _paths(keys: Iterable[str]) -> str:
+def _name_outputs(keys: Iterable[str]) -> str:
     """Names outputs, the cases left out."""
     paths = list(dict.fromkeys(key.partition("/")[2] or key for key in keys))
     return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")

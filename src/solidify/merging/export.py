@@ -69,12 +69,12 @@ def merge(
     adapter, output = Path(adapter).resolve(), Path(output)
     writing.refuse_foreign(output, [adapter], work="merge")
     stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
-    sources = _stock_sources(adapter, base) if stock else _sources(adapter, base, trust_remote_code)
+    sources = _stock_sources(adapter, base) if stock else _read_sources(adapter, base, trust_remote_code)
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
         if stock:
-            written, findings = _stock(sources, staging, link, trust_remote_code)
+            written, findings = _merge_stock(sources, staging, link, trust_remote_code)
         else:
-            written, findings = _artifact(sources, staging, link)
+            written, findings = _merge_artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
     if sources.base_record is not None and not stock and trust.known(sources.base_record):
@@ -119,7 +119,7 @@ class _Attached:
         return [*found, agreement.merged_equals_attached(self.output, merged, self.base, self.inputs, expected)]
 
 
-def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
+def _read_sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
     record = manifest.read(adapter, "adapter", closed=False)
     where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
@@ -131,11 +131,11 @@ def _sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) ->
     return _Sources(adapter, record, where, base_record)
 
 
-def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, list[Finding]]:
+def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, list[Finding]]:
     assert sources.record is not None and sources.base_record is not None
     record, base = sources.record, sources.base_record
     with private.copy(sources.base, base) as own:
-        skeleton = _skeleton(own, sources.base)
+        skeleton = _build_skeleton(own, sources.base)
         kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
         copy_code(own, staging, [*base.code, *kept])
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
@@ -144,12 +144,12 @@ def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, l
     attached = None
     if extent.whole:
         attached = _Attached.of(
-            lambda: _permitted(sources.base, base),
+            lambda: _load_permitted(sources.base, base),
             lambda model: storage.load_adapter(model, sources.adapter),
         )
-    made, watched, merger = _rewrite(sources, prepared, staging, link)
+    made, watched, merger = _rewrite_tensors(sources, prepared, staging, link)
     if made.untied:
-        _untie(staging)
+        _untie_embeddings(staging)
     merged = _load_staged(staging)
     step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained}
     draft = Manifest(
@@ -165,16 +165,16 @@ def _artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, l
     findings = [*verify(merged, staging)]
     findings += watched if attached is None else attached.findings(merged, merger)
     ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
-    return written, [*findings, _counted(ledger, made, merger)]
+    return written, [*findings, _state_counts(ledger, made, merger)]
 
 
-def _permitted(directory: Path, record: Manifest) -> PreTrainedModel:
-    """Loads an artifact that `_sources` has asked about: that very one, and no other that stands there by now."""
+def _load_permitted(directory: Path, record: Manifest) -> PreTrainedModel:
+    """Loads an artifact that `_read_sources` has asked about: that very one, and no other that stands there by now."""
     with trust.permitting(trust.fingerprint(record)):
         return loading.load_artifact(directory)
 
 
-def _rewrite(
+def _rewrite_tensors(
     sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
 ) -> tuple[Rewritten, list[Finding], Merger]:
     """Merges every tensor that the adapter changes into the files of the staged directory.
@@ -190,7 +190,7 @@ def _rewrite(
     return made, [watch.finding(list(merger.changes)), unseen], merger
 
 
-def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
+def _state_counts(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
     counts = made.counts(merger)
     more = f"; {counts['adapter tensors used']} tensors of the adapter used once each"
     if counts["files kept"]:
@@ -198,7 +198,7 @@ def _counted(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:
     return replace(ledger, evidence=ledger.evidence + more) if ledger.passed else ledger
 
 
-def _skeleton(own: Path, directory: Path) -> PreTrainedModel:
+def _build_skeleton(own: Path, directory: Path) -> PreTrainedModel:
     """Builds the model of an artifact on the meta device, from a private copy of its verified code."""
     with foreign.calling(f"the model of {directory} cannot be made", ArtifactError):
         config = AutoConfig.from_pretrained(own, trust_remote_code=True)
@@ -225,7 +225,7 @@ def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> M
     return replace(base, tensors={**base.tensors, **{name: base.tensors[sources[name]] for name in made.added}})
 
 
-def _untie(directory: Path) -> None:
+def _untie_embeddings(directory: Path) -> None:
     """Says in the configuration that input and output embeddings, which were trained apart, are not one any more."""
     path = directory / "config.json"
     config = files.document(path)
@@ -279,7 +279,9 @@ def _stock_base(reference: str | Path | None, revision: str | None, adapter: Pat
         ) from error
 
 
-def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool) -> tuple[Manifest, list[Finding]]:
+def _merge_stock(
+    sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
+) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
     extent = Extent.of(skeleton)
@@ -290,9 +292,9 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )
     carried = companions.copy_all(sources.base, staging)
-    made, watched, merger = _rewrite(sources, prepared, staging, link)
+    made, watched, merger = _rewrite_tensors(sources, prepared, staging, link)
     if made.untied:
-        _untie(staging)
+        _untie_embeddings(staging)
     findings = [_same_keys(sources.base, staging, made)]
     if attached is None:
         findings += watched
@@ -301,10 +303,15 @@ def _stock(sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
     ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)
-    return written, [*findings, *_unread(sources.adapter), *carried.findings(), _counted(ledger, made, merger)]
+    return written, [
+        *findings,
+        *_state_unread(sources.adapter),
+        *carried.findings(),
+        _state_counts(ledger, made, merger),
+    ]
 
 
-def _unread(adapter: Path) -> list[Finding]:
+def _state_unread(adapter: Path) -> list[Finding]:
     """Says that what a regular expression of the adapter's file reaches was not asked."""
     why = "no regular expression of a file is run: what the adapter holds tensors for is merged, and all of that"
     return [Finding.unseen(f"{field} reaches what is merged", why) for field in configured.expressions(adapter)]

@@ -77,7 +77,7 @@ class Merger:
     def ranges(self, changes: Mapping[str, Change], shapes: Mapping[str, Shape], rows: int) -> list[range | None]:
         """Splits the first axis of some tensors so that a part of them fits into little memory."""
         size = sum(shape.nbytes for shape in shapes.values())
-        if not rows or size <= _BLOCK or not all(_splits(c, shapes[name]) for name, c in changes.items()):
+        if not rows or size <= _BLOCK or not all(_is_splittable(c, shapes[name]) for name, c in changes.items()):
             return [None]
         step = max(2, rows * _BLOCK // size)  # one expert alone would be no stack of experts to PEFT
         bounds = [*range(0, rows, step), rows]
@@ -91,11 +91,11 @@ class Merger:
         Raises:
             AdapterError: PEFT cannot merge the layer at all.
         """
-        self._count(change)
+        self._count_used(change)
         if change.layer is None:
-            return self._finite(change.name, self._read(change.keys[0], rows).to(base.dtype))
+            return self._check_finite(change.name, self._read_tensor(change.keys[0], rows).to(base.dtype))
         if change.instead is not None:
-            base = self._read(change.instead, rows).to(base.dtype)
+            base = self._read_tensor(change.instead, rows).to(base.dtype)
         with self._lock:
             lock = self._locks.setdefault(id(change.layer), threading.Lock())
         with lock, torch.no_grad():
@@ -103,21 +103,22 @@ class Merger:
 
     def pieces(self, change: Change, shape: Shape) -> Iterator[torch.Tensor]:
         """Yields the values of a tensor that is the adapter's own, chunk by chunk."""
-        self._count(change)
+        self._count_used(change)
         entry = self.entries[change.keys[0]]
         for piece in entry.pieces():
-            yield self._finite(change.name, piece.view(entry.shape.dtype).to(shape.dtype))
+            values = piece.view(entry.shape.dtype)  # (numbers of the chunk,)
+            yield self._check_finite(change.name, values.to(shape.dtype))
 
     def tell_alike(self, change: Change) -> None:
         """Counts the tensors of a change that is the same as one of a tied tensor."""
-        self._count(change)
+        self._count_used(change)
 
     def _with_layer(
         self, change: Change, layer: LoraLayer, base: torch.Tensor, rows: range | None, total: int
     ) -> torch.Tensor:
         keys = [key for key in change.keys if key != change.instead]
-        whole = self._factors(layer, keys)
-        values = {key: _rows(layer, self.parts[key], tensor, rows, total) for key, tensor in whole.items()}
+        whole = self._read_factors(layer, keys)
+        values = {key: _take_rows(layer, self.parts[key], tensor, rows, total) for key, tensor in whole.items()}
         owner, attribute = layer.get_base_layer(), change.name.rpartition(".")[2]
         puts = [(owner, attribute, base), *((*self.parts[key], value) for key, value in values.items())]
         if layer.lora_bias.get(NAME):  # PEFT merges weight and bias together; here the other one does not matter
@@ -139,7 +140,7 @@ class Merger:
                 judge(result)
             return result
         except ValueError:  # PEFT's word for NaN
-            self._tell(f"{change.name} would hold NaN or infinity")
+            self._record_fault(f"{change.name} would hold NaN or infinity")
             return base
         except Exception as error:
             raise AdapterError(f"PEFT cannot merge {change.name}: {foreign.said(error)}") from error
@@ -151,27 +152,27 @@ class Merger:
             layer.merged_adapters.clear()
             forget_caches(layer)
 
-    def _factors(self, layer: LoraLayer, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _read_factors(self, layer: LoraLayer, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Reads the adapter's tensors of a layer, once for all parts that one thread merges in a row."""
         if getattr(self._last, "layer", None) is not layer:
-            self._last.layer, self._last.values = layer, {key: self._read(key) for key in keys}
+            self._last.layer, self._last.values = layer, {key: self._read_tensor(key) for key in keys}
         found: dict[str, torch.Tensor] = self._last.values
         return found
 
-    def _read(self, key: str, rows: range | None = None) -> torch.Tensor:
+    def _read_tensor(self, key: str, rows: range | None = None) -> torch.Tensor:
         return reverting.rows_of(self.entries[key], rows).read()
 
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            self._tell(f"{name} would hold NaN or infinity")
+            self._record_fault(f"{name} would hold NaN or infinity")
         return tensor
 
-    def _tell(self, fault: str) -> None:
+    def _record_fault(self, fault: str) -> None:
         with self._lock:
             if fault not in self.faults:
                 self.faults.append(fault)
 
-    def _count(self, change: Change) -> None:
+    def _count_used(self, change: Change) -> None:
         """Counts an adapter's tensors once for the layer that they belong to, whatever it makes in how many parts."""
         with self._lock:
             what = id(change) if change.layer is None else id(change.layer)
@@ -203,48 +204,53 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
             is of a kind that cannot be merged. All faults together.
     """
     held, state = storage.held(model, NAME), model.state_dict(keep_vars=True)
-    places = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
+    tensors = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
     faults = [f"the file lacks {key}" for key in held if key not in entries]
-    faults += [f"the file holds {key}, for which the model has no place" for key in entries if key not in places]
+    faults += [f"the file holds {key}, for which the model has no place" for key in entries if key not in tensors]
     faults += [
-        f"{key} has shape {list(entries[key].shape.sizes)} in the file and {list(place.shape)} in the model"
-        for key, place in places.items()
-        if entries[key].shape.sizes != tuple(place.shape)
+        f"{key} has shape {list(entries[key].shape.sizes)} in the file and {list(tensor.shape)} in the model"
+        for key, tensor in tensors.items()
+        if entries[key].shape.sizes != tuple(tensor.shape)
     ]
     faults += [
-        f"{key} is {_word(entries[key].shape.dtype)} in the file, and {_word(place.dtype)} is of another kind"
-        for key, place in places.items()
-        if entries[key].shape.dtype.is_floating_point != place.is_floating_point()
+        f"{key} is {_name_dtype(entries[key].shape.dtype)} in the file, and {_name_dtype(tensor.dtype)} is of another "
+        "kind"
+        for key, tensor in tensors.items()
+        if entries[key].shape.dtype.is_floating_point != tensor.is_floating_point()
     ]
-    changes, strange = _changes(model, places)
+    changes, strange = _sort_changes(model, tensors)
     faults += strange
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
-    hint = configured.layout_hint([key for key in entries if key not in places])
+    hint = configured.layout_hint([key for key in entries if key not in tensors])
     refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
-    parts = {key: owner for key, place in places.items() if (owner := _owners(model).get(id(place))) is not None}
+    parts = {
+        key: owner for key, tensor in tensors.items() if (owner := _find_owners(model).get(id(tensor))) is not None
+    }
     return Merger(entries, changes, parts)
 
 
-def _word(dtype: torch.dtype) -> str:
+def _name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+def _find_owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return {id(p): (module, name) for module in model.modules() for name, p in own_parameters(module).items()}
 
 
-def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict[str, Change], list[str]]:
+def _sort_changes(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Change], list[str]]:
     """Sorts an adapter's tensors by what they change in the plain model."""
-    faults = _strange(model)
+    faults = _find_strange(model)
     keys: dict[int, list[str]] = {}
-    for key, place in places.items():
-        keys.setdefault(id(place), []).append(key)
+    for key, tensor in tensors.items():
+        keys.setdefault(id(tensor), []).append(key)
     names = {id(p): name for kind, name, p in lookup.named_parameters(model) if kind != "lora"}
     names |= {id(b): name for _, name, b in lookup.named_buffers(model)}
     changes: dict[str, Change] = {}
     for identity, found in keys.items():
         for key in found if identity in names else ():
-            name = names[identity] if len(found) == 1 else _plain(key)  # tied copies are one parameter of two names
+            name = (
+                names[identity] if len(found) == 1 else _strip_wrappers(key)
+            )  # tied copies are one parameter of two names
             if name in changes:
                 faults.append(f"{key} and {changes[name].keys[0]} both give {name}")
             changes[name] = Change(name, (key,))
@@ -256,25 +262,25 @@ def _changes(model: PeftModel, places: Mapping[str, torch.Tensor]) -> tuple[dict
             faults.append(f"{target} has {strange}, which PEFT's update does not follow, so that it cannot be merged")
         own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
         used = tuple(key for p in own for key in keys.get(id(p), ()))
-        for name in _results(layer, target):
+        for name in _name_results(layer, target):
             given = changes.get(name)
             instead = None if given is None else given.keys[0]
             changes[name] = Change(name, used if instead is None else (*used, instead), layer, instead)
     return changes, faults
 
 
-def _plain(key: str) -> str:
+def _strip_wrappers(key: str) -> str:
     """Returns the name in the plain model of a tensor that is trained in full, from its key on disk."""
     return re.sub(r"\.(original_module|base_layer)(?=\.)", "", key.removeprefix("base_model.model."))
 
 
-def _results(layer: LoraLayer, place: str) -> list[str]:
+def _name_results(layer: LoraLayer, name: str) -> list[str]:
     if isinstance(layer, ParamWrapper):
-        return [f"{place}.{layer.parameter_name}"]
-    return [f"{place}.weight", f"{place}.bias"] if layer.lora_bias.get(NAME) else [f"{place}.weight"]
+        return [f"{name}.{layer.parameter_name}"]
+    return [f"{name}.weight", f"{name}.bias"] if layer.lora_bias.get(NAME) else [f"{name}.weight"]
 
 
-def _strange(model: PeftModel) -> list[str]:
+def _find_strange(model: PeftModel) -> list[str]:
     """Names what PEFT has put into the model and is not merged here."""
     faults = []
     for path, module in model.named_modules():
@@ -291,7 +297,7 @@ def _strange(model: PeftModel) -> list[str]:
     return faults
 
 
-def _splits(change: Change, shape: Shape) -> bool:
+def _is_splittable(change: Change, shape: Shape) -> bool:
     """Returns whether rows of a tensor are merged without looking at other rows."""
     layer = change.layer
     if layer is None:
@@ -306,22 +312,23 @@ def _splits(change: Change, shape: Shape) -> bool:
     return isinstance(layer, Embedding) and variant is None
 
 
-def _rows(
-    layer: LoraLayer, place: tuple[nn.Module, str], tensor: torch.Tensor, rows: range | None, total: int
+def _take_rows(
+    layer: LoraLayer, location: tuple[nn.Module, str], tensor: torch.Tensor, rows: range | None, total: int
 ) -> torch.Tensor:
     """Returns what of an adapter's tensor belongs to some rows of the tensor that it changes."""
     if rows is None:
         return tensor
     part = slice(rows.start, rows.stop)
-    owner, _ = place
-    if isinstance(
-        layer, ParamWrapper
-    ):  # as its get_delta_weight takes them apart: A by experts first, B by experts last
+    owner, _ = location
+    if isinstance(layer, ParamWrapper):
+        # As its get_delta_weight takes them apart: A by experts first, B by experts last.
         if owner is layer.lora_A[NAME]:
-            return tensor.reshape(total, -1, tensor.shape[-1])[part].reshape(-1, tensor.shape[-1])
-        return tensor.reshape(tensor.shape[0], -1, total)[..., part].reshape(tensor.shape[0], -1)
+            by_expert = tensor.reshape(total, -1, tensor.shape[-1])  # (experts, rank, in_features)
+            return by_expert[part].reshape(-1, tensor.shape[-1])  # (experts of the part * rank, in_features)
+        by_expert = tensor.reshape(tensor.shape[0], -1, total)  # (out_features, rank, experts)
+        return by_expert[..., part].reshape(tensor.shape[0], -1)  # (out_features, rank * experts of the part)
     if isinstance(layer, Embedding):
-        return tensor[:, part] if owner is layer.lora_embedding_A else tensor
+        return tensor[:, part] if owner is layer.lora_embedding_A else tensor  # A: (rank, rows of the part)
     if owner is layer.lora_A[NAME]:
-        return tensor
-    return tensor[part]
+        return tensor  # (rank, in_features)
+    return tensor[part]  # B: (rows of the part, rank); a magnitude: (rows of the part,)

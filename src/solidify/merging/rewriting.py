@@ -98,7 +98,7 @@ def prepare(skeleton: PreTrainedModel, base: Path, adapter: Path, bare: Sequence
     """
     stored = Stored(skeleton, checkpoint.read(base))
     shapes = {name: Shape.of(tensor) for name, tensor in skeleton.state_dict().items()}
-    ties, heads = aliases(skeleton), _embeddings(skeleton)
+    ties, heads = aliases(skeleton), _find_embeddings(skeleton)
     model = mathematics.attach(skeleton, configured.read(adapter, skeleton), bare)
     merger = mathematics.read(model, format.read_header(adapter / storage.WEIGHTS), shapes)
     refuse(AdapterError, "the adapter is not finite", _not_finite(merger))
@@ -116,9 +116,9 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         ArtifactError: the base is not what `expected` says, changes while it is read, or there is no room.
     """
     stored, merger = prepared.stored, prepared.merger
-    plan = _plan(prepared)
+    plan = _plan_ties(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
-    before = {path: _state(path) for path in stored.checkpoint.files}
+    before = {path: _read_state(path) for path in stored.checkpoint.files}
     touched = [path for path in stored.checkpoint.files if writing.touches(path)]
     kept = [path for path in stored.checkpoint.files if path not in touched]
     copies = transfer.copied(kept, directory, link=link)
@@ -131,7 +131,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     for change in plan.alike:
         merger.tell_alike(change)
     writing.index()
-    refuse(AdapterError, "the adapter cannot be merged", [*merger.faults, *_uses(merger)])
+    refuse(AdapterError, "the adapter cannot be merged", [*merger.faults, *_find_misuses(merger)])
     found = digest_cache.digests([directory / path.name for path in kept])
     writing.digests |= found
     writing.base |= found
@@ -140,7 +140,9 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         for name, digest in writing.base.items()
         if expected.get(name, digest) != digest
     ]
-    faults += [f"{path} was written to while it was read" for path, state in before.items() if _state(path) != state]
+    faults += [
+        f"{path} was written to while it was read" for path, state in before.items() if _read_state(path) != state
+    ]
     refuse(ArtifactError, f"{stored.checkpoint.directory} is not what it was", faults)
     for path in touched:
         target = directory / path.name
@@ -174,16 +176,16 @@ def _not_finite(merger: Merger) -> list[str]:
     return faults
 
 
-def _uses(merger: Merger) -> list[str]:
+def _find_misuses(merger: Merger) -> list[str]:
     return [f"{key} was used {merger.used[key]} times and not once" for key in merger.entries if merger.used[key] != 1]
 
 
-def _state(path: Path) -> tuple[int, int]:
+def _read_state(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _plan(prepared: Prepared) -> _Plan:
+def _plan_ties(prepared: Prepared) -> _Plan:
     """Settles what becomes of tensors that are one in the base: they stay one, or part where the model can do so."""
     stored, merger = prepared.stored, prepared.merger
     plan = _Plan(dict(merger.changes))
@@ -194,7 +196,7 @@ def _plan(prepared: Prepared) -> _Plan:
         if not there:
             continue
         first = there[0]
-        if len(there) == len(group) and all(_same(merger, first, change) for change in there[1:]):
+        if len(there) == len(group) and all(_are_same(merger, first, change) for change in there[1:]):
             plan.alike += there[1:]
             for name in group:
                 plan.changes[name] = first
@@ -212,7 +214,7 @@ def _plan(prepared: Prepared) -> _Plan:
     return plan
 
 
-def _embeddings(model: PreTrainedModel) -> set[str]:
+def _find_embeddings(model: PreTrainedModel) -> set[str]:
     """Names the weights of the input and output embeddings, which a configuration can untie; none in other families.
 
     A family without embeddings says so by an error of its own (a convolutional one: NotImplementedError).
@@ -224,11 +226,11 @@ def _embeddings(model: PreTrainedModel) -> set[str]:
     return {name for name, p in found if id(p) in weights} if len(modules) == 2 else set()
 
 
-def _same(merger: Merger, a: Change, b: Change) -> bool:
+def _are_same(merger: Merger, a: Change, b: Change) -> bool:
     """Returns whether two tensors that are one in the base become the same: tied copies, or one low-rank update."""
     if a.layer is None and b.layer is None:
-        return _digest(merger, a.keys[0]) == _digest(merger, b.keys[0])
-    if a.layer is None or b.layer is None or _digest(merger, a.instead) != _digest(merger, b.instead):
+        return _digest_tensor(merger, a.keys[0]) == _digest_tensor(merger, b.keys[0])
+    if a.layer is None or b.layer is None or _digest_tensor(merger, a.instead) != _digest_tensor(merger, b.instead):
         return False
     if a.layer.scaling != b.layer.scaling or any(change.layer.lora_variant for change in (a, b) if change.layer):
         return False
@@ -245,7 +247,7 @@ def _same(merger: Merger, a: Change, b: Change) -> bool:
     return False
 
 
-def _digest(merger: Merger, key: str | None) -> str | None:
+def _digest_tensor(merger: Merger, key: str | None) -> str | None:
     return merger.entries[key].digest() if key is not None else None
 
 
@@ -275,9 +277,9 @@ class _Writing:
 
     def touches(self, path: Path) -> bool:
         """Returns whether a file cannot stay as it is."""
-        return any(entry.name in self.units for entry in self.header[path]) or bool(self._added(path))
+        return any(entry.name in self.units for entry in self.header[path]) or bool(self._find_added(path))
 
-    def _added(self, path: Path) -> dict[str, tuple[str, Change | None]]:
+    def _find_added(self, path: Path) -> dict[str, tuple[str, Change | None]]:
         """Returns the new tensors that are written beside the one that they were tied to."""
         return {
             name: (source, change)
@@ -288,7 +290,9 @@ class _Writing:
     def file(self, path: Path, advance: Callable[[int], None]) -> None:
         """Rewrites one file: read, digested, written; changed tensors are made when their turn comes."""
         here = {entry.name: entry for entry in self.header[path]}
-        supplies = [self._new(name, source, change) for name, (source, change) in self._added(path).items()]
+        supplies = [
+            self._make_new_source(name, source, change) for name, (source, change) in self._find_added(path).items()
+        ]
         seen: set[int] = set()
         for key, entry in here.items():
             unit = self.units.get(key)
@@ -298,15 +302,17 @@ class _Writing:
                 seen.add(id(unit))
                 keys = [k for k in here if k in set(unit.keys)]
                 self.given |= set(keys)
-                supplies.append(self._changed(unit, {k: here[k] for k in keys}))
+                supplies.append(self._make_changed_source(unit, {k: here[k] for k in keys}))
         written = format.write_file(self.directory / path.name, supplies, advance)
         self.digests |= written
         self.base |= {key: written[key] for key in here if key not in self.units}
 
-    def _changed(self, unit: Unit, keys: Mapping[str, Entry]) -> TensorSource:
-        return TensorSource({key: entry.shape for key, entry in keys.items()}, lambda: self._pieces(unit, set(keys)))
+    def _make_changed_source(self, unit: Unit, keys: Mapping[str, Entry]) -> TensorSource:
+        return TensorSource(
+            {key: entry.shape for key, entry in keys.items()}, lambda: self._yield_pieces(unit, set(keys))
+        )
 
-    def _new(self, name: str, source: str, change: Change | None) -> TensorSource:
+    def _make_new_source(self, name: str, source: str, change: Change | None) -> TensorSource:
         unit, key = self.stored.units[source], self.new[name]
         shape = unit.shapes[source]
 
@@ -318,18 +324,18 @@ class _Writing:
 
         return TensorSource({key: shape}, pieces)
 
-    def _pieces(self, unit: Unit, keys: set[str]) -> Iterator[Piece]:
+    def _yield_pieces(self, unit: Unit, keys: set[str]) -> Iterator[Piece]:
         changes = {name: self.plan.changes[name] for name in unit.shapes if name in self.plan.changes}
         if unit.entry is not None and all(change.layer is None for change in changes.values()):
             ((name, change),) = changes.items()
             yield from ((unit.entry.name, piece) for piece in self.merger.pieces(change, unit.shapes[name]))
         else:
-            yield from self._parts(unit, keys, changes)
+            yield from self._yield_parts(unit, keys, changes)
             _give_back()
         for key in keys - set(self.base):
             self.base[key] = self.stored.checkpoint.entries[key].digest()
 
-    def _parts(self, unit: Unit, keys: set[str], changes: Mapping[str, Change]) -> Iterator[Piece]:
+    def _yield_parts(self, unit: Unit, keys: set[str], changes: Mapping[str, Change]) -> Iterator[Piece]:
         """Reads, merges and yields a unit part by part; a tensor that is stored as it is in memory is digested too."""
         hasher = hashing.tensor_hasher(unit.entry.shape.dtype, unit.entry.shape.sizes) if unit.entry else None
         for rows in self.merger.ranges(changes, unit.shapes, unit.rows):

@@ -43,7 +43,7 @@ def moved(model: nn.Module, draw: int) -> Iterator[None]:
     (checkpointing), and no random number is drawn.
     """
     inner = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [m.register_forward_hook(partial(_move, terms(m), _MIXERS[draw % len(_MIXERS)])) for m in inner]
+    handles = [m.register_forward_hook(partial(_move_output, terms(m), _MIXERS[draw % len(_MIXERS)])) for m in inner]
     try:
         yield
     finally:
@@ -51,13 +51,14 @@ def moved(model: nn.Module, draw: int) -> Iterator[None]:
             handle.remove()
 
 
-def _move(count: int, mixer: int, _module: nn.Module, _given: Any, output: Any) -> Any:
+def _move_output(count: int, mixer: int, _module: nn.Module, _given: Any, output: Any) -> Any:
     if isinstance(output, tuple):
-        return tuple(_move(count, mixer, _module, _given, part) for part in output)
+        return tuple(_move_output(count, mixer, _module, _given, part) for part in output)
     if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
         return output
     seen = output.detach()
-    places = torch.arange(seen.numel(), device=seen.device).view(seen.shape)
-    mixed = (seen.float().contiguous().view(torch.int32).long() + places) * mixer
+    positions = torch.arange(seen.numel(), device=seen.device).view(seen.shape)  # the output's shape
+    bits = seen.float().contiguous().view(torch.int32)  # the output's shape
+    mixed = (bits.long() + positions) * mixer
     steps = (mixed >> 16) % 3 - 1
     return output + (steps * unit(seen, count)).to(output.dtype)

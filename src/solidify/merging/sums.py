@@ -67,25 +67,25 @@ def weight(layer: LoraLayer, adapter: str) -> Weight:
     single = abs(scale) * (layer.r[adapter] + 2) / 2 * _SINGLE
     if isinstance(layer, ParamWrapper):
         own = getattr(base, layer.parameter_name)
-        plain = _number(own, own)
-        update, size = _stacked(layer, adapter, plain, own)
+        plain = _convert_tensor(own, own)
+        update, size = _multiply_stacked(layer, adapter, plain, own)
         return Weight(plain + scale * update, plain, single * size)
     turned = isinstance(base, (Conv1D, nn.Embedding))
-    plain = _number(base.weight, base.weight)
-    plain = plain.T if turned else plain
-    a, b = _factors(layer, adapter, base.weight)
-    wanted = plain + scale * (b @ a).reshape(plain.shape)
+    plain = _convert_tensor(base.weight, base.weight)
+    plain = plain.T if turned else plain  # (out_features, in_features, *kernel)
+    a, b = _flatten_factors(layer, adapter, base.weight)
+    wanted = plain + scale * (b @ a).reshape(plain.shape)  # (out_features, in_features, *kernel)
     found = Weight(wanted, plain, single * (b.abs() @ a.abs()).reshape(plain.shape))
     if layer.use_dora.get(adapter):
-        found = _with_magnitude(found, _number(layer.lora_magnitude_vector[adapter].weight, base.weight))
+        found = _with_magnitude(found, _convert_tensor(layer.lora_magnitude_vector[adapter].weight, base.weight))
     return Weight(*(x.T for x in (found.wanted, found.without, found.slack))) if turned else found  # type: ignore[union-attr]
 
 
 def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
     """Scales rows to a magnitude; a norm of n squares, a quotient and a product are rounded, evenly to both sides."""
-    across = [-1, *[1] * (found.wanted.ndim - 1)]
-    by = magnitude.reshape(across) / _norms(found.wanted)
-    wanted, without = by * found.wanted, magnitude.reshape(across) * found.without / _norms(found.without)
+    across = [-1, *[1] * (found.wanted.ndim - 1)]  # (out_features, 1, ...)
+    by = magnitude.reshape(across) / _compute_norms(found.wanted)
+    wanted, without = by * found.wanted, magnitude.reshape(across) * found.without / _compute_norms(found.without)
     roundings = 1.5 + math.sqrt(found.wanted[0].numel()) / 4
     return Weight(wanted, without, by.abs() * found.slack + roundings * _SINGLE * wanted.abs())
 
@@ -93,38 +93,42 @@ def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
 def bias(layer: LoraLayer, adapter: str) -> Weight:
     """Computes what the bias of a layer must become whose update has a bias too."""
     own = layer.get_base_layer().bias
-    plain = _number(own, own)
-    return Weight(plain + float(layer.scaling[adapter]) * _number(layer.lora_B[adapter].bias, own), plain)
+    plain = _convert_tensor(own, own)
+    return Weight(plain + float(layer.scaling[adapter]) * _convert_tensor(layer.lora_B[adapter].bias, own), plain)
 
 
-def _factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _flatten_factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A (r, in) and B (out, r), all that a kernel covers flattened."""
     if adapter in layer.lora_embedding_A:
-        return _number(layer.lora_embedding_A[adapter], like), _number(layer.lora_embedding_B[adapter], like)
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return _convert_tensor(a, like), _convert_tensor(b, like)  # (rank, words), (width, rank)
     factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
     a, b = (f.weight_as_blockdiagonal_matrix() if isinstance(f, BlockDiagonalLinear) else f.weight for f in factors)
-    return _number(a, like).flatten(1), _number(b, like).flatten(1)
+    a = _convert_tensor(a, like).flatten(1)  # (rank, in_features * kernel)
+    b = _convert_tensor(b, like).flatten(1)  # (out_features, rank)
+    return a, b
 
 
-def _stacked(
+def _multiply_stacked(
     layer: ParamWrapper, adapter: str, plain: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes `B A` and `|B| |A|` for a parameter: A stands by experts first, B by experts last."""
-    a, b = _number(layer.lora_A[adapter].weight, like), _number(layer.lora_B[adapter].weight, like)
+    a, b = _convert_tensor(layer.lora_A[adapter].weight, like), _convert_tensor(layer.lora_B[adapter].weight, like)
     if plain.ndim == 3:
-        a, b = a.reshape(len(plain), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)
+        a = a.reshape(len(plain), -1, a.shape[-1])  # (experts, rank, in_features)
+        b = b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)  # (experts, out_features, rank)
     # A stack of experts that keeps (experts, inputs, outputs) says so to PEFT by an attribute of its own.
     turned = plain.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False)
-    update, size = b @ a, b.abs() @ a.abs()
-    return (update.mT, size.mT) if turned else (update, size)
+    update, size = b @ a, b.abs() @ a.abs()  # (experts, out_features, in_features), or without experts
+    return (update.mT, size.mT) if turned else (update, size)  # turned: (experts, in_features, out_features)
 
 
-def _norms(rows: torch.Tensor) -> torch.Tensor:
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-    return lengths.reshape(-1, *[1] * (rows.ndim - 1))
+def _compute_norms(rows: torch.Tensor) -> torch.Tensor:
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)  # (rows,)
+    return lengths.reshape(-1, *[1] * (rows.ndim - 1))  # (rows, 1, ...)
 
 
-def _number(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _convert_tensor(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float64 if like.numel() <= _EXACT else torch.float32)
 
 
@@ -134,7 +138,8 @@ def unit(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
     Where they nearly cancel, inside the update too, what was rounded is of the size of the mean.
     """
     summands = (expected.wanted, expected.without, expected.wanted - expected.without)
-    size = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands]).amax(dim=0)
+    sizes = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands])  # (summands, *weight)
+    size = sizes.amax(dim=0)  # the weight's shape
     return (torch.finfo(dtype).eps * size).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -170,10 +175,10 @@ def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]
     Tensors without a low-rank update are what runs: the base's own, or the adapter's version of them.
     """
     found: dict[str, Callable[[], Weight]] = {}
-    for place in lookup.modules(model):
-        for key, tensor in (*own_parameters(place.inner).items(), *own_buffers(place.inner).items()):
+    for located in lookup.modules(model):
+        for key, tensor in (*own_parameters(located.inner).items(), *own_buffers(located.inner).items()):
             if tensor is not None:
-                found[f"{place.name}.{key}" if place.name else key] = partial(Weight, tensor, tensor)
+                found[f"{located.name}.{key}" if located.name else key] = partial(Weight, tensor, tensor)
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
             continue
@@ -197,7 +202,7 @@ def compare(
         if name not in attached or name not in merged:
             faults.append(f"{name} is not in {'the merged' if name in attached else 'the attached'} model")
             continue
-        faults += fault(name, off := _off(attached[name](), merged[name]))
+        faults += fault(name, off := _measure_off(attached[name](), merged[name]))
         leaned = max(leaned, abs(off.lean))
     evidence = (
         f"all {len(changed)} are W + s·B·A, computed here and rounded; none leans by more than {leaned:.0e} of it"
@@ -207,7 +212,7 @@ def compare(
     return Finding(SUM, not faults, "; ".join(faults[:4]) or evidence)
 
 
-def _off(expected: Weight, found: torch.Tensor) -> Off:
+def _measure_off(expected: Weight, found: torch.Tensor) -> Off:
     if expected.wanted.shape != found.shape or not found.is_floating_point():
         alike = expected.wanted.shape == found.shape and torch.equal(expected.wanted, found)
         return Off(0.0 if alike else math.inf, 0.0, math.inf)

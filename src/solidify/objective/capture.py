@@ -48,13 +48,13 @@ class Capture:
             raise ObjectiveError(f"a Capture is `of` the output or the input of modules, but not of {self.of!r}")
         if sum(way is not None for way in (self.modules, self.class_name, self.records)) != 1:
             raise ObjectiveError("a Capture names modules in exactly one way: modules, class_name or records")
-        patterns = self._patterns()
+        patterns = self._list_patterns()
         if self.modules is not None and not (patterns and all(isinstance(each, str) for each in patterns)):
             raise ObjectiveError(
                 f"a Capture names modules by one pattern or a list of them, but not by {self.modules!r}"
             )
 
-    def _patterns(self) -> list[Any]:
+    def _list_patterns(self) -> list[Any]:
         if isinstance(self.modules, (list, tuple)):
             return list(self.modules)
         return [self.modules]
@@ -65,25 +65,29 @@ class Capture:
         Raises:
             ObjectiveError: there are none, or not as many as `count` says.
         """
-        places = {place.name: place for place in lookup.modules(model)}
+        by_name = {located.name: located for located in lookup.modules(model)}
         if self.modules is not None:
-            hits = anatomy.match(self._patterns(), places)
+            hits = anatomy.match(self._list_patterns(), by_name)
             names = list(dict.fromkeys(name for found in hits.values() for name in found))
             missed = [pattern for pattern, found in hits.items() if not found]
             if missed and not self.optional:
                 raise ObjectiveError(
                     f"a loss term looks into {', '.join(missed)}, but the model has none; "
-                    f"{anatomy.suggestions(missed[0], places)}"
+                    f"{anatomy.suggestions(missed[0], by_name)}"
                 )
         elif self.records is not None:
             classes = tuple(recorded(model, self.records))
-            names = [name for name, place in places.items() if isinstance(place.inner, classes)]
+            names = [name for name, located in by_name.items() if isinstance(located.inner, classes)]
         else:
-            names = [name for name, place in places.items() if type(place.inner).__name__ == self.class_name]
-        found = {name: places[name].called for name in names}
-        what = ", ".join(self._patterns()) if self.modules else self.class_name or f"modules that record {self.records}"
+            names = [name for name, located in by_name.items() if type(located.inner).__name__ == self.class_name]
+        found = {name: by_name[name].called for name in names}
+        what = (
+            ", ".join(self._list_patterns())
+            if self.modules
+            else self.class_name or f"modules that record {self.records}"
+        )
         if not found and not self.optional:
-            raise ObjectiveError(f"a loss term looks into {what}, but the model has none{self._remedy()}")
+            raise ObjectiveError(f"a loss term looks into {what}, but the model has none{self._suggest_remedy()}")
         if self.count is not None and len(found) != self.count:
             raise ObjectiveError(
                 f"a loss term was promised {self.count} of {what}, but the model has {len(found)}: "
@@ -91,7 +95,7 @@ class Capture:
             )
         return found
 
-    def _remedy(self) -> str:
+    def _suggest_remedy(self) -> str:
         if self.records is None:
             return ""
         return (
@@ -130,7 +134,7 @@ class Recorder(Generic[Key]):
         self._open = False
         self._graded = False
         self._handles = [
-            module.register_forward_hook(self._hook(key, name, spec), with_kwargs=True)
+            module.register_forward_hook(self._make_hook(key, name, spec), with_kwargs=True)
             for key, spec in wanted.items()
             for name, module in spec.find(model).items()
         ]
@@ -168,7 +172,7 @@ class Recorder(Generic[Key]):
             handle.remove()
         self._handles = []
 
-    def _hook(self, key: Key, name: str, spec: Capture) -> Any:
+    def _make_hook(self, key: Key, name: str, spec: Capture) -> Any:
         store = self._captured[key]
 
         def keep(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -178,12 +182,12 @@ class Recorder(Generic[Key]):
             if name in store:
                 raise ObjectiveError(f"{name} ran twice in one forward pass; a loss term cannot tell which one counts")
             seen = output if spec.of == "output" else args[0] if args else next(iter(kwargs.values()))
-            store[name] = seen if spec.element is None else _element(name, seen, spec.element)
+            store[name] = seen if spec.element is None else _take_element(name, seen, spec.element)
 
         return keep
 
 
-def _element(name: str, seen: Any, index: int) -> Any:
+def _take_element(name: str, seen: Any, index: int) -> Any:
     if not isinstance(seen, (tuple, list)):
         if index == 0:
             return seen

@@ -55,7 +55,9 @@ class ObjectiveEngine:
         self.runner = runner or Runner(model)
         self._shifts = shifts_labels(model)
         if not self._shifts:
-            refuse(ObjectiveError, "the labels of this model stand where they are predicted", _unshifted(objective))
+            refuse(
+                ObjectiveError, "the labels of this model stand where they are predicted", _find_unshifted(objective)
+            )
         self._reference = Reference(objective, model) if objective.asks_reference else None
         wanted: dict[Any, Any] = dict(objective.captures)
         if objective.asks_for(*_HIDDEN) or (objective.asks_for("logits") and not self.runner.builds_logits):
@@ -105,14 +107,14 @@ class ObjectiveEngine:
         self._sides.learn(self._for_model(self.runner.inputs(self.runner.prepare(batch))))
         if self._unmeasured:  # as late as this: a resumed training restores its random numbers after the fetching
             batches, self._unmeasured = self._unmeasured, []
-            self._prepass(batches)
+            self._take_means(batches)
         batch = self.runner.prepare(batch)
         counts = self.runner.count(batch)
         window = self._window or windowing.of_one(counts)
-        needs = self._needs(outputs)
+        needs = self._find_needs(outputs)
         with self._recorder.recording(graded=torch.is_grad_enabled()) as seen:
             model_loss, output = self.runner.run(self._for_model(batch), needs, counts, window)
-        shown = self._observe(batch, needs, output, seen)
+        shown = self._build_observation(batch, needs, output, seen)
         zero = model_loss if model_loss is not None else torch.zeros((), device=next(self.model.parameters()).device)
         parts: dict[str, Part] = {}
         for term in self.objective.terms:
@@ -121,12 +123,12 @@ class ObjectiveEngine:
             if part is not None:
                 parts[term.name] = part
             if term.acts:
-                self._add(self._sums, term.name, term.call(shown).detach())
-        total = self._total(parts)
+                self._add_sum(self._sums, term.name, term.call(shown).detach())
+        total = self._sum_parts(parts)
         self.sanity.look(parts, self.model, counts, self.step, self.steps)
         return (total, output) if outputs else total
 
-    def _total(self, parts: Mapping[str, Part]) -> torch.Tensor:
+    def _sum_parts(self, parts: Mapping[str, Part]) -> torch.Tensor:
         total = torch.stack([part.loss.float() for part in parts.values()]).sum()
         if not torch.isfinite(total.detach()):
             broken = [f"{name} is {p.loss.item()}" for name, p in parts.items() if not torch.isfinite(p.loss)]
@@ -135,8 +137,8 @@ class ObjectiveEngine:
                 "optimizer has not taken this step"
             )
         for name, part in parts.items():
-            self._add(self._values, name, part.value.float())
-            self._add(self._weighted, name, part.loss.detach().float())
+            self._add_sum(self._values, name, part.value.float())
+            self._add_sum(self._weighted, name, part.loss.detach().float())
         return total
 
     def end(self) -> dict[str, float]:
@@ -200,10 +202,10 @@ class ObjectiveEngine:
             term.load_state_dict(state["terms"].get(term.name, {}))
 
     @staticmethod
-    def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    def _add_sum(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
-    def _needs(self, outputs: bool) -> frozenset[str]:
+    def _find_needs(self, outputs: bool) -> frozenset[str]:
         asked = {"outputs"} if outputs else set()
         asked |= {"loss"} if self.objective.has_model_term else set()
         return frozenset(asked | {word for word in ("outputs", "logits") if self.objective.asks_for(word)})
@@ -212,7 +214,7 @@ class ObjectiveEngine:
         """Leaves out the columns that only terms read."""
         return {key: value for key, value in batch.items() if key not in self.objective.columns}
 
-    def _prepass(self, batches: Sequence[Mapping[str, Any]]) -> None:
+    def _take_means(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Takes the window's means without a graph, on the same random numbers that the real pass will draw."""
         terms = [term for term in self.objective.terms if term.needs_prepass]
         needs = frozenset(word for word in ("outputs", "logits") if any(word in term.asks for term in terms))
@@ -223,14 +225,16 @@ class ObjectiveEngine:
                 batch = self.runner.prepare(batch)
                 with self._recorder.recording() as seen:
                     _, output = self.runner.run(self._for_model(batch), needs, self.runner.count(batch), self._window)
-                shown = self._observe(batch, needs, output, seen)
+                shown = self._build_observation(batch, needs, output, seen)
                 for term in terms:
-                    self._add(sums, term.name, term.call(shown).detach())
+                    self._add_sum(sums, term.name, term.call(shown).detach())
         for term in terms:
             over = self._sides.counted(term, self._window)
             self._window.means[term.name] = windowing.over_ranks(sums[term.name]) / max(over.attended_tokens, 1)
 
-    def _observe(self, batch: Mapping[str, Any], needs: Set[str], output: Any, seen: Mapping[Any, Any]) -> Observation:
+    def _build_observation(
+        self, batch: Mapping[str, Any], needs: Set[str], output: Any, seen: Mapping[Any, Any]
+    ) -> Observation:
         """Gathers what terms may ask for."""
         inputs = self.runner.inputs(batch)
         attention = inputs.get("attention_mask")
@@ -267,7 +271,7 @@ class ObjectiveEngine:
         )
 
 
-def _unshifted(objective: Objective) -> list[str]:
+def _find_unshifted(objective: Objective) -> list[str]:
     """Names the terms that know only labels that stand one position later."""
     return [
         f"{term.name} reads columns beside the labels of a decoder-only model, and nothing else"

@@ -51,14 +51,14 @@ class Head:
         else:
             asked = {"input_ids": torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)}
         with (
-            _returning(self._decoder, given),
-            self._autocast(rows),
+            _return_output(self._decoder, given),
+            self._match_autocast(rows),
             self._recorder.paused() if self._recorder else nullcontext(),
         ):
             logits: torch.Tensor = self._plain.forward(**asked).logits
         return logits[0]
 
-    def _autocast(self, rows: torch.Tensor) -> AbstractContextManager[Any]:
+    def _match_autocast(self, rows: torch.Tensor) -> AbstractContextManager[Any]:
         """A pass under autocast leaves rows in half precision for a head in float32, or the other way round."""
         mixed = {rows.dtype, *self._dtypes}
         half = next((dtype for dtype in mixed if dtype in (torch.bfloat16, torch.float16)), None)
@@ -66,7 +66,7 @@ class Head:
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+def _return_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Lets a module return `output` for as long as the block lasts."""
     before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: output
@@ -101,8 +101,8 @@ def decoders_of(model: nn.Module) -> list[nn.Module]:
 
 def decoder_captures(model: nn.Module) -> dict[Any, Capture]:
     """Returns what captures the decoder's output: `decoder_output` finds it in what was seen."""
-    places = {id(place.inner): place.name for place in lookup.modules(model)}
-    return {(*DECODER, n): Capture(modules=places[id(part)]) for n, part in enumerate(decoders_of(model))}
+    names = {id(located.inner): located.name for located in lookup.modules(model)}
+    return {(*DECODER, n): Capture(modules=names[id(part)]) for n, part in enumerate(decoders_of(model))}
 
 
 def decoder_output(model: nn.Module, seen: Mapping[Any, Any]) -> tuple[nn.Module, Any] | None:
@@ -182,7 +182,7 @@ class Reference:
             self.model.to(device)
         logits_asked = self._objective.asks_for("reference_logits")
         given = (without_loss if logits_asked else without_logits)(self.model, inputs)
-        with torch.no_grad(), anatomy.evaluation(self.model), recorder.paused(), self._switched():
+        with torch.no_grad(), anatomy.evaluation(self.model), recorder.paused(), self._switch_off():
             own: Recorder[Any] = Recorder(self.model, self._wanted)  # what stands at a name may differ, switched off
             try:
                 with own.recording() as seen:
@@ -194,19 +194,19 @@ class Reference:
             captured={key: value for key, value in seen.items() if not is_decoder(key)},
             logits=output.logits if logits_asked else None,
             hidden_states=states[0] if states is not None else None,
-            head=self._quietly(Head(self.model, part, states)) if part is not None else None,
+            head=self._make_quiet(Head(self.model, part, states)) if part is not None else None,
         )
 
-    def _quietly(self, head: Head) -> MakesLogits:
+    def _make_quiet(self, head: Head) -> MakesLogits:
         def call(rows: torch.Tensor) -> torch.Tensor:
             """Makes the reference's logits, without a graph."""
-            with torch.no_grad(), anatomy.evaluation(self.model), self._switched():
+            with torch.no_grad(), anatomy.evaluation(self.model), self._switch_off():
                 return head(rows)
 
         return call
 
     @contextmanager
-    def _switched(self) -> Iterator[None]:
+    def _switch_off(self) -> Iterator[None]:
         if not self._own:
             yield
             return
@@ -227,7 +227,7 @@ def refuse_inexact_bypass(model: nn.Module) -> None:
 
 def refuse_other_vocabulary(model: nn.Module, reference: nn.Module) -> None:
     """Raises ObjectiveError if both say how large their vocabularies are, and they differ."""
-    ours, theirs = _vocabulary(model), _vocabulary(reference)
+    ours, theirs = _read_vocabulary(model), _read_vocabulary(reference)
     if ours is not None and theirs is not None and ours != theirs:
         raise ObjectiveError(
             f"the model's vocabulary has {ours} tokens and the reference's {theirs}, and a term compares what both say "
@@ -235,7 +235,7 @@ def refuse_other_vocabulary(model: nn.Module, reference: nn.Module) -> None:
         )
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def _read_vocabulary(model: nn.Module) -> int | None:
     configuration: Any = getattr(lookup.plain_model(model), "config", None)
     text = configuration.get_text_config() if isinstance(configuration, PreTrainedConfig) else None
     return getattr(text, "vocab_size", None)

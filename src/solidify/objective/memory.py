@@ -24,12 +24,12 @@ class Stateful(Protocol):
 def memory(subject: Any) -> dict[str, Any]:
     """Returns an object's attributes that are plain values or tensors, or lists and dicts of such."""
     values = vars(subject) if hasattr(subject, "__dict__") else {}
-    return {key: _copy(value) for key, value in values.items() if _is_plain(value)}
+    return {key: _copy_value(value) for key, value in values.items() if _is_plain(value)}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of `now` that are not those of `before`."""
-    return {key: value for key, value in now.items() if key not in before or not _same(before[key], value)}
+    return {key: value for key, value in now.items() if key not in before or not _are_equal(before[key], value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -40,21 +40,21 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _copy(value: Any) -> Any:
+def _copy_value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_copy, value))
-    return {key: _copy(each) for key, each in value.items()} if isinstance(value, dict) else value
+        return type(value)(map(_copy_value, value))
+    return {key: _copy_value(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_are_equal, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_are_equal(a[key], b[key]) for key in a)
     return bool(a == b)

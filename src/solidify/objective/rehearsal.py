@@ -43,36 +43,36 @@ def rehearse(objective: Objective, model: nn.Module, *, steps: int = 0) -> None:
         shown = _Made(engine, model).observation()
     finally:
         engine.close()
-    found = [fault for term in objective.terms for fault in _faults(term, shown, steps)]
+    found = [fault for term in objective.terms for fault in _find_faults(term, shown, steps)]
     refuse(ObjectiveError, "the objective does not fit the model", list(dict.fromkeys(found)))
 
 
-def _faults(term: Term, shown: Observation, steps: int) -> list[str]:
+def _find_faults(term: Term, shown: Observation, steps: int) -> list[str]:
     called = foreign.attempt(term.weight.at, 1, steps)
     errors: list[Exception | None] = [called.error] if isinstance(called.error, ObjectiveError) else []
     if not term.is_model:
         given = foreign.attempt(term.call, shown)
-        errors += [given.error] if _counts(term, given.error) else []
+        errors += [given.error] if _is_recipe_fault(term, given.error) else []
         if term.is_statistic and given.value is not None:
             judged = foreign.attempt(term.subject.value, given.value / (ROWS * LENGTH))
-            errors += [judged.error] if _counts(term, judged.error) else []
+            errors += [judged.error] if _is_recipe_fault(term, judged.error) else []
     return [
         str(e) if isinstance(e, ObjectiveError) else f"the term {term.name}: {foreign.said(e)}" for e in errors if e
     ]
 
 
-def _ours(term: Term) -> bool:
+def _is_ours(term: Term) -> bool:
     return type(term.subject).__module__.startswith("solidify.losses.")
 
 
-def _counts(term: Term, error: Exception | None) -> bool:
+def _is_recipe_fault(term: Term, error: Exception | None) -> bool:
     """Returns whether an error is the recipe's fault: made-up values may be no values for a term of the user's."""
     if error is None or isinstance(error, NotShown):
         return False
     if isinstance(error, ObjectiveError):
         return True
     impossible = isinstance(error, NotImplementedError) or "meta" in str(error)
-    return _ours(term) and not impossible
+    return _is_ours(term) and not impossible
 
 
 class _Made:
@@ -89,7 +89,7 @@ class _Made:
         engine = self._engine
         mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         inputs = {"input_ids": self._ids, "attention_mask": mask.long(), "labels": self._labels}
-        logits, seen = self._pass()
+        logits, seen = self._run_pass()
         decoded = decoder_output(self._model, seen)
         return Observation(
             model=self._model,
@@ -97,34 +97,34 @@ class _Made:
             labels=self._labels,
             attention_mask=mask,
             mask=mask.reshape(-1),
-            captured=self._values(seen, engine.objective.captures, self._model),
-            hidden_states=self._value(decoded[1][0]) if decoded is not None else None,
-            head=_head if decoded is not None else None,
+            captured=self._make_values(seen, engine.objective.captures, self._model),
+            hidden_states=self._make_value(decoded[1][0]) if decoded is not None else None,
+            head=_make_logits if decoded is not None else None,
             shifts=engine._shifts,
             decoder_masks=engine._sides.masks(inputs),
-            make_logits=lambda: self._value(logits),
-            make_reference=self._reference if engine._reference is not None else None,
+            make_logits=lambda: self._make_value(logits),
+            make_reference=self._observe_reference if engine._reference is not None else None,
         )
 
-    def _reference(self) -> ReferenceObservation:
+    def _observe_reference(self) -> ReferenceObservation:
         engine = self._engine
         assert engine._reference is not None
         with _experts_in_batches(engine._reference.model):
-            shown = foreign.attempt(engine._reference.run, self._batch(), engine._recorder).value
+            shown = foreign.attempt(engine._reference.run, self._make_batch(), engine._recorder).value
         if shown is None:
             return ReferenceObservation({})
         return ReferenceObservation(
-            self._values(shown.captured, engine.objective.reference_captures, engine._reference.model),
-            logits=self._value(shown.logits),
-            hidden_states=self._value(shown.hidden_states),
-            head=_head if shown.head is not None else None,
+            self._make_values(shown.captured, engine.objective.reference_captures, engine._reference.model),
+            logits=self._make_value(shown.logits),
+            hidden_states=self._make_value(shown.hidden_states),
+            head=_make_logits if shown.head is not None else None,
         )
 
-    def _pass(self) -> tuple[torch.Tensor | None, Mapping[Any, Any]]:
+    def _run_pass(self) -> tuple[torch.Tensor | None, Mapping[Any, Any]]:
         """Runs the model, and returns its logits and what was seen until it could not go on."""
         engine = self._engine
         needs = frozenset(word for word in ("outputs", "logits") if engine.objective.asks_for(word))
-        batch, nothing = self._batch(), Counts(1, 1, 1)
+        batch, nothing = self._make_batch(), Counts(1, 1, 1)
         learned = foreign.attempt(engine._sides.learn, batch)
         if isinstance(learned.error, ObjectiveError):
             raise learned.error
@@ -138,27 +138,27 @@ class _Made:
         output = outcome.value[1] if outcome.value is not None else None
         return (output["logits"] if output is not None and "logits" in output else None), seen
 
-    def _batch(self) -> dict[str, torch.Tensor]:
+    def _make_batch(self) -> dict[str, torch.Tensor]:
         """Returns what the model reads; of an encoder-decoder also what its decoder reads, which is shorter."""
         batch = {"input_ids": self._ids.to("meta")}
         return {**batch, "decoder_input_ids": self._labels.to("meta")} if self._labels is not self._ids else batch
 
-    def _values(self, seen: Mapping[Any, Any], wanted: Mapping[Any, Capture], model: nn.Module) -> dict[Any, Any]:
+    def _make_values(self, seen: Mapping[Any, Any], wanted: Mapping[Any, Capture], model: nn.Module) -> dict[Any, Any]:
         """Makes values of captures; of one that was cut short, none."""
         return {
-            key: {name: self._value(each) for name, each in seen[key].items()}
+            key: {name: self._make_value(each) for name, each in seen[key].items()}
             for key, spec in wanted.items()
             if key in seen and len(seen[key]) == len(spec.find(model))
         }
 
-    def _value(self, value: Any) -> Any:
+    def _make_value(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
-            parts = [self._value(each) for each in value]
+            parts = [self._make_value(each) for each in value]
             shapes: list[torch.Size] = []
-            for place, part in enumerate(parts):
+            for index, part in enumerate(parts):
                 if isinstance(part, torch.Tensor) and part.is_floating_point():
                     if part.shape in shapes:  # beside a router's logits: the weights of the experts that were chosen
-                        parts[place] = part.abs() * (part == part.amax(-1, keepdim=True))
+                        parts[index] = part.abs() * (part == part.amax(-1, keepdim=True))
                     shapes.append(part.shape)
             return tuple(parts)
         if not isinstance(value, torch.Tensor):
@@ -185,6 +185,6 @@ def _experts_in_batches(model: nn.Module) -> Iterator[None]:
             vars(config).update(values)
 
 
-def _head(rows: torch.Tensor) -> torch.Tensor:
+def _make_logits(rows: torch.Tensor) -> torch.Tensor:
     """Stands for a model's head, which has no weights here."""
     return rows[:, :1].expand(-1, WORDS)

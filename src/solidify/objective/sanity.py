@@ -77,7 +77,7 @@ class Sanity:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         measures = self.measures and not processes.is_spread(model)
         norms = {
-            name: _norm(part.loss, trained) if measures and part.loss.requires_grad else None
+            name: _compute_norm(part.loss, trained) if measures and part.loss.requires_grad else None
             for name, part in parts.items()
             if first or not self.reached.get(name, True)
         }
@@ -103,7 +103,7 @@ class Sanity:
         self._largest = state["largest"]
 
 
-def _norm(loss: torch.Tensor, trained: list[nn.Parameter]) -> float:
+def _compute_norm(loss: torch.Tensor, trained: list[nn.Parameter]) -> float:
     gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
     squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

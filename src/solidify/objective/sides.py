@@ -47,7 +47,7 @@ class Sides:
         """
         if self._known or not any(inputs.get(key) is not None for key in DECODED):
             return
-        whole, shorter = (self._rows(_cut(inputs, by)) for by in (0, 1))
+        whole, shorter = (self._count_rows(_cut_decoder(inputs, by)) for by in (0, 1))
         faults = []
         for term in self._terms:
             sides: dict[bool, list[str]] = {True: [], False: []}
@@ -73,7 +73,7 @@ class Sides:
         """Returns counts, or a window, with those tokens as attended ones that the term looks at."""
         return replace(tokens, attended_tokens=tokens.decoder_tokens) if term.name in self._decoded else tokens
 
-    def _rows(self, inputs: Mapping[str, Any]) -> dict[Any, dict[str, int]]:
+    def _count_rows(self, inputs: Mapping[str, Any]) -> dict[Any, dict[str, int]]:
         with (
             torch.no_grad(),
             same_random_numbers(),
@@ -81,10 +81,10 @@ class Sides:
             self._recorder.recording() as seen,
         ):
             self._model(**without_loss(self._model, inputs))
-        return {key: {name: _rows(value) for name, value in values.items()} for key, values in seen.items()}
+        return {key: {name: _count_rows(value) for name, value in values.items()} for key, values in seen.items()}
 
 
-def _cut(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
+def _cut_decoder(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
     """Returns inputs whose decoder reads so many positions less; of a single position, as many more."""
 
     def cut(value: torch.Tensor) -> torch.Tensor:
@@ -96,9 +96,9 @@ def _cut(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
     return {key: cut(value) if key in DECODED and value is not None else value for key, value in inputs.items()}
 
 
-def _rows(value: Any) -> int:
+def _count_rows(value: Any) -> int:
     if isinstance(value, (tuple, list)):
-        return next((rows for each in value if (rows := _rows(each))), 0)
+        return next((rows for each in value if (rows := _count_rows(each))), 0)
     return math.prod(value.shape[:-1]) if isinstance(value, torch.Tensor) and value.ndim > 1 else 0
 
 

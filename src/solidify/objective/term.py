@@ -107,7 +107,7 @@ class Term:
     ) -> None:
         arguments = dict(arguments or {})
         self.weight = weights.make(weight)
-        self.name = name or (loss if isinstance(loss, str) else _name(loss))
+        self.name = name or (loss if isinstance(loss, str) else _name_loss(loss))
         self.is_model = loss == "model" if isinstance(loss, str) else False
         if isinstance(loss, str) and not self.is_model:
             raise ObjectiveError(f"a term's loss is 'model', a function or a class, but not the text {loss!r}")
@@ -116,7 +116,7 @@ class Term:
                 f"the term {self.name}: statistics are of the window or of each micro_batch, not {statistics!r}"
             )
         self.statistics = statistics
-        self.subject: Any = None if self.is_model else self._build(loss, arguments)
+        self.subject: Any = None if self.is_model else self._build_subject(loss, arguments)
         self.arguments = {} if self.is_model or inspect.isclass(loss) else arguments
         self.captures: dict[str, Capture] = dict(getattr(self.subject, "captures", None) or {})
         self.reference_captures: dict[str, Capture] = dict(getattr(self.subject, "reference_captures", None) or {})
@@ -124,12 +124,12 @@ class Term:
         self.acts = isinstance(self.subject, Acting)
         looks: Any = self.subject
         self.function: Any = looks.statistics if self.is_statistic or self.acts else looks
-        self.asks = set() if self.is_model else self._bind(loss, arguments)
-        self.reduction = self._reduction()
+        self.asks = set() if self.is_model else self._bind_parameters(loss, arguments)
+        self.reduction = self._find_reduction()
         self._start = memory.memory(self.subject)
         self._weight_at_start = memory.memory(self.weight)
 
-    def _build(self, loss: Any, arguments: dict[str, Any]) -> Any:
+    def _build_subject(self, loss: Any, arguments: dict[str, Any]) -> Any:
         if not inspect.isclass(loss):
             if not callable(loss):
                 raise ObjectiveError(f"the term {self.name} is a {type(loss).__name__}, which cannot be called")
@@ -137,7 +137,7 @@ class Term:
         with foreign.calling(f"the term {self.name} cannot be built", ObjectiveError):
             return loss(**arguments)
 
-    def _bind(self, loss: Any, arguments: dict[str, Any]) -> set[str]:
+    def _bind_parameters(self, loss: Any, arguments: dict[str, Any]) -> set[str]:
         """Returns what the term asks to be supplied with; refuses parameters that nobody gives."""
         parameters = inspect.signature(self.function).parameters
         supplied = {*WORDS, *self.captures, *self.reference_captures}
@@ -157,7 +157,7 @@ class Term:
         refuse(ObjectiveError, f"the term {self.name} cannot be called", faults)
         return {key for key in named if key in supplied and key not in own}
 
-    def _reduction(self) -> str:
+    def _find_reduction(self) -> str:
         if self.is_model:
             return "token_sum"
         if self.is_statistic:
@@ -195,7 +195,10 @@ class Term:
         That is their own `state_dict`, else the attributes that changed since they were made (plain values, tensors,
         lists and dicts of them).
         """
-        return {"subject": _state(self.subject, self._start), "weight": _state(self.weight, self._weight_at_start)}
+        return {
+            "subject": _read_state(self.subject, self._start),
+            "weight": _read_state(self.weight, self._weight_at_start),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what was remembered."""
@@ -212,7 +215,7 @@ class Term:
         Raises:
             ObjectiveError: the pass does not show it, or the term returns no scalar.
         """
-        given = {word: self._shown(observation, word) for word in self.asks}
+        given = {word: self._find_shown(observation, word) for word in self.asks}
         if getattr(self.subject, "shifts", False) and not observation.shifts:
             given = {key: _one_later(key, value) for key, value in given.items()}
         result = self.function(**given, **self.arguments)
@@ -222,7 +225,7 @@ class Term:
             raise ObjectiveError(f"the term {self.name} returned a tensor of shape {list(result.shape)}, not a scalar")
         return result
 
-    def _shown(self, observation: Observation, word: str) -> Any:
+    def _find_shown(self, observation: Observation, word: str) -> Any:
         if word in self.captures or word in self.reference_captures:
             return observation.give_captured(self.name, word, reference=word in self.reference_captures)
         found = observation.give(word)
@@ -237,14 +240,14 @@ class Term:
         if self.is_model:
             loss = model_loss
         elif self.reduction == "statistic":
-            loss = self._statistic(observation, counts, window)
+            loss = self._compute_statistic(observation, counts, window)
         else:
-            share = self._share(counts, window)
+            share = self._compute_share(counts, window)
             # Without a single token there is nothing to average; 0/0 must not reach the sum.
             loss = self.call(observation).reshape(()) * share if share else model_loss.new_zeros(())
         return Part(weight * loss, loss.detach())
 
-    def _share(self, counts: Counts, window: Window) -> float:
+    def _compute_share(self, counts: Counts, window: Window) -> float:
         if self.reduction == "constant":
             return 1 / window.micro_batches
         if self.reduction == "sequence_mean":
@@ -252,7 +255,7 @@ class Term:
         tokens = window.ranks / max(window.target_tokens, 1)
         return tokens * (counts.target_tokens if self.reduction == "token_mean" else float(counts.target_tokens > 0))
 
-    def _statistic(self, observation: Observation, counts: Counts, window: Window) -> torch.Tensor:
+    def _compute_statistic(self, observation: Observation, counts: Counts, window: Window) -> torch.Tensor:
         sums = self.call(observation)
         means = window.means.get(self.name)
         share = window.ranks * counts.attended_tokens / max(window.attended_tokens, 1)
@@ -272,12 +275,12 @@ def _one_later(key: str, value: Any) -> Any:
     return F.pad(value, width, value=_BY_POSITION[key])
 
 
-def _name(loss: Any) -> str:
+def _name_loss(loss: Any) -> str:
     named = loss if inspect.isclass(loss) or inspect.isroutine(loss) else type(loss)
     return str(named.__name__)
 
 
-def _state(thing: Any, start: dict[str, Any]) -> dict[str, Any]:
+def _read_state(thing: Any, start: dict[str, Any]) -> dict[str, Any]:
     if isinstance(thing, Stateful):
         return thing.state_dict()
     return memory.changed(start, memory.memory(thing))

@@ -75,9 +75,11 @@ class Schedule:
         Raises:
             ObjectiveError: the schedule is a share of the training, whose number of steps is not known.
         """
-        begin = self._steps(self.begin, steps)
+        begin = self._count_steps(self.begin, steps)
         length = (
-            self._steps(self.length, steps) if self.length is not None else self._steps(1.0, steps, share=True) - begin
+            self._count_steps(self.length, steps)
+            if self.length is not None
+            else self._count_steps(1.0, steps, share=True) - begin
         )
         x = min(1.0, max(0.0, (step - 1 - begin) / max(length - 1, 1)))
         if self.shape == "cosine":
@@ -89,7 +91,7 @@ class Schedule:
     def observe(self, measured: float) -> None:
         """Learns nothing."""
 
-    def _steps(self, amount: float, steps: int, *, share: bool = False) -> float:
+    def _count_steps(self, amount: float, steps: int, *, share: bool = False) -> float:
         if not share and (amount >= 1 or amount == 0):
             return amount
         if not steps:
@@ -148,26 +150,26 @@ class Constraint:
 
     def at(self, step: int, steps: int) -> float:
         """Returns the multiplier, signed for the term that it weighs."""
-        weight = self._within(self.multiplier + self.damping * self._excess())
+        weight = self._clamp_weight(self.multiplier + self.damping * self._compute_excess())
         return -weight if self.bound == "at_least" and self.measure is None else weight
 
     def observe(self, measured: float) -> None:
         """Moves the multiplier."""
         last = measured if self.measured is None else self.measured
         self.measured = self.momentum * last + (1 - self.momentum) * measured
-        excess = self._excess()
+        excess = self._compute_excess()
         if self.factor is not None:
             self.multiplier *= self.factor ** ((excess > 0) - (excess < 0))
         else:
             self.multiplier += self.rate * excess
-        self.multiplier = self._within(self.multiplier)
+        self.multiplier = self._clamp_weight(self.multiplier)
 
-    def _excess(self) -> float:
+    def _compute_excess(self) -> float:
         if self.measured is None:
             return 0.0
         return (self.measured - self.target) * (-1 if self.bound == "at_least" else 1)
 
-    def _within(self, weight: float) -> float:
+    def _clamp_weight(self, weight: float) -> float:
         return min(self.largest, max(-self.largest if self.bound == "equal" else 0.0, weight))
 
 

@@ -77,13 +77,13 @@ def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
     images, the first half has; of those nothing is cut before a token that follows the images.
     """
     kinds = batching.modalities(examples)
-    rows = sorted(_alternating(kinds)[:PROBES], key=lambda row: not kinds[row])
+    rows = sorted(_alternate_rows(kinds)[:PROBES], key=lambda row: not kinds[row])
     whole = [examples[row] for row in rows]
     bound = max(len(row["input_ids"]) for row in whole) * batch_size // PROBES
     probes: list[dict[str, Any]] = []
-    for place, row in enumerate(whole):
+    for index, row in enumerate(whole):
         ids, labels = list(row["input_ids"]), list(row["labels"] if "labels" in row else row["input_ids"])
-        length = max(4, min(len(ids), bound) * (place + 2) // (PROBES + 2))
+        length = max(4, min(len(ids), bound) * (index + 2) // (PROBES + 2))
         others = {name: row[name] for name in (data.IMAGES,) if row.get(name)}
         if others:
             length = max(length, 2 + max(i for i, label in enumerate(labels) if label == -100))
@@ -91,11 +91,11 @@ def ragged(examples: Any, batch_size: int) -> list[dict[str, Any]]:
     return probes
 
 
-def _alternating(modalities: Sequence[Any]) -> list[int]:
+def _alternate_rows(modalities: Sequence[Any]) -> list[int]:
     """Returns the numbers of rows, one of each modality in turn as long as there are."""
     turns: dict[Any, int] = {}
-    places = []
+    ranked = []
     for row, modality in enumerate(modalities):
         turns[modality] = turns.get(modality, -1) + 1
-        places.append((turns[modality], row))
-    return [row for _, row in sorted(places)]
+        ranked.append((turns[modality], row))
+    return [row for _, row in sorted(ranked)]

@@ -108,9 +108,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
         datasets.read_texts(recipe)
         trainer = trainers.trainer_class(recipe).__name__
-        trainable, peft_model = _trainable(recipe, base.model)
+        trainable, peft_model = _count_trainable(recipe, base.model)
         refuse_half_precision(arguments, peft_model)
-        _rehearse(recipe, edits, peft_model, arguments.max_steps)
+        _rehearse_objective(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
         edits=edits,
         adapter=wanted,
@@ -118,9 +118,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         after=after,
         trainer=trainer,
         trainable=trainable,
-        objective=[_term(term, entry.weight) for term, entry in zip(terms, recipe.objective, strict=False)],
+        objective=[_describe_term(term, entry.weight) for term, entry in zip(terms, recipe.objective, strict=False)],
         groups=[group.model_dump(exclude_none=True) for group in recipe.parameter_groups],
-        tensors=_tensors(names, edits),
+        tensors=_follow_tensors(names, edits),
         counts=counts,
         files=code.files,
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
@@ -128,13 +128,13 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     )
 
 
-def _term(term: Term, weight: Any) -> dict[str, Any]:
+def _describe_term(term: Term, weight: Any) -> dict[str, Any]:
     """Says what a term is; `weight` is the recipe's word for it."""
     reduction = f"{term.reduction} of the window" if term.needs_prepass else term.reduction
     return {"name": term.name, "reduction": reduction, "weight": weight, "reference": term.asks_reference}
 
 
-def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]]:
+def _follow_tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]]:
     """Follows the base's tensors through all edits."""
     origins, _ = ledger.origins(names, [edit.document() for edit in edits])
     used = set(origins.values())
@@ -147,19 +147,19 @@ def _tensors(names: Sequence[str], edits: Sequence[Edit]) -> dict[str, list[str]
     }
 
 
-def _rehearse(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, steps: int) -> None:
+def _rehearse_objective(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftModel, steps: int) -> None:
     """Binds a second copy of the objective to the model, with the reference that a run would have."""
     terms = objectives.make_terms(recipe)
     reference: Any = models.load_teacher(recipe, device="meta")
     if reference is None and any(term.asks_reference for term in terms):
-        places = [lookup.at(peft_model, name) for name in ledger.new_modules([edit.document() for edit in edits])]
-        off = all(place is not None and isinstance(place.inner, Bypassing) for place in places)
+        located = [lookup.at(peft_model, name) for name in ledger.new_modules([edit.document() for edit in edits])]
+        off = all(each is not None and isinstance(each.inner, Bypassing) for each in located)
         if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
             reference = models.load_base(recipe, device="meta").model
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 
 
-def _trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
+def _count_trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.

@@ -27,22 +27,22 @@ def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) 
     In `scratch`, a large one is converted to the layout in memory; what the surgery renames or drops is kept apart.
     """
     where = Scratch(scratch, lambda model: _not_kept(recipe, model)) if scratch is not None else None
-    return _load(recipe, recipe.base, device, where)
+    return _load_model(recipe, recipe.base, device, where)
 
 
-def _load(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
+def _load_model(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scratch | None = None) -> BaseModel:
     with raised_as(RecipeError, of=ModelError):
-        return _read(recipe, source, device, scratch)
+        return _read_model(recipe, source, device, scratch)
 
 
-def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
+def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
     name = source.model
     if (built_in := bases.directory(name)) is not None:
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
         return replace(loaded, origin={**loaded.origin, "model": name})
-    beside = recipe.directory / name
+    local = recipe.directory / name
     loaded = loading.load_base(
-        str(beside) if name and files.is_directory(beside) else name,
+        str(local) if name and files.is_directory(local) else name,
         revision=source.revision,
         dtype=source.dtype,
         device=device,
@@ -56,7 +56,7 @@ def _read(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) ->
 
 def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
     """Loads the model that a recipe learns from, if it names one."""
-    return _load(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
+    return _load_model(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
 
 
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
@@ -68,8 +68,8 @@ def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
 
 def operate(recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None) -> list[Edit]:
     """Applies the surgery of a recipe to a model, one edit after the other."""
-    beside = _Beside(recipe.directory, Extent.given(extent, model))
-    return [edit for step in recipe.surgery for edit in step.apply(model, beside)]
+    context = _Beside(recipe.directory, Extent.given(extent, model))
+    return [edit for step in recipe.surgery for edit in step.apply(model, context)]
 
 
 class _Beside:

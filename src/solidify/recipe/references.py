@@ -30,15 +30,17 @@ def resolve(reference: str, directory: Path | None = None) -> Any:
     Raises:
         RecipeError: the reference has no `:`, or its file, module or name does not exist, or it fails to import.
     """
-    place, separator, name = reference.rpartition(":")
-    if not separator or not place or not name:
+    source, separator, name = reference.rpartition(":")
+    if not separator or not source or not name:
         raise RecipeError(f"a reference is written `file.py:Name` or `package.module:Name`, but {reference!r} is not")
     directory = (directory or Path.cwd()).resolve()
-    module = _import_file(directory / place, reference) if place.endswith(".py") else _import(place, directory)
+    module = (
+        _import_file(directory / source, reference) if source.endswith(".py") else _import_module(source, directory)
+    )
     if name not in vars(module):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        close = get_close_matches(name, known, n=3) or sorted(known)[:8]
-        raise RecipeError(f"{place} defines no {name!r} (asked for by {reference!r}); it has: {', '.join(close)}")
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        close = get_close_matches(name, names, n=3) or sorted(names)[:8]
+        raise RecipeError(f"{source} defines no {name!r} (asked for by {reference!r}); it has: {', '.join(close)}")
     return vars(module)[name]
 
 
@@ -47,9 +49,9 @@ def _import_file(path: Path, reference: str) -> ModuleType:
         files.require_regular(path, RecipeError)
     except RecipeError as error:
         raise RecipeError(f"the file {error} (asked for by {reference!r})") from error
-    beside = [p for p in sorted(path.parent.glob("*.py")) if p.is_file()]
+    siblings = [p for p in sorted(path.parent.glob("*.py")) if p.is_file()]
     with foreign.calling(f"a file beside {path} cannot be read", RecipeError):
-        content = b"".join(p.name.encode() + p.read_bytes() for p in beside)
+        content = b"".join(p.name.encode() + p.read_bytes() for p in siblings)
     key = hashlib.sha256(str(path.parent).encode() + content).hexdigest()[:12]
     package = f"solidify_user_{key}"
     name = f"{package}.{path.stem}"
@@ -74,19 +76,19 @@ def _import_file(path: Path, reference: str) -> ModuleType:
     return module
 
 
-def _import(place: str, directory: Path) -> ModuleType:
+def _import_module(module: str, directory: Path) -> ModuleType:
     with _first_on_path(directory):
         try:
-            return importlib.import_module(place)
+            return importlib.import_module(module)
         except ModuleNotFoundError as error:
             where = "it is neither installed nor beside the recipe"
-            if error.name is not None and not place.startswith(error.name):
+            if error.name is not None and not module.startswith(error.name):
                 where = f"it imports {error.name!r}, which is not installed"
             raise RecipeError(
-                f"the module {place!r} cannot be imported: {where} (looked in {directory} and on sys.path)"
+                f"the module {module!r} cannot be imported: {where} (looked in {directory} and on sys.path)"
             ) from error
         except (Exception, SystemExit) as error:
-            raise RecipeError(f"importing {place!r} failed with {foreign.said(error)}") from error
+            raise RecipeError(f"importing {module!r} failed with {foreign.said(error)}") from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Base(_Section):
     trust_remote_code: bool = False
 
 
-def _operation(step: Any) -> str | None:
+def _find_operation(step: Any) -> str | None:
     """Returns which operation a step of surgery is: the one whose name is among its keys."""
     if isinstance(step, dict):
         return next((name for name in ASKED if name in step), None)
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     Step = Operation
 else:
     _tagged = tuple(Annotated[kind, Tag(name)] for name, kind in ASKED.items())
-    Step = Annotated[Union[_tagged], Discriminator(_operation)]  # noqa: UP007  # made of the catalogue
+    Step = Annotated[Union[_tagged], Discriminator(_find_operation)]  # noqa: UP007  # made of the catalogue
 
 
 class Adapter(_Section):
@@ -55,7 +55,7 @@ class Adapter(_Section):
     train: str | list[str] = []
 
     @model_validator(mode="after")
-    def _something(self) -> Adapter:
+    def _check_trains(self) -> Adapter:
         if self.lora is None and not self.train:
             raise ValueError("an adapter trains something: give `lora`, `train`, or both")
         return self
@@ -112,7 +112,7 @@ class Recipe(_Section):
     directory: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
-    def _complete(self) -> Recipe:
+    def _check_complete(self) -> Recipe:
         if self.adapter is not None and self.data is None:
             raise ValueError("`adapter` is trained on something: give `data`")
         if self.adapter is None and self.teacher is not None:
@@ -171,39 +171,39 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(document, dict):
         raise RecipeError(f"{path} holds {type(document).__name__}, but a recipe is a mapping of sections")
     for override in overrides or []:
-        _override(document, override)
+        _apply_override(document, override)
     if not files.is_text(document):
         raise RecipeError(f"{path} holds half a character (a surrogate), which is no text; write it in UTF-8")
     document["directory"] = path.resolve().parent
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        refuse(RecipeError, f"the recipe {path} is not valid", [_sentence(e) for e in error.errors()])
+        refuse(RecipeError, f"the recipe {path} is not valid", [_write_sentence(e) for e in error.errors()])
         raise
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"an override is written key=value, but {override!r} is not")
     *parents, last = key.split(".")
-    place: Any = document
+    node: Any = document
     for part in parents:
-        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+        if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
         else:
             raise RecipeError(f"the override {override!r} points nowhere: there is no {part!r} in the recipe")
-    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
-        place[int(last)] = _value(override, value)
-    elif isinstance(place, dict):
-        place[last] = _value(override, value)
+    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
+        node[int(last)] = _parse_value(override, value)
+    elif isinstance(node, dict):
+        node[last] = _parse_value(override, value)
     else:
         raise RecipeError(f"the override {override!r} points nowhere: there is no {last!r} in the recipe")
 
 
-def _value(override: str, value: str) -> Any:
+def _parse_value(override: str, value: str) -> Any:
     try:
         return files.parse_yaml(value)
     except yaml.YAMLError as error:
@@ -220,7 +220,7 @@ _SECTIONS: dict[str, type[_Section]] = {
 }
 
 
-def _sentence(error: Any) -> str:
+def _write_sentence(error: Any) -> str:
     """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
     location = [str(part) for part in error["loc"]]
     section: type[BaseModel] = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
@@ -230,10 +230,10 @@ def _sentence(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{where}: say what to do; known here: {', '.join(ASKED)}"
     if error["type"] == "extra_forbidden":
-        known = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
-        close = get_close_matches(location[-1], known, n=1)
+        keys = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
+        close = get_close_matches(location[-1], keys, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{where}: unknown key; {hint}known here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{where}: this key is required"
     found = repr(error["input"])

@@ -62,7 +62,7 @@ def run(
     recipe = given(recipe)
     directory = output_of(recipe, output)
     trainers.join(recipe, directory)
-    report, finished = processes.on_first(lambda: _begin(recipe, directory, resume))
+    report, finished = processes.on_first(lambda: _begin_report(recipe, directory, resume))
     if finished:
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
         return report
@@ -80,15 +80,15 @@ def run(
         raise
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
-            _write(recipe, directory, report, finished=False)
-    processes.on_first(lambda: _end(recipe, directory, report))
+            _write_report(recipe, directory, report, finished=False)
+    processes.on_first(lambda: _end_run(recipe, directory, report))
     return report
 
 
-def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
+def _begin_report(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
     """Opens the report of a run, or finds that there is nothing left to do."""
     _refuse_foreign(recipe, directory)
-    if resume and (earlier := _finished(recipe, directory)) is not None:
+    if resume and (earlier := _find_finished(recipe, directory)) is not None:
         return earlier, True
     _refuse_early(recipe)
     results.announce(directory, recipe.document(), resume=resume)
@@ -96,7 +96,7 @@ def _begin(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]
         writing.sweep(directory / name)
     report = Report(str(directory))
     directory.mkdir(parents=True, exist_ok=True)
-    _write(recipe, directory, report, finished=False)
+    _write_report(recipe, directory, report, finished=False)
     return report, False
 
 
@@ -113,11 +113,11 @@ def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
     writing.refuse_foreign_checkpoints(where, directory, recipe.inputs())
 
 
-def _write(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
+def _write_report(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
     report.write(directory / ours.REPORT, recipe=recipe.document(), files=ours.page_digests(directory), **more)
 
 
-def _finished(recipe: Recipe, directory: Path) -> Report | None:
+def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
     """Returns the report of an earlier run of this recipe that passed, if all its results are whole."""
     try:
         found = Report.read(directory / ours.REPORT)
@@ -137,7 +137,7 @@ def _finished(recipe: Recipe, directory: Path) -> Report | None:
     return Report(found["subject"], stages, found["measured"])
 
 
-def _end(recipe: Recipe, directory: Path, report: Report) -> None:
+def _end_run(recipe: Recipe, directory: Path, report: Report) -> None:
     finish(recipe, directory, report)
     report.require()
 
@@ -147,7 +147,7 @@ def finish(recipe: Recipe, directory: Path, report: Report) -> None:
     versions = manifest.current_versions()
     page = sources.render("report.html.jinja", report=report, recipe=recipe.document(), versions=versions)
     disk.write(directory / ours.PAGE, page)
-    _write(recipe, directory, report, finished=True, versions=versions)
+    _write_report(recipe, directory, report, finished=True, versions=versions)
 
 
 def build(
@@ -234,14 +234,14 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model, processor = processes.in_turn(lambda: _artifact(directory, recipe.base.trust_remote_code))
+        model, processor = processes.in_turn(lambda: _load_artifact(directory, recipe.base.trust_remote_code))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
     trainer, examples = trainers.make_trainer(recipe, directory, peft_model, processor)
-    witness = _fit(recipe, directory, trainer, resume)
+    witness = _train_adapter(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
         report.add("train", _after_training(trainer, witness, examples, manifest.read(directory / "artifact")))
@@ -249,10 +249,10 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
         _measure_losses(recipe, processor, trainer.model, report)
-    trained = _release(recipe, directory, trainer)
+    trained = _release_model(recipe, directory, trainer)
     del trainer, witness, model, peft_model  # with the optimizer's state
     gc.collect()
-    processes.on_first(lambda: _keep(recipe, directory, report, trained, before, inputs))
+    processes.on_first(lambda: _keep_adapter(recipe, directory, report, trained, before, inputs))
     return report
 
 
@@ -262,7 +262,7 @@ def _after_training(
     """Says what training did; its gradients are looked at once more, which a short training needs."""
     probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size)
     frozen = trainable.frozen(trainer.model, base)
-    split = gradients.accumulation(trainer, probes, tolerance=_tolerance(trainer), witness=witness)
+    split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
     return [
         *trainer.kernel_findings,
         witness.finding(),
@@ -285,14 +285,14 @@ def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | 
     return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
 
 
-def _artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:
+def _load_artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:
     return (
         loading.load_artifact(directory / "artifact", trust_remote_code=allowed),
         loading.load_processor(directory / "artifact", trust_remote_code=allowed),
     )
 
 
-def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
+def _train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
     """Trains, from the last checkpoint of this very run if there is one, and returns who looked at the gradients."""
     witness = gradients.GradientWitness(trainer.model)
     trainer.add_callback(witness)
@@ -314,7 +314,7 @@ def _fit(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradien
     return witness
 
 
-def _release(recipe: Recipe, directory: Path, trainer: Any) -> Any:
+def _release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:
     """Returns the trained model on the CPU, in the first process.
 
     A model that is elsewhere, or spread over the processes, is not brought back whole: what was trained is put on the
@@ -337,7 +337,7 @@ def _release(recipe: Recipe, directory: Path, trainer: Any) -> Any:
     return again.eval()
 
 
-def _keep(
+def _keep_adapter(
     recipe: Recipe,
     directory: Path,
     report: Report,
@@ -390,7 +390,7 @@ def _refuse_early(recipe: Recipe) -> None:
     plan(recipe)
 
 
-def _tolerance(trainer: Any) -> float:
+def _choose_tolerance(trainer: Any) -> float:
     """Float32 sums in another order; half precision rounds every product."""
     half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
     return 5e-2 if half else 1e-4

@@ -29,11 +29,11 @@ def trainer_class(recipe: Recipe) -> type[Any]:
     """A field that only SFTConfig has asks for TRL's trainer."""
     plain = {f.name for f in fields(TrainingArguments)}
     sft = {f.name for f in fields(SFTConfig)}
-    known = plain | sft
+    field_names = plain | sft
     faults = []
     for key in recipe.training:
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
+        if key not in field_names:
+            close = get_close_matches(key, field_names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             faults.append(f"training.{key} is no field of TrainingArguments or SFTConfig{hint}")
     refuse(RecipeError, "the training section does not fit", faults)
@@ -106,14 +106,14 @@ def refuse_unspreadable(arguments: TrainingArguments, *, here: bool) -> None:
 
     With `here` also when it would not happen in these processes; without, that is told, as others may train.
     """
-    unstarted = _unstarted(arguments)
+    unstarted = _find_unstarted(arguments)
     if not here and unstarted:
         console.words.print("\n".join(unstarted))
-    faults = [*(unstarted if here else []), *_unspreadable(arguments)]
+    faults = [*(unstarted if here else []), *_find_unspreadable(arguments)]
     refuse(RecipeError, "the training cannot be spread like that", faults)
 
 
-def _unstarted(arguments: TrainingArguments) -> list[str]:
+def _find_unstarted(arguments: TrainingArguments) -> list[str]:
     state = arguments.distributed_state
     alone = state is None or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     if not (arguments.fsdp and alone):
@@ -124,7 +124,7 @@ def _unstarted(arguments: TrainingArguments) -> list[str]:
     ]
 
 
-def _unspreadable(arguments: TrainingArguments) -> list[str]:
+def _find_unspreadable(arguments: TrainingArguments) -> list[str]:
     faults = []
     configured = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and configured.get("version", 2) != 2:

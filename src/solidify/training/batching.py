@@ -51,32 +51,32 @@ class GroupedSampler(Sampler[int]):
         steps: list[list[int]] = []
         left: list[list[int]] = []
         for rows in self._rows.values():
-            order = self._order(rows, generator)
+            order = self._order_rows(rows, generator)
             whole = len(order) - len(order) % self.step
             steps += [order[start : start + self.step] for start in range(0, whole, self.step)]
             left.append(order[whole:])
-        steps = [steps[place] for place in torch.randperm(len(steps), generator=generator)]
+        steps = [steps[index] for index in torch.randperm(len(steps), generator=generator)]
         if self.lengths is not None and steps:
             longest = [max(self.lengths[row] for row in rows) for rows in steps]
             steps.insert(0, steps.pop(longest.index(max(longest))))
         return iter([row for rows in steps + left for row in rows])
 
-    def _order(self, rows: list[int], generator: torch.Generator) -> list[int]:
+    def _order_rows(self, rows: list[int], generator: torch.Generator) -> list[int]:
         if self.lengths is None:
-            return [rows[place] for place in torch.randperm(len(rows), generator=generator)]
+            return [rows[index] for index in torch.randperm(len(rows), generator=generator)]
         lengths = [self.lengths[row] for row in rows]
-        return [rows[place] for place in get_length_grouped_indices(lengths, self.step, generator=generator)]
+        return [rows[index] for index in get_length_grouped_indices(lengths, self.step, generator=generator)]
 
 
 def modalities(rows: Any) -> list[tuple[str, ...]]:
     """Returns of every row which columns with something other than text it fills; none means text alone."""
     if isinstance(rows, datasets.Dataset):
-        columns = [[(name, _filled(value)) for value in rows[name]] for name in _MEDIA if name in rows.column_names]
+        columns = [[(name, _is_filled(value)) for value in rows[name]] for name in _MEDIA if name in rows.column_names]
         return [tuple(name for name, filled in row if filled) for row in zip(*columns, strict=True)] or [()] * len(rows)
-    return [tuple(name for name in _MEDIA if _filled(rows[place].get(name))) for place in range(len(rows))]
+    return [tuple(name for name in _MEDIA if _is_filled(rows[index].get(name))) for index in range(len(rows))]
 
 
-def _filled(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
     return value is not None and (not isinstance(value, (str, list, tuple)) or len(value) > 0)
 
 
@@ -88,7 +88,7 @@ def lengths(rows: Any, column: str = "length") -> list[int]:
     """
     first = rows[0]
     if column in first:
-        return [int(rows[place][column]) for place in range(len(rows))]
+        return [int(rows[index][column]) for index in range(len(rows))]
     if "input_ids" not in first:
         raise DataError(f"rows are to be grouped by length, but have neither input_ids nor a column {column!r}")
     ids = rows["input_ids"] if isinstance(rows, datasets.Dataset) else (row["input_ids"] for row in rows)
@@ -115,14 +115,14 @@ def refuse_ungroupable(trainer: Any, group_by: Sequence[str]) -> None:
     if rows is None:
         return
     if group_by:
-        refuse(DataError, "the rows cannot be grouped", _faults(trainer, rows, group_by))
+        refuse(DataError, "the rows cannot be grouped", _find_faults(trainer, rows, group_by))
     if "length" in group_by:
         trainer.runner.lengths([rows[0]])
     if trainer.args.fsdp and has_length(rows):
         refuse_mixed(rows)
 
 
-def _faults(trainer: Any, rows: Any, group_by: Sequence[str]) -> list[str]:
+def _find_faults(trainer: Any, rows: Any, group_by: Sequence[str]) -> list[str]:
     strategy = trainer.args.train_sampling_strategy
     faults = [f"{name!r} is unknown; known: {', '.join(GROUPS)}" for name in group_by if name not in GROUPS]
     if trainer.runner.ungrouped:

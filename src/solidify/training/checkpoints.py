@@ -70,12 +70,12 @@ def last(directory: str | Path, fingerprint: str, processes: int) -> Path | None
     """Returns the newest whole checkpoint with this fingerprint, or None; a killed run may leave one in pieces."""
     found = [path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if _whole(path, processes) and read(path)["fingerprint"] == fingerprint:
+        if _is_whole(path, processes) and read(path)["fingerprint"] == fingerprint:
             return path
     return None
 
 
-def _whole(path: Path, processes: int) -> bool:
+def _is_whole(path: Path, processes: int) -> bool:
     """The first process lists its files last; of the others there is a file each, an archive with its end."""
     if ours.checkpoint_faults(path, whole=True):
         return False

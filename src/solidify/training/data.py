@@ -46,7 +46,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
     # In pieces, a column that is empty in the first of them is taken for one that is always empty.
     whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-    read = foreign.attempt(datasets.load_dataset, kind, data_files=_literal(path), split="train", **whole)
+    read = foreign.attempt(datasets.load_dataset, kind, data_files=_escape_path(path), split="train", **whole)
     if read.error is not None:
         cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
         raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
@@ -59,7 +59,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     if image is None:
         return data.select_columns([text])
     found = data.select_columns([text, image]).map(
-        _found,
+        _find_images,
         batched=True,
         with_indices=True,
         remove_columns=[image],
@@ -70,22 +70,24 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     return found.select_columns([text, IMAGES])
 
 
-def _literal(path: Path) -> str:
+def _escape_path(path: Path) -> str:
     """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
     return glob.escape(str(path.resolve()))
 
 
-def _found(rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str) -> dict[str, list[list[str]]]:
+def _find_images(
+    rows: dict[str, list[Any]], numbers: list[int], *, image: str, file: str
+) -> dict[str, list[list[str]]]:
     """Makes paths of the names of images; raises all that lead nowhere."""
-    places = []
+    image_paths = []
     missing = []
     for value, number in zip(rows[image], numbers, strict=True):
         names = [value] if isinstance(value, str) else value or []
         paths = [(Path(file).parent / name).resolve() for name in names if name]
         missing += [f"row {number}: {path}" for path in paths if not path.is_file()]
-        places.append([str(path) for path in paths])
+        image_paths.append([str(path) for path in paths])
     refuse(DataError, f"{file} names images that do not exist", few(missing))
-    return {IMAGES: places}
+    return {IMAGES: image_paths}
 
 
 def refuse_untaught(model: nn.Module) -> None:
@@ -103,8 +105,8 @@ def _reads_on(model: nn.Module) -> bool:
     """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
     listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    known = not kinds or any(kind.__name__ in listed for kind in kinds)
-    return known and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
+    is_listed = not kinds or any(kind.__name__ in listed for kind in kinds)
+    return is_listed and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
 
 
 def few(faults: Sequence[str]) -> list[str]:

@@ -41,7 +41,7 @@ def faults(given: Mapping[str, Any], *, held_out: bool, moved: bool = False) -> 
     found = []
     if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not rate > 0 and not (rate == 0 and moved):
         found = [f"training.learning_rate is {rate}, and nothing is learnt so; give it a number above 0"]
-    return [*found, *_unheld(given, held_out)]
+    return [*found, *_find_unheld(given, held_out)]
 
 
 _AT_LEAST = {
@@ -68,7 +68,9 @@ def of_another_kind(given: Mapping[str, Any], kinds: Sequence[type]) -> list[str
             continue
         if not allowed <= {int, float, bool}:  # what is switched on or off becomes words in transformers
             found += (
-                [f"training.{key} is {value!r}, and not {_declared(hints[key])}"] if _strange(hints[key], value) else []
+                [f"training.{key} is {value!r}, and not {_name_declared(hints[key])}"]
+                if _is_strange(hints[key], value)
+                else []
             )
             continue
         read = foreign.attempt(TypeAdapter(hints[key]).validate_python, value)
@@ -88,7 +90,7 @@ def of_another_kind(given: Mapping[str, Any], kinds: Sequence[type]) -> list[str
     return found
 
 
-def _strange(hint: Any, value: Any) -> bool:
+def _is_strange(hint: Any, value: Any) -> bool:
     """Returns whether a value is not what a field is declared to hold; what cannot be told is not strange."""
     if isinstance(value, bool):
         return False
@@ -96,12 +98,12 @@ def _strange(hint: Any, value: Any) -> bool:
     return adapter is not None and foreign.attempt(adapter.validate_python, value).failed
 
 
-def _declared(hint: Any) -> str:
+def _name_declared(hint: Any) -> str:
     parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
     return " or ".join(str(part) if get_args(part) else str(getattr(part, "__name__", part)) for part in parts)
 
 
-def _unheld(given: Mapping[str, Any], held_out: bool) -> list[str]:
+def _find_unheld(given: Mapping[str, Any], held_out: bool) -> list[str]:
     if held_out:
         return []
     strategy = str(given.get("eval_strategy", "no"))

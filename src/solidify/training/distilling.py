@@ -50,7 +50,7 @@ class DistillationRunner(TrainerRunner):
             "ObjectiveTrainer and the term chunked_distillation, which runs the head as it is"
             for who, model in (("model", self.trainer.model), ("teacher", self.trainer.teacher_model))
             if model is not None
-            and type(head := _head(model)) is not nn.Linear
+            and type(head := _find_head(model)) is not nn.Linear
             and self.trainer.objective.has_model_term
         ]
         if self.trainer.objective.has_model_term and self.trainer.objective.asks_for("outputs"):
@@ -80,7 +80,7 @@ class DistillationRunner(TrainerRunner):
         return share(loss, None, None, counts, window), None
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _find_head(model: nn.Module) -> nn.Module | None:
     plain: Any = lookup.plain_model(model)
     head = plain.get_output_embeddings()
     return lookup.unwrap(head) if head is not None else None

@@ -63,13 +63,13 @@ def declared(groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> list[Param
     Raises:
         ObjectiveError: a key is unknown or missing, a group sets nothing, or sets one thing by two names.
     """
-    known = [f.name for f in fields(ParameterGroup)]
+    field_names = [f.name for f in fields(ParameterGroup)]
     made: list[ParameterGroup] = []
     faults: list[str] = []
     for number, group in enumerate(groups):
         if isinstance(group, Mapping):
-            unknown = [key for key in group if key not in known]
-            faults += [f"group {number}: {key!r} is unknown; known here: {', '.join(known)}" for key in unknown]
+            unknown = [key for key in group if key not in field_names]
+            faults += [f"group {number}: {key!r} is unknown; known here: {', '.join(field_names)}" for key in unknown]
             if "parameters" not in group:
                 faults.append(f"group {number}: `parameters` must name what it is about")
             if unknown or "parameters" not in group:
@@ -89,7 +89,7 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
     Raises:
         ObjectiveError: a pattern names nothing that is trained, or two groups name the same parameter.
     """
-    trained = _trained(model)
+    trained = _list_trained(model)
     ends = {".".join(parts[: n + 1]) for parts in (name.split(".") for name in trained) for n in range(len(parts))}
     faults: list[str] = []
     found: list[dict[str, list[nn.Parameter]]] = []
@@ -99,7 +99,7 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
         for pattern, matched in anatomy.match(group.patterns, sorted(ends)).items():
             names = {name for name in trained if any(name == m or name.startswith(m + ".") for m in matched)}
             if not names:
-                faults.append(f"{pattern!r} names nothing that is trained; {_instead(pattern, model, trained)}")
+                faults.append(f"{pattern!r} names nothing that is trained; {_suggest_instead(pattern, model, trained)}")
             hits |= names
         twice = sorted(name for name in hits if name in owner)
         if twice:
@@ -111,7 +111,7 @@ def resolve(model: nn.Module, groups: Sequence[ParameterGroup]) -> list[dict[str
     return found
 
 
-def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _list_trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     wrapped = lookup.peft_model(model)
     named = (
         [(name, parameter) for _, name, parameter in lookup.named_parameters(wrapped)]
@@ -125,8 +125,8 @@ def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return trained
 
 
-def _instead(pattern: str, model: nn.Module, trained: Mapping[str, Any]) -> str:
-    everything = {place.name for place in lookup.modules(model)} | {
+def _suggest_instead(pattern: str, model: nn.Module, trained: Mapping[str, Any]) -> str:
+    everything = {located.name for located in lookup.modules(model)} | {
         name for name, _ in lookup.plain_model(model).named_parameters()
     }
     if any(anatomy.match(pattern, everything).values()):
@@ -146,7 +146,7 @@ def split(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[P
     wanted = resolve(model, groups)
     faults: list[str] = []
     for group in groups:
-        faults += _unknown(optimizer, group) or _refused(optimizer, group)
+        faults += _find_unknown(optimizer, group) or _find_refused(optimizer, group)
     refuse(ObjectiveError, f"{type(optimizer).__name__} does not take the parameter groups", faults)
     before = list(optimizer.param_groups)
     labels: list[str | None] = [None] * len(before)
@@ -162,17 +162,17 @@ def split(optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[P
     return labels
 
 
-def _unknown(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[str]:
+def _find_unknown(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[str]:
     """A key that is not among the optimizer's defaults would stand in the group, and nothing would read it."""
-    known = list(optimizer.defaults)
+    settings = list(optimizer.defaults)
     return [
-        f"{group.label}: it has no setting {key!r}; it has: {', '.join(known)}"
+        f"{group.label}: it has no setting {key!r}; it has: {', '.join(settings)}"
         for key in group.settings
-        if key not in known
+        if key not in settings
     ]
 
 
-def _refused(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[str]:
+def _find_refused(optimizer: torch.optim.Optimizer, group: ParameterGroup) -> list[str]:
     """Has the optimizer's constructor judge the values: it alone looks at them, `add_param_group` does not."""
     takes = inspect.signature(type(optimizer)).parameters
     values = {**optimizer.defaults, **group.settings}
@@ -189,7 +189,7 @@ def uncovered(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
             times[id(parameter)] = times.get(id(parameter), 0) + 1
     return [
         f"{name} is trained, but in {times.get(id(part), 0) or 'none'} of the optimizer's groups"
-        for name, parts in _trained(model).items()
+        for name, parts in _list_trained(model).items()
         for part in parts
         if times.get(id(part), 0) != 1
     ]

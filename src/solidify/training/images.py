@@ -38,7 +38,7 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
         }
     )
     result = rows.map(
-        _examples,
+        _make_examples,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -51,34 +51,34 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
     return result
 
 
-def _ids(processor: Any, words: str, places: list[Any]) -> list[int]:
-    seen = {"images": [load_image(place) for place in places]} if places else {}
+def _make_ids(processor: Any, words: str, paths: list[Any]) -> list[int]:
+    seen = {"images": [load_image(path) for path in paths]} if paths else {}
     return data.ended(list(processor(text=[words], **seen)["input_ids"][0]), processor.tokenizer)
 
 
-def _examples(
+def _make_examples(
     rows: dict[str, list[Any]], numbers: list[int], *, processor: Any, text: str, max_length: int
 ) -> dict[str, list[Any]]:
     """Makes examples of a batch of rows, or raises all that is wrong with it."""
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], IMAGES: []}
     faults: list[str] = []
-    for words, places, number in zip(rows[text], rows[IMAGES], numbers, strict=True):
-        read = foreign.attempt(_ids, processor, words, places)
+    for words, paths, number in zip(rows[text], rows[IMAGES], numbers, strict=True):
+        read = foreign.attempt(_make_ids, processor, words, paths)
         if read.error is not None or read.value is None:
             faults += [f"row {number}: {foreign.said(read.error)}"] if read.error is not None else []
             continue
         ids = read.value
         marks = processor.create_mm_token_type_ids([ids])[0]
-        if places and len(ids) > max_length:
+        if paths and len(ids) > max_length:
             faults.append(
-                f"row {number} ({Path(places[0]).name}): {len(ids)} tokens, {sum(map(bool, marks))} of them of images, "
+                f"row {number} ({Path(paths[0]).name}): {len(ids)} tokens, {sum(map(bool, marks))} of them of images, "
                 f"and max_length is {max_length}; a row with images is never cut: raise max_length, or shorten its text"
             )
         labels = [-100 if mark else token for token, mark in zip(ids, marks, strict=True)]
-        pieces = [ids] if places else data.cut(ids, max_length)
+        pieces = [ids] if paths else data.cut(ids, max_length)
         made["input_ids"] += pieces
-        made["labels"] += [labels] if places else pieces
-        made[IMAGES] += [list(places) for _ in pieces]
+        made["labels"] += [labels] if paths else pieces
+        made[IMAGES] += [list(paths) for _ in pieces]
     refuse(DataError, "the data does not fit", data.few(faults))
     return made
 
@@ -104,7 +104,7 @@ class Collator:
                     f"an example has {sum(map(bool, marked))} tokens of images and {len(row.get(IMAGES) or [])} "
                     f"images; keep the column {IMAGES!r} (remove_unused_columns=False), and never cut such a row"
                 )
-        images = [load_image(place) for row in rows for place in row.get(IMAGES) or []]
+        images = [load_image(path) for row in rows for path in row.get(IMAGES) or []]
         if images:
             made = self.processor.image_processor(images=images, return_tensors="pt")
             batch |= {name: value for name, value in made.items() if name not in self.processor.unused_input_names}

@@ -85,7 +85,7 @@ class Switched:
     def on(self) -> None:
         """Lets the kernels run, in place."""
         for module, attributes in self._swaps:
-            vars(module).update({key: _bound(value, module) for key, value in attributes.items()})
+            vars(module).update({key: _bind_method(value, module) for key, value in attributes.items()})
 
     def off(self) -> None:
         """Gives every module its own forward and attributes again, in place."""
@@ -106,7 +106,7 @@ class Switched:
 
     def finding(self) -> Finding:
         """Says what was swapped and what was left."""
-        told = ", ".join(f"{count} {cls}" for cls, count in self.counts.items())
+        counted = ", ".join(f"{count} {cls}" for cls, count in self.counts.items())
         names: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             names.setdefault(reason, []).append(name)
@@ -116,7 +116,7 @@ class Switched:
             for module, attributes in self._swaps
             for key, value in attributes.items()
         )
-        return Finding("kernels are on", on, f"Liger's forward in {told}{kept}")
+        return Finding("kernels are on", on, f"Liger's forward in {counted}{kept}")
 
     def verify(self, loss: Callable[[], torch.Tensor], dtype: torch.dtype = torch.float32) -> Finding:
         """Computes a loss with and without the kernels, on the same random numbers and without a graph.
@@ -161,15 +161,15 @@ def refuse_unusable(arguments: TrainingArguments, model: nn.Module, objective: O
         faults.append("a package is missing: pip install liger-kernel (it needs triton)")
     else:
         if (arguments.liger_kernel_config or {}).get(FUSED):
-            faults += [f"liger_kernel_config.{FUSED}: {why}" for why in _unfusable(arguments, objective)]
-        faults += _choose(model, settings(arguments, objective), objective).faults
+            faults += [f"liger_kernel_config.{FUSED}: {why}" for why in _explain_unfusable(arguments, objective)]
+        faults += _choose_kernels(model, settings(arguments, objective), objective).faults
     refuse(ObjectiveError, _TITLE, faults)
 
 
 def settings(arguments: TrainingArguments, objective: Objective) -> dict[str, bool]:
     """Returns `liger_kernel_config`, with the fused loss off where the objective or the trainer needs logits."""
     asked = dict(arguments.liger_kernel_config or {})
-    return {**asked, FUSED: False} if _unfusable(arguments, objective) else asked
+    return {**asked, FUSED: False} if _explain_unfusable(arguments, objective) else asked
 
 
 def taken_over(arguments: TrainingArguments) -> TrainingArguments:
@@ -191,27 +191,27 @@ def switch_on(model: nn.Module, config: Mapping[str, bool], objective: Objective
     Raises:
         ObjectiveError: see `refuse_unusable`, without what concerns the trainer.
     """
-    choice = _choose(model, config, objective)
+    choice = _choose_kernels(model, config, objective)
     refuse(ObjectiveError, _TITLE, choice.faults)
     return Switched(choice.swaps, choice.left)
 
 
 def family(model: nn.Module) -> str:
     """Returns the model_type of the base under all surgery; empty where its class is not one of transformers'."""
-    before = descent.trace(_plain(model))
+    before = descent.trace(_find_plain(model))
     if not before.head.__module__.startswith("transformers.models."):
         return ""
     return str(before.config.model_type)
 
 
-def _plain(model: nn.Module) -> PreTrainedModel:
+def _find_plain(model: nn.Module) -> PreTrainedModel:
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):
         raise ObjectiveError(f"{_TITLE}: a {type(plain).__name__} is no transformers model")
     return plain
 
 
-def _unfusable(arguments: TrainingArguments, objective: Objective) -> list[str]:
+def _explain_unfusable(arguments: TrainingArguments, objective: Objective) -> list[str]:
     """Returns why the loss cannot be fused with lm_head, which then returns no logits."""
     faults = []
     others = [term.name for term in objective.terms if not term.is_model]
@@ -224,13 +224,13 @@ def _unfusable(arguments: TrainingArguments, objective: Objective) -> list[str]:
     return faults
 
 
-def _table() -> dict[str, Callable[..., None]]:
+def _load_table() -> dict[str, Callable[..., None]]:
     module = importlib.import_module("liger_kernel.transformers.monkey_patch")
     table: dict[str, Callable[..., None]] = vars(module)[_TABLE]
     return table
 
 
-def _switches(table: Mapping[str, Callable[..., None]], name: str) -> dict[str, bool]:
+def _read_switches(table: Mapping[str, Callable[..., None]], name: str) -> dict[str, bool]:
     """Returns the family's switches and their defaults.
 
     Families made of two (a text model in a vision model) hand on what they do not name: theirs are all there are.
@@ -243,31 +243,31 @@ def _switches(table: Mapping[str, Callable[..., None]], name: str) -> dict[str, 
     return own
 
 
-def _choose(model: nn.Module, config: Mapping[str, bool], objective: Objective) -> _Choice:
+def _choose_kernels(model: nn.Module, config: Mapping[str, bool], objective: Objective) -> _Choice:
     """Finds out what each switch would change in the base, and which modules of the model may be changed so."""
-    plain, table, name = _plain(model), _table(), family(model)
+    plain, table, name = _find_plain(model), _load_table(), family(model)
     if name not in table:
         what = f"the family {name}" if name else f"{type(plain).__name__}, whose code is not transformers' own"
         return _Choice([f"Liger has no kernels for {what}; leave the line out (docs/kernels.md lists what it has)"])
-    known = _switches(table, name)
-    if unknown := [key for key in config if key not in known]:
-        told = f"not switches of {name}, and Liger would ignore them; its switches are {', '.join(known)}"
-        return _Choice([f"liger_kernel_config: {', '.join(unknown)}: {told}"])
+    switches = _read_switches(table, name)
+    if unknown := [key for key in config if key not in switches]:
+        fault = f"not switches of {name}, and Liger would ignore them; its switches are {', '.join(switches)}"
+        return _Choice([f"liger_kernel_config: {', '.join(unknown)}: {fault}"])
     before = descent.trace(plain)
     base = loading.on_meta(before.head, before.config)
     if swapped := {type(m).__name__ for m in base.modules() if type(m).__module__.startswith("liger_kernel.")}:
-        told = f"{', '.join(sorted(swapped))} stand for {name}'s own classes in this process"
-        return _Choice([f"{told}: something else switched Liger on for all models; start without it"])
-    kinds = {(_fold(path), type(module)) for path, module in base.named_modules() if path}
-    looked_at = [place for spec in objective.captures.values() for place in spec.find(model)]
+        fault = f"{', '.join(sorted(swapped))} stand for {name}'s own classes in this process"
+        return _Choice([f"{fault}: something else switched Liger on for all models; start without it"])
+    kinds = {(_fold_path(path), type(module)) for path, module in base.named_modules() if path}
+    looked_at = [module_name for spec in objective.captures.values() for module_name in spec.find(model)]
     choice = _Choice([])
-    for switch in [key for key, default in known.items() if config.get(key, default)]:
+    for switch in [key for key, default in switches.items() if config.get(key, default)]:
         try:
-            changes, elsewhere = _changes(table[name], base, known, switch)
+            changes, elsewhere = _find_changes(table[name], base, switches, switch)
         except (AttributeError, AssertionError, ImportError, NotImplementedError, TypeError) as error:
-            told = f"Liger cannot do it for {name} with this transformers ({error}); leave the line out"
-            return _Choice([f"liger_kernel_config.{switch}: {told}"])
-        found = dict(_places(plain, changes, kinds, looked_at, choice.left))
+            fault = f"Liger cannot do it for {name} with this transformers ({error}); leave the line out"
+            return _Choice([f"liger_kernel_config.{switch}: {fault}"])
+        found = dict(_yield_changeable(plain, changes, kinds, looked_at, choice.left))
         if not changes and elsewhere:
             choice.left[switch] = "Liger swaps it for the whole process, not for one model"
         if not found and config.get(switch):
@@ -280,7 +280,7 @@ def _choose(model: nn.Module, config: Mapping[str, bool], objective: Objective) 
     return choice
 
 
-def _places(
+def _yield_changeable(
     plain: PreTrainedModel,
     changes: Mapping[tuple[str, type[nn.Module]], dict[str, Any]],
     kinds: set[tuple[str, type[nn.Module]]],
@@ -288,30 +288,30 @@ def _places(
     left: dict[str, str],
 ) -> Iterator[tuple[str, tuple[nn.Module, dict[str, Any]]]]:
     """Yields the modules that may be changed, with what to put on them; notes in `left` which may not, and why."""
-    places = list(lookup.modules(plain))
-    foreign = [p.name for p in places if p.name and (_fold(p.name), type(p.inner)) not in kinds]
-    at = {place for place, _ in changes}
-    for place in places:
-        folded = _fold(place.name)
-        kind = (folded, type(place.inner))
-        if folded not in at or (place.name and kind in kinds and kind not in changes):
+    modules = list(lookup.modules(plain))
+    foreign = [p.name for p in modules if p.name and (_fold_path(p.name), type(p.inner)) not in kinds]
+    at = {path for path, _ in changes}
+    for located in modules:
+        folded = _fold_path(located.name)
+        kind = (folded, type(located.inner))
+        if folded not in at or (located.name and kind in kinds and kind not in changes):
             continue
         base_class = next(cls for there, cls in changes if there == folded)
-        reason = _root_reason(plain, base_class, foreign) if not place.name else None
-        if place.name and kind not in changes:
+        reason = _root_reason(plain, base_class, foreign) if not located.name else None
+        if located.name and kind not in changes:
             reason = "not of the base's class"
-        elif place.name and any(_within(place.name, other) for other in foreign):
+        elif located.name and any(_is_within(located.name, other) for other in foreign):
             reason = "inside of what surgery put in"
-        elif place.name and any(_within(other, place.name) for other in foreign):
+        elif located.name and any(_is_within(other, located.name) for other in foreign):
             reason = "surgery changed what it holds"
-        elif place.name and any(_within(other, place.name) for other in looked_at):
+        elif located.name and any(_is_within(other, located.name) for other in looked_at):
             reason = "a term looks into it"
-        elif reason is None and "forward" in vars(place.inner):
+        elif reason is None and "forward" in vars(located.inner):
             reason = "it has a forward of its own already"
         if reason is None:
-            yield place.name, (place.inner, changes[kind if place.name else (folded, base_class)])
+            yield located.name, (located.inner, changes[kind if located.name else (folded, base_class)])
         else:
-            left[place.name or FUSED] = reason
+            left[located.name or FUSED] = reason
 
 
 def _root_reason(plain: PreTrainedModel, base_class: type[nn.Module], foreign: Iterable[str]) -> str | None:
@@ -330,11 +330,11 @@ def _root_reason(plain: PreTrainedModel, base_class: type[nn.Module], foreign: I
     return None
 
 
-def _fold(path: str) -> str:
+def _fold_path(path: str) -> str:
     return anatomy.fold([path])[0]
 
 
-def _within(inner: str, outer: str) -> bool:
+def _is_within(inner: str, outer: str) -> bool:
     return inner.startswith(f"{outer}.")
 
 
@@ -342,12 +342,12 @@ def _same_code(one: Any, other: Any) -> bool:
     return getattr(one, "__func__", one) is getattr(other, "__func__", other)
 
 
-def _bound(value: Any, module: nn.Module) -> Any:
+def _bind_method(value: Any, module: nn.Module) -> Any:
     return MethodType(value.__func__, module) if isinstance(value, MethodType) else value
 
 
-def _changes(
-    function: Callable[..., None], base: PreTrainedModel, known: Mapping[str, bool], switch: str
+def _find_changes(
+    function: Callable[..., None], base: PreTrainedModel, switches: Mapping[str, bool], switch: str
 ) -> tuple[dict[tuple[str, type[nn.Module]], dict[str, Any]], list[str]]:
     """Returns what one switch puts on the base's modules, by place and class, and what it swaps elsewhere.
 
@@ -356,7 +356,7 @@ def _changes(
     before = {path: (module, dict(vars(module))) for path, module in base.named_modules()}
     try:
         with _nothing_else() as elsewhere:
-            function(model=base, **{key: key == switch for key in known})
+            function(model=base, **{key: key == switch for key in switches})
         found = {}
         for path, (module, values) in before.items():
             new = {k: v for k, v in vars(module).items() if k not in values or values[k] is not v}
@@ -365,7 +365,7 @@ def _changes(
             if "forward" in new:
                 # Norms write their gradient over the one that they are given, which a residual may still need.
                 new |= {"in_place": False} if "in_place" in new else {}
-                found[_fold(path), type(module)] = new
+                found[_fold_path(path), type(module)] = new
     finally:
         for module, values in before.values():
             vars(module).clear()

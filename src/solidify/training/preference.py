@@ -94,12 +94,12 @@ class DPORunner(TrainerRunner):
     ) -> tuple[torch.Tensor, Any]:
         """Runs the model once; TRL runs the reference beside it, without a graph."""
         share = counts.sequences / max(window.sequences, 1)
-        with self._weighed(batch, share):
+        with self._weigh_batch(batch, share):
             loss = DPOTrainer.compute_loss(self.trainer, self.model, dict(batch), False, None)
         return loss * window.ranks * share, None
 
     @contextmanager
-    def _weighed(self, batch: Mapping[str, Any], share: float) -> Iterator[None]:
+    def _weigh_batch(self, batch: Mapping[str, Any], share: float) -> Iterator[None]:
         """Lets a mean over tokens among the loss types count by its share of tokens, where all count by pairs."""
         before = self.trainer.loss_weights
         tokens = _chosen_tokens(batch) / max(self.chosen_tokens, 1)

@@ -70,18 +70,18 @@ class TrainerRunner(Runner):
         inputs = {**self.inputs(batch), **self.extra_inputs}
         require_labels(inputs)
         if self.scaling is None and counts.target_tokens:
-            self.scaling = self._measured(inputs, counts)
+            self.scaling = self._measure_scaling(inputs, counts)
         loss, outputs = Trainer.compute_loss(self.trainer, self.model, inputs, True, self.items)
-        return self._scaled(loss, outputs, counts, window), outputs
+        return self._scale_loss(loss, outputs, counts, window), outputs
 
-    def _measured(self, inputs: Mapping[str, Any], counts: Counts) -> Scaling:
+    def _measure_scaling(self, inputs: Mapping[str, Any], counts: Counts) -> Scaling:
         if not self.divides:
             return Scaling(False)
         model = self.trainer.model
         with anatomy.evaluation(model), self.trainer.compute_loss_context_manager():
             return measure_scaling(model, inputs, counts)
 
-    def _scaled(self, loss: torch.Tensor, outputs: Any, counts: Counts, window: Window) -> torch.Tensor:
+    def _scale_loss(self, loss: torch.Tensor, outputs: Any, counts: Counts, window: Window) -> torch.Tensor:
         divided = self.scaling is not None and self.scaling.divides and self.items is not None
         if not divided:
             if not counts.target_tokens:

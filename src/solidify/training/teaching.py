@@ -47,9 +47,9 @@ class GKDRunner(TrainerRunner):
 
     def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:
         """Replaces, as often as `lmbda` says, a batch's answers by ones that the student (or the teacher) writes."""
-        return [self._answered(model, batch) for batch in batches]
+        return [self._answer_batch(model, batch) for batch in batches]
 
-    def _answered(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    def _answer_batch(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         trainer = self.trainer
         if random.random() <= trainer.lmbda:
             author, checkpointing = model, trainer.args.activation_checkpointing_kwargs

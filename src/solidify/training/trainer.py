@@ -202,7 +202,7 @@ class ObjectiveMixin(TrainerSeams):
         """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
         if self.args.should_save:
             target = checkpoints.place(output_directory(self, trial), self.state.global_step)
-            checkpoints.write(target, self._remembered())
+            checkpoints.write(target, self._collect_state())
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super().write_checkpoint(model, trial)
@@ -225,7 +225,7 @@ class ObjectiveMixin(TrainerSeams):
             return
         write_model(self, output_dir, trained_state(peft_model))
 
-    def _remembered(self) -> dict[str, Any]:
+    def _collect_state(self) -> dict[str, Any]:
         scaling = self.runner.scaling
         return {
             "fingerprint": self.fingerprint,
