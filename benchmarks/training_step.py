@@ -127,7 +127,7 @@ def tiny(work: Work, directory: str) -> dict[str, Callable[[], object]]:
         "ObjectiveTrainer, the model's loss": ours(Term("model")),
         "+ weight penalty and router z": ours(Term("model"), Term(losses.weight_penalty), Term(losses.router_z)),
         "+ trash budget (a statistic: means first)": ours(Term("model"), budget),
-        "+ KL to the base (a reference pass)": ours(Term("model"), Term(losses.kl_to_base)),
+        "+ KL to the base (a reference pass)": ours(Term("model"), Term(losses.forward_kl)),
     }
 
 

@@ -43,7 +43,6 @@ def mixed(beta: float, p: list[float], q: list[float]) -> list[float]:
 
 FORMULAS = {
     "forward_kl": (dict, kl),
-    "kl_to_base": (dict, kl),
     "reverse_kl": (dict, lambda p, q: kl(q, p)),
     "jensen_shannon": (
         lambda: {"beta": 0.3},

@@ -213,7 +213,7 @@ def test_the_first_step_says_what_each_term_is(trash_artifact: Path, tmp_path: P
 
 def test_a_term_without_a_gradient_yet_is_looked_at_again(trash_artifact: Path) -> None:
     model = solidify.attach(solidify.load(trash_artifact), lora=LORA)
-    engine = ObjectiveEngine(Objective([Term("model"), Term(losses.kl_to_base)]), model)
+    engine = ObjectiveEngine(Objective([Term("model"), Term(losses.forward_kl)]), model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     batch = pico.collate(pico.ragged(4))
     for number in range(3):
@@ -223,7 +223,7 @@ def test_a_term_without_a_gradient_yet_is_looked_at_again(trash_artifact: Path) 
         optimizer.zero_grad()
         engine.end()
         # At the start the model is the base: the divergence and its gradient are zero.
-        assert engine.sanity.silent == (["KLToBase"] if number == 0 else [])
+        assert engine.sanity.silent == (["ForwardKL"] if number == 0 else [])
 
 
 def detached(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def objective() -> Objective:
     return Objective(
         [
             Term("model", 0.7),
-            Term(losses.kl_to_base, 0.5),
+            Term(losses.forward_kl, 0.5),
             Term(losses.trash_budget, 5.0, arguments={"target": 0.3}),
             Term(losses.load_balance, 0.1),
             Term(losses.router_z, 0.01),

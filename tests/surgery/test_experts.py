@@ -78,10 +78,11 @@ def test_the_order_that_stands_changes_no_tensor() -> None:
     assert all(edit.identical and not edit.dropped for edit in edits)
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["mixtral", "qwen2_moe", "deepseek_v2", "gpt_oss", "granitemoe", "jetmoe", "phimoe", "ernie4_5_moe", "lfm2_moe"],
-)
+OFTEN = ("qwen2_moe", "gpt_oss", "jetmoe", "ernie4_5_moe")  # a form of experts each
+SELDOM = ("mixtral", "deepseek_v2", "granitemoe", "phimoe", "lfm2_moe", "glm4_moe", "llama4_text", "afmoe", "jamba")
+
+
+@pytest.mark.parametrize("family", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
 def test_families_with_experts_of_every_form(family: str) -> None:
     """Stacks and lists, routers with biases and corrections, shared experts beside them."""
     model = families.tiny(family)

@@ -116,11 +116,11 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
     "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
     "load balance": lambda: [Term("model"), Term(losses.load_balance, 0.1)],
     "router z": lambda: [Term("model"), Term(losses.router_z, 0.01)],
-    "KL to the base": lambda: [Term("model"), Term(losses.kl_to_base)],
+    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl)],
     "a token mean": lambda: [Term("model"), Term(entropy, 0.3)],
     "a sequence mean": lambda: [Term("model"), Term(first_token_norm, 0.1)],
     "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
-    "no preference loss": lambda: [Term(losses.kl_to_base), Term(losses.load_balance, 0.1)],
+    "no preference loss": lambda: [Term(losses.forward_kl), Term(losses.load_balance, 0.1)],
     "all together": everything,
 }
 

@@ -112,13 +112,13 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
     "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
     "load balance": lambda: [Term("model"), Term(losses.load_balance, 0.1)],
     "router z": lambda: [Term("model"), Term(losses.router_z, 0.01)],
-    "KL to the base": lambda: [Term("model"), Term(losses.kl_to_base)],
+    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl)],
     "a token mean": lambda: [Term("model"), Term(entropy, 0.3)],
     "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
-    "no divergence": lambda: [Term(losses.kl_to_base), Term(losses.load_balance, 0.1)],
+    "no divergence": lambda: [Term(losses.forward_kl), Term(losses.load_balance, 0.1)],
     "all together": lambda: [
         Term("model", 0.7),
-        Term(losses.kl_to_base, 0.5),
+        Term(losses.forward_kl, 0.5),
         Term(losses.load_balance, 0.1),
         Term(losses.router_z, 0.01),
         Term(losses.weight_penalty, 0.1),
@@ -305,7 +305,7 @@ def test_the_student_learns_from_the_teacher(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     other = pico.llama(vocab_size=160, hidden_size=64)
-    for divergence in (losses.kl_to_base, losses.chunked_distillation):
+    for divergence in (losses.forward_kl, losses.chunked_distillation):
         with pytest.raises(ObjectiveError, match=r"vocabulary has 128 tokens and the reference's 160.*tokenizer"):
             training.step(student(), tmp_path, 8, 1, lambda d=divergence: [Term(d)], reference=other)
     hidden = lambda: [Term(losses.hidden_match, arguments=HIDDEN)]  # noqa: E731 (compares no vocabulary)

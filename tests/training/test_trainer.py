@@ -37,8 +37,8 @@ TERMS: dict[str, Callable[[], list[Term]]] = {
     "trash budget": lambda: [Term("model"), Term(losses.trash_budget, 20.0, arguments={"target": 0.3})],
     "load balance": lambda: [Term("model"), Term(losses.load_balance, 1.0)],
     "router z": lambda: [Term("model"), Term(losses.router_z, 0.1)],
-    "KL to the base": lambda: [Term("model"), Term(losses.kl_to_base, 1.0)],
-    "KL alone": lambda: [Term(losses.kl_to_base)],
+    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl, 1.0)],
+    "KL alone": lambda: [Term(losses.forward_kl)],
     "all together": lambda: [*everything(), Term(losses.trash_controller, arguments={"target": 0.5})],
 }
 
@@ -191,7 +191,7 @@ def test_a_second_model_serves_as_reference_where_the_change_cannot_be_switched_
     base = pico.olmoe()
     whole, trainer = step(awake(wrapped_artifact, **declared), tmp_path, 8, 1, TERMS["KL to the base"], reference=base)
     split, _ = step(awake(wrapped_artifact, **declared), tmp_path, 2, 4, TERMS["KL to the base"], reference=base)
-    assert trainer.history[-1]["term/KLToBase"] > 0
+    assert trainer.history[-1]["term/ForwardKL"] > 0
     assert distance(whole, split) < TOLERANCE
 
 

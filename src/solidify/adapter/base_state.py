@@ -7,7 +7,7 @@ digest on disk would tell. Tensors that still are an unchanged part of the artif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +189,7 @@ def _setting_faults(plain: nn.Module, base: Base) -> list[str]:
     read = foreign.attempt(_stored_configuration, plain, base.directory)
     if read.value is None:
         return []  # its class cannot read it; `_class_faults` has said so
-    expected, found = _flatten_values(read.value.to_dict()), _flatten_values(deepcopy(plain.config).to_dict())
+    expected, found = files.flatten(read.value.to_dict()), files.flatten(deepcopy(plain.config).to_dict())
     differing = [key for key in {**expected, **found} if expected.get(key, None) != found.get(key, None)]
     return [
         f"config.{key} is {found.get(key)!r}, and {expected.get(key)!r} in the artifact"
@@ -210,16 +210,6 @@ def _is_inferred(key: str, stored: Any, found: Any, plain: PreTrainedModel) -> b
     """Returns whether a setting is what a classifier's loss writes down itself, from the labels, where none is set."""
     kinds = ["regression"] if plain.config.num_labels == 1 else ["single_label", "multi_label"]
     return key == "problem_type" and stored is None and str(found).removesuffix("_classification") in kinds
-
-
-def _flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            result |= _flatten_values(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return result
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ module and parameter keeps the name that it had in the plain model, and each nam
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,3 +288,14 @@ def _plain_name(model: PeftModel, path: str) -> tuple[str, str]:
 def _is_wrapping(module: nn.Module) -> bool:
     """PeftModel holds `base_model` (the tuner), which holds `model` (the plain one)."""
     return isinstance(module, (PeftModel, BaseTuner))
+
+
+@contextmanager
+def trainable_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what was trainable: PEFT's switches change what is active, and make all of it trainable or frozen."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

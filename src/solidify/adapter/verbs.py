@@ -71,7 +71,7 @@ class LoraVerbs(LoraTuner):
 
     def set_again(self) -> None:
         """Puts in place what belongs to the active adapters; what may be trained stays as it is."""
-        with _trainable_kept(self.model):
+        with lookup.trainable_kept(self.model):
             self.set_adapter(self.active_adapters)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -117,7 +117,7 @@ class LoraVerbs(LoraTuner):
         names = [] if self._bare else list(names)
         held, buffers = lookup.trained_parameters(self.model), lookup.trained_buffers(self.model)
         if held is not None:
-            with _trainable_kept(held) if inference_mode is None else nullcontext():
+            with lookup.trainable_kept(held) if inference_mode is None else nullcontext():
                 held.set_adapter([n for n in names if n in held.trained], inference_mode=bool(inference_mode))
         if buffers is not None:
             theirs = [name for name in names if name in buffers.trained]
@@ -173,7 +173,7 @@ class LoraVerbs(LoraTuner):
     def switch_layers(self, enabled: bool = True) -> None:
         """Switches all adapters on or off; what may be trained stays as it is, and off is the base bit for bit."""
         self._restore_unmerged()
-        with _trainable_kept(self.model):
+        with lookup.trainable_kept(self.model):
             super().switch_layers(enabled)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -227,7 +227,7 @@ class LoraVerbs(LoraTuner):
         active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         left = left or [name for name in self.peft_config if name != adapter_name][:1]
-        with nullcontext() if active else _trainable_kept(self.model):
+        with nullcontext() if active else lookup.trainable_kept(self.model):
             self.set_adapter(left[:1])  # PEFT hands no more than one on to copies of modules
             super().delete_adapter(adapter_name)
             self.set_adapter(left)
@@ -315,17 +315,6 @@ def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the parameters and buffers that stand in the plain model's own modules now."""
     for _, module in lookup.owners(plain):
         yield from (p for p in (*own_parameters(module).values(), *own_buffers(module).values()) if p is not None)
-
-
-@contextmanager
-def _trainable_kept(model: nn.Module) -> Iterator[None]:
-    """Lets PEFT's switches change what is active, and not what may be trained."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
 
 
 def _list_some(names: Sequence[str]) -> str:

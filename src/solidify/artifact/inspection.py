@@ -244,7 +244,7 @@ def _read_contents(directory: Path) -> dict[str, Any]:
     }
     others = sorted(path for path in directory.rglob("*") if path.is_file() and path not in listed_elsewhere)
     return {
-        "configuration": {k: [v] for k, v in _flatten_values(values).items() if k.split(".")[0] != "surgery"},
+        "configuration": {k: [v] for k, v in files.flatten(values).items() if k.split(".")[0] != "surgery"},
         "code": {str(path.relative_to(directory)): files.text(path) for path in code},
         "modules": _list_modules(edits),
         "figures": _read_figures(directory),
@@ -271,17 +271,6 @@ def _list_modules(edits: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         if catalogue.of(edit).shapes:
             found.setdefault(edit["name"], [""])[0] += f" {edit['arguments']}"
     return found
-
-
-def _flatten_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values by dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            result |= _flatten_values(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def _tensor_changes(a: Sequence[Path], b: Sequence[Path]) -> list[dict[str, Any]]:

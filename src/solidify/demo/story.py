@@ -14,7 +14,7 @@ from solidify.builtin import corpus, tiny_olmoe
 from solidify.demo import effect
 from solidify.demo.effect import HeldOut, Row
 from solidify.findings import Finding, Report
-from solidify.losses import kl_to_base
+from solidify.losses import forward_kl
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import schema, stages
 from solidify.recipe.schema import Recipe
@@ -180,7 +180,7 @@ def _train_plainly(loaded: Recipe, model: Any, training: HeldOut, collate: Any) 
         args=arguments,
         train_dataset=training.examples,
         data_collator=collate,
-        objective=Objective([Term("model"), Term(kl_to_base, 0.5)], reference=reference),
+        objective=Objective([Term("model"), Term(forward_kl, 0.5)], reference=reference),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TrainingBar())

@@ -17,7 +17,6 @@ from solidify.losses.distillation import ChunkedDistillation as chunked_distilla
 from solidify.losses.distillation import ForwardKL as forward_kl
 from solidify.losses.distillation import JensenShannon as jensen_shannon
 from solidify.losses.distillation import JensenShannonContinuous as jensen_shannon_continuous
-from solidify.losses.distillation import KLToBase as kl_to_base
 from solidify.losses.distillation import ReverseKL as reverse_kl
 from solidify.losses.hidden import ActivationSparsity as activation_sparsity
 from solidify.losses.hidden import HiddenMatch as hidden_match
@@ -54,7 +53,6 @@ __all__ = [
     "jensen_shannon",
     "jensen_shannon_continuous",
     "kept_share",
-    "kl_to_base",
     "l2_sp",
     "load_balance",
     "next_token",

@@ -69,10 +69,6 @@ class ForwardKL(_Compared):
         super().__init__(lambda ours, theirs: _compute_kl(theirs, ours), temperature)
 
 
-class KLToBase(ForwardKL):
-    """`τ² KL(p_base ‖ q)`, the base being the unmodified model: `forward_kl` under an older name."""
-
-
 class ReverseKL(_Compared):
     """`τ² KL(q ‖ p)`: keeps to what the reference holds likely (arXiv 2306.08543, eq. 1). Sum over target tokens."""
 

@@ -139,24 +139,13 @@ class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """Computes the reference's log-probabilities; what is trainable stays as it was."""
-        with _trainable_kept(self.model):
+        with lookup.trainable_kept(self.model):
             return super().compute_ref_log_probs(model, inputs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the scaled objective in training, TRL's loss otherwise; what is trainable stays as it was."""
-        with _trainable_kept(self.model):
+        with lookup.trainable_kept(self.model):
             return super().compute_loss(*args, **kwargs)
-
-
-@contextmanager
-def _trainable_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what was trainable: when PEFT goes back to an adapter it makes all of a trained copy trainable."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -178,7 +167,7 @@ def _complete_copy(model: PeftModel) -> Iterator[None]:
 
     def add_whole(name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter with a version of every single parameter and with the trained modules' buffers."""
-        with _trainable_kept(model):
+        with lookup.trainable_kept(model):
             add(name, *args, **kwargs)
             if holder is not None:
                 train_parameters(model, holder.names(_TRAINED), name)
