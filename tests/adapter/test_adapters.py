@@ -13,6 +13,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+from memory_merge import merge_in_memory
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -85,7 +86,7 @@ def test_every_way_of_training_comes_back_and_merges(wrapped_artifact: Path, tmp
     assert not any(parameter.requires_grad for parameter in again.parameters())
     plain = PeftModel.from_pretrained(solidify.load(wrapped_artifact), tmp_path / "adapter").eval()
     assert torch.equal(logits(plain), trained)
-    merged = adapters.merge_in_memory(again)
+    merged = merge_in_memory(again)
     assert torch.allclose(logits(merged), trained, atol=1e-5)
     assert set(merged.state_dict()) == set(solidify.load(wrapped_artifact).state_dict())
 
@@ -252,7 +253,7 @@ def test_a_merge_of_what_is_not_finite_is_refused(wrapped_artifact: Path) -> Non
         with torch.no_grad():
             next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
         with pytest.raises(AdapterError, match=r"NaN|not finite"):
-            adapters.merge_in_memory(model)
+            merge_in_memory(model)
 
 
 def test_plain_peft_can_merge_what_we_attached(wrapped_artifact: Path) -> None:

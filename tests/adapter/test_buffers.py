@@ -12,11 +12,12 @@ import moving
 import pico
 import pytest
 import torch
+from memory_merge import merge_in_memory
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import solidify
-from solidify.adapter import adapters, base_state, lookup
+from solidify.adapter import base_state, lookup
 from solidify.errors import AdapterError, SolidifyError
 from solidify.model import anatomy
 
@@ -88,7 +89,7 @@ def test_running_statistics_come_back_switch_and_merge(normed: Path, tmp_path: P
     solidify.merge(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
     assert torch.allclose(logits(merged), expected, atol=1e-5)
-    in_memory = adapters.merge_in_memory(again)
+    in_memory = merge_in_memory(again)
     assert torch.allclose(logits(in_memory), expected, atol=1e-5)
     assert set(in_memory.state_dict()) == set(solidify.load(normed).state_dict())
 

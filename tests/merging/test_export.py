@@ -13,13 +13,13 @@ from typing import Any
 import pico
 import pytest
 import torch
+from memory_merge import merge_in_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import solidify
 from solidify.__main__ import main
-from solidify.adapter import adapters
 from solidify.artifact import companions, inspection
 from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError
@@ -73,7 +73,7 @@ def test_an_artifact_is_merged_with_all_its_promises(wrapped_artifact: Path, eve
     ledger = merged.manifest.lineage[-1]["ledger"]
     assert ledger["adapter tensors used"] == count
     assert ledger["tensors changed"] + ledger["tensors kept"] == len(merged.manifest.tensors)
-    in_memory = adapters.merge_in_memory(solidify.load(wrapped_artifact, everything)).state_dict()
+    in_memory = merge_in_memory(solidify.load(wrapped_artifact, everything)).state_dict()
     on_disk = solidify.load(tmp_path / "merged").state_dict()
     assert {name for name in in_memory if not torch.equal(in_memory[name], on_disk[name])} == set()
     changed = {n for n, d in merged.manifest.tensors.items() if manifest.read(wrapped_artifact).tensors[n] != d}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from memory_merge import merge_in_memory
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -251,7 +252,7 @@ def test_a_safe_merge_does_not_look_at_modules_trained_in_full(trash_artifact: P
     assert torch.isnan(broken().merge_and_unload(safe_merge=True).model.norm.weight).any()
 
     with pytest.raises(AdapterError, match=r"model.norm.weight holds NaN or infinity"):
-        adapters.merge_in_memory(broken())
+        merge_in_memory(broken())
 
 
 def test_saving_the_base_out_of_a_peft_model_writes_a_wreck(tmp_path: Path) -> None:

@@ -16,14 +16,12 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import base_state, configured, lookup, patterns, tied, together, trial, verbs
 from solidify.adapter import plan as planning
-from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
-from solidify.upstream.torch import own_modules
 
 
 def attach(
@@ -203,23 +201,6 @@ def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
     held = [*model.named_parameters(), *model.named_buffers()]
     kinds = [kind for kind, _, _ in (*lookup.named_parameters(model), *lookup.named_buffers(model))]
     return {n: processes.whole(t.detach()).cpu() for (n, t), kind in zip(held, kinds, strict=True) if kind != "base"}
-
-
-def merge_in_memory(model: PeftModel) -> PreTrainedModel:
-    """Folds the active adapter into its base, in place, and returns the plain model.
-
-    Raises:
-        AdapterError: a merged or trained tensor is not finite.
-    """
-    try:
-        plain = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise AdapterError(f"the adapter cannot be merged: {error}") from error
-    own_modules(plain).pop(PARAMETERS, None)  # PEFT's own class leaves them
-    own_modules(plain).pop(BUFFERS, None)
-    broken = [n for n, t in plain.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    refuse(AdapterError, "the merged model is not finite", [f"{name} holds NaN or infinity" for name in broken])
-    return plain
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.model import anatomy
-from solidify.model.cost import cost
 from solidify.objective.capture import Capture, capture
 from solidify.training import data
 
@@ -86,14 +85,6 @@ def at_same_share(rows: list[Row], kept: float) -> float:
         return above.loss
     weight = (kept - below.kept) / (above.kept - below.kept)
     return weight * above.loss + (1 - weight) * below.loss
-
-
-def expert_share(model: Any) -> float:
-    """Returns the share of the experts in the matrix FLOPs of one token."""
-    total = cost(model).flops_per_token
-    config = model.config
-    experts = 6 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
-    return float(experts * config.num_hidden_layers / total)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 24) -> str:
