@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import solidify
 from solidify.artifact import loading
-from solidify.errors import DataError, RecipeError
+from solidify.errors import DataError, ModelError, RecipeError
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import datasets, dry_run, schema, stages, trainers
 from solidify.training import batching, data, images
@@ -285,7 +285,7 @@ def test_a_processor_that_cannot_be_loaded_is_not_dropped(base: Path, copy_of: A
     for file in ("processor_config.json", "tokenizer_config.json"):
         values = json.loads((spoiled / file).read_text())
         (spoiled / file).write_text(json.dumps({**values, "processor_class": name}))
-    with pytest.raises(RecipeError, match=r"has a processor_config\.json that cannot be loaded, .* would be lost"):
+    with pytest.raises(ModelError, match=r"has a processor_config\.json that cannot be loaded, .* would be lost"):
         loading.load_base(str(spoiled))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import families
 import pico
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError
+from solidify.objective import internals
 from solidify.objective.engine import ObjectiveEngine
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
@@ -67,6 +69,36 @@ def test_what_a_plain_loop_usually_does_is_off(trash_artifact: Path) -> None:
     for row in pico.ragged(8):
         (model(**pico.collate([row])).loss / 8).backward()
     assert distance(whole, gradients(model)) > 0.02
+
+
+@pytest.mark.parametrize("family", ["gpt2", "openai-gpt", "ctrl", "xlnet", "llama"])
+def test_a_family_is_counted_as_its_own_loss_counts(family: str) -> None:
+    """Some name no loss, shift all the same, or do not: the gradient is that of one batch, for any split."""
+    model = families.tiny(family)
+    labels = torch.full((2, 8), -100)
+    labels[:, 0] = 5
+    alone = model.eval()(input_ids=torch.randint(3, 20, (2, 8)), labels=labels).loss
+    assert internals.shifts_labels(model) == bool(torch.isnan(alone) or alone == 0)  # no label is left to predict
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    rows = [
+        {"input_ids": [4, 9, 7, 5], "labels": [4, 9, 7, 5]},
+        {"input_ids": list(range(3, 12)), "labels": [-100, *range(4, 12)]},
+    ]
+    found = []
+    for size in (2, 1):
+        model.zero_grad()
+        engine = ObjectiveEngine(Objective([Term("model")]), model.double(), steps=1)
+        model.train()
+        for window in windows(DataLoader(rows, batch_size=size, collate_fn=pico.collate), 2 // size):
+            engine.begin(window)
+            for batch in window:
+                engine.loss(batch).backward()
+            engine.end()
+        engine.close()
+        found.append(gradients(model))
+    assert distance(*found) < 1e-10
 
 
 def test_empty_micro_batches_count_nothing_in_a_plain_loop(trash_artifact: Path) -> None:

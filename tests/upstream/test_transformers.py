@@ -89,7 +89,6 @@ def test_a_trainer_puts_batches_shifts_and_files_where_it_says(tmp_path: Path) -
     trainer = Trainer(pico.llama(), arguments)
     batch = seams.prepare_inputs(trainer, {"input_ids": torch.ones(1, 2, dtype=torch.long)})
     assert batch["input_ids"].tolist() == [[1, 1]]
-    assert seams.shifts_labels(trainer)
     assert seams.output_directory(trainer, None) == str(tmp_path)
     seams.write_model(trainer, str(tmp_path / "written"), trainer.model.state_dict())
     assert (tmp_path / "written" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -151,10 +152,22 @@ def encodes_and_decodes(model: nn.Module) -> bool:
 def shifts_labels(model: nn.Module) -> bool:
     """Returns whether a position's label stands at the next one, as in decoders, and not where it is predicted.
 
-    The rule of transformers' Trainer (5.23, trainer.py), but a model that names no loss is taken for a decoder.
+    The rule of transformers' Trainer (5.23, trainer.py) for a model that names its loss. One that names none (GPT-2)
+    has the causal loss where its class calls `loss_function`; code that is not transformers' is taken for a decoder.
     """
-    loss = LOSS_MAPPING.get(getattr(lookup.plain_model(model), "loss_type", None), ForCausalLMLoss)
-    return loss is ForCausalLMLoss and not encodes_and_decodes(model)
+    plain = lookup.plain_model(model)
+    if encodes_and_decodes(plain):
+        return False
+    named = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
+    return named is ForCausalLMLoss if named is not None else _has_causal_loss(type(plain))
+
+
+def _has_causal_loss(kind: type[nn.Module]) -> bool:
+    """Returns whether a class that names no loss has transformers' default; XLNet and XLM compute one themselves."""
+    family = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
+    if not family.__module__.startswith("transformers."):
+        return True
+    return "loss_function" in inspect.getsource(vars(family)["forward"])
 
 
 class Reference:

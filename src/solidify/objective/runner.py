@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.objective.internals import encodes_and_decodes, without_logits, without_loss
+from solidify.objective.internals import shifts_labels, without_logits, without_loss
 from solidify.objective.window import Counts, Window, count
 
 
@@ -90,10 +89,8 @@ class Runner:
 
     @cached_property
     def shifts(self) -> bool:
-        """Whether the model shifts labels by itself; the rule of transformers' Trainer (5.23, trainer.py)."""
-        plain: Any = lookup.plain_model(self.model)
-        loss_function = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
-        return loss_function is ForCausalLMLoss and not encodes_and_decodes(plain)
+        """Whether the model shifts labels by itself."""
+        return shifts_labels(self.model)
 
     @cached_property
     def divides(self) -> bool:

@@ -13,7 +13,7 @@ from solidify.model import anatomy
 from solidify.objective.runner import Runner, Scaling, measure_scaling, nothing, require_labels, share
 from solidify.objective.window import Counts, Window
 from solidify.training import batching
-from solidify.upstream.transformers import prepare_inputs, shifts_labels
+from solidify.upstream.transformers import prepare_inputs
 
 WITHOUT_CACHE: Mapping[str, Any] = {"use_cache": False}  # `extra_inputs` of trainers that never continue a text
 
@@ -40,7 +40,6 @@ class TrainerRunner(Runner):
         super().__init__(trainer.model)
         self.trainer = trainer
         self.items: torch.Tensor | int | None = None
-        self.shifts = shifts_labels(trainer)
         self.divides = trainer.model_accepts_loss_kwargs
 
     def faults(self) -> list[str]:

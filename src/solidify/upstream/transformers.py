@@ -49,11 +49,6 @@ def prepare_inputs(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return prepared
 
 
-def shifts_labels(trainer: Any) -> bool:
-    """Returns whether the model's own loss shifts labels, by which the trainer counts its target tokens."""
-    return bool(trainer._loss_shifts_labels)
-
-
 def output_directory(trainer: Any, trial: Any) -> str:
     """Returns where the trainer puts checkpoints: in a hyperparameter search, a directory for each trial."""
     return str(trainer._get_output_dir(trial=trial))
