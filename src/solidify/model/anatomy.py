@@ -137,3 +137,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def path_in_config(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
+    """Returns the dotted way from a configuration to one within it, with a dot at the end; empty for itself."""
+    if inner is config:
+        return ""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        below = path_in_config(part, inner) if isinstance(part, PreTrainedConfig) else None
+        if below is not None:
+            return f"{key}.{below}"
+    return None

@@ -1,4 +1,4 @@
-"""How much of a model is looked at, and where what is made for it waits: one value, chosen once and handed down."""
+"""How much of a model is looked at, and where what is made for it waits: one value, chosen by size, or given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Extent:
         if extent is not None:
             return extent
         found = cls.of(model)
-        return found if found.whole or anatomy.is_meta(model) else cls.of(model, spilling.directory_for(model))
+        return found if found.whole or anatomy.is_meta(model) else cls(False, spilling.directory_for(model))
 
     def inputs(self, model: PreTrainedModel) -> Inputs:
         """Makes inputs to try the model with; few tokens for a bounded one.

@@ -87,7 +87,7 @@ class Observation:
         of, name = (self.reference, word.removeprefix("reference_")) if word in REFERENCE else (self, word)
         found = getattr(of, name)
         if found is None and word not in _OF_THE_BATCH:
-            raise NotShown(f"a term asks for {word!r}, which this trainer's forward pass does not give")
+            raise NotShown(f"a term asks for {word!r}, which this forward pass does not give")
         return found
 
     def give_captured(self, term: str, word: str, *, reference: bool = False) -> Mapping[str, Any]:

@@ -26,7 +26,10 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The model that the surgery starts from; its own code, if it has any, runs with `trust_remote_code` only."""
+    """A model that a recipe names: what the surgery starts from, or the teacher.
+
+    Its own code, if it has any, runs with `trust_remote_code` only.
+    """
 
     model: str
     revision: str | None = None

@@ -175,7 +175,7 @@ def build(
             extent = Extent.of(base.model, scratch)
             before = _outputs_aligned(base.model) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
-        with console.stage("Replacing modules"):
+        with console.stage("Changing the model"):
             edits = models.operate(recipe, base.model, extent)
             records = [edit.document() for edit in edits]
             promised = all(edit.identical for edit in edits)

@@ -1,4 +1,4 @@
-"""The control of a change: how the model behaves before any code of the user's runs, and the judgement afterwards."""
+"""The control of a change: how the model behaves before a new module is built, and the judgement afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.errors import SurgeryError
+from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, behaviour, probing
 from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
 from solidify.model.extent import Extent
@@ -130,7 +130,7 @@ def _read_model(model: PreTrainedModel, before: Control, *, wide: bool = False) 
 
 
 def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
-    """Runs the whole model as it is, however large, before a change of its depth.
+    """Runs the whole model as it is, however large, before layers or experts are rearranged.
 
     Raises:
         SurgeryError: no inputs can be made up that the model accepts.
@@ -142,6 +142,29 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     reading = _read_model(model, before)
     _refuse_spoilt(model, reading)
     return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
+
+
+def judge_whole(model: PreTrainedModel, before: Control, what: str) -> bool:
+    """Returns whether the model computes what it did before; refuses what no rearrangement may bring about.
+
+    Raises:
+        SurgeryError: it does not run, or does not behave as before.
+    """
+    if before.inputs is None:
+        return False
+    output = foreign.attempt(anatomy.run, model, before.inputs)
+    if output.error is not None:
+        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
+    assert output.value is not None
+    old = before.output
+    if old is not None and output.value.shape != old.shape:
+        raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
+    if before.reading is not None:
+        with foreign.calling(f"with {what} the model does not run"):
+            _, found = Watched(model, before.inputs).judged(before.reading)
+        kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
+        refuse(SurgeryError, f"with {what} the model does not behave as before", sentences(kept, what, {}))
+    return old is not None and torch.equal(output.value, old)
 
 
 def take_at(model: PreTrainedModel, name: str, extent: Extent) -> Control:

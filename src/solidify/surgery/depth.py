@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, behaviour, operations
-from solidify.model.behaviour import Watched
+from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
 from solidify.surgery import control, replacing
-from solidify.surgery.control import Control
 from solidify.surgery.replacing import Edit
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
@@ -127,7 +125,7 @@ def _rearrange_lists(
         try:
             with transaction(model):
                 edits = [_rearrange_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
-                identical = judge(model, before, what)
+                identical = control.judge_whole(model, before, what)
         except SurgeryError:
             if wide:
                 raise
@@ -138,31 +136,6 @@ def _rearrange_lists(
                 for edit in edits
             ]
     raise AssertionError("unreachable")
-
-
-def judge(model: PreTrainedModel, before: Control, what: str) -> bool:
-    """Returns whether the model computes what it did before; refuses what no change of depth may bring about.
-
-    Raises:
-        SurgeryError: it does not run, or does not behave as before.
-    """
-    if before.inputs is None:
-        return False
-    output = foreign.attempt(anatomy.run, model, before.inputs)
-    if output.error is not None:
-        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
-    assert output.value is not None
-    old = before.output
-    if old is not None and output.value.shape != old.shape:
-        raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
-    if before.reading is not None:
-        with foreign.calling(f"with {what} the model does not run"):
-            _, found = Watched(model, before.inputs).judged(before.reading)
-        kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
-        refuse(
-            SurgeryError, "the layers' numbers or kinds do not fit their new places", control.sentences(kept, what, {})
-        )
-    return old is not None and torch.equal(output.value, old)
 
 
 def _rearrange_one(
@@ -236,7 +209,7 @@ def _find_configuration(
     do not speak of layers by their name are touched only when it cannot be had without.
     """
     owner_name, owner = _find_owner(model, name)
-    path = path_of(model.config, owner.config)
+    path = anatomy.path_in_config(model.config, owner.config)
     if path is None:
         raise SurgeryError(f"the configuration of {owner_name} is no part of the model's; its layers cannot be counted")
     inside = name.removeprefix(owner_name + ".") if owner_name else name
@@ -263,18 +236,6 @@ def _find_owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel
         if isinstance(module, PreTrainedModel):
             found = (".".join(parts[:end]), module)
     return found
-
-
-def path_of(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:
-    """Returns the dotted way from a configuration to one within it, with a dot at the end; empty for itself."""
-    if inner is config:
-        return ""
-    for key in config.sub_configs:
-        part = getattr(config, key, None)
-        below = path_of(part, inner) if isinstance(part, PreTrainedConfig) else None
-        if below is not None:
-            return f"{key}.{below}"
-    return None
 
 
 def _reorder_list(key: str, value: list[Any], order: list[int], size: int, strict: bool) -> list[Any] | None:

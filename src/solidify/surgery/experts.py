@@ -85,7 +85,7 @@ def rearrange_experts(
     import dataclasses
 
     from solidify.model.extent import Extent
-    from solidify.surgery import control, depth, replacing
+    from solidify.surgery import control, replacing
     from solidify.surgery.transaction import transaction
 
     extent = Extent.given(extent, model)
@@ -99,7 +99,7 @@ def rearrange_experts(
     settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
     with transaction(model):
         edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
-        identical = depth.judge(model, before, "these experts")
+        identical = control.judge_whole(model, before, "these experts")
     probed = before.inputs is not None
     return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
 
@@ -243,13 +243,12 @@ def _find_configured(
     model: PreTrainedModel, names: Sequence[str], name: str, plan: Mapping[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Returns the number of experts in the configuration, before and after; nothing where some blocks keep theirs."""
-    from solidify.model import operations
-    from solidify.surgery import depth
+    from solidify.model import anatomy, operations
 
     config = operations.enclosing_config(model, f"{name}.experts")
     kind = type(model.get_submodule(name))
     others = [other for other, module in model.named_modules() if type(module) is kind and other not in names]
-    path = depth.path_of(model.config, config)
+    path = anatomy.path_in_config(model.config, config)
     if others or path is None or len(plan["order"]) == plan["size"]:
         return {"before": {}, "after": {}}
     keys = [key for key in _COUNTS if vars(config).get(key) == plan["size"]]

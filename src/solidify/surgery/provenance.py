@@ -21,7 +21,7 @@ from solidify.system import foreign
 
 @dataclass(frozen=True)
 class Original:
-    """What an original held before any code of the user's ran: its tensors, and, of a small model, their values."""
+    """What an original held before a new module was built: its tensors, and, of a small model, their values."""
 
     kind: str
     parameters: int

@@ -56,9 +56,9 @@ class Edit:
 
     `declares` are properties that the change does not keep on purpose, `control` is how the model behaved before, by
     probe, and `records` says that transformers records what stands here (hidden states, attentions, router logits).
-    `operation` is `replace`, `share` (one new module at several places), `rearrange` (layers inserted or removed) or
-    `add`; `settings` is what the last two need besides. `tensors` maps every tensor at the place, by its new name, to
-    the tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
+    `operation` is the `recorded` name of a type in `catalogue.py`; `settings` is what doing it again needs besides
+    (an order, the configuration, what is read). `tensors` maps every tensor at the place, by its new name, to the
+    tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
     live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
     Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
     trainable.
@@ -193,7 +193,7 @@ def _put_modules(
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructor_faults(module, arguments))
     extent = Extent.given(extent, model)
-    before = control.take(model, names, extent)  # from here on, code of the user's runs
+    before = control.take(model, names, extent)  # a new module is built only afterwards
     state = initial.read(weights) if weights is not None else None
     with transaction(model):
         new = _Replacing(model, module, arguments, before, state, declares, extent, shared)

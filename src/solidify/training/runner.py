@@ -65,7 +65,7 @@ class TrainerRunner(Runner):
     def own_loss(
         self, batch: Mapping[str, Any], needs: Set[str], counts: Counts, window: Window
     ) -> tuple[torch.Tensor, Any]:
-        """Runs the model once by the trainer's own `compute_loss`."""
+        """Runs the model once by transformers' `Trainer.compute_loss`, whatever the trainer's own is."""
         inputs = {**self.inputs(batch), **self.extra_inputs}
         require_labels(inputs)
         if self.scaling is None and counts.target_tokens:
