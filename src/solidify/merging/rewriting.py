@@ -118,7 +118,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     stored, merger = prepared.stored, prepared.merger
     plan = _plan_ties(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
-    before = {path: _read_state(path) for path in stored.checkpoint.files}
+    before = {path: transfer.read_state(path) for path in stored.checkpoint.files}
     touched = [path for path in stored.checkpoint.files if writing.touches(path)]
     kept = [path for path in stored.checkpoint.files if path not in touched]
     copies = transfer.copied(kept, directory, link=link)
@@ -141,7 +141,9 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         if expected.get(name, digest) != digest
     ]
     faults += [
-        f"{path} was written to while it was read" for path, state in before.items() if _read_state(path) != state
+        f"{path} was written to while it was read"
+        for path, state in before.items()
+        if transfer.read_state(path) != state
     ]
     refuse(ArtifactError, f"{stored.checkpoint.directory} is not what it was", faults)
     for path in touched:
@@ -178,11 +180,6 @@ def _not_finite(merger: Merger) -> list[str]:
 
 def _find_misuses(merger: Merger) -> list[str]:
     return [f"{key} was used {merger.used[key]} times and not once" for key in merger.entries if merger.used[key] != 1]
-
-
-def _read_state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _plan_ties(prepared: Prepared) -> _Plan:

@@ -82,15 +82,12 @@ class Runner:
 
     builds_logits = True
     extra_inputs: Mapping[str, Any] = {}
+    always_shifts = False  # whatever the model's own loss does
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.scaling: Scaling | None = None
-
-    @cached_property
-    def shifts(self) -> bool:
-        """Whether the model shifts labels by itself."""
-        return shifts_labels(self.model)
+        self.shifts = self.always_shifts or shifts_labels(model)
 
     @cached_property
     def divides(self) -> bool:

@@ -154,7 +154,8 @@ def _rehearse_objective(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftM
     if reference is None and any(term.asks_reference for term in terms):
         located = [lookup.at(peft_model, name) for name in ledger.new_modules([edit.document() for edit in edits])]
         off = all(each is not None and isinstance(each.inner, Bypassing) for each in located)
-        if not off or not all(catalogue.of(edit.document()).switches for edit in edits):
+        exact = off and all(catalogue.of(edit.document()).switches for edit in edits)
+        if objectives.changed_before(recipe) or not exact:
             reference = models.load_base(recipe, device="meta").model
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 

@@ -40,6 +40,10 @@ def make_objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
 
 
 def _switching_off_is_exact(recipe: Recipe, model: PreTrainedModel) -> bool:
-    """Returns whether the model without its changes is the base; what an artifact brought is switched off too."""
-    changed_before = manifest.kind(recipe.directory / recipe.base.model) == "artifact"
-    return not changed_before and all(edit.get("bypass") for edit in model.config.surgery)
+    """Returns whether the model without its changes is the base."""
+    return not changed_before(recipe) and all(edit.get("bypass") for edit in model.config.surgery)
+
+
+def changed_before(recipe: Recipe) -> bool:
+    """Returns whether the base is an artifact: what it brought would be switched off too."""
+    return manifest.kind(recipe.directory / recipe.base.model) == "artifact"

@@ -33,10 +33,7 @@ class DistillationRunner(TrainerRunner):
     extra_inputs = WITHOUT_CACHE
     counts_tokens = True
     ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        self.shifts = True
+    always_shifts = True
 
     def faults(self) -> list[str]:
         """Names what TRL's loss would not see (it takes the weight of the head alone), and rows that make no step."""

@@ -41,10 +41,7 @@ class DPORunner(TrainerRunner):
     builds_logits = False
     extra_inputs = WITHOUT_CACHE
     chosen_tokens = 0.0
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        self.shifts = True
+    always_shifts = True
 
     def faults(self) -> list[str]:
         """Names parts of TRL's loss that depend on how the pairs are split."""

@@ -29,9 +29,7 @@ _OF_THE_MODEL = ("input_ids", "attention_mask", "labels")
 class GKDRunner(TrainerRunner):
     """TRL's GKDTrainer. The model sees tokens and their mask; the rest of a batch is for writing answers."""
 
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        self.shifts = True
+    always_shifts = True
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, with `labels`."""

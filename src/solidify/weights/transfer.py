@@ -22,7 +22,7 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
     noted = digest_cache.recall(source)
-    before = _read_state(source)
+    before = read_state(source)
     if link:
         try:
             os.link(source, target)
@@ -30,7 +30,7 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
             link = False
     if not link:
         _copy_bytes(source, target)
-    if noted is not None and not link and _read_state(source) == before:
+    if noted is not None and not link and read_state(source) == before:
         digest_cache.remember(target, noted)
     return link
 
@@ -40,7 +40,7 @@ def copied(files: Iterable[Path], directory: Path, *, link: bool) -> list[Path]:
     return [path for path in files if not link or path.stat().st_dev != directory.stat().st_dev]
 
 
-def _read_state(path: Path) -> tuple[int, int]:
+def read_state(path: Path) -> tuple[int, int]:
     """Returns what changes when a file is written to, but not when it is linked."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
