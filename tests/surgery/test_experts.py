@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import families
+import numpy as np
 import pico
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import solidify
 from solidify.checks import structure
 from solidify.errors import ArtifactError, SurgeryError
+from solidify.model import anatomy
 from solidify.surgery import catalogue
 
 BLOCK = "OlmoeSparseMoeBlock"
@@ -78,8 +80,19 @@ def test_the_order_that_stands_changes_no_tensor() -> None:
     assert all(edit.identical and not edit.dropped for edit in edits)
 
 
-OFTEN = ("qwen2_moe", "gpt_oss", "jetmoe", "ernie4_5_moe")  # a form of experts each
-SELDOM = ("mixtral", "deepseek_v2", "granitemoe", "phimoe", "lfm2_moe", "glm4_moe", "llama4_text", "afmoe", "jamba")
+OFTEN = ("qwen2_moe", "gpt_oss", "ernie4_5_moe")  # a form of experts each
+SELDOM = (
+    "jetmoe",
+    "mixtral",
+    "deepseek_v2",
+    "granitemoe",
+    "phimoe",
+    "lfm2_moe",
+    "glm4_moe",
+    "llama4_text",
+    "afmoe",
+    "jamba",
+)
 
 
 @pytest.mark.parametrize("family", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
@@ -121,6 +134,8 @@ def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
         ("**.self_attn", [0], "has no experts; name an MoE block"),
         ("**.mlp", [0, 8], "has no expert 8: it has 8, from 0 to 7"),
         ("**.mlp", [0, -1], "has no expert -1"),
+        ("**.mlp", [True, 2], "by their numbers, as in .5, 2, 0., but holds True"),
+        ("**.mlp", "012", "but holds '0'"),
         ("**.mlp", [3], "gives each token 2 experts, but the order has 1"),
         ("**.nothing", [0, 1], "names no module"),
     ],
@@ -132,6 +147,22 @@ def test_what_cannot_be_is_refused_and_nothing_moves(target: str, order: list[in
         solidify.rearrange_experts(model, target, order)
     assert model.config.num_experts == 8
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_numbers_of_any_library_are_numbers() -> None:
+    for order in (np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
+        model = pico.olmoe()
+        (first, _) = solidify.rearrange_experts(model, "**.mlp", order)
+        assert first.settings["order"] == [1, 2, 3] and json.dumps(first.document())
+
+
+def test_of_a_large_model_the_first_block_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy, "LARGE", 0)
+    model = pico.olmoe()
+    artifact = solidify.build(model, solidify.rearrange_experts(model, "**.mlp", [1, 2, 0]), tmp_path / "artifact")
+    found = {finding.name: finding.verdict for finding in artifact.findings}
+    assert found["outputs identical (AutoModelForCausalLM)"] == "measured"  # one of two blocks is no proof of both
+    assert "behaviour: stateless" in found
 
 
 def test_an_artifact_of_it_loads_anywhere_and_goes_on(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def _measure_contract(
 def _find_standing(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the names of modules that were put there, as far as later changes left them."""
     names = {name for name, _ in model.named_modules()}
-    wanted = [name for entry in entries if catalogue.of(entry).puts for name in entry["modules"]]
+    wanted = [name for entry in entries if catalogue.of(entry).runs for name in entry["modules"]]
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 

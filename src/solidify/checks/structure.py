@@ -85,7 +85,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
 
 def _check_called(model: PreTrainedModel, declared: Mapping[str, Mapping[str, Any]]) -> Finding:
     """Runs a large model until the first new module of each kind was called: a sample, and no proof of the others."""
-    replaced = [name for name, edit in declared.items() if catalogue.of(edit).puts]
+    replaced = [name for name, edit in declared.items() if catalogue.of(edit).runs]
     first = list(control.first_of_each_kind(model, replaced))
     if not first:
         return Finding.unseen(IN_USE, "a model of this size is not run as a whole")

@@ -25,7 +25,7 @@ class Replace(Operation):
     """
 
     asked = recorded = "replace"
-    puts = switches = True
+    puts = runs = switches = True
 
     replace: str | list[str]
     expect: str

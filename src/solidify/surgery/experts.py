@@ -7,6 +7,7 @@ found by their shapes and then proved: with all experts renumbered, a block must
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -33,7 +34,7 @@ class RearrangeExperts(Operation):
     """
 
     asked = recorded = "rearrange_experts"
-    shapes = True
+    shapes = runs = True
 
     rearrange_experts: str | list[str]
     order: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
@@ -90,7 +91,8 @@ def rearrange_experts(
 
     extent = Extent.given(extent, model)
     names = replacing.targets(model, target, expect, count)
-    plans = {name: _plan_block(model, name, list(order)) for name in names}
+    numbers = _read_order(order)
+    plans = {name: _plan_block(model, name, numbers) for name in names}
     faults = [fault for name, plan in plans.items() for fault in _find_faults(model.get_submodule(name), name, plan)]
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
     before = control.take_whole(model, extent)
@@ -130,6 +132,15 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
         for path in edit["numbers"]:
             owner, _, key = path.rpartition(".")
             setattr(block.get_submodule(owner), key, len(order))
+
+
+def _read_order(order: Sequence[int]) -> list[int]:
+    """Returns the numbers as plain ones, whatever holds them (numpy, torch)."""
+    wrong = [each for each in order if isinstance(each, (bool, str)) or not hasattr(each, "__index__")]
+    if isinstance(order, (str, bytes)) or wrong:
+        found = repr(wrong[0] if wrong else order)
+        raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but holds {found}")
+    return [index(each) for each in order]
 
 
 def _get_path(module: nn.Module, path: str) -> Any:
@@ -184,7 +195,7 @@ def _find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[s
     faults = [
         f"{name} has no expert {expert}: it has {size}, from 0 to {size - 1}"
         for expert in dict.fromkeys(order)
-        if not (type(expert) is int and 0 <= expert < size)
+        if not 0 <= expert < size
     ]
     values = [vars(module).get(key) for module in block.modules() for key in _CHOSEN]
     chosen = max((value for value in values if type(value) is int), default=1)

@@ -46,6 +46,7 @@ class Operation(BaseModel):
     puts: ClassVar[bool] = False  # a new module stands where one stood
     adds: ClassVar[bool] = False  # a new module stands where nothing stood, and answers in the model's outputs
     shapes: ClassVar[bool] = False  # what stands there is of the old class, in another shape
+    runs: ClassVar[bool] = False  # the model calls what stands there: of a bounded model, it is run alone
     folds: ClassVar[bool] = True  # alike records, one after the other, are one entry of config.surgery
     switches: ClassVar[bool] = False  # with every new module switched off, the model is the one before
 
