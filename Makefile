@@ -34,7 +34,10 @@ demo: install
 QUICK := $(addprefix tests/,test_house.py test_documents.py recipe/test_recipe.py recipe/test_references.py test_python.py \
 	model/test_anatomy.py surgery/test_ledger.py surgery/test_surgery.py surgery/test_transaction.py objective)
 
-check: lint
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(PYTEST) $(QUICK)
 
 test: install

@@ -217,7 +217,7 @@ def test_an_observation_shows_what_it_has_and_runs_the_reference_when_it_is_aske
     shown = Observation(**given, hidden_states=states, make_reference=reference)
     assert shown.give("labels") is None  # a batch may have none
     assert shown.give("hidden_states") is states
-    with pytest.raises(ObjectiveError, match="asks for 'logits', which this trainer's forward pass does not give"):
+    with pytest.raises(ObjectiveError, match="asks for 'logits', which this forward pass does not give"):
         shown.give("logits")
     assert not ran
     assert shown.give("reference_logits").shape == (2, 3, 4)
