@@ -198,7 +198,9 @@ def test_a_recipe_prunes_and_its_result_is_a_stock_model(tmp_path: Path) -> None
     solidify.plan(tmp_path / "recipe.yaml")
     artifact = solidify.build(tmp_path / "recipe.yaml", directory=tmp_path / "out")
     model = solidify.load(artifact.directory)
-    config = type(pico.olmoe().config)(**{**pico.olmoe().config.to_dict(), "num_experts": 3})
+    written = json.loads((artifact.directory / "config.json").read_text())
+    assert written["num_experts"] == model.config.num_experts == 3
+    config = type(pico.olmoe().config)(**{**pico.olmoe().config.to_dict(), "num_experts": written["num_experts"]})
     stock = AutoModelForCausalLM.from_config(config)
     stock.load_state_dict(model.state_dict())
     assert torch.equal(logits(stock), logits(model))
