@@ -13,6 +13,7 @@ from solidify.artifact import loading, solidify
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
+from solidify.builtin import bases
 from solidify.errors import SurgeryError
 from solidify.surgery import depth, experts, heads, replacing, selection
 from solidify.surgery.replacing import Edit
@@ -38,8 +39,9 @@ class Surgery:
     ) -> None:
         """Begins without an edit; a model is not touched.
 
-        A hub id, the directory of a model or of an artifact is loaded as a recipe's `base` is, with these options: a
-        large one stays mapped from its files, in another layout than theirs too, and its tokenizer goes with it.
+        A hub id, `builtin:NAME`, the directory of a model or of an artifact is loaded as a recipe's `base` is, with
+        these options: a large one stays mapped from its files, in another layout than theirs too, and its tokenizer
+        goes with it.
 
         Raises:
             ModelError: there is no such model, or not all of it.
@@ -52,7 +54,7 @@ class Surgery:
             return
         scratch = spilling.directory_for(self)
         self._base = loading.load_base(
-            str(model),
+            str(bases.directory(str(model)) or model),
             revision=revision,
             dtype=dtype,
             trust_remote_code=trust_remote_code,

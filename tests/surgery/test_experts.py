@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import solidify
 from solidify.checks import structure
 from solidify.errors import ArtifactError, SurgeryError
-from solidify.model import anatomy
+from solidify.model import anatomy, operations
 from solidify.surgery import catalogue
 
 BLOCK = "OlmoeSparseMoeBlock"
@@ -136,6 +136,8 @@ def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
         ("**.mlp", [0, -1], "has no expert -1"),
         ("**.mlp", [True, 2], "by their numbers, as in .5, 2, 0., but holds True"),
         ("**.mlp", "012", "but holds '0'"),
+        ("**.mlp", {0: [1, 2]}, "but holds {0"),
+        ("**.mlp.experts", [0, 1, 2], "router lies outside: name the block that holds both"),
         ("**.mlp", [3], "gives each token 2 experts, but the order has 1"),
         ("**.nothing", [0, 1], "names no module"),
     ],
@@ -147,6 +149,58 @@ def test_what_cannot_be_is_refused_and_nothing_moves(target: str, order: list[in
         solidify.rearrange_experts(model, target, order)
     assert model.config.num_experts == 8
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+ROUTED = ("olmoe", "mixtral", "qwen2_moe", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_the_router_loss_is_that_of_the_experts_that_are_left(family: str) -> None:
+    """The head balances the load by a number of its own."""
+    model = families.tiny(family)
+    names = [n for n, m in model.named_modules() if n.endswith("mlp") and has_experts(m)]
+    solidify.rearrange_experts(model, names, [3, 0, 1])
+    ids = torch.randint(3, 20, (2, 9))
+    outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
+    assert torch.isfinite(outputs.loss) and {each.shape[-1] for each in outputs.router_logits} == {3}
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.eval()(input_ids=ids, output_router_logits=True).aux_loss, outputs.aux_loss)
+
+
+def test_a_base_that_records_its_router_by_default_is_pruned_too(tmp_path: Path) -> None:
+    model = pico.olmoe(output_router_logits=True)
+    solidify.rearrange_experts(model, "**.mlp", [1, 2, 5, 0])
+    ids = pico.tokens()
+    assert torch.isfinite(model(input_ids=ids, labels=ids).aux_loss)
+
+
+def test_blocks_may_keep_different_experts(tmp_path: Path) -> None:
+    """A call for each; once all have as many, what counts them says so."""
+    model = pico.olmoe()
+    surgery = solidify.Surgery(model)
+    surgery.rearrange_experts("model.layers.0.mlp", [1, 2, 5, 0])
+    assert (model.config.num_experts, model.num_experts) == (8, 8)
+    mixed = {finding.name: finding for finding in surgery.build(tmp_path / "mixed").findings}[
+        "behaviour: router_logits"
+    ]
+    assert mixed.verdict == "measured" and "not recorded: RuntimeError" in mixed.evidence
+    surgery.rearrange_experts("model.layers.1.mlp", [7, 6, 0, 3])
+    assert (model.config.num_experts, model.num_experts) == (4, 4)
+    artifact = surgery.build(tmp_path / "artifact")
+    loaded = solidify.load(artifact.directory)
+    assert (loaded.config.num_experts, loaded.num_experts) == (4, 4)
+    assert "behaviour: router_logits" in {finding.name for finding in artifact.findings if finding.passed}
+    assert "order=[7, 6, 0, 3]" in repr(surgery.edits[1])
+    assert "order [7, 6, 0, 3]" in (artifact.directory / "README.md").read_text()
+
+
+def test_a_head_that_still_counts_the_old_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "set_attributes", lambda *_: None)
+    model = pico.olmoe()
+    with pytest.raises(SurgeryError, match="output_router_logits=True: RuntimeError"):
+        solidify.rearrange_experts(model, "**.mlp", [1, 2, 3])
+    assert model.config.num_experts == 8
 
 
 def test_numbers_of_any_library_are_numbers() -> None:

@@ -145,6 +145,7 @@ def _measure_contract(
         "way": reading.way,
         "distances": kept,
         "recorded": recorded,
+        "unrecorded": {key: reading.errors[key] for key in behaviour.RECORDS if key in reading.errors},
     }
     return document, given
 
@@ -272,6 +273,8 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
             findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))
         elif key in faults:
             findings.append(Finding(f"behaviour: {key}", False, faults[key]))
+        elif key in contract.get("unrecorded", {}):
+            findings.append(Finding(f"behaviour: {key}", None, f"not recorded: {contract['unrecorded'][key]}"))
         elif not parts and key not in contract["recorded"] and key in ("causal", "cache", "padding", "rows"):
             findings.append(
                 Finding.unseen(f"behaviour: {key}", "the model before its changes could not be tried for it")

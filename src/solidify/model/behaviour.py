@@ -454,6 +454,8 @@ class Watched:
                 if found is not None:
                     reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
                     break
+            error = reading.errors.pop("hidden_states", "")  # of all that were asked for at once
+            reading.errors |= {key: error for key in flags if error and key not in reading.recorded}
         if found is None:
             found = self._try_call(reading, "rows", inputs, rows=1 if alone else None)
         if alone and found is not None:

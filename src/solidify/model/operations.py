@@ -28,6 +28,7 @@ def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix:
         names = [name.removeprefix(prefix or "") for name in edit["modules"] if name.startswith(prefix or "")]
         inside += OPERATIONS[edit["operation"]](part, names, {**edit, "prefix": prefix or ""}, classes) or []
         assign(model.config, edit.get("after", {}))
+        set_attributes(model, edit.get("attributes", {}), prefix)
     if before is not None:
         record_again(part, before, inside)
     withhold(model, {key for edit in edits for key, kept in (edit.get("declares") or {}).items() if not kept})
@@ -61,6 +62,16 @@ def assign(config: PreTrainedConfig, values: dict[str, Any]) -> None:
         for part in parents:
             owner = getattr(owner, part)
         setattr(owner, key, value)
+
+
+def set_attributes(model: PreTrainedModel, values: dict[str, Any], prefix: str | None = None) -> None:
+    """Sets attributes of modules by full dotted names; a model without its head has none of the head's."""
+    headless = prefix is not None and model.base_model is model
+    for path, value in values.items():
+        if headless and not path.startswith(str(prefix)):
+            continue
+        owner, _, key = (path.removeprefix(str(prefix)) if headless else path).rpartition(".")
+        setattr(model.get_submodule(owner), key, value)
 
 
 def replace(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,8 +144,10 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
 
 
-def judge_whole(model: PreTrainedModel, before: Control, what: str) -> bool:
+def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorded: Collection[str] = ()) -> bool:
     """Returns whether the model computes what it did before; refuses what no rearrangement may bring about.
+
+    How many outputs are recorded may change; that none are, of the `unrecorded` kinds alone.
 
     Raises:
         SurgeryError: it does not run, or does not behave as before.
@@ -161,9 +163,10 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str) -> bool:
         raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
     if before.reading is not None:
         with foreign.calling(f"with {what} the model does not run"):
-            _, found = Watched(model, before.inputs).judged(before.reading)
-        kept = [fault for fault in found if fault.property not in behaviour.RECORDS]  # their number is meant to change
-        refuse(SurgeryError, f"with {what} the model does not behave as before", sentences(kept, what, {}))
+            after, found = Watched(model, before.inputs).judged(before.reading)
+        allowed = {*after.recorded, *unrecorded} & set(behaviour.RECORDS)
+        lost = [fault for fault in found if fault.property not in allowed]
+        refuse(SurgeryError, f"with {what} the model does not behave as before", sentences(lost, what, {}))
     return old is not None and torch.equal(output.value, old)
 
 

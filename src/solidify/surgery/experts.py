@@ -75,8 +75,9 @@ def rearrange_experts(
     """Gives the MoE blocks that `target` names the experts that `order` lists, and returns the edits.
 
     Expert `order[i]` (counted from 0) becomes expert `i`, with its column of the router: a number that is left out goes
-    with the tokens that it would have had, one that comes twice is copied, and both copies are chosen among. Where all
-    blocks of a configuration change, so does its number of experts, and the family's own class can hold the result.
+    with the tokens that it would have had, one that comes twice is copied, and both copies are chosen among. Once all
+    blocks of a configuration have as many experts, in one call or in several, the configuration and the modules that
+    count them say so too, and the family's own class can hold the result. Until then router logits are not recorded.
 
     Raises:
         SurgeryError: what is named has no experts or others than its router chooses from; `order` names an expert that
@@ -101,7 +102,9 @@ def rearrange_experts(
     settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
     with transaction(model):
         edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
-        identical = control.judge_whole(model, before, "these experts")
+        mixed = len({_count_experts(model, name, model.get_submodule(name)) for name in _list_blocks(model, names)}) > 1
+        unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
+        identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
     probed = before.inputs is not None
     return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
 
@@ -137,7 +140,7 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
 def _read_order(order: Sequence[int]) -> list[int]:
     """Returns the numbers as plain ones, whatever holds them (numpy, torch)."""
     wrong = [each for each in order if isinstance(each, (bool, str)) or not hasattr(each, "__index__")]
-    if isinstance(order, (str, bytes)) or wrong:
+    if isinstance(order, (str, bytes, Mapping)) or wrong:
         found = repr(wrong[0] if wrong else order)
         raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but holds {found}")
     return [index(each) for each in order]
@@ -222,7 +225,8 @@ def _refuse_unproved(
         if moved is not None:
             faults.append(
                 f"{name}: with its experts only renumbered the output moves by {moved:.1e} of its largest value, so "
-                "they are not alike (a router that chooses among groups, or a part that knows them by number)"
+                "they are not alike (a router that chooses among groups, or a part that knows them by number), or "
+                "their router lies outside: name the block that holds both"
             )
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
 
@@ -250,22 +254,46 @@ def _moved_by_renumbering(block: nn.Module, plan: Mapping[str, Any], call: Call)
     return None if far <= allowed else far
 
 
+def _list_blocks(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Returns all modules of the classes that the named ones have."""
+    kinds = {type(model.get_submodule(name)) for name in names}
+    return [name for name, module in model.named_modules() if type(module) in kinds]
+
+
 def _find_configured(
     model: PreTrainedModel, names: Sequence[str], name: str, plan: Mapping[str, Any]
 ) -> dict[str, dict[str, int]]:
-    """Returns the number of experts in the configuration, before and after; nothing where some blocks keep theirs."""
+    """Returns what says how many experts there are outside of the blocks, once all blocks have as many.
+
+    That is the configuration, before and after, and attributes of modules (the head's, by which it balances the load).
+    Where some blocks keep another number, nothing is changed.
+    """
     from solidify.model import anatomy, operations
 
     config = operations.enclosing_config(model, f"{name}.experts")
-    kind = type(model.get_submodule(name))
-    others = [other for other, module in model.named_modules() if type(module) is kind and other not in names]
+    counts = {key: value for key, value in vars(config).items() if key.endswith(_COUNTS) and type(value) is int}
+    number, size = max(counts.values(), default=0), len(plan["order"])
+    blocks = _list_blocks(model, [name])
+    alike = all(
+        _count_experts(model, other, model.get_submodule(other)) == size for other in blocks if other not in names
+    )
     path = anatomy.path_in_config(model.config, config)
-    if others or path is None or len(plan["order"]) == plan["size"]:
-        return {"before": {}, "after": {}}
-    keys = [key for key in _COUNTS if vars(config).get(key) == plan["size"]]
+    if not alike or path is None or number in (0, size):
+        return {"before": {}, "after": {}, "attributes": {}}
+    keys = [key for key, value in counts.items() if value == number]
+    attributes = [
+        f"{owner}.{key}".lstrip(".")
+        for owner, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int
+        and value == number
+        and "expert" in key
+        and not any(owner == block or owner.startswith(f"{block}.") for block in blocks)
+    ]
     return {
-        "before": {path + key: plan["size"] for key in keys},
-        "after": {path + key: len(plan["order"]) for key in keys},
+        "before": dict.fromkeys((path + key for key in keys), number),
+        "after": dict.fromkeys((path + key for key in keys), size),
+        "attributes": dict.fromkeys(attributes, size),
     }
 
 
@@ -283,6 +311,7 @@ def _rearrange_one(model: PreTrainedModel, name: str, settings: dict[str, Any], 
     if not extent.whole:
         spilling.spill(name, block, kept, extent.spill)
     operations.assign(model.config, settings["after"])
+    operations.set_attributes(model, settings["attributes"])
     same = order == list(range(size))
     tensors: dict[str, str | None] = {}
     for key in block.state_dict():

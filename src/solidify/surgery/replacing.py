@@ -91,7 +91,8 @@ class Edit:
 
     def __repr__(self) -> str:
         new = sum(origin is None for origin in self.tensors.values())
-        change = self.old_class if self.new_class == self.old_class else f"{self.old_class} -> {self.new_class}"
+        same = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
+        change = f"{self.old_class} -> {self.new_class}" if self.module_class else f"{self.old_class}({same})"
         return f"Edit({self.operation} {self.name}: {change}, {new} tensors new, {len(self.dropped)} dropped)"
 
     def document(self) -> dict[str, Any]:
