@@ -8,12 +8,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import families
 import numpy as np
 import pico
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import solidify
@@ -119,6 +121,102 @@ def test_a_router_that_chooses_among_groups_is_refused() -> None:
     assert torch.equal(logits(model), before)
 
 
+class Plain(nn.Module):
+    """A top-2 MoE with a list of experts; what stands `beside` them has as many parts, and is no expert's."""
+
+    def __init__(self, config: Any, beside: str = "", layer_idx: int = 0):
+        super().__init__()
+        width = config.hidden_size
+        self.num_experts, self.top_k, self.beside, self.layer_idx = 8, 2, beside, layer_idx
+        self.router = nn.Linear(width, 8, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(8)])
+        self.register_buffer("ids", torch.arange(8), persistent=beside == "ids")
+        if beside == "list":
+            self.others = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(8)])
+        if beside == "slots":
+            self.keys, self.values = nn.Parameter(torch.randn(8, width)), nn.Parameter(torch.randn(8, width))
+        if beside != "ids":
+            del self.ids
+        if beside == "count":
+            self.num_experts_per_tok, self.n_shared_experts = 8, 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(self.router(x), -1)
+        top = torch.topk(weights, self.top_k, -1)
+        weights = torch.zeros_like(weights).scatter(-1, top.indices, top.values)
+        numbers = self.ids.tolist() if self.beside == "ids" else range(len(self.experts))
+        out = sum(weights[..., n : n + 1] * self.experts[n](x) for n in numbers)
+        if self.beside == "list":
+            out = out + sum(other(x) for other in self.others)
+        if self.beside == "slots":
+            out = out + torch.softmax(x @ self.keys.T, -1) @ self.values
+        if self.beside == "later" and self.layer_idx == 1:
+            out = out + self.experts[0](x)
+        return torch.as_tensor(out)
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ("list", "which of others and router.weight, experts belong to the experts cannot be told"),
+        ("slots", "which of keys, values and router.weight, experts belong to the experts cannot be told"),
+        ("ids", "which of ids and router.weight, experts belong to the experts cannot be told"),
+        ("later", "model.layers.1.mlp: with its experts only renumbered the output moves"),
+    ],
+)
+def test_what_has_as_many_rows_and_is_no_experts_is_refused(beside: str, words: str) -> None:
+    """A set of other things may change places too, by itself; and each block is tried, not the first alone."""
+    model = pico.olmoe()
+    solidify.replace(model, "**.mlp", Plain, arguments={"beside": beside}, declares={"router_logits": False})
+    before = logits(model)
+    with pytest.raises(SurgeryError, match=words):
+        solidify.rearrange_experts(model, "**.mlp", [5, 2, 0])
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("beside", "order"), [("", [5, 2, 0]), ("count", [5, 2, 0, 1, 3, 4, 6, 7, 7, 5, 2])])
+def test_a_block_of_the_users_own_keeps_what_is_not_about_the_number(beside: str, order: list[int]) -> None:
+    model = pico.olmoe()
+    solidify.replace(model, "**.mlp", Plain, arguments={"beside": beside}, declares={"router_logits": False})
+    block = model.model.layers[1].mlp
+    router = block.router.weight.detach().double()
+    experts = [expert.weight.detach().double() for expert in block.experts]
+    solidify.rearrange_experts(model, "**.mlp", order)
+    x = torch.randn(7, model.config.hidden_size)
+    weights = torch.softmax(x.double() @ router[order].T, -1)
+    values, chosen = weights.topk(2, -1)
+    mixed = [
+        sum(value * (experts[order[int(n)]] @ row) for value, n in zip(*each, strict=True))
+        for row, *each in zip(x.double(), values, chosen, strict=True)
+    ]
+    expected = torch.stack([torch.as_tensor(each) for each in mixed])
+    assert float((block(x).detach().double() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    assert (block.num_experts, getattr(block, "num_experts_per_tok", 8)) == (len(order), 8)
+
+
+def test_in_half_precision_the_proof_is_made_in_float32() -> None:
+    """A loud shared expert would hide what its routed ones do in bfloat16."""
+    model = families.tiny("deepseek_v3").to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.shared_experts.down_proj.weight.mul_(40)
+    with pytest.raises(SurgeryError, match="with its experts only renumbered"):
+        solidify.rearrange_experts(model, "model.layers.1.mlp", [1, 2, 3, 0])
+
+
+def test_tied_experts_are_not_parted() -> None:
+    model = pico.olmoe()
+    model.model.layers[1].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
+    with pytest.raises(SurgeryError, match=r"layers\.0.*, .*layers\.1.* are one tensor, which would be parted"):
+        solidify.rearrange_experts(model, "**.mlp", [5, 2, 0])
+
+
+def test_other_experts_of_the_same_configuration_keep_their_number() -> None:
+    """JetMoE's attention has experts too, counted by the same entry."""
+    model = families.tiny("jetmoe")
+    solidify.rearrange_experts(model, "**.mlp", [3, 0, 1])
+    assert model.config.num_local_experts == 4 and torch.isfinite(logits(model)).all()
+
+
 def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
     """A block that knows its experts by number: each token of an even id gets expert 0 once more."""
     model = pico.olmoe()
@@ -131,12 +229,18 @@ def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
 @pytest.mark.parametrize(
     ("target", "order", "words"),
     [
-        ("**.self_attn", [0], "has no experts; name an MoE block"),
+        ("**.self_attn", [0], "has no experts, .*; name an MoE block"),
         ("**.mlp", [0, 8], "has no expert 8: it has 8, from 0 to 7"),
         ("**.mlp", [0, -1], "has no expert -1"),
         ("**.mlp", [True, 2], "by their numbers, as in .5, 2, 0., but holds True"),
-        ("**.mlp", "012", "but holds '0'"),
-        ("**.mlp", {0: [1, 2]}, "but holds {0"),
+        ("**.mlp", "012", "but it is '012'"),
+        ("**.mlp", {0: [1, 2]}, "but it is {0"),
+        ("**.mlp", {1, 2}, "but it is {1, 2}"),
+        ("**.mlp", None, "but it is None"),
+        ("**.mlp", torch.tensor(3), "but it is 3"),
+        ("**.mlp", torch.tensor([True, False, True]), "but holds True"),
+        ("**.mlp", torch.tensor([3.0, 1.0]), r"but holds 3\.0"),
+        ("**.mlp", torch.tensor([[1, 2], [3, 4]]), r"but holds \[1, 2\]"),
         ("**.mlp.experts", [0, 1, 2], "router lies outside: name the block that holds both"),
         ("**.mlp", [3], "gives each token 2 experts, but the order has 1"),
         ("**.nothing", [0, 1], "names no module"),

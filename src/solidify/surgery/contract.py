@@ -102,6 +102,11 @@ def copied(value: Any) -> Any:
     return _map_tensors(value, torch.Tensor.clone)
 
 
+def widened(value: Any) -> Any:
+    """Copies nested arguments with tensors of half precision in float32."""
+    return _map_tensors(value, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
 def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Rebuilds nested arguments or outputs with every tensor changed; a cache is only copied."""
     if isinstance(value, torch.Tensor):

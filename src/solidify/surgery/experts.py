@@ -6,7 +6,8 @@ found by their shapes and then proved: with all experts renumbered, a block must
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import combinations
 from operator import index
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from solidify.errors import SurgeryError, refuse
 from solidify.surgery.operation import Context, Operation, Record
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -95,14 +97,15 @@ def rearrange_experts(
     numbers = _read_order(order)
     plans = {name: _plan_block(model, name, numbers) for name in names}
     faults = [fault for name, plan in plans.items() for fault in _find_faults(model.get_submodule(name), name, plan)]
+    faults += _find_ties(model, names, plans)
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
     before = control.take_whole(model, extent)
     if before.inputs is not None:
-        _refuse_unproved(model, plans, before.inputs, partly=not extent.whole)
+        _refuse_unproved(model, plans, before.inputs, extent)
     settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
     with transaction(model):
         edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
-        mixed = len({_count_experts(model, name, model.get_submodule(name)) for name in _list_blocks(model, names)}) > 1
+        mixed = any(len(numbers) != plan["size"] and not settings[name]["after"] for name, plan in plans.items())
         unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
         identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
     probed = before.inputs is not None
@@ -137,13 +140,17 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
             setattr(block.get_submodule(owner), key, len(order))
 
 
-def _read_order(order: Sequence[int]) -> list[int]:
-    """Returns the numbers as plain ones, whatever holds them (numpy, torch)."""
-    wrong = [each for each in order if isinstance(each, (bool, str)) or not hasattr(each, "__index__")]
-    if isinstance(order, (str, bytes, Mapping)) or wrong:
-        found = repr(wrong[0] if wrong else order)
-        raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but holds {found}")
-    return [index(each) for each in order]
+def _read_order(order: Any) -> list[int]:
+    """Returns the numbers as plain ones, whatever holds them (a range, numpy, torch)."""
+    listed = order.tolist() if hasattr(order, "tolist") else order
+    if isinstance(listed, Iterable) and not isinstance(listed, (str, bytes, Mapping, Set)):
+        listed = list(listed)
+    if not isinstance(listed, list):
+        raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but it is {listed!r}")
+    wrong = [each for each in listed if isinstance(each, bool) or not hasattr(each, "__index__")]
+    if wrong:
+        raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but holds {wrong[0]!r}")
+    return [index(each) for each in listed]
 
 
 def _get_path(module: nn.Module, path: str) -> Any:
@@ -156,7 +163,7 @@ def _plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str
     """Finds, within a block, what has one row, item or number for each expert; `size` experts (0: none) at present."""
     block = model.get_submodule(name)
     size = _count_experts(model, name, block)
-    lists = [path for path, items in _find_lists(block).items() if len(items) == size]
+    lists = [path for path, items in _find_lists(block).items() if len(items) == size and "shared" not in path]
     tensors = {
         path: dim
         for path, tensor in (*block.named_parameters(), *block.named_buffers())
@@ -169,7 +176,7 @@ def _plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str
         for key, value in vars(module).items()
         if type(value) is int
         and value == size
-        and ("expert" in key or (key == "out_features" and f"{path}.weight" in tensors))
+        and (key.endswith(_COUNTS) or (key == "out_features" and f"{path}.weight" in tensors))
     ]
     return {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
 
@@ -186,7 +193,7 @@ def _count_experts(model: PreTrainedModel, name: str, block: nn.Module) -> int:
 
     stacks = {parameter.shape[0] for parameter in block.parameters() if parameter.ndim == 3}
     stacks |= {len(items) for items in _find_lists(block).values()}
-    said = [value for module in block.modules() for key, value in vars(module).items() if "expert" in key]
+    said = [value for module in block.modules() for key, value in vars(module).items() if key.endswith(_COUNTS)]
     said.append(cost.experts(operations.enclosing_config(model, f"{name}.experts"))[0])
     return next((value for value in said if type(value) is int and value > 1 and value in stacks), 0)
 
@@ -194,7 +201,10 @@ def _count_experts(model: PreTrainedModel, name: str, block: nn.Module) -> int:
 def _find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
     size, order = plan["size"], plan["order"]
     if not size:
-        return [f"{name} ({type(block).__name__}) has no experts; name an MoE block, such as '**.mlp'"]
+        return [
+            f"{name} ({type(block).__name__}) has no experts, in a stack or list of the number that it or its "
+            "configuration says; name an MoE block, such as '**.mlp'"
+        ]
     faults = [
         f"{name} has no expert {expert}: it has {size}, from 0 to {size - 1}"
         for expert in dict.fromkeys(order)
@@ -208,56 +218,132 @@ def _find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[s
 
 
 def _refuse_unproved(
-    model: PreTrainedModel, plans: Mapping[str, dict[str, Any]], inputs: Mapping[str, Any], *, partly: bool
+    model: PreTrainedModel, plans: Mapping[str, dict[str, Any]], inputs: Mapping[str, Any], extent: Extent
 ) -> None:
-    """Renumbers all experts in a copy of the first block of each kind: its output must stay, or it was misread.
+    """Renumbers experts in a copy of each block (of a bounded model, of the first of each kind).
+
+    With all experts renumbered its output must stay, and with a part of what was found it must move: else that part is
+    about something else that has as many rows (other experts, slots of a memory).
 
     Raises:
-        SurgeryError: it moves, as where a router first chooses among groups of experts; or a block is never called.
+        SurgeryError: it is not so, as where a router first chooses among groups of experts; or a block is not called.
     """
     from solidify.surgery import contract, control
 
-    first = list(control.first_of_each_kind(model, list(plans)))
-    calls = contract.record(model, first, inputs, partly=partly)
-    faults = [f"{name} is not called by the model" for name in first if name not in calls]
+    tried = extent.sample(list(plans), list(control.first_of_each_kind(model, list(plans))))
+    calls = contract.record(model, tried, inputs, partly=not extent.whole)
+    faults = [f"{name} is not called by the model" for name in tried if name not in calls]
     for name, call in calls.items():
-        moved = _moved_by_renumbering(model.get_submodule(name), plans[name], call)
-        if moved is not None:
-            faults.append(
-                f"{name}: with its experts only renumbered the output moves by {moved:.1e} of its largest value, so "
-                "they are not alike (a router that chooses among groups, or a part that knows them by number), or "
-                "their router lies outside: name the block that holds both"
-            )
+        proof = _Renumbering(model.get_submodule(name), plans[name], call, wide=extent.whole)
+        faults += [f"{name}: {fault}" for fault in proof.find_faults()]
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
 
 
-def _moved_by_renumbering(block: nn.Module, plan: Mapping[str, Any], call: Call) -> float | None:
-    """Returns by how much a block's output moves when its experts change places; None within rounding."""
-    import torch
+class _Renumbering:
+    """A copy of a block whose experts change places; `wide` in float32 where it is in half precision."""
 
-    from solidify.model import anatomy, operations
-    from solidify.surgery import contract
+    def __init__(self, block: nn.Module, plan: Mapping[str, Any], call: Call, *, wide: bool) -> None:
+        import torch
 
-    size = plan["size"]
-    holder = torch.nn.Module()
-    holder.add_module("block", operations.twin(block))
-    take_experts(holder, ["block"], {**plan, "order": [*range(1, size), 0]}, {})  # no group of experts stays one
-    with torch.no_grad(), anatomy.evaluation(holder):
-        found = contract.tensors_in(
-            holder.get_submodule("block")(*contract.copied(call.args), **contract.copied(call.kwargs))
-        )[0]
-    expected = contract.tensors_in(call.output)[0]
-    if found.shape != expected.shape:
-        return float("inf")
-    far = float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
-    allowed = 2e-5 if expected.dtype in (torch.float32, torch.float64) else 5e-2  # sums in another order
-    return None if far <= allowed else far
+        from solidify.model import operations
+        from solidify.surgery import contract
+
+        self.block, self.plan = operations.twin(block), plan
+        self.args, self.kwargs = contract.copied(call.args), contract.copied(call.kwargs)
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in block.parameters())
+        if half and wide:
+            self.block.float()
+            self.args, self.kwargs = contract.widened(self.args), contract.widened(self.kwargs)
+        self.allowed = 5e-2 if half and not wide else 2e-5  # sums in another order
+        self.expected = self._run(self.block)
+
+    def _run(self, block: nn.Module) -> torch.Tensor:
+        import torch
+
+        from solidify.model import anatomy
+        from solidify.surgery import contract
+
+        with torch.no_grad(), anatomy.evaluation(block):
+            return contract.tensors_in(block(*contract.copied(self.args), **contract.copied(self.kwargs)))[0].double()
+
+    def find_faults(self) -> list[str]:
+        """Says what is not as it must be: all together change nothing, and no part of them does alone."""
+        parts = [*self.plan["tensors"], *self.plan["lists"]]
+        moved = self._renumber(parts)
+        if moved > self.allowed:
+            return [
+                f"with its experts only renumbered the output moves by {moved:.1e} of its largest value, so they are "
+                "not alike (a router that chooses among groups, or a part that knows them by number), or their router "
+                "lies outside: name the block that holds both"
+            ]
+        parts = [part for part in parts if self._tells_apart(part)]
+        for count in range(1, len(parts) // 2 + 1):
+            for some in combinations(parts, count):
+                if self._renumber(some) <= self.allowed:
+                    others = [part for part in parts if part not in some]
+                    return [
+                        f"which of {', '.join(some)} and {', '.join(others)} belong to the experts cannot be told: "
+                        f"each has {self.plan['size']}, which may change places without the others"
+                    ]
+        return []
+
+    def _tells_apart(self, part: str) -> bool:
+        """Returns whether rows differ, and are more than a number each, which may move no choice of these inputs."""
+        if part in self.plan["lists"]:
+            states = [list(item.state_dict().values()) for item in _get_path(self.block, part)]
+            return any(not a.equal(b) for state in states[1:] for a, b in zip(states[0], state, strict=True))
+        tensor = _get_path(self.block, part)
+        rows = tensor.movedim(self.plan["tensors"][part], 0)  # (number of experts, ...)
+        scores = tensor.is_floating_point() and tensor.numel() == len(rows)
+        return not scores and bool((rows != rows[:1]).any())
+
+    def _renumber(self, parts: Iterable[str]) -> float:
+        """Returns by how much the output moves, of its largest value, when experts change places in some parts."""
+        import torch
+
+        from solidify.model import operations
+
+        some = set(parts)
+        holder = torch.nn.Module()
+        holder.add_module("block", operations.twin(self.block))
+        order = [*range(1, self.plan["size"]), 0]  # no group of experts stays one
+        tensors = {path: dim for path, dim in self.plan["tensors"].items() if path in some}
+        lists = [path for path in self.plan["lists"] if path in some]
+        take_experts(holder, ["block"], {"order": order, "tensors": tensors, "lists": lists, "numbers": []}, {})
+        found = self._run(holder.get_submodule("block"))
+        if found.shape != self.expected.shape:
+            return float("inf")
+        return float((found - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30))
 
 
-def _list_blocks(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
-    """Returns all modules of the classes that the named ones have."""
+def _are_alike(model: PreTrainedModel, names: Sequence[str], size: int, number: int) -> bool:
+    """Returns whether all blocks have `size` experts once the named ones have, and nothing else holds `number`."""
     kinds = {type(model.get_submodule(name)) for name in names}
-    return [name for name, module in model.named_modules() if type(module) in kinds]
+    for other, module in model.named_modules():
+        if any(other == name or other.startswith(f"{name}.") for name in names):
+            continue
+        if _has_stack(module, number) or (type(module) in kinds and _count_experts(model, other, module) != size):
+            return False
+    return True
+
+
+def _has_stack(module: nn.Module, size: int) -> bool:
+    from torch import nn
+
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    named = any("expert" in key for key, child in module.named_children() if isinstance(child, nn.ModuleList))
+    stacks = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    return size in stacks or (named and any(len(items) == size for items in lists))
+
+
+def _find_ties(model: PreTrainedModel, names: Sequence[str], plans: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Names tensors of experts that have another name too, which a new one would not have."""
+    found: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(path)
+    tied = [group for group in found.values() if len(group) > 1]
+    own = {f"{name}.{path}" for name in names for path in plans[name]["tensors"]}
+    return [f"{', '.join(group)} are one tensor, which would be parted" for group in tied if own & set(group)]
 
 
 def _find_configured(
@@ -273,12 +359,8 @@ def _find_configured(
     config = operations.enclosing_config(model, f"{name}.experts")
     counts = {key: value for key, value in vars(config).items() if key.endswith(_COUNTS) and type(value) is int}
     number, size = max(counts.values(), default=0), len(plan["order"])
-    blocks = _list_blocks(model, [name])
-    alike = all(
-        _count_experts(model, other, model.get_submodule(other)) == size for other in blocks if other not in names
-    )
     path = anatomy.path_in_config(model.config, config)
-    if not alike or path is None or number in (0, size):
+    if number in (0, size) or path is None or not _are_alike(model, names, size, number):
         return {"before": {}, "after": {}, "attributes": {}}
     keys = [key for key, value in counts.items() if value == number]
     attributes = [
@@ -287,8 +369,8 @@ def _find_configured(
         for key, value in vars(module).items()
         if type(value) is int
         and value == number
-        and "expert" in key
-        and not any(owner == block or owner.startswith(f"{block}.") for block in blocks)
+        and key.endswith(_COUNTS)
+        and any(not owner or each.startswith(f"{owner}.") for each in names)
     ]
     return {
         "before": dict.fromkeys((path + key for key in keys), number),
