@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
+import torch
 import yaml
 from pico import wrappers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import solidify
-from solidify.errors import ArtifactError, RecipeError, SurgeryError
+from solidify.errors import ArtifactError, ModelError, RecipeError, SurgeryError
 
 
 def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
@@ -128,3 +130,25 @@ def test_what_a_notebook_shows_is_escaped() -> None:
 
 def test_types_are_published() -> None:
     assert (Path(solidify.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "kind", "words"),
+    [
+        (None, {}, SurgeryError, "not on a NoneType"),
+        (torch.nn.Linear(2, 2), {}, SurgeryError, "not on a Linear"),
+        ("/nowhere/at/all", {}, ModelError, "there is no directory '/nowhere/at/all'"),
+        ("builtin:nothing", {}, ModelError, "built in: builtin:tiny-olmoe"),
+    ],
+)
+def test_a_surgery_says_what_it_cannot_begin_with(model: Any, options: Any, kind: Any, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        solidify.Surgery(model, **options)
+
+
+def test_options_of_loading_are_taken_or_refused(tmp_path: Path) -> None:
+    model = pico.llama()
+    with pytest.raises(SurgeryError, match="are of a model that is loaded; this one is"):
+        solidify.Surgery(model, dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    assert solidify.Surgery(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ class Surgery:
         model: PreTrainedModel | str | Path,
         *,
         revision: str | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Begins without an edit; a model is not touched.
@@ -44,19 +45,25 @@ class Surgery:
         goes with it.
 
         Raises:
+            SurgeryError: it is no model of transformers, or one in memory is given options of loading.
             ModelError: there is no such model, or not all of it.
             ArtifactError: it is an artifact that was changed since it was written.
         """
         self.edits: list[Edit] = []
         self._base: BaseModel | None = None
         if isinstance(model, PreTrainedModel):
+            if revision is not None or dtype is not None or trust_remote_code:
+                raise SurgeryError("revision, dtype and trust_remote_code are of a model that is loaded; this one is")
             self.model = model
             return
+        if not isinstance(model, (str, Path)):
+            kind = type(model).__name__
+            raise SurgeryError(f"surgery is done on a transformers model, a hub id or a directory, not on a {kind}")
         scratch = spilling.directory_for(self)
         self._base = loading.load_base(
             str(bases.directory(str(model)) or model),
             revision=revision,
-            dtype=dtype,
+            dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
             trust_remote_code=trust_remote_code,
             scratch=Scratch(scratch, lambda _: ()),
         )

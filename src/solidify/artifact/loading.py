@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def load_base(
     _refuse_unknown(dtype)
     if not reference.strip():
         raise ModelError("the name of the model is empty; give a hub id, a directory, an artifact, or builtin:NAME")
+    if reference.startswith((os.sep, ".", "~")) and not files.is_directory(reference):
+        raise ModelError(f"there is no directory {reference[:300]!r}; name one that holds a model, or a hub id")
     if (kind := manifest.kind(Path(reference))) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
     if kind == "adapter":

@@ -152,22 +152,23 @@ def encodes_and_decodes(model: nn.Module) -> bool:
 def shifts_labels(model: nn.Module) -> bool:
     """Returns whether a position's label stands at the next one, as in decoders, and not where it is predicted.
 
-    The rule of transformers' Trainer (5.23, trainer.py) for a model that names its loss. One that names none (GPT-2)
-    has the causal loss where its class calls `loss_function`; code that is not transformers' is taken for a decoder.
+    A model that names a causal loss (`loss_type`), or none (GPT-2, whose default that is), shifts where its class calls
+    `loss_function`; those that compute theirs themselves (BART's decoder, XLNet) do not.
     """
     plain = lookup.plain_model(model)
-    if encodes_and_decodes(plain):
-        return False
-    named = LOSS_MAPPING.get(getattr(plain, "loss_type", None))
-    return named is ForCausalLMLoss if named is not None else _has_causal_loss(type(plain))
+    named = LOSS_MAPPING.get(getattr(plain, "loss_type", None), ForCausalLMLoss)
+    return named is ForCausalLMLoss and not encodes_and_decodes(plain) and _calls_loss_function(type(plain))
 
 
-def _has_causal_loss(kind: type[nn.Module]) -> bool:
-    """Returns whether a class that names no loss has transformers' default; XLNet and XLM compute one themselves."""
-    family = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
-    if not family.__module__.startswith("transformers."):
+def _calls_loss_function(kind: type[nn.Module]) -> bool:
+    """Reads a class's forward; one that is not transformers' may shift by hand, and one without source is believed."""
+    family = next((cls for cls in kind.__mro__ if "forward" in vars(cls)), kind)
+    try:
+        source = inspect.getsource(vars(family)["forward"])
+    except (KeyError, OSError, TypeError):
         return True
-    return "loss_function" in inspect.getsource(vars(family)["forward"])
+    by_hand = not family.__module__.startswith("transformers.") and ("shift" in source or "[..., 1:]" in source)
+    return by_hand or "loss_function" in source or "loss" not in source
 
 
 class Reference:

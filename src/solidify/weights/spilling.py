@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -20,9 +22,9 @@ _SMALL = 2**20  # bytes
 
 def directory_for(owner: object) -> Path:
     """Returns a new directory for temporary files, which is removed when `owner` goes, or with the process."""
-    stack = ExitStack()
+    stack, process = ExitStack(), os.getpid()
     directory = stack.enter_context(disk.temporary())
-    weakref.finalize(owner, stack.close)
+    weakref.finalize(owner, lambda: stack.close() if os.getpid() == process else None)  # a fork's end is not ours
     return directory
 
 
@@ -42,7 +44,7 @@ def spill(name: str, module: nn.Module, kept: Iterable[torch.Tensor], directory:
     if not own:
         return
     names = {id(tensor): key for key, tensor in reversed(own.items())}  # a shared tensor is written once
-    path = directory / f"new-{len(list(directory.iterdir())):05d}.safetensors"
+    path = directory / f"new-{uuid.uuid4().hex}.safetensors"
     format.write_file(path, [TensorSource.made(names[id(t)], t) for t in {id(t): t for t in own.values()}.values()])
     with safe_open(path, framework="pt") as file:
         for tensor in {id(t): t for t in own.values()}.values():
