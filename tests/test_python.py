@@ -137,7 +137,7 @@ def test_types_are_published() -> None:
     [
         (None, {}, SurgeryError, "not on a NoneType"),
         (torch.nn.Linear(2, 2), {}, SurgeryError, "not on a Linear"),
-        ("/nowhere/at/all", {}, ModelError, "there is no directory '/nowhere/at/all'"),
+        ("/nowhere/at/all", {}, ModelError, "'/nowhere/at/all' cannot be loaded: there is no such directory"),
         ("builtin:nothing", {}, ModelError, "built in: builtin:tiny-olmoe"),
     ],
 )

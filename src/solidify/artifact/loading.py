@@ -80,7 +80,10 @@ def load_base(
     if not reference.strip():
         raise ModelError("the name of the model is empty; give a hub id, a directory, an artifact, or builtin:NAME")
     if reference.startswith((os.sep, ".", "~")) and not files.is_directory(reference):
-        raise ModelError(f"there is no directory {reference[:300]!r}; name one that holds a model, or a hub id")
+        raise ModelError(
+            f"the base {reference[:300]!r} cannot be loaded: there is no such directory; name one that holds a model, "
+            "or a hub id"
+        )
     if (kind := manifest.kind(Path(reference))) == "artifact":
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
     if kind == "adapter":
