@@ -17,6 +17,7 @@ from solidify.checks import check, gradients, roundtrip, structure
 from solidify.command import cli
 from solidify.findings import Finding, Report
 from solidify.merging import agreement, sums
+from solidify.model.extent import Extent
 from solidify.objective.objective import Objective, Term
 from solidify.objective.sanity import Sanity
 from solidify.system import console
@@ -103,7 +104,7 @@ def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
     model = pico.llama()
     nothing = [
         structure.structure(model, []),
-        structure.in_use(model, []),
+        structure.in_use(model, [], Extent.of(model)),
         structure.untouched(model, {}, []),
         structure.start({}, {}, promised=False),
         gradients.parts_sum([]),
@@ -117,17 +118,17 @@ def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
     assert {finding.verdict for finding in nothing} == {"not looked at"}
 
 
-def test_a_sample_is_measured_and_a_fault_in_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_measured_and_a_fault_in_it_failed() -> None:
     model = pico.llama()
     edits = solidify.replace(model, "model.layers.*.mlp", wrappers.Scaled)
     records = [edit.document() for edit in edits]
-    assert structure.in_use(model, records).verdict == "proved"
-    monkeypatch.setattr(structure.anatomy, "LARGE", 0)
-    sampled = structure.in_use(model, records)
+    assert structure.in_use(model, records, Extent.of(model)).verdict == "proved"
+    bounded = Extent(whole=False)
+    sampled = structure.in_use(model, records, bounded)
     assert sampled.verdict == "measured" and "the first of each kind" in sampled.evidence
     assert structure.start({}, {}, promised=True).verdict == "measured"
     model.model.layers[0].forward = lambda hidden_states, **_: hidden_states  # never calls what it holds
-    assert structure.in_use(model, records).verdict == "failed"
+    assert structure.in_use(model, records, bounded).verdict == "failed"
 
 
 def test_a_sum_is_proved_when_every_changed_weight_was_compared() -> None:

@@ -12,6 +12,7 @@ import solidify
 from solidify.artifact import tensors
 from solidify.checks import structure
 from solidify.model import anatomy, probing
+from solidify.model.extent import Extent
 from solidify.modules.trashcan_moe import TrashCanMoE
 
 
@@ -47,9 +48,9 @@ def test_structure_reads_through_an_adapter() -> None:
 
 def test_a_module_without_effect_is_found() -> None:
     model, edits, _ = operated()
-    assert structure.in_use(model, edits).passed
+    assert structure.in_use(model, edits, Extent.of(model)).passed
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
-    finding = structure.in_use(model, edits)
+    finding = structure.in_use(model, edits, Extent.of(model))
     assert not finding.passed
     assert "no effect: model.layers.1.mlp" in finding.evidence
 

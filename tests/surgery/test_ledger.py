@@ -6,6 +6,7 @@ from pico import wrappers
 import solidify
 from solidify.artifact import tensors
 from solidify.checks import structure
+from solidify.model.extent import Extent
 from solidify.surgery import ledger
 
 
@@ -22,7 +23,7 @@ def test_names_are_followed_through_insertions_and_removals() -> None:
         "model.layers.2.self_attn.o_proj",
     }
     assert structure.structure(model, records).passed
-    assert structure.in_use(model, records).passed
+    assert structure.in_use(model, records, Extent.of(model)).passed
 
 
 def test_a_module_inside_a_later_replacement_is_gone_unless_it_was_kept() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 
 
@@ -81,7 +82,7 @@ class OwnError(BaseException):
 def test_everything_is_put_back(change: object, kind: type[BaseException]) -> None:
     model = pico.llama()
     before, eps = snapshot(model), model.config.rms_norm_eps
-    with pytest.raises(kind), transaction(model):
+    with pytest.raises(kind), transaction(model, Extent.of(model)):
         change(model)
         raise kind
     assert snapshot(model) == before
@@ -96,7 +97,7 @@ def test_everything_is_put_back(change: object, kind: type[BaseException]) -> No
 
 def test_what_ends_well_stays() -> None:
     model = pico.llama()
-    with transaction(model):
+    with transaction(model, Extent.of(model)):
         swap(model)
     assert isinstance(model.model.layers[0].mlp, nn.Identity)
 
@@ -105,7 +106,7 @@ def test_lists_and_dictionaries_keep_their_identity() -> None:
     model = pico.llama()
     model.model.seen, inner = {"a": [1]}, [1, 2]
     model.model.seen["b"] = inner
-    with pytest.raises(ValueError, match="stop"), transaction(model):
+    with pytest.raises(ValueError, match="stop"), transaction(model, Extent.of(model)):
         model.model.seen.clear()
         inner.append(3)
         raise ValueError("stop")

@@ -20,6 +20,7 @@ from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
 from solidify.errors import AdapterError, refuse
+from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
 
@@ -56,7 +57,7 @@ def attach(
     single = _find_single_parameters(model, wanted.modules)
     configuration = _build_configuration(model, lora, wanted, single)
     probe = trial.inputs(model)
-    with transaction(existing if existing is not None else model):
+    with transaction(existing if existing is not None else model, Extent.of(model)):
         peft_model, faults = _attach_adapter(model, existing, configuration, wanted, name)
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
         _freeze_inside(peft_model, wanted, name)

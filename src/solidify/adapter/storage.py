@@ -25,6 +25,7 @@ from solidify.artifact import loading
 from solidify.directory import manifest, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
+from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import files, foreign
 from solidify.weights import checkpoint, format, hashing
@@ -186,7 +187,7 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
-    with transaction(existing if existing is not None else model):
+    with transaction(existing if existing is not None else model, Extent.of(model)):
         with foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError):
             if existing is None:
                 peft_model = get_peft_model(model, configuration, adapter_name=name)

@@ -42,19 +42,22 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write(
-    model: PreTrainedModel, directory: Path, stored: Mapping[str, str], edits: Sequence[Mapping[str, Any]] = ()
+    model: PreTrainedModel,
+    directory: Path,
+    stored: Mapping[str, str],
+    edits: Sequence[Mapping[str, Any]],
+    extent: Extent,
 ) -> None:
     """Records what `model`, as it stands in memory, computes and holds; realigns its matrices, values unchanged.
 
-    `stored` holds the digests of the tensors in the directory, `edits` the records of all changes. A large model is not
-    run: what is recorded of its outputs is what the first new module of each kind gives back, and of its state, beside
-    the digests, samples.
+    `stored` holds the digests of the tensors in the directory, `edits` the records of all changes. A bounded model is
+    not run: what is recorded of its outputs is what the first new module of each kind gives back, and of its state,
+    beside the digests, samples.
     """
     target = directory / NAME
     target.mkdir()
     config = files.document(directory / "config.json")
     module_names = [name for edit in config["surgery"] for name in edit["modules"]]
-    extent = Extent.of(model)
     entries = checkpoint.read(directory).entries
     state = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     if not extent.whole:

@@ -64,14 +64,15 @@ def build(
     recipe: dict[str, Any] | None = None,
     link: bool = True,
     process: Alone | None = None,
+    extent: Extent | None = None,
 ) -> Artifact:
     """Writes the edited model as an artifact and verifies it in a fresh process; the model is unchanged.
 
     The directory appears by rename once every tensor, buffer and output has been found bit-identical by a process in
-    which solidify and peft cannot be imported. Of a large model (`anatomy.LARGE`), samples of every tensor and the
-    outputs of the first new module of each kind are. `base` says where the model came from (its `name_or_path` when
-    left out); `recipe` is kept in the manifest. `tokenizer` may be a processor, which holds one; without it, the base's
-    travels, as every file of the base does that is not written anew (`companions.carry`).
+    which solidify and peft cannot be imported. Of a bounded model (`extent`; left out, its size decides), samples of
+    every tensor and the outputs of the first new module of each kind are. `base` says where the model came from (its
+    `name_or_path` when left out); `recipe` is kept in the manifest. `tokenizer` may be a processor, which holds one;
+    without it, the base's travels, as every file of the base does that is not written anew (`companions.carry`).
 
     Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
     they are copied. Tensors that are mapped from files and unchanged never pass through memory. `process` is the fresh
@@ -82,8 +83,9 @@ def build(
             travel, `directory` exists and is not ours, or the fresh process found a difference. Nothing is left behind.
     """
     directory = Path(directory)
+    extent = extent or Extent.of(model)
     with writing.staged(directory, _list_inputs(model, edits)) as staging:
-        written, findings = _fill_staging(model, edits, staging, tokenizer, base, recipe, link)
+        written, findings = _fill_staging(model, edits, staging, tokenizer, base, recipe, link, extent)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging, process), *findings]
         _remember_built(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
@@ -112,7 +114,7 @@ def assemble(
 ) -> Manifest:
     """Writes an artifact as `build` does, but leaves it to the caller to have a fresh process witness it."""
     with writing.staged(directory, _list_inputs(model, edits)) as staging:
-        return _fill_staging(model, edits, staging, tokenizer, base, recipe, link=True)[0]
+        return _fill_staging(model, edits, staging, tokenizer, base, recipe, True, Extent.of(model))[0]
 
 
 def _list_inputs(model: PreTrainedModel, edits: Sequence[Edit]) -> list[Path]:
@@ -132,6 +134,7 @@ def _fill_staging(
     base: dict[str, Any] | None,
     recipe: dict[str, Any] | None,
     link: bool,
+    extent: Extent,
 ) -> tuple[Manifest, list[Finding]]:
     refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
     source = companions.directory_of(model.config)
@@ -163,7 +166,7 @@ def _fill_staging(
         requirements=code.requirements,
         recipe=recipe,
     )
-    written = write(model, staging, draft, link=link)
+    written = write(model, staging, draft, extent, link=link)
     return written, [*vocabulary.findings(model, travelling), *carried.findings()]
 
 
@@ -190,6 +193,7 @@ def write(
     model: PreTrainedModel,
     staging: Path,
     draft: Manifest,
+    extent: Extent,
     *,
     stored: dict[str, str] | None = None,
     link: bool = True,
@@ -201,15 +205,13 @@ def write(
     if stored is None:
         state = model.state_dict(keep_vars=True)
         tied = _find_tied(model, state)
-        origins = (
-            _find_origins(model, {n: t for n, t in state.items() if n not in tied}) if Extent.of(model).whole else {}
-        )
+        origins = _find_origins(model, {n: t for n, t in state.items() if n not in tied}) if extent.whole else {}
         files = {entry.file for entry in (*origins.values(), *store.origins_in_memory(state).values())}
         with checkpoint.steady(files):
             stored = store.store(state, staging, tied=tied, origins=origins, link=link)
-            certificate.write(model, staging, stored, draft.edits)
+            certificate.write(model, staging, stored, draft.edits, extent)
     else:
-        certificate.write(model, staging, stored, draft.edits)
+        certificate.write(model, staging, stored, draft.edits, extent)
     draft = replace(draft, versions=manifest.current_versions())
     (staging / manifest.CARD).write_text(_write_card(model, staging, draft), encoding="utf-8")
     others = _other_files(staging, set(draft.code))

@@ -54,7 +54,7 @@ def _inspect_shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tupl
     return catalogue.of(edit).inspect(located.inner, edit) if located else ("", ["is gone"])
 
 
-def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Finding:
+def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]], extent: Extent) -> Finding:
     """Doubles the output of each new module in turn and looks whether the model's outputs move.
 
     An added module must move what the outputs carry under its name, any other the logits.
@@ -62,7 +62,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Findin
     declared = ledger.new_modules(edits)
     if not declared:
         return Finding.unseen(IN_USE, "no new module was put in")
-    if not Extent.of(model).whole:
+    if not extent.whole:
         return _check_called(model, declared)
     inputs = probing.probe_inputs(model)
     idle = []

@@ -161,7 +161,7 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
         requirements=base.requirements,
         recipe=base.recipe,
     )
-    written = write(merged, staging, draft, stored=made.digests)
+    written = write(merged, staging, draft, extent, stored=made.digests)
     findings = [*verify(merged, staging)]
     findings += watched if attached is None else attached.findings(merged, merger)
     ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)

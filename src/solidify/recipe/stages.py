@@ -184,7 +184,7 @@ def build(
                 "surgery",
                 [
                     structure.structure(base.model, records),
-                    structure.in_use(base.model, records),
+                    structure.in_use(base.model, records, extent),
                     structure.start({case: out for case, (_, out) in before.items()}, after, promised=promised),
                     structure.untouched(base.model, digests, records),
                 ],
@@ -204,6 +204,7 @@ def build(
                 recipe=document,
                 link=link,
                 process=process,
+                extent=extent,
             )
     report.add("build", artifact.findings)
     return report

@@ -119,11 +119,12 @@ def _rearrange_lists(
     Some families count the same layers twice (a decoder that was cut out of an encoder-decoder): where the model does
     not run with the one number changed that makes the list longer, all that count layers and are equal to it are.
     """
-    before = control.take_whole(model, Extent.given(extent, model))
+    extent = Extent.given(extent, model)
+    before = control.take_whole(model, extent)
     what = "these layers"
     for wide in (False, True):
         try:
-            with transaction(model):
+            with transaction(model, extent):
                 edits = [_rearrange_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
                 identical = control.judge_whole(model, before, what)
         except SurgeryError:

@@ -103,7 +103,7 @@ def rearrange_experts(
     if before.inputs is not None:
         _refuse_unproved(model, plans, before.inputs, extent)
     settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
-    with transaction(model):
+    with transaction(model, extent):
         edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
         mixed = any(len(numbers) != plan["size"] and not settings[name]["after"] for name, plan in plans.items())
         unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone

@@ -54,11 +54,13 @@ def add(
         faults.append(f"{name!r} is there already; replace it, or choose another name")
     faults += replacing.constructor_faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
-    before = control.take_at(model, reads, Extent.given(extent, model))
+    extent = Extent.given(extent, model)
+    before = control.take_at(model, reads, extent)
     supplied = replacing.supplied_to(module)
     settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
-    with transaction(model), foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns"):
+    called = foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns")
+    with transaction(model, extent), called:
         with replacing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)

@@ -196,7 +196,7 @@ def _put_modules(
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
     state = initial.read(weights) if weights is not None else None
-    with transaction(model):
+    with transaction(model, extent):
         new = _Replacing(model, module, arguments, before, state, declares, extent, shared)
         edits = new.build(names)
         title = f"{module.__name__} cannot stand where it was asked to stand"

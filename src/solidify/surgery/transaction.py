@@ -24,13 +24,13 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 @contextmanager
-def transaction(model: nn.Module) -> Iterator[None]:
+def transaction(model: nn.Module, extent: Extent) -> Iterator[None]:
     """Runs the block; when it is left by any exception, an interrupt too, the model is put back as it was, in place.
 
-    Of a large model, values that the block wrote into a parameter's own memory cannot be put back; a note on the
+    Of a bounded model, values that the block wrote into a parameter's own memory cannot be put back; a note on the
     exception names them then.
     """
-    before = _Before(model)
+    before = _Before(model, extent)
     try:
         yield
     except BaseException as error:
@@ -43,19 +43,18 @@ def transaction(model: nn.Module) -> Iterator[None]:
 class _Before:
     """A model as it was."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, extent: Extent) -> None:
         self._seen: dict[int, Any] = {}  # what was remembered, kept alive, by identity
         self._steps: list[tuple[Any, type, Any]] = []
         self._parameters: list[_Parameter] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        small = Extent.of(model).whole
         self._gradients = torch.is_grad_enabled()
         kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
         self._classes = {kind: dict(vars(kind)) for kind in kinds}
         for module in model.modules():
             self._remember_object(module)
         for name, parameter in model.named_parameters():
-            self._parameters.append(_Parameter(name, parameter, small))
+            self._parameters.append(_Parameter(name, parameter, extent.whole))
         for buffer in model.buffers():
             self._buffers.append((buffer, buffer.data, buffer.detach().clone()))
 
