@@ -7,6 +7,7 @@ SolidifyError
 ├── ArtifactError    a directory is not the artifact that it claims to be, or cannot become one
 ├── AdapterError     an adapter does not fit its base, or is not what was declared
 ├── ObjectiveError   a loss term or a trainer cannot do as it was declared
+├── HealingError     a changed model cannot learn from its base as asked
 ├── DataError        the data cannot be read as asked
 └── CheckFailed      a check found that a promise does not hold
 
@@ -56,6 +57,10 @@ class AdapterError(SolidifyError, ValueError):
 
 class ObjectiveError(SolidifyError, ValueError):
     """A loss term cannot be computed, or a trainer cannot train, as it was declared."""
+
+
+class HealingError(SolidifyError, ValueError):
+    """A changed model cannot learn from its base as it was asked to."""
 
 
 class DataError(SolidifyError, ValueError):

@@ -160,7 +160,7 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
         ], False
     if call.habits.get("inputs", False) and not _is_untouched((call.args, call.kwargs), (args, kwargs)):
         return [f"{name}: {type(replacement).__name__}: {_BROKEN['inputs']}"], False
-    return [], _are_equal(call.output, outcome.value)
+    return [], are_equal(call.output, outcome.value)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> 
                 begin += positions
             outputs.append(foreign.attempt(module, *args, **kwargs))
     plain, nudged = outputs
-    return plain.failed or nudged.failed or not _are_equal(plain.value, nudged.value)
+    return plain.failed or nudged.failed or not are_equal(plain.value, nudged.value)
 
 
 def _is_covering(found: Any, wanted: Any) -> bool:
@@ -331,15 +331,15 @@ def _describe_value(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _are_equal(a: Any, b: Any) -> bool:
+def are_equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return _are_same(a, b)
     if isinstance(a, Mapping):
-        return all(_are_equal(a[k], b[k]) for k in a)
+        return all(are_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
-        return all(_are_equal(x, y) for x, y in zip(a, b, strict=True))
+        return all(are_equal(x, y) for x, y in zip(a, b, strict=True))
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
-        return all(_are_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
+        return all(are_equal(item, getattr(b, key, None)) for key, item in vars(a).items())
     return True
 
 

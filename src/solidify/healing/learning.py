@@ -1,0 +1,216 @@
+"""How one unit learns: a copy of it in float32, its own optimizer, its own random numbers, its own end.
+
+Nothing of it depends on other units, so that a layer's result is the same whichever others learn beside it, in one
+process or in several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, get_scheduler
+
+from solidify.errors import HealingError, ObjectiveError, raised_as
+from solidify.healing import matching
+from solidify.healing.matching import Call, Unit
+from solidify.model import anatomy
+from solidify.surgery import contract
+from solidify.system import foreign
+from solidify.training import groups
+from solidify.training.groups import ParameterGroup
+
+_LOOK = 10  # steps between two looks at whether the error still falls
+_FALLS = 1e-2  # an error that has fallen by less than this share stands still
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How units learn.
+
+    Args:
+        max_steps: batches that each unit sees at most.
+        match: what is matched, one of `matching.AT`.
+        distance: how, one of `matching.DISTANCES`.
+        train: patterns of the parameters or modules that learn; empty, what surgery made new.
+        optim: a class of `torch.optim`; `optim_args` are its own arguments.
+        lr_scheduler_type: a schedule of transformers, with `warmup_steps`.
+        patience: a unit ends when its error did not fall by 1 % for so many looks, ten steps apart; None, never.
+        inputs: `base`, what the module was given in the unmodified base; `healed`, what it is given behind modules
+            that have learned already (one unit after the other, in the order of the layers).
+        parameter_groups: names with a learning rate, a weight decay or optimizer settings of their own.
+        seed: of the order of the batches, and of all random numbers that a module draws.
+    """
+
+    max_steps: int = 200
+    match: str = "output"
+    distance: str = "mse"
+    train: tuple[str, ...] = ()
+    optim: str = "AdamW"
+    learning_rate: float = 1e-3
+    optim_args: Mapping[str, Any] = field(default_factory=dict)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    patience: int | None = None
+    inputs: str = "base"
+    parameter_groups: tuple[ParameterGroup, ...] = ()
+    seed: int = 42
+
+    def faults(self) -> list[str]:
+        """Says what cannot be."""
+        found = []
+        for key, value, known in (
+            ("match", self.match, matching.AT),
+            ("distance", self.distance, matching.DISTANCES),
+            ("inputs", self.inputs, ("base", "healed")),
+        ):
+            if value not in known:
+                found.append(f"{key} is one of {', '.join(known)}, but {value!r} was given")
+        if self.max_steps < 1:
+            found.append(f"max_steps is at least 1, but {self.max_steps} was given")
+        if self.patience is not None and self.patience < 1:
+            found.append(f"patience is at least 1, but {self.patience} was given")
+        kind = getattr(torch.optim, self.optim, None)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            found.append(f"optim is a class of torch.optim, as AdamW, but {self.optim!r} was given")
+        else:
+            given = {"lr": self.learning_rate, **self.optim_args}
+            error = foreign.attempt(kind, [nn.Parameter(torch.zeros(2, 2))], **given).error
+            found += [f"{self.optim} does not take its arguments: {foreign.said(error)}"] if error else []
+        return found
+
+
+class Learner:
+    """One unit that learns. The model's own modules are not touched: a copy in float32 is."""
+
+    def __init__(self, unit: Unit, module: nn.Module, trained: Sequence[str], settings: Alignment) -> None:
+        """Copies the unit's `module`; `trained` are the full names of the parameters that learn."""
+        self.unit, self.settings = unit, settings
+        self.copy = copy_module(module)
+        self._start = {key: t.detach().clone() for key, t in self.copy.state_dict(keep_vars=True).items()}
+        self.rooted = _root(unit.name, self.copy)
+        wanted = set(trained)
+        for name, parameter in self.rooted.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in wanted)
+        self.optimizer, self.schedule = self._make_optimizer()
+        self.errors: list[float] = []
+        self.finished = False
+        self.fault: str | None = None
+        self._best, self._waited = float("inf"), 0
+
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        settings = self.settings
+        parameters = [p for p in self.rooted.parameters() if p.requires_grad]
+        kind: Any = getattr(torch.optim, settings.optim)
+        optimizer = kind(parameters, lr=settings.learning_rate, **settings.optim_args)
+        own = _groups_within(self.rooted, settings.parameter_groups)
+        if own:
+            with raised_as(HealingError, of=ObjectiveError):
+                groups.split(optimizer, self.rooted, own)
+        schedule = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, settings.max_steps)
+        return optimizer, schedule
+
+    def step(self, call: Call, mask: torch.Tensor | None) -> None:
+        """Makes one step on one call of the base."""
+        number = len(self.errors)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{self.settings.seed}/{self.unit.name}/{number}".encode()))
+            far, size = self._compare(call, mask, train=True)
+            loss = far / size.clamp(min=1e-30)
+            if not loss.requires_grad:
+                self._end(f"{self.unit.name}: nothing that learns moves what is matched ({self.settings.match})")
+                return
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.errors.append(float(loss.detach()))
+        if not torch.isfinite(loss):
+            self._end(f"{self.unit.name}: the error is {self.errors[-1]:g} at step {number + 1}; lower the learning rate")
+            return
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finished = len(self.errors) >= self.settings.max_steps or self._stands_still()
+
+    def _end(self, fault: str) -> None:
+        self.fault, self.finished = fault, True
+
+    def _stands_still(self) -> bool:
+        if self.settings.patience is None or len(self.errors) % _LOOK:
+            return False
+        lately = sum(self.errors[-_LOOK:]) / _LOOK
+        if lately < (1 - _FALLS) * self._best:
+            self._best, self._waited = lately, 0
+        else:
+            self._waited += 1
+        return self._waited >= self.settings.patience
+
+    def _compare(self, call: Call, mask: torch.Tensor | None, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        at = self.settings.match
+        self.copy.eval()
+        for name in self.unit.members:
+            self.rooted.get_submodule(name).train(train)
+        args, kwargs = contract.widened(call.args), contract.widened(call.kwargs)
+        called = foreign.calling(f"{self.unit.name} fails on what the base gives it", HealingError)
+        with matching.watching(self.copy, self.unit.name, at) as watch, called:
+            self.copy(*args, **kwargs)
+        found = matching.require(watch, self.unit.name, at, "new module")
+        return matching.measure(found, call, mask, self.settings.distance)
+
+    def error(self, calls: Sequence[tuple[Call, torch.Tensor | None]]) -> float:
+        """Returns the relative error over some calls, as the unit is now."""
+        far, size = 0.0, 0.0
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            for call, mask in calls:
+                one, whole = self._compare(call, mask, train=False)
+                far, size = far + float(one), size + float(whole)
+        return far / max(size, 1e-30)
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        """Returns what learning changed, parameters and buffers, by full names, in float32."""
+        state = self.copy.state_dict(keep_vars=True)
+        return {
+            f"{self.unit.name}.{key}": tensor.detach()
+            for key, tensor in state.items()
+            if not torch.equal(tensor, self._start[key])
+        }
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Copies a module in float32, but not the configuration that it shares with the whole model."""
+    from copy import deepcopy
+
+    configs = [v for m in module.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
+    copied: nn.Module = deepcopy(module, {id(config): config for config in configs})
+    return copied.float()
+
+
+def _root(name: str, module: nn.Module) -> nn.Module:
+    """Returns an empty tree that holds a module under its full name, so that patterns mean what they mean elsewhere."""
+    for part in reversed(name.split(".")):
+        holder = nn.Module()
+        holder.add_module(part, module)
+        module = holder
+    return module
+
+
+def _groups_within(rooted: nn.Module, declared: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+    """Returns the groups, each with those of its patterns that name something here."""
+    trained = [name for name, parameter in rooted.named_parameters() if parameter.requires_grad]
+    found = []
+    for group in declared:
+        patterns = [pattern for pattern in group.patterns if names_hit(pattern, trained)]
+        if patterns:
+            found.append(dataclasses.replace(group, parameters=tuple(patterns)))
+    return found
+
+
+def names_hit(pattern: str, names: Sequence[str]) -> list[str]:
+    """Returns the parameters that a pattern names, or that stand in a module that it names."""
+    ends = {".".join(parts[: n + 1]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
+    matched = anatomy.match(pattern, sorted(ends))[pattern]
+    return [name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in matched)]

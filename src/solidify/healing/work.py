@@ -1,0 +1,211 @@
+"""A piece of alignment: which units learn what, from which data; and the loop in which they do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.errors import HealingError, refuse
+from solidify.healing import ledger, matching
+from solidify.healing.learning import Alignment, Learner, names_hit
+from solidify.healing.ledger import Aligned, Kept, Result
+from solidify.healing.matching import Call, Unit
+from solidify.healing.sources import Batch, order_of_calls
+from solidify.system import console
+
+_LOOKED_AT = 4  # batches that the errors before and after are taken from, where none are held out
+
+
+class Source(Protocol):
+    """What gives the calls of the base."""
+
+    def calls(self, index: int, units: Sequence[Unit]) -> dict[str, Call]:
+        """Returns the calls of units for one batch, by their names."""
+
+
+@dataclass
+class Work:
+    """What is to be done: models, units with the names that learn in each, data, settings."""
+
+    model: PreTrainedModel
+    base: PreTrainedModel
+    batches: Sequence[Batch]
+    held_out: Sequence[Batch]
+    settings: Alignment
+    units: list[Unit] = field(default_factory=list)
+    trained: dict[str, list[str]] = field(default_factory=dict)
+
+    def order(self) -> list[int]:
+        """Returns which batch is seen at each step: every pass over the data in an order of its own."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        found: list[int] = []
+        while len(found) < self.settings.max_steps:
+            found += torch.randperm(len(self.batches), generator=generator).tolist()
+        return found[: self.settings.max_steps]
+
+    def learner(self, unit: Unit) -> Learner:
+        """Makes the learner of a unit, as the model is now."""
+        return Learner(unit, self.model.get_submodule(unit.name), self.trained[unit.name], self.settings)
+
+    def in_own_dtype(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns values by full names in the dtypes and on the devices that the model has them in."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {**parameters, **dict(self.model.named_buffers(remove_duplicate=False))}
+        return {name: value.to(own[name].device, own[name].dtype) for name, value in values.items()}
+
+    def mask(self, index: int) -> torch.Tensor | None:
+        """Returns which positions of a batch are tokens."""
+        return matching.attended(self.batches[index])
+
+    def key(self) -> str:
+        """Returns a digest of everything that a result depends on but the unit itself."""
+        return ledger.digest_work(self.model, self.base, [*self.batches, *self.held_out], asdict(self.settings))
+
+
+def prepare(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    batches: Sequence[Batch],
+    records: Sequence[Mapping[str, Any]],
+    settings: Alignment,
+    held_out: Sequence[Batch],
+) -> Work:
+    """Finds what is to be done, and all that is wrong with it."""
+    faults = settings.faults()
+    if not batches:
+        faults.append("there are no batches to learn from")
+    replaced = [r for r in records if r["operation"] in ("replace", "share") and _stands_in(base, r["name"])]
+    faults += [
+        f"{record['name']} is one module that stands at several names (share), which cannot learn from each of them by "
+        "itself; leave it to distillation"
+        for record in replaced
+        if record["operation"] == "share"
+    ][:3]
+    if not replaced:
+        faults.append("no module of the base was replaced, so nothing can be aligned")
+    refuse(HealingError, "the model cannot be aligned as asked", faults)
+    replaced_names = {record["name"] for record in replaced}
+    names = [name for name, _ in model.named_modules() if name in replaced_names]
+    if settings.inputs == "healed":
+        names = order_of_calls(base, batches[0], names)
+    units = matching.units(model, names, settings.match)
+    trained = {unit.name: _find_trained(model, unit, records, settings.train) for unit in units}
+    faults = [
+        f"{name}: nothing in it learns: {settings.train or 'surgery made nothing new'}"
+        for name, found in trained.items()
+        if not found
+    ]
+    everything = [name for found in trained.values() for name in found]
+    for patterns, what in (
+        (settings.train, "train"),
+        *((g.patterns, "parameter_groups") for g in settings.parameter_groups),
+    ):
+        faults += [f"{what}: {p!r} names nothing that learns" for p in patterns if not names_hit(p, everything)]
+    refuse(HealingError, "the model cannot be aligned as asked", faults[:6])
+    return Work(model, base, batches, held_out or batches[:_LOOKED_AT], settings, units, trained)
+
+
+def _stands_in(base: nn.Module, name: str) -> bool:
+    try:
+        base.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _find_trained(
+    model: nn.Module, unit: Unit, records: Sequence[Mapping[str, Any]], patterns: Sequence[str]
+) -> list[str]:
+    """Returns the parameters of a unit's members that learn: those named, or those that surgery made, or all."""
+    parameters = [
+        f"{name}.{key}"
+        for name in unit.members
+        for key, tensor in model.get_submodule(name).named_parameters()
+        if tensor.is_floating_point()
+    ]
+    if patterns:
+        return [name for pattern in patterns for name in names_hit(pattern, parameters)]
+    made = {name for record in records for name in record["new"]}
+    return [name for name in parameters if name in made]
+
+
+def align_units(work: Work, mine: Sequence[Unit], source: Source, looking: Source, kept: Kept) -> list[Result]:
+    """Aligns units together, a step each for every call of `source`, and keeps what became of them.
+
+    The errors before and after are those over the calls of `looking`.
+    """
+    found = {unit.name: kept.find(unit.name) for unit in mine}
+    learners = [work.learner(unit) for unit in mine if found[unit.name] is None]
+    started = time.perf_counter()
+    before = _measure(learners, looking, work.held_out)
+    _teach(learners, source, work)
+    after = _measure(learners, looking, work.held_out)
+    seconds = (time.perf_counter() - started) / max(1, len(learners))
+    for learner in learners:
+        name = learner.unit.name
+        found[name] = kept.keep(_make_result(learner, work, before[name], after[name], seconds))
+    return [result for result in found.values() if result is not None]
+
+
+def _title(learners: Sequence[Learner]) -> str:
+    """Returns what a bar says of who learns."""
+    return f"Aligning {len(learners)} modules" if len(learners) != 1 else f"Aligning {learners[0].unit.name}"
+
+
+def _teach(learners: Sequence[Learner], source: Source, work: Work) -> None:
+    """Lets units learn, a step each on every batch, until each has ended.
+
+    Raises:
+        HealingError: an error became infinite, or nothing that learns moves what is matched.
+    """
+    if not learners:
+        return
+    with console.progress(_title(learners), work.settings.max_steps) as advance:
+        for index in work.order():
+            learning = [learner for learner in learners if not learner.finished]
+            if not learning:
+                break
+            calls = source.calls(index, [learner.unit for learner in learning])
+            for learner in learning:
+                learner.step(calls[learner.unit.name], work.mask(index))
+            lately = [learner.errors[-1] for learner in learning if learner.errors]
+            advance(f"error {sum(lately) / max(1, len(lately)):.3g}")
+    refuse(HealingError, "alignment stopped", [learner.fault for learner in learners if learner.fault][:4])
+
+
+def _measure(learners: Sequence[Learner], source: Source, batches: Sequence[Batch]) -> dict[str, float]:
+    """Returns every unit's relative error over batches."""
+    calls: dict[str, list[Any]] = {learner.unit.name: [] for learner in learners}
+    units = [learner.unit for learner in learners]
+    for index, batch in enumerate(batches if learners else ()):
+        for name, call in source.calls(index, units).items():
+            calls[name].append((call, matching.attended(batch)))
+    return {learner.unit.name: learner.error(calls[learner.unit.name]) for learner in learners}
+
+
+def _make_result(learner: Learner, work: Work, before: float, after: float, seconds: float) -> Result:
+    """Writes down what became of a unit."""
+    tokens = sum(_count_tokens(work.batches[index]) for index in work.order()[: len(learner.errors)])
+    aligned = Aligned(
+        learner.unit.name, learner.unit.members, before, after, len(learner.errors), tokens, seconds, learner.errors
+    )
+    return Result(aligned, work.in_own_dtype(learner.changed()))
+
+
+def _count_tokens(batch: Batch) -> int:
+    mask = matching.attended(batch)
+    return int(mask.sum()) if mask is not None else int(next(iter(batch.values())).numel())
+
+
+def put_values(model: nn.Module, results: Sequence[Result]) -> None:
+    """Gives a model what its units learned, in place."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for result in results:
+        for name, value in result.values.items():
+            own[name].data = value  # mapped, where it stands in a file

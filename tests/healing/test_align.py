@@ -1,0 +1,120 @@
+"""Each new module learns from what it replaced, whole or streamed, alone or beside others, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import healing_modules
+import pico
+import pytest
+import torch
+
+import solidify
+from solidify.errors import HealingError
+from solidify.healing.align import align
+from solidify.healing.learning import Alignment
+
+SETTINGS = Alignment(max_steps=12, learning_rate=1e-2)
+
+
+def batches(model: torch.nn.Module, count: int = 5, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        ids = torch.randint(3, model.config.vocab_size, (2, 10 + number % 2), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, -3:] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+@cache
+def _changed() -> tuple[torch.nn.Module, torch.nn.Module, list]:
+    base = pico.llama(num_hidden_layers=3)
+    model = copy.deepcopy(base)
+    torch.manual_seed(0)
+    edits = solidify.replace(model, "model.layers.*.mlp", healing_modules.Narrow)
+    return base, model, edits + solidify.replace(model, "model.layers.1.self_attn", healing_modules.Turned)
+
+
+def changed() -> tuple[torch.nn.Module, torch.nn.Module, list]:
+    base, model, edits = _changed()
+    return base, copy.deepcopy(model), edits
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_what_is_new_learns_and_nothing_else_moves() -> None:
+    base, model, edits = changed()
+    before = state(model)
+    results = align(model, base, batches(base), edits=edits, settings=SETTINGS)
+    new = {name for edit in edits for name, origin in edit.tensors.items() if origin is None}
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert moved == new
+    assert [r.name for r in results] == sorted(
+        (edit.name for edit in edits), key=lambda n: (n.split(".")[2], "mlp" in n)
+    )
+    assert all(r.after < r.before and r.steps == 12 for r in results)
+
+
+@pytest.mark.parametrize("match", ["output", "block", "heads"])
+@pytest.mark.parametrize("inputs", ["base", "healed"])
+def test_streamed_equals_whole(tmp_path: Path, match: str, inputs: str) -> None:
+    base, model, edits = changed()
+    if match == "heads":
+        edits = edits[-1:]
+        match = "output"  # of a module that wraps its attention, whose projection is not its own child
+    other = copy.deepcopy(model)
+    settings = Alignment(max_steps=6, learning_rate=1e-2, match=match, inputs=inputs)
+    whole = align(model, base, batches(base), edits=edits, settings=settings, stream=False)
+    streamed = align(other, base, batches(base), edits=edits, settings=settings, stream=True, directory=tmp_path)
+    assert_equal(state(model), state(other))
+    assert sorted((r.name, r.before, r.after, tuple(r.errors)) for r in whole) == sorted(
+        (r.name, r.before, r.after, tuple(r.errors)) for r in streamed
+    )
+
+
+def test_a_result_does_not_depend_on_who_else_learns() -> None:
+    base, model, edits = changed()
+    alone = copy.deepcopy(model)
+    align(model, base, batches(base), edits=edits, settings=SETTINGS)
+    align(alone, base, batches(base), edits=edits[1:2], settings=SETTINGS)
+    name = edits[1].name
+    ours, theirs = ({k: v for k, v in state(m).items() if k.startswith(name)} for m in (model, alone))
+    assert_equal(ours, theirs)
+
+
+def test_shares_are_put_together(tmp_path: Path) -> None:
+    base, model, edits = changed()
+    start = state(model)
+    whole = copy.deepcopy(model)
+    align(whole, base, batches(base), edits=edits, settings=SETTINGS)
+    for number in range(2):
+        done = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path, share=(number, 2))
+        assert len(done) == 2
+        assert_equal(state(model), start)
+    joined = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)
+    assert_equal(state(model), state(whole))
+    assert len(joined) == 4
+
+
+def test_what_is_wrong_is_said_at_once() -> None:
+    base, model, edits = changed()
+    with pytest.raises(HealingError, match="match is one of output, heads, mixing, block") as caught:
+        align(model, base, [], edits=edits, settings=Alignment(match="all", optim="Adamm", max_steps=0))
+    assert len(caught.value.faults) == 4
+    with pytest.raises(HealingError, match=r"train: '\*\*\.nothing' names nothing that learns"):
+        align(model, base, batches(base), edits=edits, settings=Alignment(train=("**.nothing", "**.mlp", "**.turn")))
+    with pytest.raises(HealingError, match="has no output projection that is known here"):
+        align(model, base, batches(base), edits=edits, settings=Alignment(match="heads"))
+    with pytest.raises(HealingError, match="lower the learning rate"):
+        align(model, base, batches(base), edits=edits, settings=Alignment(learning_rate=1e30, optim="SGD"))
