@@ -128,7 +128,8 @@ class Learner:
             loss.backward()  # type: ignore[no-untyped-call]
         self.errors.append(float(loss.detach()))
         if not torch.isfinite(loss):
-            self._end(f"{self.unit.name}: the error is {self.errors[-1]:g} at step {number + 1}; lower the learning rate")
+            found = f"the error is {self.errors[-1]:g} at step {number + 1}"
+            self._end(f"{self.unit.name}: {found}; lower the learning rate")
             return
         self.optimizer.step()
         self.schedule.step()

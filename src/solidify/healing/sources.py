@@ -217,7 +217,7 @@ def _watch_run(model: nn.Module, batch: Batch, units: Sequence[Unit], at: str) -
 
 
 def order_of_calls(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]:
-    """Returns the names in the order in which the model calls the modules, on few tokens; those it does not call last."""
+    """Returns the names in the order in which the model calls the modules; those that it does not call come last."""
     called: list[str] = []
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name in names
