@@ -34,6 +34,7 @@ ROOMS = (
     "modules",
     "losses",
     "training",
+    "healing",
     "checks",
     "builtin",
     "recipe",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from solidify.errors import ArtifactError as ArtifactError
     from solidify.errors import CheckFailed as CheckFailed
     from solidify.errors import DataError as DataError
+    from solidify.errors import HealingError as HealingError
     from solidify.errors import ModelError as ModelError
     from solidify.errors import ObjectiveError as ObjectiveError
     from solidify.errors import RecipeError as RecipeError
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from solidify.errors import SurgeryError as SurgeryError
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
+    from solidify.healing.align import align as align
+    from solidify.healing.distilling import distill as distill
+    from solidify.healing.learning import Alignment as Alignment
+    from solidify.healing.placing import Budget as Budget
+    from solidify.healing.placing import place as place
     from solidify.merging.export import merge as merge
     from solidify.objective.capture import Capture as Capture
     from solidify.objective.engine import ObjectiveEngine as ObjectiveEngine
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from solidify.objective.window import windows as windows
     from solidify.recipe.dry_run import plan as plan
     from solidify.recipe.schema import Recipe as Recipe
+    from solidify.recipe.stages import heal as heal
     from solidify.recipe.stages import run as run
     from solidify.surgery.depth import insert as insert
     from solidify.surgery.depth import remove as remove
@@ -60,14 +67,17 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "AdapterError": "errors",
+    "Alignment": "healing.learning",
     "Artifact": "artifact.solidify",
     "ArtifactError": "errors",
+    "Budget": "healing.placing",
     "Capture": "objective.capture",
     "CheckFailed": "errors",
     "Constraint": "objective.weights",
     "DataError": "errors",
     "Edit": "surgery.replacing",
     "Finding": "findings",
+    "HealingError": "errors",
     "ModelError": "errors",
     "Objective": "objective.objective",
     "ObjectiveDPOTrainer": "training.preference",
@@ -87,13 +97,17 @@ _WHERE = {
     "Term": "objective.term",
     "add": "surgery.heads",
     "adopt": "directory.adopting",
+    "align": "healing.align",
     "attach": "adapter.adapters",
     "build": "building",
     "check": "checks.check",
+    "distill": "healing.distilling",
+    "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",
     "load_adapter": "adapter.storage",
     "merge": "merging.export",
+    "place": "healing.placing",
     "plan": "recipe.dry_run",
     "rearrange_experts": "surgery.experts",
     "remove": "surgery.depth",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
-from solidify.directory import manifest, trust, writing
+from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
@@ -36,6 +36,9 @@ class Saveable(Protocol):
 
     def save_pretrained(self, save_directory: Any) -> Any:
         """Writes its files."""
+
+
+NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)  # of an artifact: what another has of its own
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +92,29 @@ def build(
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging, process), *findings]
         _remember_built(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
+    return Artifact(directory, written, findings)
+
+
+def write_again(
+    model: PreTrainedModel, source: Path, directory: Path, step: dict[str, Any], *, link: bool = True
+) -> Artifact:
+    """Writes an artifact that was loaded from `source`, and whose values have changed since, as one of its own.
+
+    Code, configuration and tokenizer are those of the source, files whose tensors did not change become links, and
+    the lineage ends in `step`. It is verified in a fresh process.
+
+    Raises:
+        ArtifactError: as `build`; nothing is left behind.
+    """
+    base = manifest.read(source, "artifact")
+    with writing.staged(directory, [source]) as staging:
+        with private.copy(source, base) as own:
+            copy_code(own, staging, [*base.code, *(n for n in base.files if not n.startswith(NEVER_COPIED))])
+        draft = replace(base, lineage=[*base.lineage, step], files={}, tensors={}, headers={})
+        written = write(model, staging, draft, Extent.of(model), link=link)
+        with console.stage("Loading it in a fresh process"):
+            findings = verify(model, staging)
+        _remember_built(model, None, written)
     return Artifact(directory, written, findings)
 
 

@@ -170,6 +170,32 @@ def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: R
 
 
 @app.command()
+def heal(
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    resume: Resume = False,
+    copy: Copy = False,
+    share: Annotated[
+        str | None,
+        typer.Option("--share", help="Align this part of the modules alone, as 1/4; put together by a heal without."),
+    ] = None,
+) -> None:
+    """Brings a built artifact back to its base, as the recipe's `heal` says: OUTPUT/artifact -> OUTPUT/heal."""
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
+        from solidify.recipe import healing, stages
+
+    directory = stages.output_of(loaded, output)
+    part = healing.read_share(share)
+    with _explain_resuming(directory, "heal", recipe, output, set_):
+        report = stages.heal(loaded, directory, resume=resume, link=not copy, share=part)
+    if part is None:
+        _show_report(report.document())
+        report.require()
+
+
+@app.command()
 def check(
     directory: Annotated[Path, typer.Argument(help="An artifact, an adapter, or the output of a run.")],
     serve: Annotated[

@@ -19,7 +19,9 @@ from solidify.weights.hashing import digest_large
 PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
-_OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS)
+HEAL, PLACEMENT, ALIGNMENT = "heal", "placement.json", "alignment"  # of healing: a run within the run
+_OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS, HEAL)
+_LEARNED = re.compile(r".+\.(safetensors|json|bin)|\..+\.bin\.partial|\..+\.(safetensors|json)\.partial-\d+")
 SHOWN = 6
 _LONGEST = 2**26  # bytes of what is read of our file in a checkpoint
 _LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
@@ -71,11 +73,53 @@ def in_run(directory: Path) -> list[str]:
             faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
         elif path.name == CHECKPOINTS:
             faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
+        elif path.name == HEAL:
+            faults += [f"{path.name}: {fault}" for fault in in_healing(path)]
         elif path.name == REPORT and report is None:
             faults.append(f"{REPORT} is not the report that a run wrote")
         elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest_file(path):
             faults.append(f"{PAGE} is not the page that a run wrote")
     return faults
+
+
+def in_healing(directory: Path) -> list[str]:
+    """Says what in the directory of a run's healing is no part of it: a run of its own, and what it resumes from."""
+    if not directory.is_dir():
+        return ["not a directory"]
+    faults = []
+    for path in sorted(directory.iterdir()):
+        if left(path):
+            continue
+        if path.is_symlink() or path.name not in (*PARTS, CHECKPOINTS, PLACEMENT, ALIGNMENT):
+            faults.append(f"{path.name} is no part of healing")
+        elif path.name in PARTS:
+            faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
+        elif path.name == CHECKPOINTS:
+            faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
+        elif path.name == PLACEMENT:
+            faults += [] if path.is_file() and _is_ours(path, "chosen") else [f"{path.name} is not what a run wrote"]
+        else:
+            faults += [f"{path.name}: {fault}" for fault in _in_alignment(path)]
+    return faults
+
+
+def _in_alignment(directory: Path) -> list[str]:
+    """Says what in a directory of an alignment is no tensor file, entry or activation file of one."""
+    if not directory.is_dir():
+        return ["not a directory"]
+    found = [path for path in sorted(directory.iterdir()) if path.is_symlink() or not path.is_file()]
+    strange = [path for path in sorted(directory.iterdir()) if not _LEARNED.fullmatch(path.name)]
+    entries = [path for path in directory.glob("*.json") if path.is_file() and not _is_ours(path, "aligned")]
+    return [f"{path.name} is no part of an alignment" for path in dict.fromkeys([*found, *strange, *entries])]
+
+
+def _is_ours(path: Path, key: str) -> bool:
+    """Returns whether a JSON file is one of healing's: it has a digest of what it belongs to, and an entry."""
+    try:
+        found = files.document(path)
+    except (OSError, SolidifyError, ValueError):
+        return False
+    return {"key", key} <= set(found)
 
 
 def unlike_a_run(directory: Path) -> list[str]:
@@ -94,6 +138,8 @@ def unlike_a_run(directory: Path) -> list[str]:
             what = _unlike_a_part(path)
         elif what is None and path.name == CHECKPOINTS:
             what = "; ".join(in_checkpoints(path, whole=True)) or None
+        elif what is None and path.name == HEAL:
+            what = "; ".join(in_healing(path)) or None
         elif what is None and path.name == REPORT:
             what = "is not the report that a run wrote" if report is None else None
         elif what is None and path.name == PAGE:

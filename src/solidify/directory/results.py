@@ -35,9 +35,10 @@ def misfits(directory: Path) -> dict[str, str]:
     artifact, adapter, merged = (records.get(name) for name in ours.PARTS)
     found: dict[str, str] = {}
     if artifact is not None and adapter is not None:
-        wrong = [key for key, digest in artifact.digest().items() if adapter.base.get(key) != digest]
-        if wrong:
-            found["adapter"] = f"the adapter was trained on another artifact (it differs in {', '.join(wrong)})"
+        made = [artifact, *_read_records(directory / ours.HEAL).values()]  # surgery's, and what healing made of it
+        wrong = [[key for key, digest in each.digest().items() if adapter.base.get(key) != digest] for each in made]
+        if all(wrong):
+            found["adapter"] = f"the adapter was trained on another artifact (it differs in {', '.join(wrong[0])})"
         elif adapter.recipe is not None and artifact.recipe not in (None, built_by(adapter.recipe)):
             found["adapter"] = "the adapter and the artifact were made by different recipes"
     if adapter is not None and merged is not None:

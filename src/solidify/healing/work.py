@@ -77,23 +77,36 @@ def prepare(
     held_out: Sequence[Batch],
 ) -> Work:
     """Finds what is to be done, and all that is wrong with it."""
-    faults = settings.faults()
-    if not batches:
-        faults.append("there are no batches to learn from")
-    replaced = [r for r in records if r["operation"] in ("replace", "share") and _stands_in(base, r["name"])]
+    empty = [] if batches else ["there are no batches to learn from"]
+    units, trained = find_units(model, [r for r in records if _stands_in(base, r["name"])], settings, empty)
+    if settings.inputs == "healed":
+        order = order_of_calls(base, batches[0], [unit.name for unit in units])
+        units.sort(key=lambda unit: order.index(unit.name))
+    return Work(model, base, batches, held_out or batches[:_LOOKED_AT], settings, units, trained)
+
+
+def find_units(
+    model: PreTrainedModel, records: Sequence[Mapping[str, Any]], settings: Alignment, known: Sequence[str] = ()
+) -> tuple[list[Unit], dict[str, list[str]]]:
+    """Returns the units of what was replaced, in the order of the model, and the parameters that learn in each.
+
+    `known` are faults that were found before, which are raised with those found here.
+
+    Raises:
+        HealingError: the settings are wrong, nothing learns, or a module stands at several names.
+    """
+    faults = [*settings.faults(), *known]
+    replaced = {record["name"]: record for record in records if record["operation"] in ("replace", "share")}
     faults += [
-        f"{record['name']} is one module that stands at several names (share), which cannot learn from each of them by "
-        "itself; leave it to distillation"
-        for record in replaced
+        f"{name} is one module that stands at several names (share), which cannot learn from each of them by itself; "
+        "leave it to distillation"
+        for name, record in replaced.items()
         if record["operation"] == "share"
     ][:3]
     if not replaced:
         faults.append("no module of the base was replaced, so nothing can be aligned")
     refuse(HealingError, "the model cannot be aligned as asked", faults)
-    replaced_names = {record["name"] for record in replaced}
-    names = [name for name, _ in model.named_modules() if name in replaced_names]
-    if settings.inputs == "healed":
-        names = order_of_calls(base, batches[0], names)
+    names = [name for name, _ in model.named_modules() if name in replaced]
     units = matching.units(model, names, settings.match)
     trained = {unit.name: _find_trained(model, unit, records, settings.train) for unit in units}
     faults = [
@@ -102,13 +115,12 @@ def prepare(
         if not found
     ]
     everything = [name for found in trained.values() for name in found]
-    for patterns, what in (
-        (settings.train, "train"),
-        *((g.patterns, "parameter_groups") for g in settings.parameter_groups),
-    ):
-        faults += [f"{what}: {p!r} names nothing that learns" for p in patterns if not names_hit(p, everything)]
+    own = [("parameter_groups", pattern) for group in settings.parameter_groups for pattern in group.patterns]
+    for what, pattern in [*(("train", pattern) for pattern in settings.train), *own]:
+        if not names_hit(pattern, everything):
+            faults.append(f"{what}: {pattern!r} names nothing that learns")
     refuse(HealingError, "the model cannot be aligned as asked", faults[:6])
-    return Work(model, base, batches, held_out or batches[:_LOOKED_AT], settings, units, trained)
+    return units, trained
 
 
 def _stands_in(base: nn.Module, name: str) -> bool:

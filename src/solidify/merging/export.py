@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from solidify.adapter import configured, storage
 from solidify.artifact import autos, certificate, companions, loading
-from solidify.artifact.solidify import Artifact, copy_code, verify, write
+from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -31,8 +31,6 @@ from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.system import disk, files, foreign
 from solidify.weights import checkpoint, format, hashing
-
-_NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
     record, base = sources.record, sources.base_record
     with private.copy(sources.base, base) as own:
         skeleton = _build_skeleton(own, sources.base)
-        kept = [name for name in base.files if not name.startswith(_NEVER_COPIED)]
+        kept = [name for name in base.files if not name.startswith(NEVER_COPIED)]
         copy_code(own, staging, [*base.code, *kept])
     storage.refuse_wrong_base(skeleton, record, sources.adapter)
     extent = Extent.of(skeleton)

@@ -14,12 +14,12 @@ from solidify.adapter import adapters, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources, vocabulary
-from solidify.errors import ObjectiveError, RecipeError, raised_as
+from solidify.errors import ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, models, objectives, trainers
+from solidify.recipe import datasets, healing, models, objectives, trainers
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.replacing import Bypassing, Edit
@@ -93,7 +93,11 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
     vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
+    refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
     edits = models.operate(recipe, base.model)
+    if recipe.heal is not None:
+        data.refuse_untaught(base.model)
+        healing.refuse_unlearned(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -100,11 +100,77 @@ class Data(_Section):
     group_by: list[Literal["modality", "length"]] = []
 
 
+class Align(_Section):
+    """Each new module learns from what it replaced: the fields of `healing.learning.Alignment`, and how it is done.
+
+    `batch_size` rows are a batch; `stream` keeps one layer in memory (left out, the model's size decides).
+    """
+
+    max_steps: int = Field(default=200, ge=1)
+    match: Literal["output", "heads", "mixing", "block"] = "output"
+    distance: Literal["mse", "cosine"] = "mse"
+    train: str | list[str] = []
+    optim: str = "AdamW"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    optim_args: dict[str, Any] = {}
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    patience: int | None = Field(default=None, ge=1)
+    inputs: Literal["base", "healed"] = "base"
+    parameter_groups: list[ParameterGroup] = []
+    batch_size: int = Field(default=4, ge=1)
+    stream: bool | None = None
+    seed: int = 42
+
+
+class Place(_Section):
+    """Which of the modules that a step of surgery names are changed, under one budget; `step` counts from 0."""
+
+    layers: int | None = Field(default=None, ge=0)
+    cache_bytes: int | None = Field(default=None, ge=0)
+    flops: int | None = Field(default=None, ge=0)
+    length: int = Field(default=1024, ge=1)
+    method: Literal["additive", "greedy"] = "additive"
+    step: int = Field(default=0, ge=0)
+    max_steps: int = Field(default=40, ge=1)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Place:
+        if sum(value is not None for value in (self.layers, self.cache_bytes, self.flops)) != 1:
+            raise ValueError("a budget is one of `layers`, `cache_bytes` and `flops`")
+        return self
+
+
+class Distill(_Section):
+    """The whole changed model learns from its base: what is trained (left out, what surgery made new), and how."""
+
+    lora: dict[str, Any] | None = None
+    train: str | list[str] = []
+    objective: list[Term] = [Term(loss="solidify.losses:chunked_distillation")]
+    parameter_groups: list[ParameterGroup] = []
+    training: dict[str, Any] = {}
+
+
+class Heal(_Section):
+    """What brings a changed model back before its adapter is trained, in this order: `place`, `align`, `distill`."""
+
+    place: Place | None = None
+    align: Align | None = None
+    distill: Distill | None = None
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Heal:
+        if self.place is None and self.align is None and self.distill is None:
+            raise ValueError("give `place`, `align` or `distill`")
+        return self
+
+
 class Recipe(_Section):
     """All of it. `directory` is where the file stood; relative paths in the recipe start there."""
 
     base: Base
     surgery: list[Step] = Field(min_length=1)
+    heal: Heal | None = None
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
     teacher: Base | None = None
@@ -118,6 +184,8 @@ class Recipe(_Section):
     def _check_complete(self) -> Recipe:
         if self.adapter is not None and self.data is None:
             raise ValueError("`adapter` is trained on something: give `data`")
+        if self.heal is not None and self.data is None:
+            raise ValueError("`heal` learns from something: give `data`")
         if self.adapter is None and self.teacher is not None:
             raise ValueError("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:
@@ -145,6 +213,8 @@ class Recipe(_Section):
         models = [source.model for source in (self.base, self.teacher) if source is not None]
         references = [name for step in self.surgery for name in step.references()]
         references += [term.loss for term in self.objective]
+        if self.heal is not None and self.heal.distill is not None:
+            references += [term.loss for term in self.heal.distill.objective]
         files: list[str | None] = [name.rpartition(":")[0] for name in references]
         files += [name for step in self.surgery for name in step.files()]
         files += [self.data.train, self.data.eval] if self.data is not None else []
@@ -213,20 +283,27 @@ def _parse_value(override: str, value: str) -> Any:
         raise RecipeError(f"the override {override!r} is not valid YAML: {error}") from error
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "base": Base,
-    "teacher": Base,
-    "adapter": Adapter,
-    "objective": Term,
-    "parameter_groups": ParameterGroup,
-    "data": Data,
-}
+def _find_section(location: Sequence[str]) -> type[BaseModel]:
+    """Returns the section in which a key of the recipe stands."""
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        within = _list_sections(field.annotation) if field is not None else []
+        section = within[0] if within else section
+    return section
+
+
+def _list_sections(annotation: Any) -> list[type[BaseModel]]:
+    """Returns the sections that a field's type speaks of, also in a list, or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _list_sections(part)]
 
 
 def _write_sentence(error: Any) -> str:
     """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
     location = [str(part) for part in error["loc"]]
-    section: type[BaseModel] = _SECTIONS.get(location[0], Recipe) if len(location) > 1 else Recipe
+    section = _find_section(location)
     if location[:1] == ["surgery"] and len(location) > 2:
         section = ASKED[location.pop(2)]
     where = ".".join(location) or "the recipe"

@@ -22,7 +22,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import datasets, models, trainers
+from solidify.recipe import datasets, healing, models, trainers
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -59,19 +59,24 @@ def run(
         SolidifyError: the recipe or the data is wrong, or a result does not hold.
         CheckFailed: a check failed; the report is written first.
     """
-    recipe = given(recipe)
-    directory = output_of(recipe, output)
-    trainers.join(recipe, directory)
-    report, finished = processes.on_first(lambda: _begin_report(recipe, directory, resume))
+    asked = given(recipe)
+    directory = output_of(asked, output)
+    trainers.join(asked, directory)
+    asked = processes.on_first(lambda: healing.placed_before(asked, directory)) if resume else asked
+    report, finished = processes.on_first(lambda: _begin_report(asked, directory, resume))
     if finished:
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
         return report
+    chosen = asked
     try:
-        report = processes.on_first(lambda: build(recipe, directory, report=report, resume=resume, link=link))
-        processes.on_first(lambda: results.drop_misfits(directory, recipe.document()))
-        if recipe.adapter is not None:
-            train(recipe, directory, report=report, resume=resume)
-            allowed = recipe.base.trust_remote_code
+        chosen = processes.on_first(lambda: healing.place(asked, directory, report))
+        report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
+        processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
+        if chosen.heal is not None:
+            heal(chosen, directory, report=report, resume=resume, link=link)
+        if chosen.adapter is not None:
+            train(chosen, directory, report=report, resume=resume)
+            allowed = chosen.base.trust_remote_code
             processes.on_first(lambda: merge(directory, report=report, link=link, trust_remote_code=allowed))
     except SolidifyError as error:
         if report.failed and not isinstance(error, CheckFailed):  # what failed before is why
@@ -80,8 +85,8 @@ def run(
         raise
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
-            _write_report(recipe, directory, report, finished=False)
-    processes.on_first(lambda: _end_run(recipe, directory, report))
+            _write_report(chosen, directory, report, finished=False)
+    processes.on_first(lambda: _end_run(chosen, directory, report))
     return report
 
 
@@ -125,7 +130,11 @@ def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
         return None
     if not (found.get("finished") and found.get("passed") and found.get("recipe") == recipe.document()):
         return None
-    for name in ("artifact", "adapter", "merged") if recipe.adapter is not None else ("artifact",):
+    heal = recipe.heal
+    parts = ["artifact", "adapter", "merged"] if recipe.adapter is not None else ["artifact"]
+    parts += [f"{ours.HEAL}/artifact"] if heal is not None else []
+    parts += [f"{ours.HEAL}/{part}" for part in ("adapter", "merged") if heal is not None and heal.distill is not None]
+    for name in parts:
         try:
             if manifest.faults(directory / name, manifest.read(directory / name)):
                 return None
@@ -235,7 +244,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model, processor = processes.in_turn(lambda: _load_artifact(directory, recipe.base.trust_remote_code))
+        model, processor = processes.in_turn(lambda: _load_artifact(recipe, directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
@@ -245,7 +254,9 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     witness = _train_adapter(recipe, directory, trainer, resume)
     console.words.print(history_table(trainer.history))
     with console.stage("Checking what training did"):
-        report.add("train", _after_training(trainer, witness, examples, manifest.read(directory / "artifact")))
+        report.add(
+            "train", _after_training(trainer, witness, examples, manifest.read(healing.healed(recipe, directory)))
+        )
     report.measured["history"] = trainer.history
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
@@ -255,6 +266,61 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     gc.collect()
     processes.on_first(lambda: _keep_adapter(recipe, directory, report, trained, before, inputs))
     return report
+
+
+def heal(
+    recipe: Recipe | str | Path,
+    output: str | Path | None = None,
+    *,
+    report: Report | None = None,
+    resume: bool = False,
+    link: bool = True,
+    share: tuple[int, int] | None = None,
+) -> Report:
+    """Brings `artifact` of a run back to its base: aligns it, then distils it; writes `heal/` in the run's directory.
+
+    With a `share` (this one's number, and how many there are) so many of the modules are aligned, for a machine of
+    their own, and nothing else is done; without, what all shares have left in `heal/alignment` is put together.
+
+    Raises:
+        RecipeError: the recipe has no `heal`.
+        SolidifyError: as the stages do.
+    """
+    loaded = given(recipe)
+    directory = output_of(loaded, output)
+    loaded = healing.placed_before(loaded, directory)
+    report = report or Report(str(directory))
+    if loaded.heal is None:
+        raise RecipeError("the recipe has no `heal`, so there is nothing to heal")
+    healing.align(loaded, directory, report, resume=resume, link=link, share=share)
+    if loaded.heal.distill is not None and share is None:
+        _distill(loaded, directory, report, resume=resume, link=link)
+    return report
+
+
+def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link: bool) -> None:
+    """Distils the aligned artifact: a training of its own in `heal/`, whose adapter is merged."""
+    nested = healing.directory_of(directory)
+    skeleton = models.skeleton(str(nested / "artifact"), trust_remote_code=recipe.base.trust_remote_code)
+    inner = healing.distillation(recipe, skeleton, manifest.read(nested / "artifact").edits)
+    assert inner is not None
+    within = Report(str(nested))
+    train(inner, nested, report=within, resume=resume)
+    allowed = recipe.base.trust_remote_code
+    if not (resume and processes.on_first(lambda: _is_merged(nested))):
+        processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
+    report.add("distill", within.findings)
+    report.measured["distill_history"] = within.measured.get("history", [])
+    processes.on_first(lambda: healing.measure_distilled(recipe, directory, report))
+
+
+def _is_merged(directory: Path) -> bool:
+    """Returns whether the merged model of a run is there, whole, and made of its adapter."""
+    try:
+        record = manifest.read(directory / "merged")
+    except ArtifactError:
+        return False
+    return not manifest.faults(directory / "merged", record) and "merged" not in results.misfits(directory)
 
 
 def _after_training(
@@ -286,10 +352,12 @@ def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | 
     return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
 
 
-def _load_artifact(directory: Path, allowed: bool) -> tuple[PreTrainedModel, Any]:
+def _load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any]:
+    """Returns what the adapter is trained on, surgery's artifact or the healed one, and its processor."""
+    source, allowed = healing.healed(recipe, directory), recipe.base.trust_remote_code
     return (
-        loading.load_artifact(directory / "artifact", trust_remote_code=allowed),
-        loading.load_processor(directory / "artifact", trust_remote_code=allowed),
+        loading.load_artifact(source, trust_remote_code=allowed),
+        loading.load_processor(source, trust_remote_code=allowed),
     )
 
 
@@ -300,7 +368,8 @@ def _train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) 
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(TrainingBar())
-    made_by = [recipe.document(), manifest.read(directory / "artifact").digest(), processes.count()]
+    base = manifest.read(healing.healed(recipe, directory))
+    made_by = [recipe.document(), base.digest(), processes.count()]
     trainer.fingerprint = hashing.digest_values(made_by)
     where = Path(trainer.args.output_dir)
     checkpoint = processes.on_first(
@@ -328,7 +397,7 @@ def _release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:
     trained = adapters.trained_state(model)
     if not processes.is_first():
         return None
-    fresh = loading.load_artifact(directory / "artifact", trust_remote_code=recipe.base.trust_remote_code)
+    fresh, _ = _load_artifact(recipe, directory)
     with console.silence():
         again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
     here = dict([*again.named_parameters(), *again.named_buffers()])
@@ -352,7 +421,7 @@ def _keep_adapter(
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
         storage.save_adapter(model, target, recipe=recipe.document())
-        again = storage.load(directory / "artifact", target, trust_remote_code=recipe.base.trust_remote_code)
+        again = storage.load(healing.healed(recipe, directory), target, trust_remote_code=recipe.base.trust_remote_code)
         report.add(
             "train",
             [

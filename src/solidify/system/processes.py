@@ -80,6 +80,16 @@ def on_first(work: Callable[[], Result]) -> Result:
     return received
 
 
+def meet() -> None:
+    """Waits until all processes are here.
+
+    Raises:
+        SolidifyError: one of them is gone.
+    """
+    if count() > 1:
+        _gather_values(None)
+
+
 def in_turn(work: Callable[[], Result]) -> Result:
     """Runs `work`, which meets no other process, first in one, then in one on each machine, then in the rest.
 

@@ -1,0 +1,462 @@
+"""From a recipe to healing: which layers to change, what each new module learns, what the whole model learns.
+
+The result of a recipe with `heal` lies in `heal/`, a run of its own within the run: `artifact` is aligned, `adapter`
+and `merged` come of distillation, `alignment` holds what each module has learned while that goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from solidify.adapter import plan as planning
+from solidify.artifact import loading
+from solidify.artifact.solidify import write_again
+from solidify.directory import manifest, ours, writing
+from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
+from solidify.findings import Finding, Report
+from solidify.healing import align as aligning
+from solidify.healing import measuring, placing, work
+from solidify.healing.learning import Alignment
+from solidify.healing.ledger import Aligned
+from solidify.healing.measuring import Distance
+from solidify.healing.placing import Budget, Placement
+from solidify.model import anatomy
+from solidify.model.extent import Extent
+from solidify.recipe import datasets, models, objectives, trainers
+from solidify.recipe.schema import Adapter, Align, Place, Recipe
+from solidify.surgery.catalogue import Replace
+from solidify.surgery.replacing import Edit
+from solidify.system import console, disk, files, processes
+from solidify.training import groups
+from solidify.weights import hashing
+
+MEASURED = 8  # batches at most on which divergences are measured
+_DRAWN = 50  # points of a curve that a report keeps
+
+Batches = list[dict[str, torch.Tensor]]
+
+
+def read_share(text: str | None) -> tuple[int, int] | None:
+    """Reads a share of the modules, `1/4` for the first of four, as this one's number from 0, and how many there are.
+
+    Raises:
+        RecipeError: it is written otherwise.
+    """
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise RecipeError(f"a share is written as 1/4, the first of four, but {text!r} was given")
+    return int(number) - 1, int(count)
+
+
+def directory_of(directory: Path) -> Path:
+    """Returns where healing writes within a run's directory."""
+    return directory / ours.HEAL
+
+
+def healed(recipe: Recipe, directory: Path) -> Path:
+    """Returns the artifact that a recipe's adapter is trained on: what the last stage of healing made, or surgery."""
+    if recipe.heal is None or (recipe.heal.align is None and recipe.heal.distill is None):
+        return directory / "artifact"
+    return directory_of(directory) / ("merged" if recipe.heal.distill is not None else "artifact")
+
+
+def faults(recipe: Recipe) -> list[str]:
+    """Says what of a recipe's `heal` cannot be, as far as that shows before anything runs."""
+    heal, found = recipe.heal, list[str]()
+    if heal is None:
+        return []
+    if heal.align is not None:
+        found += [f"heal.align: {fault}" for fault in settings_of(heal.align).faults()]
+    if heal.place is not None and not isinstance(_find_step(recipe, heal.place), Replace):
+        found.append(
+            f"heal.place: step {heal.place.step} of the surgery is not a `replace`, and only replacements are placed"
+        )
+    return found
+
+
+def settings_of(align: Align) -> Alignment:
+    """Returns how units learn."""
+    fields = align.model_dump(exclude={"batch_size", "stream", "train", "parameter_groups"})
+    train = (align.train,) if isinstance(align.train, str) else tuple(align.train)
+    with raised_as(RecipeError, of=ObjectiveError):
+        own = tuple(groups.declared([group.model_dump() for group in align.parameter_groups]))
+    return Alignment(**fields, train=train, parameter_groups=own)
+
+
+def make_batches(recipe: Recipe, processor: Any) -> tuple[Batches, Batches]:
+    """Returns training batches, and those on which is measured: of the evaluation text, or else the last ones."""
+    assert recipe.heal is not None
+    size = recipe.heal.align.batch_size if recipe.heal.align is not None else Align().batch_size
+    examples, held_out = datasets.make_examples(recipe, processor)
+    collate = datasets.make_collator(recipe, processor)
+    made = [_collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
+    if len(made) == 1:
+        kept = min(MEASURED, max(1, len(made[0]) // 10))
+        made = [made[0][:-kept] or made[0], made[0][-kept:]]
+    return made[0], made[1][:MEASURED]
+
+
+def _collate_rows(collate: Any, rows: Any, size: int) -> Batches:
+    listed = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+    listed.sort(key=lambda row: -len(row["input_ids"]))  # rows of alike lengths together: little padding
+    batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
+    return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]
+
+
+def placed_before(recipe: Recipe, directory: Path) -> Recipe:
+    """Returns a recipe with the layers that were chosen for it in an earlier run; as it is, where none were."""
+    if recipe.heal is None or recipe.heal.place is None:
+        return recipe
+    found = _read_placement(directory, recipe)
+    return narrowed(recipe, found["chosen"]) if found is not None else recipe
+
+
+def place(recipe: Recipe, directory: Path, report: Report) -> Recipe:
+    """Chooses the layers of a recipe that asks for it, and returns the recipe with these alone.
+
+    Raises:
+        HealingError: the budget cannot be met.
+    """
+    if recipe.heal is None or recipe.heal.place is None:
+        return recipe
+    found = {"key": _key_of(recipe), **_describe_placement(_choose_layers(recipe, directory))}
+    directory_of(directory).mkdir(parents=True, exist_ok=True)
+    disk.write(directory_of(directory) / ours.PLACEMENT, json.dumps(found, indent=1) + "\n")
+    report.measured["place"] = {name: value for name, value in found.items() if name != "key"}
+    report.add("place", [_judge_placement(found)])
+    return narrowed(recipe, found["chosen"])
+
+
+def narrowed(recipe: Recipe, chosen: Sequence[str]) -> Recipe:
+    """Returns a recipe whose placed step replaces the chosen modules alone."""
+    assert recipe.heal is not None and recipe.heal.place is not None
+    step: Any = _find_step(recipe, recipe.heal.place)
+    narrow = step.model_copy(update={"replace": list(chosen), "count": len(chosen)})
+    surgery = [narrow if other is step else other for other in recipe.surgery]
+    heal = recipe.heal.model_copy(update={"place": None})
+    left = heal if heal.align is not None or heal.distill is not None else None
+    return recipe.model_copy(update={"surgery": surgery, "heal": left})
+
+
+def _find_step(recipe: Recipe, asked: Place) -> Any:
+    return recipe.surgery[asked.step] if asked.step < len(recipe.surgery) else None
+
+
+def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
+    assert recipe.heal is not None and recipe.heal.place is not None
+    asked = recipe.heal.place
+    with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
+        with console.stage("Replacing every candidate"):
+            loaded, base = (models.load_base(recipe, scratch=scratch) for _ in range(2))
+            edits = models.operate(recipe, loaded.model, Extent.of(loaded.model, scratch))
+        batches, held_out = make_batches(recipe, loaded.processor or loaded.tokenizer)
+        patterns = _find_step(recipe, asked).replace
+        hits = anatomy.match(patterns, [edit.name for edit in edits])
+        candidates = [edit for edit in edits if any(edit.name in found for found in hits.values())]
+        settings = settings_of(recipe.heal.align or Align())
+        return placing.place(
+            loaded.model,
+            base.model,
+            batches,
+            Budget(asked.layers, asked.cache_bytes, asked.flops, asked.length),
+            edits=candidates,
+            settings=_shortened(settings, asked.max_steps),
+            held_out=held_out[:2],
+            method=asked.method,
+        )
+
+
+def _shortened(settings: Alignment, steps: int) -> Alignment:
+    return dataclasses.replace(settings, max_steps=steps, inputs="base")
+
+
+def _describe_placement(found: Placement) -> dict[str, Any]:
+    return {
+        "chosen": list(found.chosen),
+        "method": found.method,
+        "scores": dict(found.scores),
+        "savings": dict(found.savings),
+        "curve": list(found.curve),
+        "predicted": found.predicted,
+        "measured": found.measured,
+        "off": found.off,
+    }
+
+
+def _key_of(recipe: Recipe) -> str:
+    return hashing.digest_values(recipe.document())
+
+
+def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+    try:
+        found = files.document(directory_of(directory) / ours.PLACEMENT)
+    except (OSError, ValueError, ArtifactError):
+        return None
+    return found if found.get("key") == _key_of(recipe) else None
+
+
+def _judge_placement(found: Mapping[str, Any]) -> Finding:
+    words = (
+        f"{len(found['chosen'])} of {len(found['scores'])} modules by the {found['method']} choice; divergence "
+        f"{found['measured']:.4g}, by the sum of single scores {found['predicted']:.4g} (off by {found['off']:.0%})"
+    )
+    return Finding("layers chosen", None, words)
+
+
+def align(
+    recipe: Recipe,
+    directory: Path,
+    report: Report,
+    *,
+    resume: bool,
+    link: bool,
+    share: tuple[int, int] | None = None,
+) -> None:
+    """Aligns `directory/artifact` and writes `directory/heal/artifact`; without `heal.align` that is a copy of it.
+
+    Several processes take a share of the modules each. With a `share`, this one trains so many of them, leaves what
+    they learned in `directory/heal/alignment`, and writes no artifact.
+
+    Raises:
+        HealingError: as `solidify.align`.
+    """
+    source, target = directory / "artifact", directory_of(directory) / "artifact"
+    wanted = _wanted_step(recipe, source)
+    if resume and share is None and processes.on_first(lambda: _is_made(target, wanted)):
+        report.add("heal", [Finding("aligned before", True, f"{target} is whole, of this recipe and on this artifact")])
+        report.measured["heal"] = manifest.read(target).lineage[-1]["measured"]
+        return
+    if share is not None or processes.count() > 1:
+        _align_model(recipe, directory, share or (processes.rank(), processes.count()))
+        processes.meet()
+    if share is None:
+        processes.on_first(lambda: _write_aligned(recipe, directory, report, wanted, link))
+
+
+def _wanted_step(recipe: Recipe, source: Path) -> dict[str, Any]:
+    """Returns what the aligned artifact's last step in its lineage says of how it was made."""
+    document = recipe.document()
+    settings = {"align": document["heal"].get("align"), "data": document["data"]}
+    return {"step": "heal", "stage": "align", "settings": settings, "artifact": manifest.read(source).digest()}
+
+
+def _is_made(target: Path, wanted: Mapping[str, Any]) -> bool:
+    try:
+        record = manifest.read(target, "artifact")
+    except ArtifactError:
+        return False
+    last = record.lineage[-1] if record.lineage else {}
+    return all(last.get(key) == value for key, value in wanted.items()) and not manifest.faults(target, record)
+
+
+def _align_model(
+    recipe: Recipe, directory: Path, share: tuple[int, int]
+) -> tuple[PreTrainedModel, list[Aligned], dict[str, Any]]:
+    """Aligns the artifact in memory; returns it, what became of each unit, and what was measured."""
+    assert recipe.heal is not None
+    source, nested = directory / "artifact", directory_of(directory)
+    allowed = recipe.base.trust_remote_code
+    model = loading.load_artifact(source, trust_remote_code=allowed)
+    processor = loading.load_processor(source, trust_remote_code=allowed)
+    batches, held_out = make_batches(recipe, processor)
+    with writing.scratch(nested / "artifact", recipe.inputs()) as scratch:
+        base = models.load_base(recipe, scratch=scratch).model
+        joining = share[1] == 1
+        stages = {"surgery": measuring.distance(model, base, held_out)} if joining else {}
+        aligned: list[Aligned] = []
+        if recipe.heal.align is not None:
+            aligned = aligning.align(
+                model,
+                base,
+                batches,
+                edits=manifest.read(source).edits,
+                settings=settings_of(recipe.heal.align),
+                held_out=held_out[:2],
+                stream=recipe.heal.align.stream,
+                directory=nested / ours.ALIGNMENT,
+                share=share,
+            )
+            if joining:
+                stages["align"] = measuring.distance(model, base, held_out)
+        more = measure_more(model, base, held_out) if joining else {}
+    return model, aligned, {"stages": _describe_stages(stages), **more}
+
+
+def measure_more(model: PreTrainedModel, base: PreTrainedModel, held_out: Batches) -> dict[str, Any]:
+    """Measures a healed model with its new branches switched off, and on rows of other lengths."""
+    found: dict[str, Any] = {}
+    if measuring.ablating(model):
+        with measuring.ablated(model):
+            found["ablated"] = _describe_distance(measuring.distance(model, base, held_out))
+    longer = _join_rows(held_out, _longest(model))
+    if longer:
+        found["longer"] = {
+            "length": longer[0]["input_ids"].shape[1],
+            **_describe_distance(measuring.distance(model, base, longer)),
+        }
+    return found
+
+
+def _longest(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+
+def _join_rows(batches: Batches, longest: int) -> Batches:
+    """Returns rows of up to four times the length, joined of the rows of batches: lengths beyond training."""
+    rows = [row[mask.bool()] for b in batches for row, mask in zip(b["input_ids"], _mask_of(b), strict=True)]
+    if not rows:
+        return []
+    length = min(4 * max(len(row) for row in rows), longest)
+    joined = torch.cat(rows)
+    count = len(joined) // length
+    return [{"input_ids": joined[:length][None]}] if count and length > max(len(row) for row in rows) else []
+
+
+def _mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+
+
+def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict[str, Any], link: bool) -> None:
+    """Aligns (or finds what all shares have learned), writes the artifact, and removes what it was made of."""
+    target = directory_of(directory) / "artifact"
+    started = time.perf_counter()
+    model, aligned, measured = _align_model(recipe, directory, (0, 1))
+    measured |= {"layers": [_describe_unit(each) for each in aligned], "seconds": time.perf_counter() - started}
+    with console.stage("Writing the aligned artifact"):
+        artifact = write_again(model, directory / "artifact", target, {**wanted, "measured": measured}, link=link)
+    report.add("heal", [*artifact.findings, *(judge(measured) if len(measured["stages"]) > 1 else [])])
+    report.measured["heal"] = measured
+    console.words.print(layers_table(aligned))
+    shutil.rmtree(directory_of(directory) / ours.ALIGNMENT, ignore_errors=True)
+
+
+def _describe_unit(unit: Aligned) -> dict[str, Any]:
+    errors = list(unit.errors)
+    step = max(1, len(errors) // _DRAWN)
+    return {
+        "name": unit.name,
+        "before": unit.before,
+        "after": unit.after,
+        "steps": unit.steps,
+        "tokens": unit.tokens,
+        "seconds": unit.seconds,
+        "errors": errors[::step],
+    }
+
+
+def _describe_stages(stages: Mapping[str, Distance]) -> list[dict[str, Any]]:
+    first = next(iter(stages.values()), None)
+    return [
+        {"stage": name, **_describe_distance(found), "recovered": found.recovered(first) if first else 0.0}
+        for name, found in stages.items()
+    ]
+
+
+def _describe_distance(found: Distance) -> dict[str, Any]:
+    return {"kl": found.kl, "loss": found.loss, "base_loss": found.base_loss, "tokens": found.tokens}
+
+
+def judge(measured: Mapping[str, Any]) -> list[Finding]:
+    """Says what healing did: it may not lead away from the base, and what a new branch adds is told."""
+    stages = measured["stages"]
+    first, last = stages[0], stages[-1]
+    words = (
+        f"KL from the base {first['kl']:.4g} after surgery, {last['kl']:.4g} after {last['stage']} "
+        f"({last['recovered']:.1%} recovered); loss {first['loss']:.4g}, {last['loss']:.4g}, the base's "
+        f"{last['base_loss']:.4g}; {last['tokens']} held-out tokens"
+    )
+    found = [Finding("nearer to the base", last["kl"] <= first["kl"], words)]
+    if "ablated" in measured:
+        off = measured["ablated"]["kl"]
+        words = f"with the new branches off KL is {off:.4g}, with them {last['kl']:.4g}"
+        found.append(Finding("new branches are used", None, words))
+    else:
+        found.append(Finding.unseen("new branches are used", "no new module has a branch that can be switched off"))
+    if "longer" in measured:
+        longer = measured["longer"]
+        words = f"rows of {longer['length']} tokens: KL {longer['kl']:.4g}, loss {longer['loss']:.4g}"
+        found.append(Finding("lengths beyond training", None, f"{words}, the base's {longer['base_loss']:.4g}"))
+    return found
+
+
+def layers_table(aligned: Sequence[Aligned]) -> Any:
+    """Shows the relative error of every unit before and after."""
+    rows = [(u.name, f"{u.before:.4g}", f"{u.after:.4g}", str(u.steps), f"{u.tokens:,}") for u in aligned]
+    columns = ("module", "error before", "after", "steps", "tokens")
+    return console.table("Alignment", columns, rows, numbers=(1, 2, 3, 4))
+
+
+def refuse_unlearned(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> None:
+    """Raises RecipeError for a healing that cannot begin: nothing learns, or a name means nothing. Runs nothing."""
+    assert recipe.heal is not None
+    records = [edit.document() for edit in edits]
+    with raised_as(RecipeError, of=HealingError):
+        if recipe.heal.align is not None:
+            work.find_units(model, records, settings_of(recipe.heal.align))
+        inner = distillation(recipe, model, records)
+    if inner is not None:
+        assert inner.adapter is not None
+        planning.plan(model, inner.adapter.lora, inner.adapter.train)
+        trainers.training_arguments(inner, Path("nowhere"))
+        objectives.make_terms(inner)
+
+
+def distillation(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Recipe | None:
+    """Returns the recipe of distillation, whose run is `heal/`: an adapter on the aligned artifact, with the base as
+    teacher. None where nothing is distilled.
+
+    Raises:
+        HealingError: it names nothing that learns, and surgery made nothing new.
+    """
+    heal = recipe.heal
+    if heal is None or heal.distill is None:
+        return None
+    asked = heal.distill
+    train: str | list[str] = asked.train
+    if not train and asked.lora is None:
+        made = {name for edit in edits for name in edit["new"]}
+        train = [name for name, _ in model.named_parameters() if name in made]
+        if not train:
+            raise HealingError("heal.distill: surgery made nothing new; say with `train` or `lora` what learns")
+    return recipe.model_copy(
+        update={
+            "heal": None,
+            "adapter": Adapter(lora=asked.lora, train=train),
+            "objective": asked.objective,
+            "teacher": recipe.base,
+            "parameter_groups": asked.parameter_groups,
+            "training": asked.training,
+            "output": None,
+        }
+    )
+
+
+def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:
+    """Measures what distillation made against the base, and adds it to what healing measured."""
+    target, measured = directory_of(directory) / "merged", report.measured["heal"]
+    allowed = recipe.base.trust_remote_code
+    with console.stage("Measuring what healing brought back"):
+        model = loading.load_artifact(target, trust_remote_code=allowed)
+        _, held_out = make_batches(recipe, loading.load_processor(target, trust_remote_code=allowed))
+        with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
+            base = models.load_base(recipe, scratch=scratch).model
+            found = measuring.distance(model, base, held_out)
+            measured |= measure_more(model, base, held_out)
+    first = measured["stages"][0]["kl"]
+    recovered = (first - found.kl) / first if first else 0.0
+    measured["stages"] = [
+        *measured["stages"],
+        {"stage": "distill", **_describe_distance(found), "recovered": recovered},
+    ]
+    report.add("distill", judge(measured))

@@ -1,0 +1,112 @@
+"""`heal` of a recipe: layers are chosen, modules aligned, the model distilled; what was done is kept and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import solidify
+from solidify.command.cli import app
+from solidify.directory import manifest
+from solidify.errors import HealingError, RecipeError
+from solidify.recipe.schema import Recipe
+
+MODULES = Path(__file__).parents[1] / "support" / "user_modules" / "healing_modules.py"
+
+
+def write(directory: Path, base: Path, **heal: Any) -> Path:
+    shutil.copy(MODULES, directory / "healing_modules.py")
+    texts = [
+        {"text": f"the {word} of number {number} is {number * 7}"} for number in range(24) for word in ("sum", "cat")
+    ]
+    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    document = {
+        "base": {"model": str(base)},
+        "surgery": [
+            {
+                "replace": "model.layers.*.mlp",
+                "expect": "OlmoeSparseMoeBlock",
+                "with": "healing_modules.py:Narrow",
+                "arguments": {"width": 24},
+            }
+        ],
+        "heal": heal,
+        "data": {"train": "train.jsonl", "max_length": 16},
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+ALIGN = {"max_steps": 8, "learning_rate": 1e-2}
+DISTILL = {"training": {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}}
+
+
+def test_a_run_places_aligns_distils_and_resumes(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 3}, align=ALIGN, distill=DISTILL)
+    out = tmp_path / "out"
+    report = solidify.run(path, out)
+    assert report.passed, [f.evidence for f in report.failed]
+    placed = report.measured["place"]
+    assert len(placed["chosen"]) == 1 and len(placed["scores"]) > 1
+    record = manifest.read(out / "heal" / "merged", "artifact")
+    assert [edit["name"] for edit in record.edits] == placed["chosen"]
+    assert [step["step"] for step in record.lineage] == ["base", "surgery", "heal", "merge"]
+    stages = report.measured["heal"]["stages"]
+    assert [stage["stage"] for stage in stages] == ["surgery", "align", "distill"]
+    assert stages[2]["kl"] < stages[0]["kl"] and stages[0]["recovered"] == 0
+    assert not (out / "heal" / "alignment").exists()
+    assert solidify.check(out).passed
+    before = {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in ("artifact", "merged")}
+    again = solidify.run(path, out, resume=True)
+    assert again.passed
+    assert before == {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in before}
+
+
+def test_shares_of_the_command_are_put_together(tiny_base: Path, tmp_path: Path) -> None:
+    path, run = write(tmp_path, tiny_base, align=ALIGN), CliRunner()
+    assert run.invoke(app, ["build", str(path), "-o", str(tmp_path / "a")]).exit_code == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert run.invoke(app, ["heal", str(path), "-o", str(tmp_path / "a")]).exit_code == 0
+    for part in ("1/2", "2/2"):
+        assert run.invoke(app, ["heal", str(path), "-o", str(tmp_path / "b"), "--share", part]).exit_code == 0
+        assert not (tmp_path / "b" / "heal" / "artifact").exists()
+    assert run.invoke(app, ["heal", str(path), "-o", str(tmp_path / "b")]).exit_code == 0
+    one, two = (manifest.read(tmp_path / name / "heal" / "artifact").tensors for name in "ab")
+    assert one == two and one != manifest.read(tmp_path / "a" / "artifact").tensors
+
+
+@pytest.mark.parametrize(
+    ("heal", "words"),
+    [
+        ({}, "give `place`, `align` or `distill`"),
+        ({"align": {"learning_rat": 1}}, "heal.align.learning_rat: unknown key; did you mean 'learning_rate'"),
+        ({"place": {"layers": 1, "flops": 3}}, "a budget is one of"),
+        ({"align": {"train": "**.nothing"}}, "nothing in it learns"),
+        ({"align": {"optim": "Adamm"}}, "optim is a class of torch.optim"),
+        ({"place": {"layers": 1, "step": 3}, "align": {}}, "is not a `replace`"),
+        ({"distill": {"train": "**.nothing"}}, "nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_by_plan(tiny_base: Path, tmp_path: Path, heal: dict[str, Any], words: str) -> None:
+    path = write(tmp_path, tiny_base, **heal)
+    with pytest.raises((RecipeError, solidify.AdapterError), match=words):
+        solidify.plan(Recipe.load(path))
+
+
+def test_a_recipe_without_heal_is_not_healed(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_base, align=ALIGN)
+    recipe = Recipe.load(path).model_copy(update={"heal": None})
+    with pytest.raises(RecipeError, match="no `heal`"):
+        solidify.heal(recipe, tmp_path / "out")
+    with pytest.raises(RecipeError, match="a share is written as 1/4"):
+        from solidify.recipe.healing import read_share
+
+        read_share("0/4")
+    assert issubclass(HealingError, solidify.SolidifyError)
