@@ -100,6 +100,18 @@ def test_what_is_wrong_is_said_by_plan(tiny_base: Path, tmp_path: Path, heal: di
         solidify.plan(Recipe.load(path))
 
 
+def test_plan_says_what_healing_takes(tiny_base: Path, tmp_path: Path) -> None:
+    heal = {"place": {"layers": 2}, "align": {**ALIGN, "stream": True}, "distill": DISTILL}
+    path = write(tmp_path, tiny_base, **heal)
+    planned = solidify.plan(path).heal
+    assert planned is not None
+    assert planned["align"]["modules"] == 4 and planned["align"]["tokens"] == 8 * 4 * 16
+    assert planned["align"]["disk"] > 0 and planned["place"]["candidates"] == 4
+    assert planned["distill"]["objective"] == ["chunked_distillation"]
+    shown = CliRunner().invoke(app, ["plan", str(path)])
+    assert shown.exit_code == 0 and "layer by layer" in shown.stdout and "4 candidates, layers 2" in shown.stdout
+
+
 def test_a_recipe_without_heal_is_not_healed(tiny_base: Path, tmp_path: Path) -> None:
     path = write(tmp_path, tiny_base, align=ALIGN)
     recipe = Recipe.load(path).model_copy(update={"heal": None})

@@ -84,6 +84,8 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _show_surgery(document["edits"])
     yield from _show_declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
+    if "heal" in document:
+        yield from _show_healing(document["heal"])
     if document["trainable"]:
         yield _show_trained(document["trainable"], document["after"]["parameters"])
         yield f"Trainer: {document['trainer']}\n"
@@ -99,6 +101,29 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
     yield from _show_files(document["files"], document["generated"])
+
+
+def _show_healing(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows what each stage of healing would take."""
+    rows = []
+    if (place := planned.get("place")) is not None:
+        kinds = ("layers", "cache_bytes", "flops")
+        budget = next(f"{key} {place[key]:,}" for key in kinds if key in place)
+        rows.append(("place", f"{place['candidates']} candidates, {budget}, by the {place['method']} choice"))
+    if (align := planned.get("align")) is not None:
+        how = "layer by layer" if align["stream"] else "the whole base in memory"
+        disk = f", {console.size(align['disk'])} of activations on disk" if align["disk"] else ""
+        rows.append(
+            (
+                "align",
+                f"{align['modules']} modules, {console.amount(align['parameters'])} numbers learn, at most "
+                f"{align['tokens']:,} tokens each; {how}, at most {console.size(align['memory'])} in memory{disk}",
+            )
+        )
+    if (distill := planned.get("distill")) is not None:
+        trained = len(distill["trained"]) + len(distill["lora"])
+        rows.append(("distill", f"{', '.join(distill['objective'])}; {trained} modules or parameters are trained"))
+    yield console.table("Healing", ("stage", "what it takes"), rows)
 
 
 def _show_uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -31,7 +31,10 @@ class Source(Protocol):
 
 @dataclass
 class Work:
-    """What is to be done: models, units with the names that learn in each, data, settings."""
+    """What is to be done: models, units with the names that learn in each, data, settings.
+
+    `batches` are those that are used, and `order` says which of them is seen at each step.
+    """
 
     model: PreTrainedModel
     base: PreTrainedModel
@@ -40,14 +43,7 @@ class Work:
     settings: Alignment
     units: list[Unit] = field(default_factory=list)
     trained: dict[str, list[str]] = field(default_factory=dict)
-
-    def order(self) -> list[int]:
-        """Returns which batch is seen at each step: every pass over the data in an order of its own."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        found: list[int] = []
-        while len(found) < self.settings.max_steps:
-            found += torch.randperm(len(self.batches), generator=generator).tolist()
-        return found[: self.settings.max_steps]
+    order: list[int] = field(default_factory=list)
 
     def learner(self, unit: Unit) -> Learner:
         """Makes the learner of a unit, as the model is now."""
@@ -80,9 +76,21 @@ def prepare(
     empty = [] if batches else ["there are no batches to learn from"]
     units, trained = find_units(model, [r for r in records if _stands_in(base, r["name"])], settings, empty)
     if settings.inputs == "healed":
-        order = order_of_calls(base, batches[0], [unit.name for unit in units])
-        units.sort(key=lambda unit: order.index(unit.name))
-    return Work(model, base, batches, held_out or batches[:_LOOKED_AT], settings, units, trained)
+        called = order_of_calls(base, batches[0], [unit.name for unit in units])
+        units.sort(key=lambda unit: called.index(unit.name))
+    order = _draw_order(len(batches), settings)
+    used = sorted(set(order))
+    seen, looked_at = [batches[index] for index in used], held_out or batches[:_LOOKED_AT]
+    return Work(model, base, seen, looked_at, settings, units, trained, [used.index(index) for index in order])
+
+
+def _draw_order(count: int, settings: Alignment) -> list[int]:
+    """Returns which batch is seen at each step: every pass over the data in an order of its own."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    found: list[int] = []
+    while len(found) < settings.max_steps:
+        found += torch.randperm(count, generator=generator).tolist()
+    return found[: settings.max_steps]
 
 
 def find_units(
@@ -179,7 +187,7 @@ def _teach(learners: Sequence[Learner], source: Source, work: Work) -> None:
     if not learners:
         return
     with console.progress(_title(learners), work.settings.max_steps) as advance:
-        for index in work.order():
+        for index in work.order:
             learning = [learner for learner in learners if not learner.finished]
             if not learning:
                 break
@@ -203,7 +211,7 @@ def _measure(learners: Sequence[Learner], source: Source, batches: Sequence[Batc
 
 def _make_result(learner: Learner, work: Work, before: float, after: float, seconds: float) -> Result:
     """Writes down what became of a unit."""
-    tokens = sum(_count_tokens(work.batches[index]) for index in work.order()[: len(learner.errors)])
+    tokens = sum(_count_tokens(work.batches[index]) for index in work.order[: len(learner.errors)])
     aligned = Aligned(
         learner.unit.name, learner.unit.members, before, after, len(learner.errors), tokens, seconds, learner.errors
     )

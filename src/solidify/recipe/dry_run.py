@@ -38,7 +38,7 @@ class Plan:
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
     those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
-    `requirements` what it needs beside torch and transformers.
+    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take.
     """
 
     edits: list[Edit]
@@ -54,6 +54,7 @@ class Plan:
     files: dict[str, str]
     generated: list[str]
     requirements: dict[str, str]
+    heal: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -70,6 +71,7 @@ class Plan:
             "requirements": self.requirements,
             "generated": self.generated,
             "files": self.files,
+            **({"heal": self.heal} if self.heal is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -97,7 +99,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     edits = models.operate(recipe, base.model)
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
-        healing.refuse_unlearned(recipe, base.model, edits)
+    healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)
@@ -129,6 +131,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         files=code.files,
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,
+        heal=healed,
     )
 
 

@@ -25,6 +25,7 @@ from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeE
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
 from solidify.healing import measuring, placing, work
+from solidify.healing.footprint import footprint
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned
 from solidify.healing.measuring import Distance
@@ -397,19 +398,38 @@ def layers_table(aligned: Sequence[Aligned]) -> Any:
     return console.table("Alignment", columns, rows, numbers=(1, 2, 3, 4))
 
 
-def refuse_unlearned(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> None:
-    """Raises RecipeError for a healing that cannot begin: nothing learns, or a name means nothing. Runs nothing."""
-    assert recipe.heal is not None
-    records = [edit.document() for edit in edits]
+def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[str, Any] | None:
+    """Says what healing would take, on the meta device; None without `heal`. Runs nothing.
+
+    Raises:
+        RecipeError: it cannot begin: nothing learns, or a name means nothing.
+    """
+    if recipe.heal is None:
+        return None
+    assert recipe.data is not None
+    records, planned = [edit.document() for edit in edits], dict[str, Any]()
+    asked = recipe.heal.align
     with raised_as(RecipeError, of=HealingError):
-        if recipe.heal.align is not None:
-            work.find_units(model, records, settings_of(recipe.heal.align))
+        if asked is not None:
+            settings = settings_of(asked)
+            units, trained = work.find_units(model, records, settings)
+            stream = asked.stream if asked.stream is not None else not Extent.of(model).whole
+            more: dict[str, Any] = {"rows": asked.batch_size, "length": recipe.data.max_length, "stream": stream}
+            planned["align"] = footprint(model, units, trained, settings, **more).document()
         inner = distillation(recipe, model, records)
+    if recipe.heal.place is not None:
+        planned["place"] = {"candidates": len(records), **recipe.heal.place.model_dump(exclude_none=True)}
     if inner is not None:
         assert inner.adapter is not None
-        planning.plan(model, inner.adapter.lora, inner.adapter.train)
-        trainers.training_arguments(inner, Path("nowhere"))
-        objectives.make_terms(inner)
+        wanted = planning.plan(model, inner.adapter.lora, inner.adapter.train)
+        arguments = trainers.training_arguments(inner, Path("nowhere"))
+        planned["distill"] = {
+            "objective": [term.name for term in objectives.make_terms(inner)],
+            "trained": [*wanted.modules, *wanted.parameters],
+            "lora": [*wanted.lora_modules, *wanted.lora_parameters],
+            "max_steps": arguments.max_steps,
+        }
+    return planned
 
 
 def distillation(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Recipe | None:

@@ -18,6 +18,7 @@ from solidify.checks import gradients, roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
 from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
+from solidify.healing import plots
 from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
@@ -154,7 +155,9 @@ def _end_run(recipe: Recipe, directory: Path, report: Report) -> None:
 def finish(recipe: Recipe, directory: Path, report: Report) -> None:
     """Writes the report of a run, as JSON and as a page."""
     versions = manifest.current_versions()
-    page = sources.render("report.html.jinja", report=report, recipe=recipe.document(), versions=versions)
+    page = sources.render(
+        "report.html.jinja", report=report, recipe=recipe.document(), versions=versions, plots=plots.of(report.measured)
+    )
     disk.write(directory / ours.PAGE, page)
     _write_report(recipe, directory, report, finished=True, versions=versions)
 

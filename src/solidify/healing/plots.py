@@ -1,0 +1,117 @@
+"""Plots of what healing measured, as SVG that stands in a page by itself: lines over steps, and bars."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 260, 56, 28, 34
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+
+
+def of(measured: Mapping[str, Any]) -> list[str]:
+    """Returns the plots of a run's measurements: scores and curve of `place`, errors of `align`, what stages left."""
+    made = []
+    placed, healed = measured.get("place"), measured.get("heal")
+    if placed:
+        made.append(bars("Divergence of the base with one module changed", placed["scores"]))
+        made.append(lines("Smallest sum of scores by number of changed modules", {"sum": placed["curve"]}, log=False))
+    if healed and healed.get("layers"):
+        errors = {each["name"]: each["errors"] for each in healed["layers"]}
+        made.append(lines("Alignment: relative error of each module over its steps", errors))
+        changes = {f"{each['name']} {when}": each[when] for each in healed["layers"] for when in ("before", "after")}
+        made.append(bars("Relative error before and after alignment", changes))
+    if healed and healed.get("stages"):
+        made.append(bars("KL from the base after each stage", _list_stages(healed)))
+    history = measured.get("distill_history") or []
+    if history:
+        made.append(lines("Distillation: loss over its steps", {"loss": [each["loss"] for each in history]}))
+    return made
+
+
+def _list_stages(healed: Mapping[str, Any]) -> dict[str, float]:
+    found = {each["stage"]: each["kl"] for each in healed["stages"]}
+    if "ablated" in healed:
+        found["new branches off"] = healed["ablated"]["kl"]
+    return found
+
+
+def lines(title: str, series: Mapping[str, Sequence[float]], *, log: bool = True) -> str:
+    """Draws each series over its index; with `log`, its values on a logarithmic scale."""
+    values = [value for line in series.values() for value in line if math.isfinite(value)]
+    if not values:
+        return ""
+    scale = _Scale(values, log=log and min(values) > 0)
+    longest = max(len(line) for line in series.values())
+    body = []
+    for number, (name, line) in enumerate(series.items()):
+        points = " ".join(
+            f"{_LEFT + (_WIDTH - _LEFT - 8) * index / max(1, longest - 1):.1f},{scale.height(value):.1f}"
+            for index, value in enumerate(line)
+            if math.isfinite(value)
+        )
+        colour = _COLOURS[number % len(_COLOURS)]
+        label = html.escape(name)
+        body.append(f'<polyline fill="none" stroke="{colour}" points="{points}"><title>{label}</title></polyline>')
+    return _frame(title, scale, body)
+
+
+def bars(title: str, values: Mapping[str, float]) -> str:
+    """Draws a bar for each value, its name and number in a tooltip and, where there is room, below it."""
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    if not finite:
+        return ""
+    scale = _Scale([0.0, *finite.values()], log=False)
+    step = (_WIDTH - _LEFT - 8) / len(finite)
+    body = []
+    for number, (name, value) in enumerate(finite.items()):
+        left, top = _LEFT + number * step, scale.height(value)
+        label = html.escape(name)
+        body.append(
+            f'<rect x="{left + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
+            f'height="{max(0.0, _HEIGHT - _BOTTOM - top):.1f}" fill="{_COLOURS[0]}">'
+            f"<title>{label}: {value:.4g}</title></rect>"
+        )
+        if step > 60:
+            middle = left + step / 2
+            body.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{label}</text>')
+            body.append(f'<text x="{middle:.1f}" y="{top - 4:.1f}" text-anchor="middle">{value:.3g}</text>')
+    return _frame(title, scale, body)
+
+
+class _Scale:
+    """Maps values to heights in the picture."""
+
+    def __init__(self, values: Sequence[float], *, log: bool) -> None:
+        self.log = log
+        low, high = (self._of(value) for value in (min(values), max(values)))
+        self.low, self.high = low, high if high > low else low + 1.0
+
+    def _of(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def height(self, value: float) -> float:
+        """Returns the y of a value."""
+        share = (self._of(value) - self.low) / (self.high - self.low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    def ticks(self) -> list[tuple[float, float]]:
+        """Returns some heights, and the values there."""
+        marks = [self.low + (self.high - self.low) * part / 4 for part in range(5)]
+        values = [10**mark if self.log else mark for mark in marks]
+        return [(self.height(value), value) for value in values]
+
+
+def _frame(title: str, scale: _Scale, body: Sequence[str]) -> str:
+    marks = "".join(
+        f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        for y, value in scale.ticks()
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="11"><title>{html.escape(title)}</title>'
+        f'<text x="{_LEFT}" y="16" font-size="13">{html.escape(title)}</text>{marks}{"".join(body)}</svg>'
+    )
