@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import solidify
+from solidify.recipe import schema
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 FEED_FORWARD = {"intermediate_size": 96, "max_position_embeddings": 128}
@@ -152,6 +154,12 @@ def assert_cache_changes_nothing(made: Any, *, count: int = 8) -> None:
     scores = [torch.stack(text.logits) for text in told]
     scale = float(scores[1].abs().max())
     assert float((scores[0] - scores[1]).abs().max()) < 1e-4 * scale
+
+
+def assert_example_plans(name: str, module_class: str, count: int) -> None:
+    """Plans a recipe of `examples/` (its base is the fixture `tiny_base`): it makes so many modules of that class."""
+    found = solidify.plan(schema.load(EXAMPLES / f"{name}.yaml"))
+    assert [edit.new_class for edit in found.edits] == [module_class] * count
 
 
 def whole_life(
