@@ -95,6 +95,8 @@ def model(
     if attention is not None:
         values["attn_implementation"] = attention
     made = pico.make(family.head, seed=seed, dtype=dtype, **values)
+    if dtype == torch.float64 and "num_experts" in values:
+        made.set_experts_implementation("eager")  # grouped products know no float64
     _give_opinions(made)
     return made
 
