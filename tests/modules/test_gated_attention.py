@@ -11,7 +11,10 @@ import zoo
 from torch import nn
 
 import solidify
+from solidify.adapter.adapters import switched_off
 from solidify.modules.gated_attention import GatedAttention
+from solidify.modules.latent_attention import LatentAttention
+from solidify.modules.window_attention import WindowAttention
 
 
 def put(name: str, *, per: str = "head", **settings: object):
@@ -71,6 +74,31 @@ def test_the_gate_is_twice_the_sigmoid_of_what_the_token_says(name: str, per: st
     heads = seen["heads"].unflatten(-1, (-1, 16 if per == "head" else 1))
     gated = (heads * (2 / (1 + torch.exp(-logits)))[..., None]).flatten(-2)
     assert torch.allclose(seen["found"], output(gated), atol=1e-12)
+
+
+@torch.no_grad()
+def test_each_of_several_changes_has_a_bypass_of_its_own() -> None:
+    """A window around a gate: the window alone is switched off, or all that was changed, and then it is the base."""
+    model, base, _ = put("llama")
+    zoo.stir(model, ["output_gate.weight"])
+    gated = model(**zoo.prompts()).logits
+    edits = solidify.replace(model, zoo.FAMILIES["llama"].attention, WindowAttention, arguments={"window": 3})
+    assert all(edit.bypass for edit in edits)
+    both = model(**zoo.prompts()).logits
+    for layer in model.model.layers:
+        layer.self_attn.bypass = True
+    assert torch.equal(model(**zoo.prompts()).logits, gated)
+    with switched_off(model):
+        assert torch.equal(model(**zoo.prompts()).logits, base(**zoo.prompts()).logits)
+    for layer in model.model.layers:
+        layer.self_attn.bypass = False
+    assert torch.equal(model(**zoo.prompts()).logits, both) and not torch.allclose(both, gated, atol=1e-2)
+
+
+def test_what_has_no_bypass_gets_none_from_what_is_inside() -> None:
+    model, *_ = put("llama")
+    edits = solidify.replace(model, zoo.FAMILIES["llama"].attention, LatentAttention, arguments={"rank": 8})
+    assert not any(edit.bypass for edit in edits)
 
 
 class WithoutOutput(nn.Module):

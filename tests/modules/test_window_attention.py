@@ -12,6 +12,7 @@ import zoo
 from transformers import StaticCache
 
 import solidify
+from solidify.modules.gated_attention import GatedAttention
 from solidify.modules.window_attention import WindowAttention
 
 ONE = {
@@ -154,9 +155,15 @@ def test_what_it_cannot_do_is_refused() -> None:
         windowed(hidden, position_embeddings=rotary, attention_mask=None)
 
 
-def test_it_lives_a_whole_life(tmp_path: Path) -> None:
-    model, _, edits = put("llama", 4, 2)
-    zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj", "**.v_proj"])
+def test_it_lives_a_whole_life_around_a_gate(tmp_path: Path) -> None:
+    """A gated window, as it is grafted today: two changes of one place, one after the other."""
+    model = zoo.model("llama")
+    edits = solidify.replace(model, zoo.FAMILIES["llama"].attention, GatedAttention)
+    zoo.stir(model, ["output_gate.weight"])
+    edits += solidify.replace(
+        model, zoo.FAMILIES["llama"].attention, WindowAttention, arguments={"window": 4, "sinks": 2}
+    )
+    zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj", "**.v_proj"], train=["**.output_gate"])
 
 
 def test_the_example_is_what_it_says(tiny_base: Path) -> None:

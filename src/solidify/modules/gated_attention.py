@@ -44,6 +44,7 @@ class GatedAttention(nn.Module):
             raise ValueError(f"{type(original).__name__} has an output_gate already; a second would multiply the first")
         take_over(self, original)
         self.gated_kind = type(original)
+        self.gated_inner = Inner(original)
         self.gated_output = find_output(original)
         width, hidden_size = sizes(original.get_submodule(self.gated_output))
         self.gated_width = find_head_size(original, width) if per == "head" else 1
@@ -53,7 +54,7 @@ class GatedAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
-        view = as_original(self, self.gated_kind)
+        view = as_original(self, self.gated_kind, self.gated_inner)
         if not self.bypass:
             project = self.get_submodule(self.gated_output)
             vars(view)[self.gated_output] = lambda heads: project(heads * self.gate(hidden_states, heads))
@@ -94,11 +95,19 @@ def find_head_size(original: nn.Module, width: int) -> int:
     return size
 
 
+class Inner(nn.Module):
+    """Holds the `bypass` of the module that was taken over, if it has one, beside that of the new one."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.bypass = bool(getattr(original, "bypass", False))
+
+
 def take_over(module: nn.Module, original: nn.Module) -> None:
     """Gives a module all that the original has: modules and tensors under their own names, and its plain attributes."""
     saved = original.state_dict(keep_vars=True)
     for name, value in vars(original).items():
-        if name not in (*vars(nn.Module()), "forward"):  # torch's own tables, and what a dispatcher put around it
+        if name not in (*vars(nn.Module()), "forward", "bypass"):  # torch's tables, a dispatcher's wrap, and `Inner`'s
             setattr(module, name, value)
     for name, child in original.named_children():
         module.add_module(name, child)
@@ -108,12 +117,12 @@ def take_over(module: nn.Module, original: nn.Module) -> None:
         module.register_buffer(name, buffer, persistent=name in saved)
 
 
-def as_original(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def as_original(module: nn.Module, kind: type[nn.Module], inner: nn.Module) -> nn.Module:
     """Returns the module seen as one of the original's class: a shallow copy, whose attributes may be set for one call.
 
     It is made for every call, because adapters replace modules by name after this one was built.
     """
     view = object.__new__(kind)
     vars(view).update(vars(module))
-    vars(view)["bypass"] = False  # an original that has a bypass of its own keeps it off
+    vars(view)["bypass"] = vars(inner)["bypass"]
     return view

@@ -40,6 +40,7 @@ class LatentAttention(nn.Module):
             query, key, value = split(original)
         take_over(self, original, without=("k_proj", "v_proj", "c_attn"))
         self.latent_kind = type(original)
+        self.latent_inner = Inner(original)
         (key_size, hidden_size), value_size = key[0].shape, value[0].shape[0]
         full = min(hidden_size, key_size + value_size)
         self.rank = full if rank is None else rank
@@ -68,7 +69,7 @@ class LatentAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
         latent = self.kv_down(hidden_states)
-        view = as_original(self, self.latent_kind)
+        view = as_original(self, self.latent_kind, self.latent_inner)
         vars(view)["k_proj"] = lambda _: self.k_up(latent)
         vars(view)["v_proj"] = lambda _: self.v_up(latent)
         vars(view)["c_attn"] = lambda x: torch.cat([self.q_proj(x), self.k_up(latent), self.v_up(latent)], dim=-1)
@@ -102,12 +103,20 @@ def fill(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> N
         layer.bias.copy_(bias)
 
 
+class Inner(nn.Module):
+    """Holds the `bypass` of the module that was taken over, if it has one, beside that of the new one."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.bypass = bool(getattr(original, "bypass", False))
+
+
 def take_over(module: nn.Module, original: nn.Module, without: Collection[str]) -> None:
     """Gives a module what the original has, but for some modules: modules and tensors under their own names, and plain
     attributes."""
     saved = original.state_dict(keep_vars=True)
     for name, value in vars(original).items():
-        if name not in (*vars(nn.Module()), "forward"):  # torch's own tables, and what a dispatcher put around it
+        if name not in (*vars(nn.Module()), "forward", "bypass"):  # torch's tables, a dispatcher's wrap, and `Inner`'s
             setattr(module, name, value)
     for name, child in original.named_children():
         if name not in without:
@@ -118,12 +127,12 @@ def take_over(module: nn.Module, original: nn.Module, without: Collection[str]) 
         module.register_buffer(name, buffer, persistent=name in saved)
 
 
-def as_original(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def as_original(module: nn.Module, kind: type[nn.Module], inner: nn.Module) -> nn.Module:
     """Returns the module seen as one of the original's class: a shallow copy, whose attributes may be set for one call.
 
     It is made for every call, because adapters replace modules by name after this one was built.
     """
     view = object.__new__(kind)
     vars(view).update(vars(module))
-    vars(view)["bypass"] = False  # an original that has a bypass of its own keeps it off
+    vars(view)["bypass"] = vars(inner)["bypass"]
     return view

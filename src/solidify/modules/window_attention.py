@@ -46,13 +46,14 @@ class WindowAttention(nn.Module):
             )
         take_over(self, original)
         self.windowed_kind = type(original)
+        self.windowed_inner = Inner(original)
         self.window = window
         self.sinks = 0 if slides(original) else sinks
         self.bypass = False
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
-        view = as_original(self, self.windowed_kind)
+        view = as_original(self, self.windowed_kind, self.windowed_inner)
         if not self.bypass:
             cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
             kwargs["attention_mask"] = self.narrow(kwargs.get("attention_mask"), hidden_states, cache)
@@ -105,11 +106,19 @@ def slides(original: nn.Module) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+class Inner(nn.Module):
+    """Holds the `bypass` of the module that was taken over, if it has one, beside that of the new one."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.bypass = bool(getattr(original, "bypass", False))
+
+
 def take_over(module: nn.Module, original: nn.Module) -> None:
     """Gives a module all that the original has: modules and tensors under their own names, and its plain attributes."""
     saved = original.state_dict(keep_vars=True)
     for name, value in vars(original).items():
-        if name not in (*vars(nn.Module()), "forward"):  # torch's own tables, and what a dispatcher put around it
+        if name not in (*vars(nn.Module()), "forward", "bypass"):  # torch's tables, a dispatcher's wrap, and `Inner`'s
             setattr(module, name, value)
     for name, child in original.named_children():
         module.add_module(name, child)
@@ -119,12 +128,12 @@ def take_over(module: nn.Module, original: nn.Module) -> None:
         module.register_buffer(name, buffer, persistent=name in saved)
 
 
-def as_original(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def as_original(module: nn.Module, kind: type[nn.Module], inner: nn.Module) -> nn.Module:
     """Returns the module seen as one of the original's class: a shallow copy, whose attributes may be set for one call.
 
     It is made for every call, because adapters replace modules by name after this one was built.
     """
     view = object.__new__(kind)
     vars(view).update(vars(module))
-    vars(view)["bypass"] = False  # an original that has a bypass of its own keeps it off
+    vars(view)["bypass"] = vars(inner)["bypass"]
     return view
