@@ -145,11 +145,17 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs a causal attention .* is_causal=False"):
         WindowAttention(attention, window=4)
     attention.is_causal = True
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match=r"needs a causal attention .* is_causal=False"):
+        WindowAttention(attention, window=4)
+    del model.config.is_causal
     windowed = WindowAttention(attention, window=4)
     hidden, places = torch.randn(1, 12, 64), torch.arange(12)[None]
     rotary = model.model.rotary_emb(hidden, places)
     with pytest.raises(ValueError, match="load the model with attn_implementation='sdpa' or 'eager'"):
         windowed(hidden, position_embeddings=rotary, attention_mask=torch.ones(1, 12))
+    with pytest.raises(ValueError, match="looks back only, but the model is called with is_causal=False"):
+        windowed(hidden, position_embeddings=rotary, attention_mask=None, is_causal=False)
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attention by flex_attention does not take"):
         windowed(hidden, position_embeddings=rotary, attention_mask=None)

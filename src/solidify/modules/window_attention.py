@@ -38,11 +38,11 @@ class WindowAttention(nn.Module):
         super().__init__()
         if window < 1 or sinks < 0:
             raise ValueError(f"window must be at least 1 and sinks at least 0, but they are {window} and {sinks}")
-        if getattr(original, "is_causal", None) is not True or not hasattr(original, "layer_idx"):
+        causal = getattr(getattr(original, "config", None), "is_causal", getattr(original, "is_causal", None))
+        if causal is not True or not hasattr(original, "layer_idx"):
             raise ValueError(
                 f"WindowAttention needs a causal attention (is_causal is True) that knows its layer_idx, but "
-                f"{type(original).__name__} has is_causal={getattr(original, 'is_causal', None)} and "
-                f"layer_idx={getattr(original, 'layer_idx', None)}"
+                f"{type(original).__name__} has is_causal={causal} and layer_idx={getattr(original, 'layer_idx', None)}"
             )
         take_over(self, original)
         self.windowed_kind = type(original)
@@ -55,6 +55,8 @@ class WindowAttention(nn.Module):
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
         view = as_original(self, self.windowed_kind, self.windowed_inner)
         if not self.bypass:
+            if kwargs.get("is_causal") is False:
+                raise ValueError("WindowAttention looks back only, but the model is called with is_causal=False")
             cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
             kwargs["attention_mask"] = self.narrow(kwargs.get("attention_mask"), hidden_states, cache)
         return self.windowed_kind.forward(view, hidden_states, **kwargs)
