@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy
 import pytest
 import torch
@@ -40,6 +41,24 @@ def test_at_full_rank_it_is_the_original(name: str, dtype: torch.dtype, attentio
     model, base, _ = put(name, dtype=dtype, attention=attention)
     expected, found = (made(**zoo.prompts(16)).logits.double() for made in (base, model))
     assert float((found - expected).norm() / expected.norm()) < most
+
+
+@torch.no_grad()
+def test_keys_of_attention_across_come_from_the_encoder() -> None:
+    model = families.tiny("bart", "AutoModelForSeq2SeqLM").double()
+    inputs = {"input_ids": zoo.prompts()["input_ids"], "decoder_input_ids": zoo.prompts(7)["input_ids"]}
+    expected = model(**inputs).logits
+    solidify.replace(model, ["**.encoder_attn", "**.self_attn"], LatentAttention)
+    assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)
+
+
+@torch.no_grad()
+def test_it_compiles_without_a_break() -> None:
+    model, *_ = put("llama", 8)
+    for kind, arguments in ((GatedAttention, {}), (WindowAttention, {"window": 3})):
+        solidify.replace(model, zoo.FAMILIES["llama"].attention, kind, arguments=arguments)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**zoo.prompts()).logits, model(**zoo.prompts()).logits)
 
 
 def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 import zoo
@@ -134,6 +135,14 @@ def test_each_of_several_packed_texts_has_its_own_sinks() -> None:
     packed = model(input_ids=ids, position_ids=places, use_cache=False).logits
     alone = [model(input_ids=part).logits for part in (ids[:, :9], ids[:, 9:])]
     assert torch.allclose(packed, torch.cat(alone, 1), atol=1e-4)
+
+
+def test_learned_sinks_of_the_original_stay_what_they_are() -> None:
+    model = families.tiny("gpt_oss")
+    expected = model(**zoo.prompts(7)).logits
+    solidify.replace(model, "**.self_attn", WindowAttention, arguments={"window": 7, "sinks": 4})
+    assert torch.equal(model(**zoo.prompts(7)).logits, expected)
+    zoo.assert_cache_changes_nothing(model)
 
 
 def test_what_it_cannot_do_is_refused() -> None:

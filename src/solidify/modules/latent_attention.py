@@ -43,14 +43,14 @@ class LatentAttention(nn.Module):
         self.latent_inner = Inner(original)
         (key_size, hidden_size), value_size = key[0].shape, value[0].shape[0]
         full = min(hidden_size, key_size + value_size)
-        self.rank = full if rank is None else rank
-        if not 1 <= self.rank <= full:
+        rank = full if rank is None else rank
+        if not 1 <= rank <= full:
             raise ValueError(
-                f"rank must be between 1 and {full}, the full one of {type(original).__name__}, but is {self.rank}"
+                f"rank must be between 1 and {full}, the full one of {type(original).__name__}, but is {rank}"
             )
-        self.kv_down = nn.Linear(hidden_size, self.rank, bias=False)
-        self.k_up = nn.Linear(self.rank, key_size, bias=key[1] is not None)
-        self.v_up = nn.Linear(self.rank, value_size, bias=value[1] is not None)
+        self.kv_down = nn.Linear(hidden_size, rank, bias=False)
+        self.k_up = nn.Linear(rank, key_size, bias=key[1] is not None)
+        self.v_up = nn.Linear(rank, value_size, bias=value[1] is not None)
         if query is not None:
             self.q_proj = nn.Linear(hidden_size, query[0].shape[0], bias=query[1] is not None)
 
@@ -58,9 +58,10 @@ class LatentAttention(nn.Module):
         """Factors the original's projections of keys and values, in float64."""
         query, key, value = split(original)
         left, strengths, right = torch.linalg.svd(torch.cat([key[0], value[0]]).double(), full_matrices=False)
-        root = strengths[: self.rank].sqrt()
-        self.kv_down.weight.copy_(root[:, None] * right[: self.rank])
-        up = left[:, : self.rank] * root
+        rank = self.kv_down.out_features
+        root = strengths[:rank].sqrt()
+        self.kv_down.weight.copy_(root[:, None] * right[:rank])
+        up = left[:, :rank] * root
         fill(self.k_up, up[: len(key[0])], key[1])
         fill(self.v_up, up[len(key[0]) :], value[1])
         if query is not None:
@@ -68,11 +69,18 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
-        latent = self.kv_down(hidden_states)
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def down(x: torch.Tensor) -> torch.Tensor:
+            """Makes the latent of what keys and values are asked of: not the queries' states in attention across."""
+            if not made or made[0][0] is not x:
+                made[:] = [(x, self.kv_down(x))]
+            return made[0][1]
+
         view = as_original(self, self.latent_kind, self.latent_inner)
-        vars(view)["k_proj"] = lambda _: self.k_up(latent)
-        vars(view)["v_proj"] = lambda _: self.v_up(latent)
-        vars(view)["c_attn"] = lambda x: torch.cat([self.q_proj(x), self.k_up(latent), self.v_up(latent)], dim=-1)
+        vars(view)["k_proj"] = lambda x: self.k_up(down(x))
+        vars(view)["v_proj"] = lambda x: self.v_up(down(x))
+        vars(view)["c_attn"] = lambda x: torch.cat([self.q_proj(x), self.k_up(down(x)), self.v_up(down(x))], dim=-1)
         return self.latent_kind.forward(view, hidden_states, *args, **kwargs)
 
 

@@ -47,8 +47,8 @@ class WindowAttention(nn.Module):
         take_over(self, original)
         self.windowed_kind = type(original)
         self.windowed_inner = Inner(original)
-        self.window = window
-        self.sinks = 0 if slides(original) else sinks
+        self.windowed_last = window
+        self.windowed_first = 0 if slides(original) else sinks
         self.bypass = False
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
@@ -73,13 +73,13 @@ class WindowAttention(nn.Module):
                 "model with attn_implementation='sdpa' or 'eager'"
             )
         keys = mask.shape[-1] if mask is not None else self.count_keys(hidden_states.shape[1], cache)[0]
-        if keys <= self.window + self.sinks:
+        if keys <= self.windowed_last + self.windowed_first:
             return mask
         if mask is None:
             mask = self.causal_mask(hidden_states, cache)
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         rank = seen.cumsum(-1)
-        kept = seen & ((rank <= self.sinks) | (rank > rank[..., -1:] - self.window))
+        kept = seen & ((rank <= self.windowed_first) | (rank > rank[..., -1:] - self.windowed_last))
         return kept if mask.dtype == torch.bool else mask.masked_fill(seen & ~kept, torch.finfo(mask.dtype).min)
 
     def causal_mask(self, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
