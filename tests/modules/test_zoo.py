@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pico  # noqa: F401 (puts the user's modules on the path)
 import pytest
 import torch
 import zoo
-from family_modules import Gained
 from torch import nn
-
-import solidify
 
 
 class Counting(nn.Module):
@@ -37,10 +32,3 @@ def test_an_attention_that_needs_the_whole_text_is_seen() -> None:
     model.set_submodule("model.layers.0.self_attn", Counting(model.model.layers[0].self_attn))
     with pytest.raises(AssertionError):
         zoo.assert_cache_changes_nothing(model)
-
-
-def test_the_whole_life_of_a_wrap(tmp_path: Path) -> None:
-    model = zoo.model("llama")
-    edits = solidify.replace(model, zoo.FAMILIES["llama"].attention, Gained)
-    zoo.stir(model, ["gain"])
-    zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.gain"])
