@@ -14,6 +14,7 @@ from solidify.checks import structure
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.modules.trashcan_moe import TrashCanMoE
+from solidify.modules.window_attention import WindowAttention
 
 
 def operated() -> tuple[torch.nn.Module, list[dict[str, object]], dict[str, str]]:
@@ -95,3 +96,16 @@ def test_an_identical_start_is_required_only_where_it_was_promised() -> None:
     assert structure.start(before, before, promised=True).passed is True
     assert structure.start(before, after, promised=True).passed is False
     assert structure.start(before, after, promised=False).passed is None
+
+
+def test_a_promise_is_one_for_inputs_as_short_as_it_was_read_from() -> None:
+    model = pico.olmoe()
+    inputs = {case: probing.probe_inputs(model, length=length) for case, length in (("short", 12), ("long", 40))}
+    before = {case: anatomy.run(model, batch) for case, batch in inputs.items()}
+    edits = solidify.replace(model, "**.self_attn", WindowAttention, arguments={"window": 20})
+    assert all(edit.identical for edit in edits)
+    after = {case: anatomy.run(model, batch) for case, batch in inputs.items()}
+    found = structure.start(before, after, promised=True)
+    assert found.passed is None and found.evidence.endswith(", on inputs longer than 12 positions alone")
+    broken = structure.start(before, {"short": after["short"] + 1e-6, "long": after["long"]}, promised=True)
+    assert broken.passed is False and "longer" not in broken.evidence

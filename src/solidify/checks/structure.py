@@ -151,7 +151,9 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
 def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, promised: bool) -> Finding:
     """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start.
 
-    Without outputs (of a large model) nothing is proved: it says what the first module of each kind showed.
+    A promise was read from a short call: on longer inputs (a window is the original until a text outgrows it) it is no
+    promise, and what is found there is measured. Without outputs (of a large model) nothing is proved: it says what
+    the first module of each kind showed.
     """
     if not before:
         if not promised:
@@ -159,6 +161,16 @@ def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor],
         evidence = "the first new module of each kind gives its original's outputs bit for bit; the whole was not run"
         return Finding(START, None, evidence)
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
-    equal = all(torch.equal(after[k], before[k]) for k in before)
-    evidence = "logits bit-identical to the base" if equal else f"logits differ from the base by up to {distance:.3g}"
-    return Finding(START, equal if promised else (True if equal else None), evidence)
+    moved = {k for k in before if not torch.equal(after[k], before[k])}
+    if not moved:
+        return Finding(START, True, "logits bit-identical to the base")
+    shortest = min(map(_count_positions, before.values()))
+    longer = {k for k in moved if _count_positions(before[k]) > shortest}
+    where = f", on inputs longer than {shortest} positions alone" if moved == longer else ""
+    broken = promised and moved != longer
+    return Finding(START, False if broken else None, f"logits differ from the base by up to {distance:.3g}{where}")
+
+
+def _count_positions(logits: torch.Tensor) -> int:
+    """Returns how many positions an output has: the axis between rows and values, where there is one."""
+    return logits.shape[1] if logits.ndim > 2 else 1
