@@ -228,7 +228,7 @@ def _is_covering(found: Any, wanted: Any) -> bool:
     """Returns whether all that is wanted was found: a yes, or a yes at every place."""
     if isinstance(wanted, torch.Tensor):
         return isinstance(found, torch.Tensor) and bool((found | ~wanted).all())
-    return bool(found) or not wanted
+    return not wanted or (bool(found.any()) if isinstance(found, torch.Tensor) else bool(found))
 
 
 def _find_habits(module: nn.Module, call: Call) -> dict[str, Any]:
