@@ -79,14 +79,14 @@ def faults(source: SourceFile, extracted: Extract, live: Mapping[str, Any]) -> I
             continue
         if not any(isinstance(s, ast.ImportFrom) and s.names[0].name == "*" for s in extracted.statements):
             line = next((r for s in extracted.statements for r in source.reads(s) if r.id == name), None)
-            where = source.place(line) if line is not None else source.shown
+            where = source.name_line(line) if line is not None else source.shown
             yield f"{where}: {needing} needs `{name}`, which no statement of it binds; define it there, or pass it"
     for statement in extracted.statements:
         if isinstance(statement, (*_DEFINITIONS, *_IMPORTS)):
             continue
         bound = [n for n in extracted.names if statement in source.binders.get(n, [])]
         needing = extracted.names[bound[0]] if bound else "the class"
-        what = f"{source.place(statement)}: {needing} needs `{_first_line(statement)}`, "
+        what = f"{source.name_line(statement)}: {needing} needs `{_first_line(statement)}`, "
         remedy = "write the value down, pass it as an argument, or keep it as a persistent buffer"
         if is_main_guard(statement):
             yield what + "which stands under a test of `__name__`; move what the class needs above it"

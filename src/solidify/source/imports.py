@@ -15,7 +15,7 @@ from types import FunctionType
 from transformers.utils import import_utils
 
 from solidify.source.flatten import Target
-from solidify.source.ownership import Place, Surroundings, import_root, locate
+from solidify.source.ownership import Location, Surroundings, import_root, locate
 from solidify.source.syntax import SourceFile, is_main_guard, literal_all
 
 _REMEDY = "install it, or import it in a `try` for ImportError"
@@ -26,7 +26,7 @@ _IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseExcept
 class Package:
     """A package of the user's as an object: what is used of it is looked up one by one."""
 
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,35 @@ class Library:
     here: Surroundings
     files: dict[Path, SourceFile | Fault] = field(default_factory=dict)
 
-    def source(self, place: Place) -> SourceFile | Fault:
+    def source(self, location: Location) -> SourceFile | Fault:
         """Returns the source file of a module of the user's."""
-        assert place.path is not None
-        if place.path not in self.files:
-            twin = next((path for path in self.files if _is_copy(path, place.path)), None)
+        assert location.path is not None
+        if location.path not in self.files:
+            twin = next((path for path in self.files if _is_copy(path, location.path)), None)
             if twin is not None:
                 return self.files[twin]
-            package = place.name if place.search is not None else place.name.rpartition(".")[0]
-            self.files[place.path] = read(place.name, package, place.path, whole=place.search is None)
-        return self.files[place.path]
+            package = location.name if location.search is not None else location.name.rpartition(".")[0]
+            self.files[location.path] = read(location.name, package, location.path, whole=location.search is None)
+        return self.files[location.path]
 
     def module(self, name: str, near: SourceFile) -> Resolved:
         """Resolves `import name`, written in the file `near`."""
-        place = locate(name, near, self.here)
-        if place.owner in ("always", "installed"):
+        location = locate(name, near, self.here)
+        if location.owner in ("always", "installed"):
             return Target(None, name, None)
-        if place.owner == "solidify":
+        if location.owner == "solidify":
             return Fault("it imports solidify, without which the artifact must load; copy what it needs")
-        if place.owner == "compiled":
-            return Fault(f"`{name}` is compiled ({place.path}), and only Python source can be carried")
-        if place.owner == "missing":
+        if location.owner == "compiled":
+            return Fault(f"`{name}` is compiled ({location.path}), and only Python source can be carried")
+        if location.owner == "missing":
             top = name.split(".")[0]
             has_package = "." in name and locate(top, near, self.here).owner != "missing"
             return Fault(
                 f"there is no module `{name}`" if has_package else f"`{top}` is not installed ({_REMEDY})", absent=True
             )
-        if place.is_package:
-            return Package(place)
-        source = self.source(place)
+        if location.is_package:
+            return Package(location)
+        source = self.source(location)
         return source if isinstance(source, Fault) else Target(source, "", None)
 
     def member(
@@ -86,22 +86,22 @@ class Library:
         if isinstance(found, Fault):
             return found
         if isinstance(found, Package):
-            return self.attribute(found.place, name, near, seen)
+            return self.attribute(found.location, name, near, seen)
         if found.source is None:
             return Target(None, module, name)
         passed_on = self._passed_on(found.source, name, seen)
         return passed_on if isinstance(passed_on, Package) else Target(found.source, "", name)
 
     def attribute(
-        self, place: Place, name: str, near: SourceFile, seen: frozenset[tuple[str, str]] = frozenset()
+        self, location: Location, name: str, near: SourceFile, seen: frozenset[tuple[str, str]] = frozenset()
     ) -> Resolved:
         """Resolves `name` in a package of the user's, through its `__init__` to where it is defined."""
-        init = self.source(place) if place.path is not None else None
+        init = self.source(location) if location.path is not None else None
         if isinstance(init, Fault):
             return init
         # Asked for a name by itself, a package does not have it yet: then it is the submodule.
-        if init is not None and (place.name, name) not in seen:
-            seen |= {(place.name, name)}
+        if init is not None and (location.name, name) not in seen:
+            seen |= {(location.name, name)}
             passed_on = self._passed_on(init, name, seen)
             if passed_on is not None:
                 return passed_on
@@ -111,11 +111,11 @@ class Library:
                 module = self.absolute(init, star)
                 if isinstance(module, str) and name in self.public(module, init):
                     return self.member(module, name, init, seen)
-        found = self.module(f"{place.name}.{name}", near)
+        found = self.module(f"{location.name}.{name}", near)
         if not (isinstance(found, Fault) and found.absent):
             return found
-        lazy = self._made_on_demand(place, init, name) if init is not None else None
-        return lazy or Fault(f"the package `{place.name}` has no `{name}`", absent=True)
+        lazy = self._made_on_demand(location, init, name) if init is not None else None
+        return lazy or Fault(f"the package `{location.name}` has no `{name}`", absent=True)
 
     def alias(
         self, source: SourceFile, node: ast.Import | ast.ImportFrom, alias: ast.alias,
@@ -143,7 +143,7 @@ class Library:
         if isinstance(found, Fault) or module in seen:
             return []
         if isinstance(found, Package):
-            source = self.source(found.place) if found.place.path is not None else None
+            source = self.source(found.location) if found.location.path is not None else None
         else:
             source = found.source
         if source is None and isinstance(found, Target):  # what is outside was imported, or the class would not exist
@@ -190,13 +190,13 @@ class Library:
         others = len(source.binders.get(name, [])) != 1
         return None if others or not found else self.alias(source, *found[-1], seen)
 
-    def _made_on_demand(self, place: Place, init: SourceFile, name: str) -> Resolved | None:
+    def _made_on_demand(self, location: Location, init: SourceFile, name: str) -> Resolved | None:
         """Asks a package that imports lazily (by a `__getattr__` of its own) where one of its names comes from."""
-        module = sys.modules.get(place.name)
+        module = sys.modules.get(location.name)
         if module is None or "__getattr__" not in init.binders:
             return None
         value = getattr(module, name, None)
-        if not isinstance(value, type | FunctionType) or value.__module__ == place.name:
+        if not isinstance(value, type | FunctionType) or value.__module__ == location.name:
             return None
         defined = vars(sys.modules[value.__module__]).get(name)
         return self.member(value.__module__, name, init) if defined is value else None

@@ -12,7 +12,7 @@ from typing import Any
 from solidify.source import notebook
 from solidify.source.flatten import Target
 from solidify.source.imports import Fault, Library, read
-from solidify.source.ownership import ALWAYS, Place, judge
+from solidify.source.ownership import ALWAYS, Location, judge
 from solidify.source.syntax import SourceFile
 
 MAIN = ("__main__", "__mp_main__")
@@ -58,13 +58,13 @@ class Origins:
             )
         path = Path(file).absolute()
         search = tuple(names["__path__"]) if "__path__" in names else None
-        place = Place(cls.__module__, "own", path.parent.resolve() / path.name, search)
-        source = self.index.source(place)
+        location = Location(cls.__module__, "own", path.parent.resolve() / path.name, search)
+        source = self.index.source(location)
         if isinstance(source, Fault):
             return source
         if search is None:
             return self.index.defined(Target(source, "", cls.__name__))
-        found = self.index.attribute(place, cls.__name__, source)
+        found = self.index.attribute(location, cls.__name__, source)
         if isinstance(found, Target) and found.source is not None:
             return self.index.defined(found)
         return Target(source, "", cls.__name__)
@@ -92,28 +92,28 @@ def _find_fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
         return None if same else Fault(f"{name} was made at run time ({cls.__module__} does not define it)")
     if "<locals>" in cls.__qualname__:
         return Fault(
-            f"{source.place(_find_line(source, name))}: {name} is defined inside a function ({cls.__qualname__}); "
+            f"{source.name_line(_find_line(source, name))}: {name} is defined inside a function ({cls.__qualname__}); "
             "move it to module level"
         )
     if "." in cls.__qualname__:
-        where = source.place(_find_line(source, name))
+        where = source.name_line(_find_line(source, name))
         return Fault(f"{where}: {name} is defined inside a class ({cls.__qualname__}); move it to module level")
     if not any(
         isinstance(n, ast.ClassDef) and n.name == name for s in source.binders.get(name, []) for n in ast.walk(s)
     ):
         main = " in __main__" if cls.__module__ in MAIN else ""
         return Fault(
-            f"{source.place(_find_line(source, name))}: {name} was made at run time{main}: "
+            f"{source.name_line(_find_line(source, name))}: {name} was made at run time{main}: "
             f"the file has no `class {name}`; write one"
         )
     if vars(module).get(name) is not cls:
         return Fault(
-            f"{source.place(_find_line(source, name))}: the name {name} stands for something else now, so importing it "
-            "would not give this class (was it defined again? then repeat the surgery)"
+            f"{source.name_line(_find_line(source, name))}: the name {name} stands for something else now, so "
+            "importing it would not give this class (was it defined again? then repeat the surgery)"
         )
     stale = [b for b in cls.__mro__[1:] if b.__module__ == cls.__module__ and vars(module).get(b.__name__) is not b]
     if stale and source.cells:
-        where = source.place(_find_line(source, name))
+        where = source.name_line(_find_line(source, name))
         return Fault(f"{where}: {name} was built on an earlier {stale[0].__name__}; run its cell and the surgery again")
     return None
 

@@ -27,7 +27,7 @@ Owner = Literal["always", "installed", "own", "solidify", "compiled", "missing"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a module is: `path` is the source of one's own, `search` a package's directories of submodules."""
 
     name: str
@@ -59,18 +59,18 @@ def surroundings(tops: Collection[str]) -> Surroundings:
     return Surroundings(frozenset(tops))
 
 
-def locate(name: str, near: SourceFile, here: Surroundings) -> Place:
+def locate(name: str, near: SourceFile, here: Surroundings) -> Location:
     """Finds the module `name` as the file `near` would import it."""
     parent, _, last = name.rpartition(".")
     if not parent:
         if name in ALWAYS:
-            return Place(name, "always")
+            return Location(name, "always")
         return judge(name, _top_level(name, near), here)
     home = locate(parent, near, here)
     if home.owner in ("always", "installed"):
-        return Place(name, home.owner)
+        return Location(name, home.owner)
     if home.search is None:
-        return Place(name, home.owner if home.owner in ("compiled", "solidify") else "missing")
+        return Location(name, home.owner if home.owner in ("compiled", "solidify") else "missing")
     # By its last part alone: for a dotted name, a namespace package would ask for its parent in `sys.modules`.
     return judge(name, PathFinder.find_spec(last, list(home.search)), here)
 
@@ -113,29 +113,29 @@ def _top_level(name: str, near: SourceFile) -> ModuleSpec | None:
     return PathFinder.find_spec(name, [str(root)])
 
 
-def judge(name: str, spec: ModuleSpec | None, here: Surroundings) -> Place:
+def judge(name: str, spec: ModuleSpec | None, here: Surroundings) -> Location:
     """Says whose the module is that the import system found."""
     top = name.split(".")[0]
     standard = top in sys.stdlib_module_names
     if spec is None:
-        return Place(name, "always" if standard else "missing")
+        return Location(name, "always" if standard else "missing")
     search = tuple(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None
     origin = spec.origin if spec.origin not in (None, "namespace") else None
     location = Path(origin) if origin is not None else Path(search[0]) if search else None
     if standard and (
         location is None or not location.is_absolute() or _is_within(location, [sysconfig.get_path("stdlib")])
     ):
-        return Place(name, "always")
+        return Location(name, "always")
     if top == "solidify" and not f"{name}.".startswith(f"{_CARRIED_OF_OURS}."):
-        return Place(name, "solidify", search=search)
+        return Location(name, "solidify", search=search)
     if location is not None and top not in here.tops and top != "solidify" and _is_installed(top, location, here):
-        return Place(name, "installed")
+        return Location(name, "installed")
     if origin is None:
-        return Place(name, "own" if search else "missing", None, search)
+        return Location(name, "own" if search else "missing", None, search)
     if Path(origin).suffix == ".py" and Path(origin).is_file():
         path = Path(origin).absolute()
-        return Place(name, "own", path.parent.resolve() / path.name, search)
-    return Place(name, "compiled", Path(origin), search)
+        return Location(name, "own", path.parent.resolve() / path.name, search)
+    return Location(name, "compiled", Path(origin), search)
 
 
 def _is_installed(top: str, path: Path, here: Surroundings) -> bool:

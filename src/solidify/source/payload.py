@@ -76,9 +76,9 @@ FILE = str(DIRECTORY / {seat})  # stands for __file__
 Path(FILE).parent.mkdir(parents=True, exist_ok=True)
 {anchors}'''
 
-_PACKAGE = '''def package(place):
+_PACKAGE = '''def package(folder):
     """Returns a package of that directory; importlib.resources reads from it."""
-    directory = DIRECTORY / place
+    directory = DIRECTORY / folder
     directory.mkdir(parents=True, exist_ok=True)
     found = spec_from_file_location(f"{__name__}.files", directory / "__init__.py", submodule_search_locations=[])
     return module_from_spec(found)
@@ -128,7 +128,7 @@ def gather(
         argument = call.args[0] if call.args else next((k.value for k in call.keywords), None)
         directory = directory_of(argument)
         if isinstance(directory, str):
-            faults.append(f"{source.place(call)}: {directory}")
+            faults.append(f"{source.name_line(call)}: {directory}")
         elif directory is not None:
             anchors.append(_Anchor(call, argument, directory))
     if source.path is None or not (uses or anchors):
@@ -136,8 +136,8 @@ def gather(
     found = _find_files(source, statements, [*uses, *(a.call for a in anchors)], [a.directory for a in anchors])
     if not found:
         faults += [
-            f"{source.place(use)}: `{ast.unparse(statement_of(source, use)).splitlines()[0]}` looks beside the file, "
-            "but no string in it names a file that stands there; name the file, or pass its content as an argument"
+            f"{source.name_line(use)}: `{ast.unparse(statement_of(source, use)).splitlines()[0]}` looks beside the "
+            "file, but no string in it names a file that is there; name the file, or pass its content as an argument"
             for use in [*uses, *(a.call for a in anchors)]
         ]
         return None, faults
@@ -155,7 +155,9 @@ def gather(
     for use in uses:
         first, last = source.span(use)
         if source.text.encode()[first:last] != b"__file__":  # Python 3.11 misplaces what stands inside f-strings
-            faults.append(f"{source.place(use)}: `__file__` inside an f-string cannot be replaced; assign it to a name")
+            faults.append(
+                f"{source.name_line(use)}: `__file__` inside an f-string cannot be replaced; assign it to a name"
+            )
     seat = source.path.relative_to(root).as_posix()
     inside = frozenset(n for a in anchors if a.argument is not None for n in ast.walk(a.argument))
     return Payload(source, carried_files, seat, folders, tuple(edits), ", ".join(names), inside), faults
@@ -277,7 +279,7 @@ def _find_named(base: Path, tops: Sequence[str], strings: Sequence[str]) -> Iter
 
 
 def _find_touched(source: SourceFile, uses: Sequence[ast.expr]) -> set[ast.stmt]:
-    """Returns the statements that a use of the file's place reaches through what is assigned and returned."""
+    """Returns the statements that a use of the file's path reaches through what is assigned and returned."""
     readers: dict[object, set[ast.stmt]] = {}
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):

@@ -97,7 +97,7 @@ class SourceFile:
             first = self.offset(node.decorator_list[0].lineno, node.col_offset)
         return first, self.offset(node.end_lineno or node.lineno, node.end_col_offset or 0)
 
-    def place(self, node: ast.stmt | ast.expr | int) -> str:
+    def name_line(self, node: ast.stmt | ast.expr | int) -> str:
         """Says where a node (or a line) stands, as error messages name it."""
         line = node if isinstance(node, int) else node.lineno
         for first, label in reversed(self.cells):

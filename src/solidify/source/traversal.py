@@ -1,6 +1,6 @@
 """The way through a user's files: from those that define classes to all that travels with them.
 
-Goes in: names that are needed. Comes out, for each file: what its import statements bind, which places in its text
+Goes in: names that are needed. Comes out, for each file: what its import statements bind, which spans of its text
 change, which data it reads; and what is needed from outside, and every fault.
 """
 
@@ -161,7 +161,7 @@ class Walk:
         if isinstance(what, Target):
             return [("*", Target(what.source, what.module, "*"))]
         names = self.index.public(module, source)
-        return [(name, self.index.attribute(what.place, name, source)) for name in names]
+        return [(name, self.index.attribute(what.location, name, source)) for name in names]
 
     def is_always(self, source: SourceFile, what: Resolved) -> bool:
         """Whether an import is of something that is always there."""
@@ -199,7 +199,7 @@ class Walk:
                 return self.fault(source, node, Fault(reason), shown=False)
             node = holder
             parts.append(holder.attr)
-            what = self.index.attribute(what.place, holder.attr, source)
+            what = self.index.attribute(what.location, holder.attr, source)
         if isinstance(what, Fault):
             return self.fault(source, node, what)
         if what.name is not None and isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
@@ -215,7 +215,7 @@ class Walk:
         if what.source is not None and what.name is not None:  # looked up in its file when it is used, as it was before
             bound, suffix = Target(what.source, "", None), f".{what.name}"
             short = what.source.name.rpartition(".")[2]
-            word = parts[0] if what.source.name == sites[0].package.place.name else f"{parts[0]}_{short}"
+            word = parts[0] if what.source.name == sites[0].package.location.name else f"{parts[0]}_{short}"
         alias = self.alias(source, word, bound, free=parts[0])
         self.edits[source].append((start, end, alias + suffix))
         dotted = [site.dotted if ".".join(parts).startswith(site.dotted) else "" for site in sites]
@@ -286,13 +286,17 @@ class Walk:
             first, *rest = written.split(".")
             what = packages.get(first)
             for part in rest:
-                what = self.index.attribute(what.place, part, source) if isinstance(what, Package) else what
-        if isinstance(what, Package) and what.place.search:
-            return Path(what.place.search[0])
+                what = self.index.attribute(what.location, part, source) if isinstance(what, Package) else what
+        if isinstance(what, Package) and what.location.search:
+            return Path(what.location.search[0])
         if isinstance(what, Fault):
             return what.reason
         outside = isinstance(what, Target) and what.source is None
-        return None if outside else f"which package `{written}` is cannot be seen; write `__package__` or its name"
+        return (
+            None
+            if outside
+            else (f"which package `{written}` is cannot be found out from the source; write `__package__` or its name")
+        )
 
     def require(self, source: SourceFile, target: Target) -> None:
         """Notes the distribution of what is imported from outside."""
@@ -303,7 +307,7 @@ class Walk:
     def fault(self, source: SourceFile, node: ast.stmt | ast.expr, fault: Fault, *, shown: bool = True) -> None:
         """Notes a fault; what is merely absent counts only where the file is needed in any case."""
         statement = f"`{ast.unparse(node).splitlines()[0]}`: " if shown else ""
-        text = f"{source.place(node)}: {statement}{fault.reason}"
+        text = f"{source.name_line(node)}: {statement}{fault.reason}"
         if fault.absent:
             self.absent.append((source, text))
         else:
