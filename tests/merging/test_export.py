@@ -271,7 +271,7 @@ def test_what_a_stock_merge_refuses(stock: Path, tmp_path: Path) -> None:
     refused("holds an adapter too", base=adapted)
     other = tmp_path / "other"
     pico.olmoe(layers=1).save_pretrained(other)
-    refused("for which the model has no place", base=other)
+    refused("which the model does not have", base=other)
     state = load_file(adapter / "adapter_model.safetensors")
     next(value for key, value in state.items() if "lora_B" in key).view(-1)[0] = float("nan")
     broken = Path(shutil.copytree(adapter, tmp_path / "broken"))

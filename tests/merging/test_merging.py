@@ -297,7 +297,7 @@ def test_every_tensor_of_the_adapter_has_one_place(bases: dict[Any, Path], tmp_p
 
     stray = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
     words = refused("stray", lambda state: state.update({stray: state[name].clone(), "x": state.pop(name)}))
-    assert f"the file holds {stray}, for which the model has no place" in words
+    assert f"the file holds {stray}, which the model does not have" in words
     assert "the file holds x, for which" in words
     assert f"the file lacks {name}" in words
     words = refused("shape", lambda state: state.update({name: state[name][:2].clone()}))
@@ -415,7 +415,7 @@ def test_adapters_that_cannot_be_merged_here_are_told(bases: dict[Any, Path], tm
         (
             (
                 {"target_modules": Q, "init_lora_weights": "pissa"},
-                "init_lora_weights='pissa' is not offered: it takes the start out of the base's weights",
+                "init_lora_weights='pissa' is not supported: it subtracts its starting values from the base's weights",
             ),
             ({"target_modules": Q, "trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
         )

@@ -89,7 +89,7 @@ def test_a_file_written_a_moment_ago_is_not_noted(tmp_path: Path, reads: list[st
 
 def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, reads: list[str]) -> None:
     first = digest_cache.digests([weights])
-    assert transfer.place(weights, tmp_path / "linked", link=True)
+    assert transfer.link_or_copy(weights, tmp_path / "linked", link=True)
     assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino
     assert digest_cache.digests([tmp_path / "linked"]) == digest_cache.digests([weights]) == first
     (tmp_path / "linked").unlink()
@@ -99,7 +99,7 @@ def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, re
 
 def test_a_copy_is_known_as_its_source_is(weights: Path, tmp_path: Path, reads: list[str]) -> None:
     first = digest_cache.digests([weights])
-    assert not transfer.place(weights, tmp_path / "copy", link=False)
+    assert not transfer.link_or_copy(weights, tmp_path / "copy", link=False)
     assert (tmp_path / "copy").stat().st_ino != weights.stat().st_ino
     assert (tmp_path / "copy").read_bytes() == weights.read_bytes()
     assert digest_cache.digests([tmp_path / "copy"]) == first
@@ -113,14 +113,14 @@ def test_where_links_are_not_to_be_had_files_are_copied(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    assert not transfer.place(weights, tmp_path / "a", link=True)
+    assert not transfer.link_or_copy(weights, tmp_path / "a", link=True)
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert not transfer.place(weights, tmp_path / "b", link=True)
+    assert not transfer.link_or_copy(weights, tmp_path / "b", link=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == weights.read_bytes()
 
 
 def test_a_link_in_the_hubs_cache_leads_to_the_file_itself(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "snapshot.safetensors").symlink_to(weights)
-    transfer.place(tmp_path / "snapshot.safetensors", tmp_path / "linked", link=True)
+    transfer.link_or_copy(tmp_path / "snapshot.safetensors", tmp_path / "linked", link=True)
     assert not (tmp_path / "linked").is_symlink()
     assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino

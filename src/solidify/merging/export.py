@@ -104,7 +104,7 @@ class _Attached:
         if made.value is None:
             assert made.error is not None
             return cls(model, plain, {}, None, foreign.said(made.error))
-        with foreign.calling("the base runs, and with the adapter on it does not", AdapterError):
+        with foreign.calling("the base runs, but not with the adapter on", AdapterError):
             return cls(model, plain, made.value, agreement.answers(model, made.value), "")
 
     def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
@@ -217,7 +217,7 @@ def _load_staged(directory: Path) -> PreTrainedModel:
 
 
 def _with_added(base: Manifest, made: Rewritten, skeleton: PreTrainedModel) -> Manifest:
-    """Gives a tensor that got a place of its own the digest of the one that it was tied to in the base."""
+    """Gives a tensor that is tied no longer the digest of the one that it was tied to in the base."""
     ties = [*skeleton.all_tied_weights_keys.items()]
     sources = {name: other for pair in ties for name, other in (pair, pair[::-1]) if other in base.tensors}
     return replace(base, tensors={**base.tensors, **{name: base.tensors[sources[name]] for name in made.added}})
@@ -327,7 +327,7 @@ def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
     faults = [f"{name} is gone" for name in before if name not in after]
     faults += [f"{name} is new" for name in after if name not in before and name not in made.added]
     faults += [
-        f"{name} is another in shape, dtype or file"
+        f"{name} differs in shape, dtype or file"
         for name, entry in before.items()
         if name in after and (after[name].shape != entry.shape or after[name].file.name != entry.file.name)
     ]

@@ -185,7 +185,7 @@ def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[
     """Puts an adapter without values on a skeleton on the meta device.
 
     Raises:
-        AdapterError: it is of a kind that is not offered, or PEFT refuses it.
+        AdapterError: it is of a kind that is not supported, or PEFT refuses it.
     """
     fault = kinds.model_fault(configuration)
     refuse(AdapterError, "the adapter cannot be merged", [fault] if fault is not None else [])
@@ -206,15 +206,15 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
     held, state = storage.held(model, NAME), model.state_dict(keep_vars=True)
     tensors = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
     faults = [f"the file lacks {key}" for key in held if key not in entries]
-    faults += [f"the file holds {key}, for which the model has no place" for key in entries if key not in tensors]
+    faults += [f"the file holds {key}, which the model does not have" for key in entries if key not in tensors]
     faults += [
         f"{key} has shape {list(entries[key].shape.sizes)} in the file and {list(tensor.shape)} in the model"
         for key, tensor in tensors.items()
         if entries[key].shape.sizes != tuple(tensor.shape)
     ]
     faults += [
-        f"{key} is {_name_dtype(entries[key].shape.dtype)} in the file, and {_name_dtype(tensor.dtype)} is of another "
-        "kind"
+        f"{key} is {_name_dtype(entries[key].shape.dtype)} in the file and {_name_dtype(tensor.dtype)} in the model, "
+        "and only one of them is a floating-point type"
         for key, tensor in tensors.items()
         if entries[key].shape.dtype.is_floating_point != tensor.is_floating_point()
     ]
@@ -259,7 +259,7 @@ def _sort_changes(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> tupl
             continue
         target = lookup.canonical(model, path)
         if strange := kinds.unfollowed(layer.get_base_layer()):
-            faults.append(f"{target} has {strange}, which PEFT's update does not follow, so that it cannot be merged")
+            faults.append(f"{target} has {strange}, which PEFT's update ignores, so it cannot be merged")
         own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
         used = tuple(key for p in own for key in keys.get(id(p), ()))
         for name in _name_results(layer, target):

@@ -57,7 +57,7 @@ class Rewritten:
 
 @dataclass
 class _Plan:
-    """What becomes of the tensors in memory: by which change, and which get a place of their own (by new name)."""
+    """What becomes of the tensors in memory: by which change, and which are tied no longer (by new name)."""
 
     changes: dict[str, Change]
     added: dict[str, tuple[str, Change | None]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     copies = transfer.copied(kept, directory, link=link)
     store.refuse_full(directory, sum(path.stat().st_size for path in (*touched, *copies)))
     for path in kept:
-        transfer.place(path, directory / path.name, link=link)
+        transfer.link_or_copy(path, directory / path.name, link=link)
     with console.bytes_progress("Merging", sum(path.stat().st_size for path in touched)) as advance:
         for path in touched:
             writing.file(path, advance)
@@ -145,7 +145,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         for path, state in before.items()
         if transfer.read_state(path) != state
     ]
-    refuse(ArtifactError, f"{stored.checkpoint.directory} is not what it was", faults)
+    refuse(ArtifactError, f"{stored.checkpoint.directory} changed while it was read", faults)
     for path in touched:
         target = directory / path.name
         digest_cache.remember(target, {name: writing.digests[name] for name in format.read_header(target)})
@@ -206,7 +206,7 @@ def _plan_ties(prepared: Prepared) -> _Plan:
                     plan.added[name] = (standing, change)
         else:
             out = ", ".join(name for name, change in zip(group, changes, strict=True) if change is not first)
-            faults.append(f"{first.name} is one with {out}, which the adapter does not change alike")
+            faults.append(f"{first.name} is tied to {out}, which the adapter changes in another way")
     refuse(AdapterError, "the adapter cannot be merged", faults)
     return plan
 
@@ -314,7 +314,7 @@ class _Writing:
         shape = unit.shapes[source]
 
         def pieces() -> Iterator[Piece]:
-            """Yields the values that the tensor's own place gets, some rows at a time."""
+            """Yields the values that the tensor gets under its own name, some rows at a time."""
             for rows in self.merger.ranges({source: change} if change is not None else {}, unit.shapes, unit.rows):
                 base = unit.read(rows)[source]
                 yield key, base if change is None else self.merger.merged(change, base, rows, unit.rows)

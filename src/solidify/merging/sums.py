@@ -225,7 +225,7 @@ def _measure_off(expected: Weight, found: torch.Tensor) -> Off:
 def fault(name: str, off: Off) -> list[str]:
     """Says what is wrong with a merged weight; nothing when roundings explain it."""
     if not off.units <= 1:
-        return [f"{name} is off by {off.units:.1f} times what roundings come to"]
+        return [f"{name} is off by {off.units:.1f} times what rounding explains"]
     if not abs(off.lean) <= off.allowed:
         return [f"{name} has its update {1 + off.lean:.4f} times (allowed 1 ± {off.allowed:.1e})"]
     return []

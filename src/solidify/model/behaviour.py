@@ -473,7 +473,7 @@ class Watched:
         """Repeats the first call with its rows the other way round and other random numbers.
 
         The shapes are the same and the contents are not, so that what was kept of an earlier call is found, and what
-        depends on a row's place among the others. What differs is told apart by the call as it was.
+        depends on where a row is among the others. What differs is told apart by the call as it was.
         """
         rows = len(next(iter(plain.values())))
         turn = list(reversed(range(rows))) if all(len(t) == rows for t in batch.values()) else list(range(rows))
@@ -648,9 +648,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @contextmanager
 def _substitute_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Puts values in the places of the parameters and buffers of these names, wherever each of them stands.
+    """Replaces the parameters and buffers of these names by values, under every name that each of them has.
 
-    (`torch.func.functional_call` leaves a value behind in a module that stands at two places.)
+    (`torch.func.functional_call` leaves a value behind in a module that has two names.)
     """
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     wanted = {id(own[name]): value for name, value in values.items()}

@@ -78,12 +78,12 @@ def replace(model: PreTrainedModel, names: list[str], edit: dict[str, Any], clas
     """Puts a new module in the place of each named one; returns the names."""
     for name in names:
         new = construct(model, name, classes[edit["class"]], edit["supplied"], edit["arguments"])
-        place(model, name, new)
+        put_module(model, name, new)
     return names
 
 
-def place(model: PreTrainedModel, name: str, new: nn.Module) -> None:
-    """Puts a module at a place.
+def put_module(model: PreTrainedModel, name: str, new: nn.Module) -> None:
+    """Puts a module at a module name.
 
     What holds it is not initialised any more, because the family's code for that may know its old parts; unless it has
     buffers of its own, which that code may fill after loading.
@@ -104,16 +104,16 @@ def stand_in(old: nn.Module, new: nn.Module) -> None:
 
 
 def share(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> list[str]:
-    """Puts one new module in the places of all named ones; it is built for the first. Returns the names."""
+    """Replaces all named modules by one new module, which is built for the first. Returns the names."""
     if names:
         new = construct(model, names[0], classes[edit["class"]], edit["supplied"], edit["arguments"])
         for name in names:
-            place(model, name, new)
+            put_module(model, name, new)
     return names
 
 
 def shared_keys(model: PreTrainedModel) -> dict[str, str]:
-    """Maps every tensor name of a module that stands at several places, in its later ones, to its name in the first."""
+    """Maps the tensor names of a module that has several names: those under a later name to those under the first."""
     first: dict[int, str] = {}
     keys: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -127,7 +127,7 @@ def shared_keys(model: PreTrainedModel) -> dict[str, str]:
 def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
     """Gives lists of layers another order: `order` names, for each new index, the layer that comes there, again or not.
 
-    A layer that comes again is copied. Numbers that say where a layer stands (`index`) become those of the new places.
+    A layer that comes again is copied. Numbers that say where a layer stands (`index`) become those of the new order.
     """
     for name in names:
         old = model.get_submodule(name)
@@ -286,7 +286,7 @@ def add(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes:
 class Listener:
     """Has the module `name` called with what the module `reads` returns, and its answer put into the model's outputs.
 
-    Both are found by their names in every pass: a trainer may put others in their places (an adapter's), and a copy of
+    Both are found by their names in every pass: a trainer may replace them (by an adapter's), and a copy of
     the model has its own.
     """
 
@@ -325,7 +325,7 @@ class Listener:
 
 
 def standing_at(model: nn.Module, name: str) -> nn.Module:
-    """Returns what is called at a place now, through what an adapter has put around the modules above it."""
+    """Returns what is called under a module name now, through what an adapter has put around the modules above it."""
     module = model
     for part in name.split("."):
         module = getattr(module, part)

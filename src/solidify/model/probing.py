@@ -120,7 +120,7 @@ def _make_decoder_inputs(model: PreTrainedModel, batch_size: int, length: int, g
 
 
 def _ending_alike(model: PreTrainedModel, tokens: Inputs) -> Inputs:
-    """Ends every row in the end token, by which encoder-decoders with a classification head find their place."""
+    """Ends every row in the end token, by which encoder-decoders with a classification head find what to read."""
     end = getattr(model.config.get_text_config(), "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     ids = torch.where(tokens["input_ids"] == (end or 0), 3, tokens["input_ids"])
@@ -168,7 +168,7 @@ def _make_sounds(model: PreTrainedModel, batch_size: int, generator: torch.Gener
 def _images_among(
     model: PreTrainedModel, tokens: Inputs, takes: set[str], generator: torch.Generator
 ) -> Iterator[Inputs]:
-    """Yields an image and its place among the tokens of every row, as families of vision and language take them.
+    """Yields an image and its positions among the tokens of every row, as families of vision and language take them.
 
     How many tokens an image stands for is asked of the model's own `get_image_features`.
     """

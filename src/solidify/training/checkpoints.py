@@ -25,7 +25,7 @@ from solidify.weights.hashing import digest_large
 NAME = ours.OBJECTIVE
 
 
-def place(directory: str | Path, step: int) -> Path:
+def locate_checkpoint(directory: str | Path, step: int) -> Path:
     """Returns where transformers puts the checkpoint of a step."""
     return Path(directory) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
@@ -58,7 +58,9 @@ def read(directory: Path) -> dict[str, Any]:
     """
     path = directory / NAME
     if not path.is_file():
-        raise ObjectiveError(f"{directory} holds no {NAME}: a trainer of solidify did not write it, or not to its end")
+        raise ObjectiveError(
+            f"{directory} holds no {NAME}: a trainer of solidify did not write it, or did not finish it"
+        )
     with foreign.calling(f"{path} is not what a trainer of solidify writes", ObjectiveError):
         remembered: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(remembered, dict) or "fingerprint" not in remembered:

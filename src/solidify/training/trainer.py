@@ -109,7 +109,7 @@ class ObjectiveMixin(TrainerSeams):
             names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
             raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
         refuse_half_precision(self.args, self.model)
-        refuse(ObjectiveError, f"{type(self).__name__} cannot be trained so", self.runner.faults())
+        refuse(ObjectiveError, f"{type(self).__name__} cannot train like this", self.runner.faults())
 
     def _is_reentrant(self) -> bool:
         checkpointing = self.args.activation_checkpointing_kwargs or {}
@@ -201,7 +201,7 @@ class ObjectiveMixin(TrainerSeams):
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
         if self.args.should_save:
-            target = checkpoints.place(output_directory(self, trial), self.state.global_step)
+            target = checkpoints.locate_checkpoint(output_directory(self, trial), self.state.global_step)
             checkpoints.write(target, self._collect_state())
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

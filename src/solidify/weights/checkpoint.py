@@ -90,7 +90,11 @@ def steady(files: Iterable[Path]) -> Iterator[None]:
     faults = [
         f"{path} was written to while it was read" for path, state in before.items() if _read_state(path) != state
     ]
-    refuse(ArtifactError, "an input changed, so that nothing was made of it; start again when it is at rest", faults)
+    refuse(
+        ArtifactError,
+        "an input changed while it was read, so nothing was written; start again when no other program writes to it",
+        faults,
+    )
 
 
 def _read_state(path: Path) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ def write(
     files: dict[str, Mapping[str, Shape]] = {}
     digests: dict[str, str] = {}
     for (path, header), file in zip(whole.items(), names, strict=False):
-        transfer.place(path, directory / file, link=link)
+        transfer.link_or_copy(path, directory / file, link=link)
         files[file] = {name: entry.shape for name, entry in header.items()}
     with console.bytes_progress("Writing tensors", total) as advance:
         for shard, file in zip(shards, names[len(whole) :], strict=True):

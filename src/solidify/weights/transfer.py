@@ -12,7 +12,7 @@ from solidify.errors import ArtifactError
 from solidify.weights import digest_cache, format
 
 
-def place(source: Path, target: Path, *, link: bool) -> bool:
+def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
     """Puts a file at another path, linked if that is wanted and possible, else copied; returns whether it is linked.
 
     A link is the same file under a second name: who writes into one of them writes into both. Nothing here ever does.
@@ -36,7 +36,7 @@ def place(source: Path, target: Path, *, link: bool) -> bool:
 
 
 def copied(files: Iterable[Path], directory: Path, *, link: bool) -> list[Path]:
-    """Returns which of some files will surely be copied when they are placed in a directory."""
+    """Returns which of some files will surely be copied when they are put into a directory."""
     return [path for path in files if not link or path.stat().st_dev != directory.stat().st_dev]
 
 
