@@ -30,14 +30,20 @@ def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
     size = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
     assert str(by_pattern).splitlines() == [
         "LlamaForCausalLM",
-        "├ model",
-        "│ ├ layers",
-        "│ │ ├ *",
-        f"│ │ │ ├ mlp  ● LlamaMLP x 2, {2 * size:,} parameters",
+        "└ model",
+        "  └ layers",
+        "    └ *",
+        f"      └ mlp  ● LlamaMLP x 2, {2 * size:,} parameters",
     ]
     page = by_pattern._repr_html_()
     assert "model.layers.*.mlp" in page and "<table>" in page
     assert surgery.edits == [] and isinstance(model.model.layers[0].mlp, LlamaMLP)
+
+
+def test_the_last_branch_of_a_selection_ends_the_tree() -> None:
+    hit = solidify.Surgery(pico.llama()).select(["model.norm", "model.layers.0.mlp", "model.layers.0", "lm_head"])
+    marks = [line.partition("  ●")[0] for line in str(hit).splitlines()]
+    assert marks == ["LlamaForCausalLM", "├ model", "│ ├ layers", "│ │ └ 0", "│ │   └ mlp", "│ └ norm", "└ lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +51,11 @@ def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
     [
         ("model.layer.*.mlp", "names no module; did you mean|names no module"),
         (["model.layers.*.mlp", "nothing"], "'nothing' names no module"),
-        (nn.Conv2d, "no module is a Conv2d; there are .*Linear"),
+        (nn.Conv2d, "no module is of class Conv2d; the model's classes: .*Linear"),
         ([], "no pattern is given"),
-        (nn.Linear(2, 2), "Linear is no pattern, class or function"),
-        (3, "int is no pattern, class or function"),
-        (lambda name, module: False, "of none of .* modules the function is true"),
+        (nn.Linear(2, 2), "Linear is not a pattern, class or function"),
+        (3, "int is not a pattern, class or function"),
+        (lambda name, module: False, "the function is true for none of .* modules"),
     ],
 )
 def test_a_selection_of_nothing_is_refused(where: object, words: str) -> None:
@@ -60,10 +66,11 @@ def test_a_selection_of_nothing_is_refused(where: object, words: str) -> None:
 def test_a_surgery_collects_its_edits_and_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pico.unwitnessed(monkeypatch)
     surgery = solidify.Surgery(pico.llama())
+    assert str(surgery).splitlines()[0] == "Surgery of LlamaForCausalLM: 0 edits"
     surgery.insert("model.layers.1", zero=["self_attn.o_proj", "mlp.down_proj"])
     hit = surgery.select(lambda name, module: isinstance(module, LlamaMLP) and ".0." in name)
     assert [edit.name for edit in surgery.replace(hit, wrappers.Scaled, expect="LlamaMLP", count=1)] == list(hit)
-    with pytest.raises(SurgeryError, match="the selection is of another model"):
+    with pytest.raises(SurgeryError, match="the selection was made in another model"):
         solidify.Surgery(pico.llama()).replace(hit, wrappers.Scaled)
     assert hit.classes == {"LlamaMLP": 1}  # as it was when it was selected
     surgery.replace(["model.layers.1.mlp", "model.layers.2.mlp"], wrappers.Scaled, count=2)
@@ -71,6 +78,12 @@ def test_a_surgery_collects_its_edits_and_builds(tmp_path: Path, monkeypatch: py
         surgery.replace("model.layers.*.self_attn.q_proj", wrappers.Scaled, count=4)
     assert [edit.operation for edit in surgery.edits] == ["rearrange", "replace", "replace", "replace"]
     assert repr(surgery) == "Surgery(LlamaForCausalLM, 4 edits)" and "Scaled" in surgery._repr_html_()
+    layer = sum(p.numel() for p in surgery.model.model.layers[2].parameters()) - 1  # but for the scale
+    assert str(surgery).splitlines() == [
+        "Surgery of LlamaForCausalLM: 4 edits",
+        f"  rearrange model.layers: ModuleList, {layer:+,} parameters",
+        "  replace model.layers.*.mlp x 3: LlamaMLP -> Scaled, +3 parameters",
+    ]
     built = surgery.build(tmp_path / "artifact")
     assert built.directory == tmp_path / "artifact" and len(built.manifest.edits) == 4
     assert solidify.load(built.directory) is not None
@@ -148,7 +161,7 @@ def test_a_surgery_says_what_it_cannot_begin_with(model: Any, options: Any, kind
 
 def test_options_of_loading_are_taken_or_refused(tmp_path: Path) -> None:
     model = pico.llama()
-    with pytest.raises(SurgeryError, match="are of a model that is loaded; this one is"):
+    with pytest.raises(SurgeryError, match="say how to load a model"):
         solidify.Surgery(model, dtype="bfloat16")
     model.save_pretrained(tmp_path)
     assert solidify.Surgery(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16

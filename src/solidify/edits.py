@@ -16,6 +16,7 @@ from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.builtin import bases
 from solidify.errors import SurgeryError
+from solidify.model import anatomy
 from solidify.surgery import depth, experts, heads, replacing, selection
 from solidify.surgery.replacing import Edit
 from solidify.surgery.selection import Selection, Where
@@ -53,7 +54,10 @@ class Surgery:
         self._base: BaseModel | None = None
         if isinstance(model, PreTrainedModel):
             if revision is not None or dtype is not None or trust_remote_code:
-                raise SurgeryError("revision, dtype and trust_remote_code are of a model that is loaded; this one is")
+                raise SurgeryError(
+                    "revision, dtype and trust_remote_code say how to load a model, and this one is loaded already; "
+                    "leave them out"
+                )
             self.model = model
             return
         if not isinstance(model, (str, Path)):
@@ -82,7 +86,7 @@ class Surgery:
         return self._keep_edits(replacing.replace(self.model, self._pass_patterns(where), module, **options))
 
     def share(self, where: Where | Selection, module: type[nn.Module], **options: Any) -> list[Edit]:
-        """Puts one new module at all of the places, as `solidify.share` does with the same options."""
+        """Puts one new module at all of the module names, as `solidify.share` does with the same options."""
         return self._keep_edits(replacing.share(self.model, self._pass_patterns(where), module, **options))
 
     def insert(self, where: Where | Selection, **options: Any) -> list[Edit]:
@@ -124,7 +128,7 @@ class Surgery:
         """Hands patterns on as they are: what is wrong with them is said of them."""
         if isinstance(where, Selection):
             if where.model is not self.model:
-                raise SurgeryError("the selection is of another model; select in this surgery")
+                raise SurgeryError("the selection was made in another model; call select of this surgery")
             return list(where)
         return list(self.select(where)) if isinstance(where, type) or callable(where) else where
 
@@ -134,6 +138,20 @@ class Surgery:
 
     def __repr__(self) -> str:
         return f"Surgery({type(self.model).__name__}, {len(self.edits)} edits)"
+
+    def __str__(self) -> str:
+        """Writes what was done, alike edits of repeated layers in one line, with the parameters that it adds."""
+        groups: dict[tuple[str, str, str], list[Edit]] = {}
+        for edit in self.edits:
+            change = " -> ".join(dict.fromkeys([edit.old_class, edit.new_class]))
+            groups.setdefault((edit.operation, anatomy.fold([edit.name])[0], change), []).append(edit)
+        count = f"{len(self.edits)} edit{'s' if len(self.edits) != 1 else ''}"
+        lines = [f"Surgery of {type(self.model).__name__}: {count}"]
+        for (operation, pattern, change), alike in groups.items():
+            where = alike[0].name if len(alike) == 1 else f"{pattern} x {len(alike)}"
+            grown = sum(edit.parameters_after - edit.parameters_before for edit in alike)
+            lines.append(f"  {operation} {where}: {change}, {grown:+,} parameters")
+        return "\n".join(lines if self.edits else [*lines, "  nothing is changed yet: select, replace, build"])
 
     def _repr_html_(self) -> str:
         rows = [(edit.operation, edit.name, edit.old_class, edit.new_class) for edit in self.edits]

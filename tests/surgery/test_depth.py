@@ -105,7 +105,7 @@ def test_each_stack_of_an_encoder_decoder_has_its_own_depth() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: solidify.insert(m, "model.layers.0.mlp"), "no item of a list of layers"),
+        (lambda m: solidify.insert(m, "model.layers.0.mlp"), "not an item of a list of layers"),
         (lambda m: solidify.insert(m, "model.layers.9"), "names no module"),
         (lambda m: solidify.insert(m, "model.layers.0", zero=["mlp.down"]), "no 'mlp.down' to set to zero"),
         (lambda m: solidify.insert(m, "model.layers.0", expect="BertLayer"), "BertLayer was expected"),

@@ -116,7 +116,7 @@ def has_experts(module: torch.nn.Module) -> bool:
 def test_a_router_that_chooses_among_groups_is_refused() -> None:
     model = families.tiny("deepseek_v3")
     before = logits(model)
-    with pytest.raises(SurgeryError, match=r"only renumbered the output moves by .* chooses among groups"):
+    with pytest.raises(SurgeryError, match=r"only renumbered, the output moves by .* chooses among groups"):
         solidify.rearrange_experts(model, "model.layers.1.mlp", [3, 2, 1])
     assert torch.equal(logits(model), before)
 
@@ -161,7 +161,7 @@ class Plain(nn.Module):
         ("list", "which of others and router.weight, experts belong to the experts cannot be told"),
         ("slots", "which of keys, values and router.weight, experts belong to the experts cannot be told"),
         ("ids", "which of ids and router.weight, experts belong to the experts cannot be told"),
-        ("later", "model.layers.1.mlp: with its experts only renumbered the output moves"),
+        ("later", "model.layers.1.mlp: when its experts are only renumbered, the output moves"),
     ],
 )
 def test_what_has_as_many_rows_and_is_no_experts_is_refused(beside: str, words: str) -> None:
@@ -199,14 +199,16 @@ def test_in_half_precision_the_proof_is_made_in_float32() -> None:
     model = families.tiny("deepseek_v3").to(torch.bfloat16)
     with torch.no_grad():
         model.model.layers[1].mlp.shared_experts.down_proj.weight.mul_(40)
-    with pytest.raises(SurgeryError, match="with its experts only renumbered"):
+    with pytest.raises(SurgeryError, match="when its experts are only renumbered"):
         solidify.rearrange_experts(model, "model.layers.1.mlp", [1, 2, 3, 0])
 
 
 def test_tied_experts_are_not_parted() -> None:
     model = pico.olmoe()
     model.model.layers[1].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
-    with pytest.raises(SurgeryError, match=r"layers\.0.*, .*layers\.1.* are one tensor, which would be parted"):
+    with pytest.raises(
+        SurgeryError, match=r"layers\.0.*, .*layers\.1.* are one tensor, which the new order would split"
+    ):
         solidify.rearrange_experts(model, "**.mlp", [5, 2, 0])
 
 
@@ -222,7 +224,7 @@ def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
     model = pico.olmoe()
     block = model.model.layers[0].mlp
     block.register_forward_hook(lambda m, a, out: out + a[0] @ m.experts.down_proj[0] @ m.experts.down_proj[0].T)
-    with pytest.raises(SurgeryError, match=r"layers\.0\.mlp: with its experts only renumbered"):
+    with pytest.raises(SurgeryError, match=r"layers\.0\.mlp: when its experts are only renumbered"):
         solidify.rearrange_experts(model, "**.mlp", [1, 0, 2, 3])
 
 

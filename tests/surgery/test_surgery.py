@@ -110,7 +110,7 @@ def test_no_hit_is_refused_with_what_comes_close() -> None:
 
 def test_another_class_or_number_than_expected_is_refused() -> None:
     message = refused(pico.olmoe(), MLP, wrappers.Scaled, expect="MixtralSparseMoeBlock", count=3)
-    assert "model.layers.0.mlp is a OlmoeSparseMoeBlock, but MixtralSparseMoeBlock was expected" in message
+    assert "model.layers.0.mlp is OlmoeSparseMoeBlock, but MixtralSparseMoeBlock was expected" in message
     assert "2 modules are hit, but 3 were expected" in message
 
 

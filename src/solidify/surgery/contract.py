@@ -225,7 +225,7 @@ def _is_cut_off(module: nn.Module, call: Call, reached: torch.Tensor | bool) -> 
 
 
 def _is_covering(found: Any, wanted: Any) -> bool:
-    """Returns whether all that is wanted was found: a yes, or a yes at every place."""
+    """Returns whether all that is wanted was found: a yes, or a yes at every position."""
     if isinstance(wanted, torch.Tensor):
         return isinstance(found, torch.Tensor) and bool((found | ~wanted).all())
     return not wanted or (bool(found.any()) if isinstance(found, torch.Tensor) else bool(found))

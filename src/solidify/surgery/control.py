@@ -204,7 +204,7 @@ def judge_at(
 
 
 def first_of_each_kind(model: PreTrainedModel, names: Sequence[str]) -> dict[str, object]:
-    """Returns the first of all places whose modules are of one class and hold tensors of the same names and shapes."""
+    """Returns the first name of each kind: modules of one class whose tensors have the same names and shapes."""
     kinds: dict[object, str] = {}
     for name in names:
         kinds.setdefault(kind_of(model.get_submodule(name)), name)

@@ -31,9 +31,9 @@ def declared(module: Any, argument: Mapping[str, bool] | None) -> dict[str, bool
             if key not in PROPERTIES:
                 close = get_close_matches(str(key), PROPERTIES, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(PROPERTIES)}"
-                faults.append(f"{source}: {key!r} is no property that a change keeps; {hint}")
+                faults.append(f"{source}: {key!r} is not a property that a change keeps; {hint}")
             elif not isinstance(value, bool):
-                faults.append(f"{source}: {key} is {value!r}; it is true (kept) or false (not kept)")
+                faults.append(f"{source}: {key} is {value!r}; it must be true (kept) or false (not kept)")
         merged |= values
     refuse(SurgeryError, "what the change declares does not fit", faults)
     if merged.get("causal") is False and "cache" not in merged:

@@ -96,7 +96,7 @@ def _find_lists(
         if index.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
             lists.setdefault(parent, []).append(int(index))
         else:
-            faults.append(f"{name} is no item of a list of layers")
+            faults.append(f"{name} is not an item of a list of layers")
     refuse(SurgeryError, "the target is not a layer", faults)
     return lists
 
@@ -212,7 +212,10 @@ def _find_configuration(
     owner_name, owner = _find_owner(model, name)
     path = anatomy.path_in_config(model.config, owner.config)
     if path is None:
-        raise SurgeryError(f"the configuration of {owner_name} is no part of the model's; its layers cannot be counted")
+        raise SurgeryError(
+            f"the configuration of {owner_name} is not part of the model's configuration, so its number of layers "
+            "cannot be changed there"
+        )
     inside = name.removeprefix(owner_name + ".") if owner_name else name
     size = len(_list_at(model, name))
     values = {key: value for key, value in vars(owner.config).items() if not key.startswith("_") and key != "surgery"}

@@ -240,7 +240,7 @@ def _refuse_unproved(
 
 
 class _Renumbering:
-    """A copy of a block whose experts change places; `wide` in float32 where it is in half precision."""
+    """A copy of a block whose experts are reordered; `wide` in float32 where it is in half precision."""
 
     def __init__(self, block: nn.Module, plan: Mapping[str, Any], call: Call, *, wide: bool) -> None:
         import torch
@@ -272,9 +272,9 @@ class _Renumbering:
         moved = self._renumber(parts)
         if moved > self.allowed:
             return [
-                f"with its experts only renumbered the output moves by {moved:.1e} of its largest value, so they are "
-                "not alike (a router that chooses among groups, or a part that knows them by number), or their router "
-                "lies outside: name the block that holds both"
+                f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so they "
+                "are not alike (a router that chooses among groups, or a part that knows them by number), or their "
+                "router lies outside: name the block that holds both"
             ]
         parts = [part for part in parts if self._tells_apart(part)]
         for count in range(1, len(parts) // 2 + 1):
@@ -283,7 +283,7 @@ class _Renumbering:
                     others = [part for part in parts if part not in some]
                     return [
                         f"which of {', '.join(some)} and {', '.join(others)} belong to the experts cannot be told: "
-                        f"each has {self.plan['size']}, which may change places without the others"
+                        f"each has {self.plan['size']}, and either can be reordered without the other"
                     ]
         return []
 
@@ -298,7 +298,7 @@ class _Renumbering:
         return not scores and bool((rows != rows[:1]).any())
 
     def _renumber(self, parts: Iterable[str]) -> float:
-        """Returns by how much the output moves, of its largest value, when experts change places in some parts."""
+        """Returns by how much the output moves, of its largest value, when experts are reordered in some parts."""
         import torch
 
         from solidify.model import operations
@@ -343,7 +343,7 @@ def _find_ties(model: PreTrainedModel, names: Sequence[str], plans: Mapping[str,
         found.setdefault(id(parameter), []).append(path)
     tied = [group for group in found.values() if len(group) > 1]
     own = {f"{name}.{path}" for name in names for path in plans[name]["tensors"]}
-    return [f"{', '.join(group)} are one tensor, which would be parted" for group in tied if own & set(group)]
+    return [f"{', '.join(group)} are one tensor, which the new order would split" for group in tied if own & set(group)]
 
 
 def _find_configured(

@@ -43,11 +43,11 @@ def add(
             weights do not fit, or the module fails on what it reads. The model is then as it was.
     """
     if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
+        raise SurgeryError(f"surgery is done on a transformers model, and not on {type(model).__name__}")
     arguments = dict(arguments or {})
     names = {n for n, _ in model.named_modules()}
     parent, _, child = name.rpartition(".")
-    faults = [] if reads in names and reads else [f"{reads!r} is no module; {anatomy.suggestions(reads, names)}"]
+    faults = [] if reads in names and reads else [f"{reads!r} is not a module; {anatomy.suggestions(reads, names)}"]
     if parent not in names:
         faults.append(f"{name!r} cannot be added: there is no {parent!r}")
     elif name in names or hasattr(model.get_submodule(parent), child):

@@ -52,12 +52,12 @@ class Bypassing(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Edit:
-    """What was done at one place.
+    """What one operation did at one module name.
 
     `declares` are properties that the change does not keep on purpose, `control` is how the model behaved before, by
     probe, and `records` says that transformers records what stands here (hidden states, attentions, router logits).
     `operation` is the `recorded` name of a type in `catalogue.py`; `settings` is what doing it again needs besides
-    (an order, the configuration, what is read). `tensors` maps every tensor at the place, by its new name, to the
+    (an order, the configuration, what is read). `tensors` maps every tensor of the module, by its new name, to the
     tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
     live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
     Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
@@ -133,7 +133,7 @@ def replace(
     """Replaces in place every module that `target` names by a `module`, and returns the edits.
 
     `target` is a module name as `named_modules()` prints it, or several; `*` stands for one dotted part, `**` for
-    any number. Constructor parameters called `config` (of the innermost model that holds the place), `layer_idx` and
+    any number. Constructor parameters called `config` (of the innermost model that holds the module), `layer_idx` and
     `original` (the module that is replaced, still in place) are supplied, all others come from `arguments`. A method
     `adopt(original)` runs once here; `weights` (`.safetensors`, `.pth`) is loaded once here.
 
@@ -144,7 +144,7 @@ def replace(
     `extent` says how much is looked at, and where new tensors wait; when it is left out, the model's size decides.
 
     Raises:
-        SurgeryError: nothing is hit; another class than `expect` or another number than `count` is hit; places
+        SurgeryError: nothing is hit; another class than `expect` or another number than `count` is hit; modules
             overlap or are shared; the constructor's arguments do not fit; the weights do not fit; the replacement
             differs from the original in output structure, shape or dtype; the changed model does not run, or does not
             keep what it does not declare. The model is then as it was, as after any other exception.
@@ -167,9 +167,9 @@ def share(
     declares: Mapping[str, bool] | None = None,
     extent: Extent | None = None,
 ) -> list[Edit]:
-    """Puts one and the same new module at every place that `target` names; its weights stay tied, on disk once.
+    """Puts one and the same new module at every module name that `target` hits; its weights stay tied, on disk once.
 
-    It is built for the first place (and adopts from what stands there); otherwise as `replace`.
+    It is built for the first of them (and adopts from the module there); otherwise as `replace`.
 
     Raises:
         SurgeryError: as `replace`.
@@ -199,7 +199,7 @@ def _put_modules(
     with transaction(model, extent):
         new = _Replacing(model, module, arguments, before, state, declares, extent, shared)
         edits = new.build(names)
-        title = f"{module.__name__} cannot stand where it was asked to stand"
+        title = f"{module.__name__} cannot be used there"
         refuse(SurgeryError, title, new.faults)
         recorded = operations.recorders(model)
         for name, replacement in new.built.items():
@@ -239,7 +239,7 @@ class _Replacing:
         self.descents: dict[object, dict[str, str] | None] = {}
 
     def build(self, names: Sequence[str]) -> list[Edit]:
-        """Builds a replacement for every place; the model still holds the originals."""
+        """Builds a replacement for every module name; the model still holds the originals."""
         edits = []
         for name in names:
             original = self.model.get_submodule(name)
@@ -308,7 +308,7 @@ class _Replacing:
         return self.descents[key]
 
     def _build_again(self, name: str, stand_in: nn.Module) -> nn.Module:
-        """Builds the replacement for one place once more, for another module than the one that stands there."""
+        """Builds the replacement for one module name once more, for another module than the one that has it."""
         give: dict[str, Any] = {
             "config": copy.deepcopy(operations.enclosing_config(self.model, name)),
             "layer_idx": operations.layer_index(self.model, name),
@@ -334,7 +334,7 @@ def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, t
 def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
     """Resolves the target patterns and refuses every way in which they can mean something else."""
     if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
+        raise SurgeryError(f"surgery is done on a transformers model, and not on {type(model).__name__}")
     modules = {name: m for name, m in model.named_modules() if name}
     everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     hits = anatomy.match(target, list(everywhere))
@@ -354,13 +354,16 @@ def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | N
         module = everywhere[name]
         twins = [twin for twin in names_by_module[id(module)] if twin != name]
         if twins:
-            faults.append(f"{name} is the same module as {', '.join(twins)}; replacing one of them parts them")
+            faults.append(
+                f"{name} is the same module as {', '.join(twins)}, and a replacement of one would separate them; give "
+                "each name a module of its own first (copy.deepcopy)"
+            )
         parts = name.split(".")
         inside = next((outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in hit), None)
         if inside:
             faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
         if expect is not None and type(module).__name__ != expect:
-            faults.append(f"{name} is a {type(module).__name__}, but {expect} was expected")
+            faults.append(f"{name} is {type(module).__name__}, but {expect} was expected")
     if count is not None and names and len(names) != count:
         faults.append(f"{len(names)} modules are hit, but {count} were expected: {', '.join(names[:8])}")
     refuse(SurgeryError, "the surgery's target does not fit the model", faults)
@@ -372,7 +375,7 @@ def constructor_faults(
 ) -> list[str]:
     """Compares a constructor with the arguments it would get; `without` names what cannot be supplied here."""
     if not (isinstance(module, type) and issubclass(module, nn.Module)):
-        return [f"it is a {type(module).__name__}, not a class of torch.nn.Module"]
+        return [f"it is of type {type(module).__name__}, not a class derived from torch.nn.Module"]
     parameters = contract.constructor(module)
     faults = []
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -409,7 +412,7 @@ def supplied_to(module: type[nn.Module]) -> list[str]:
 
 
 def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
-    """Constructs the replacement for one place; its mode and device follow the original.
+    """Constructs the replacement for one module; its mode and device follow the original.
 
     It is made under the model's dtype, as when it is loaded: a dtype that its constructor states stays.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,17 +58,13 @@ class Selection:
 
     def __str__(self) -> str:
         """Draws the modules as a tree, with the class and how many stand at the end of each branch."""
-        lines: list[str] = [type(self.model).__name__]
-        seen: set[tuple[str, ...]] = set()
+        root = _Branch()
         for name, kind, times, parameters in self.rows():
-            parts = name.split(".")
-            for depth in range(1, len(parts)):
-                if tuple(parts[:depth]) not in seen:
-                    seen.add(tuple(parts[:depth]))
-                    lines.append(f"{'│ ' * (depth - 1)}├ {parts[depth - 1]}")
-            description = f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters"
-            lines.append(f"{'│ ' * (len(parts) - 1)}├ {parts[-1]}  ● {description}")
-        return "\n".join(lines)
+            branch = root
+            for part in name.split("."):
+                branch = branch.branches.setdefault(part, _Branch())
+            branch.ends.append(f"{kind}{f' x {times}' if times > 1 else ''}, {parameters:,} parameters")
+        return "\n".join([type(self.model).__name__, *_draw_branches(root)])
 
     def _repr_html_(self) -> str:
         rows = [(name, kind, times, f"{parameters:,}") for name, kind, times, parameters in self.rows()]
@@ -85,15 +81,20 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     faults: list[str] = []
     if isinstance(where, nn.Module) or not (callable(where) or isinstance(where, Sequence)):
-        faults, names = [f"{type(where).__name__} is no pattern, class or function; give a name or a class"], []
+        faults, names = [f"{type(where).__name__} is not a pattern, class or function; give a name or a class"], []
     elif isinstance(where, type):
         names = [name for name, module in modules.items() if isinstance(module, where)]
         faults = (
-            [] if names else [f"no module is a {where.__name__}; there are {', '.join(_list_kinds(modules.values()))}"]
+            []
+            if names
+            else [
+                f"no module is of class {where.__name__}; the model's classes: "
+                f"{', '.join(_list_kinds(modules.values()))}"
+            ]
         )
     elif callable(where):
         names = [name for name, module in modules.items() if where(name, module)]
-        faults = [] if names else [f"of none of {len(modules)} modules the function is true"]
+        faults = [] if names else [f"the function is true for none of {len(modules)} modules"]
     else:
         hits = anatomy.match(where, list(modules))
         names = [name for name in modules if any(name in found for found in hits.values())]
@@ -110,3 +111,17 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
 
 def _list_kinds(modules: Iterable[nn.Module]) -> list[str]:
     return sorted({type(module).__name__ for module in modules})[:12]
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A part of module names: what is selected under exactly this name, and the parts that follow."""
+
+    ends: list[str] = field(default_factory=list)
+    branches: dict[str, _Branch] = field(default_factory=dict)
+
+
+def _draw_branches(branch: _Branch, indent: str = "") -> Iterator[str]:
+    for left, (part, inner) in zip(reversed(range(len(branch.branches))), branch.branches.items(), strict=True):
+        yield f"{indent}{'├' if left else '└'} {part}{''.join(f'  ● {end}' for end in inner.ends)}"
+        yield from _draw_branches(inner, indent + ("│ " if left else "  "))
