@@ -228,9 +228,9 @@ def test_another_base_is_refused_with_what_differs(saved: Path, tmp_path: Path) 
         pico.artifact(model, edits, tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(AdapterError, match="its weights are others"):
+    with pytest.raises(AdapterError, match="the weights differ"):
         solidify.load(other("weights", 1, 4), saved)
-    with pytest.raises(AdapterError, match=r"its configuration is another(.|\n)*its modules' source is another"):
+    with pytest.raises(AdapterError, match=r"the configuration differs(.|\n)*the source code of the modules differs"):
         solidify.load(other("configuration", 0, 6), saved)
 
 

@@ -74,12 +74,12 @@ def added(model: Any) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
-    "one number": (one_number, "model.layers.1.mlp.original.down_proj.weight holds other numbers"),
-    "through data": (through_data, "model.norm.weight holds other numbers"),
-    "data in place": (data_in_place, "model.layers.0.self_attn.k_proj.weight holds other numbers"),
+    "one number": (one_number, "model.layers.1.mlp.original.down_proj.weight has other values"),
+    "through data": (through_data, "model.norm.weight has other values"),
+    "data in place": (data_in_place, "model.layers.0.self_attn.k_proj.weight has other values"),
     "resized": (resized, r"shape \[132, 32\], and \[128, 32\] in the artifact"),
     "swapped": (swapped, "model.layers.0.mlp.original.act_fn is a GELU, and a SiLU"),
-    "initialised": (initialised, "lm_head.weight holds other numbers"),
+    "initialised": (initialised, "lm_head.weight has other values"),
     "setting": (setting, "config.rms_norm_eps is 0.1"),
     "added": (added, "model.layers.0.extra is not in the artifact"),
 }
@@ -131,14 +131,14 @@ def test_an_adapter_is_not_loaded_on_a_changed_base(artifact: Path, tmp_path: Pa
     solidify.save_adapter(noise(solidify.attach(solidify.load(artifact), lora=LORA)), tmp_path / "adapter")
     model = solidify.load(artifact)
     one_number(model)
-    with pytest.raises(AdapterError, match="holds other numbers"):
+    with pytest.raises(AdapterError, match="has other values"):
         solidify.load_adapter(model, tmp_path / "adapter")
 
 
 def test_an_adapter_that_was_merged_in_memory_makes_another_base(artifact: Path, tmp_path: Path) -> None:
     first = noise(solidify.attach(solidify.load(artifact), lora=LORA, train=["**.mlp.scale"]))
     merged = first.merge_and_unload()
-    with pytest.raises(AdapterError, match=r"q_proj.weight holds other numbers(.|\n)*mlp.scale"):
+    with pytest.raises(AdapterError, match=r"q_proj.weight has other values(.|\n)*mlp.scale"):
         solidify.attach(merged, lora={"r": 2, "target_modules": ["**.v_proj"]})
 
 
@@ -165,7 +165,7 @@ def test_a_base_in_another_dtype_is_the_artifact_cast(artifact: Path, tmp_path: 
     spoilt = solidify.load(artifact, dtype=torch.bfloat16)
     with torch.no_grad():
         spoilt.model.norm.weight[0] += 0.5
-    with pytest.raises(AdapterError, match=r"model.norm.weight holds other numbers"):
+    with pytest.raises(AdapterError, match=r"model.norm.weight has other values"):
         solidify.attach(spoilt, lora=LORA)
 
 
@@ -265,7 +265,7 @@ def test_the_backbone_alone_is_named(artifact: Path) -> None:
     from transformers import AutoModel
 
     backbone = AutoModel.from_pretrained(artifact, trust_remote_code=True)
-    with pytest.raises(AdapterError, match="and the artifact a Solid"):
+    with pytest.raises(AdapterError, match="and the artifact's is Solid"):
         solidify.attach(backbone, lora={"r": 2, "target_modules": ["**.q_proj"]})
 
 

@@ -70,18 +70,18 @@ def configure(directory: Path, **changes: Any) -> None:
 def test_other_kinds_are_named_whatever_else_is_wrong(tmp_path: Path, base: Path, kind: str) -> None:
     """By the smallest file there is, and by what PEFT writes; no weights are asked for first."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "base_model_name_or_path": 5}))
-    assert f"an adapter of the kind {kind} is not offered" in said(tmp_path, base)
+    assert f"an adapter of the kind {kind} is not supported" in said(tmp_path, base)
     assert kind in {known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING}
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", "adapter_config.json is not the JSON that it should be: Expecting property name"),
-    "not UTF-8": (b"\xff\xfe{}", "is not text in UTF-8: the byte at place 0 is none"),
+    "not UTF-8": (b"\xff\xfe{}", "is not text in UTF-8: the byte at offset 0 is not valid"),
     "a list": (b"[]", "holds a list, and not an object with fields"),
-    "empty": (b"{}", "does not say of what kind it is (`peft_type`)"),
+    "empty": (b"{}", "does not name its kind (`peft_type`)"),
     "deep": (b"[" * 200_000, "is nested too deeply"),
-    "no kind of PEFT's": (b'{"peft_type": "LARO"}', "peft_type 'LARO' is no kind that PEFT has"),
-    "a number for a kind": (b'{"peft_type": 7}', "peft_type '7' is no kind that PEFT has"),
+    "no kind of PEFT's": (b'{"peft_type": "LARO"}', "peft_type 'LARO' is not a kind of PEFT"),
+    "a number for a kind": (b'{"peft_type": 7}', "peft_type '7' is not a kind of PEFT"),
 }
 
 
@@ -103,18 +103,24 @@ FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"target_modules": ["no_such"]}, "PEFT cannot put the adapter on its base: "),
     ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must be a mapping of names to whole numbers"),
-    ({"rank_pattern": {"([": 4}}, "its rank_pattern holds '([', and no regular expression of a file is run here"),
+    (
+        {"rank_pattern": {"([": 4}},
+        "its rank_pattern holds '([', and solidify runs no regular expression that comes from a file",
+    ),
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must be a mapping"),
-    ({"task_type": "WRONG"}, "PEFT does not take its adapter_config.json: ValueError: Invalid task type"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not offered"),
-    ({"kasa_config": {"beta": 1}}, "kasa_config is not offered: it cuts singular values"),
-    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not offered"),
-    ({"layer_replication": [[0, 1]]}, "layer_replication is not offered"),
+    ({"task_type": "WRONG"}, "PEFT does not accept its adapter_config.json: ValueError: Invalid task type"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+    ({"kasa_config": {"beta": 1}}, "kasa_config is not supported: it removes singular values"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not supported"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication is not supported"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
     ({"sharpness": 3}, "says sharpness=3, which the installed PEFT does not know"),
-    ({"lora_B_layout": "grouped_by_expert"}, "laid out as another trainer does (lora_B_layout: 'grouped_by_expert')"),
-    ({"is_3d_lora_weight": True}, "laid out as another trainer does (is_3d_lora_weight: True)"),
-    ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a text"),
+    (
+        {"lora_B_layout": "grouped_by_expert"},
+        "its experts are in the order of another trainer (lora_B_layout: 'grouped_by_expert')",
+    ),
+    ({"is_3d_lora_weight": True}, "its experts are in the order of another trainer (is_3d_lora_weight: True)"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a string"),
 )
 
 
@@ -134,7 +140,9 @@ def test_what_changes_nothing_is_no_fault(tmp_path: Path, base: Path) -> None:
 def test_a_mark_in_the_header_of_the_weights_is_seen(tmp_path: Path, base: Path) -> None:
     state = load_file(adapter(tmp_path, **KINDS["experts"]) / WEIGHTS)
     save_file(state, tmp_path / WEIGHTS, {"format": "pt", "lora_B_layout": "grouped_by_expert"})
-    assert "laid out as another trainer does (lora_B_layout: 'grouped_by_expert')" in said(tmp_path, base)
+    assert "its experts are in the order of another trainer (lora_B_layout: 'grouped_by_expert')" in said(
+        tmp_path, base
+    )
 
 
 def test_experts_one_by_one_are_called_so(tmp_path: Path, base: Path) -> None:
@@ -142,8 +150,8 @@ def test_experts_one_by_one_are_called_so(tmp_path: Path, base: Path) -> None:
     key = "base_model.model.model.layers.0.mlp.experts.3.down_proj.lora_A.weight"
     save_file({**state, key: torch.zeros(4, 16)}, tmp_path / WEIGHTS, {"format": "pt"})
     words = said(tmp_path, base)
-    assert "its experts are laid out one by one, as by transformers 4 and vLLM" in words
-    assert f"the file holds {key}, for which the model has no place" in words
+    assert "it stores its experts one by one, as transformers 4 and vLLM do" in words
+    assert f"the file holds {key}, which the model does not have" in words
 
 
 State = dict[str, torch.Tensor]
@@ -167,13 +175,19 @@ TENSORS: dict[str, tuple[Callable[[State], State], tuple[str, ...]]] = {
     "one is gone": (lambda s: {k: t for k, t in s.items() if k != _first(s, "lora_")}, ("the file lacks",)),
     "the last is gone": (lambda s: {k: t for k, t in s.items() if k != sorted(s)[-1]}, ("the file lacks",)),
     "all are gone": (lambda s: {}, ("the file lacks",)),
-    "one more": (lambda s: {**s, "more": torch.zeros(2)}, ("for which the model has no place",)),
+    "one more": (lambda s: {**s, "more": torch.zeros(2)}, ("which the model does not have",)),
     "another layer": (
         lambda s: _renamed(s, lambda k: k.replace("layers.1.", "layers.9.").replace("embed_tokens", "x")),
-        ("for which the model has no place",),
+        ("which the model does not have",),
     ),
-    "no prefix": (lambda s: _renamed(s, lambda k: k.removeprefix("base_model.model.")), ("has no place",)),
-    "a name in it": (lambda s: _renamed(s, lambda k: k.replace(".weight", ".default.weight") + "x"), ("has no place",)),
+    "no prefix": (
+        lambda s: _renamed(s, lambda k: k.removeprefix("base_model.model.")),
+        ("which the model does not have",),
+    ),
+    "a name in it": (
+        lambda s: _renamed(s, lambda k: k.replace(".weight", ".default.weight") + "x"),
+        ("which the model does not have",),
+    ),
     "too wide": (lambda s: _put(s, "lora_", lambda t: torch.cat([t, t], 1)), ("has shape",)),
     "turned": (lambda s: _put(s, "lora_", lambda t: t[None].mT), ("has shape",)),
     "flat": (lambda s: _put(s, "lora_", lambda t: t.flatten()), ("has shape",)),
@@ -241,7 +255,10 @@ def test_no_regular_expression_of_a_file_is_run(tmp_path: Path, base: Path, fiel
     adapter(tmp_path / "adapter", target_modules=["q_proj"])
     configure(tmp_path / "adapter", **EXPRESSIONS[field])
     told = said(tmp_path / "adapter", base)
-    assert "no regular expression of a file is run" in told or "each of which PEFT compares with every module" in told
+    assert (
+        "no regular expression that comes from a file" in told
+        or "each of which PEFT compares with every module" in told
+    )
 
 
 @pytest.mark.parametrize("ranks", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**7}}, {"r": 10**30}], ids=str)

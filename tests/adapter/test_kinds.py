@@ -38,11 +38,11 @@ def test_what_peft_adds_is_refused_until_it_is_decided(monkeypatch: pytest.Monke
     monkeypatch.delitem(kinds.REFUSED_KINDS, "IA3")
     assert adapter_kinds.undecided() == {"starts": {"olora"}, "fields": {"kasa_config"}, "kinds": {"IA3"}}
     model = pico.llama()
-    assert "init_lora_weights='olora' is not offered: PEFT has no such start, or nobody" in said(
+    assert "init_lora_weights='olora' is not supported: PEFT has no such start, or solidify" in said(
         model, {**Q, "init_lora_weights": "olora"}
     )
-    assert "kasa_config is not offered: nobody has looked at it yet" in said(model, {**Q, "kasa_config": {"x": 1}})
-    assert "the kind IA3 is not offered: nobody has looked" in said(model, {**Q, "peft_type": "IA3"})
+    assert "kasa_config is not supported: solidify does not know it yet" in said(model, {**Q, "kasa_config": {"x": 1}})
+    assert "the kind IA3 is not supported: solidify does not know" in said(model, {**Q, "peft_type": "IA3"})
 
 
 def test_the_page_says_what_is_refused_now() -> None:
@@ -74,15 +74,18 @@ def test_every_kind_is_right_to_the_merge_and_the_page_that_says_so(wrapped_arti
     [
         (
             {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights='pissa_niter_4' is not offered: it takes the start",
+            "init_lora_weights='pissa_niter_4' is not supported: it subtracts its starting values",
         ),
-        ({"init_lora_weights": "OLoRA"}, "init_lora_weights='OLoRA' is not offered: it takes the start out of"),
-        ({"init_lora_weights": 1}, "init_lora_weights=1 is not offered: PEFT has no such start"),
-        ({"init_lora_weights": None}, "init_lora_weights=None is not offered"),
+        (
+            {"init_lora_weights": "OLoRA"},
+            "init_lora_weights='OLoRA' is not supported: it subtracts its starting values",
+        ),
+        ({"init_lora_weights": 1}, "init_lora_weights=1 is not supported: PEFT has no such start"),
+        ({"init_lora_weights": None}, "init_lora_weights=None is not supported"),
         ({"r": 0}, "r must be a whole number of at least 1, not 0"),
         ({"r": True}, "r must be a whole number of at least 1, not True"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number other than 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be a number from 0 up to, but not, 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be a number from 0 to below 1"),
         ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern must be a mapping of names to whole numbers"),
         ({"target_modules": 5}, "target_modules must be a name or a list of names, not 5"),
         ({"use_dora": "yes"}, "use_dora must be true or false, not 'yes'"),
@@ -91,7 +94,7 @@ def test_every_kind_is_right_to_the_merge_and_the_page_that_says_so(wrapped_arti
         ({"lora_bias": True}, "model.layers.0.self_attn.q_proj (Linear) has no bias to merge `lora_bias` into"),
         (
             {"target_modules": ["model.embed_tokens"], "use_bdlora": {"nblocks": 2}},
-            "`use_bdlora` is for nn.Linear alone",
+            "`use_bdlora` is for nn.Linear only",
         ),
     ],
 )
@@ -101,7 +104,7 @@ def test_values_that_peft_trips_over_are_named(given: dict[str, Any], words: str
 
 def test_a_configuration_object_is_told_apart_by_its_kind() -> None:
     model = pico.llama()
-    assert "the kind IA3 is not offered" in said(model, IA3Config(target_modules=["q_proj"]))
+    assert "the kind IA3 is not supported" in said(model, IA3Config(target_modules=["q_proj"]))
     assert "give LoraConfig's fields as a mapping" in said(model, LoraConfig(target_modules=["q_proj"]))
 
 
@@ -145,7 +148,7 @@ def test_a_start_that_changes_the_base_is_not_saved(wrapped_artifact: Path, tmp_
     model = solidify.load(wrapped_artifact)
     configuration = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora")
     attached = get_peft_model(model, configuration)
-    with pytest.raises(AdapterError, match=r"the adapter 'default' cannot be saved: .*'olora' is not offered"):
+    with pytest.raises(AdapterError, match=r"the adapter 'default' cannot be saved: .*'olora' is not supported"):
         solidify.save_adapter(attached, tmp_path / "adapter")
 
 

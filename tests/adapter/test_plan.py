@@ -58,11 +58,11 @@ def test_all_faults_are_named_at_once() -> None:
         },
         ["no.such.module"],
     )
-    assert "'alpha' is no field of peft's LoraConfig" in text
+    assert "'alpha' is not a field of peft's LoraConfig" in text
     assert "leave out 'bias'; name the biases in `train`" in text
     assert "leave out 'modules_to_save'; name the modules in `train`" in text
-    assert "names are full here: write **.q_proj to hit it everywhere" in text
-    assert "model.layers.0.mlp is a OlmoeSparseMoeBlock, which has no low-rank update" in text
+    assert "patterns match full names: write **.q_proj to hit it everywhere" in text
+    assert "model.layers.0.mlp (OlmoeSparseMoeBlock) cannot get a low-rank update" in text
     assert "train: 'no.such.module' hits nothing" in text
 
 

@@ -120,7 +120,7 @@ def test_what_is_written_otherwise_is_found_before_it_is_called_saved(
         found = held(*args)
         return {key: tensor for key, tensor in found.items() if not key.endswith("norm.weight")}
 
-    for fault, words in ((spoilt, "holds other numbers"), (lacking, "the file lacks")):
+    for fault, words in ((spoilt, "has other values"), (lacking, "the file lacks")):
         calls = iter([fault])
         monkeypatch.setattr(storage, "held", lambda *args, calls=calls: next(calls, held)(*args))
         with pytest.raises(AdapterError, match=words):

@@ -171,9 +171,9 @@ def test_weighted_sums_of_low_rank_updates_are_peft_s(wrapped_artifact: Path) ->
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_of_different_adapters_are_refused(wrapped_artifact: Path, way: str) -> None:
     model, _ = two(wrapped_artifact, WAYS[way])
-    with pytest.raises(AdapterError, match="cannot mix adapters in one batch"):
+    with pytest.raises(AdapterError, match="cannot mix these adapters in one batch"):
         logits(model, adapter_names=["one", "two"])
-    with pytest.raises(AdapterError, match="cannot mix adapters in one batch"):
+    with pytest.raises(AdapterError, match="cannot mix these adapters in one batch"):
         logits(model, adapter_names=["two", "__base__"])
 
 

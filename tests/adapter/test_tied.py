@@ -28,7 +28,7 @@ def test_embeddings_are_trained_with_their_tie_or_not_at_all(family: str) -> Non
     inputs, name = {"input_ids": pico.tokens(vocab_size=60)}, embeddings(model)
     if family in PARTED:
         before = set(model.state_dict())
-        with pytest.raises(AdapterError, match=r"are tied \(one weight\), and what is trained would part them"):
+        with pytest.raises(AdapterError, match=r"are tied \(one weight\), and this training would break the tie"):
             solidify.attach(model, train=[name])
         assert set(model.state_dict()) == before
         return

@@ -233,7 +233,7 @@ def refused_lines() -> list[str]:
 
 
 def undecided() -> dict[str, set[str]]:
-    """Compares PEFT's lists with what has been decided; each set holds what nobody has looked at, or what is gone."""
+    """Compares PEFT's lists with what has been decided; each set holds what is not decided yet, or what is gone."""
     decided = {*kinds.REFUSED_STARTS, *(start for start in kinds.STARTS if isinstance(start, str))}
     found = {f.name for f in fields(LoraConfig)}
     return {

@@ -33,14 +33,14 @@ from solidify.upstream.transformers import REFERENCE, attention, set_attention
 from solidify.weights import checkpoint
 
 WORDS = {
-    "configuration": "its configuration is another",
-    "code": "its modules' source is another",
-    "weights": "its weights are others",
+    "configuration": "the configuration differs",
+    "code": "the source code of the modules differs",
+    "weights": "the weights differ",
 }
 _REMEDY = (
-    "an adapter would belong to a base that stands nowhere. If an adapter was merged into the model, or its weights "
-    "or modules were changed on purpose, write that down first (solidify.merge the adapter, or solidify.build the "
-    "model), solidify.load the result, and train on it"
+    "an adapter trained now would belong to a base that is saved nowhere. If an adapter was merged into the model, or "
+    "its weights or modules were changed on purpose, write that down first (solidify.merge the adapter, or "
+    "solidify.build the model), solidify.load the result, and train on it"
 )
 # Values of a configuration that trainers, tokenizers and PEFT set, and that change no hidden state.
 _INCIDENTAL = {
@@ -141,14 +141,14 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     """Compares the class of every module with what the artifact's configuration builds, on the meta device."""
     config = files.document(base.directory / "config.json")
     if type(plain).__name__ not in config["architectures"]:
-        return [f"it is a {type(plain).__name__}, and the artifact a {config['architectures'][0]}"]
+        return [f"the model's class is {type(plain).__name__}, and the artifact's is {config['architectures'][0]}"]
     built: Any = foreign.attempt(_build_skeleton, plain, base.directory)
     if built.value is None:
         return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
     expected = {name: type(module) for name, module in built.value.named_modules()}
     found = {located.name: type(located.inner) for located in lookup.modules(plain)}
     faults = [
-        f"{name} is a {found[name].__name__}, and a {kind.__name__} in the artifact"
+        f"{name} is {found[name].__name__} in the model and {kind.__name__} in the artifact"
         for name, kind in expected.items()
         if name in found
         and _find_own_class(found[name]) is not _find_own_class(kind)
@@ -192,7 +192,7 @@ def _setting_faults(plain: nn.Module, base: Base) -> list[str]:
     expected, found = files.flatten(read.value.to_dict()), files.flatten(deepcopy(plain.config).to_dict())
     differing = [key for key in {**expected, **found} if expected.get(key, None) != found.get(key, None)]
     return [
-        f"config.{key} is {found.get(key)!r}, and {expected.get(key)!r} in the artifact"
+        f"config.{key} is {found.get(key)!r} in the model and {expected.get(key)!r} in the artifact"
         for key in differing
         if not _is_incidental(key, plain) and not _is_inferred(key, expected.get(key), found.get(key), plain)
     ]
@@ -279,5 +279,5 @@ def _is_cast(tensor: torch.Tensor, name: str, base: Base) -> bool:
 def _describe_difference(name: str, tensor: torch.Tensor, base: Base) -> str:
     entry = _read_entry(base, name)
     if entry is not None and entry.shape.sizes != tuple(tensor.shape):
-        return f"{name} has shape {list(tensor.shape)}, and {list(entry.shape.sizes)} in the artifact"
-    return f"{name} holds other numbers than in the artifact"
+        return f"{name} has shape {list(tensor.shape)} in the model and {list(entry.shape.sizes)} in the artifact"
+    return f"{name} has other values than in the artifact"

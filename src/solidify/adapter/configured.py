@@ -50,9 +50,9 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
     document = _read_document(directory / CONFIG_NAME)
     title = f"the adapter {directory} cannot be used"
     kind = document.get("peft_type")
-    fault = f"its {CONFIG_NAME} does not say of what kind it is (`peft_type`)" if not kind else kinds.kind_fault(kind)
+    fault = f"its {CONFIG_NAME} does not name its kind (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
-    with foreign.calling(f"{title}: its {CONFIG_NAME} is not of the form that PEFT writes", AdapterError):
+    with foreign.calling(f"{title}: its {CONFIG_NAME} does not have the form that PEFT writes", AdapterError):
         faults = [*_layout_faults(document), *_find_unknown_fields(document), *kinds.configuration_faults(document)]
         refuse(AdapterError, title, faults or _expression_faults(document))
     if model is not None:
@@ -60,7 +60,7 @@ def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
         refuse(AdapterError, title, _rank_faults(document, header))
         document = _with_names(document, header, model)
     field_names = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
-    with foreign.calling(f"{title}: PEFT does not take its {CONFIG_NAME}", AdapterError):
+    with foreign.calling(f"{title}: PEFT does not accept its {CONFIG_NAME}", AdapterError):
         return LoraConfig(**{key: value for key, value in document.items() if key in field_names})
 
 
@@ -70,8 +70,8 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
     layers = document.get("layers_pattern") or []
     held["layers_pattern"] = [layers] if isinstance(layers, str) else [str(word) for word in layers]
     return [
-        f"its {key} holds {word[:80]!r}, and no regular expression of a file is run here; write names of modules, or "
-        "their ends, in which `.*` may stand for a part"
+        f"its {key} holds {word[:80]!r}, and solidify runs no regular expression that comes from a file; write module "
+        "names, or how they end, in which `.*` may stand for a part"
         for key, words in held.items()
         for word in words
         if not _NAME.fullmatch(word) or word.count("*") > _WILD
@@ -129,8 +129,8 @@ def layout_hint(keys: list[str]) -> str:
     """Says which other layout of experts the names of an adapter's tensors speak of; empty when they speak of none."""
     if any(re.search(r"experts\.\d+\.", key) for key in keys):
         return (
-            "; its experts are laid out one by one, as by transformers 4 and vLLM, and not in PEFT's fused form, which "
-            "is the one that is read here"
+            "; it stores its experts one by one, as transformers 4 and vLLM do, and solidify reads only PEFT's fused "
+            "form"
         )
     return ""
 
@@ -144,8 +144,8 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 def _layout_faults(document: Mapping[str, Any]) -> list[str]:
     return [
-        f"its experts are laid out as another trainer does ({key}: {value!r}), which is not PEFT's order (rank_major) "
-        "and is not read here yet; save it anew in PEFT's order, by the trainer that wrote it"
+        f"its experts are in the order of another trainer ({key}: {value!r}), and solidify reads only PEFT's order "
+        "(rank_major); save it again in PEFT's order with the trainer that wrote it"
         for key, value in document.items()
         if _LAYOUT.search(key) and value not in _OWN_LAYOUT
     ]
@@ -155,8 +155,8 @@ def _find_unknown_fields(document: Mapping[str, Any]) -> list[str]:
     """Names fields that this PEFT does not have; what is empty or switched off changes nothing."""
     field_names = {f.name for f in fields(LoraConfig)}
     return [
-        f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would pass over; install "
-        "the PEFT that wrote it, or remove the field if it changes nothing"
+        f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would ignore; install "
+        "the version of PEFT that wrote it, or remove the field if it changes nothing"
         for key, value in document.items()
         if key not in field_names and value and not _LAYOUT.search(key)
     ]

@@ -22,7 +22,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # How low-rank factors may start: the base keeps its weights, so that switched off the model is the base.
 STARTS: tuple[bool | str, ...] = (True, False, "gaussian", "orthogonal", "mica")
 
-_MOVES_THE_BASE = "it takes the start out of the base's weights, so that switched off the model is not the base"
+_MOVES_THE_BASE = (
+    "it subtracts its starting values from the base's weights, so with the adapter off the model is no longer the base"
+)
 REFUSED_STARTS = {
     "pissa": _MOVES_THE_BASE,
     "pissa_niter_[number of iters]": _MOVES_THE_BASE,
@@ -30,7 +32,7 @@ REFUSED_STARTS = {
     "corda": _MOVES_THE_BASE,
     "loftq": _MOVES_THE_BASE,
     "lora_ga": _MOVES_THE_BASE,
-    "eva": "it needs data that `attach` has not, and without them PEFT starts plain LoRA and says nothing",
+    "eva": "it needs data that `attach` does not have, and without it PEFT silently starts plain LoRA",
 }
 # A start is over when training is: what it left of the base decides whether the result can be merged.
 _MERGED_STARTS = (*STARTS, "eva")
@@ -70,17 +72,17 @@ FREE = frozenset(
     ]
 )
 REFUSED_FIELDS = {
-    "velora_config": "its gradients are compressed by what a micro-batch holds, so that they depend on the split; "
-    "leave it out and set gradient checkpointing to save memory",
+    "velora_config": "it compresses the gradients of each micro-batch, so they depend on how a batch is split; leave "
+    "it out, and use gradient checkpointing to save memory",
     "alora_invocation_tokens": "the update acts on some tokens only, so that no merged weights exist; leave it out",
-    "use_qalora": "it is made for GPTQ layers, passed over by all others, and cannot be merged; leave it out",
+    "use_qalora": "it works on GPTQ layers only, does nothing on others, and cannot be merged; leave it out",
     "monteclora_config": "it draws noise and needs a loss term of its own in training, neither of which is saved or "
     "merged; leave it out and use `lora_dropout`",
     "arrow_config": "it routes tokens among other adapters, so that no merged weights exist; attach one adapter",
-    "kasa_config": "it cuts singular values out of the base's weights, so that switched off the model is not the base; "
-    "leave it out",
-    "layer_replication": "it changes the architecture; that is surgery",
-    "megatron_config": "layers of Megatron are not offered; load the model by transformers and leave it out",
+    "kasa_config": "it removes singular values from the base's weights, so with the adapter off the model is no "
+    "longer the base; leave it out",
+    "layer_replication": "it changes the architecture; leave it out, and use surgery for that (insert, replace)",
+    "megatron_config": "Megatron's layers are not supported; load the model with transformers, and leave it out",
     "loftq_config": "it belongs to the start 'loftq', which is refused; leave it out",
     "eva_config": "it belongs to the start 'eva', which is refused; leave it out",
     "corda_config": "it belongs to the start 'corda', which is refused; leave it out",
@@ -106,7 +108,7 @@ REFUSED_KINDS = {
     "LN_TUNING": ("it trains norms in full", "name the norms in `train`"),
     "TRAINABLE_TOKENS": ("it trains rows of the embedding in full", "name the embedding in `train`"),
     "BEFT": ("it trains biases alone", "name the biases in `train`"),
-    "OSF": ("it trains whole matrices in a part of their space", _FULL),
+    "OSF": ("it trains whole matrices within a subspace", _FULL),
     "SHIRA": ("it trains single entries of matrices", _FULL),
     **{
         kind: (_OTHER, _LORA)
@@ -154,7 +156,7 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
 
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
-    """Names what a trained adapter's configuration has that is not offered, by PEFT's own fields."""
+    """Names what a trained adapter's configuration has that is not supported, by PEFT's own fields."""
     tokens = lora.get("trainable_token_indices")
     return [
         *_field_faults({key: value for key, value in lora.items() if key != "eva_config"}),
@@ -175,10 +177,10 @@ def kind_fault(kind: Any) -> str | None:
         return None
     if word in REFUSED_KINDS:
         why, instead = REFUSED_KINDS[word]
-        return f"an adapter of the kind {word} is not offered: {why}; {instead} instead"
+        return f"an adapter of the kind {word} is not supported: {why}; {instead} instead"
     if word in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return f"an adapter of the kind {word} is not offered: nobody has looked at it yet; {_LORA} instead"
-    return f"peft_type {word!r} is no kind that PEFT has; {_LORA}"
+        return f"an adapter of the kind {word} is not supported: solidify does not know it yet; {_LORA} instead"
+    return f"peft_type {word!r} is not a kind of PEFT; {_LORA}"
 
 
 def object_fault(lora: Any) -> str | None:
@@ -201,14 +203,14 @@ def model_fault(configuration: PeftConfig) -> str | None:
 
 
 def _field_faults(lora: Mapping[str, Any]) -> list[str]:
-    """Names fields that are set and not offered; what is empty or PEFT's own default is not set."""
+    """Names fields that are set and not supported; what is empty or PEFT's own default is not set."""
     found = []
     for field in fields(LoraConfig):
         value = lora.get(field.name)
         if field.name in FREE or not value or value == _find_default(field):
             continue
-        why = REFUSED_FIELDS.get(field.name, "nobody has looked at it yet; leave it out")
-        found.append(f"LoRA: {field.name} is not offered: {why}")
+        why = REFUSED_FIELDS.get(field.name, "solidify does not know it yet; leave it out")
+        found.append(f"LoRA: {field.name} is not supported: {why}")
     return found
 
 
@@ -222,14 +224,16 @@ def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> lis
         return []
     word = str(start).lower()
     family = "pissa_niter_[number of iters]" if word.startswith("pissa_niter") else word
-    why = REFUSED_STARTS.get(family, f"PEFT has no such start, or nobody has looked at it; {_list_values(allowed)}")
+    why = REFUSED_STARTS.get(
+        family, f"PEFT has no such start, or solidify does not know it yet; {_list_values(allowed)}"
+    )
     instead = "" if family not in REFUSED_STARTS else f"; take one of {_list_values(allowed)}"
     if family in REFUSED_STARTS and allowed is _MERGED_STARTS:
         instead = (
             "; make it plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or "
             "merge it by PEFT on the model that it was trained in"
         )
-    return [f"LoRA: init_lora_weights={start!r} is not offered: {why}{instead}"]
+    return [f"LoRA: init_lora_weights={start!r} is not supported: {why}{instead}"]
 
 
 def _find_joint_variants(lora: Mapping[str, Any]) -> list[str]:
@@ -290,7 +294,7 @@ def _is_flag(value: Any) -> bool:
 _VALUES: dict[str, tuple[Any, str]] = {
     "r": (_is_whole_number, "a whole number of at least 1"),
     "lora_alpha": (_is_number, "a finite number other than 0"),
-    "lora_dropout": (_is_share, "a number from 0 up to, but not, 1"),
+    "lora_dropout": (_is_share, "a number from 0 to below 1"),
     "target_modules": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
     "layers_pattern": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _are_names(v), "a name or a list of names"),
@@ -303,8 +307,8 @@ _VALUES: dict[str, tuple[Any, str]] = {
         lambda v: v is False or isinstance(v, (Mapping, BdLoraConfig)),
         "a mapping of BdLoraConfig's fields",
     ),
-    "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
-    "revision": (lambda v: isinstance(v, str), "a text"),
+    "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
+    "revision": (lambda v: isinstance(v, str), "a string"),
     **{
         flag: (_is_flag, "true or false")
         for flag in ["use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode", "ensure_weight_tying"]
@@ -320,19 +324,19 @@ def layer_fault(name: str, module: nn.Module, owner: nn.Module | None, lora: Map
     kind = type(module).__name__
     if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D, *_CONVOLUTIONS)):
         return (
-            f"LoRA: {name} is a {kind}, which has no low-rank update; name the linear layers inside it, or name it in "
+            f"LoRA: {name} ({kind}) cannot get a low-rank update; name the linear layers inside it, or name it in "
             "`train`"
         )
     if isinstance(owner, nn.MultiheadAttention):
         whole = name.rpartition(".")[0]
         return f"LoRA: {name} is read by {type(owner).__name__}, which never calls it; name {whole} in `train`"
     if strange := unfollowed(module):
-        return f"LoRA: {name} is a {kind} with {strange}, which PEFT's update does not follow; name it in `train`"
+        return f"LoRA: {name} ({kind}) has {strange}, which PEFT's update ignores; name it in `train`"
     start = lora.get("init_lora_weights")
     if isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica"):
-        return f"LoRA: {name} is a {kind}, which has no start {start!r}; leave `init_lora_weights` out"
+        return f"LoRA: {name} ({kind}) does not support the start {start!r}; leave `init_lora_weights` out"
     if lora.get("use_bdlora") and not isinstance(module, nn.Linear):
-        return f"LoRA: {name} is a {kind}, and `use_bdlora` is for nn.Linear alone; attach without it"
+        return f"LoRA: {name} is of class {kind}, and `use_bdlora` is for nn.Linear only; attach without it"
     if lora.get("lora_bias") and getattr(module, "bias", None) is None:
         return f"LoRA: {name} ({kind}) has no bias to merge `lora_bias` into; attach without it"
     return None
@@ -358,5 +362,8 @@ def parameter_fault(name: str, parameter: nn.Parameter, lora: Mapping[str, Any])
     start = lora.get("init_lora_weights")
     with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") else []
     if with_it:
-        return f"LoRA: {name} is a parameter, and target_parameters do not go with {', '.join(with_it)}; leave that out"
+        return (
+            f"LoRA: {name} is a parameter, and target_parameters cannot be combined with {', '.join(with_it)}; leave "
+            "that out"
+        )
     return None

@@ -30,7 +30,7 @@ HOLDERS = (TrainedParameters, TrainedBuffers)  # children of the plain model tha
 
 @dataclass(frozen=True)
 class Located:
-    """A place in the plain model: its name, what is called there, and the module of the plain model's kind inside."""
+    """A module name of the plain model, what is called there, and the module of the plain model's kind inside."""
 
     name: str
     called: nn.Module
@@ -64,12 +64,12 @@ def _find_wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def modules(model: nn.Module) -> Iterator[Located]:
-    """Yields every place of the plain model with what is active there, without frozen originals and idle copies."""
+    """Yields each module name of the plain model with what is active there; no frozen originals, no idle copies."""
     yield from _walk_modules("", plain_model(model), set())
 
 
 def at(model: nn.Module, name: str) -> Located | None:
-    """Returns what is active at one place of the plain model (also the second place of a shared module), or None."""
+    """Returns what is active under one module name of the plain model (also a shared module's second), or None."""
     called = plain_model(model)
     for part in name.split("."):
         child = own_modules(unwrap(called)).get(part)
@@ -90,7 +90,7 @@ def _walk_modules(name: str, called: nn.Module, seen: set[int]) -> Iterator[Loca
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the active module of the plain model's kind inside PEFT's wrappers around one place."""
+    """Returns the active module of the plain model's kind inside PEFT's wrappers around one module."""
     while True:
         if isinstance(module, ModulesToSaveWrapper):
             module = module.modules_to_save[module.active_adapters[0]] if is_active(module) else module.original_module
@@ -136,7 +136,7 @@ def owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Returns the plain model's own module inside PEFT's wrappers around one place."""
+    """Returns the plain model's own module inside PEFT's wrappers around one module."""
     while True:
         if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, HOLDERS):
             module = module.original_module

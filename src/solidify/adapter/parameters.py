@@ -105,7 +105,7 @@ class TrainedParameters(TrainingWrapper):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if disputed := self.disputed(names):
-            raise ValueError(f"adapters {' and '.join(names)} have each a version of {', '.join(disputed)}")
+            raise ValueError(f"adapters {' and '.join(names)} each have their own version of {', '.join(disputed)}")
         for name, versions in self.trained.items():
             for parameter in versions.parameters():
                 parameter.requires_grad_(name in names and not inference_mode)

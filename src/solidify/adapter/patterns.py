@@ -22,7 +22,7 @@ def faults(lora: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     for field in FIELDS:
         values = lora.get(field) or {}
         if not isinstance(values, Mapping):
-            found.append(f"LoRA: {field} maps names or patterns to numbers, and is {values!r}")
+            found.append(f"LoRA: {field} must map names or patterns to numbers, but is {values!r}")
             continue
         given: dict[str, tuple[str, Any]] = {}
         for pattern, names in anatomy.match([str(key) for key in values], targets).items():

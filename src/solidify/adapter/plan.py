@@ -50,10 +50,10 @@ class AdapterPlan:
 
     def table(self) -> Table:
         """Shows the plan, repeated layers folded."""
-        return console.table("What is trained", ("how", "what", "places"), self.rows(), numbers=(2,))
+        return console.table("What is trained", ("how", "what", "modules"), self.rows(), numbers=(2,))
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Returns the plan as rows (how, what, number of places), repeated layers folded."""
+        """Returns the plan as rows (how, what, number of modules), repeated layers folded."""
         rows = []
         for how, names in (
             ("LoRA", self.lora_modules + self.lora_parameters),
@@ -83,7 +83,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     lora_modules, lora_parameters = _lora_targets(lora, named, parameters, model, faults)
     modules, bare = _full_targets(train, named, parameters, faults)
     faults += [
-        f"train: {name} is tied to {other}; training it alone would part them: name the module instead"
+        f"train: {name} is tied to {other}; training it alone would break the tie: name the module instead"
         for name in bare
         for other, parameter in parameters.items()
         if other != name and parameter is parameters[name]
@@ -152,7 +152,7 @@ def _lora_targets(
         return [], []
     field_names = [f.name for f in fields(LoraConfig)]
     strange = kinds.faults(lora)
-    faults += [f"LoRA: {key!r} is no field of peft's LoraConfig" for key in lora if key not in field_names]
+    faults += [f"LoRA: {key!r} is not a field of peft's LoraConfig" for key in lora if key not in field_names]
     faults += [
         f"LoRA: leave out {key!r}; {where}"
         for key, where in _ELSEWHERE.items()
@@ -217,7 +217,7 @@ def _match_patterns(what: str, patterns: Any, names: Mapping[str, Any], faults: 
         if not hits:
             hint = anatomy.suggestions(pattern, names)
             if "." not in pattern and any(n.endswith("." + pattern) for n in names):
-                hint = f"names are full here: write **.{pattern} to hit it everywhere"
+                hint = f"patterns match full names: write **.{pattern} to hit it everywhere"
             faults.append(f"{what}: {pattern!r} hits nothing; {hint}")
     return list(dict.fromkeys(name for hits in found.values() for name in hits))
 

@@ -49,11 +49,9 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
             fresh = loading.load_artifact(base.directory, **_choose_options(plain, base))
         again = load(fresh, directory)
     mine, theirs = held(model), held(again)
-    faults = [f"{key} is not there" for key in mine if key not in theirs]
-    faults += [
-        f"{key} holds other numbers" for key in theirs if key in mine and not _is_unchanged(mine[key], theirs[key])
-    ]
-    refuse(AdapterError, "the adapter is not saved: it does not come back from its file", faults)
+    faults = [f"{key} is missing" for key in mine if key not in theirs]
+    faults += [f"{key} has other values" for key in theirs if key in mine and not _is_unchanged(mine[key], theirs[key])]
+    refuse(AdapterError, "the adapter is not saved: read back from its file, it differs", faults)
     if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
     fresh = lookup.plain_model(again.to(plain.device))
@@ -62,7 +60,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
         faults = _output_faults(plain, fresh)
     if faults:
         hints = _state_faults(plain, fresh)
-        words = "; what it holds besides: " + "; ".join(hints) if hints else ""
+        words = "; it also holds: " + "; ".join(hints) if hints else ""
         refuse(AdapterError, f"the adapter is not saved: loaded again, it computes something else{words}", faults)
 
 
@@ -179,11 +177,14 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
             continue  # it does not run on these at all
         if expected.failed or found.failed:
             said = foreign.said(expected.error or found.error or RuntimeError())
-            faults.append(f"case {case!r}: one of the two fails with {said}")
+            faults.append(f"case {case!r}: the model as it stands or the one loaded again fails with {said}")
             continue
         mine, theirs = expected.value or {}, found.value or {}
         if not set(mine) & set(theirs):  # what a setting asks for besides may be missing in one of them
-            faults.append(f"case {case!r}: {', '.join(mine) or 'nothing'} is not what a fresh one returns")
+            faults.append(
+                f"case {case!r}: {', '.join(mine) or 'nothing'} is what the model returns, and loaded again it "
+                "returns none of that"
+            )
         faults += [
             f"case {case!r}: {key} differs by up to {_measure_distance(mine[key], theirs[key]):.2g}"
             for key in mine

@@ -245,7 +245,7 @@ def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
     """Compares names and shapes: PEFT passes over additional tensors and only warns of missing ones."""
     return [
         *(f"the file lacks {key}" for key in held if key not in state),
-        *(f"the file holds {key}, for which the model has no place" for key in state if key not in held),
+        *(f"the file holds {key}, which the model does not have" for key in state if key not in held),
         *(
             f"{key} has shape {list(tensor.shape)} in the file and {list(held[key].shape)} in the model"
             for key, tensor in state.items()
@@ -287,7 +287,7 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     """Returns the directory of the artifact that an adapter belongs to, as its manifest says.
 
     Raises:
-        AdapterError: it is at neither of the recorded places.
+        AdapterError: it is at neither of the recorded paths.
     """
     tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:

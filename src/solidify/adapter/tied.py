@@ -35,9 +35,9 @@ def faults(
         elif low and len(low) < len(group) and not apart:
             left = ", ".join(name for name in group if name not in low)
             found.append(
-                f"LoRA: {low[0]} is tied to {left} (one weight), and an update of one would part them: name all of "
-                f"{', '.join(group)} in target_modules, and they get one update; or give ensure_weight_tying: false, "
-                f"and {low[0]} alone gets one"
+                f"LoRA: {low[0]} is tied to {left} (one weight), and an update of one alone would break the tie: name "
+                f"all of {', '.join(group)} in target_modules, and they get one update; or give ensure_weight_tying: "
+                f"false, and {low[0]} alone gets one"
             )
         elif full and full != [first]:
             found.append(
@@ -60,8 +60,8 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
         full = sorted({id(t) for t in own.values() if t is not None})
         if len(full) > 1 and any(t is not None and t.requires_grad for t in own.values()):
             found.append(
-                f"{' and '.join(group)} are tied (one weight), and what is trained would part them: PEFT keeps such a "
-                "tie only where it knows the embeddings by their name; train other parts, or LoRA on all of them"
+                f"{' and '.join(group)} are tied (one weight), and this training would break the tie: PEFT keeps it "
+                "only for embeddings whose names it knows; train other parts, or LoRA on all of them"
             )
         updates = {
             _find_storages(p.called) for p in located.values() if p is not None and isinstance(p.called, BaseTunerLayer)

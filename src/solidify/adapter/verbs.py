@@ -239,7 +239,7 @@ class LoraVerbs(LoraTuner):
             AdapterError: one of them trained something in full, of which PEFT makes no sum.
         """
         self._refuse_in_full(
-            "add_weighted_adapter", adapters, "PEFT sums low-rank updates alone; merge one adapter after the other"
+            "add_weighted_adapter", adapters, "PEFT can sum low-rank updates only; merge one adapter after the other"
         )
         super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
 
@@ -274,8 +274,9 @@ class LoraVerbs(LoraTuner):
                 found.append(f"{path} (of {here[0]!r})")
         if found:
             raise AdapterError(
-                "adapter_names cannot mix adapters in one batch of which one trained this in full: "
-                f"{_list_some(list(dict.fromkeys(found)))}; run the rows of each adapter by themselves (set_adapter)"
+                "adapter_names cannot mix these adapters in one batch, because one of them trained modules or "
+                f"parameters in full: {_list_some(list(dict.fromkeys(found)))}; run the rows of each adapter by "
+                "themselves (set_adapter)"
             )
 
     def load_own(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -302,7 +303,9 @@ class LoraVerbs(LoraTuner):
             renamed = buffers.renamed(key.removeprefix(prefix)) if buffers is not None else None
             if renamed is None:
                 self._drop_added()
-                raise AdapterError(f"this file holds the buffer {key.removeprefix(prefix)}, which the model has not")
+                raise AdapterError(
+                    f"this file holds the buffer {key.removeprefix(prefix)}, which the model does not have"
+                )
             state_dict[prefix + renamed] = state_dict.pop(key)
 
     def _drop_added(self) -> None:
