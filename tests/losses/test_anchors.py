@@ -100,7 +100,7 @@ def test_without_peft_the_first_values_are_remembered_and_survive_a_checkpoint()
 
 def test_updates_of_another_kind_are_refused() -> None:
     model = solidify.attach(pico.llama(), lora={"r": 4, "use_dora": True, "target_modules": ["**.q_proj"]})
-    with pytest.raises(ObjectiveError, match="knows the update of one LoRA"):
+    with pytest.raises(ObjectiveError, match="supports one LoRA"):
         losses.l2_sp()(model)
 
 
@@ -129,13 +129,13 @@ def test_a_fisher_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "fisher.safetensors"
     save_file({"model.layers.9.mlp.up_proj.weight": torch.rand(3)}, path)
     model = attached(**ADAPTERS["copies"])
-    with pytest.raises(ObjectiveError, match=r"is about another model; here is no: model.layers.9"):
+    with pytest.raises(ObjectiveError, match=r"belongs to another model; this one has no parameter: model.layers.9"):
         losses.ewc(path)(model)
     save_file({"lm_head.weight": torch.rand(128, 32)}, path)
     with pytest.raises(ObjectiveError, match="names none of the parameters that are trained"):
         losses.ewc(path)(model)
     save_file({"model.layers.0.mlp.gate_proj.weight": torch.rand(3)}, path)
-    with pytest.raises(ObjectiveError, match=r"has the shape \[48, 32\], its Fisher"):
+    with pytest.raises(ObjectiveError, match=r"has shape \[48, 32\], and .* in the Fisher"):
         losses.ewc(path)(model)
 
 
@@ -193,7 +193,7 @@ def test_sampled_and_given_labels_agree_where_the_model_is_right_on_average() ->
 def test_a_fisher_of_nothing_is_refused() -> None:
     model = pico.llama()
     batch = pico.collate(pico.ragged(2))
-    with pytest.raises(ObjectiveError, match="sampled or data"):
+    with pytest.raises(ObjectiveError, match="'sampled' or 'data'"):
         losses.fisher_diagonal(model, [batch], labels="both")
     batch["labels"].fill_(-100)
     with pytest.raises(ObjectiveError, match="no row of the batches has a target"):

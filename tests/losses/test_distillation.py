@@ -120,8 +120,8 @@ def test_half_precision_is_compared_in_float32() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: losses.forward_kl(temperature=0.0), "temperature is above 0"),
-        (lambda: losses.jensen_shannon(beta=1.2), "beta is from 0 to 1"),
+        (lambda: losses.forward_kl(temperature=0.0), "temperature must be above 0"),
+        (lambda: losses.jensen_shannon(beta=1.2), "beta must be from 0 to 1"),
         (lambda: losses.forward_kl()(*pair(), LABELS[:, :-1]), "one for one"),
         (lambda: losses.forward_kl()(pair()[0], pair()[1][..., :-1], LABELS), "different vocabularies"),
     ],

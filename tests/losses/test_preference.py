@@ -75,8 +75,8 @@ def test_rows_without_pairs_are_refused() -> None:
     ours, theirs = pair()
     with pytest.raises(ObjectiveError, match="it has 3 rows"):
         losses.dpo()(ours[:3], theirs[:3], LABELS[:3])
-    with pytest.raises(ObjectiveError, match="beta is above 0"):
+    with pytest.raises(ObjectiveError, match="beta must be above 0"):
         losses.dpo(beta=0.0)
-    with pytest.raises(ObjectiveError, match="smoothing is from 0"):
+    with pytest.raises(ObjectiveError, match="smoothing must be from 0"):
         losses.dpo(smoothing=0.5)
     assert Term(losses.dpo).reduction == "sequence_mean"

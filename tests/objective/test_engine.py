@@ -330,7 +330,7 @@ def test_a_statistic_of_each_micro_batch_depends_on_the_split_and_needs_no_secon
     split, _, _ = plain_loop(awake(trash_artifact), terms("micro_batch"), 1)
     assert distance(whole, split) > 1e-3
     assert not any(term.needs_prepass for term in terms("micro_batch")())
-    with pytest.raises(ObjectiveError, match="of the window or of each micro_batch"):
+    with pytest.raises(ObjectiveError, match="'window' or 'micro_batch'"):
         Term(losses.load_balance, statistics="global")
 
 

@@ -128,7 +128,7 @@ def test_a_modules_input_and_elements_of_what_it_returns_are_seen() -> None:
     words = r"wants element 5 of what model\.layers\.0\.self_attn returns, which has 2"
     with pytest.raises(ObjectiveError, match=words), capture(model, wanted):
         model(input_ids=pico.tokens())
-    with pytest.raises(ObjectiveError, match="`of` the output or the input"):
+    with pytest.raises(ObjectiveError, match="must be 'output' or 'input'"):
         Capture(modules="a", of="both")
 
 

@@ -79,8 +79,8 @@ def test_without_target_tokens_a_term_is_not_even_called() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Term("models"), "not the text 'models'"),
-        (lambda: Term(3), "is a int, which cannot be called"),
+        (lambda: Term("models"), "but is the string 'models'"),
+        (lambda: Term(3), "is of type int, which cannot be called"),
         (lambda: Term(constant, arguments={"skale": 1}), "it has no parameter 'skale'"),
         (lambda: Term(Small), "cannot be built: .*missing 1 required positional argument: 'scale'"),
         (lambda: Term(lambda batch: batch), "its parameter 'batch' is neither in `arguments` nor"),

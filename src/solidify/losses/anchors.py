@@ -134,7 +134,8 @@ class EWC(_Anchored):
             weight = weights[name].to(moved.device)
             if weight.shape != moved.shape:
                 raise ObjectiveError(
-                    f"ewc: {name} has the shape {list(moved.shape)}, its Fisher in {self.fisher} {list(weight.shape)}"
+                    f"ewc: {name} has shape {list(moved.shape)}, and {list(weight.shape)} in the Fisher of "
+                    f"{self.fisher}"
                 )
             terms.append((weight * moved.square()).sum())
         if not terms:
@@ -156,7 +157,7 @@ class _Held:
                 found = load_file(path)
             self._values = {n: tensor.float().to(devices.get(n, "cpu")) for n, tensor in found.items()}
             unknown = sorted(set(self._values) - set(devices))
-            refuse(ObjectiveError, f"ewc: {path} is about another model; here is no", unknown[:8])
+            refuse(ObjectiveError, f"ewc: {path} belongs to another model; this one has no parameter", unknown[:8])
         return self._values
 
 
@@ -185,7 +186,7 @@ def fisher_diagonal(
         ObjectiveError: `labels` is neither, there is no row with a target, or a pattern names nothing.
     """
     if labels not in ("sampled", "data"):
-        raise ObjectiveError(f"fisher_diagonal: labels are sampled or data, but not {labels!r}")
+        raise ObjectiveError(f"fisher_diagonal: labels must be 'sampled' or 'data', but are {labels!r}")
     patterns = parameters if parameters is not None else "**"
     subjects = {each.name: each.parameter for each in chosen("fisher_diagonal", model, patterns) if each.kind != "lora"}
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in subjects.items()}
@@ -235,7 +236,7 @@ def _find_updates(term: str, model: nn.Module) -> Iterator[Update]:
     """Yields the LoRA updates that run now.
 
     Raises:
-        ObjectiveError: an update is not `s B A` (DoRA, embeddings, convolutions), or two adapters run at one place.
+        ObjectiveError: an update is not `s B A` (DoRA, embeddings, convolutions), or two adapters run on one module.
     """
     faults = []
     updates = []
@@ -249,7 +250,7 @@ def _find_updates(term: str, model: nn.Module) -> Iterator[Update]:
             elif running and not layer.disable_adapters:
                 updates.append(_build_update(located.name, layer, running[0]))
             layer = layer.base_layer
-    refuse(ObjectiveError, f"{term} knows the update of one LoRA on a linear layer or on experts, and no other", faults)
+    refuse(ObjectiveError, f"{term} supports one LoRA on linear layers or on experts, and nothing else", faults)
     yield from updates
 
 

@@ -15,7 +15,7 @@ def number(term: str, name: str, value: Any) -> float:
         ObjectiveError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ObjectiveError(f"{term}: {name} is a number, but is {value!r}")
+        raise ObjectiveError(f"{term}: {name} must be a finite number, but is {value!r}")
     return value
 
 
@@ -26,7 +26,7 @@ def positive(term: str, name: str, value: Any) -> float:
         ObjectiveError: it is none.
     """
     if not number(term, name, value) > 0:
-        raise ObjectiveError(f"{term}: {name} is above 0, but is {value}")
+        raise ObjectiveError(f"{term}: {name} must be above 0, but is {value}")
     return value  # type: ignore[no-any-return]
 
 
@@ -37,7 +37,7 @@ def share(term: str, name: str, value: Any) -> float:
         ObjectiveError: it is none.
     """
     if not 0 <= number(term, name, value) <= 1:
-        raise ObjectiveError(f"{term}: {name} is from 0 to 1, but is {value}")
+        raise ObjectiveError(f"{term}: {name} must be from 0 to 1, but is {value}")
     return value  # type: ignore[no-any-return]
 
 
@@ -48,5 +48,5 @@ def count(term: str, name: str, value: Any) -> int:
         ObjectiveError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ObjectiveError(f"{term}: {name} is a whole number of at least 1, but is {value!r}")
+        raise ObjectiveError(f"{term}: {name} must be a whole number of at least 1, but is {value!r}")
     return value

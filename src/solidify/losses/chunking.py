@@ -42,7 +42,7 @@ def chunked(
         ObjectiveError: `size` is not positive.
     """
     if size < 1:
-        raise ObjectiveError(f"a chunk has at least one row, but its size is {size}")
+        raise ObjectiveError(f"a chunk must have at least one row, but its size is {size}")
     if not len(rows):  # a sum of nothing, still a part of the graph
         return wide(rows).sum()
     step = _Step(head, loss, size)

@@ -172,4 +172,4 @@ def _find_edge(bins: torch.Tensor, quantile: float) -> float:
 
 def _check_share(term: str, target: float) -> None:
     if not 0 < number(term, "target", target) <= 1:
-        raise ObjectiveError(f"{term}: target is the share of slots to keep, between 0 and 1, but is {target}")
+        raise ObjectiveError(f"{term}: target (the share of slots to keep) must be between 0 and 1, but is {target}")

@@ -150,6 +150,6 @@ class ChunkedDistillation:
 def _same_vocabulary(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     if ours.shape[-1] != theirs.shape[-1]:
         raise ObjectiveError(
-            f"the model speaks {ours.shape[-1]} tokens and the reference {theirs.shape[-1]}; distributions over "
-            "different vocabularies cannot be compared"
+            f"the model's vocabulary has {ours.shape[-1]} tokens and the reference's {theirs.shape[-1]}; "
+            "distributions over different vocabularies cannot be compared"
         )

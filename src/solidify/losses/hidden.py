@@ -37,9 +37,9 @@ class HiddenMatch:
         epsilon: float = 1e-6,
     ) -> None:
         if pairs is not None and not isinstance(pairs, Mapping):
-            raise ObjectiveError(f"hidden_match: pairs map names to names, but are {pairs!r}")
+            raise ObjectiveError(f"hidden_match: pairs must map names to names, but are {pairs!r}")
         if not epsilon >= 0:
-            raise ObjectiveError(f"hidden_match: epsilon is not negative, but is {epsilon}")
+            raise ObjectiveError(f"hidden_match: epsilon must not be negative, but is {epsilon}")
         self.captures = {"hidden": Capture(modules=layers, element=0)}
         self.reference_captures = {"reference_hidden": Capture(modules=reference_layers or layers, element=0)}
         self.pairs = dict(pairs) if pairs is not None else None

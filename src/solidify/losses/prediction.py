@@ -43,7 +43,7 @@ class NextToken:
 
     def __init__(self, chunk: int = CHUNK, label_smoothing: float = 0.0) -> None:
         if not 0 <= number("next_token", "label_smoothing", label_smoothing) < 1:
-            raise ObjectiveError(f"next_token: label_smoothing is from 0 to below 1, but is {label_smoothing}")
+            raise ObjectiveError(f"next_token: label_smoothing must be from 0 to below 1, but is {label_smoothing}")
         self.chunk = count("next_token", "chunk", chunk)
         self.label_smoothing = label_smoothing
 

@@ -27,7 +27,7 @@ class DPO:
     def __init__(self, beta: float = 0.1, smoothing: float = 0.0) -> None:
         positive("dpo", "beta", beta)
         if not 0 <= number("dpo", "smoothing", smoothing) < 0.5:
-            raise ObjectiveError(f"dpo: smoothing is from 0 to below 1/2, but is {smoothing}")
+            raise ObjectiveError(f"dpo: smoothing must be from 0 to below 1/2, but is {smoothing}")
         self.beta = beta
         self.smoothing = smoothing
 
@@ -39,7 +39,8 @@ class DPO:
         """
         if len(labels) % 2:
             raise ObjectiveError(
-                f"dpo: a batch is pairs, chosen answers first, rejected second, but it has {len(labels)} rows"
+                "dpo: a batch must consist of pairs, all chosen answers before all rejected ones, but it has "
+                f"{len(labels)} rows"
             )
         ours, theirs = sequence_log_probabilities(logits, labels), sequence_log_probabilities(reference_logits, labels)
         chosen, rejected = (ours - theirs.detach()).chunk(2)

@@ -30,7 +30,7 @@ class _OnProbabilities:
     def __init__(self, scores: str | None = None, routers: str | Sequence[str] | None = None) -> None:
         self.captures = _select_captures(self.captures, routers)
         if scores is not None and scores not in SCORES:
-            raise ObjectiveError(f"a router's scores are one of {', '.join(SCORES)}, but not {scores!r}")
+            raise ObjectiveError(f"a router's scores must be one of {', '.join(SCORES)}, but are {scores!r}")
         self.scores = scores
 
     def _read_routers(
@@ -67,7 +67,9 @@ class LoadBalance(_OnProbabilities):
     ) -> None:
         super().__init__(scores, routers)
         if isinstance(null_experts, bool) or not isinstance(null_experts, int) or null_experts < 0:
-            raise ObjectiveError(f"load_balance: null_experts is not negative and whole, but is {null_experts!r}")
+            raise ObjectiveError(
+                f"load_balance: null_experts must be a whole number of at least 0, but is {null_experts!r}"
+            )
         self.null_experts = null_experts
 
     def statistics(
@@ -150,7 +152,7 @@ class RouterEntropy(_OnProbabilities):
     ) -> None:
         super().__init__(scores, routers)
         if direction not in ("sharpen", "spread"):
-            raise ObjectiveError(f"router_entropy: direction is sharpen or spread, but is {direction!r}")
+            raise ObjectiveError(f"router_entropy: direction must be sharpen or spread, but is {direction!r}")
         self.direction = direction
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:

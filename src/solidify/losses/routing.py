@@ -153,7 +153,7 @@ def _list_parts(output: Any) -> list[Any]:
 def _read_logits(name: str, parts: list[Any], index: int) -> torch.Tensor:
     tensor = parts[index] if index < len(parts) else None
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
-        raise ObjectiveError(f"the router {name} returned no logits in place {index} of what it returns")
+        raise ObjectiveError(f"the router {name} returned no logits at index {index} of what it returns")
     return tensor
 
 

@@ -101,7 +101,7 @@ def with_teacher_columns(collate: Collate) -> Collate:
     def wrapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates the rest, and pads the columns to it."""
         missing = [name for name in COLUMNS if any(name not in row for row in rows)]
-        refuse(DataError, "rows lack what a teacher said; make them with teacher_columns", missing)
+        refuse(DataError, "the rows lack the teacher's columns; make them with teacher_columns", missing)
         batch = dict(collate([{key: v for key, v in row.items() if key not in COLUMNS} for row in rows]))
         mask = _read_mask(batch)
         for name in COLUMNS:
@@ -143,7 +143,8 @@ class CachedKL:
         ids, log_p, rest = (inputs[name][:, :-1][where] for name in COLUMNS)
         if ids.numel() and int(ids.max()) >= logits.shape[-1]:
             raise ObjectiveError(
-                f"cached_kl: the teacher named token {int(ids.max())}, but the model speaks {logits.shape[-1]}"
+                f"cached_kl: the teacher named token {int(ids.max())}, but the model's vocabulary has "
+                f"{logits.shape[-1]}"
             )
         log_q = F.log_softmax(wide(logits[:, :-1][where]), dim=-1)
         kept = F.kl_div(log_q.gather(-1, ids), log_p, log_target=True, reduction="sum")
@@ -166,7 +167,7 @@ def _read_mask(batch: Mapping[str, Any]) -> torch.Tensor:
 def _refuse_other_lengths(values: Sequence[torch.Tensor], mask: torch.Tensor) -> None:
     refuse(
         DataError,
-        "what a teacher said is not one for one with the tokens",
+        "the teacher's columns do not match the tokens one for one",
         [
             f"row {index} of a batch has {int(n)} tokens, but {len(value)} positions of the teacher"
             for index, (value, n) in enumerate(zip(values, mask.sum(-1), strict=True))

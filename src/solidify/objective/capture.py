@@ -45,7 +45,7 @@ class Capture:
     def __post_init__(self) -> None:
         """Refuses anything but exactly one way of naming."""
         if self.of not in ("output", "input"):
-            raise ObjectiveError(f"a Capture is `of` the output or the input of modules, but not of {self.of!r}")
+            raise ObjectiveError(f"the `of` of a Capture must be 'output' or 'input', but is {self.of!r}")
         if sum(way is not None for way in (self.modules, self.class_name, self.records)) != 1:
             raise ObjectiveError("a Capture names modules in exactly one way: modules, class_name or records")
         patterns = self._list_patterns()
@@ -60,7 +60,7 @@ class Capture:
         return [self.modules]
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Returns what stands at the places meant, by name.
+        """Returns the modules that are meant, by name.
 
         Raises:
             ObjectiveError: there are none, or not as many as `count` says.
@@ -90,7 +90,7 @@ class Capture:
             raise ObjectiveError(f"a loss term looks into {what}, but the model has none{self._suggest_remedy()}")
         if self.count is not None and len(found) != self.count:
             raise ObjectiveError(
-                f"a loss term was promised {self.count} of {what}, but the model has {len(found)}: "
+                f"a loss term expects {self.count} of {what}, but the model has {len(found)}: "
                 f"{', '.join(list(found)[:8])}"
             )
         return found

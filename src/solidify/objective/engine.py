@@ -56,7 +56,9 @@ class ObjectiveEngine:
         self._shifts = shifts_labels(model)
         if not self._shifts:
             refuse(
-                ObjectiveError, "the labels of this model stand where they are predicted", _find_unshifted(objective)
+                ObjectiveError,
+                "each label of this model belongs to its own position, not to the one before",
+                _find_unshifted(objective),
             )
         self._reference = Reference(objective, model) if objective.asks_reference else None
         wanted: dict[Any, Any] = dict(objective.captures)
@@ -274,7 +276,7 @@ class ObjectiveEngine:
 def _find_unshifted(objective: Objective) -> list[str]:
     """Names the terms that know only labels that stand one position later."""
     return [
-        f"{term.name} reads columns beside the labels of a decoder-only model, and nothing else"
+        f"{term.name} works only on decoder-only models, whose labels belong to the position before; leave it out"
         for term in objective.terms
         if getattr(term.subject, "decoders_only", False)
     ]

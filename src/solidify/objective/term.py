@@ -110,10 +110,10 @@ class Term:
         self.name = name or (loss if isinstance(loss, str) else _name_loss(loss))
         self.is_model = loss == "model" if isinstance(loss, str) else False
         if isinstance(loss, str) and not self.is_model:
-            raise ObjectiveError(f"a term's loss is 'model', a function or a class, but not the text {loss!r}")
+            raise ObjectiveError(f"a term's loss must be 'model', a function or a class, but is the string {loss!r}")
         if statistics not in ("window", "micro_batch"):
             raise ObjectiveError(
-                f"the term {self.name}: statistics are of the window or of each micro_batch, not {statistics!r}"
+                f"the term {self.name}: `statistics` must be 'window' or 'micro_batch', but is {statistics!r}"
             )
         self.statistics = statistics
         self.subject: Any = None if self.is_model else self._build_subject(loss, arguments)
@@ -132,7 +132,7 @@ class Term:
     def _build_subject(self, loss: Any, arguments: dict[str, Any]) -> Any:
         if not inspect.isclass(loss):
             if not callable(loss):
-                raise ObjectiveError(f"the term {self.name} is a {type(loss).__name__}, which cannot be called")
+                raise ObjectiveError(f"the term {self.name} is of type {type(loss).__name__}, which cannot be called")
             return loss
         with foreign.calling(f"the term {self.name} cannot be built", ObjectiveError):
             return loss(**arguments)

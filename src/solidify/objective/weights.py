@@ -64,10 +64,12 @@ class Schedule:
         if self.shape not in SHAPES:
             faults.append(f"`shape` must be one of {', '.join(SHAPES)}, but is {self.shape!r}")
         if self.shape == "exponential" and min(self.start, self.end) <= 0:
-            faults.append(f"an exponential joins positive numbers, but not {self.start} and {self.end}")
+            faults.append(
+                f"an exponential schedule needs a positive start and end, but has {self.start} and {self.end}"
+            )
         if self.begin < 0 or (self.length is not None and self.length <= 0):
             faults.append("`begin` must not be negative, and `length` must be positive")
-        refuse(ObjectiveError, "the weight's schedule cannot be", faults)
+        refuse(ObjectiveError, "the weight's schedule is not valid", faults)
 
     def at(self, step: int, steps: int) -> float:
         """Returns the weight in a step.
@@ -96,7 +98,7 @@ class Schedule:
             return amount
         if not steps:
             raise ObjectiveError(
-                "a weight's schedule is a share of the training, but nobody said how many steps there are: pass "
+                "a weight's schedule is given as a share of the training, but the number of steps is unknown: pass "
                 "`steps`, or give `begin` and `length` as numbers of steps"
             )
         return amount * steps
@@ -144,7 +146,7 @@ class Constraint:
             faults.append("`damping` must not be negative, and belongs to a `rate`")
         if not 0 <= self.momentum < 1:
             faults.append(f"`momentum` must be at least 0 and below 1, but is {self.momentum}")
-        refuse(ObjectiveError, "the weight's constraint cannot be", faults)
+        refuse(ObjectiveError, "the weight's constraint is not valid", faults)
         self.multiplier = self.start
         self.measured: float | None = None
 
@@ -189,7 +191,7 @@ def make(weight: float | Weight | Mapping[str, Any]) -> Weight:
     if isinstance(weight, Mapping):
         if len(weight) != 1 or next(iter(weight)) not in _KINDS:
             raise ObjectiveError(
-                f"a weight is a number, {{schedule: ...}} or {{constraint: ...}}, but not {dict(weight)}"
+                f"a weight must be a number, {{schedule: ...}} or {{constraint: ...}}, but is {dict(weight)}"
             )
         kind, settings = next(iter(weight.items()))
         with foreign.calling(f"the weight's {kind} does not fit", ObjectiveError):
@@ -197,4 +199,6 @@ def make(weight: float | Weight | Mapping[str, Any]) -> Weight:
         return made
     if isinstance(weight, Weight):
         return weight
-    raise ObjectiveError(f"a weight is a number, a schedule or a constraint, but not a {type(weight).__name__}")
+    raise ObjectiveError(
+        f"a weight must be a number, a schedule or a constraint, but is of type {type(weight).__name__}"
+    )
