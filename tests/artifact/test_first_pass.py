@@ -22,8 +22,8 @@ def test_a_first_pass_that_is_off_is_told_and_not_held_against_the_model(tmp_pat
     assert odd.verdict == "measured"  # all passes but one are no proof
     assert all(finding.passed for finding in found.values())
     first = odd.evidence
-    assert first.startswith("3 cases bit-identical in fresh loads; before, one pass (long) differed by ")
-    assert first.endswith(", and no later one")
+    assert first.startswith("3 cases bit-identical in fresh loads; an earlier pass (long) differed by ")
+    assert first.endswith(", later ones did not")
     assert {finding.evidence for finding in found.values()} == {"3 cases bit-identical"}
 
 

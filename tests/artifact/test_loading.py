@@ -132,7 +132,7 @@ def test_bases_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     pico.olmoe().save_pretrained(tmp_path / "odd")
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
-    with pytest.raises(ModelError, match="is a NoSuchModel, which is no class of a model that transformers has"):
+    with pytest.raises(ModelError, match="has the class NoSuchModel, which is not a model class of transformers"):
         loading.load_base(str(tmp_path / "odd"))
 
 

@@ -145,7 +145,7 @@ def test_no_field_of_a_base_runs_its_code(tmp_path: Path, monkeypatch: pytest.Mo
             read()
         assert not canary.exists() and not asked_of
     with pytest.raises(
-        SolidifyError, match=r"trust_remote_code|no class of a model|code of its own|derived from|incomplete"
+        SolidifyError, match=r"trust_remote_code|not a model class|its own code|derived from|incomplete"
     ):
         loading.load_base(str(evil))
 

@@ -189,7 +189,7 @@ def test_an_earlier_result_of_ours_is_replaced_whole(trash_artifact: Path, copy_
 def test_edits_that_are_not_in_the_model_are_refused(tmp_path: Path) -> None:
     model, other = pico.olmoe(), pico.olmoe()
     edits = solidify.replace(other, "**.mlp", TrashCanMoE)
-    with pytest.raises(ArtifactError, match="holds a OlmoeSparseMoeBlock, but the edit put a TrashCanMoE there"):
+    with pytest.raises(ArtifactError, match="is OlmoeSparseMoeBlock, but the edit put TrashCanMoE there"):
         solidify.build(model, edits, tmp_path / "out")
     with pytest.raises(ArtifactError, match="there are none"):
         solidify.build(model, [], tmp_path / "out")

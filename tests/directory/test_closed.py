@@ -213,7 +213,7 @@ NAMES = {
     "..\\b": "no name of a file inside",
     "C:\\b": "no name of a file inside",
     "\x1b[31mred": "no name of a file inside",
-    "CONFIG.json": "in nothing but case",
+    "CONFIG.json": "only in upper and lower case",
     "solidify.json": "is listed twice",
     "trashcan_moe.py": "is listed twice",
 }
@@ -290,6 +290,8 @@ def test_what_cannot_be_listed_is_named_and_nothing_changes(trash_artifact: Path
     for weights in NEW_WEIGHTS:
         (directory / weights).write_text("x")
     before = (directory / manifest.NAME).read_bytes()
-    with pytest.raises(SolidifyError, match="stands where weights stand" if name in NEW_WEIGHTS else "is not changed"):
+    with pytest.raises(
+        SolidifyError, match="has the name of a weight file" if name in NEW_WEIGHTS else "is not changed"
+    ):
         solidify.adopt(directory, [name])
     assert (directory / manifest.NAME).read_bytes() == before

@@ -145,9 +145,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link for the signature": (lambda d: linked(d / "model.sig"), "model.sig is a link"),
     "a pipe for the signature": (lambda d: (moved(d, "model.sig", "x"), os.mkfifo(d / "model.sig")), "a pipe"),
     "a large signature": (lambda d: os.truncate(d / "model.sig", 2**24 + 1), "no signature holds more than 16777216"),
-    "no JSON": (lambda d: (d / "model.sig").write_text("{"), "is no model signature"),
-    "deep JSON": (lambda d: (d / "model.sig").write_text("[" * 100_000), "is no model signature"),
-    "other JSON": (lambda d: (d / "model.sig").write_text("[1]"), "is no model signature"),
+    "no JSON": (lambda d: (d / "model.sig").write_text("{"), "is not a model signature"),
+    "deep JSON": (lambda d: (d / "model.sig").write_text("[" * 100_000), "is not a model signature"),
+    "other JSON": (lambda d: (d / "model.sig").write_text("[1]"), "is not a model signature"),
     "an adopted file": (lambda d: adopted(d), "is of another solidify.json"),
     "a forged manifest": (lambda d: forged(d), "is of another solidify.json"),
     "other weights": (lambda d: spoilt(d), "model.safetensors is not the file"),
@@ -255,7 +255,7 @@ def test_a_signature_with_an_entry_to_spare_is_refused(plain: Path, mine: Pair, 
     solidify.verify(directory, mine.public)
     LOOSE[loose](bundle)
     put(bundle, path)
-    with pytest.raises(CheckFailed, match="is no model signature"):
+    with pytest.raises(CheckFailed, match="is not a model signature"):
         solidify.verify(directory, mine.public)
 
 
@@ -294,7 +294,7 @@ def test_a_signature_with_a_byte_that_nobody_reads_is_refused(
     content = path.read_bytes()
     path.write_bytes(UNREAD[unread](content))
     assert path.read_bytes() != content
-    with pytest.raises(CheckFailed, match="is no model signature"):
+    with pytest.raises(CheckFailed, match="is not a model signature"):
         solidify.verify(directory, mine.public)
     path.write_bytes(content)
     solidify.verify(directory, mine.public)
@@ -316,7 +316,7 @@ def test_a_statement_that_two_readers_may_read_in_two_ways_is_refused(
     """Even if who has the key signed it: the signature is made anew over the other bytes, and holds."""
     directory = copy_of(plain)
     path = directory / manifest.SIGNATURE
-    for change, words in ((lambda s: s, None), (STATED[stated], "is no model signature")):
+    for change, words in ((lambda s: s, None), (STATED[stated], "is not a model signature")):
         bundle = json.loads(path.read_text())
         envelope = bundle["dsseEnvelope"]
         text = change(base64.b64decode(envelope["payload"]).decode()).encode()
@@ -399,7 +399,7 @@ def test_who_adopts_a_file_is_told_that_the_signature_ends(
     assert solid("adopt", directory, "helper.py") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "does not hold any more; sign it anew" in told and "This is code" in told
-    with pytest.raises(CheckFailed, match="sign it anew, or remove that"):
+    with pytest.raises(CheckFailed, match="sign again, or remove"):
         solidify.verify(directory, mine.public)
 
 
@@ -440,7 +440,7 @@ CHECKED: dict[str, tuple[Callable[[Path], object], bool, str | None, str]] = {
     "signed, with the key": (lambda d: None, True, "proved", "files are as the key sha256:"),
     "unsigned, with a key": (lambda d: (d / "model.sig").unlink(), True, "failed", "has no signature"),
     "of another manifest": (adopted, False, "failed", "is of another solidify.json"),
-    "none at all": (lambda d: (d / "model.sig").write_text("x"), False, "failed", "is no model signature"),
+    "none at all": (lambda d: (d / "model.sig").write_text("x"), False, "failed", "is not a model signature"),
 }
 
 

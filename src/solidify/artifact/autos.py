@@ -60,7 +60,7 @@ def own_class(directory: Path) -> str:
             named = isinstance(reference, str) and reference.rpartition(".")[2] == next(iter(heads), None)
             if named and is_auto_class(auto):
                 return str(auto)
-    raise ArtifactError(f"{directory / 'config.json'} names no Auto class for what it says the model is ({heads!r})")
+    raise ArtifactError(f"{directory / 'config.json'} names no Auto class for the model's own class ({heads!r})")
 
 
 def is_auto_class(name: object) -> bool:

@@ -123,7 +123,10 @@ def _measure_contract(
     }
     found: dict[str, Any] = {"declared": declared, "control": before, **how}
     if not (extent.whole or first):
-        return {**found, "error": "the whole is not run at this size, and nothing was changed that is run alone"}, {}
+        return {
+            **found,
+            "error": "a model of this size is not run as a whole, and none of the changes can be run alone",
+        }, {}
     values = {name: behaviour.noise(name, p) for name, p in parameters.items()}
     for seed in range(3):  # where a model's choices hang on rounding, others are taken
         inputs = probing.probe_inputs(model, seed=seed) if extent.whole else probing.few_inputs(model)
@@ -262,7 +265,7 @@ def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
 def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) -> list[Finding]:
     """Turns what the fresh process measured of the contract into findings, one a property."""
     if contract is None or found is None or "error" in {**contract, **found}:
-        why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not hold it"
+        why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not record it"
         return [Finding.unseen("behaviour kept", why)]
     dtype = torch.float32 if contract["wide"] else getattr(torch, found["dtype"])
     kept = Reading({key: contract["control"].get(key, 0.0) for key in contract["distances"]}, contract["recorded"])
@@ -287,7 +290,7 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
             rows, positions = contract.get("tried", (0, 0))
             sizes = f"; tried with {rows} rows of {positions} tokens" if positions else ""
             findings.append(Finding(f"behaviour: {key}", True, f"{words} (off by {far:.1g}{sizes})"))
-    why = "what it returns does not stand position by position"
+    why = "its outputs are not ordered by position"
     return [*findings, *(Finding.unseen(f"behaviour of {name}", why) for name in contract.get("unwatched", ()))]
 
 
@@ -322,7 +325,7 @@ def _judge_load(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
         evidence = f"{len(outputs)} {what} bit-identical"
         if once := load.get("once"):
             evidence += (
-                f" in fresh loads; before, one pass ({once['case']}) differed by {once['by']:.1e}, and no later one"
+                f" in fresh loads; an earlier pass ({once['case']}) differed by {once['by']:.1e}, later ones did not"
             )
             held = None  # all but one pass were; that is no proof
         return [state, Finding(f"outputs identical ({auto})", held, evidence)]
@@ -334,7 +337,7 @@ def _judge_load(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
     # Elsewhere (another processor, thread count or version) kernels sum in another order; that far may it move.
     passed = None if moved and worst < 1e-3 else False  # within rounding, and yet not identical
     if moved:
-        evidence += f"; the environment is another ({moved})"
+        evidence += f"; the environment differs ({moved})"
     return [state, Finding(f"outputs identical ({auto})", passed, evidence)]
 
 

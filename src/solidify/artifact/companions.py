@@ -88,7 +88,7 @@ def refuse_broken_tokenizer(base: Path) -> None:
         if not read.failed and path.name == "tokenizer.json":
             read = foreign.attempt(Tokenizer.from_file, str(path))
         faults += [f"{path.name}: {read.error}"] if read.failed else []
-    refuse(ArtifactError, f"the tokenizer of {base} cannot be read; mend it, or take its files away", faults)
+    refuse(ArtifactError, f"the tokenizer of {base} cannot be read; repair it, or remove its files", faults)
 
 
 def carry(base: Path, target: Path, preparing: Any = None) -> Carried:
@@ -172,13 +172,13 @@ def _against_directory(path: Path) -> str | None:
 def _explain_left(name: str, path: Path, root: Path, parts: set[str]) -> str:
     """Returns why a file does not travel; "" if it does."""
     if not path.is_file():
-        return "no plain file"
+        return "not a plain file"
     if root not in path.resolve().parents:
         return "a link that leads out of the base"
     if _ADAPTER.fullmatch(name):
         return "an adapter, which would be applied when the artifact is loaded"
     if name.lower() == manifest.SIGNATURE:
-        return "a signature of the base, and not of what is made of it"
+        return "a signature of the base, not of the new model"
     if name.endswith(_WEIGHTS):
         if PurePosixPath(name).parent.as_posix() in parts and name.endswith(".safetensors"):
             return ""  # a further module of a sentence-transformers model, with weights of its own

@@ -90,7 +90,7 @@ def _find_checkpoint(reference: str, options: dict[str, Any]) -> Checkpoint | No
         try:
             directory = Path(snapshot_download(reference, revision=options["revision"], allow_patterns=_FILES))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise OSError(f"{reference} is neither a directory nor to be had from the hub: {error}") from error
+            raise OSError(f"{reference} is not a directory, and cannot be loaded from the hub: {error}") from error
     if not any((directory / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
         return None
     return checkpoint.read(directory)

@@ -88,7 +88,7 @@ def load_base(
         return _artifact_as_base(Path(reference), dtype, device, trust_remote_code)
     if kind == "adapter":
         raise ModelError(
-            f"{reference} is an adapter, and no model; name a hub id, the directory of a model or an artifact (the one "
+            f"{reference} is an adapter, not a model; name a hub id, the directory of a model or an artifact (the one "
             "that the adapter was trained on, for example), or builtin:NAME"
         )
     if kind is not None:
@@ -154,7 +154,9 @@ def _refuse_unknown(dtype: str | None) -> None:
     if not isinstance(found, torch.dtype):
         raise ModelError(f"the dtype is {dtype!r}, which torch does not know; write float32, bfloat16 or float16")
     if not found.is_floating_point:
-        raise ModelError(f"the dtype is {dtype!r}, and no floating point; write float32, bfloat16 or float16")
+        raise ModelError(
+            f"the dtype is {dtype!r}, which is not a floating-point type; write float32, bfloat16 or float16"
+        )
 
 
 def _find_commit(reference: str, revision: str | None) -> str | None:
@@ -171,16 +173,19 @@ def _find_head(reference: str, config: Any, name: str, trust_remote_code: bool) 
     for auto, class_reference in remote.items() if isinstance(remote, dict) else ():
         if str(class_reference).rpartition(".")[2] == name and autos.is_auto_class(auto):
             if not trust_remote_code:
-                raise ModelError(f"the base {reference!r} is a {name}, which is code of its own; {_PERMIT}")
+                raise ModelError(f"the base {reference!r} has the class {name}, which is its own code; {_PERMIT}")
             return getattr(transformers, auto)
     head = getattr(transformers, name, None)
     if not (isinstance(head, type) and issubclass(head, PreTrainedModel)):
         raise ModelError(
-            f"the base {reference!r} is a {name or 'model of no named class'}, which is no class of a model that "
-            "transformers has"
+            f"the base {reference!r} has {f'the class {name}' if name else 'no class name'}, which is not a model "
+            "class of transformers"
         )
     if inspect.getattr_static(head, "__init__") is inspect.getattr_static(PreTrainedModel, "__init__"):
-        raise ModelError(f"the base {reference!r} is a {name}, which is no model but what models are derived from")
+        raise ModelError(
+            f"the base {reference!r} has the class {name}, which is a base class that models are derived from, not a "
+            "model"
+        )
     return head
 
 
@@ -191,9 +196,7 @@ def _refuse_kernels(reference: str, config: Any) -> None:
             _refuse_kernels(reference, value)
     for kind, value in implementations(config):
         if any("/" in word for word in trust.texts(value)):
-            raise ModelError(
-                f"the base {reference!r} has {value!r} compute ({kind}), which is code of its own; {_PERMIT}"
-            )
+            raise ModelError(f"the base {reference!r} has {value!r} compute ({kind}), which is its own code; {_PERMIT}")
 
 
 def on_meta(head: Any, config: Any, dtype: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -269,7 +272,7 @@ def _load_processor(reference: str, revision: str | None, *, trust_remote_code: 
     Raises:
         ModelError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
     """
-    reason, brought = "transformers finds a tokenizer alone", [PROCESSOR_NAME]
+    reason, brought = "transformers finds only a tokenizer", [PROCESSOR_NAME]
     with trust.never_asking():
         read = foreign.attempt(
             AutoProcessor.from_pretrained, reference, revision=revision or "main", trust_remote_code=trust_remote_code

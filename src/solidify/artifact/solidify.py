@@ -124,8 +124,8 @@ def _remember_built(model: PreTrainedModel, tokenizer: Saveable | None, written:
         trust.remember(written)
         return
     console.words.print(
-        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran by permission, so "
-        "it asks again when it is loaded; to let it run from now on, say so: solidify trust DIR"
+        f"It carries code that came with its base ({', '.join(strange[:4])}) and ran because you permitted it, so "
+        "loading it asks again; to let the code run from now on: solidify trust DIR"
     )
 
 
@@ -176,7 +176,7 @@ def _fill_staging(
         (staging / name).write_text(text, encoding="utf-8")
     (staging / "config.json").write_text(_write_config(model, code), encoding="utf-8")
     if model.can_generate():
-        remedy = "mend generation_config.json of the base"
+        remedy = "correct generation_config.json of the base"
         with foreign.calling("the base's settings for generation cannot be written", ArtifactError, remedy=remedy):
             model.generation_config.save_pretrained(staging)
     if tokenizer is not None:
@@ -314,11 +314,11 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
     faults = []
     for name, record in ledger.new_modules([edit.document() for edit in edits]).items():
         if name not in names:
-            faults.append(f"{name} is no module of the model")
+            faults.append(f"the model has no module {name}")
         elif (found := type(model.get_submodule(name)).__name__) != record["new_class"]:
-            faults.append(f"{name} holds a {found}, but the edit put a {record['new_class']} there")
+            faults.append(f"{name} is {found}, but the edit put {record['new_class']} there")
     shaped = ledger.reshaped_modules([edit.document() for edit in edits])
-    faults += [f"{name} is no module of the model" for name in shaped if name not in names]
+    faults += [f"the model has no module {name}" for name in shaped if name not in names]
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
         faults.append(f"the model carries an adapter ({', '.join(wrapped)}); build it before, or merge the adapter")

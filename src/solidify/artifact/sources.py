@@ -143,7 +143,7 @@ def _make_entries(
 ) -> tuple[list[dict[str, Any]], dict[str, type[nn.Module]]]:
     """Returns the changes as config.json holds them, and the classes that they name.
 
-    All places that were treated alike, one after the other, are one entry. Classes of one name get different keys.
+    All modules that were treated alike, one after the other, are one entry. Classes of one name get different keys.
     """
     entries, classes = list(before.earlier), dict(before.classes)
     for number, edit in enumerate(edits):

@@ -11,8 +11,8 @@ from solidify.errors import ArtifactError
 from solidify.weights import digest_cache, format, hashing, mapped
 from solidify.weights.format import Entry
 
-PAGE = 4096  # bytes that a sample looks at in one place
-SAMPLES = 5  # places; a page of a file that is not in memory is a read of its own
+PAGE = 4096  # bytes that one sample looks at
+SAMPLES = 5  # samples; a page of a file that is not in memory is a read of its own
 
 
 def digest(tensor: torch.Tensor) -> str:

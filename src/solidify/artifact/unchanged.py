@@ -15,7 +15,7 @@ def words(model: PreTrainedModel) -> str:
     plain = foreign.attempt(loading.on_meta, type(model), model.config).value
     expected = {} if plain is None else {name: type(module) for name, module in plain.named_modules()}
     patched = [
-        f"{name} holds a {type(module).__name__}"
+        f"{type(module).__name__} at {name}"
         for name, module in model.named_modules()
         if plain is not None
         and type(module) is not expected.get(name)
@@ -25,8 +25,8 @@ def words(model: PreTrainedModel) -> str:
         more = f" and {len(patched) - _SHOWN} more" if len(patched) > _SHOWN else ""
         return (
             f"there are none, but {', '.join(patched[:_SHOWN])}{more} that {type(model).__name__} does not put there; "
-            "what is put in by hand cannot be built again: load the base anew, let solidify.replace (insert, remove, "
-            "add) put it there, and pass the edits that these return"
+            "a change made by hand cannot be built again: load the base again, make the change by solidify.replace "
+            "(insert, remove, add), and pass the edits that these return"
         )
     return (
         f"there are none, and all modules are those of a plain {type(model).__name__}; change it by solidify.replace "

@@ -61,8 +61,10 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
     placeholders = {t for role, t in tokenizer.special_tokens_map.items() if role not in _ROLES and isinstance(t, str)}
     listed = _list_names([f"{token!r} (id {number})" for number, token in beyond])
     if all(token in placeholders for _, token in beyond):
-        # A family's tokenizer names the places of images and sound, also beside a model that takes text alone.
-        return Finding(FITS, None, f"{listed} stands for what this model does not take; text that holds it fails")
+        # A family's tokenizer names the tokens of images and sound, also beside a model that takes text alone.
+        return Finding(
+            FITS, None, f"{listed} stands for an input that this model does not accept; text that contains it fails"
+        )
     return Finding(
         FITS,
         False,
@@ -116,7 +118,9 @@ def _list_ids(source: Any, key: str) -> list[int]:
         )
     except TypeError as error:
         where = "config" if isinstance(source, PreTrainedConfig) else "generation_config"
-        raise ArtifactError(f"{key} in {where} of the model is {value!r}, and no id of a token; mend it") from error
+        raise ArtifactError(
+            f"{key} in {where} of the model is {value!r}, which is not a token id; correct it"
+        ) from error
 
 
 def _format_ids(ids: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PAGE = 4096  # bytes that a sample looks at in one place
+PAGE = 4096  # bytes that one sample looks at
 SAMPLES = 5
 _PR_SET_PDEATHSIG = 1
 REPEATS = 2  # fresh loads that must agree where the first did not

@@ -96,7 +96,7 @@ def _find_name(directory: Path, file: str | Path) -> str:
 
 def _find_fault(directory: Path, record: Manifest, name: str) -> str | None:
     if not manifest.is_inside(name):
-        return f"{shown(name)} is no file inside of it"
+        return f"{shown(name)} is not a file inside it"
     if name == NAME:
         return f"{NAME} is the manifest itself"
     if name == SIGNATURE:
@@ -105,11 +105,12 @@ def _find_fault(directory: Path, record: Manifest, name: str) -> str | None:
         return f"{shown(name)} holds weights, which are listed tensor by tensor when they are written; build it anew"
     if _WEIGHTS.fullmatch(name):
         return (
-            f"{shown(name)} stands where weights stand, which no plain file may; remove it, or build it anew with them"
+            f"{shown(name)} has the name of a weight file, which no other file may have; remove it, or build the "
+            "artifact again"
         )
     parts = [directory.joinpath(*Path(name).parts[:count]) for count in range(1, len(Path(name).parts))]
     if any(part.is_symlink() for part in parts) or not manifest.is_plain(directory / name):
-        return f"{shown(name)} is no plain file in it"
+        return f"{shown(name)} is not a plain file inside it"
     return None
 
 

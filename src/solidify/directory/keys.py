@@ -100,7 +100,7 @@ def purpose_fault(der: bytes) -> str | None:
     if not named or {For.CODE_SIGNING, For.ANY_EXTENDED_KEY_USAGE} & set(named):
         return None
     usages = ", ".join(each.dotted_string for each in named)
-    return f"its certificate is for other uses alone (extended key usage {usages}), and not for signing code"
+    return f"its certificate is only for other uses (extended key usage {usages}), and not for signing code"
 
 
 def _read_key(path: Path, what: str, wrong: tuple[str, ...]) -> bytes:

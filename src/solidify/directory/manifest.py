@@ -131,7 +131,7 @@ def _parse_manifest(path: Path) -> Manifest:
         field_names = {f.name for f in fields(Manifest)}
         if document["format"] > FORMAT:
             raise ArtifactError(
-                f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade it"
+                f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade solidify"
             )
         if document["algorithm"] != ALGORITHM:
             raise ArtifactError(f"{path} holds {document['algorithm']} digests, and not {ALGORITHM}; build it anew")
@@ -156,12 +156,14 @@ def _form_faults(manifest: Manifest) -> list[str]:
     for key in (*_DIGESTS, "requirements", "versions"):
         value = getattr(manifest, key)
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            faults.append(f"`{key}` does not map names to texts")
+            faults.append(f"`{key}` does not map names to strings")
     for key in ("lineage", "edits"):
         value = getattr(manifest, key)
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-            faults.append(f"`{key}` is no list of records")
-    faults += [f"`{key}` is no record" for key in ("base", "trained") if not isinstance(getattr(manifest, key), dict)]
+            faults.append(f"`{key}` is not a list of records")
+    faults += [
+        f"`{key}` is not a record" for key in ("base", "trained") if not isinstance(getattr(manifest, key), dict)
+    ]
     return faults or [*_edit_faults(manifest), *(_adapter_faults(manifest) if manifest.kind == "adapter" else [])]
 
 
@@ -169,7 +171,9 @@ def _edit_faults(manifest: Manifest) -> list[str]:
     """Says which edits lack what every reader of them takes for granted."""
     texts = ("name", "operation", "new_class")
     wrong = [n for n, edit in enumerate(manifest.edits) if not all(isinstance(edit.get(key), str) for key in texts)]
-    return [f"the edit {n} does not say as texts what was done where (`{'`, `'.join(texts)}`)" for n in wrong]
+    return [
+        f"the edit {n} does not say in strings what was done to which module (`{'`, `'.join(texts)}`)" for n in wrong
+    ]
 
 
 def _adapter_faults(manifest: Manifest) -> list[str]:
@@ -178,12 +182,12 @@ def _adapter_faults(manifest: Manifest) -> list[str]:
     names |= {key: value for key, value in manifest.trained.items() if key not in names}
     return [
         *(
-            f"`trained.{key}` is no list of names"
+            f"`trained.{key}` is not a list of names"
             for key, value in names.items()
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value)
         ),
         *(
-            f"`base.{key}` is no text"
+            f"`base.{key}` is not a string"
             for key, value in {"path": None, **manifest.base}.items()
             if not isinstance(value, str)
         ),
@@ -193,12 +197,12 @@ def _adapter_faults(manifest: Manifest) -> list[str]:
 def name_faults(manifest: Manifest) -> list[str]:
     """Says which names of files lead out of the directory, cannot be read by people, or are not one file's alone."""
     names = [NAME, *manifest.code, *manifest.files, *manifest.headers]
-    faults = [f"{shown(name)} is no name of a file inside of the directory" for name in names if not is_inside(name)]
+    faults = [f"{shown(name)} is not the name of a file inside the directory" for name in names if not is_inside(name)]
     first: dict[str, int] = {}
     for index, name in enumerate(names):
         other = names[first.setdefault(_fold_name(name), index)]
         if first[_fold_name(name)] != index:
-            how = "is listed twice" if other == name else f"differs from {shown(other)} in nothing but case"
+            how = "is listed twice" if other == name else f"differs from {shown(other)} only in upper and lower case"
             faults.append(f"{shown(name)} {how}")
     faults += [
         f"{shown(name)} is the name of a signature, which no manifest lists"

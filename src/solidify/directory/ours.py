@@ -68,7 +68,7 @@ def in_run(directory: Path) -> list[str]:
         if left(path):
             continue
         if path.is_symlink() or path.name not in _OWN:
-            faults.append(f"{path.name} is no part of a run")
+            faults.append(f"{path.name} is not part of a run")
         elif path.name in PARTS:
             faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
         elif path.name == CHECKPOINTS:
@@ -146,7 +146,7 @@ def unlike_a_run(directory: Path) -> list[str]:
             is_recorded = report is not None or not (directory / REPORT).exists()  # else nothing says how the page was
             what = "is not the page that a run wrote" if is_recorded and pages.get(PAGE) != _digest_file(path) else None
         elif what is None and not manifest.left_by_tools(path) and (hidden is None or hidden[1] not in _OWN):
-            what = f"is no part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
+            what = f"is not part of a run; remove it, or check the parts ({', '.join(PARTS)}) one by one"
         if what is not None:
             faults.append(f"{manifest.shown(path.name)} {what}")
     return faults
@@ -212,7 +212,7 @@ def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
         if path.name == "README.md" and _by_a_trainer(path):
             continue
         if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
-            faults.append(f"{path.name} is no checkpoint")
+            faults.append(f"{path.name} is not a checkpoint")
         else:
             complete = whole and os.path.lexists(path / LISTING)
             faults += [f"{path.name} {fault}" for fault in checkpoint_faults(path, whole=complete)]
@@ -237,7 +237,7 @@ def checkpoint_faults(directory: Path, *, whole: bool = False) -> list[str]:
         torn = sorted(n for n, d in listed.items() if whole and (n not in names or digest_large(directory / n) != d))
     except (SolidifyError, OSError, ValueError, KeyError, TypeError, AttributeError):
         begun = not whole and _is_begun(directory, names)
-        return [] if begun else ["was not written to its end by a trainer of solidify"]
+        return [] if begun else ["was not completely written by a trainer of solidify"]
     return [
         *(f"holds {name}, which the trainer did not write" for name in strange),
         *(f"lacks {name} as the trainer wrote it" for name in torn),

@@ -85,8 +85,8 @@ def announce(directory: Path, recipe: Mapping[str, Any], *, resume: bool) -> Non
         return
     whose = "another recipe" if foreign else "this recipe"
     console.words.print(
-        f"{directory} holds results of {whose} ({', '.join(standing)}): each is replaced when its new one is whole, "
-        "and what then does not fit the new artifact is removed",
+        f"{directory} holds results of {whose} ({', '.join(standing)}): each is replaced when its new one is "
+        "complete, and what does not fit the new artifact is then removed",
     )
 
 
@@ -94,8 +94,8 @@ def refuse_others(directory: Path, recipe: Mapping[str, Any], *names: str) -> No
     """Raises ArtifactError when one of some results was made by another recipe, so that two would be mixed."""
     if foreign := [name for name in others(directory, recipe) if name in names]:
         raise ArtifactError(
-            f"{directory} holds results of another recipe ({', '.join(foreign)}), with which those of this one would "
-            "be mixed; name another output, or replace all of them with `solidify run`"
+            f"{directory} holds results of another recipe ({', '.join(foreign)}), and the results of this recipe "
+            "would mix with them; name another output, or replace all of them with `solidify run`"
         )
 
 

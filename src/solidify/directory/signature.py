@@ -77,14 +77,16 @@ def parse(content: bytes) -> Signature:
         return _parse_bundle(_read_plain(content, indent=None), content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = str(error) if type(error) is ValueError else foreign.said(error)
-        raise ArtifactError(f"{SIGNATURE} is no model signature by a key or a certificate: {words[:200]}") from error
+        raise ArtifactError(
+            f"{SIGNATURE} is not a model signature made with a key or a certificate: {words[:200]}"
+        ) from error
 
 
 def _parse_bundle(document: Any, content: bytes) -> Signature:
     media, material, envelope = _get_exactly(document, "mediaType", "verificationMaterial", "dsseEnvelope")
     payload, form, signatures = _get_exactly(envelope, "payload", "payloadType", "signatures")
     if media != _BUNDLE or form != _STATEMENT or len(signatures) != 1:
-        raise ValueError("it is of another form")
+        raise ValueError("it has another form")
     value, unused = _get_exactly(signatures[0], "sig", "keyid")
     listed = _collect_resources(_read_plain(_decode_plain(payload), indent=2))
     kind = "certificate" if "x509CertificateChain" in material else "key"
@@ -116,7 +118,7 @@ def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _collect_resources(statement: Any) -> dict[str, str]:
     """Returns the SHA-256 of every file that a statement lists."""
     if statement["predicateType"] != _PREDICATE or statement["predicate"]["serialization"]["method"] != "files":
-        raise ValueError("its statement is of another form; sign with solidify, or with model-signing's own command")
+        raise ValueError("its statement has another form; sign with solidify, or with model-signing's own command")
     found: dict[str, str] = {}
     for each in statement["predicate"]["resources"]:
         algorithm, digest, name = _get_exactly(dict(sorted(each.items())), "algorithm", "digest", "name")
@@ -138,13 +140,13 @@ def _get_exactly(document: Any, *keys: str) -> Sequence[Any]:
 
 def _require_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{ascii(value)[:40]} stands in the place of a text")
+        raise ValueError(f"{ascii(value)[:40]} stands where a string is expected")
     return value
 
 
 def _require_digest(value: Any) -> str:
     if not re.fullmatch("[0-9a-f]{64}", _require_text(value)):
-        raise ValueError(f"{value[:40]!a} stands in the place of a SHA-256")
+        raise ValueError(f"{value[:40]!a} stands where a SHA-256 is expected")
     return str(value)
 
 
@@ -172,7 +174,7 @@ def faults(record: Manifest, found: Signature) -> list[str]:
             )
     signed = found.files.get(NAME)
     if signed is not None and record.sha256 != signed:
-        result.append(f"{SIGNATURE} is of another {NAME} than the one that stands here; sign it anew, or remove that")
+        result.append(f"{SIGNATURE} signs another {NAME} than the one here; sign again, or remove {SIGNATURE}")
     return result
 
 

@@ -152,10 +152,16 @@ def findings(directory: Path, record: Manifest, key: Path | None, *, intact: boo
     except ArtifactError as error:
         return [Finding(SIGNED, False, str(error))]
     if wrong := signature.faults(record, found):
-        return [Finding(SIGNED, False, f"{'; '.join(wrong)} (it names {found.signer}); sign it anew, or remove that")]
+        return [
+            Finding(SIGNED, False, f"{'; '.join(wrong)} (it names {found.signer}); sign again, or remove {SIGNATURE}")
+        ]
     option = "--key" if found.kind == "key" else "--certificate-chain"
     how = f"solidify verify {directory} {option} FILE"
-    return [Finding.unseen(SIGNED, f"it names {found.signer}, with which nothing was compared: {how}")]
+    return [
+        Finding.unseen(
+            SIGNED, f"it names {found.signer}, but no key or certificate was given to compare it with: {how}"
+        )
+    ]
 
 
 def _import_library() -> Any:
@@ -182,13 +188,13 @@ def _let_sign(signing: Any, key: Path, certificate: str | Path | None, chain: Se
     """Gives a key to sign with to the library, once it was judged here."""
     password = keys.private(key)
     if certificate is None and chain:
-        raise ArtifactError("a chain of certificates leads to one: name that of the key (--certificate)")
+        raise ArtifactError("a certificate chain needs the key's own certificate too: name it (--certificate)")
     if certificate is None:
         with foreign.calling(f"{key} cannot be used", ArtifactError):
             signing.use_elliptic_key_signer(private_key=key, password=password)
         return
     if password is not None:
-        raise ArtifactError(f"{key} is encrypted, and model-signing opens no such key beside a certificate")
+        raise ArtifactError(f"{key} is encrypted, and model-signing cannot use an encrypted key with a certificate")
     for path in (certificate, *chain):
         keys.certificates(Path(path))
     with foreign.calling(f"{key} cannot be used with {certificate}", ArtifactError):
@@ -200,7 +206,7 @@ def _let_verify(verifying: Any, key: str | Path | None, chain: Sequence[str | Pa
     if (key is None) == (not chain):
         raise ArtifactError("name what to verify with: a public key (--key), or certificates (--certificate-chain)")
     if key is not None and name is not None:
-        raise ArtifactError("a key is for nobody by name; certificates are (--certificate-chain)")
+        raise ArtifactError("a key names nobody; only certificates do (--certificate-chain)")
     verifying.set_ignore_unsigned_files(True)  # there are none: `manifest.strangers` refuses them, by every name
     if key is not None:
         fingerprint = keys.public(Path(key))
@@ -236,10 +242,12 @@ def _find_differences(verifying: Any, directory: Path, found: Signature) -> list
     if type(error).__name__ == "InvalidSignature":
         return [f"{SIGNATURE} was changed after it was signed, or was not signed with {found.signer} that it names"]
     if type(error).__name__ == "X509StoreContextError":
-        return [f"{found.signer} does not lead to those that were given: {error}"]
+        return [f"{found.signer} does not lead to the given certificates: {error}"]
     if str(error).startswith("Signature mismatch"):
         names = [name for name in _MISMATCH.findall(str(error)) if name in found.files]
-        return [f"{shown(name)} is not the file that was signed" for name in names] or ["its files are not those"]
+        return [f"{shown(name)} is not the file that was signed" for name in names] or [
+            "its files are not the signed ones"
+        ]
     return [f"it cannot be verified: {foreign.said(error)[:_LONGEST]}"]
 
 

@@ -70,7 +70,8 @@ def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str 
     if here != around / ours.CHECKPOINTS and (here.is_relative_to(around) or around.is_relative_to(here)):
         raise ArtifactError(
             f"training.output_dir is {directory}, and the run's own directory is {run}: neither may lie in the other; "
-            f"leave it out (checkpoints go to {run / ours.CHECKPOINTS}), or name a directory elsewhere"
+            f"leave out training.output_dir (checkpoints go to {run / ours.CHECKPOINTS}), or name a directory "
+            "elsewhere"
         )
     refuse_unwritable(directory, inputs)
     if directory.exists() or directory.is_symlink():
@@ -95,9 +96,9 @@ def _refuse_output(output: Path, faults: list[str]) -> None:
 
 
 def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "command") -> None:
-    """Raises ArtifactError for a place that is not for results, or that an input is, holds or lies in.
+    """Raises ArtifactError for an output that is not for results, or that an input is, holds or lies in.
 
-    Places are known by the names that they resolve to, and by what the system calls them (device and inode).
+    Outputs are known by the names that they resolve to, and by what the system calls them (device and inode).
     """
     try:
         os.fspath(output).encode()
@@ -105,10 +106,10 @@ def refuse_unwritable(output: Path, inputs: Iterable[str | Path] = (), *, work: 
         _check_path(output)
     except UnicodeEncodeError as error:
         words = "its name is not text in UTF-8, as names in the files of a model are; name another"
-        raise ArtifactError(f"the output {str(output)[:200]!a} is no place to write to: {words}") from error
+        raise ArtifactError(f"the output {str(output)[:200]!a} cannot be written to: {words}") from error
     except (OSError, RuntimeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ArtifactError(f"the output {str(output)[:200]} is no place to write to: {why}; name another") from error
+        raise ArtifactError(f"the output {str(output)[:200]} cannot be written to: {why}; name another") from error
     homes: list[Path] = []
     with suppress(OSError, RuntimeError):  # there need not be one
         homes.append(Path.home().resolve())
@@ -178,7 +179,7 @@ def staged(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "comm
 
     Raises:
         ArtifactError: `output` exists and is not ours, is (or holds, or lies in) one of the command's `inputs`, another
-            process writes it now, or its place cannot be written.
+            process writes it now, or its parent directory cannot be written.
     """
     inputs = list(inputs)
     refuse_foreign(output, inputs, work=work)
@@ -191,7 +192,7 @@ def staged(output: Path, inputs: Iterable[str | Path] = (), *, work: str = "comm
         try:
             _put_staging(staging, output)
         except OSError as error:
-            raise ArtifactError(f"{output} cannot be put in its place: {error.strerror}") from error
+            raise ArtifactError(f"the finished results cannot be moved to {output}: {error.strerror}") from error
 
 
 @contextmanager
@@ -199,7 +200,8 @@ def scratch(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
     """Yields a directory beside `output`, on its file system, that is gone when the block ends.
 
     Raises:
-        ArtifactError: `output` exists and is not ours, another process writes it now, or its place cannot be written.
+        ArtifactError: `output` exists and is not ours, another process writes it now, or its parent directory cannot
+            be written.
     """
     refuse_foreign(output, inputs)
     with _make_hidden_directory(output, "scratch") as directory:
@@ -209,7 +211,7 @@ def scratch(output: Path, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
 @contextmanager
 def _make_hidden_directory(output: Path, kind: str) -> Iterator[Path]:
     """Yields a hidden directory beside `output` while no other process writes there; it does not outlive the block."""
-    output = output.resolve()  # one place has one name, whatever links lead to it
+    output = output.resolve()  # one directory has one name, whatever links lead to it
     directory = output.parent / f".{output.name}.{kind}-{os.getpid()}"
     with _lock_output(output):
         made: list[Path] = []
@@ -255,7 +257,7 @@ def _describe_error(error: Exception, directory: Path) -> str | None:
 
 
 def _put_staging(staging: Path, output: Path) -> None:
-    """Gives a finished directory its name; where the system can, what stood there changes places with it at once."""
+    """Gives a finished directory its name; where the system can, what stood there is exchanged with it at once."""
     if not output.exists():
         staging.rename(output)
         disk.sync(output.parent)
