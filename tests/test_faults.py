@@ -495,7 +495,7 @@ def test_a_base_that_is_written_to_meanwhile_is_noticed(world: World, base: str)
     restless = world.root / f"restless-{base}"
     shutil.copytree(world.root / base, restless)
     ended = world.build(restless.name, world.root / f"none-{base}", before=WRITES.format(base=str(restless)))
-    ended.refused("was written to while it was read", "start again when it is at rest")
+    ended.refused("was written to while it was read", "start again when no other program writes to it")
     assert not (world.root / f"none-{base}").exists()
 
 

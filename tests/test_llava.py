@@ -415,7 +415,7 @@ def test_a_recipe_is_strict_about_groups_and_images(base: Path, rows: Path, over
     [
         ("data={train: builtin:pydoc, group_by: [modality]}", r"data\.group_by: modality tells rows with images from"),
         ("training.packing=true", r"training\.packing is TRL's, whose trainer makes its batches itself"),
-        ("training.remove_unused_columns=true", "would take the images away"),
+        ("training.remove_unused_columns=true", "would remove the images"),
         (
             "training.train_sampling_strategy=group_by_length",
             r"looks for lengths in pixel_values; write data\.group_by",

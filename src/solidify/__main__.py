@@ -15,7 +15,7 @@ DEBUG = "SOLIDIFY_DEBUG"  # set to anything, the original error is shown with it
 def main() -> None:
     """Runs the command line; what is wrong with the input ends in one message on stderr and exit code 2.
 
-    So does what nobody foresaw, unless the environment variable SOLIDIFY_DEBUG is set: then it is raised as it is.
+    So does an unexpected error, unless the environment variable SOLIDIFY_DEBUG is set: then it is raised as it is.
     """
     try:
         _open_streams()
@@ -71,7 +71,7 @@ def _run_command() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _discard_rest(sys.stdout)
             _end_process(f"stdout or a file cannot be written to: {error.strerror}", 2)
-        _end_process(f"{foreign.said(error)} (nobody foresaw this; {DEBUG}=1 shows where it comes from)", 2)
+        _end_process(f"{foreign.said(error)} (an unexpected error; set {DEBUG}=1 to see where it comes from)", 2)
 
 
 def _require_here() -> None:

@@ -46,7 +46,8 @@ def build(
         more = [key for key, value in given_beside if value is not None]
         if more:
             raise ArtifactError(
-                f"a recipe says everything itself; leave out {', '.join(more)} (where it goes is directory=)"
+                f"a recipe says everything itself; leave out {', '.join(more)} (say with directory= where the "
+                "results go)"
             )
         loaded = given(model)
         output = stages.output_of(loaded, directory)

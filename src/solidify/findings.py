@@ -139,7 +139,7 @@ class Report:
         """
         document = files.document(path)
         if not {"subject", "stages", "digest"} <= set(document):
-            raise ValueError(f"{path} is no report of solidify")
+            raise ValueError(f"{path} is not a report of solidify")
         if document.pop("digest") != _digest_document(document):
             raise ValueError(f"{path} is not the report that was written (its digest differs)")
         return document

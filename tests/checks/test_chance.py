@@ -153,7 +153,7 @@ def test_what_hides_at_the_mean_of_a_draw_is_not_called_proved(tmp_path: Path) -
     in_order(trainer)
     trainer.train()
     finding = gradients.accumulation(trainer, pico.ragged(8))
-    assert finding.verdict == "measured" and "rand stood at their mean" in finding.evidence
+    assert finding.verdict == "measured" and "rand were set to their mean" in finding.evidence
 
 
 @pytest.mark.parametrize("kind", ["batch norm", "batch mean"])

@@ -73,17 +73,17 @@ def appended(path: Path, text: str = "x") -> None:
 
 
 STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a stray file": (lambda d: (d / "stray.py").write_text("x"), "stray.py is no part of a run"),
-    "a stray directory": (lambda d: (d / "more").mkdir(), "more is no part of a run"),
-    "a name in other letters": (lambda d: (d / "Artifact").mkdir(), "Artifact is no part of a run"),
+    "a stray file": (lambda d: (d / "stray.py").write_text("x"), "stray.py is not part of a run"),
+    "a stray directory": (lambda d: (d / "more").mkdir(), "more is not part of a run"),
+    "a name in other letters": (lambda d: (d / "Artifact").mkdir(), "Artifact is not part of a run"),
     "a hidden directory of another": (lambda d: (d / ".mine.partial-1").mkdir(), "mine.partial-1 is no part"),
-    "a cache that holds more": (lambda d: (d / ".cache" / "more").mkdir(parents=True), ".cache is no part of a run"),
+    "a cache that holds more": (lambda d: (d / ".cache" / "more").mkdir(parents=True), ".cache is not part of a run"),
     "a link": (lambda d: (d / "link").symlink_to("artifact"), "link is a link"),
     "a link for a part": (
         lambda d: ((d / "merged").rename(d.parent / "away"), (d / "merged").symlink_to(d.parent / "away")),
         "merged is a link",
     ),
-    "a pipe": (lambda d: os.mkfifo(d / "pipe"), "pipe is no part of a run"),
+    "a pipe": (lambda d: os.mkfifo(d / "pipe"), "pipe is not part of a run"),
     "a part that is a file": (
         lambda d: (shutil.rmtree(d / "merged"), (d / "merged").write_text("x")),
         "merged is not a directory",
@@ -96,7 +96,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (shutil.rmtree(d / "merged"), shutil.copytree(d / "adapter", d / "merged")),
         "merged holds an adapter",
     ),
-    "a stray checkpoint": (lambda d: (d / "checkpoints" / "mine").mkdir(), "checkpoints mine is no checkpoint"),
+    "a stray checkpoint": (lambda d: (d / "checkpoints" / "mine").mkdir(), "checkpoints mine is not a checkpoint"),
     "an edited report": (lambda d: edited(d / "report.json", "a promise", "more"), "report.json is not the report"),
     "a report with a line more": (lambda d: appended(d / "report.json", "x"), "report.json is not the report"),
     "no report": (lambda d: (d / "report.json").unlink(), "report.html is not the page that a run wrote"),
@@ -298,4 +298,4 @@ def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     assert solidify.check(directory, base=whole / "artifact").passed
     monkeypatch.setattr(certificate, "run_alone", run_alone)
     report = solidify.check(directory, base=whole / "artifact")
-    assert ["another adapter stands by now" in finding.evidence for finding in report.failed] == [True]
+    assert ["has been replaced by another since" in finding.evidence for finding in report.failed] == [True]

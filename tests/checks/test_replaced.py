@@ -46,7 +46,7 @@ FAULTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "a linear layer that does more": (
         (f"{MLP}.down_proj", layers.Clamped),
         LINEAR,
-        "model.layers.*.mlp.down_proj (2 times) is a linear layer by its class",
+        "model.layers.*.mlp.down_proj (2 times) inherits from nn.Linear",
     ),
     "a matrix that is read": (
         ("model.layers.1.mlp.down_proj", layers.Reader),

@@ -69,7 +69,9 @@ def test_every_base_tensor_is_accounted_for() -> None:
 def test_tensors_that_vanish_or_appear_are_found() -> None:
     model, edits, before = operated()
     model.extra = torch.nn.Parameter(torch.ones(1))
-    assert "extra came from nowhere" in structure.untouched(model, before, edits).evidence
+    assert (
+        "extra is neither the base's nor named as new by an edit" in structure.untouched(model, before, edits).evidence
+    )
     del model.extra
     del model.model.norm
     finding = structure.untouched(model, before, edits)

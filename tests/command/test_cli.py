@@ -72,7 +72,10 @@ BAD_INPUT = {
     "training what is not there": ({"adapter__train": ["**.skale"]}, "'**.skale' hits nothing"),
     "unknown loss": ({"objective__1__loss": "side_path_loss.py:far"}, "defines no 'far'"),
     "wrong loss argument": ({"objective__1__arguments": {"paramters": 1}}, "it has no parameter 'paramters'"),
-    "weight of another kind": ({"objective__1__weight": {"shedule": {}}}, "a weight is a number, {schedule: ...} or"),
+    "weight of another kind": (
+        {"objective__1__weight": {"shedule": {}}},
+        "a weight must be a number, {schedule: ...} or",
+    ),
     "weight that cannot be": (
         {"objective__1__weight": {"schedule": {"start": 0}}},
         "the weight's schedule does not fit",

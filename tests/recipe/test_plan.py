@@ -46,7 +46,7 @@ def loaded(directory: Path, base: Path, target: str, expect: str, module: str, /
         ),
         ([{"loss": "solidify.losses:trash_budget", "arguments": {"target": 0.5}}], "looks into TrashCan"),
         ([{"loss": "solidify.losses:weight_penalty", "arguments": {"parameters": "**.nothing"}}], "names no parameter"),
-        ([{"loss": "solidify.losses:next_token", "arguments": {"chunk": 0}}], "chunk is a whole number"),
+        ([{"loss": "solidify.losses:next_token", "arguments": {"chunk": 0}}], "chunk must be a whole number"),
     ],
 )
 def test_an_objective_that_does_not_fit_is_refused_in_plan(

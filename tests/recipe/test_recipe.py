@@ -85,8 +85,8 @@ def test_all_faults_are_listed_with_their_place_and_neighbours(tmp_path: Path) -
     ("more", "words"),
     [
         ({"surgery": []}, "surgery"),
-        ({"adapter": {}}, "an adapter trains something"),
-        ({"adapter": {"train": "x"}}, "`adapter` is trained on something: give `data`"),
+        ({"adapter": {}}, "an adapter needs something to train"),
+        ({"adapter": {"train": "x"}}, "`adapter` needs something to be trained on: give `data`"),
         ({"training": {"max_steps": 1}}, "`training` needs an `adapter`"),
     ],
 )

@@ -231,7 +231,7 @@ def test_groups_find_their_way_without_peft(tmp_path: Path) -> None:
         ([*PAIR, {"parameters": "**.gate_proj", "learning_rate": 1.0}], r"both name model\.layers\.1\.mlp\.gate_proj"),
         ([{"parameters": MLP}], "nothing is set; give learning_rate"),
         ([{"parameters": MLP, "lr": 1.0}], "'lr' is unknown; known here: parameters, learning_rate"),
-        ([{"learning_rate": 1.0}], "`parameters` must name what it is about"),
+        ([{"learning_rate": 1.0}], "`parameters` must name the parameters of the group"),
         ([{"parameters": MLP, "optimizer": {"lr": 1.0}}], "'lr' is written learning_rate"),
     ],
 )
@@ -257,7 +257,7 @@ def test_settings_that_the_optimizer_refuses_are_refused(tmp_path: Path, setting
 def test_an_optimizer_of_ones_own_and_groups_exclude_each_other(tmp_path: Path) -> None:
     model = attached()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(ObjectiveError, match="leave out parameter_groups, or it"):
+    with pytest.raises(ObjectiveError, match="leave out the optimizer, or parameter_groups"):
         trainer(model, tmp_path, PAIR, optimizers=(optimizer, None))
     trainer(model, tmp_path, optimizers=(optimizer, None)).train()  # by itself it holds all
 

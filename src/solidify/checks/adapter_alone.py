@@ -52,7 +52,7 @@ def main() -> None:
         ),
     ]
     if manifest.read(directory, "adapter").sha256 != request["manifest"]:
-        words = "another adapter stands by now where the one stood that was compared"
+        words = "the adapter that was compared has been replaced by another since"
         findings = [Finding("loads completely", False, words)]
     print(json.dumps({"findings": [finding.document() for finding in findings]}))
 

@@ -198,7 +198,7 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 
 @contextmanager
 def other_numbers(seed: int) -> Iterator[None]:
-    """Starts every generator at another place while the block lasts, and puts all of them back."""
+    """Starts every generator with another state while the block lasts, and puts all of them back."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(_list_devices()):
         torch.manual_seed(seed)

@@ -79,17 +79,17 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         with fewer than `FEW` looks, a parameter that had none yet is no fault, and no proof either.
         """
         if self.hidden:
-            return Finding.unseen(REACHED, "DeepSpeed keeps the gradients to itself")
+            return Finding.unseen(REACHED, "DeepSpeed does not show the gradients")
         if not self.steps:
             return Finding.unseen(REACHED, "no step was taken")
         names = {id(p): name for _, name, p in lookup.named_parameters(self.model)}
         paths = dict(self.model.named_parameters())
         dead = [names[id(paths[path])] for path, largest in self.seen.items() if not largest]
         broken = [path for path, largest in self.seen.items() if not math.isfinite(largest)]
-        faults = [f"a gradient though frozen: {name}" for name in sorted(self.stray)]
+        faults = [f"frozen, but has a gradient: {name}" for name in sorted(self.stray)]
         faults += [f"not finite: {name}" for name in broken]
         few = self.steps + self.looks_beside < FEW
-        never = [f"never a gradient: {name}" for name in dict.fromkeys(dead)]
+        never = [f"never has a gradient: {name}" for name in dict.fromkeys(dead)]
         faults += [] if few else never
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         if faults or not dead:
@@ -98,7 +98,7 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
             more = [f"and {len(each) - 4} more"] if len(each) > 4 else []
             return Finding(REACHED, not faults, "; ".join([*each[:4], *more] if faults else [got]))
         counted = f"{len(self.seen) - len(dead)} of {len(self.seen)} trainable tensors got gradients in {steps}"
-        return Finding(REACHED, None, f"{counted}, too few to tell of {', '.join(dead[:4])}")
+        return Finding(REACHED, None, f"{counted}, too few to judge {', '.join(dead[:4])}")
 
 
 def accumulation(
@@ -119,7 +119,7 @@ def accumulation(
     gets one more look at the gradients.
     """
     if trainer.is_deepspeed_enabled:
-        return Finding.unseen(ACCUMULATION, "DeepSpeed keeps the gradients to itself")
+        return Finding.unseen(ACCUMULATION, "DeepSpeed does not show the gradients")
     n, ranks = len(examples), processes.count()
     sizes = [size for size in (n, max(1, n // 2), max(1, n // 4), 1) if size and n % size == 0]
     splits = [(size, 1) for size in dict.fromkeys(sizes)]
@@ -152,8 +152,8 @@ def accumulation(
         if (repeated := _measure_repeat(trainer, examples, splits[0], reference)) > tolerance:
             return Finding.unseen(
                 ACCUMULATION,
-                f"one and the same split differs from itself by {repeated:.1e} on other random numbers, which torch "
-                "does not draw, so that they could not be switched off",
+                f"the same split, run again, differs by {repeated:.1e}: it uses random numbers that torch does not "
+                "draw, so they could not be switched off",
             )
     return Finding(ACCUMULATION, False, f"{evidence} ({culprit})")
 
@@ -163,7 +163,7 @@ def _state_agreement(evidence: str, mode: chance.Chanceless) -> Finding:
     if not mode.replaced:
         return Finding(ACCUMULATION, True, evidence)
     drawn = ", ".join(sorted(mode.replaced))
-    return Finding(ACCUMULATION, None, f"{evidence}; the random numbers of {drawn} stood at their mean")
+    return Finding(ACCUMULATION, None, f"{evidence}; the random numbers of {drawn} were set to their mean")
 
 
 def _measure_rounding(
@@ -242,7 +242,11 @@ def terms(sanity: Sanity, *, steps: int = FEW) -> Finding:
     In fewer than `FEW` of `steps` a term may have none yet (a divergence from the model itself).
     """
     if not sanity.reached:
-        why = "no term was looked at" if not sanity.rows else "a compiled or sharded model keeps one term's to itself"
+        why = (
+            "no term was looked at"
+            if not sanity.rows
+            else ("a compiled or sharded model does not show the gradient of a single term")
+        )
         return Finding.unseen(TERMS, why)
     faults = [f"{name} never had a gradient" for name in sanity.silent]
     if faults and steps < FEW:

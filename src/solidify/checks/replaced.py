@@ -54,8 +54,8 @@ def hints(model: PreTrainedModel, backbone: PreTrainedModel) -> Rule:
         "no hint for loading names a tensor",
         faults,
         f"{HINTS} of {type(backbone).__name__} names none",
-        "vLLM leaves such tensors as they were drawn; build the artifact anew, its part without a head had such hints "
-        "before",
+        "vLLM does not load such tensors and leaves them at random values; build the artifact again, its part without "
+        "a head was built with such hints",
         (VLLM,),
     )
 
@@ -64,7 +64,10 @@ def _judge_linear(model: PreTrainedModel) -> Rule:
     own = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and _does_more(m)]
     return Rule(
         "linear layers are only that",
-        [f"{name} is a linear layer by its class, and is replaced by a plain one" for name in listed(model, own)],
+        [
+            f"{name} inherits from nn.Linear, and the servers replace it by a plain linear layer"
+            for name in listed(model, own)
+        ],
         "no class that inherits from nn.Linear has a forward of its own",
         "Inherit from nn.Module and hold an nn.Linear",
     )
@@ -109,7 +112,7 @@ def _named_norms(model: PreTrainedModel) -> Rule:
         "what is called RMSNorm is one",
         [f"{listed_name} is replaced because of its class's name" for listed_name in listed(model, own)],
         "every class of that name is transformers' own",
-        "Call the class otherwise, unless it is `weight * x / sqrt(mean(x²) + eps)` and no more",
+        "Rename the class, unless it computes `weight * x / sqrt(mean(x²) + eps)` and no more",
         (SGLANG,),
     )
 
@@ -256,7 +259,7 @@ def _judge_activation(model: PreTrainedModel) -> Rule:
         [f"the configuration names {named!r}, the servers' kernel computes silu"] * odd
         + [f"{name} is of a class of its own, of which only the tensors are used" for name in listed(model, own)],
         f"{len(blocks)} blocks of experts" if blocks else "there are no experts to replace",
-        "Serve it with transformers, or call what holds the experts otherwise than `experts`",
+        "Serve it with transformers, or rename `experts`, the attribute that holds them",
     )
 
 
@@ -294,6 +297,6 @@ def _judge_names(model: PreTrainedModel) -> Rule:
         "no tensor has a name that is left out",
         faults,
         f"none of {len(model.state_dict())}",
-        "Name it otherwise",
+        "Rename it",
         tuple(servers) or (VLLM, SGLANG),
     )

@@ -82,7 +82,7 @@ def observe(backbone: PreTrainedModel) -> Observed:
 
 
 def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], position: int, seen: Observed) -> list[str]:
-    """Changes the token at one place and names the modules that let it reach the output at other places."""
+    """Changes the token at one position and names the modules that let it reach the output at other positions."""
     names = {module: name for name, module in backbone.named_modules()}
     first: dict[tuple[str, int], Any] = {}
     found: list[str] = []

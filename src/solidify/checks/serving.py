@@ -36,7 +36,7 @@ from solidify.upstream.torch import own_parameters
 from solidify.upstream.transformers import BACKEND_FLAG
 
 Record = Mapping[str, Any]  # of an edit
-Places = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there
+EditsByName = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there
 
 
 def serving(directory: Path, record: Manifest) -> list[Finding]:
@@ -63,7 +63,7 @@ def findings(model: PreTrainedModel, edits: Sequence[Record], auto_map: Mapping[
     return [rule.finding() for rule in (*needed, *plans)] + [_state_verdict(s, needed, plans) for s in (VLLM, SGLANG)]
 
 
-def _list_needed(model: PreTrainedModel, edited: Places, auto_map: Mapping[str, str]) -> list[Rule]:
+def _list_needed(model: PreTrainedModel, edited: EditsByName, auto_map: Mapping[str, str]) -> list[Rule]:
     """Returns the rules that a server cannot do without."""
     seen = served_call.observe(model.base_model)
     encoder = ["it is an encoder; SGLang's document names decoders only"] if seen.causal is False else []
@@ -111,9 +111,9 @@ def _judge_hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Ru
 
 def _judge_kind(model: PreTrainedModel) -> list[str]:
     if model.config.is_encoder_decoder:
-        return ["it is an encoder-decoder; both serve encoder-only (vLLM) and decoder-only models"]
+        return ["it is an encoder-decoder; the servers run encoder-only (vLLM) and decoder-only models"]
     if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return [f"it takes {model.main_input_name}, no tokens; both serve language models"]
+        return [f"it takes {model.main_input_name}, not tokens; the servers run language models only"]
     return []
 
 
@@ -137,7 +137,7 @@ def _backend_flag(model: PreTrainedModel) -> Rule:
     )
 
 
-def _in_the_base_model(model: PreTrainedModel, edited: Places) -> Rule:
+def _in_the_base_model(model: PreTrainedModel, edited: EditsByName) -> Rule:
     start = prefix(model)
     added = [name for name, edit in edited.items() if catalogue.of(edit).adds]
     outside = [name for name in edited if not name.startswith(start) and name not in added]
@@ -226,7 +226,7 @@ def _is_causal(model: PreTrainedModel, seen: Observed) -> Rule:
     )
 
 
-def _judge_experts(model: PreTrainedModel, edited: Places, seen: Observed) -> Rule:
+def _judge_experts(model: PreTrainedModel, edited: EditsByName, seen: Observed) -> Rule:
     blocks = {n: m for n, m in model.base_model.named_modules() if n.rpartition(".")[2] == "experts"}
     number, _ = cost.experts(model.config)
     faults = [fault for name, module in blocks.items() for fault in _experts_faults(model, name, module, number, seen)]
@@ -296,7 +296,7 @@ def _judge_ties(model: PreTrainedModel) -> Rule:
         faults,
         "the head to the embeddings" if stated and None not in pair else "no tensor has two names",
         "The servers tie the head to the embeddings when tie_word_embeddings says so, and nothing else; serve it with "
-        "transformers, or give each place a tensor of its own",
+        "transformers, or give each module a tensor of its own",
     )
 
 
@@ -309,14 +309,14 @@ def _find_weight(module: nn.Module | None) -> nn.Parameter | None:
     return own_parameters(module).get("weight") if module is not None else None
 
 
-def _tensor_parallel(model: PreTrainedModel, edited: Places) -> Rule:
+def _tensor_parallel(model: PreTrainedModel, edited: EditsByName) -> Rule:
     base, start = model.base_model, prefix(model)
     plan: dict[str, str] = dict(base.tp_plan or {})
     modules = dict(base.named_modules(remove_duplicate=False))
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     there = {*modules, *(name for name, _ in base.named_parameters(remove_duplicate=False))}
     inside = [name.removeprefix(start) for name in edited if name.startswith(start)]
-    before = {  # what stood at each place, by the place's name now
+    before = {  # what each module was, by its name now
         (target + old.removeprefix(edit["name"])).removeprefix(start)
         for target, edit in edited.items()
         for old in (*edit["dropped"], *edit["kept"].values())

@@ -1,4 +1,4 @@
-"""Is the network the one that the surgery declared: right class at every place, no stray child, every module in use?"""
+"""Is the network the one that the surgery declared: right classes, no stray child, every new module in use?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
         located = lookup.at(model, name)
         kind = type(located.inner).__name__ if located else "nothing"
         if kind != edit["new_class"]:
-            faults.append(f"{name} holds {kind}, not {edit['new_class']}")
+            faults.append(f"{name} is {kind}, not {edit['new_class']}")
     shaped = {name: _inspect_shape(model, name, edit) for name, edit in ledger.reshaped_modules(edits).items()}
     faults += [f"{name} {fault}" for name, (_, wrong) in shaped.items() for fault in wrong]
     faults += [
@@ -41,10 +41,14 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
         if "." in child
     ]
     kinds = sorted({edit["new_class"] for edit in declared.values()})
-    said = [f"{len(declared)} places hold {', '.join(kinds)}"] if declared else []
+    said = (
+        [f"{len(declared)} {'module is' if len(declared) == 1 else 'modules are'} of class {', '.join(kinds)}"]
+        if declared
+        else []
+    )
     said += [f"{name} {shape}" for name, (shape, _) in shaped.items()]
     if not faults and not said:
-        return Finding.unseen("structure", "no edit is in place")
+        return Finding.unseen("structure", "the model holds no edit")
     return Finding("structure", not faults, "; ".join(faults or said))
 
 
@@ -141,7 +145,7 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
         for name, origin in origins.items()
         if origin is not None and name in now and now[name] != before[origin]
     ]
-    faults += [f"{name} came from nowhere" for name in now if name not in origins]
+    faults += [f"{name} is neither the base's nor named as new by an edit" for name in now if name not in origins]
     new = sum(1 for origin in origins.values() if origin is None)
     same = sum(1 for name in before if name in used)
     evidence = f"{same} of {len(before)} base tensors byte-identical, {new} new, {len(before) - same} dropped"

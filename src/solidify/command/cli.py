@@ -39,7 +39,9 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where results go, instead of the recipe's own.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Where results go, instead of the recipe's `output`.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
@@ -62,7 +64,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and end.")
     ] = False,
 ) -> None:
     """Change the architecture of a pretrained Hugging Face model, and prove that the result is solid."""
@@ -199,9 +201,14 @@ def heal(
 def check(
     directory: Annotated[Path, typer.Argument(help="An artifact, an adapter, or the output of a run.")],
     serve: Annotated[
-        Path | None, typer.Option("--serve", help="A Python that has vLLM: the artifact is served there and compared.")
+        Path | None,
+        typer.Option(
+            "--serve", help="A Python interpreter that has vLLM: it serves the artifact, and the outputs are compared."
+        ),
     ] = None,
-    key: Annotated[Path | None, typer.Option("--key", help="A public key: its owner's signature must hold.")] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="A public key: the signature must have been made with its private key.")
+    ] = None,
     base: Base = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -258,7 +265,7 @@ def diff(
 @app.command()
 def adopt(
     directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
-    files: Annotated[list[Path], typer.Argument(help="Files that stand in it.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="Names of files inside the directory.", show_default=False)],
 ) -> None:
     """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
     with _start_verb():
@@ -272,7 +279,7 @@ def adopt(
 
 @app.command()
 def trust(
-    directory: Annotated[Path, typer.Argument(help="An artifact that was built elsewhere, and read.")],
+    directory: Annotated[Path, typer.Argument(help="An artifact that was built elsewhere; read its code first.")],
     forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
 ) -> None:
     """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
@@ -304,7 +311,9 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
     key: Annotated[Path | None, typer.Option("--key", help="The public key of who must have signed it.")] = None,
     certificate_chain: Chain = None,
-    name: Annotated[str | None, typer.Option("--name", help="Whom the certificate must be for.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The name that the certificate must have been issued to.")
+    ] = None,
 ) -> None:
     """Whether a directory is what somebody signed, every file of it; runs none of its code; exit code 1 if not."""
     from solidify.command import views

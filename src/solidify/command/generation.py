@@ -10,14 +10,14 @@ from torch import nn
 from solidify.errors import ArtifactError, DataError
 from solidify.system import foreign
 
-MOST = 2**20  # tokens, where a model does not say how many places it has
+MOST = 2**20  # tokens, where a model does not say how many positions it has
 
 
 def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """Returns a prompt and up to `new_tokens` tokens that a model adds to it, each the likeliest.
 
     Raises:
-        DataError: the prompt holds no token, or prompt and new tokens are more than the model has places for.
+        DataError: the prompt holds no token, or prompt and new tokens are more than the model has positions for.
         ArtifactError: the model or its tokenizer fails, on odd settings for generation, for example.
     """
     with foreign.calling("the prompt cannot be read by the model's tokenizer", ArtifactError):
@@ -31,7 +31,7 @@ def continued(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) ->
             f"{length} tokens of the prompt and {new_tokens} new ones are more than the {limit} that are possible "
             f"here; ask for at most {max(limit - length, 0)} (--max-new-tokens)"
         )
-    remedy = "its generation_config.json or config.json may hold odd values"
+    remedy = "its generation_config.json or config.json may hold invalid values"
     with foreign.calling("the model does not generate", ArtifactError, remedy=remedy), torch.no_grad():
         generator: Any = model
         tokens = generator.generate(**inputs.to(generator.device), max_new_tokens=new_tokens, do_sample=False)

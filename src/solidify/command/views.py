@@ -130,7 +130,7 @@ def _show_uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Says of which experts it is not known how many a token uses."""
     if cost["uncertain"]:
         names = ", ".join(f"{_write_pattern(each)}{_write_times(each)}" for each in _fold_names(cost["uncertain"]))
-        yield f"FLOPs are at most that many: nothing says how many of {names} a token uses; all are counted."
+        yield f"FLOPs are an upper bound: nothing says how many of {names} a token uses; all are counted."
 
 
 def _write_difference(before: float, after: float, show: Any) -> str:

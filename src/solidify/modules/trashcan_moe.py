@@ -150,7 +150,7 @@ class TrashCanMoE(nn.Module):
         When every slot is kept this is the original's own call.
         """
         computed: torch.Tensor
-        slots = keep.reshape(-1).nonzero().squeeze(-1)  # (kept,), each a pair of token and place
+        slots = keep.reshape(-1).nonzero().squeeze(-1)  # (kept,), each a pair of token and slot
         if slots.numel() == keep.numel():
             computed = self.experts(tokens, index, weights)
             return computed

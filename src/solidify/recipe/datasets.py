@@ -52,7 +52,7 @@ def tokenizer_of(processor: Any) -> Any:
     """Returns what makes tokens of text; raises RecipeError where the base has no tokenizer."""
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise RecipeError(f"data: text needs a tokenizer, but all the base has is a {type(processor).__name__}")
+        raise RecipeError(f"data: text needs a tokenizer, but the base has only {type(processor).__name__}")
     return tokenizer
 
 

@@ -60,7 +60,7 @@ class Adapter(_Section):
     @model_validator(mode="after")
     def _check_trains(self) -> Adapter:
         if self.lora is None and not self.train:
-            raise ValueError("an adapter trains something: give `lora`, `train`, or both")
+            raise ValueError("an adapter needs something to train: give `lora`, `train`, or both")
         return self
 
 
@@ -183,9 +183,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_complete(self) -> Recipe:
         if self.adapter is not None and self.data is None:
-            raise ValueError("`adapter` is trained on something: give `data`")
+            raise ValueError("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
-            raise ValueError("`heal` learns from something: give `data`")
+            raise ValueError("`heal` needs something to learn from: give `data`")
         if self.adapter is None and self.teacher is not None:
             raise ValueError("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:
@@ -229,11 +229,10 @@ def given(recipe: Recipe | str | Path) -> Recipe:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe and applies overrides such as `training.max_steps=10` or `surgery.0.count=4`.
+    """Does what `Recipe.load` says.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key, a wrong type, an override that points nowhere. All
-            faults are listed together.
+        RecipeError: the file or an override is not valid.
     """
     path = Path(path)
     content = files.text(path, RecipeError, largest=files.LARGEST_RECIPE)
@@ -246,7 +245,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply_override(document, override)
     if not files.is_text(document):
-        raise RecipeError(f"{path} holds half a character (a surrogate), which is no text; write it in UTF-8")
+        raise RecipeError(f"{path} holds half a character (a surrogate), which is not text; write it in UTF-8")
     document["directory"] = path.resolve().parent
     try:
         return Recipe.model_validate(document)

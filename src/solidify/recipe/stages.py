@@ -114,7 +114,7 @@ def _refuse_foreign(recipe: Recipe, directory: Path) -> None:
 
 
 def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
-    """Refuses a place for checkpoints where others stand: a training removes old ones."""
+    """Refuses a directory for checkpoints that holds others: a training removes old ones."""
     where = Path(str(recipe.training.get("output_dir") or directory / ours.CHECKPOINTS))
     writing.refuse_foreign_checkpoints(where, directory, recipe.inputs())
 

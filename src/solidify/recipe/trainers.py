@@ -81,7 +81,8 @@ def _against_images(recipe: Recipe) -> list[str]:
     ]
     if recipe.training.get("remove_unused_columns"):
         faults.append(
-            "training.remove_unused_columns would take the images away, and the model read their places as words"
+            "training.remove_unused_columns would remove the images, and the model would read their image tokens "
+            "as words"
         )
     if recipe.training.get("train_sampling_strategy", "random") != "random":
         faults.append(

@@ -169,7 +169,7 @@ def table(
     numbers: Sequence[int] = (),
     ruled: bool = True,
 ) -> Table:
-    """Makes a table; the columns whose places are in `numbers` are aligned to the right; without rules it is airier."""
+    """Makes a table; the columns whose indices are in `numbers` are aligned to the right; `ruled` draws lines."""
     made = Table(
         title=printable(title),
         title_justify="left",

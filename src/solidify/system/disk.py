@@ -113,7 +113,7 @@ def write(path: Path, content: str | bytes) -> None:
 def name_fault(name: object) -> str | None:
     """Returns why a name that was read from a file is no name of a file inside a directory; None if it is one."""
     if not isinstance(name, str) or not name or _CONTROL.search(name) or len(name) > 1024:
-        return f"{str(name)[:80]!r} is no name of a file"
+        return f"{str(name)[:80]!r} is not the name of a file"
     if name.startswith(("/", "~")) or "\\" in name or PurePosixPath(name).as_posix() != name or ":" in name[:2]:
         return f"{name!r} is not a relative path in its plain form"
     if ".." in PurePosixPath(name).parts or name == ".":

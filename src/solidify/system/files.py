@@ -42,7 +42,10 @@ def require_regular(path: Path, kind: type[SolidifyError] = ArtifactError, *, la
     if not stat.S_ISREG(found.st_mode):
         raise kind(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a device')} and not a file")
     if largest is not None and found.st_size > largest:
-        raise kind(f"{path} holds {found.st_size} bytes, and at most {largest} are read; it is not what it should be")
+        raise kind(
+            f"{path} holds {found.st_size} bytes, and at most {largest} are read; it is not the file that is expected "
+            "here"
+        )
 
 
 def is_directory(path: str | Path) -> bool:
@@ -84,7 +87,9 @@ def content(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: i
     except OSError as error:
         raise kind(f"{path} cannot be read: {error.strerror}") from error
     if len(found) > largest:
-        raise kind(f"{path} holds more than the {largest} bytes that are read; it is not what it should be")
+        raise kind(
+            f"{path} holds more than the {largest} bytes that are read; it is not the file that is expected here"
+        )
     return found
 
 
@@ -97,7 +102,7 @@ def text(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int 
     try:
         return content(path, kind, largest=largest).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise kind(f"{path} is not text in UTF-8: the byte at place {error.start} is none") from error
+        raise kind(f"{path} is not text in UTF-8: the byte at offset {error.start} is not valid") from error
 
 
 def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: int = LARGEST) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: 
     if not isinstance(found, dict):
         raise kind(f"{path} holds a {type(found).__name__}, and not an object with fields")
     if "\\ud" in read.lower() and not is_text(found):
-        raise kind(f"{path} holds half a character (\\ud…), which is no text; write it in UTF-8")
+        raise kind(f"{path} holds half a character (\\ud…), which is not text; write it in UTF-8")
     return found
 
 
@@ -162,10 +167,10 @@ class _Loader(yaml.SafeLoader):
             word = key.value if isinstance(key, yaml.ScalarNode) else None
             if word is None or key.tag != "tag:yaml.org,2002:str":
                 raise _make_refusal(
-                    f"the key {word if word is not None else 'here'} is no word; quote it", key.start_mark
+                    f"the key {word if word is not None else 'here'} is not a string; quote it", key.start_mark
                 )
             if word in seen:
-                raise _make_refusal(f"the key {word!r} stands twice", key.start_mark)
+                raise _make_refusal(f"the key {word!r} appears twice", key.start_mark)
             seen.add(word)
         return super().construct_mapping(node, deep=deep)
 

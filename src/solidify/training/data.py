@@ -43,7 +43,7 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
     files.require_regular(path, DataError)
     kind = _FORMATS.get(path.suffix)
     if kind is None:
-        raise DataError(f"{path} is no data file that is known here; known: {', '.join(_FORMATS)}")
+        raise DataError(f"{path} is not a data file of a known kind; known: {', '.join(_FORMATS)}")
     # In pieces, a column that is empty in the first of them is taken for one that is always empty.
     whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
     read = foreign.attempt(datasets.load_dataset, kind, data_files=_escape_path(path), split="train", **whole)
@@ -95,9 +95,9 @@ def refuse_untaught(model: nn.Module) -> None:
     if not _reads_on(model):
         raise DataError(
             "data: text teaches causal language models and those that read images beside it, and "
-            f"{type(model).__name__} is neither: its labels are no next tokens; train it from Python with "
-            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to build "
-            "it"
+            f"{type(model).__name__} is neither: its labels are not the next tokens; train it from Python with "
+            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to "
+            "build it"
         )
 
 

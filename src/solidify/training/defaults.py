@@ -40,7 +40,7 @@ def faults(given: Mapping[str, Any], *, held_out: bool, moved: bool = False) -> 
     rate = given.get("learning_rate")
     found = []
     if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not rate > 0 and not (rate == 0 and moved):
-        found = [f"training.learning_rate is {rate}, and nothing is learnt so; give it a number above 0"]
+        found = [f"training.learning_rate is {rate}, so nothing would be learnt; give it a number above 0"]
     return [*found, *_find_unheld(given, held_out)]
 
 

@@ -71,7 +71,7 @@ def declared(groups: Sequence[ParameterGroup | Mapping[str, Any]]) -> list[Param
             unknown = [key for key in group if key not in field_names]
             faults += [f"group {number}: {key!r} is unknown; known here: {', '.join(field_names)}" for key in unknown]
             if "parameters" not in group:
-                faults.append(f"group {number}: `parameters` must name what it is about")
+                faults.append(f"group {number}: `parameters` must name the parameters of the group")
             if unknown or "parameters" not in group:
                 continue
             group = ParameterGroup(**group)
@@ -213,7 +213,9 @@ class Groups(TrainerCallback):  # type: ignore[misc]
         self._steps_itself = any(word in trainer.args.optim for word in _OWN_WAY)
         resolve(trainer.model, self.declared)
         if self.declared and trainer.optimizer is not None:
-            raise ObjectiveError("an optimizer was given, which has its groups; leave out parameter_groups, or it")
+            raise ObjectiveError(
+                "an optimizer was given, which has groups of its own; leave out the optimizer, or parameter_groups"
+            )
         if self.declared and self._steps_itself:
             raise ObjectiveError(
                 f"optim={trainer.args.optim!s} steps inside the backward pass and knows no parameter groups"

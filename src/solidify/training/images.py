@@ -28,7 +28,7 @@ def tokenize(rows: datasets.Dataset, processor: ProcessorMixin, *, text: str, ma
 
     Raises:
         DataError: a row with images is longer than `max_length`, an image cannot be opened, a text has more or fewer
-            places for images than it has images, or no text yields two tokens.
+            image tokens than its images need, or no text yields two tokens.
     """
     features = datasets.Features(
         {

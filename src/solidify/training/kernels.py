@@ -3,7 +3,7 @@
 The recipe line is transformers' own (`training: {use_liger_kernel: true, liger_kernel_config: {...}}`). transformers
 looks the kernels up by `model_type`, which an artifact has of its own, and Liger then does nothing and says so at a
 level that nobody reads. Here Liger's function for the base's family works on a model of the base's class on the meta
-device; what it changed there is put on those modules of the artifact that stand at the same place, are of the same
+device; what it changed there is put on those modules of the artifact that have the same name, are of the same
 class, and hold and lie in nothing else. So a module that surgery put in is never overwritten, PEFT's wrappers do not
 matter, and what Liger swaps for the whole process (rotary embeddings, torch's cross entropy, the classes that later
 models are made of) is taken back at once.
@@ -349,7 +349,7 @@ def _bind_method(value: Any, module: nn.Module) -> Any:
 def _find_changes(
     function: Callable[..., None], base: PreTrainedModel, switches: Mapping[str, bool], switch: str
 ) -> tuple[dict[tuple[str, type[nn.Module]], dict[str, Any]], list[str]]:
-    """Returns what one switch puts on the base's modules, by place and class, and what it swaps elsewhere.
+    """Returns what one switch puts on the base's modules, by name and class, and what it swaps elsewhere.
 
     The base, transformers and torch are unchanged.
     """
