@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import solidify
-from solidify.errors import ArtifactError, ModelError, RecipeError, SurgeryError
+from solidify.errors import ArtifactError, ModelError, RecipeError, SurgeryError, refuse
 
 
 def test_a_selection_shows_what_it_hits_and_changes_nothing() -> None:
@@ -165,3 +165,20 @@ def test_options_of_loading_are_taken_or_refused(tmp_path: Path) -> None:
         solidify.Surgery(model, dtype="bfloat16")
     model.save_pretrained(tmp_path)
     assert solidify.Surgery(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_one_fault_of_many_layers_is_said_once() -> None:
+    said = [f"model.layers.{n}.mlp: the original returns 1 tensor, off by 0.{n % 2}" for n in range(9)]
+    with pytest.raises(SurgeryError) as caught:
+        refuse(SurgeryError, "it does not fit", [*said, "lm_head: is missing"])
+    assert str(caught.value).splitlines() == [
+        "it does not fit:",
+        f"  - {said[0]} (and 4 more like this, the last of model.layers.8.mlp)",
+        *(f"  - {each}" for each in said[1::2]),
+        "  - lm_head: is missing",
+    ]
+    assert caught.value.faults == (*said, "lm_head: is missing")
+    with pytest.raises(
+        SurgeryError, match=r"^it does not fit: layers.1 is 3 \(and 4 more like this, the last of layers.5\)$"
+    ):
+        refuse(SurgeryError, "it does not fit", [f"layers.{n} is 3" for n in range(1, 6)])

@@ -1,9 +1,9 @@
 """What can go wrong, one class per stage.
 
 SolidifyError
-├── RecipeError      the recipe, or an argument in its place, breaks a rule
+├── RecipeError      the recipe, or an argument instead of one, breaks a rule
 ├── ModelError       a pretrained model cannot be loaded as asked
-├── SurgeryError     a replacement cannot stand where it was asked to stand
+├── SurgeryError     a change of the model cannot be made as asked
 ├── ArtifactError    a directory is not the artifact that it claims to be, or cannot become one
 ├── AdapterError     an adapter does not fit its base, or is not what was declared
 ├── ObjectiveError   a loss term or a trainer cannot do as it was declared
@@ -17,8 +17,12 @@ All but `CheckFailed` mean that the input is wrong: the command line prints the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+_INDEX = re.compile(r"(?<=[A-Za-z_]\.)\d+")  # a number in a dotted name: of a layer, of an expert
+_LISTED = 4  # faults that differ in such numbers only; of more, the first and the last are named
 
 
 class SolidifyError(Exception):
@@ -36,7 +40,7 @@ class SolidifyError(Exception):
 
 
 class RecipeError(SolidifyError, ValueError):
-    """The recipe, or an argument in its place, breaks a rule."""
+    """The recipe, or an argument instead of one, breaks a rule."""
 
 
 class ModelError(SolidifyError, ValueError):
@@ -44,7 +48,7 @@ class ModelError(SolidifyError, ValueError):
 
 
 class SurgeryError(SolidifyError, ValueError):
-    """A replacement cannot stand where it was asked to stand."""
+    """A change of the model cannot be made as asked."""
 
 
 class ArtifactError(SolidifyError, ValueError):
@@ -81,9 +85,26 @@ def raised_as(kind: type[SolidifyError], *, of: type[SolidifyError]) -> Iterator
 
 
 def refuse(kind: type[SolidifyError], title: str, faults: Iterable[str]) -> None:
-    """Raises `kind` with all `faults` under one `title`; does nothing when there is no fault."""
+    """Raises `kind` with all `faults` under one `title`; does nothing when there is no fault.
+
+    The message names one fault of many layers once; the error's `faults` are all of them.
+    """
     listed = list(faults)
-    if len(listed) == 1:
-        raise kind(f"{title}: {listed[0]}", listed)
+    folded = list(_fold_faults(listed))
+    if len(folded) == 1:
+        raise kind(f"{title}: {folded[0]}", listed)
     if listed:
-        raise kind(f"{title}:\n" + "\n".join(f"  - {fault}" for fault in listed), listed)
+        raise kind(f"{title}:\n" + "\n".join(f"  - {fault}" for fault in folded), listed)
+
+
+def _fold_faults(faults: Iterable[str]) -> Iterator[str]:
+    groups: dict[str, list[str]] = {}
+    for fault in faults:
+        groups.setdefault(_INDEX.sub("*", fault), []).append(fault)
+    for alike in groups.values():
+        first, last = alike[0], alike[-1]
+        apart = [b.rstrip(",;:") for a, b in zip(first.split(), last.split(), strict=True) if a != b]
+        if len(alike) <= _LISTED or not apart:
+            yield from alike
+        else:
+            yield f"{first} (and {len(alike) - 1} more like this, the last of {apart[0]})"
