@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pico
+import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -19,6 +20,7 @@ from solidify.adapter import lookup
 from solidify.objective.objective import Objective, Term
 from solidify.training.trainer import ObjectiveTrainer
 
+Step = tuple[dict[str, torch.Tensor], Any]  # gradients, and the trainer that took it
 LORA = {"r": 4, "target_modules": ["**.q_proj"]}
 TRAIN = ["**.mlp.trash"]
 
@@ -35,11 +37,11 @@ def awake(artifact: Path, **declared: Any) -> torch.nn.Module:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         buffers = lookup.trained_buffers(model)
         own = buffers.versions(None) if buffers is not None else {}
-        for place in lookup.modules(model):
-            if type(place.inner).__name__ == "TrashCan":
-                place.inner.bias.fill_(-2.0)
-                if place.inner is lookup.owner(model, place.name):  # not in a trained copy: the base's is awake too
-                    own[f"{place.name}.bias"].fill_(-2.0)
+        for located in lookup.modules(model):
+            if type(located.inner).__name__ == "TrashCan":
+                located.inner.bias.fill_(-2.0)
+                if located.inner is lookup.owner(model, located.name):  # not in a trained copy: the base's is awake too
+                    own[f"{located.name}.bias"].fill_(-2.0)
     return model
 
 
@@ -116,7 +118,7 @@ def step(
     examples: Sequence[Any] | None = None,
     reference: torch.nn.Module | None = None,
     **more: Any,
-) -> tuple[dict[str, torch.Tensor], Any]:
+) -> Step:
     """Takes one optimizer step over `size x steps` examples; returns gradients and the trainer."""
     options: dict[str, Any] = {}
     if terms is not None:
@@ -129,7 +131,12 @@ def step(
         **options,
     )
     in_order(trainer)
-    watch = Gradients(model)
+    return take(trainer)
+
+
+def take(trainer: Any) -> Step:
+    """Takes one optimizer step; returns gradients and the trainer."""
+    watch = Gradients(trainer.model)
     trainer.add_callback(watch)
     trainer.train()
     return watch.found, trainer
@@ -139,6 +146,69 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Returns the largest difference of any tensor, relative to the largest gradient of all."""
     scale = max(float(g.abs().max()) for g in a.values())
     return max(float((a[name] - b[name]).abs().max()) for name in a) / scale
+
+
+def assert_alike(a: Step, b: Step, tolerance: float) -> None:
+    """Compares the losses that two steps logged, and their gradients."""
+    assert logged(b)["loss"] == pytest.approx(logged(a)["loss"], rel=1e-6, abs=1e-6)
+    assert distance(a[0], b[0]) < tolerance
+
+
+def logged(taken: Step) -> dict[str, float]:
+    """Returns what the first step of a trainer logged."""
+    logs: dict[str, float] = taken[1].state.log_history[0]
+    return logs
+
+
+def assert_any_split(take: Callable[[int, int], Step], splits: Sequence[tuple[int, int]], tolerance: float) -> None:
+    """Takes one step in several splits: the parts sum to the loss, and losses and gradients are those of the first."""
+    steps = [take(*split) for split in splits]
+    for taken in steps:
+        weighted = sum(value for key, value in logged(taken).items() if key.startswith("weighted/"))
+        assert logged(taken)["loss"] == pytest.approx(weighted, rel=1e-6, abs=1e-6)
+        assert_alike(steps[0], taken, tolerance)
+
+
+def assert_resumes(fresh: Callable[[Path], Any], directory: Path) -> None:
+    """Trains two steps at once, and in two trainings with a checkpoint between them: the same model results."""
+    whole, resumed = fresh(directory / "whole"), fresh(directory / "resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(directory / "whole" / "checkpoint-1"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert set(expected) == set(found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+TWO_STEPS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+DISTILLING: dict[str, Callable[[], list[Term]]] = {
+    "the divergence": lambda: [Term("model")],
+    "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
+    "load balance": lambda: [Term("model"), Term(losses.load_balance, 0.1)],
+    "router z": lambda: [Term("model"), Term(losses.router_z, 0.01)],
+    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl)],
+    "a token mean": lambda: [Term("model"), Term(entropy, 0.3)],
+    "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
+    "no divergence": lambda: [Term(losses.forward_kl), Term(losses.load_balance, 0.1)],
+    "all together": lambda: [
+        Term("model", 0.7),
+        Term(losses.forward_kl, 0.5),
+        Term(losses.load_balance, 0.1),
+        Term(losses.router_z, 0.01),
+        Term(losses.weight_penalty, 0.1),
+        Term(entropy, 0.1),
+    ],
+}
+HIDDEN = {"layers": "projection", "reference_layers": "model.norm"}
+
+
+def student() -> torch.nn.Module:
+    """A Llama of half the teachers' width, with a projection into it that HIDDEN compares."""
+    model = pico.llama(num_hidden_layers=2)
+    wide = {"in_features": 32, "out_features": 64}
+    solidify.add(model, "projection", torch.nn.Linear, reads="model.norm", arguments=wide)
+    return model.requires_grad_(True)
 
 
 def in_processes(script: str, artifact: Path, directory: Path) -> None:

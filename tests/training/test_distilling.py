@@ -24,7 +24,21 @@ from solidify import losses
 from solidify.errors import DataError, ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.training.distilling import ObjectiveDistillationTrainer
-from training import Gradients, arguments, awake, distance, entropy, in_processes
+from training import (
+    DISTILLING,
+    HIDDEN,
+    TWO_STEPS,
+    Step,
+    arguments,
+    assert_alike,
+    assert_any_split,
+    assert_resumes,
+    awake,
+    distance,
+    in_processes,
+    student,
+    take,
+)
 
 SPLITS = ((8, 1), (4, 2), (1, 8))
 TOLERANCE = 5e-6  # float32 sums in another order
@@ -66,48 +80,22 @@ def written(trainer: Any) -> list[dict[str, torch.Tensor]]:
     return list(trainer._buffered_inputs)
 
 
-def step(*args: Any, **more: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def step(*args: Any, **more: Any) -> Step:
     """Takes one optimizer step over eight prompts; returns gradients and the trainer."""
-    trainer = prepared(*args, **more)
-    watch = Gradients(trainer.model)
-    trainer.add_callback(watch)
-    trainer.train()
-    return watch.found, trainer
+    return take(prepared(*args, **more))
 
 
-TERMS: dict[str, Callable[[], list[Term]]] = {
-    "the divergence": lambda: [Term("model")],
-    "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
-    "load balance": lambda: [Term("model"), Term(losses.load_balance, 0.1)],
-    "router z": lambda: [Term("model"), Term(losses.router_z, 0.01)],
-    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl)],
-    "a token mean": lambda: [Term("model"), Term(entropy, 0.3)],
-    "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
-    "no divergence": lambda: [Term(losses.forward_kl), Term(losses.load_balance, 0.1)],
-    "all together": lambda: [
-        Term("model", 0.7),
-        Term(losses.forward_kl, 0.5),
-        Term(losses.load_balance, 0.1),
-        Term(losses.router_z, 0.01),
-        Term(losses.weight_penalty, 0.1),
-        Term(entropy, 0.1),
-    ],
-}
 FAST = ("no divergence", "all together")
 
 
-@pytest.mark.parametrize("terms", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TERMS])
+@pytest.mark.parametrize("terms", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in DISTILLING])
 def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_path: Path, terms: str) -> None:
-    found: dict[Any, Any] = {}
-    for size, steps in SPLITS:
-        found[size], trainer = step(awake(trash_artifact), tmp_path, size, steps, TERMS[terms])
-        assert len(written(trainer)) == steps
-        logs = trainer.state.log_history[0]
-        weighted = sum(value for key, value in logs.items() if key.startswith("weighted/"))
-        assert logs["loss"] == pytest.approx(weighted, rel=1e-6, abs=1e-6)
-        assert logs["loss"] == pytest.approx(found.setdefault("loss", logs["loss"]), rel=1e-6, abs=1e-6)
-    for size, _ in SPLITS[1:]:
-        assert distance(found[8], found[size]) < TOLERANCE
+    def split(size: int, steps: int) -> Step:
+        taken = step(awake(trash_artifact), tmp_path, size, steps, DISTILLING[terms])
+        assert len(written(taken[1])) == steps
+        return taken
+
+    assert_any_split(split, SPLITS, TOLERANCE)
 
 
 def test_a_term_of_each_micro_batch_would_depend_on_it(trash_artifact: Path, tmp_path: Path) -> None:
@@ -125,7 +113,7 @@ def test_a_term_of_each_micro_batch_would_depend_on_it(trash_artifact: Path, tmp
 
 def test_the_loss_is_trls_own(trash_artifact: Path, tmp_path: Path) -> None:
     settings = {"temperature": 1.5, "beta": 0.1}
-    ours, trainer = step(awake(trash_artifact), tmp_path, 2, 4, TERMS["the divergence"], **settings)
+    ours, trainer = step(awake(trash_artifact), tmp_path, 2, 4, DISTILLING["the divergence"], **settings)
     theirs, plain = step(awake(trash_artifact), tmp_path, 2, 4, None, kind=DistillationTrainer, **settings)
     assert distance(theirs, ours) < TOLERANCE
     assert trainer.state.log_history[0]["loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=1e-6)
@@ -160,7 +148,7 @@ def test_what_the_student_writes_is_counted(trash_artifact: Path, tmp_path: Path
 
 def test_a_term_reads_the_teacher_as_its_reference(trash_artifact: Path, tmp_path: Path) -> None:
     """The forward divergence from it is TRL's at `beta` 0, whether the hidden states are projected by TRL or by us."""
-    theirs, _ = step(awake(trash_artifact), tmp_path, 2, 4, TERMS["the divergence"], beta=0.0)
+    theirs, _ = step(awake(trash_artifact), tmp_path, 2, 4, DISTILLING["the divergence"], beta=0.0)
     for term in (losses.forward_kl, losses.chunked_distillation):
         alone = lambda t=term: [Term(t)]  # noqa: E731
         ours, _ = step(awake(trash_artifact), tmp_path, 2, 4, alone, reference=teacher())
@@ -168,37 +156,23 @@ def test_a_term_reads_the_teacher_as_its_reference(trash_artifact: Path, tmp_pat
 
 
 def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Path, tmp_path: Path) -> None:
-    more = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
-
     def fresh(directory: Path) -> Any:
-        return prepared(awake(trash_artifact), directory, 2, 2, TERMS["all together"], **more)
+        more = {**TWO_STEPS, "learning_rate": 0.01}
+        return prepared(awake(trash_artifact), directory, 2, 2, DISTILLING["all together"], **more)
 
-    whole, resumed = fresh(tmp_path / "whole"), fresh(tmp_path / "resumed")
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    found = resumed.model.state_dict()
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(found[name], tensor), name
+    assert_resumes(fresh, tmp_path)
 
 
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
-    plain, first = step(awake(trash_artifact), tmp_path, 2, 4, TERMS["all together"])
-    saved, second = step(awake(trash_artifact), tmp_path, 2, 4, TERMS["all together"], activation_checkpointing=True)
-    assert second.state.log_history[0]["loss"] == pytest.approx(first.state.log_history[0]["loss"], rel=1e-6)
-    assert distance(plain, saved) < TOLERANCE
+    terms = DISTILLING["all together"]
+    plain = step(awake(trash_artifact), tmp_path, 2, 4, terms)
+    saved = step(awake(trash_artifact), tmp_path, 2, 4, terms, activation_checkpointing=True)
+    assert_alike(plain, saved, TOLERANCE)
 
 
 def test_a_student_with_an_added_head_learns_from_what_it_reads(tmp_path: Path) -> None:
     """Without PEFT, TRL's loss runs inside the model's call, whose outputs the added head adds to."""
-
-    def student() -> Any:
-        model = pico.llama(num_hidden_layers=2)
-        wide = {"in_features": 32, "out_features": 64}
-        solidify.add(model, "projection", torch.nn.Linear, reads="model.norm", arguments=wide)
-        return model.requires_grad_(True)
-
-    match = {"layers": "projection", "reference_layers": "model.norm"}
-    terms = lambda: [Term("model"), Term(losses.hidden_match, 0.1, arguments=match)]  # noqa: E731
+    terms = lambda: [Term("model"), Term(losses.hidden_match, 0.1, arguments=HIDDEN)]  # noqa: E731
     whole, _ = step(student(), tmp_path, 8, 1, terms, reference=teacher())
     split, _ = step(student(), tmp_path, 2, 4, terms, reference=teacher())
     assert distance(whole, split) < TOLERANCE
@@ -218,7 +192,7 @@ def test_a_head_of_which_trl_would_read_the_weight_alone_is_refused(tmp_path: Pa
     model = pico.llama(tie_word_embeddings=False)
     model.lm_head = Louder(32, 128, bias=False)
     with pytest.raises(ObjectiveError, match=r"the model's head is a Louder, .*the term chunked_distillation"):
-        prepared(model, tmp_path, 4, 2, TERMS["the divergence"])
+        prepared(model, tmp_path, 4, 2, DISTILLING["the divergence"])
     with pytest.raises(ObjectiveError, match=r"a term asks for outputs, .*ask for logits"):
         seen = lambda outputs: outputs.logits.mean()  # noqa: E731
         prepared(pico.llama(), tmp_path, 4, 2, lambda: [Term("model"), Term(seen, name="seen")])
@@ -238,14 +212,14 @@ def test_a_head_that_is_trained_in_full_is_the_one_that_learns(tmp_path: Path, w
                     parameter.mul_(2)
         return model
 
-    theirs, _ = step(attached(), tmp_path, 4, 2, TERMS["the divergence"], beta=0.0)
+    theirs, _ = step(attached(), tmp_path, 4, 2, DISTILLING["the divergence"], beta=0.0)
     ours, _ = step(attached(), tmp_path, 4, 2, lambda: [Term(losses.forward_kl)], reference=teacher())
     assert distance(theirs, ours) < 1e-5
 
 
 def test_fewer_prompts_than_a_step_takes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ObjectiveError, match="a step takes 16 prompts, and there are 8: TRL would train on none"):
-        prepared(pico.llama(), tmp_path, 4, 4, TERMS["the divergence"])
+        prepared(pico.llama(), tmp_path, 4, 4, DISTILLING["the divergence"])
     plain = prepared(pico.llama(), tmp_path, 4, 4, None, kind=DistillationTrainer)
     plain.train()
     assert plain.state.global_step == 0
@@ -253,9 +227,9 @@ def test_fewer_prompts_than_a_step_takes_are_refused(tmp_path: Path) -> None:
 
 def test_prompts_are_not_grouped_and_parameters_are(trash_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be grouped: each row is a prompt .* leave out group_by"):
-        prepared(awake(trash_artifact), tmp_path, 4, 2, TERMS["the divergence"], group_by=("length",))
+        prepared(awake(trash_artifact), tmp_path, 4, 2, DISTILLING["the divergence"], group_by=("length",))
     groups = [{"parameters": "**.mlp.trash", "learning_rate": 0.25}]
-    _, trainer = step(awake(trash_artifact), tmp_path, 4, 2, TERMS["the divergence"], groups=groups)
+    _, trainer = step(awake(trash_artifact), tmp_path, 4, 2, DISTILLING["the divergence"], groups=groups)
     assert trainer.state.log_history[0]["learning_rate/**.mlp.trash"] == 0.25
 
 
@@ -271,7 +245,7 @@ def main() -> None:
     """Takes one step with either trainer; the first process writes the gradients."""
     artifact, directory, size, steps = sys.argv[1:5]
     run = (Path(directory), int(size), int(steps))
-    found, trainer = step(awake(Path(artifact)), *run, TERMS["the divergence"])
+    found, trainer = step(awake(Path(artifact)), *run, DISTILLING["the divergence"])
     plain, _ = step(awake(Path(artifact)), *run, None, kind=DistillationTrainer)
     if trainer.accelerator.is_main_process:
         for name, gradients in (("ours", found), ("plain", plain)):

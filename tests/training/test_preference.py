@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import pico
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 import solidify
@@ -30,8 +29,10 @@ from solidify.training.preference import ObjectiveDPOTrainer
 from training import (
     LORA,
     TRAIN,
-    Gradients,
+    Step,
     arguments,
+    assert_alike,
+    assert_any_split,
     awake,
     distance,
     entropy,
@@ -39,18 +40,11 @@ from training import (
     first_token_norm,
     in_order,
     in_processes,
+    take,
 )
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch: 3, 3 and 2 pairs
 TOLERANCE = 5e-6  # float32 sums in another order
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word `w3` ... `w127`."""
-    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2, **{f"w{n}": n for n in range(3, 128)}}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
 def pairs(count: int = 8, *, seed: int = 3) -> Dataset:
@@ -67,22 +61,9 @@ def pairs(count: int = 8, *, seed: int = 3) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def step(
-    model: torch.nn.Module,
-    directory: Path,
-    size: int,
-    steps: int,
-    terms: Callable[[], list[Term]] | None,
-    *,
-    kind: type = ObjectiveDPOTrainer,
-    **more: Any,
-) -> tuple[dict[str, torch.Tensor], Any]:
+def step(*args: Any, **more: Any) -> Step:
     """Takes one optimizer step over 8 pairs; returns gradients and the trainer."""
-    trainer = prepared(model, directory, size, steps, terms, kind=kind, **more)
-    watch = Gradients(model)
-    trainer.add_callback(watch)
-    trainer.train()
-    return watch.found, trainer
+    return take(prepared(*args, **more))
 
 
 def prepared(
@@ -104,7 +85,7 @@ def prepared(
         reference,
         args=arguments(directory, size, steps, kind=DPOConfig, **settings),
         train_dataset=pairs(),
-        processing_class=tokenizer(),
+        processing_class=contract.tokenizer(),
         **({"objective": Objective(terms()), "parameter_groups": groups, "group_by": group_by} if terms else {}),
     )
     in_order(trainer)
@@ -131,15 +112,13 @@ FAST = ("all together",)
 
 @pytest.mark.parametrize("terms", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TERMS])
 def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_path: Path, terms: str) -> None:
-    found: dict[Any, Any] = {}
-    for size, steps in SPLITS:
+    found: dict[int, Any] = {}
+
+    def split(size: int, steps: int) -> Step:
         found[size], trainer = step(awake(trash_artifact), tmp_path, size, steps, TERMS[terms])
-        logs = trainer.state.log_history[0]
-        weighted = sum(value for key, value in logs.items() if key.startswith("weighted/"))
-        assert logs["loss"] == pytest.approx(weighted, rel=1e-6, abs=1e-6)
-        assert logs["loss"] == pytest.approx(found.setdefault("loss", logs["loss"]), rel=1e-6, abs=1e-6)
-    for size, _ in SPLITS[1:]:
-        assert distance(found[1], found[size]) < TOLERANCE
+        return found[size], trainer
+
+    assert_any_split(split, SPLITS, TOLERANCE)
     if terms != "the preference loss":  # the same for any split, and not because there is nothing
         plain, _ = step(awake(trash_artifact), tmp_path, 8, 1, TERMS["the preference loss"])
         assert distance(plain, found[8]) > 1e-3
@@ -286,10 +265,9 @@ def test_evaluation_is_trls_own(trash_artifact: Path, tmp_path: Path) -> None:
 
 # TRL 1.16 switches checkpointing off and on by transformers' old names.
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
-    plain, first = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"])
-    saved, second = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"], activation_checkpointing=True)
-    assert second.state.log_history[0]["loss"] == pytest.approx(first.state.log_history[0]["loss"], rel=1e-6)
-    assert distance(plain, saved) < TOLERANCE
+    plain = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"])
+    saved = step(awake(trash_artifact), tmp_path, 3, 3, TERMS["all together"], activation_checkpointing=True)
+    assert_alike(plain, saved, TOLERANCE)
 
 
 def test_a_resumed_training_keeps_its_reference(trash_artifact: Path, tmp_path: Path) -> None:

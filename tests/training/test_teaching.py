@@ -11,30 +11,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import pico
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-import solidify
 import training
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
 from solidify.training.teaching import GKDTrainer, ObjectiveGKDTrainer
-from training import Gradients, arguments, awake, distance, entropy, in_order, in_processes
+from training import (
+    DISTILLING,
+    HIDDEN,
+    TWO_STEPS,
+    Gradients,
+    Step,
+    arguments,
+    assert_alike,
+    assert_any_split,
+    assert_resumes,
+    awake,
+    distance,
+    in_order,
+    in_processes,
+    student,
+    take,
+)
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch
 TOLERANCE = 5e-6  # float32 sums in another order
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<eos>": 0, "<pad>": 1, **{f"w{n}": n for n in range(2, 128)}}
-    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>")
 
 
 def rows() -> Dataset:
@@ -91,59 +99,32 @@ def prepared(
         args=arguments(directory, size, steps, kind=GKDConfig, **{**settings, **more}),
         train_dataset=rows(),
         data_collator=collate,
-        processing_class=tokenizer(),
+        processing_class=contract.tokenizer(),
         **({"objective": Objective(terms()), "parameter_groups": groups, "group_by": group_by} if terms else {}),
     )
     in_order(trainer)
     return trainer
 
 
-def step(*args: Any, **more: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def step(*args: Any, **more: Any) -> Step:
     """Takes one optimizer step over eight rows; returns gradients and the trainer."""
-    trainer = prepared(*args, **more)
-    watch = Gradients(trainer.model)
-    trainer.add_callback(watch)
-    trainer.train()
-    return watch.found, trainer
+    return take(prepared(*args, **more))
 
 
-TERMS: dict[str, Callable[[], list[Term]]] = {
-    "the divergence": lambda: [Term("model")],
-    "weight penalty": lambda: [Term("model"), Term(losses.weight_penalty, 0.1)],
-    "load balance": lambda: [Term("model"), Term(losses.load_balance, 0.1)],
-    "router z": lambda: [Term("model"), Term(losses.router_z, 0.01)],
-    "KL to the base": lambda: [Term("model"), Term(losses.forward_kl)],
-    "a token mean": lambda: [Term("model"), Term(entropy, 0.3)],
-    "from hidden states": lambda: [Term("model"), Term(losses.chunked_distillation, arguments={"chunk": 5})],
-    "no divergence": lambda: [Term(losses.forward_kl), Term(losses.load_balance, 0.1)],
-    "all together": lambda: [
-        Term("model", 0.7),
-        Term(losses.forward_kl, 0.5),
-        Term(losses.load_balance, 0.1),
-        Term(losses.router_z, 0.01),
-        Term(losses.weight_penalty, 0.1),
-        Term(entropy, 0.1),
-    ],
-}
 FAST = ("all together",)
 
 
-@pytest.mark.parametrize("terms", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in TERMS])
+@pytest.mark.parametrize("terms", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in DISTILLING])
 def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_path: Path, terms: str) -> None:
-    found: dict[Any, Any] = {}
-    for size, steps in SPLITS:
-        found[size], trainer = step(awake(trash_artifact), tmp_path, size, steps, TERMS[terms])
-        logs = trainer.state.log_history[0]
-        weighted = sum(value for key, value in logs.items() if key.startswith("weighted/"))
-        assert logs["loss"] == pytest.approx(weighted, rel=1e-6, abs=1e-6)
-        assert logs["loss"] == pytest.approx(found.setdefault("loss", logs["loss"]), rel=1e-6, abs=1e-6)
-    for size, _ in SPLITS[1:]:
-        assert distance(found[1], found[size]) < TOLERANCE
+    def split(size: int, steps: int) -> Step:
+        return step(awake(trash_artifact), tmp_path, size, steps, DISTILLING[terms])
+
+    assert_any_split(split, SPLITS, TOLERANCE)
 
 
 def test_the_loss_is_trls_own(trash_artifact: Path, tmp_path: Path) -> None:
     settings = {"temperature": 2.0, "beta": 0.1}  # TRL samples with the temperature, and does no more
-    ours, trainer = step(awake(trash_artifact), tmp_path, 8, 1, TERMS["the divergence"], **settings)
+    ours, trainer = step(awake(trash_artifact), tmp_path, 8, 1, DISTILLING["the divergence"], **settings)
     theirs, plain = step(awake(trash_artifact), tmp_path, 8, 1, None, kind=GKDTrainer, **settings)
     assert distance(theirs, ours) < TOLERANCE
     logged = plain.state.log_history[0]["loss"]
@@ -207,7 +188,7 @@ def test_what_the_student_writes_is_counted(trash_artifact: Path, tmp_path: Path
 
 
 def test_the_teacher_writes_as_often_as_it_is_told(trash_artifact: Path, tmp_path: Path) -> None:
-    trainer = prepared(awake(trash_artifact), tmp_path, 2, 4, TERMS["the divergence"], lmbda=0.0, seq_kd=True)
+    trainer = prepared(awake(trash_artifact), tmp_path, 2, 4, DISTILLING["the divergence"], lmbda=0.0, seq_kd=True)
     written = recorded(trainer)
     trainer.train()
     assert len(written) == 4
@@ -216,47 +197,29 @@ def test_the_teacher_writes_as_often_as_it_is_told(trash_artifact: Path, tmp_pat
 
 
 def test_some_batches_keep_their_answers(trash_artifact: Path, tmp_path: Path) -> None:
-    trainer = prepared(awake(trash_artifact), tmp_path, 1, 8, TERMS["all together"], lmbda=0.5)
+    trainer = prepared(awake(trash_artifact), tmp_path, 1, 8, DISTILLING["all together"], lmbda=0.5)
     written = recorded(trainer)
     trainer.train()
     assert 0 < len(written) < 8
 
 
 def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Path, tmp_path: Path) -> None:
-    more = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01, "lmbda": 0.6}
-
     def fresh(directory: Path) -> Any:
-        return prepared(awake(trash_artifact), directory, 2, 2, TERMS["all together"], **more)
+        more = {**TWO_STEPS, "learning_rate": 0.01, "lmbda": 0.6}
+        return prepared(awake(trash_artifact), directory, 2, 2, DISTILLING["all together"], **more)
 
-    whole, resumed = fresh(tmp_path / "whole"), fresh(tmp_path / "resumed")
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    found = resumed.model.state_dict()
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(found[name], tensor), name
+    assert_resumes(fresh, tmp_path)
 
 
 # TRL 1.16 switches checkpointing off and on by transformers' old names.
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
-    terms = TERMS["all together"]
-    plain, first = step(awake(trash_artifact), tmp_path, 3, 3, terms, lmbda=0.5)
-    saved, second = step(awake(trash_artifact), tmp_path, 3, 3, terms, lmbda=0.5, activation_checkpointing=True)
-    assert second.state.log_history[0]["loss"] == pytest.approx(first.state.log_history[0]["loss"], rel=1e-6)
-    assert distance(plain, saved) < TOLERANCE
+    terms = DISTILLING["all together"]
+    plain = step(awake(trash_artifact), tmp_path, 3, 3, terms, lmbda=0.5)
+    saved = step(awake(trash_artifact), tmp_path, 3, 3, terms, lmbda=0.5, activation_checkpointing=True)
+    assert_alike(plain, saved, TOLERANCE)
 
 
 # One model teaches another of another size, with transformers' Trainer.
-
-HIDDEN = {"layers": "projection", "reference_layers": "model.norm"}
-
-
-def student() -> torch.nn.Module:
-    """A Llama of half the teacher's width and layers, with a projection into the teacher's width."""
-    model = pico.llama(num_hidden_layers=2)
-    solidify.add(
-        model, "projection", torch.nn.Linear, reads="model.norm", arguments={"in_features": 32, "out_features": 64}
-    )
-    return model.requires_grad_(True)
 
 
 def larger() -> torch.nn.Module:
@@ -337,13 +300,13 @@ def test_two_processes_take_the_step_of_one(trash_artifact: Path, tmp_path: Path
 
 def test_parameter_groups_are_for_this_trainer_too(trash_artifact: Path, tmp_path: Path) -> None:
     groups = [{"parameters": "**.mlp.trash", "learning_rate": 0.25}]
-    trainer = prepared(awake(trash_artifact), tmp_path, 4, 2, TERMS["the divergence"], groups=groups)
+    trainer = prepared(awake(trash_artifact), tmp_path, 4, 2, DISTILLING["the divergence"], groups=groups)
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate/**.mlp.trash"] == 0.25
 
 
 def test_rows_are_grouped_where_they_say_how_long_they_are(trash_artifact: Path, tmp_path: Path) -> None:
-    trainer = prepared(awake(trash_artifact), tmp_path, 2, 2, TERMS["the divergence"], group_by=("length",))
+    trainer = prepared(awake(trash_artifact), tmp_path, 2, 2, DISTILLING["the divergence"], group_by=("length",))
     del trainer._get_train_sampler  # which reads the rows in their order
     assert trainer._get_train_sampler().lengths == [len(row["input_ids"]) for row in rows()]
     trainer.train()
@@ -354,9 +317,9 @@ def main() -> None:
     """Takes one step with either trainer; the first process writes the gradients."""
     artifact, directory, size, steps = sys.argv[1:5]
     run = (Path(directory), int(size), int(steps))
-    found, trainer = step(awake(Path(artifact)), *run, TERMS["all together"])
+    found, trainer = step(awake(Path(artifact)), *run, DISTILLING["all together"])
     found["loss"] = torch.tensor(trainer.state.log_history[0]["loss"])
-    alone, _ = step(awake(Path(artifact)), *run, TERMS["the divergence"])
+    alone, _ = step(awake(Path(artifact)), *run, DISTILLING["the divergence"])
     plain, _ = step(awake(Path(artifact)), *run, None, kind=GKDTrainer)
     if trainer.accelerator.is_main_process:
         for name, gradients in (("ours", found), ("alone", alone), ("plain", plain)):
