@@ -6,10 +6,10 @@ module and parameter keeps the name that it had in the plain model, and each nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,6 +25,7 @@ from solidify.adapter.parameters import TrainedParameters
 from solidify.upstream.peft import layer_adapters, wrapped_adapters
 from solidify.upstream.torch import inside_compiled, own_modules, own_parameters
 
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 HOLDERS = (TrainedParameters, TrainedBuffers)  # children of the plain model that are no part of it
 
 
@@ -229,26 +230,26 @@ def named_parameters(model: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]
     """
     holder = trained_parameters(model)
     versions = {id(p) for p in holder.trained.parameters()} if holder is not None else set()
-    for path, parameter in model.named_parameters():
-        kind, name = _plain_name(model, path)
-        if id(parameter) in versions:
-            kind = "full"
-        if name.startswith(PARAMETERS + "."):
-            name = name.rpartition(".")[2].replace("/", ".")
-        yield kind, name, parameter
+    yield from _name_tensors(model, model.named_parameters(), versions, PARAMETERS)
 
 
 def named_buffers(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yields for every buffer what it is (`full`: an adapter's own version, or `base`), whose it is, and itself."""
     holder = trained_buffers(model)
-    theirs = holder.identities() if holder is not None else set()
-    for path, buffer in model.named_buffers():
+    versions = holder.identities() if holder is not None else set()
+    yield from _name_tensors(model, model.named_buffers(), versions, BUFFERS)
+
+
+def _name_tensors(
+    model: PeftModel, tensors: Iterable[tuple[str, _Tensor]], versions: Collection[int], holder: str
+) -> Iterator[tuple[str, str, _Tensor]]:
+    for path, tensor in tensors:
         kind, name = _plain_name(model, path)
-        if id(buffer) in theirs:
+        if id(tensor) in versions:
             kind = "full"
-        if name.startswith(BUFFERS + "."):
+        if name.startswith(holder + "."):
             name = name.rpartition(".")[2].replace("/", ".")
-        yield kind, name, buffer
+        yield kind, name, tensor
 
 
 def canonical(model: PeftModel, path: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from solidify.weights import mapped
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
 
+evaluation = behaviour.evaluation
 LARGE = 2**29  # bytes of parameters; what is larger is neither run nor read as a whole where that can be avoided
 
 
@@ -113,30 +114,10 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
         return model(**arguments)
 
 
-@contextmanager
-def caches_off(model: nn.Module) -> Iterator[None]:
+def caches_off(model: nn.Module) -> AbstractContextManager[None]:
     """Keeps every part of the model from caching, whatever its own configuration says."""
     configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
-    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}.values()
-    for config in caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode and gives each its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return behaviour.caches_off({id(config): config for config in configs}.values())
 
 
 def path_in_config(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:

@@ -176,7 +176,7 @@ class Watched:
             Exception: the model does not run at all.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with _hold_evaluation(self.model), _chance_kept(), _substitute_values(self.model, self.values), torch.no_grad():
+        with evaluation(self.model), _chance_kept(), _substitute_values(self.model, self.values), torch.no_grad():
             try:
                 return self._read_model(control, whole)
             finally:
@@ -522,7 +522,7 @@ class Watched:
             self.model.get_submodule(name).register_forward_hook(self._make_hook(name, got)) for name in self.at
         ]
         outputs: Any = {}
-        with _caches_off(() if caching else self.configs):
+        with caches_off(() if caching else self.configs):
             try:
                 arguments = {**inputs, **options}
                 outputs = self.model(**arguments)
@@ -714,7 +714,8 @@ def _collect_shapes(outputs: Any, key: str) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def _hold_evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode and gives each its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -725,7 +726,7 @@ def _hold_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _caches_off(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
+def caches_off(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
     """Keeps every part of the model from caching by itself, whatever its own configuration says."""
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     for config in caching:
