@@ -430,7 +430,7 @@ def test_a_plan_says_what_does_not_go_with_images(base: Path, rows: Path, overri
 
 def test_a_plan_says_that_a_base_cannot_put_images_among_tokens(base: Path, rows: Path, copy_of: Any) -> None:
     (bare := copy_of(base)).joinpath("processor_config.json").unlink()
-    with pytest.raises(RecipeError, match=r"data\.image: .* has no processor that can be loaded here"):
+    with pytest.raises(RecipeError, match=r"data\.image: .* has no processor that can be loaded"):
         dry_run.plan(loaded(bare, rows))
 
 

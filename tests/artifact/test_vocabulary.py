@@ -149,7 +149,7 @@ def test_a_bases_own_tokenizer_is_judged_as_well(tmp_path: Path) -> None:
         "with": f"{pico.HERE}/user_modules/wrappers.py:Scaled",
     }
     recipe = solidify.Recipe.model_validate({"base": {"model": str(tmp_path / "base")}, "surgery": [step]})
-    with pytest.raises(RecipeError, match=r"'<think>' \(id 128\).*for a recipe: save model and tokenizer so"):
+    with pytest.raises(RecipeError, match=r"'<think>' \(id 128\).*for a recipe: then save model and tokenizer"):
         solidify.plan(recipe)
     words().save_pretrained(tmp_path / "base")
     solidify.plan(recipe)

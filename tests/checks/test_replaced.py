@@ -61,7 +61,7 @@ FAULTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "a projection of one layer": (
         ("model.layers.1.self_attn.o_proj", pico.wrappers.Bottleneck),
         ALIKE,
-        "model.layers.1.self_attn.o_proj is no nn.Linear, but is in the first LlamaAttention",
+        "model.layers.1.self_attn.o_proj is not an nn.Linear, but is one in the first LlamaAttention",
     ),
     "attention that hides its call": (
         (ATTENTION, served.HidingAttention),

@@ -144,7 +144,11 @@ EXPERTS: dict[str, tuple[Any, dict[str, Any], str | None]] = {
     "another number": (served.PooledMoE, {"number": 9}, "mlp.experts holds 9 experts, but the configuration says 8"),
     "a call by keywords": (served.KeywordMoE, {}, "mlp.experts is called with 1 positional arguments"),
     "a loop over the list": (served.LoopingMoE, {}, "mlp.experts is never called as a module"),
-    "a flat matrix": (served.FlatMoE, {}, "is no ModuleList and its weight is not stacked by expert; model.layers.0"),
+    "a flat matrix": (
+        served.FlatMoE,
+        {},
+        "is not a ModuleList and its weight is not stacked by expert; model.layers.0",
+    ),
     "a wrapper": (pico.wrappers.Scaled, {}, None),
     "no experts any more": (pico.wrappers.RouterlessMoE, {}, None),
 }

@@ -398,7 +398,7 @@ def test_who_adopts_a_file_is_told_that_the_signature_ends(
     (directory / "helper.py").write_text("x = 1\n")
     assert solid("adopt", directory, "helper.py") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "does not hold any more; sign it anew" in told and "This is code" in told
+    assert "does not hold any more; sign" in told and "This is code" in told
     with pytest.raises(CheckFailed, match="sign again, or remove"):
         solidify.verify(directory, mine.public)
 

@@ -83,7 +83,7 @@ def test_a_multiplier_grows_while_its_bound_is_broken_and_never_turns() -> None:
         (lambda: make("heavy"), "but is of type str"),
         (
             lambda: Objective([Term("model"), Term(losses.weight_penalty, Constraint(1, measure="modle"))]),
-            "follows 'modle', which is no loss term",
+            "follows 'modle', which is not a loss term",
         ),
     ],
 )

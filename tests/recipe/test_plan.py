@@ -193,7 +193,7 @@ def test_sharding_that_depends_on_how_a_run_is_started_is_told(
     changes = {"training": {"max_steps": 2, "fsdp": True}}
     made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **changes)
     dry_run.plan(made)
-    assert "training.fsdp: accelerate shards over accelerators that torchrun" in capsys.readouterr().err
+    assert "training.fsdp: accelerate shards a model over accelerators" in capsys.readouterr().err
     with pytest.raises(SolidifyError, match="every process would silently hold the whole model"):
         stages.run(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -258,7 +258,7 @@ def test_a_model_that_is_spread_over_processes_is_trained_saved_and_resumed(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fsdp": True}, "here every process would silently hold the whole model"),
+        ({"fsdp": True}, "without them every process would silently hold the whole model"),
         ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "leave out cpu_ram_efficient_loading"),
     ],
 )

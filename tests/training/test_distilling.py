@@ -191,7 +191,7 @@ class Louder(torch.nn.Linear):
 def test_a_head_of_which_trl_would_read_the_weight_alone_is_refused(tmp_path: Path) -> None:
     model = pico.llama(tie_word_embeddings=False)
     model.lm_head = Louder(32, 128, bias=False)
-    with pytest.raises(ObjectiveError, match=r"the model's head is a Louder, .*the term chunked_distillation"):
+    with pytest.raises(ObjectiveError, match=r"the model's head is Louder, .*the term chunked_distillation"):
         prepared(model, tmp_path, 4, 2, DISTILLING["the divergence"])
     with pytest.raises(ObjectiveError, match=r"a term asks for outputs, .*ask for logits"):
         seen = lambda outputs: outputs.logits.mean()  # noqa: E731

@@ -216,7 +216,9 @@ def test_the_fused_loss_is_for_the_models_own_loss_alone(tmp_path: Path) -> None
 
 def test_a_fused_loss_that_hides_what_a_term_needs_is_refused(tmp_path: Path, liger: ModuleType) -> None:
     asked = arguments(tmp_path, 2, 1, use_liger_kernel=True, liger_kernel_config={kernels.FUSED: True})
-    with pytest.raises(ObjectiveError, match=r"makes no logits and is the model's own loss alone.*also logit_size"):
+    with pytest.raises(
+        ObjectiveError, match=r"makes no logits and computes only the model's own loss.*also logit_size"
+    ):
         kernels.refuse_unusable(asked, pico.llama(), Objective([Term("model"), Term(logit_size)]))
 
 

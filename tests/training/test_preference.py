@@ -230,7 +230,7 @@ def test_a_mean_over_tokens_counts_by_tokens(trash_artifact: Path, tmp_path: Pat
         ({"router_aux_loss_coef": None}, "the preference loss", "router_aux_loss_coef is 0.01"),
         ({"loss_type": ["aot"]}, "the preference loss", "sorts the pairs of each micro-batch"),
         ({"loss_type": ["sigmoid", "aot_unpaired"]}, "the preference loss", "loss_type 'aot_unpaired' sorts"),
-        ({"loss_type": ["sft"], "use_weighting": True}, "the preference loss", "use_weighting weighs pairs"),
+        ({"loss_type": ["sft"], "use_weighting": True}, "the preference loss", "use_weighting weights pairs"),
         ({}, "outputs", "a term asks for outputs"),
     ],
 )

@@ -206,7 +206,7 @@ def test_an_adapter_is_put_on_any_base_whose_names_agree(trash_artifact: Path, t
         assert not torch.equal(logits(plain), expected)  # wrong, and nobody says so
 
     for base in (other_weights, other_code):
-        with pytest.raises(AdapterError, match="is not an artifact, so nothing could tell"):
+        with pytest.raises(AdapterError, match="is not an artifact, so solidify could not tell"):
             solidify.load_adapter(base, directory)
     # With artifacts as bases: tests/adapter/test_adapters.py::test_another_base_is_refused_with_what_differs
 

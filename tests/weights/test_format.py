@@ -68,7 +68,7 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     data = content[-80:]
     cases: dict[str, bytes] = {"its header is longer than the file": content[:6] + b"\xff\xff" + content[8:]}
     cases["it is truncated"] = content[:-1]
-    cases["1 bytes stand behind its last tensor"] = content + b"x"
+    cases["1 bytes follow its last tensor"] = content + b"x"
     for words, broken in cases.items():
         path.write_bytes(broken)
         with pytest.raises(ArtifactError, match=words):

@@ -90,8 +90,8 @@ def require(model: nn.Module) -> Base:
         plain = lookup.plain_model(model)
         where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
         raise AdapterError(
-            f"the model's base ({where or 'made in memory'}) is not an artifact, so nothing could tell later whether "
-            "the adapter fits; build it first and load it with solidify.load"
+            f"the model's base ({where or 'made in memory'}) is not an artifact, so solidify could not tell later "
+            "whether an adapter fits it; build it first and load it with solidify.load"
         )
     return base
 

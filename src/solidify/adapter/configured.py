@@ -138,7 +138,7 @@ def layout_hint(keys: list[str]) -> str:
 def _read_document(path: Path) -> dict[str, Any]:
     """Reads the file, whatever it holds, as a mapping."""
     if not path.is_file():
-        raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is no adapter")
+        raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is not an adapter")
     return files.document(path, AdapterError, largest=_LARGEST)
 
 

@@ -74,11 +74,11 @@ FREE = frozenset(
 REFUSED_FIELDS = {
     "velora_config": "it compresses the gradients of each micro-batch, so they depend on how a batch is split; leave "
     "it out, and use gradient checkpointing to save memory",
-    "alora_invocation_tokens": "the update acts on some tokens only, so that no merged weights exist; leave it out",
+    "alora_invocation_tokens": "the update acts on some tokens only, so it has no merged weights; leave it out",
     "use_qalora": "it works on GPTQ layers only, does nothing on others, and cannot be merged; leave it out",
     "monteclora_config": "it draws noise and needs a loss term of its own in training, neither of which is saved or "
     "merged; leave it out and use `lora_dropout`",
-    "arrow_config": "it routes tokens among other adapters, so that no merged weights exist; attach one adapter",
+    "arrow_config": "it routes tokens among other adapters, so it has no merged weights; attach one adapter",
     "kasa_config": "it removes singular values from the base's weights, so with the adapter off the model is no "
     "longer the base; leave it out",
     "layer_replication": "it changes the architecture; leave it out, and use surgery for that (insert, replace)",
@@ -90,7 +90,7 @@ REFUSED_FIELDS = {
     "runtime_config": "offloading is set for a process and not for an adapter; leave it out",
 }
 
-_PROMPTS = "it changes what the model reads and no weight, so that it cannot be merged"
+_PROMPTS = "it changes what the model reads and no weight, so it cannot be merged"
 _OTHER = "only LoRA, and what `train` names, is planned, saved and merged here"
 _LORA = "attach LoRA (`target_modules`)"
 _FULL = "name what it trains in `train`"
@@ -101,13 +101,13 @@ REFUSED_KINDS = {
     "PREFIX_TUNING": (_PROMPTS, _LORA),
     "CPT": (_PROMPTS, _LORA),
     "CARTRIDGE": (_PROMPTS, _LORA),
-    "ADAPTION_PROMPT": ("it adds gated prompts to the attention, so that it cannot be merged", _LORA),
+    "ADAPTION_PROMPT": ("it adds gated prompts to the attention, so it cannot be merged", _LORA),
     "ADALORA": ("its ranks move while it trains", "attach LoRA with a `rank_pattern`"),
-    "XLORA": ("it mixes other adapters by token, so that no merged weights exist", "attach one LoRA"),
-    "POLY": ("it mixes several adapters by task, so that no merged weights exist", "attach one LoRA for each task"),
+    "XLORA": ("it mixes other adapters by token, so it has no merged weights", "attach one LoRA"),
+    "POLY": ("it mixes several adapters by task, so it has no merged weights", "attach one LoRA for each task"),
     "LN_TUNING": ("it trains norms in full", "name the norms in `train`"),
     "TRAINABLE_TOKENS": ("it trains rows of the embedding in full", "name the embedding in `train`"),
-    "BEFT": ("it trains biases alone", "name the biases in `train`"),
+    "BEFT": ("it trains only biases", "name the biases in `train`"),
     "OSF": ("it trains whole matrices within a subspace", _FULL),
     "SHIRA": ("it trains single entries of matrices", _FULL),
     **{

@@ -239,11 +239,12 @@ def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
         for key, buffer in own_buffers(located.inner).items():
             twin = own_buffers(other).get(key)
             if buffer is not None and twin is not None and not _are_equal(buffer, twin):
-                kept = "" if key not in unsaved_buffers(located.inner) else " (not persistent: register it so)"
+                unsaved = key in unsaved_buffers(located.inner)
+                kept = " (not persistent: register it with persistent=True)" if unsaved else ""
                 faults.append(f"the buffer {located.name}.{key}{kept}")
         for key, value in vars(located.inner).items():
             if isinstance(value, torch.Tensor) and not isinstance(vars(other).get(key), torch.Tensor):
-                faults.append(f"the tensor {located.name}.{key}, which is no buffer (keep it in a persistent one)")
+                faults.append(f"the tensor {located.name}.{key}, which is not a buffer (keep it in a persistent one)")
             plain_value = isinstance(value, (bool, int, float, str)) and not key.startswith("_") and key != "training"
             if plain_value and vars(other).get(key) != value:
                 faults.append(f"{located.name}.{key} = {value!r}, where a fresh one has {vars(other).get(key)!r}")

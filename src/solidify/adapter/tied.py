@@ -42,7 +42,7 @@ def faults(
         elif full and full != [first]:
             found.append(
                 f"train: {', '.join(full)}: {' and '.join(group)} are tied (one weight); "
-                + (f"name {first} alone, and it is trained for all" if first else "they cannot be trained in full")
+                + (f"name only {first}, and it is trained for all" if first else "they cannot be trained in full")
             )
     return found
 
@@ -69,7 +69,7 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
         if len(updates) > 1 and not apart:
             found.append(
                 f"LoRA: {' and '.join(group)} are tied (one weight), and PEFT gives them updates of their own; name "
-                "none of them, or give ensure_weight_tying: false, and one of them alone"
+                "none of them, or give ensure_weight_tying: false and name only one of them"
             )
     return found
 

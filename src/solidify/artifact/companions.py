@@ -53,7 +53,7 @@ class Carried:
         """Says what travelled and what did not; nothing where there was nothing but what is written anew."""
         if not self.names and not self.left:
             return []
-        evidence = f"as they are: {_list_names(self.names)}" if self.names else "none but what is written anew"
+        evidence = f"as they are: {_list_names(self.names)}" if self.names else "only files that are written again"
         if self.left:
             evidence += f"; left out: {_list_names([f'{name} ({reason})' for name, reason in self.left.items()])}"
         return [Finding(TRAVELS, None if self.left else True, evidence)]

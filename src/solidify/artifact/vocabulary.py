@@ -69,8 +69,8 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
         FITS,
         False,
         f"{listed} has no embedding, there are {rows} rows; before the surgery call "
-        f"model.resize_token_embeddings({beyond[-1][0] + 1}) (for a recipe: save model and tokenizer so, and name that "
-        "directory as base), or take the tokenizer that the model was trained with",
+        f"model.resize_token_embeddings({beyond[-1][0] + 1}) (for a recipe: then save model and tokenizer, and name "
+        "that directory as base), or take the tokenizer that the model was trained with",
     )
 
 

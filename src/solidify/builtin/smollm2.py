@@ -91,7 +91,7 @@ def _read_version() -> str:
 
 def _convert_model(carrier: Path, staging: Path) -> None:
     """Writes the model as transformers reads it from the file, its tokenizer and how it generates."""
-    with foreign.calling(f"{carrier} cannot be converted", ModelError, remedy=f"install {PACKAGE} anew"):
+    with foreign.calling(f"{carrier} cannot be converted", ModelError, remedy=f"install {PACKAGE} again"):
         options = {"gguf_file": carrier.name}
         loaded = AutoModelForCausalLM.from_pretrained(carrier.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(carrier.parent, **options)

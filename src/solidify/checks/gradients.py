@@ -242,11 +242,8 @@ def terms(sanity: Sanity, *, steps: int = FEW) -> Finding:
     In fewer than `FEW` of `steps` a term may have none yet (a divergence from the model itself).
     """
     if not sanity.reached:
-        why = (
-            "no term was looked at"
-            if not sanity.rows
-            else ("a compiled or sharded model does not show the gradient of a single term")
-        )
+        hidden = "a compiled or sharded model does not show the gradient of a single term"
+        why = hidden if sanity.rows else "no term was looked at"
         return Finding.unseen(TERMS, why)
     faults = [f"{name} never had a gradient" for name in sanity.silent]
     if faults and steps < FEW:

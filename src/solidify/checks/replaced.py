@@ -143,10 +143,10 @@ def _judge_alike(model: PreTrainedModel) -> Rule:
     return Rule(
         "layers of one class are alike",
         [
-            f"{listed_name} is no nn.Linear, but is in the first {_name_kind(model, listed_name)}"
+            f"{listed_name} is not an nn.Linear, but is one in the first {_name_kind(model, listed_name)}"
             for listed_name in listed(model, faults)
         ],
-        "linear layers within modules of one class are so in all of them, or not in the first",
+        "what is a linear layer in the first module of a class is one in all of them",
         "vLLM fuses them in all modules of the class and does not start; change the first layer in the same way",
         (VLLM,),
     )
@@ -226,7 +226,7 @@ def _explain_unreadable(module: nn.Module) -> str:
         return f"calls it {len(calls)} times in its own forward"
     for keyword in calls[0].keywords:
         if keyword.arg == "scaling" and not isinstance(_read_value(keyword.value, module), (int, float)):
-            return f"passes scaling={ast.unparse(keyword.value)}, which is no number of its own"
+            return f"passes scaling={ast.unparse(keyword.value)}, which is not a number that the module holds"
     return ""
 
 

@@ -65,7 +65,7 @@ def served(directory: Path, python: str | Path, *, compiled: bool = True) -> Fin
     record = manifest.read(directory, "artifact")
     model = loading.load_artifact(directory)
     if not model.can_generate() or model.config.is_encoder_decoder:
-        return Finding.unseen(NAME, "only models that generate by a decoder alone are compared token by token")
+        return Finding.unseen(NAME, "only decoder-only models that generate are compared token by token")
     prompts = [served_call.ordinary(model.base_model, length) for length in LENGTHS]
     try:
         trust.require(record, directory, False)

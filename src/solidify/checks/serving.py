@@ -104,7 +104,9 @@ def _judge_hints(model: PreTrainedModel, auto_map: Mapping[str, str]) -> list[Ru
         built = foreign.attempt(part, deepcopy(model.config))
     if built.error is not None:
         reason = f"{class_name} cannot be built from the configuration alone: {foreign.said(built.error)}"
-        remedy = "servers build it so; let the constructors of its modules take what the configuration holds"
+        remedy = (
+            "servers build it like this; let the constructors of its modules take only what the configuration holds"
+        )
         return [Rule("the part without a head is built by its configuration", [reason], "", remedy)]
     return [replaced.hints(model, built.value)]
 
@@ -122,8 +124,8 @@ def _auto_map(auto_map: Mapping[str, str]) -> Rule:
         "auto_map names AutoModel",
         [] if "AutoModel" in auto_map else [f"it names {', '.join(sorted(auto_map))} only"],
         str(auto_map.get("AutoModel")),
-        "AutoModel is offered where the part without a head has the same tensors alone as within the whole; serve it "
-        "with transformers",
+        "AutoModel is offered only where the part without a head has the same tensors by itself as within the whole "
+        "model; serve it with transformers",
     )
 
 
@@ -253,7 +255,9 @@ def _experts_faults(model: PreTrainedModel, name: str, module: nn.Module, number
     faults = []
     flat = [key for key, parameter in module.named_parameters() if parameter.ndim != 3]
     if not isinstance(module, nn.ModuleList) and (flat or not list(module.parameters())):
-        faults.append(f"{full_name} is no ModuleList and its {flat[0] if flat else 'content'} is not stacked by expert")
+        faults.append(
+            f"{full_name} is not a ModuleList and its {flat[0] if flat else 'content'} is not stacked by expert"
+        )
     elif number and _count_experts(module) != number:
         faults.append(f"{full_name} holds {_count_experts(module)} experts, but the configuration says {number}")
     if type(module).forward is nn.ModuleList.forward:
@@ -341,7 +345,8 @@ def _tensor_parallel(model: PreTrainedModel, edited: EditsByName) -> Rule:
         "tensor parallel plan",
         faults,
         f"all {len(plan)} patterns of base_model_tp_plan name what they named before surgery",
-        "vLLM keeps such layers whole on every device, SGLang may refuse: use one device, or split in another way",
+        "vLLM keeps these layers whole on every device, SGLang may refuse them: use one device, or split the "
+        "model in another way",
     )
 
 

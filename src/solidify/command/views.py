@@ -340,7 +340,7 @@ def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableTyp
         yield from (Text(f"  {_make_printable(line)}") for line in (file.text or "").splitlines())
         yield console.line((f"  blake3 {file.digest}", "dim"))
     if (directory / SIGNATURE).is_file():
-        yield f"{SIGNATURE} is of {directory} without this, and does not hold any more; sign it anew"
+        yield f"{SIGNATURE} signs the manifest as it was before, and does not hold any more; sign {directory} again"
     if any(file.name.endswith(".py") for file in files):
         yield "This is code: where the code of the directory was trusted, it runs from now on."
 

@@ -102,7 +102,10 @@ def _find_fault(directory: Path, record: Manifest, name: str) -> str | None:
     if name == SIGNATURE:
         return f"{SIGNATURE} is the name of a signature, which no manifest lists"
     if name in record.headers:
-        return f"{shown(name)} holds weights, which are listed tensor by tensor when they are written; build it anew"
+        return (
+            f"{shown(name)} holds weights, which are listed tensor by tensor when they are written; build the "
+            "artifact again"
+        )
     if _WEIGHTS.fullmatch(name):
         return (
             f"{shown(name)} has the name of a weight file, which no other file may have; remove it, or build the "

@@ -134,10 +134,10 @@ def _parse_manifest(path: Path) -> Manifest:
                 f"{path} has format {document['format']}, but this solidify reads up to {FORMAT}; upgrade solidify"
             )
         if document["algorithm"] != ALGORITHM:
-            raise ArtifactError(f"{path} holds {document['algorithm']} digests, and not {ALGORITHM}; build it anew")
+            raise ArtifactError(f"{path} holds {document['algorithm']} digests, and not {ALGORITHM}; build it again")
         digest = document.pop("digest", None)
         if digest != digest_values(document) or text != _format_text(document, digest):
-            raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it anew")
+            raise ArtifactError(f"{path} is not the manifest that was written (its digest differs); build it again")
         manifest = Manifest(**{key: value for key, value in document.items() if key in field_names})
         object.__setattr__(manifest, "sha256", hashlib.sha256(text.encode()).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

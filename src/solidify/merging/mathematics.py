@@ -289,7 +289,9 @@ def _find_strange(model: PeftModel) -> list[str]:
             module, (ModulesToSaveWrapper, TrainedParameters)
         )
         if strange:
-            faults.append(f"{lookup.canonical(model, path)} became a {type(module).__name__}, which is not merged here")
+            faults.append(
+                f"{lookup.canonical(model, path)} became {type(module).__name__}, which solidify cannot merge"
+            )
         if isinstance(module, ModulesToSaveWrapper):
             inside = [name for name, m in module.original_module.named_modules() if isinstance(m, BaseTunerLayer)]
             if inside:

@@ -99,8 +99,8 @@ class Capture:
         if self.records is None:
             return ""
         return (
-            "; name the modules that return them (routers: `routers` in the term's arguments), because only "
-            "transformers' own classes are recorded by themselves"
+            "; name the modules that return them (routers: `routers` in the term's arguments), because transformers "
+            "records only classes of its own without that"
         )
 
 

@@ -30,8 +30,10 @@ class Objective:
         for term in terms:
             follows = term.weight.measure if isinstance(term.weight, Constraint) else None
             if follows is not None and follows not in losses:
-                faults.append(f"the weight of {term.name} follows {follows!r}, which is no loss term of this objective")
-        refuse(ObjectiveError, "terms are known by name", faults)
+                faults.append(
+                    f"the weight of {term.name} follows {follows!r}, which is not a loss term of this objective"
+                )
+        refuse(ObjectiveError, "terms are known by their names", faults)
         if not losses:
             raise ObjectiveError("no term of the objective is a loss; add {loss: model}")
         self.terms = list(terms)

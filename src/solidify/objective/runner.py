@@ -50,8 +50,8 @@ def measure_scaling(call: Callable[..., Any], inputs: Mapping[str, Any], counts:
     aux = once.get("aux_loss")
     if aux is None or not float(aux):
         raise ObjectiveError(
-            f"{rest:.4g} of the model's own loss of {first:.4g} does not depend on the number of tokens and is not its "
-            "aux_loss; such a part would be multiplied by the accumulation steps: switch it off and add it as a term"
+            f"{rest:.4g} of the model's own loss of {first:.4g} does not depend on the number of tokens and is not "
+            "its aux_loss; this part would be multiplied by the accumulation steps: switch it off and add it as a term"
         )
     return Scaling(True, rest / float(aux))
 

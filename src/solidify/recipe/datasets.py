@@ -65,8 +65,8 @@ def refuse_unprepared(recipe: Recipe, processor: Any) -> None:
         )
     if recipe.data is not None and recipe.data.image is not None and not isinstance(processor, ProcessorMixin):
         raise RecipeError(
-            f"data.image: {recipe.base.model} has no processor that can be loaded here, which says how many tokens an "
-            "image takes (it needs processor_config.json beside the model, and the package pillow)"
+            f"data.image: {recipe.base.model} has no processor that can be loaded, and a processor says how many "
+            "tokens an image takes (it needs processor_config.json beside the model, and the package pillow)"
         )
 
 

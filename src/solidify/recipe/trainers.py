@@ -35,7 +35,7 @@ def trainer_class(recipe: Recipe) -> type[Any]:
         if key not in field_names:
             close = get_close_matches(key, field_names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            faults.append(f"training.{key} is no field of TrainingArguments or SFTConfig{hint}")
+            faults.append(f"training.{key} is not a field of TrainingArguments or SFTConfig{hint}")
     refuse(RecipeError, "the training section does not fit", faults)
     return ObjectiveSFTTrainer if any(key not in plain for key in recipe.training) else ObjectiveTrainer
 
@@ -120,8 +120,8 @@ def _find_unstarted(arguments: TrainingArguments) -> list[str]:
     if not (arguments.fsdp and alone):
         return []
     return [
-        "training.fsdp: accelerate shards over accelerators that torchrun or `accelerate launch` gave a process "
-        "each; here every process would silently hold the whole model"
+        "training.fsdp: accelerate shards a model over accelerators, one for each process of torchrun or `accelerate "
+        "launch`; without them every process would silently hold the whole model; leave fsdp out"
     ]
 
 
@@ -137,8 +137,8 @@ def _find_unspreadable(arguments: TrainingArguments) -> list[str]:
         )
     if is_deepspeed_zero3_enabled():
         faults.append(
-            "training.deepspeed: ZeRO stage 3 takes the parameters apart, and nothing here gathers them; use stage 2, "
-            "or training.fsdp"
+            "training.deepspeed: ZeRO stage 3 splits the parameters, and solidify does not gather them again; use "
+            "stage 2, or training.fsdp"
         )
     return faults
 

@@ -302,7 +302,7 @@ def _refuse_spoilt(model: PreTrainedModel, reading: Reading | None) -> None:
     if spoilt:
         raise SurgeryError(
             f"the model returns NaN before anything is changed: {', '.join(spoilt[:_NAMED])} "
-            f"{'holds' if len(spoilt) == 1 else 'hold'} NaN; mend the base, or load it anew"
+            f"{'holds' if len(spoilt) == 1 else 'hold'} NaN; repair the base, or load it again"
         )
 
 

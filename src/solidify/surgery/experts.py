@@ -272,9 +272,9 @@ class _Renumbering:
         moved = self._renumber(parts)
         if moved > self.allowed:
             return [
-                f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so they "
-                "are not alike (a router that chooses among groups, or a part that knows them by number), or their "
-                "router lies outside: name the block that holds both"
+                f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so the "
+                "experts are not interchangeable (a router that chooses among groups, or a part that knows them by "
+                "number), or their router lies outside: name the block that holds both"
             ]
         parts = [part for part in parts if self._tells_apart(part)]
         for count in range(1, len(parts) // 2 + 1):

@@ -84,7 +84,9 @@ def _try_head(model: PreTrainedModel, name: str, before: Control) -> None:
     if not _is_answer(outputs.get(name)):
         raise SurgeryError(f"{name} must return a tensor or a tuple of tensors, not {type(outputs.get(name)).__name__}")
     if not torch.equal(anatomy.run(model, before.inputs), before.output):
-        raise SurgeryError(f"{name} changes what it reads in place, so the model's own outputs move")
+        raise SurgeryError(
+            f"{name} changes what it reads in place, which changes the model's own outputs; work on a copy"
+        )
 
 
 def _is_answer(answer: Any) -> bool:

@@ -43,7 +43,7 @@ class DistillationRunner(TrainerRunner):
         if rows is not None and has_length(rows) and len(rows) < taken:
             faults.append(f"a step takes {taken} prompts, and there are {len(rows)}: TRL would train on none of them")
         faults += [
-            f"the {who}'s head is a {type(head).__name__}, but TRL's loss takes its weight and bias alone; train with "
+            f"the {who}'s head is {type(head).__name__}, but TRL's loss uses only its weight and bias; train with "
             "ObjectiveTrainer and the term chunked_distillation, which runs the head as it is"
             for who, model in (("model", self.trainer.model), ("teacher", self.trainer.teacher_model))
             if model is not None

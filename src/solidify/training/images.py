@@ -102,7 +102,8 @@ class Collator:
             if any(marked) != bool(row.get(IMAGES)):
                 raise DataError(
                     f"an example has {sum(map(bool, marked))} tokens of images and {len(row.get(IMAGES) or [])} "
-                    f"images; keep the column {IMAGES!r} (remove_unused_columns=False), and never cut such a row"
+                    f"images; keep the column {IMAGES!r} (remove_unused_columns=False), and do not cut rows with "
+                    "images"
                 )
         images = [load_image(path) for row in rows for path in row.get(IMAGES) or []]
         if images:

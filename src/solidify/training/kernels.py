@@ -207,7 +207,7 @@ def family(model: nn.Module) -> str:
 def _find_plain(model: nn.Module) -> PreTrainedModel:
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel):
-        raise ObjectiveError(f"{_TITLE}: a {type(plain).__name__} is no transformers model")
+        raise ObjectiveError(f"{_TITLE}: {type(plain).__name__} is not a transformers model")
     return plain
 
 
@@ -216,7 +216,9 @@ def _explain_unfusable(arguments: TrainingArguments, objective: Objective) -> li
     faults = []
     others = [term.name for term in objective.terms if not term.is_model]
     if others:
-        faults.append(f"it makes no logits and is the model's own loss alone, but there is also {', '.join(others)}")
+        faults.append(
+            f"it makes no logits and computes only the model's own loss, but there is also {', '.join(others)}"
+        )
     if type(arguments).__module__.startswith("trl."):
         faults.append("TRL's trainer computes the loss from lm_head itself")
     if arguments.fsdp:
@@ -317,7 +319,7 @@ def _yield_changeable(
 def _root_reason(plain: PreTrainedModel, base_class: type[nn.Module], foreign: Iterable[str]) -> str | None:
     """Returns why the whole model's forward, with its loss, may not be swapped."""
     if not base_class.__name__.endswith(("ForCausalLM", "ForConditionalGeneration")):
-        return f"a {base_class.__name__} has no loss over a vocabulary"
+        return f"{base_class.__name__} has no loss over a vocabulary"
     if type(plain).forward is not base_class.forward:
         return "the model's own forward is not the base's"
     head = plain.get_output_embeddings()

@@ -52,12 +52,16 @@ class DPORunner(TrainerRunner):
                 "micro-batch by itself; set it to 0.0 and add the term load_balance, which is one over the whole step"
             )
         faults += [
-            f"loss_type {kind!r} sorts the pairs of each micro-batch, so it is another loss for every split"
+            f"loss_type {kind!r} sorts the pairs of each micro-batch, so the loss depends on how the batch is "
+            "split; choose another"
             for kind in trainer.loss_types
             if kind in _OF_THE_BATCH
         ]
         if _OF_TOKENS in trainer.loss_types and trainer.use_weighting:
-            faults.append(f"use_weighting weighs pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens")
+            faults.append(
+                f"use_weighting weights pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens; leave one of them "
+                "out"
+            )
         if trainer.objective.has_model_term and trainer.objective.asks_for("outputs"):
             faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
         return faults

@@ -54,7 +54,7 @@ def read(directory: Path) -> Checkpoint:
         for name, file in _weight_map(directory / INDEX).items():
             if name not in entries or entries[name].file.name != file:
                 faults.append(f"{directory / INDEX} says that {file} holds {name!r}, but it does not")
-    refuse(ArtifactError, f"the weights in {directory} are not whole; save or download them anew", faults)
+    refuse(ArtifactError, f"the weights in {directory} are not complete; save or download them again", faults)
     return Checkpoint(directory, files, entries)
 
 

@@ -199,7 +199,7 @@ def _refuse_gaps(entries: Mapping[str, Entry], begin: int, size: int) -> None:
     if begin > size:
         raise ValueError(f"it is truncated: {size} bytes, and its header speaks of {begin}")
     if begin < size:
-        raise ValueError(f"{size - begin} bytes stand behind its last tensor")
+        raise ValueError(f"{size - begin} bytes follow its last tensor")
 
 
 def header_digest(path: Path) -> str:
