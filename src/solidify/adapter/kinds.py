@@ -190,7 +190,7 @@ def object_fault(lora: Any) -> str | None:
     if isinstance(lora, PeftConfig) and (fault := kind_fault(lora.peft_type)) is not None:
         return fault
     return (
-        f"LoRA: give LoraConfig's fields as a mapping, not a {type(lora).__name__}: {{'r': 8, 'target_modules': ...}}"
+        f"LoRA: give LoraConfig's fields as a mapping, not as {type(lora).__name__}: {{'r': 8, 'target_modules': ...}}"
     )
 
 

@@ -114,13 +114,14 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
     manifest = _parse_manifest(path)
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory} is {_name_kind(manifest.kind)}, but {_name_kind(kind)} was expected")
+        raise ArtifactError(f"{directory} is {name_kind(manifest.kind)}, but {name_kind(kind)} was expected")
     if closed:
         refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
     return manifest
 
 
-def _name_kind(kind: str) -> str:
+def name_kind(kind: str) -> str:
+    """Writes what a directory is, by the `kind` of its manifest, with its article."""
     return "a merged model of stock layout" if kind == "stock" else f"an {kind}"
 
 

@@ -169,7 +169,7 @@ def _unlike_a_part(path: Path) -> str | None:
         kind = manifest.read(path, closed=False).kind
     except SolidifyError as error:
         return f"is not what was written: {error}"
-    return None if kind in PARTS[path.name] else f"holds an {kind}"
+    return None if kind in PARTS[path.name] else f"holds {manifest.name_kind(kind)}"
 
 
 def _in_part(path: Path) -> list[str]:
@@ -178,7 +178,7 @@ def _in_part(path: Path) -> list[str]:
     if (faults := foreign(path)) or not (path / manifest.NAME).is_file():
         return faults
     kind = manifest.read(path).kind
-    return [] if kind in PARTS[path.name] else [f"it holds an {kind}"]
+    return [] if kind in PARTS[path.name] else [f"it holds {manifest.name_kind(kind)}"]
 
 
 def _read_report(directory: Path) -> dict[str, Any] | None:

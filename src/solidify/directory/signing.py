@@ -176,7 +176,7 @@ def _import_library() -> Any:
 
 
 def _refuse_other(directory: Path) -> None:
-    """Raises ArtifactError when something stands in a signature's place that is none, and would be lost."""
+    """Raises ArtifactError when a file that is not a signature has a signature's name, and would be lost."""
     if os.path.lexists(directory / SIGNATURE):
         try:
             signature.read(directory)

@@ -129,7 +129,7 @@ def flat(name: str, output: Any, mask: torch.Tensor) -> torch.Tensor:
         ObjectiveError: it is no tensor, or has not one row for each position of the batch.
     """
     if not isinstance(output, torch.Tensor):
-        raise ObjectiveError(f"{name} returned a {type(output).__name__}, not a tensor")
+        raise ObjectiveError(f"{name} returned {type(output).__name__}, not a tensor")
     rows = output.reshape(-1, output.shape[-1])
     if len(rows) != len(mask):
         raise ObjectiveError(

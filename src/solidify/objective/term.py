@@ -220,7 +220,7 @@ class Term:
             given = {key: _one_later(key, value) for key, value in given.items()}
         result = self.function(**given, **self.arguments)
         if not isinstance(result, torch.Tensor):
-            raise ObjectiveError(f"the term {self.name} returned a {type(result).__name__}, not a tensor")
+            raise ObjectiveError(f"the term {self.name} returned {type(result).__name__}, not a tensor")
         if self.reduction not in ("statistic", "none") and result.numel() != 1:
             raise ObjectiveError(f"the term {self.name} returned a tensor of shape {list(result.shape)}, not a scalar")
         return result

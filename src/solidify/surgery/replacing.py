@@ -432,7 +432,7 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
             with torch.no_grad():
                 new.adopt(original)
     if not isinstance(new, nn.Module):
-        raise SurgeryError(f"{module.__name__} made a {type(new).__name__} for {name}, not a torch.nn.Module")
+        raise SurgeryError(f"{module.__name__} made {type(new).__name__} for {name}, not a torch.nn.Module")
     for inner in [m for m in new.modules() if id(m) not in own]:
         inner.training = original.training
         for tensor in (*own_parameters(inner).values(), *own_buffers(inner).values()):

@@ -120,7 +120,7 @@ def document(path: Path, kind: type[SolidifyError] = ArtifactError, *, largest: 
         words = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise kind(f"{path} is not the JSON that it should be: {words}") from error
     if not isinstance(found, dict):
-        raise kind(f"{path} holds a {type(found).__name__}, and not an object with fields")
+        raise kind(f"{path} holds {type(found).__name__}, and not an object with fields")
     if "\\ud" in read.lower() and not is_text(found):
         raise kind(f"{path} holds half a character (\\ud…), which is not text; write it in UTF-8")
     return found
