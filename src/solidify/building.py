@@ -33,7 +33,7 @@ def build(
     which neither solidify nor peft can be imported. `base` says where the model came from, `recipe` is kept in the
     manifest. Unchanged weight files of the base become hard links where that is possible; without `link`, copies.
 
-    A recipe, or the path of one, in the place of the model says all but `directory` and `link`; the artifact is then
+    A recipe, or the path of one, instead of a model says all but `directory` and `link`; the artifact is then
     `directory/artifact`, where `solidify.run` writes it, and `directory` may stand in the recipe as `output`.
 
     Raises:

@@ -40,7 +40,7 @@ def save_adapter(
 ) -> Path:
     """Writes one adapter, with the digests of the artifact it belongs to; plain PEFT can load it too.
 
-    Before it stands where it was asked for, it is loaded again, on a fresh base, and compared with the model: its
+    Before the directory gets its name, the adapter is loaded again, on a fresh base, and compared with the model: its
     tensors, and the outputs unless the model is large. `recipe` is kept in its manifest.
 
     Raises:

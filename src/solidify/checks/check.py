@@ -29,15 +29,15 @@ def check(
 ) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
-    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact
-    stands now, if it moved.
+    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact is
+    now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
-    of it runs. Of a run so are its report and page, and nothing else may stand there. With a public `key`, so is the
-    signature; without one it is said whom a signature names.
+    of it runs. A run's report and page are compared too, and it holds nothing else. With a public `key` the signature
+    is verified; without one the finding says whom a signature names.
 
     Raises:
-        ArtifactError: the directory is none of ours, or its code was not built on this machine and
+        ArtifactError: solidify did not write the directory, or its code was not built on this machine and
             `trust_remote_code` is not given; the key cannot be used, or `model-signing` is not installed.
     """
     key = None if key is None else Path(key)

@@ -45,7 +45,7 @@ Output = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
-Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base stands now, if it moved.")]
+Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base is now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
 Chain = Annotated[
     list[Path] | None, typer.Option("--certificate-chain", help="Certificates in PEM, up to the root; repeatable.")
@@ -87,7 +87,7 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """The tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
+    """Shows the tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
     with _start_verb():
         from solidify.artifact import inspection
         from solidify.command import views
@@ -105,7 +105,7 @@ def inspect(
 
 @app.command()
 def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
-    """What a recipe would do: every edit, the exact trainable set, costs, the code to be written. Writes nothing."""
+    """Shows what a recipe would do: edits, the exact trainable set, costs, the code to be written. Writes nothing."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.command import views
@@ -122,7 +122,7 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
 def run(
     recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, copy: Copy = False
 ) -> None:
-    """Every stage that the recipe names: build, train, check, merge, report."""
+    """Runs every stage that the recipe names: build, train, check, merge, report."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.errors import SolidifyError
@@ -143,7 +143,7 @@ def run(
 
 @app.command()
 def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False) -> None:
-    """Surgery and solidification only: writes OUTPUT/artifact."""
+    """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.directory import results
@@ -159,7 +159,7 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
 
 @app.command()
 def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
-    """Adapter training on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
+    """Trains an adapter on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.recipe import stages
@@ -213,7 +213,7 @@ def check(
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
+    """Runs every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
     with _start_verb():
         from solidify.checks.check import check as check_directory
 
@@ -229,12 +229,12 @@ def check(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A trained adapter, of solidify or of plain PEFT.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new model goes.")],
     base: Base = None,
     copy: Copy = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Base + adapter -> a new artifact, or a stock model for plain PEFT; no PEFT is needed to load it."""
+    """Merges an adapter into its base: a new artifact, or a stock model for plain PEFT, that loads without PEFT."""
     with _start_verb():
         from solidify.merging import export
         from solidify.system import console
@@ -247,10 +247,10 @@ def merge(
 @app.command()
 def diff(
     a: Annotated[Path, typer.Argument(help="A model or adapter directory.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
     as_json: AsJson = False,
 ) -> None:
-    """What differs: configuration, code, modules, tensors, other files. Runs none of their code."""
+    """Shows what differs: configuration, code, modules, tensors, other files; runs none of their code."""
     with _start_verb():
         from solidify.artifact import inspection
         from solidify.command import views
@@ -298,7 +298,7 @@ def sign(
     certificate: Annotated[Path | None, typer.Option("--certificate", help="The key's certificate, in PEM.")] = None,
     certificate_chain: Chain = None,
 ) -> None:
-    """Signs a directory, after comparing all of it with its manifest; the signature stands in it (model.sig)."""
+    """Signs a directory, after comparing all of it with its manifest; the signature is written into it (model.sig)."""
     from solidify.command import views
     from solidify.directory import signing
 
@@ -315,7 +315,7 @@ def verify(
         str | None, typer.Option("--name", help="The name that the certificate must have been issued to.")
     ] = None,
 ) -> None:
-    """Whether a directory is what somebody signed, every file of it; runs none of its code; exit code 1 if not."""
+    """Says whether a directory is what somebody signed, every file of it; runs none of its code; exit code 1 if not."""
     from solidify.command import views
     from solidify.directory import signing
 
@@ -328,7 +328,9 @@ def generate(
     directory: Annotated[Path, typer.Argument(help="An artifact.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter to put on it.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How much to write.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="The largest number of tokens to write.")
+    ] = 64,
     trust_remote_code: Trust = False,
 ) -> None:
     """Continues a text greedily, to try the result."""

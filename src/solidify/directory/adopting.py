@@ -32,8 +32,8 @@ def read(directory: str | Path, files: Sequence[str | Path]) -> list[Adopted]:
     """Reads the files that are to be listed, and changes nothing: to be shown first.
 
     Raises:
-        ArtifactError: the directory is none of ours, a name leads out of it, or there is no plain file of that name;
-            it is the manifest, or weights, which are listed tensor by tensor when they are written.
+        ArtifactError: solidify did not write the directory; a name leads out of it, or there is no plain file of that
+            name; it is the manifest, or weights, which are listed tensor by tensor when they are written.
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, closed=False)
@@ -55,8 +55,8 @@ def read(directory: str | Path, files: Sequence[str | Path]) -> list[Adopted]:
 def adopt(directory: str | Path, files: Sequence[str | Path]) -> list[Adopted]:
     """Lists files in the manifest of an artifact, an adapter or a merged model, as they stand in it now.
 
-    A file that is listed already is listed anew, with what it holds now. What was trusted here stays trusted, since
-    who trusted it added this; an adapter fits its base no more where code or configuration of that is another now.
+    A file that is listed already is listed again, with what it holds now. Code that was trusted on this machine stays
+    trusted, because its owner adds the files; an adapter does not fit a base whose code or configuration this changes.
 
     Raises:
         ArtifactError: as `read`; or a configuration leads to code that is not among the directory's own files.

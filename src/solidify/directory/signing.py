@@ -43,8 +43,8 @@ def sign(
     key, and the chain that leads to it, the signature carries them.
 
     Raises:
-        ArtifactError: the directory is none of ours, or not what its manifest says; the key or a certificate cannot be
-            used; the package `model-signing` is not installed. Then nothing is written.
+        ArtifactError: solidify did not write the directory, or it is not what its manifest says; the key or a
+            certificate cannot be used; the package `model-signing` is not installed. Then nothing is written.
     """
     signing = _import_library().signing.Config()
     _let_sign(signing, Path(key), certificate, certificate_chain)
@@ -77,12 +77,12 @@ def verify(
 ) -> Signature:
     """Verifies the signature of a directory, with a public key in PEM, or with the certificates that one must lead to.
 
-    The manifest and every file that it lists must be what was signed, and nothing else may stand there. `name` is whom
-    the certificate must be for: its common name, or one of its alternative names. None of the directory's code runs.
+    The manifest and every file that it lists must be what was signed, and the directory must hold nothing else. `name`
+    must be the certificate's common name, or one of its alternative names. None of the directory's code runs.
 
     Raises:
         CheckFailed: it is not signed, or not with that key or certificate, or something is not what was signed.
-        ArtifactError: the directory is none of ours; the key or a certificate cannot be used; the package
+        ArtifactError: solidify did not write the directory; the key or a certificate cannot be used; the package
             `model-signing` is not installed.
     """
     require_usable(key, certificate_chain, name)

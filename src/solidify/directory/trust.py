@@ -88,12 +88,12 @@ def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
 
 
 def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
-    """Lets the code of an artifact, exactly as it stands, run on this machine from now on; or, to `forget`, no more.
+    """Lets the code of an artifact, exactly as it stands, run on this machine from now on; `forget` ends that.
 
     Returns its manifest, which names what was trusted.
 
     Raises:
-        ArtifactError: it is no artifact, something in it is not what was written, or it leads to other code.
+        ArtifactError: it is not an artifact, something in it is not what was written, or it leads to other code.
     """
     directory = Path(directory).resolve()
     record = manifest.read(directory, "artifact")

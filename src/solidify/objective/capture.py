@@ -30,8 +30,8 @@ class Capture:
 
     Exactly one of `modules`, `class_name` and `records` is given. `records` is a key of the model's
     `_can_record_outputs` (`router_logits`, `attentions`). `of` says whether their `output` or their `input` (the first
-    argument) is wanted, and `element` which one where it is a tuple; `element=0` also takes what is no tuple.
-    `optional` allows that there are none; `count` says how many there must be.
+    argument) is wanted, and `element` which one where it is a tuple; `element=0` also takes a value that is none.
+    `optional` allows that there are no such modules; `count` says how many there must be.
     """
 
     modules: str | Sequence[str] | None = None

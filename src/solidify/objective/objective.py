@@ -13,7 +13,7 @@ from solidify.objective.weights import Constraint
 
 
 class Objective:
-    """Several terms. `reference` is a second model: a teacher, or what stands for the unmodified base.
+    """A weighted sum of terms. `reference` is a second model: a teacher, or a model to use as the unmodified base.
 
     Raises:
         ObjectiveError: two terms have one name, none is a loss, or a weight follows a term that is not there.

@@ -48,8 +48,8 @@ class Schedule:
     """From `start` to `end` between the steps `begin` and `begin + length`, constant outside.
 
     `shape` is linear, cosine or exponential (both ends positive). `begin` and `length` are numbers of optimizer steps;
-    where they lie between 0 and 1 (and are no whole numbers) they are shares of all planned steps, as `warmup_steps` of
-    TrainingArguments. Without `length` it ends with the training.
+    where they lie between 0 and 1 (and are not whole numbers) they are shares of all planned steps, like
+    `warmup_steps` of TrainingArguments. Without `length` it ends with the training.
     """
 
     start: float
@@ -118,7 +118,7 @@ class Constraint:
 
     A multiplier alone swings around its target; `damping` adds damping · (measured - target) to the weight, the
     proportional part of Stooke et al. (Responsive Safety by PID Lagrangian Methods, arXiv 2007.03964). The weight is λ,
-    and -λ where the term itself shall be at least the target: minimising then raises it.
+    and -λ where the term itself must be at least the target: minimising then raises it.
     """
 
     target: float

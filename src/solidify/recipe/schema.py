@@ -166,7 +166,7 @@ class Heal(_Section):
 
 
 class Recipe(_Section):
-    """All of it. `directory` is where the file stood; relative paths in the recipe start there."""
+    """A recipe: what to make, section by section. Relative paths start at `directory`, where its file is."""
 
     base: Base
     surgery: list[Step] = Field(min_length=1)

@@ -52,8 +52,8 @@ def run(
     """Does every stage that a recipe names and writes `report.json` and `report.html` beside the results.
 
     `recipe` may be the path of one. With `resume`, stages whose result is there, and was made by the same recipe, are
-    not repeated, and training goes on from its last checkpoint. Without `link`, weight files that stay as they are are
-    copied and not linked. Of several processes (torchrun, `accelerate launch`) all train, and the first does everything
+    not repeated, and training goes on from its last checkpoint. Without `link`, unchanged weight files are copied and
+    not linked. Of several processes (torchrun, `accelerate launch`) all train, and the first does everything
     else.
 
     Raises:
