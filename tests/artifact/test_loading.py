@@ -107,7 +107,7 @@ def test_what_is_no_artifact_is_named(tmp_path: Path, trash_artifact: Path, copy
     directory = copy_of(trash_artifact)
     document = json.loads((directory / manifest.NAME).read_text())
     (directory / manifest.NAME).write_text(json.dumps({**document, "format": 99}))
-    with pytest.raises(ArtifactError, match="this solidify reads up to 1; upgrade it"):
+    with pytest.raises(ArtifactError, match="this solidify reads up to 1; upgrade solidify"):
         solidify.load(directory)
     (directory / manifest.NAME).write_text("[]")
     with pytest.raises(ArtifactError, match="is not a manifest"):

@@ -241,7 +241,7 @@ NEITHER = {
             "intermediate_size": 32,
             "image_size": 16,
         },
-        "it takes pixel_values, no tokens",
+        "it takes pixel_values, not tokens",
     ),
 }
 

@@ -30,7 +30,7 @@ def test_structure_passes_and_sees_a_module_that_is_not_there() -> None:
     model.model.layers[1].mlp = pico.olmoe().model.layers[1].mlp
     finding = structure.structure(model, edits)
     assert not finding.passed
-    assert "model.layers.1.mlp holds OlmoeSparseMoeBlock, not TrashCanMoE" in finding.evidence
+    assert "model.layers.1.mlp is OlmoeSparseMoeBlock, not TrashCanMoE" in finding.evidence
 
 
 def test_structure_sees_a_child_with_a_dotted_name() -> None:

@@ -317,8 +317,8 @@ GOOD_TRAINED: dict[str, Any] = {"lora": ["a"], "full": [], "parameters": [], "bu
         ({**GOOD_TRAINED, "parameters": None}, {}, "`trained.parameters` is not a list of names"),
         ({**GOOD_TRAINED, "parameters": {"a": 1}}, {}, "`trained.parameters` is not a list of names"),
         ({**GOOD_TRAINED, "buffers": [{}]}, {}, "`trained.buffers` is not a list of names"),
-        (GOOD_TRAINED, {"path": 5}, "`base.path` is no text"),
-        (GOOD_TRAINED, {"relative": None}, "`base.relative` is no text"),
+        (GOOD_TRAINED, {"path": 5}, "`base.path` is not a string"),
+        (GOOD_TRAINED, {"relative": None}, "`base.relative` is not a string"),
     ],
 )
 def test_an_adapter_says_what_it_trains(tmp_path: Path, trained: Any, base: Any, words: str) -> None:

@@ -55,7 +55,7 @@ def test_what_was_promised_must_be_there(trash_artifact: Path) -> None:
     with pytest.raises(ObjectiveError, match="but the model has none"):
         Capture(class_name="Nothing").find(model)
     assert Capture(class_name="Nothing", optional=True).find(model) == {}
-    with pytest.raises(ObjectiveError, match="was promised 3 of TrashCan, but the model has 2"):
+    with pytest.raises(ObjectiveError, match="expects 3 of TrashCan, but the model has 2"):
         Capture(class_name="TrashCan", count=3).find(model)
 
 

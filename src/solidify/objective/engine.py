@@ -57,7 +57,7 @@ class ObjectiveEngine:
         if not self._shifts:
             refuse(
                 ObjectiveError,
-                "each label of this model belongs to its own position, not to the one before",
+                "this model predicts each label at the label's own position",
                 _find_unshifted(objective),
             )
         self._reference = Reference(objective, model) if objective.asks_reference else None
@@ -276,7 +276,7 @@ class ObjectiveEngine:
 def _find_unshifted(objective: Objective) -> list[str]:
     """Names the terms that know only labels that stand one position later."""
     return [
-        f"{term.name} works only on decoder-only models, whose labels belong to the position before; leave it out"
+        f"{term.name} needs a decoder-only model, which predicts a label one position earlier; leave the term out"
         for term in objective.terms
         if getattr(term.subject, "decoders_only", False)
     ]
