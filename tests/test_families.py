@@ -62,7 +62,7 @@ WITHOUT = {
 }
 
 
-SHARED = "its blocks share weights between layers; a wrap at one of the places is refused, with the names"
+SHARED = "its blocks share weights between layers; a wrap of one of the modules is refused, with the names"
 NO_INPUTS = "the probe cannot make up what it takes"
 KNOWN = {
     "zamba": SHARED,

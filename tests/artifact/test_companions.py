@@ -99,8 +99,8 @@ def test_no_link_leads_out_of_the_base(tmp_path: Path) -> None:
         assert carried.left == {
             "link.txt": "a link that leads out of the base",
             "linked/": "a link to a directory",
-            "broken.txt": "no plain file",
-            "endless.txt": "no plain file",
+            "broken.txt": "not a plain file",
+            "endless.txt": "not a plain file",
         }
     assert {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.txt")} == {
         "kept.txt": "kept",

@@ -76,7 +76,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a stray file": (lambda d: (d / "stray.py").write_text("x"), "stray.py is not part of a run"),
     "a stray directory": (lambda d: (d / "more").mkdir(), "more is not part of a run"),
     "a name in other letters": (lambda d: (d / "Artifact").mkdir(), "Artifact is not part of a run"),
-    "a hidden directory of another": (lambda d: (d / ".mine.partial-1").mkdir(), "mine.partial-1 is no part"),
+    "a hidden directory of another": (lambda d: (d / ".mine.partial-1").mkdir(), "mine.partial-1 is not part"),
     "a cache that holds more": (lambda d: (d / ".cache" / "more").mkdir(parents=True), ".cache is not part of a run"),
     "a link": (lambda d: (d / "link").symlink_to("artifact"), "link is a link"),
     "a link for a part": (

@@ -205,14 +205,14 @@ def test_a_stock_model_is_closed_too(tmp_path: Path) -> None:
 
 
 NAMES = {
-    "../payload": "no name of a file inside",
-    "/etc/passwd": "no name of a file inside",
-    "a/../../b": "no name of a file inside",
-    "a//b": "no name of a file inside",
-    "./a": "no name of a file inside",
-    "..\\b": "no name of a file inside",
-    "C:\\b": "no name of a file inside",
-    "\x1b[31mred": "no name of a file inside",
+    "../payload": "not the name of a file inside",
+    "/etc/passwd": "not the name of a file inside",
+    "a/../../b": "not the name of a file inside",
+    "a//b": "not the name of a file inside",
+    "./a": "not the name of a file inside",
+    "..\\b": "not the name of a file inside",
+    "C:\\b": "not the name of a file inside",
+    "\x1b[31mred": "not the name of a file inside",
     "CONFIG.json": "only in upper and lower case",
     "solidify.json": "is listed twice",
     "trashcan_moe.py": "is listed twice",

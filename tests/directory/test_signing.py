@@ -148,8 +148,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda d: (d / "model.sig").write_text("{"), "is not a model signature"),
     "deep JSON": (lambda d: (d / "model.sig").write_text("[" * 100_000), "is not a model signature"),
     "other JSON": (lambda d: (d / "model.sig").write_text("[1]"), "is not a model signature"),
-    "an adopted file": (lambda d: adopted(d), "is of another solidify.json"),
-    "a forged manifest": (lambda d: forged(d), "is of another solidify.json"),
+    "an adopted file": (lambda d: adopted(d), "signs another solidify.json"),
+    "a forged manifest": (lambda d: forged(d), "signs another solidify.json"),
     "other weights": (lambda d: spoilt(d), "model.safetensors is not the file"),
 }
 
@@ -439,7 +439,7 @@ CHECKED: dict[str, tuple[Callable[[Path], object], bool, str | None, str]] = {
     "signed": (lambda d: None, False, "not looked at", "it names the key sha256:"),
     "signed, with the key": (lambda d: None, True, "proved", "files are as the key sha256:"),
     "unsigned, with a key": (lambda d: (d / "model.sig").unlink(), True, "failed", "has no signature"),
-    "of another manifest": (adopted, False, "failed", "is of another solidify.json"),
+    "of another manifest": (adopted, False, "failed", "signs another solidify.json"),
     "none at all": (lambda d: (d / "model.sig").write_text("x"), False, "failed", "is not a model signature"),
 }
 
@@ -501,7 +501,7 @@ def test_what_check_runs_is_what_it_verified(
     report = solidify.check(good, key=mine.public, trust_remote_code=True)
     assert not canary.exists()
     assert [each.name for each in report.failed] == [SIGNED]
-    assert f"is of another {manifest.NAME}" in report.failed[0].evidence
+    assert f"signs another {manifest.NAME}" in report.failed[0].evidence
 
 
 def test_what_check_verified_and_then_is_exchanged_does_not_run(

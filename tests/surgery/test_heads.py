@@ -54,7 +54,7 @@ def test_a_tuple_is_answered_with_a_longer_tuple() -> None:
 @pytest.mark.parametrize(
     ("name", "module", "reads", "words"),
     [
-        ("value_head", wrappers.ValueHead, "model.nrom", "no module"),
+        ("value_head", wrappers.ValueHead, "model.nrom", "not a module"),
         ("lm_head", wrappers.ValueHead, "model.norm", "is there already"),
         ("generate", wrappers.ValueHead, "model.norm", "is there already"),
         ("heads.first", wrappers.ValueHead, "model.norm", "there is no 'heads'"),
