@@ -77,7 +77,7 @@ def test_other_kinds_are_named_whatever_else_is_wrong(tmp_path: Path, base: Path
 TEXTS: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", "adapter_config.json is not the JSON that it should be: Expecting property name"),
     "not UTF-8": (b"\xff\xfe{}", "is not text in UTF-8: the byte at offset 0 is not valid"),
-    "a list": (b"[]", "holds a list, and not an object with fields"),
+    "a list": (b"[]", "holds list, and not an object with fields"),
     "empty": (b"{}", "does not name its kind (`peft_type`)"),
     "deep": (b"[" * 200_000, "is nested too deeply"),
     "no kind of PEFT's": (b'{"peft_type": "LARO"}', "peft_type 'LARO' is not a kind of PEFT"),

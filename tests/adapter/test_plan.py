@@ -113,7 +113,7 @@ TIES: dict[str, tuple[dict[str, object] | None, list[str], str]] = {
     "lora on the input": ({"target_modules": ["model.embed_tokens"]}, [], "model.embed_tokens is tied to lm_head"),
     "lora on the output": ({"target_modules": ["lm_head"]}, [], "name all of lm_head, model.embed_tokens in target"),
     "the output in full": (None, ["lm_head"], "name only model.embed_tokens, and it is trained for all"),
-    "both in full": (None, ["lm_head", "model.embed_tokens"], "name model.embed_tokens alone"),
+    "both in full": (None, ["lm_head", "model.embed_tokens"], "name only model.embed_tokens"),
     "one each": ({"target_modules": ["model.embed_tokens"]}, ["lm_head"], "declare one of the two ways for it"),
 }
 

@@ -17,7 +17,7 @@ def test_a_model_that_was_patched_by_hand(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as raised:
         solidify.build(model, [], tmp_path / "out")
     words = str(raised.value)
-    assert "model.layers.1.mlp holds a Scaled that LlamaForCausalLM does not put there" in words
+    assert "Scaled at model.layers.1.mlp that LlamaForCausalLM does not put there" in words
     assert "load the base again, make the change by solidify.replace" in words
     assert "inner" not in words  # what stands inside of it is part of it
 

@@ -156,7 +156,7 @@ def test_what_is_not_one_row_a_token_is_refused() -> None:
     term = losses.activation_sparsity("a")
     with pytest.raises(ObjectiveError, match="not one row for each of the batch's 12 positions"):
         term.statistics({"a": torch.randn(5, 4)}, MASK)
-    with pytest.raises(ObjectiveError, match="returned a tuple, not a tensor"):
+    with pytest.raises(ObjectiveError, match="returned tuple, not a tensor"):
         term.statistics({"a": (torch.randn(12, 4),)}, MASK)
     with pytest.raises(ObjectiveError, match="kind must be one of l1, hoyer, zeros"):
         losses.activation_sparsity("a", kind="l0")

@@ -113,5 +113,5 @@ def test_unknown_reductions_and_results_that_are_no_scalar_are_refused() -> None
     def number(model: torch.nn.Module) -> float:
         return 1.0
 
-    with pytest.raises(ObjectiveError, match="returned a float, not a tensor"):
+    with pytest.raises(ObjectiveError, match="returned float, not a tensor"):
         part(Term(number))
