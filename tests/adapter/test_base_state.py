@@ -77,8 +77,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "one number": (one_number, "model.layers.1.mlp.original.down_proj.weight has other values"),
     "through data": (through_data, "model.norm.weight has other values"),
     "data in place": (data_in_place, "model.layers.0.self_attn.k_proj.weight has other values"),
-    "resized": (resized, r"shape \[132, 32\], and \[128, 32\] in the artifact"),
-    "swapped": (swapped, "model.layers.0.mlp.original.act_fn is a GELU, and a SiLU"),
+    "resized": (resized, r"shape \[132, 32\] in the model and \[128, 32\] in the artifact"),
+    "swapped": (swapped, "model.layers.0.mlp.original.act_fn is GELU in the model and SiLU"),
     "initialised": (initialised, "lm_head.weight has other values"),
     "setting": (setting, "config.rms_norm_eps is 0.1"),
     "added": (added, "model.layers.0.extra is not in the artifact"),
@@ -209,11 +209,11 @@ def another_start(config: Any) -> None:
 
 
 SETTINGS: list[tuple[Callable[[Any], None], str]] = [
-    (padding, "config.pad_token_id is 2, and 0 in the artifact"),
-    (permuted, "config.id2label.0 is 'LABEL_2', and 'LABEL_0' in the artifact"),
-    (permuted, "config.label2id.LABEL_0 is 2, and 0 in the artifact"),
-    (another_loss, "config.problem_type is 'regression', and None in the artifact"),
-    (another_start, "config.decoder_start_token_id is 5, and None in the artifact"),
+    (padding, "config.pad_token_id is 2 in the model and 0 in the artifact"),
+    (permuted, "config.id2label.0 is 'LABEL_2' in the model and 'LABEL_0' in the artifact"),
+    (permuted, "config.label2id.LABEL_0 is 2 in the model and 0 in the artifact"),
+    (another_loss, "config.problem_type is 'regression' in the model and None in the artifact"),
+    (another_start, "config.decoder_start_token_id is 5 in the model and None in the artifact"),
 ]
 
 
