@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -75,8 +76,10 @@ def test_streamed_equals_whole(tmp_path: Path, match: str, inputs: str) -> None:
         match = "output"  # of a module that wraps its attention, whose projection is not its own child
     other = copy.deepcopy(model)
     settings = Alignment(max_steps=6, learning_rate=1e-2, match=match, inputs=inputs)
-    whole = align(model, base, batches(base), edits=edits, settings=settings, stream=False)
-    streamed = align(other, base, batches(base), edits=edits, settings=settings, stream=True, directory=tmp_path)
+    whole = align(model, base, batches(base), edits=edits, settings=replace(settings, stream=False))
+    streamed = align(
+        other, base, batches(base), edits=edits, settings=replace(settings, stream=True), directory=tmp_path
+    )
     assert_equal(state(model), state(other))
     assert sorted((r.name, r.before, r.after, tuple(r.errors)) for r in whole) == sorted(
         (r.name, r.before, r.after, tuple(r.errors)) for r in streamed
@@ -99,7 +102,9 @@ def test_shares_are_put_together(tmp_path: Path) -> None:
     whole = copy.deepcopy(model)
     align(whole, base, batches(base), edits=edits, settings=SETTINGS)
     for number in range(2):
-        done = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path, share=(number, 2))
+        done = align(
+            model, base, batches(base), edits=edits, settings=replace(SETTINGS, share=(number, 2)), directory=tmp_path
+        )
         assert len(done) == 2
         assert_equal(state(model), start)
     joined = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)

@@ -56,9 +56,8 @@ def test_the_choice_equals_brute_force_over_all_sets(count: int) -> None:
 
 def test_greedy_takes_the_cheapest_at_every_step() -> None:
     base, model, edits = six()
-    found = place(
-        model, base, rows(), Budget(layers=2), edits=edits, settings=SETTINGS, held_out=rows(), method="greedy"
-    )
+    budget = Budget(layers=2, method="greedy")
+    found = place(model, base, rows(), budget, edits=edits, settings=SETTINGS, held_out=rows())
     choice = Choice(model, base, list(found.scores), rows())
     first = min(found.scores, key=found.scores.__getitem__)
     pairs = {name: choice.divergence([first, name]) for name in found.scores if name != first}
@@ -94,7 +93,7 @@ def test_flops_and_cache_are_what_is_saved() -> None:
 def test_what_is_wrong_is_said_before_anything_runs() -> None:
     base, model, edits = six()
     with pytest.raises(HealingError, match="a budget is one of layers, cache_bytes, flops") as caught:
-        place(model, base, rows(), Budget(), edits=edits, method="best")
+        place(model, base, rows(), Budget(method="best"), edits=edits)
     assert len(caught.value.faults) == 2
     with pytest.raises(HealingError, match="asks for 7 modules to change"):
         place(model, base, rows(), Budget(layers=7), edits=edits)

@@ -34,9 +34,7 @@ def align(
     edits: Iterable[Edit | Mapping[str, Any]],
     settings: Alignment | None = None,
     held_out: Sequence[Batch] = (),
-    stream: bool | None = None,
     directory: str | Path | None = None,
-    share: tuple[int, int] = (0, 1),
 ) -> list[Aligned]:
     """Trains every replaced module, in place, to do what the module that it replaced does in the base.
 
@@ -47,13 +45,10 @@ def align(
             where rows are padded, `attention_mask`. They are gone through in a seeded order, again when they are used
             up.
         edits: what was replaced: what `solidify.replace` returned, or the `edits` of an artifact's manifest.
-        settings: how units learn.
+        settings: how units learn, and how it is done.
         held_out: batches from which the errors before and after are taken; without them, the first of `batches`.
-        stream: one layer in memory at a time; left out, the model's size decides. The bits are the same in float32.
         directory: where results (and, streamed, activations) are kept. What stands there of the same base, data and
             settings is not computed again, so an alignment goes on after an interruption.
-        share: this process's number and how many there are: it trains every so many-th unit and leaves the rest; a
-            call with the same directory that has all results at hand puts them together.
 
     Returns:
         What became of each unit, in the order of the layers. With a share, of this process's own.
@@ -63,6 +58,7 @@ def align(
             streamed, or an error became infinite. The model is then as it was.
     """
     settings = settings or Alignment()
+    stream, share = settings.stream, settings.share
     if settings.inputs == "healed" and share[1] > 1:
         raise HealingError("units that learn behind healed ones learn one after the other; leave out share")
     if not isinstance(base, PreTrainedModel):

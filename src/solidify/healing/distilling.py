@@ -6,7 +6,7 @@ neither model's logits of a whole batch ever exist; the base runs without a grap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,7 @@ def distill(
     base: PreTrainedModel | str | Path,
     batches: Sequence[Batch],
     *,
-    edits: Iterable[Edit | Mapping[str, Any]] = (),
-    train: str | Sequence[str] | None = None,
+    train: str | Sequence[str | Edit] | None = None,
     parameter_groups: Sequence[ParameterGroup | Mapping[str, Any]] = (),
     terms: Sequence[Term] | None = None,
     **training: Any,
@@ -59,8 +58,8 @@ def distill(
         base: the model before the change, or where it stands.
         batches: dictionaries of tensors (batch_size, sequence_length) with `input_ids` and, where rows are padded,
             `attention_mask`; one is a step (or, with `gradient_accumulation_steps`, a part of one).
-        edits: what was replaced; what surgery made new is then trained where `train` is left out.
-        train: patterns of the parameters or modules that are trained (`**`: everything); not with an adapter.
+        train: what learns: patterns of parameters or modules (`**`: everything), or the edits of the surgery, for what
+            it made new. Left out, what is trained by itself, as of a model with an adapter.
         parameter_groups: names with a learning rate, a weight decay or optimizer settings of their own.
         terms: what is minimised; left out, the chunked forward KL from the base.
         training: fields of `TrainingArguments`.
@@ -73,9 +72,8 @@ def distill(
         raise HealingError("there are no batches to learn from")
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
-    records = [edit.document() if isinstance(edit, Edit) else dict(edit) for edit in edits]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    _choose_trained(model, records, train)
+    _choose_trained(model, train)
     chosen = list(terms) if terms is not None else [Term(ChunkedDistillation(), 1.0, name="chunked_distillation")]
     try:
         with disk.temporary() as scratch:
@@ -99,24 +97,21 @@ def distill(
     return list(trainer.history)
 
 
-def _choose_trained(
-    model: PreTrainedModel, records: Sequence[Mapping[str, Any]], train: str | Sequence[str] | None
-) -> None:
-    """Sets what is trained by name; a model with an adapter is left as it is."""
-    if train is None and not records:
+def _choose_trained(model: PreTrainedModel, train: str | Sequence[str | Edit] | None) -> None:
+    """Sets what is trained by name; without names the model is left as it is."""
+    if train is None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise HealingError("nothing of the model is trained: attach an adapter, or say what learns with `train`")
         return
+    asked = [train] if isinstance(train, str) else list(train)
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    if train is None:
-        made = {name for record in records for name in record["new"]}
-        wanted = {name for name in names if name in made}
-        faults = [] if wanted else ["surgery made nothing new; say what learns with `train`"]
-    else:
-        patterns = [train] if isinstance(train, str) else list(train)
-        hits = {pattern: names_hit(pattern, names) for pattern in patterns}
-        wanted = {name for found in hits.values() for name in found}
-        faults = [f"train: {pattern!r} names no parameter" for pattern, found in hits.items() if not found]
+    wanted, faults = set[str](), []
+    for each in asked:
+        made = [name for name, origin in each.tensors.items() if origin is None] if isinstance(each, Edit) else []
+        hits = names_hit(each, names) if isinstance(each, str) else [name for name in names if name in made]
+        wanted.update(hits)
+        if not hits:
+            faults.append(f"train: {each!r} names nothing that could learn")
     refuse(HealingError, "the model cannot be distilled as asked", faults)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)

@@ -45,6 +45,9 @@ class Alignment:
             that have learned already (one unit after the other, in the order of the layers).
         parameter_groups: names with a learning rate, a weight decay or optimizer settings of their own.
         seed: of the order of the batches, and of all random numbers that a module draws.
+        stream: one layer in memory at a time; None, the model's size decides. The bits are the same in float32.
+        share: this process's number and how many there are: it trains every so many-th unit and leaves the rest. A call
+            with the directory that has all results, and without a share, puts them together.
     """
 
     max_steps: int = 200
@@ -60,6 +63,8 @@ class Alignment:
     inputs: str = "base"
     parameter_groups: tuple[ParameterGroup, ...] = ()
     seed: int = 42
+    stream: bool | None = None
+    share: tuple[int, int] = (0, 1)
 
     def faults(self) -> list[str]:
         """Says what cannot be."""

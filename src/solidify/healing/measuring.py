@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from solidify.healing.matching import attended
 from solidify.healing.sources import Batch
 from solidify.losses.distillation import ForwardKL
 from solidify.losses.prediction import targets
-from solidify.model import anatomy
+from solidify.model import anatomy, behaviour
+from solidify.system import processes
+from solidify.weights import mapped
 
 _IGNORED = -100  # a label that asks for nothing
 
@@ -54,11 +56,11 @@ def distances(
     base_loss, tokens = 0.0, 0
     for row in _list_rows(batches):
         labels = make_labels(row)
-        theirs = anatomy.run(base, row)
+        theirs = _run(base, row)
         count = int(targets(labels, labels.shape[1]).sum())
         base_loss, tokens = base_loss + _sum_loss(theirs, labels), tokens + count
         for name, model in models.items():
-            ours = anatomy.run(model, row)
+            ours = _run(model, row)
             if ours.shape != theirs.shape:
                 raise HealingError(
                     f"the model's logits are {list(ours.shape)} and the base's {list(theirs.shape)}; the two "
@@ -69,6 +71,16 @@ def distances(
     if not tokens:
         raise HealingError("the batches have no token that follows another, so nothing can be measured on them")
     return {n: Distance(kl / tokens, loss / tokens, base_loss / tokens, tokens) for n, (kl, loss) in sums.items()}
+
+
+def _run(model: PreTrainedModel, row: Batch) -> torch.Tensor:
+    """Returns a model's logits. Of a mapped model that is as large as the free memory, each module is let go once it
+    has run; of any other, its pages are read once and stay."""
+    arguments = {**row, "use_cache": False} if "use_cache" in behaviour.takes(model) else dict(row)
+    tight = 2 * anatomy.size(model) > processes.free_memory()
+    with torch.no_grad(), anatomy.evaluation(model), mapped.released(model) if tight else nullcontext():
+        logits: torch.Tensor = model(**arguments).logits
+    return logits
 
 
 def _list_rows(batches: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:

@@ -43,20 +43,28 @@ class Budget:
         cache_bytes: bytes of the cache of one row of `length` tokens, at most.
         flops: FLOPs of one token through all matrices, at most.
         length: tokens for `cache_bytes`.
+        method: how the set is chosen, one of `METHODS`; `greedy` measures every step anew.
     """
 
     layers: int | None = None
     cache_bytes: int | None = None
     flops: int | None = None
     length: int = 1024
+    method: str = "additive"
 
     def faults(self) -> list[str]:
         """Says what cannot be."""
         named = {"layers": self.layers, "cache_bytes": self.cache_bytes, "flops": self.flops}
         set_ = [key for key, value in named.items() if value is not None]
+        found = []
+        if self.method not in METHODS:
+            found.append(f"method is one of {', '.join(METHODS)}, but {self.method!r} was given")
         if len(set_) != 1:
-            return [f"a budget is one of {', '.join(named)}, but {', '.join(set_) or 'none'} was given"]
-        return [f"{key} is at least 0, but {value} was given" for key, value in named.items() if (value or 0) < 0]
+            return [f"a budget is one of {', '.join(named)}, but {', '.join(set_) or 'none'} was given", *found]
+        return [
+            *found,
+            *(f"{key} is at least 0, but {value} was given" for key, value in named.items() if (value or 0) < 0),
+        ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,6 @@ def place(
     edits: Iterable[Edit | Mapping[str, Any]],
     settings: Alignment = SHORT,
     held_out: Sequence[Batch] = (),
-    method: str = "additive",
 ) -> Placement:
     """Chooses which of the replaced modules of a model are to stay replaced.
 
@@ -100,13 +107,11 @@ def place(
         edits: what was replaced.
         settings: how candidates are aligned before they are scored.
         held_out: batches on which divergences are measured; without them, the first of `batches`.
-        method: one of `METHODS`; `greedy` measures every step anew.
 
     Raises:
         HealingError: the budget cannot be met, or the model differs from its base in more than the candidates.
     """
-    faults = budget.faults() + ([] if method in METHODS else [f"method is one of {', '.join(METHODS)}, not {method!r}"])
-    refuse(HealingError, "the layers cannot be chosen as asked", faults)
+    refuse(HealingError, "the layers cannot be chosen as asked", budget.faults())
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
     records = [edit.document() if isinstance(edit, Edit) else dict(edit) for edit in edits]
@@ -121,11 +126,11 @@ def place(
         for name in candidates:
             scores[name] = choice.divergence([name])
             advance(f"{name} {scores[name]:.3g}")
-    chosen = _choose_greedily(choice, savings, needed) if method == "greedy" else choose(scores, savings, needed)
+    chosen = _choose_greedily(choice, savings, needed) if budget.method == "greedy" else choose(scores, savings, needed)
     ranked = sorted(scores.values())
     return Placement(
         tuple(name for name in candidates if name in chosen),
-        method,
+        budget.method,
         scores,
         savings,
         [sum(ranked[:count]) for count in range(len(ranked) + 1)],

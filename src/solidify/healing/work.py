@@ -61,7 +61,8 @@ class Work:
 
     def key(self) -> str:
         """Returns a digest of everything that a result depends on but the unit itself."""
-        return ledger.digest_work(self.model, self.base, [*self.batches, *self.held_out], asdict(self.settings))
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in ("stream", "share")}
+        return ledger.digest_work(self.model, self.base, [*self.batches, *self.held_out], settings)
 
 
 def prepare(

@@ -88,7 +88,7 @@ def faults(recipe: Recipe) -> list[str]:
 
 def settings_of(align: Align) -> Alignment:
     """Returns how units learn."""
-    fields = align.model_dump(exclude={"batch_size", "stream", "train", "parameter_groups"})
+    fields = align.model_dump(exclude={"batch_size", "train", "parameter_groups"})
     train = (align.train,) if isinstance(align.train, str) else tuple(align.train)
     with raised_as(RecipeError, of=ObjectiveError):
         own = tuple(groups.declared([group.model_dump() for group in align.parameter_groups]))
@@ -170,16 +170,15 @@ def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
             loaded.model,
             base.model,
             batches,
-            Budget(asked.layers, asked.cache_bytes, asked.flops, asked.length),
+            Budget(asked.layers, asked.cache_bytes, asked.flops, asked.length, asked.method),
             edits=candidates,
             settings=_shortened(settings, asked.max_steps),
             held_out=held_out[:2],
-            method=asked.method,
         )
 
 
 def _shortened(settings: Alignment, steps: int) -> Alignment:
-    return dataclasses.replace(settings, max_steps=steps, inputs="base")
+    return dataclasses.replace(settings, max_steps=steps, inputs="base", stream=False)
 
 
 def _describe_placement(found: Placement) -> dict[str, Any]:
@@ -282,11 +281,9 @@ def _align_model(
                 base,
                 batches,
                 edits=manifest.read(source).edits,
-                settings=settings_of(recipe.heal.align),
+                settings=dataclasses.replace(settings_of(recipe.heal.align), share=share),
                 held_out=held_out[:2],
-                stream=recipe.heal.align.stream,
                 directory=nested / ours.ALIGNMENT,
-                share=share,
             )
             if joining:
                 stages["align"] = measuring.distance(model, base, held_out)

@@ -332,6 +332,7 @@ def _describe_value(value: Any) -> str:
 
 
 def are_equal(a: Any, b: Any) -> bool:
+    """Returns whether all tensors in two nested values of one structure are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return _are_same(a, b)
     if isinstance(a, Mapping):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,15 @@ def is_first() -> bool:
 def rank() -> int:
     """Returns this process's number among them, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def free_memory() -> int:
+    """Returns the bytes of memory that are free or hold what can be read again; where nobody says, those of a GB."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return 2**30
 
 
 def join() -> None:
