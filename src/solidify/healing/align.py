@@ -21,7 +21,6 @@ from solidify.healing.ledger import Aligned, Kept, Result
 from solidify.healing.matching import Unit
 from solidify.healing.sources import Batch, WholeBase
 from solidify.healing.work import Work
-from solidify.model.extent import Extent
 from solidify.surgery.replacing import Edit
 from solidify.weights import spilling
 
@@ -58,14 +57,14 @@ def align(
             streamed, or an error became infinite. The model is then as it was.
     """
     settings = settings or Alignment()
-    stream, share = settings.stream, settings.share
+    share = settings.share
     if settings.inputs == "healed" and share[1] > 1:
         raise HealingError("units that learn behind healed ones learn one after the other; leave out share")
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
     records = [edit.document() if isinstance(edit, Edit) else dict(edit) for edit in edits]
     todo = work.prepare(model, base, batches, records, settings, held_out)
-    stream = not Extent.of(base).whole if stream is None else stream
+    stream = settings.streams(base)
     if stream and directory is None:
         directory = spilling.directory_for(model)
     kept = Kept(Path(directory) if directory is not None else None, todo.key())

@@ -21,7 +21,7 @@ from solidify.healing import matching
 from solidify.healing.matching import Call, Unit
 from solidify.model import anatomy
 from solidify.surgery import contract
-from solidify.system import foreign
+from solidify.system import foreign, processes
 from solidify.training import groups
 from solidify.training.groups import ParameterGroup
 
@@ -45,7 +45,7 @@ class Alignment:
             that have learned already (one unit after the other, in the order of the layers).
         parameter_groups: names with a learning rate, a weight decay or optimizer settings of their own.
         seed: of the order of the batches, and of all random numbers that a module draws.
-        stream: one layer in memory at a time; None, the model's size decides. The bits are the same in float32.
+        stream: one layer in memory at a time; None, the free memory decides. The bits are the same in float32.
         share: this process's number and how many there are: it trains every so many-th unit and leaves the rest. A call
             with the directory that has all results, and without a share, puts them together.
     """
@@ -65,6 +65,10 @@ class Alignment:
     seed: int = 42
     stream: bool | None = None
     share: tuple[int, int] = (0, 1)
+
+    def streams(self, base: nn.Module) -> bool:
+        """Returns whether one layer is in memory at a time: as asked, or where two models are more than is free."""
+        return self.stream if self.stream is not None else 3 * anatomy.size(base) > processes.free_memory()
 
     def faults(self) -> list[str]:
         """Says what cannot be."""

@@ -410,8 +410,8 @@ def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[
         if asked is not None:
             settings = settings_of(asked)
             units, trained = work.find_units(model, records, settings)
-            stream = asked.stream if asked.stream is not None else not Extent.of(model).whole
-            more: dict[str, Any] = {"rows": asked.batch_size, "length": recipe.data.max_length, "stream": stream}
+            more: dict[str, Any] = {"rows": asked.batch_size, "length": recipe.data.max_length}
+            more["stream"] = settings.streams(model)
             planned["align"] = footprint(model, units, trained, settings, **more).document()
         inner = distillation(recipe, model, records)
     if recipe.heal.place is not None:

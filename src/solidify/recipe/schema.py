@@ -103,7 +103,7 @@ class Data(_Section):
 class Align(_Section):
     """Each new module learns from what it replaced: the fields of `healing.learning.Alignment`, and how it is done.
 
-    `batch_size` rows are a batch; `stream` keeps one layer in memory (left out, the model's size decides).
+    `batch_size` rows are a batch; `stream` keeps one layer in memory (left out, the free memory decides).
     """
 
     max_steps: int = Field(default=200, ge=1)
