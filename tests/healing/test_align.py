@@ -15,7 +15,7 @@ import torch
 import solidify
 from solidify.errors import HealingError
 from solidify.healing.align import align
-from solidify.healing.learning import Alignment
+from solidify.healing.learning import Alignment, Learner
 
 SETTINGS = Alignment(max_steps=12, learning_rate=1e-2)
 
@@ -110,6 +110,38 @@ def test_shares_are_put_together(tmp_path: Path) -> None:
     joined = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)
     assert_equal(state(model), state(whole))
     assert len(joined) == 4
+
+
+def test_an_interrupted_stream_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, model, edits = changed()
+    start, whole = state(model), copy.deepcopy(model)
+    settings = replace(SETTINGS, stream=True)
+    align(whole, base, batches(base), edits=edits, settings=settings, directory=tmp_path / "whole")
+    step, calls = Learner.step, 0
+
+    def failing(self: Learner, *args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30:  # in the middle of the second layer
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    monkeypatch.setattr(Learner, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        align(model, base, batches(base), edits=edits, settings=settings, directory=tmp_path / "cut")
+    assert_equal(state(model), start)
+    calls = 100
+    align(model, base, batches(base), edits=edits, settings=settings, directory=tmp_path / "cut")
+    assert calls == 100 + 3 * SETTINGS.max_steps  # the first layer's module is not trained again
+    assert_equal(state(model), state(whole))
+
+
+def test_half_precision_learns_in_float32_and_stays_half() -> None:
+    base, model, edits = changed()
+    base, model = copy.deepcopy(base).bfloat16(), model.bfloat16()
+    results = align(model, base, batches(base), edits=edits, settings=SETTINGS)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert all(result.after < result.before for result in results)
 
 
 def test_what_is_wrong_is_said_at_once() -> None:
