@@ -27,7 +27,7 @@ layer; in half precision surgery may then refuse it. Start such a model at `stre
 The layer keeps its full-precision weight, under its own name and in its own layout: (out_features, in_features), of a
 Conv1D (in_features, out_features). It is no nn.Linear, because LoRA beside the rounded weight could not be merged into
 it: train it in full, or by LoRA on the parameter (`target_parameters: [model.layers.*.mlp.down_proj.weight]`), which
-rounds the sum.
+rounds the sum. While `bypass` is True nothing is rounded: it is the original layer with the weight that it has.
 
 This file needs torch and transformers only and is copied into artifacts as it stands.
 """
@@ -95,16 +95,21 @@ class BitLinear(nn.Module):
         self.register_parameter("bias", original.get_parameter("bias") if original.bias is not None else None)
         self.norm = SubLN(self.in_features, eps, weight.dtype) if norm else None
         self.register_buffer("strength", torch.tensor(float(strength), dtype=torch.float32))
+        self.bypass = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in_features) to (..., out_features)."""
+        if self.bypass:
+            return self._multiply(hidden_states, self.weight)
         share = self.strength.to(_find_wide(hidden_states))
         if self.norm is not None:
             hidden_states = (1 - share) * hidden_states + share * self.norm(hidden_states)
         states = hidden_states
         if self.activation_bits is not None:
             states = _move(hidden_states, round_activations(hidden_states.detach(), self.activation_bits), share)
-        weight = _move(self.weight, round_weight(self.weight.detach()), share)
+        return self._multiply(states, _move(self.weight, round_weight(self.weight.detach()), share))
+
+    def _multiply(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not self.transposed:
             return F.linear(states, weight, self.bias)
         assert self.bias is not None  # a Conv1D always has one

@@ -27,8 +27,8 @@ it is 0 neither alpha nor weight has a gradient):
 
     module.taper.fill_(min(1.0, step / taper_steps))
 
-Built with `taper: 1.0` the layer has no norm within it. So is an earlier DynamicTanh replaced whose taper is over: by
-one with `taper: 1.0`, which takes over its alpha, weight and bias.
+While `bypass` is True the layer is the norm. Built with `taper: 1.0` it has none within it: by such a one an earlier
+DynamicTanh is replaced whose taper is over; alpha, weight and bias are taken over.
 
 Shapes: alpha (1,), weight and bias (features,), features being the last axis of what it is given.
 
@@ -86,6 +86,8 @@ class DynamicTanh(nn.Module):
         has_bias = getattr(original, "bias", None) is not None
         self.register_parameter("bias", nn.Parameter(torch.empty_like(self.weight)) if has_bias else None)
         self.norm = original if taper < 1.0 else None
+        if self.norm is not None:
+            self.bypass = False
         start = torch.tensor(float(taper), dtype=torch.float32) if taper < 1.0 else None
         self.register_buffer("taper", start)
         self.calibrating = False
@@ -108,6 +110,9 @@ class DynamicTanh(nn.Module):
         """Maps (..., features) to the same shape."""
         if self.calibrating:
             self._calibrate(hidden_states)
+        if self.norm is not None and self.bypass:
+            bypassed: torch.Tensor = self.norm(hidden_states)
+            return bypassed
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         scaled = self.alpha.to(wide) * hidden_states.to(wide)
         outputs = self.weight.to(wide) * (scaled.tanh() if self.function == "tanh" else scaled)
