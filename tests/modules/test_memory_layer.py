@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import zoo
@@ -137,6 +138,14 @@ def test_it_keeps_the_behaviour_contract_away_from_its_start(name: str, monkeypa
     edits = solidify.replace(made, zoo.FAMILIES[name].feed_forward, MemoryLayer, arguments=SMALL)
     assert all(edit.probed and not edit.identical for edit in edits)
     zoo.assert_cache_changes_nothing(made)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "llama4_text", "gpt_oss", "deepseek_v3"])
+def test_it_stands_beside_feed_forwards_that_are_called_otherwise(model_type: str) -> None:
+    """Of a residual, of tokens without their batch, of a tuple, of experts."""
+    made = families.tiny(model_type)
+    edits = solidify.replace(made, families.targets(made)["feed_forward"], MemoryLayer, arguments=SMALL)
+    assert all(edit.identical and edit.bypass for edit in edits)
 
 
 def test_its_whole_life(tmp_path: Path) -> None:

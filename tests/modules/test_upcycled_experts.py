@@ -186,6 +186,9 @@ class Scaled(nn.Module):
 def test_what_it_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="computes something else"):
         upcycled(Scaled())
+    sparse = families.tiny("gemma3n_text").get_submodule("model.layers.0.mlp")  # keeps 5 % of its activations
+    with pytest.raises(ValueError, match="computes something else"):
+        upcycled(sparse)
     with pytest.raises(SurgeryError, match="takes the place of a dense feed-forward"):
         solidify.replace(zoo.model("olmoe"), "model.layers.*.mlp", UpcycledExperts)
     with pytest.raises(ValueError, match="top_k must be from 1 to num_experts"):

@@ -27,6 +27,8 @@ This file needs torch and transformers only and is copied into artifacts as it s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -134,9 +136,14 @@ class MemoryLayer(nn.Module):
         if not self.memory.keys.is_meta:
             self.memory.draw(torch.Generator().manual_seed(self.seed))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps (batch_size, sequence_length, hidden_size) to the same shape."""
-        outputs: torch.Tensor = self.feed_forward(hidden_states)
-        if not (self.ablate or self.bypass):
-            outputs = outputs + self.memory(hidden_states)
-        return outputs
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Maps (batch_size, sequence_length, hidden_size) to what the feed-forward returns, the memory added to it.
+
+        Of a tuple it is added to the first element.
+        """
+        outputs = self.feed_forward(hidden_states, *args, **kwargs)
+        if self.ablate or self.bypass:
+            return outputs
+        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        first = first + self.memory(hidden_states).view(first.shape)  # Llama 4 returns tokens without their batch
+        return (first, *others) if isinstance(outputs, tuple) else first
