@@ -201,6 +201,30 @@ def test_lora_on_the_parameter_is_merged_before_the_rounding(tmp_path: Path, mon
     assert not torch.allclose(found, made(**zoo.prompts()).logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("train", [[], ["model.layers.*.mlp.down_proj"]])
+def test_a_strength_that_was_ramped_beside_an_adapter_is_merged(
+    train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a loop over the modules, as the module's docstring has it."""
+    pico.unwitnessed(monkeypatch)
+    made = zoo.model("llama")
+    edits = solidify.replace(made, OUTPUTS["llama"], BitLinear, arguments={"strength": 0.0})
+    loaded = solidify.load(pico.artifact(made, edits, tmp_path / "artifact"))
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["model.layers.*.self_attn.q_proj"]}
+    attached = solidify.attach(loaded, lora=lora, train=train)
+    before = attached(**zoo.prompts()).logits
+    for name, module in attached.named_modules():
+        if hasattr(module, "strength") and "original_module" not in name:
+            module.strength.fill_(0.7)
+    expected = attached(**zoo.prompts()).logits
+    assert not torch.allclose(expected, before, atol=1e-2)
+    solidify.save_adapter(attached, tmp_path / "adapter")
+    solidify.merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = solidify.load(tmp_path / "merged")
+    assert float(merged.model.layers[0].mlp.down_proj.strength) == pytest.approx(0.7)
+    assert torch.allclose(merged(**zoo.prompts()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_it_cannot_take_is_refused() -> None:
     with pytest.raises(SurgeryError, match="takes the place of a Linear or Conv1D, but this is a LlamaMLP"):
         solidify.replace(zoo.model("llama"), "model.layers.*.mlp", BitLinear)

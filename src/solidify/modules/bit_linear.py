@@ -12,16 +12,18 @@ feed-forward; elsewhere a norm stands before the layer already.
 
 `strength` t says how much of this is done: x and W are moved by the share t from what they were to what they become,
 z + t (z_q - z), and the SubLN likewise. 0 is the original layer, bit for bit; 1 is the layer above. It is a buffer and
-travels with the weights. A training loop ramps it as it likes:
+travels with the weights, and with an adapter. A training loop ramps it (PEFT keeps what it trains in full twice, and
+`original_module` is the base's):
 
-    for module in model.modules():
-        if isinstance(module, BitLinear):
+    for name, module in model.named_modules():
+        if hasattr(module, "strength") and "original_module" not in name:
             module.strength.fill_(min(1.0, step / warmup_steps))
 
 Rounding makes steps out of what is smaller than any step: where two ways to compute the same input (with the cache and
 without it, alone and in a batch) round differently in the last digit, a value that lies between two of the 255 levels
 may fall onto the one or the other. A model that is rounded all at once and not yet trained enlarges this from layer to
-layer; in half precision surgery may then refuse it. Start such a model at `strength: 0.0` and ramp it.
+layer; in half precision surgery may then refuse it. Start such a model at `strength: 0.0` and ramp it. For the same
+reason a gradient depends on how a batch is split, more than rounding of float32 does (0.7 % with four such layers).
 `activation_bits` says how fine the levels are; None leaves activations as they are.
 
 The layer keeps its full-precision weight, under its own name and in its own layout: (out_features, in_features), of a

@@ -17,15 +17,18 @@ paper, which trains from scratch, starts with weight = 1.) alpha is one number, 
 What r is, differs from layer to layer. While `calibrating` is True a forward pass sets alpha from what it is given, r
 being the median over tokens of their root mean squares (some tokens are larger by orders of magnitude):
 
-    norms = [module for module in model.modules() if isinstance(module, DynamicTanh)]
+    norms = [module for module in model.modules() if hasattr(module, "calibrating")]
     for module in norms: module.calibrating = True
     model(**batch)
     for module in norms: module.calibrating = False
 
-`taper` is a buffer and travels with the weights; a training loop ramps it, one norm after another or all at once (while
-it is 0 neither alpha nor weight has a gradient):
+`taper` is a buffer and travels with the weights, and with an adapter. A training loop ramps it, one norm after another
+or all at once; while it is 0 neither alpha nor weight has a gradient. (PEFT keeps what it trains in full twice, and
+`original_module` is the base's.)
 
-    module.taper.fill_(min(1.0, step / taper_steps))
+    for name, module in model.named_modules():
+        if hasattr(module, "taper") and "original_module" not in name:
+            module.taper.fill_(min(1.0, step / taper_steps))
 
 While `bypass` is True the layer is the norm. Built with `taper: 1.0` it has none within it: by such a one an earlier
 DynamicTanh is replaced whose taper is over; alpha, weight and bias are taken over.
