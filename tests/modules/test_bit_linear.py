@@ -136,6 +136,21 @@ def test_the_gradient_reaches_the_norm() -> None:
     assert made.norm.weight.grad.all()
 
 
+@torch.no_grad()
+def test_calibrated_the_norm_keeps_the_size_of_the_usual_token() -> None:
+    made, x = BitLinear(linear("Linear"), norm=True), 0.2 * states()
+    x[0, 0] *= 1000
+    made.calibrating = True
+    made(x)
+    made.calibrating = False
+    assert float(made.norm.weight[0]) == pytest.approx(0.2, rel=0.1)
+    assert torch.equal(made.norm.weight, made.norm.weight[:1].expand(40))
+    before = made.norm.weight.clone()
+    made(states())
+    assert torch.equal(made.norm.weight, before)
+    assert torch.equal(BitLinear(linear("Linear"), norm=True, input_rms=0.5).norm.weight, torch.full((40,), 0.5))
+
+
 def test_zeros_and_an_empty_batch_are_no_fault() -> None:
     made = BitLinear(linear("Conv1D"))
     assert torch.equal(made(torch.zeros(2, 40)), made.bias.expand(2, 24))
@@ -230,6 +245,8 @@ def test_what_it_cannot_take_is_refused() -> None:
         solidify.replace(zoo.model("llama"), "model.layers.*.mlp", BitLinear)
     with pytest.raises(ValueError, match="strength must be from 0"):
         BitLinear(linear("Linear"), strength=1.5)
+    with pytest.raises(ValueError, match="input_rms must be above 0"):
+        BitLinear(linear("Linear"), input_rms=0.0)
     with pytest.raises(ValueError, match="activation_bits must be from 2 to 16"):
         BitLinear(linear("Linear"), activation_bits=1)
     packed = linear("Linear")

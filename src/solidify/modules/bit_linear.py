@@ -8,7 +8,14 @@ With W the full-precision weight and x one token's features (arXiv 2402.17764, e
 
 Rounding counts as the identity in the backward pass (straight-through). With `norm` a SubLN stands before it, an
 RMSNorm of its own weight, as BitDistill (arXiv 2510.13998) puts before the output projections of attention and
-feed-forward; elsewhere a norm stands before the layer already.
+feed-forward; elsewhere a norm stands before the layer already. A pretrained layer is used to the size of what it is
+given, so that the SubLN's weight starts at `input_rms`, or at what is measured while `calibrating` is True (of four
+feed-forwards of SmolLM2-135M, rounded at once: loss 3.49 before, 6.47 with a weight of one, 3.79 calibrated):
+
+    layers = [module for module in model.modules() if hasattr(module, "calibrating")]
+    for module in layers: module.calibrating = True
+    model(**batch)
+    for module in layers: module.calibrating = False
 
 `strength` t says how much of this is done: x and W are moved by the share t from what they were to what they become,
 z + t (z_q - z), and the SubLN likewise. 0 is the original layer, bit for bit; 1 is the layer above. It is a buffer and
@@ -45,12 +52,20 @@ SMALLEST = 1e-5  # no scale is smaller, as in the paper's code: what is all zero
 
 
 class SubLN(nn.Module):
-    """RMSNorm over the features before they are rounded. `weight` is (in_features,) and starts at one."""
+    """RMSNorm over the features before they are rounded. `weight` is (in_features,) and starts at `size`."""
 
-    def __init__(self, in_features: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, size: float, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(in_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.full((in_features,), float(size), dtype=dtype))
         self.eps = eps
+
+    @torch.no_grad()
+    def calibrate(self, hidden_states: torch.Tensor) -> None:
+        """Sets the weight to the median over tokens of their root mean squares."""
+        sizes = hidden_states.float().square().mean(-1).sqrt().flatten()
+        sizes = sizes[sizes > 0]
+        if len(sizes):
+            self.weight.fill_(float(sizes.median()))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in_features) to the same shape."""
@@ -76,6 +91,7 @@ class BitLinear(nn.Module):
         strength: float = 1.0,
         norm: bool = False,
         activation_bits: int | None = 8,
+        input_rms: float = 1.0,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -87,6 +103,8 @@ class BitLinear(nn.Module):
             raise ValueError(f"strength must be from 0 (the original) to 1 (all rounded), but is {strength}")
         if activation_bits is not None and not 2 <= activation_bits <= 16:
             raise ValueError(f"activation_bits must be from 2 to 16, or null for none, but is {activation_bits}")
+        if input_rms <= 0:
+            raise ValueError(f"input_rms must be above 0, but is {input_rms}")
         weight = original.get_parameter("weight")
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"the weight of this {type(original).__name__} is quantised already ({weight.dtype})")
@@ -95,12 +113,15 @@ class BitLinear(nn.Module):
         self.activation_bits = activation_bits
         self.weight = weight
         self.register_parameter("bias", original.get_parameter("bias") if original.bias is not None else None)
-        self.norm = SubLN(self.in_features, eps, weight.dtype) if norm else None
+        self.norm = SubLN(self.in_features, input_rms, eps, weight.dtype) if norm else None
         self.register_buffer("strength", torch.tensor(float(strength), dtype=torch.float32))
         self.bypass = False
+        self.calibrating = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in_features) to (..., out_features)."""
+        if self.calibrating and self.norm is not None:
+            self.norm.calibrate(hidden_states)
         if self.bypass:
             return self._multiply(hidden_states, self.weight)
         share = self.strength.to(_find_wide(hidden_states))
