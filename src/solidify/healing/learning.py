@@ -101,11 +101,11 @@ class Learner:
         """Copies the unit's `module`; `trained` are the full names of the parameters that learn."""
         self.unit, self.settings = unit, settings
         self.copy = copy_module(module)
-        self._start = {key: t.detach().clone() for key, t in self.copy.state_dict(keep_vars=True).items()}
         self.rooted = _root(unit.name, self.copy)
         wanted = set(trained)
         for name, parameter in self.rooted.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in wanted)
+        self._start = {key: tensor.detach().clone() for key, tensor in self._list_movable().items()}
         self.optimizer, self.schedule = self._make_optimizer()
         self.errors: list[float] = []
         self.finished = False
@@ -182,20 +182,29 @@ class Learner:
 
     def changed(self) -> dict[str, torch.Tensor]:
         """Returns what learning changed, parameters and buffers, by full names, in float32."""
-        state = self.copy.state_dict(keep_vars=True)
         return {
             f"{self.unit.name}.{key}": tensor.detach()
-            for key, tensor in state.items()
+            for key, tensor in self._list_movable().items()
             if not torch.equal(tensor, self._start[key])
         }
+
+    def _list_movable(self) -> dict[str, torch.Tensor]:
+        """Returns what learning can change: parameters that learn, and saved buffers."""
+        state = self.copy.state_dict(keep_vars=True)
+        return {k: t for k, t in state.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
 
 
 def copy_module(module: nn.Module) -> nn.Module:
     """Copies a module in float32, but not the configuration that it shares with the whole model."""
     from copy import deepcopy
 
-    configs = [v for m in module.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
-    copied: nn.Module = deepcopy(module, {id(config): config for config in configs})
+    known: dict[int, Any] = {}
+    for inner in module.modules():
+        known |= {id(v): v for v in vars(inner).values() if isinstance(v, PreTrainedConfig)}
+    for parameter in module.parameters():  # made wide at once: no copy in half precision beside it
+        if parameter.is_floating_point():
+            known[id(parameter)] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+    copied: nn.Module = deepcopy(module, known)
     return copied.float()
 
 
