@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
-from solidify.model import operations
+from solidify.model import operations, states
 from solidify.source import closure
-from solidify.surgery import catalogue
+from solidify.surgery import catalogue, state
 from solidify.surgery.replacing import Edit
 from solidify.weights import hashing
 
@@ -59,7 +59,8 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    files = {**carried.files, OPERATIONS: _write_operations(entries)}
+    stateful = any(state.kind_of(cls) is not None for cls in classes.values())
+    files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
     shares = not set(operations.shared_keys(model)) <= set(family.ties)
@@ -100,13 +101,16 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     return Sources(files, str(context["model_type"]), auto_map, heads, entries, carried.requirements)
 
 
-def _write_operations(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the code that makes the changes: what every artifact carries, and what its own operations bring."""
+def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> str:
+    """Returns the code that makes the changes: what every artifact carries, and what its own operations bring.
+
+    Modules that keep state in the cache bring the code that gives them their layers of it.
+    """
     text = inspect.getsource(operations)
     for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
         if (function := operation.carried()) is not None:
             text += f'\n\n{inspect.getsource(function)}\n\nOPERATIONS["{operation.recorded}"] = {function.__name__}\n'
-    return text
+    return text + (f"\n\n{inspect.getsource(states)}\n\nSETTLING.append(settle)\n" if stateful else "")
 
 
 def render(template: str, **context: Any) -> str:
