@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 import zoo
 from torch import nn
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 import solidify
@@ -60,6 +62,76 @@ def test_it_keeps_the_contract_of_every_family(name: str) -> None:
     assert all(edit.bypass and edit.probed for edit in edits)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_it_generates_with_a_window_and_a_sum(name: str) -> None:
+    model = changed(name)
+    zoo.assert_cache_changes_nothing(model)
+    asked = {"num_beams": 3, "max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
+    beams = model.generate(**zoo.prompts(14), **asked)
+    assert torch.equal(beams, model.generate(**zoo.prompts(14), **asked, use_cache=False))
+    assert torch.equal(beams, model.generate(**zoo.prompts(14), **asked, cache_implementation="static"))
+
+
+def test_what_it_keeps_does_not_grow() -> None:
+    model = changed("llama")
+    cache = DynamicCache(config=model.config)
+    for length in (12, 40):
+        model(pico.tokens(2, length, seed=1), past_key_values=cache)
+        layer = cache.layers[0]
+        assert layer.keys.shape == (2, 2, 2 + 4, 16)
+        assert layer.recurrent_states[0].shape == (2, 2, 16, 17)
+    assert cache.get_seq_length() == 52
+    assert model.config.layer_types == ["hybrid", "hybrid"]
+
+
+@pytest.mark.parametrize("pieces", [(5, 2, 3), (9, 1, 1), (1, 1, 1)])
+@torch.no_grad()
+def test_positions_are_taken_back(pieces: tuple[int, ...]) -> None:
+    """While the past is recorded, as many as came since; then it goes on as if they had not been there."""
+    model, ids = changed("llama"), pico.tokens(2, 30, seed=1)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+    cache.activate_past_recording()
+    at = 10
+    for piece in pieces:
+        model(ids[:, at : at + piece], past_key_values=cache)
+        at += piece
+    cache.crop(-(at - 11))
+    model(ids[:, 11:15], past_key_values=cache)
+    cache.crop(0)
+    after = model(ids[:, 15:20], past_key_values=cache).logits
+    assert torch.allclose(after, model(ids[:, :20]).logits[:, 15:], atol=1e-5)
+    assert cache.layers[0].keys.shape[2] <= 6 + 5
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.crop(-4)
+    again = model(ids[:, 26:], past_key_values=cache).logits
+    assert torch.allclose(again, model(ids).logits[:, 26:], atol=1e-5)
+    with pytest.raises(RuntimeError, match="cannot be taken back"):
+        cache.crop(-5)
+
+
+def test_assisted_text_is_the_text() -> None:
+    model, ids = changed("qwen3"), pico.tokens(1, 12, seed=3).repeat(1, 2)
+    asked = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **asked), model.generate(ids, **asked))
+
+
+def test_bypass_generates_what_the_original_generates() -> None:
+    model, base = changed("llama"), zoo.model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.bypass = True
+    asked = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(**zoo.prompts(14), **asked), base.generate(**zoo.prompts(14), **asked))
+
+
+def test_the_whole_life(tmp_path: Path) -> None:
+    model, family = zoo.model("llama"), zoo.FAMILIES["llama"]
+    edits = solidify.replace(model, family.attention, LinearAttention, arguments={"window": 3, "chunk": 4})
+    zoo.stir(model, ["_map.weight", "direction", "gate"])
+    zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.query_map", "**.key_map.weight"])
+
+
 def test_every_new_parameter_learns() -> None:
     module, states, positions = make(window=5, chunk=4)
     module(states, positions)[0].square().sum().backward()
@@ -85,6 +157,15 @@ def test_what_it_cannot_compute_is_refused(change: Any, reason: str) -> None:
     change(original)
     with pytest.raises(ValueError, match=reason):
         LinearAttention(tiny(), 0, original)
+
+
+def changed(name: str) -> Any:
+    """A tiny model with linear attention everywhere, away from its start, whose window is short."""
+    model = zoo.model(name)
+    arguments = {"window": 3, "chunk": 4, "feature_dim": 8}
+    solidify.replace(model, zoo.FAMILIES[name].attention, LinearAttention, arguments=arguments)
+    zoo.stir(model, ["_map.weight", "direction", "gate"])
+    return model
 
 
 def tiny() -> LlamaConfig:

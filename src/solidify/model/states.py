@@ -117,8 +117,10 @@ class Counted(Stateful, LinearAttentionLayer, CacheLayerMixin):  # type: ignore[
 STATEFUL: dict[type, type] = {LinearAttentionLayer: Counted}
 
 
-def layer_class(kind: str, static: bool = False) -> Any:
+def layer_class(kind: Any, static: bool = False) -> Any:
     """Returns the class of cache layers that a kind stands for; those that keep states know how many positions."""
+    if isinstance(kind, type):
+        return kind
     mapping = {**DYNAMIC_LAYER_TYPE_MAPPING, **(STATIC_LAYER_TYPE_MAPPING if static else {})}
     found: Any = mapping[kind]
     if found.__module__ != STOCK or not issubclass(found, LinearAttentionCacheLayerMixin):
@@ -128,10 +130,13 @@ def layer_class(kind: str, static: bool = False) -> Any:
     return STATEFUL[found]
 
 
-def layer_type_of(module: nn.Module) -> str | None:
-    """Returns the kind of cache layer that a module's class declares; transformers' own classes declare none."""
+def layer_type_of(module: nn.Module) -> Any:
+    """Returns the kind of cache layer that a module's class declares, by name or as a class of its own, or None.
+
+    transformers' own classes declare none.
+    """
     kind = getattr(type(module), "layer_type", None)
-    return kind if isinstance(kind, str) and not type(module).__module__.startswith("transformers.") else None
+    return kind if isinstance(kind, (str, type)) and not type(module).__module__.startswith("transformers.") else None
 
 
 def settle(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ For a query at position i, with `s_ij = scaling * q_i · k_j` (rotated as the or
 `phi(x) = softmax([W x, -W x])` (2 feature_dim,) is learned for every head, `a_i = u · q_i + gate` and `b_j = t · k_j`
 say how much the linear part counts. All of the past beyond the window fits into two sums for every key head,
 `S = sum_j exp(b_j) phi_k(k_j) v_j^T` (2 feature_dim, head_dim) and `z = sum_j exp(b_j) phi_k(k_j)` (2 feature_dim,):
-what a token costs does not depend on the length.
+what a token costs does not depend on the length. In the cache stand the two sums and the keys and values of a window.
 
 Papers: LoLCATs (arXiv 2410.10254: softmax and linear terms under one denominator), Hedgehog (arXiv 2402.04347: the
 feature map, which starts from the identity). Exact, but for rounding, while the window is at least as long as the text.
@@ -20,11 +20,13 @@ This file needs torch and transformers only and is copied into artifacts as it s
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -48,6 +50,115 @@ class FeatureMap(nn.Module):
         return torch.cat((mapped, -mapped), -1).softmax(-1), gate[..., 0] + self.gate.to(states.dtype)[:, None]
 
 
+class WindowAndSum(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """A layer of the cache: keys and values of the last positions, and the sum of all that came before these.
+
+    `keys`, `values` (batch_size, key_heads, held, head_dim), `keep` (batch_size, held): what is no padding. The sum is
+    the recurrent state (batch_size, key_heads, 2 feature_dim, head_dim + 1), its last column the mass. A chunk of
+    positions is held beside the window, so that they can be taken back; all are while the past is recorded.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    record_past: bool
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.keep: torch.Tensor | None = None
+        self.cumulative_length = self.needed = 0
+        self.is_cut = False
+
+    @property
+    def held(self) -> int:
+        """The number of positions whose keys are held."""
+        return self.keep.shape[1] if self.keep is not None else 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **options: Any) -> Any:
+        """Holds more keys and values, and returns all that are held; with a sum, they are not all."""
+        if self.held < self.cumulative_length:
+            raise ValueError(
+                "the original (`bypass`) needs all keys, and some are summed up: start with an empty cache"
+            )
+        return self.extend(keys, values, None, 0)[:2]
+
+    def extend(
+        self, keys: torch.Tensor, values: torch.Tensor, keep: torch.Tensor | None, needed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Holds more, and returns all that is held; the next query will need as many of it as are `needed`."""
+        self.cumulative_length, self.needed = self.cumulative_length + keys.shape[2], needed
+        if keep is None:
+            keep = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+        if self.keep is None:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self.keys, self.values, self.keep = keys, values, keep
+        else:
+            self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            self.keep = torch.cat([self.keep, keep], 1)
+        return self.keys, self.values, self.keep
+
+    def fold(self, count: int, more: torch.Tensor | None) -> None:
+        """Lets the first positions go, which `more` is the sum of."""
+        assert self.keep is not None
+        self.keys, self.values, self.keep = self.keys[:, :, count:], self.values[:, :, count:], self.keep[:, count:]
+        if more is not None:
+            held = self.recurrent_states[0]
+            self.recurrent_states[0] = more if held is None else held + more
+            self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last positions back.
+
+        Raises:
+            RuntimeError: some of what would then be the window is summed up.
+        """
+        count = abs(tokens_to_remove)
+        if count and self.held < self.cumulative_length and self.held - count < self.needed:
+            raise RuntimeError(
+                f"{count} positions cannot be taken back, some of the window before them is summed up: call "
+                "`activate_past_recording` before the positions that may be taken back"
+            )
+        self.is_cut = True
+        if count and self.keep is not None:
+            self.keys, self.values, self.keep = (
+                self.keys[:, :, :-count],
+                self.values[:, :, :-count],
+                self.keep[:, :-count],
+            )
+            self.cumulative_length -= count
+
+    def get_seq_length(self) -> int:
+        """Returns the number of positions that were seen."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the length and the offset that a mask over all positions has."""
+        return self.cumulative_length + query_length, 0
+
+    def reset(self) -> None:
+        """Forgets all."""
+        record_past = self.record_past
+        self.__init__()  # type: ignore[misc]
+        self.record_past = record_past
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follows the beams."""
+        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps some rows of the batch."""
+        self._change_rows(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.keep is not None:
+            self.keys, self.values, self.keep = change(self.keys), change(self.values), change(self.keep)
+        if self.recurrent_states[0] is not None:
+            self.recurrent_states[0] = change(self.recurrent_states[0])
+
+
 class LinearAttention(nn.Module):
     """Takes the projections (and norms) of an attention over, under their own names, and adds two feature maps.
 
@@ -67,7 +178,8 @@ class LinearAttention(nn.Module):
     k_proj: Any
     v_proj: Any
     o_proj: Any
-    declares: ClassVar[dict[str, bool]] = {"attentions": False, "cache": False}
+    declares: ClassVar[dict[str, bool]] = {"attentions": False}
+    layer_type = WindowAndSum
 
     def __init__(
         self,
@@ -117,8 +229,9 @@ class LinearAttention(nn.Module):
             )
             return bypassed
         q, k, v = self._project(hidden_states, position_embeddings)
-        keep = _find_kept(attention_mask, k.shape[2])
-        outputs = self._attend(q, k, v, keep)
+        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        keep = _find_kept(attention_mask, k.shape[2], layer.get_seq_length() if layer is not None else 0)
+        outputs = self._attend(q, k, v, keep) if layer is None else self._attend_over(layer, q, k, v, keep)
         outputs = outputs.to(hidden_states.dtype).transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(outputs), None
 
@@ -138,71 +251,107 @@ class LinearAttention(nn.Module):
         q, k = rotate(q, k, *position_embeddings)
         return q, k, v
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """Returns what the heads read, (batch_size, heads, length, head_dim).
+    def _attend_over(
+        self, layer: WindowAndSum, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attends to what the cache holds too, and then lets the oldest go into the sum."""
+        if layer.is_cut:
+            self._fold(layer)
+        k, v, keep = layer.extend(k, v, keep, self.window - 1)
+        outputs = self._attend(q, k, v, keep, layer.recurrent_states[0])
+        if not layer.record_past:
+            self._fold(layer)
+        return outputs
 
-        `keep` (batch_size, length) says what is no padding.
+    def _fold(self, layer: WindowAndSum) -> None:
+        """Leaves a window in the cache, and a chunk before it: so many positions may be taken back."""
+        layer.is_cut = False
+        count = layer.held - (self.window - 1) - self.chunk
+        if count > 0:
+            assert layer.keep is not None
+            phi_k, v = self._weigh_keys(layer.keys[:, :, :count], layer.values[:, :, :count], layer.keep[:, :count])
+            layer.fold(count, phi_k.mT @ v if self.reaches else None)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keep: torch.Tensor | None,
+        state: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns what the heads read, (batch_size, heads, length, head_dim); the queries are those of the last keys.
+
+        `keep` (batch_size, keys) says what is no padding; `state` is the sum of what came before the keys. A chunk of
+        queries reads the keys of its windows and the sum of all before these, to which the next chunk adds.
         """
-        scores, values = self._score_window(q, k, v, keep)
-        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min / 2)
-        length, groups = q.shape[2], self.heads // self.key_heads
-        if self.ablate or not self.reaches or length <= self.window:
-            weights = (scores - top).exp()
-            total = weights.sum(-1, keepdim=True)
-            return _join(weights.to(values.dtype) @ values, total, length, self.heads)
-        phi_q, gate = self.query_map(q)
-        gate = torch.unflatten(_into_chunks(gate[..., None], self.chunk), 1, (self.key_heads, groups))
-        top = torch.maximum(top, gate).detach()
-        weights = (scores - top).exp()
-        read, mass = self._read_beyond(phi_q, k, v, keep)
-        gate = (gate - top).exp()
-        read = (weights.to(values.dtype) @ values) + gate * read
-        return _join(read, weights.sum(-1, keepdim=True) + gate * mass, length, self.heads)
+        length, before = q.shape[2], k.shape[2] - q.shape[2]
+        is_linear = self.reaches and not self.ablate and (state is not None or k.shape[2] > self.window)
+        phi_k, values = self._weigh_keys(k, v, keep) if is_linear else (None, self._with_mass(v))
+        groups = (self.key_heads, self.heads // self.key_heads)
+        phi_q, gate = (torch.unflatten(t, 1, groups) for t in (self.query_map(q) if is_linear else (q, q)))
+        q = torch.unflatten(q, 1, groups)
+        outputs, low = [], 0
+        for start in range(0, length, self.chunk):
+            end = min(start + self.chunk, length)
+            first = max(before + start - (self.window - 1), low)
+            if phi_k is not None and first > low:
+                more = phi_k[:, :, low:first].mT @ values[:, :, low:first]
+                state = more if state is None else state + more
+            low, new, held = first, slice(start, end), slice(first, before + end)
+            kept = keep[:, held] if keep is not None else None
+            far = (phi_q[:, :, :, new], gate[:, :, :, new], phi_k[:, :, held]) if phi_k is not None else None
+            outputs.append(self._attend_chunk(q[:, :, :, new], k[:, :, held], values[:, :, held], kept, far, state))
+        return torch.cat(outputs, 3).flatten(1, 2)
 
-    def _score_window(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None
+    def _attend_chunk(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        values: torch.Tensor,
+        keep: torch.Tensor | None,
+        far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        state: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attends from (batch_size, key_heads, groups, queries, head_dim) to keys and to a sum of those before.
+
+        `far` are the queries' features, their log gates, and the keys' features; without it there is a window only.
+        """
+        count, total = q.shape[3], k.shape[2]
+        age = torch.arange(total - count, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
+        seen = age >= 0 if keep is None else (age >= 0) & keep[:, None, None, None]
+        near = seen & (age < self.window)
+        scores = (q @ k[:, :, None].mT).to(values.dtype) * self.scaling
+        scores = scores.masked_fill(~near, torch.finfo(scores.dtype).min)
+        top = scores.amax(-1, keepdim=True).detach()
+        if far is None:
+            read = (scores - top).exp().masked_fill(~near, 0.0) @ values[:, :, None]
+            return read[..., :-1] / read[..., -1:].clamp(min=torch.finfo(read.dtype).tiny)
+        phi_q, gate, phi_k = far
+        top = torch.maximum(top, gate.detach()[..., None])
+        phi_q = phi_q * (gate[..., None] - top).exp()
+        weights = (scores - top).exp().masked_fill(~near, 0.0)
+        if total > self.window:
+            weights = weights + (phi_q @ phi_k[:, :, None].mT).masked_fill(age < self.window, 0.0)
+        read = weights @ values[:, :, None]
+        if state is not None:
+            read = read + phi_q @ state[:, :, None]
+        return read[..., :-1] / read[..., -1:].clamp(min=torch.finfo(read.dtype).tiny)
+
+    def _weigh_keys(
+        self, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the scores of every chunk of queries over the keys that their windows reach, and these values.
-
-        (batch_size, key_heads, groups, chunks, chunk, window - 1 + chunk), masked; values (..., 1, chunks, reach, dim).
-        """
-        before, size = self.window - 1, self.chunk
-        q = torch.unflatten(_into_chunks(q, size), 1, (self.key_heads, -1))
-        chunks = q.shape[3]
-        after = chunks * size - k.shape[2]
-        k, v = (F.pad(t, (0, 0, before, after)).unfold(2, before + size, size) for t in (k, v))
-        scores = (q @ k[:, :, None]).to(torch.promote_types(q.dtype, torch.float32)) * self.scaling
-        rows, columns = (torch.arange(n, device=q.device) for n in (size, before + size))
-        distance = rows[:, None] + before - columns
-        seen = (distance >= 0) & (distance <= before)
-        starts = torch.arange(chunks, device=q.device)[:, None, None] * size - before
-        seen = seen & (starts + columns >= 0)
-        if keep is not None:
-            kept = F.pad(keep, (before, after)).unfold(1, before + size, size)
-            seen = seen & kept[:, None, None, :, None]
-        return scores.masked_fill(~seen, float("-inf")), v[:, :, None].transpose(-1, -2)
-
-    def _read_beyond(
-        self, phi_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what the queries read of all that is beyond their windows, and its mass, in chunks.
-
-        Keys that are moved `window` positions on are seen by the queries from there on: a plain causal sum.
-        """
-        length, size = k.shape[2], self.chunk
-        k, v = k[:, :, : length - self.window], v[:, :, : length - self.window]
+        """Returns the weighted features of keys, none of padding, and their values with the mass."""
         phi_k, gate = self.key_map(k)
         phi_k = phi_k * gate.exp()[..., None]
         if keep is not None:
-            phi_k = phi_k * keep[:, None, : length - self.window, None]
-        v = F.pad(v.to(phi_k.dtype), (0, 1), value=1.0)  # the last column adds the mass up
-        phi_k, v = (_into_chunks(F.pad(t, (0, 0, self.window, 0)), size) for t in (phi_k, v))
-        phi_q = torch.unflatten(_into_chunks(phi_q, size), 1, (self.key_heads, -1))
-        state = phi_k.transpose(-1, -2) @ v
-        state = (state.cumsum(2) - state)[:, :, None]
-        near = (phi_q @ phi_k[:, :, None].transpose(-1, -2)).tril()
-        read = phi_q @ state + near @ v[:, :, None]
-        return read[..., :-1], read[..., -1:]
+            phi_k = phi_k * keep[:, None, :, None]
+        return phi_k, self._with_mass(v)
+
+    @staticmethod
+    def _with_mass(v: torch.Tensor) -> torch.Tensor:
+        """Returns values with a last column of ones, which adds the weights up, in float32 at least."""
+        return F.pad(v.to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
 
 
 def _refuse_unknown(original: Any, window: int, chunk: int) -> None:
@@ -234,28 +383,18 @@ def _normalize(states: torch.Tensor, norm: Any, head_dim: int) -> torch.Tensor:
     return normed if is_wide else normed.flatten(-2)
 
 
-def _find_kept(mask: Any, length: int) -> torch.Tensor | None:
-    """Returns which of the last `length` positions are no padding, (batch_size, length); None where all are.
+def _find_kept(mask: Any, length: int, past: int) -> torch.Tensor | None:
+    """Returns which of the new positions are no padding, (batch_size, length); None where all are.
 
-    A mask of four dimensions says so on its diagonal: padding does not see itself.
+    A mask of four dimensions says so on its diagonal: padding does not see itself. A static cache's masks are as wide
+    as it may become.
     """
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise ValueError(f"LinearAttention reads masks of 2 or 4 dimensions, not a {type(mask).__name__}")
+    start = min(past, mask.shape[-1] - length)
     if mask.ndim == 4:
-        own = mask[:, 0, -length:, -length:].diagonal(dim1=-2, dim2=-1)
+        own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
         return own if own.dtype == torch.bool else own == 0
-    return mask[:, -length:].bool()
-
-
-def _into_chunks(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Cuts (batch_size, heads, length, width) into (batch_size, heads, chunks, size, width), padded at the end."""
-    after = -states.shape[2] % size
-    return torch.unflatten(F.pad(states, (0, 0, 0, after)), 2, (-1, size))
-
-
-def _join(read: torch.Tensor, total: torch.Tensor, length: int, heads: int) -> torch.Tensor:
-    """Divides by the mass and puts chunks and groups together: (batch_size, heads, length, head_dim)."""
-    joined = read / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return joined.flatten(3, 4).flatten(1, 2)[:, :, :length]
+    return mask[:, start : start + length].bool()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, cache_utils
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
 from solidify.model import anatomy, operations, states
@@ -22,20 +22,25 @@ _WITHOUT_LENGTH = ("linear_attention", "conv", "moe")
 _WITHOUT_WINDOW = {"hybrid_sliding": "hybrid", "sliding_attention": "full_attention"}
 
 
-def kind_of(module: Any) -> str | None:
-    """Returns the kind of cache layer that a class declares."""
+def kind_of(module: Any) -> Any:
+    """Returns the kind of cache layer that a class declares: a name that transformers knows, or a class, or None."""
     kind = getattr(module, "layer_type", None)
-    return kind if isinstance(kind, str) else None
+    return kind if isinstance(kind, (str, type)) else None
+
+
+def class_of(kind: Any) -> Any:
+    """Returns the class of cache layers that a kind stands for in transformers, or None."""
+    return kind if isinstance(kind, type) else DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
 
 
 def faults(module: type[nn.Module]) -> list[str]:
     """Says why a class cannot have the kind of cache layer that it declares."""
     kind = kind_of(module)
-    if kind is None or kind in DYNAMIC_LAYER_TYPE_MAPPING:
+    if kind is None or issubclass(class_of(kind) or int, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         return []
     return [
-        f"its layer_type {kind!r} is no kind of cache layer that transformers knows; there are: "
-        f"{', '.join(DYNAMIC_LAYER_TYPE_MAPPING)}, and those of cache layers of your own (a class with `_layer_type`)"
+        f"its layer_type {kind!r} is no kind of cache layer; it is a class of your own that extends one of "
+        f"transformers.cache_utils, or one of these names: {', '.join(DYNAMIC_LAYER_TYPE_MAPPING)}"
     ]
 
 
@@ -52,7 +57,7 @@ def unnumbered(built: Mapping[str, nn.Module]) -> list[str]:
 def lost(module: Any) -> dict[str, bool]:
     """Returns what follows from the kind: from a recurrent state no position can be taken back."""
     kind = kind_of(module)
-    found = DYNAMIC_LAYER_TYPE_MAPPING.get(kind or "")
+    found = class_of(kind)
     stock = found is not None and found.__module__ == cache_utils.__name__
     recurrent = stock and issubclass(found, LinearAttentionCacheLayerMixin) and kind != "conv"
     return {"crop": False} if recurrent else {}
@@ -80,7 +85,8 @@ def settings(model: PreTrainedModel, names: Sequence[str], module: Any) -> dict[
     for kinds in after.values():
         if all(name in _WITHOUT_LENGTH for name in kinds):
             kinds[0] = "hybrid"
-    return {"layer_type": kind, **({"before": before, "after": after} if after else {})}
+    named = kind.__name__ if isinstance(kind, type) else kind
+    return {"layer_type": named, **({"before": before, "after": after} if after else {})}
 
 
 def _is_read_by_family(config: Any) -> bool:
@@ -88,11 +94,11 @@ def _is_read_by_family(config: Any) -> bool:
     return bool(config.is_encoder_decoder) or hasattr(type(config), "layer_types")
 
 
-def _find_stock(kind: str, config: Any) -> str:
+def _find_stock(kind: Any, config: Any) -> str:
     """Returns the kind that a configuration may name: for a layer of the user's own, that of what it extends."""
     names = {cls: name for name, cls in reversed(DYNAMIC_LAYER_TYPE_MAPPING.items())}
-    lineage = DYNAMIC_LAYER_TYPE_MAPPING[kind].__mro__
-    found = [kind, *(names[cls] for cls in lineage if cls in names)]
+    lineage = class_of(kind).__mro__
+    found = [*([kind] if isinstance(kind, str) else []), *(names[cls] for cls in lineage if cls in names)]
     stock = next((name for name in found if name in ALLOWED_ATTN_LAYER_TYPES), "full_attention")
     if getattr(config, "sliding_window", None) is None:
         return _WITHOUT_WINDOW.get(stock, stock)
