@@ -76,9 +76,7 @@ class WindowAndSum(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **options: Any) -> Any:
         """Holds more keys and values, and returns all that are held; with a sum, they are not all."""
         if self.held < self.cumulative_length:
-            raise ValueError(
-                "the original (`bypass`) needs all keys, and some are summed up: start with an empty cache"
-            )
+            raise ValueError("the original (`bypass`) needs all keys, and some are summed up: empty the cache")
         return self.extend(keys, values, None, 0)[:2]
 
     def extend(
@@ -114,8 +112,8 @@ class WindowAndSum(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
         count = abs(tokens_to_remove)
         if count and self.held < self.cumulative_length and self.held - count < self.needed:
             raise RuntimeError(
-                f"{count} positions cannot be taken back, some of the window before them is summed up: call "
-                "`activate_past_recording` before the positions that may be taken back"
+                f"{count} positions cannot be taken back, the window before them is summed up: call "
+                "`activate_past_recording` before positions that may be"
             )
         self.is_cut = True
         if count and self.keep is not None:
@@ -230,6 +228,8 @@ class LinearAttention(nn.Module):
             return bypassed
         q, k, v = self._project(hidden_states, position_embeddings)
         layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        if layer is not None and not hasattr(layer, "fold"):
+            raise ValueError("LinearAttention found no WindowAndSum in the cache: put it into the model by surgery")
         keep = _find_kept(attention_mask, k.shape[2], layer.get_seq_length() if layer is not None else 0)
         outputs = self._attend(q, k, v, keep) if layer is None else self._attend_over(layer, q, k, v, keep)
         outputs = outputs.to(hidden_states.dtype).transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
