@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 import solidify
+from solidify.command import views
 from solidify.model import states
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt2")
@@ -234,8 +236,18 @@ def test_an_artifact_generates_right_without_us(name: str, where: str, tmp_path:
     assert told.stdout.splitlines() == ["True", f"{beams(model).tolist()} {model.config.layer_types}"]
     card = (artifact / "README.md").read_text()
     assert "positions can be taken back" in card
+    assert "State of their own in the cache: `" in card
+    assert "transformers 5.23 or later" in card
 
 
 def test_the_whole_life_of_a_running_sum(tmp_path: Path) -> None:
     model, edits = change("llama", where="0")
     zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.inward"])
+
+
+def test_a_plan_says_what_keeps_state() -> None:
+    _, edits = change("llama")
+    shown = views.plan({"edits": [edit.document() for edit in edits]})
+    _, kept, lost = itertools.islice(shown, 3)
+    assert "keeps state of its own in the cache (a linear_attention layer)" in str(kept)
+    assert "crop is not kept, as declared" in str(lost)

@@ -30,6 +30,7 @@ from solidify.weights import hashing
 
 OPERATIONS = "operations.py"
 OLDEST = (5, 2)  # the transformers in which artifacts were seen to load; with 4.57 they end in errors of import
+OLDEST_WITH_STATE = (5, 23)  # those whose modules keep state in the cache
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "model_type": f"solid_{stem}_{digest[:8]}",
         "digest": digest,
     }
-    files[f"{configuration}.py"] = render("configuration.py.jinja", **context)
+    files[f"{configuration}.py"] = render("configuration.py.jinja", stateful=stateful, **context)
     files[f"{modeling}.py"] = render("modeling.py.jinja", **context)
     auto_map = {auto: f"{modeling}.Solid{cls.__name__}" for auto, cls in _map_served(before, family).items()}
     auto_map["AutoConfig"] = f"{configuration}.Solid{config.__name__}"
@@ -113,8 +114,8 @@ def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> s
     return text + (f"\n\n{inspect.getsource(states)}\n\nSETTLING.append(settle)\n" if stateful else "")
 
 
-def render(template: str, **context: Any) -> str:
-    """Fills one of the templates beside this file."""
+def render(template: str, *, stateful: bool = False, **context: Any) -> str:
+    """Fills one of the templates beside this file; what is `stateful` needs a later transformers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -123,7 +124,8 @@ def render(template: str, **context: Any) -> str:
         keep_trailing_newline=True,
         autoescape=jinja2.select_autoescape(["html.jinja", "html"]),
     )
-    oldest = {"oldest": ".".join(map(str, OLDEST)), "oldest_parts": OLDEST}
+    parts = OLDEST_WITH_STATE if stateful else OLDEST
+    oldest = {"oldest": ".".join(map(str, parts)), "oldest_parts": parts}
     return environment.get_template(template).render(**oldest, **context)
 
 
