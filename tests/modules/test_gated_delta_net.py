@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 import solidify
+from solidify.model import states
 from solidify.modules.gated_delta_net import GatedDeltaNet, apply_delta_rule
 
 NAMES = ("llama", "qwen3", "gemma3", "olmoe", "mistral")
@@ -24,17 +25,17 @@ NEW = ["conv1d.weight", "z_proj.weight", "z_proj.bias", "a_proj.weight", "b_proj
 def test_it_is_the_layer_of_qwen3_next(key_heads: int) -> None:
     """The same weights, laid out as theirs, give the same outputs: a prefill, pieces, and single steps."""
     module, theirs = same(key_heads)
-    states = torch.randn(2, 90, 32)
+    hidden = torch.randn(2, 90, 32)
     with torch.no_grad():
-        wanted, (found, _) = theirs(states), module(states)
+        wanted, (found, _) = theirs(hidden), module(hidden)
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
         ours, other = cache(module), DynamicCache(config=theirs_config())
         at = 0
         for size in (70, 1, 1, 5, 1):
-            piece = states[:, at : at + size]
+            piece = hidden[:, at : at + size]
             wanted = theirs(piece, cache_params=other)
             found, _ = module(piece, past_key_values=ours)
-            ours.layers[0].cumulative_length += size  # as the model's hook does
+            states.count_positions(module, (piece,), {"past_key_values": ours}, None)
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())), at
             at += size
         assert torch.allclose(ours.layers[0].recurrent_states[0], other.layers[0].recurrent_states[0], atol=1e-5)
@@ -63,11 +64,21 @@ def test_chunks_are_the_recurrence() -> None:
 def test_it_keeps_the_contract_and_generates(name: str) -> None:
     model, edits = changed(name)
     assert edits[0].declares == {"attentions": False, "crop": False}
+    assert edits[0].bypass
     zoo.assert_cache_changes_nothing(model)
     asked = {"num_beams": 3, "max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
     assert torch.equal(
         model.generate(**zoo.prompts(14), **asked), model.generate(**zoo.prompts(14), **asked, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_bypass_generates_what_the_original_generates(name: str) -> None:
+    (model, _), base = changed(name), zoo.model(name)
+    for layer in model.model.layers:
+        layer.self_attn.bypass = True
+    asked = {"num_beams": 3, "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(**zoo.prompts(14), **asked), base.generate(**zoo.prompts(14), **asked))
 
 
 def test_the_projections_are_the_attentions_own() -> None:
@@ -144,8 +155,6 @@ def same(key_heads: int) -> tuple[GatedDeltaNet, Qwen3NextGatedDeltaNet]:
 
 def cache(module: GatedDeltaNet) -> Any:
     """A cache with the layer that surgery would have it find."""
-    from solidify.model import states
-
     found = DynamicCache()
     states.give_layer(module, (), {"past_key_values": found})
     return found

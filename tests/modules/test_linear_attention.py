@@ -72,6 +72,16 @@ def test_it_generates_with_a_window_and_a_sum(name: str) -> None:
     assert torch.equal(beams, model.generate(**zoo.prompts(14), **asked, cache_implementation="static"))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_it_takes_the_place_of_eager_attention(name: str) -> None:
+    """It returns no weights, as it declares, and the model refuses to be asked for them."""
+    model = zoo.model(name, attention="eager")
+    solidify.replace(model, zoo.FAMILIES[name].attention, LinearAttention, arguments={"window": 3, "chunk": 4})
+    zoo.assert_cache_changes_nothing(model)
+    with pytest.raises(ValueError, match="does not record all attentions"):
+        model(**zoo.prompts(), output_attentions=True)
+
+
 def test_what_it_keeps_does_not_grow() -> None:
     model = changed("llama")
     cache = DynamicCache(config=model.config)

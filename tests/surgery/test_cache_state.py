@@ -203,6 +203,29 @@ def test_rows_are_selected_and_repeated_with_their_states() -> None:
         assert isinstance(cache.layers[0], LinearAttentionAndFullAttentionLayer) == (cls is stateful.SummedAttention)
 
 
+def test_a_second_surgery_adds_to_what_an_artifact_keeps(tmp_path: Path) -> None:
+    model, edits = change("llama", where="0", num_hidden_layers=3)
+    model = solidify.load(pico.artifact(model, edits, tmp_path / "first"))
+    more = solidify.replace(model, "model.layers.1.self_attn", stateful.SummedAttention)
+    more += solidify.remove(model, "model.layers.2")
+    expected = beams(model)
+    model = solidify.load(pico.artifact(model, more, tmp_path / "second"))
+    assert model.config.layer_types == ["linear_attention", "hybrid"]
+    assert torch.equal(beams(model), expected)
+    assert torch.equal(beams(model, use_cache=False), expected)
+
+
+def test_the_decoder_of_two_stacks_keeps_state() -> None:
+    sizes = {
+        f"{stack}_{key}": value
+        for stack in ("encoder", "decoder")
+        for key, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
+    }
+    model = pico.make("BartForConditionalGeneration", vocab_size=128, d_model=32, decoder_start_token_id=2, **sizes)
+    solidify.replace(model, "model.decoder.layers.0.self_attn", stateful.SummedAttention)
+    assert torch.equal(beams(model), beams(model, use_cache=False))
+
+
 def test_layers_that_are_removed_take_their_kind_along() -> None:
     model, _ = change("llama", where="0", num_hidden_layers=3)
     solidify.remove(model, "model.layers.1")
@@ -251,3 +274,24 @@ def test_a_plan_says_what_keeps_state() -> None:
     _, kept, lost = itertools.islice(shown, 3)
     assert "keeps state of its own in the cache (a linear_attention layer)" in str(kept)
     assert "crop is not kept, as declared" in str(lost)
+
+
+def test_a_family_that_names_the_list_otherwise_keeps_it() -> None:
+    """Falcon-H1's `layer_types` is a property of another name; its layers keep a state, which nothing overwrites."""
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+    settings = {**zoo.SIZES, **zoo.SPECIAL, **zoo.GROUPED, **zoo.FEED_FORWARD, **sizes, "mamba_chunk_size": 16}
+    model = pico.make("FalconH1ForCausalLM", **settings)
+    before = list(model.config.layer_types)
+    with pytest.raises(solidify.SurgeryError, match="something else filled"):
+        solidify.replace(model, "model.layers.0.self_attn", stateful.SummedAttention)
+    assert list(model.config.layer_types) == before
+
+
+def test_weights_that_are_declared_away_may_be_none_in_eager_attention() -> None:
+    model = zoo.model("llama", attention="eager")
+    with pytest.raises(solidify.SurgeryError, match="return the same structure"):
+        solidify.replace(model, "model.layers.0.self_attn", stateful.RunningSum)
+    solidify.replace(model, "model.layers.0.self_attn", stateful.RunningSum, declares={"attentions": False})
+    zoo.assert_cache_changes_nothing(model)
+    with pytest.raises(ValueError, match="does not record all attentions"):
+        model(**zoo.prompts(), output_attentions=True)

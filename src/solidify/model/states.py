@@ -34,12 +34,24 @@ class Stateful:
     conv_states: dict[int, Any]
     has_previous_state: dict[int, bool]
     record_past: bool
+    is_initialized: bool  # whether there are keys and values
+    cumulative_length: Any = 0
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **options: Any) -> Any:
         """Keeps a state, and remembers that there is one."""
         state = super().update_recurrent_state(recurrent_states, state_idx, **options)  # type: ignore[misc]
         self.has_previous_state[state_idx] = True
         return state
+
+    def get_seq_length(self) -> int:
+        """Returns the number of positions: of the keys, or, where there are none, of those that were counted."""
+        return int(super().get_seq_length() if self.is_initialized else self.cumulative_length)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follows the beams."""
+        LinearAttentionCacheLayerMixin.reorder_cache(self, beam_idx)
+        if self.is_initialized:
+            CacheLayerMixin.reorder_cache(self, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps some rows of the batch."""
@@ -53,7 +65,7 @@ class Stateful:
         for states in (self.conv_states, self.recurrent_states):
             states.update({key: change(state) for key, state in states.items() if state is not None})
         attention = getattr(super(), name, None)
-        if attention is not None:
+        if attention is not None and self.is_initialized:
             attention(argument)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -89,19 +101,14 @@ class Counted(Stateful, LinearAttentionLayer, CacheLayerMixin):  # type: ignore[
     def __init__(self, number_of_states: int = 1, **options: Any) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        self.cumulative_length = 0
 
     def update(self, *args: Any, **options: Any) -> Any:
         """Refuses keys and values."""
         raise NotImplementedError("this layer of the cache keeps states, no keys and values (`hybrid` keeps both)")
 
-    def get_seq_length(self) -> int:
-        """Returns the number of positions that were seen."""
-        return self.cumulative_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the length and the offset that a mask over all positions has."""
-        return self.cumulative_length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes positions back, where only a convolution is kept."""
@@ -148,8 +155,9 @@ def settle(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if layer_type_of(module) is not None and not any(name.startswith(f"{outer}.") for outer in stateful):
             stateful[name] = module
-    for module in stateful.values():
-        if give_layer not in module._forward_pre_hooks.values():
+    for module in stateful.values():  # one that came from an artifact has the artifact's own hook
+        names = {getattr(hook, "__name__", "") for hook in module._forward_pre_hooks.values()}
+        if give_layer.__name__ not in names:
             module.register_forward_pre_hook(give_layer, with_kwargs=True)
             module.register_forward_hook(count_positions, with_kwargs=True)
     if stateful:
@@ -188,7 +196,7 @@ def give_layer(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> N
         )
     if is_used(old):
         raise ValueError(
-            f"layer {module.layer_idx} of the cache is a {type(old).__name__} that another model filled; "
+            f"layer {module.layer_idx} of the cache is a {type(old).__name__} that something else filled; "
             f"{type(module).__name__} keeps a {kind!r} layer: start with an empty cache"
         )
     cache.layers[module.layer_idx] = make_layer(wanted, module, old, cache.layers)
@@ -221,6 +229,6 @@ def count_positions(module: Any, args: tuple[Any, ...], options: dict[str, Any],
     """Counts the positions of a call, for a layer that cannot tell from what it keeps."""
     cache = find_cache(args, options)
     layer = cache.layers[module.layer_idx] if cache is not None else None
-    if isinstance(layer, Counted):
+    if isinstance(layer, Stateful) and not layer.is_initialized:
         given: Any = options["hidden_states"] if "hidden_states" in options else args[0]
         layer.cumulative_length += given.shape[1]

@@ -39,6 +39,8 @@ class GatedDeltaNet(nn.Module):
     (Qwen3, Gemma 3) or over the full width (OLMoE), grouped queries (every query head has a state of its own; keys and
     values of a group are the same). All others are refused. Positions, and a sliding window, are left out.
 
+    While `bypass` is True it computes what the original computed, bit for bit.
+
     `conv_kernel` is how many positions the convolution reads, `chunk` how many are computed at a time.
     """
 
@@ -47,14 +49,19 @@ class GatedDeltaNet(nn.Module):
     v_proj: Any
     o_proj: Any
     declares: ClassVar[dict[str, bool]] = {"attentions": False}
-    layer_type = "linear_attention"
+    layer_type = "hybrid"  # a state, or, in `bypass`, keys and values
 
     def __init__(self, config: Any, layer_idx: int, original: Any, conv_kernel: int = 4, chunk: int = 64) -> None:
         super().__init__()
         _refuse_unknown(original, conv_kernel, chunk)
         for name, child in original.named_children():
             self.add_module(name, child)
-        self.layer_idx, self.chunk, self.conv_kernel = layer_idx, chunk, conv_kernel
+        for name, value in vars(original).items():  # what the original's forward reads, for `bypass`
+            if not name.startswith("_") and name not in vars(self):
+                setattr(self, name, value)
+        self.bypass = False
+        self._family = type(original)
+        self.config, self.layer_idx, self.chunk, self.conv_kernel = config, layer_idx, chunk, conv_kernel
         self.head_dim: int = original.head_dim
         self.clip: float | None = getattr(config, "clip_qkv", None)
         width, hidden = self.q_proj.weight.shape[0], self.q_proj.weight.shape[1]
@@ -83,6 +90,11 @@ class GatedDeltaNet(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Maps (batch_size, sequence_length, hidden_size) to the same shape."""
+        if self.bypass:
+            bypassed: tuple[torch.Tensor, None] = self._family.forward(
+                self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+            )
+            return bypassed
         cache, length = past_key_values, hidden_states.shape[1]
         keep = _find_kept(attention_mask, length, cache.get_seq_length(self.layer_idx) if cache is not None else 0)
         if keep is not None:

@@ -267,7 +267,7 @@ class _Replacing:
         call = self.before.calls.get(name)
         identical, bypass = False, False
         if call is not None:
-            faults, identical = contract.compare(name, new, call)
+            faults, identical = contract.compare(name, new, call, weights=self.declares.get("attentions") is not False)
             if not faults:
                 lost = contract.lost_habits(name, new, call)
                 faults += [

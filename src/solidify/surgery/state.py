@@ -91,7 +91,8 @@ def settings(model: PreTrainedModel, names: Sequence[str], module: Any) -> dict[
 
 def _is_read_by_family(config: Any) -> bool:
     """Returns whether the list means more to a family than the cache; where it has none, nobody else reads it."""
-    return bool(config.is_encoder_decoder) or hasattr(type(config), "layer_types")
+    known = hasattr(type(config), "layer_types") or "layer_types" in type(config).attribute_map
+    return known or bool(config.is_encoder_decoder)
 
 
 def _find_stock(kind: Any, config: Any) -> str:

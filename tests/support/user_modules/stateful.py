@@ -35,6 +35,7 @@ class RunningSum(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         x = self.inward(hidden_states)
+        past_key_values = getattr(past_key_values, "self_attention_cache", past_key_values)
         past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
         keep = kept(attention_mask, x.shape[1], past)
         if keep is not None:
