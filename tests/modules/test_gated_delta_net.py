@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 import zoo
@@ -88,6 +89,14 @@ def test_the_projections_are_the_attentions_own() -> None:
     assert edits[0].dropped == ()
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_texts_that_are_packed_into_a_row_are_refused(name: str) -> None:
+    model = changed(name)[0]
+    ids, positions = pico.tokens(1, 12, seed=1), torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with pytest.raises(ValueError, match="packed"):
+        model(ids, position_ids=positions, use_cache=False)
 
 
 def test_every_new_parameter_learns() -> None:

@@ -142,6 +142,14 @@ def test_the_whole_life(tmp_path: Path) -> None:
     zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.query_map", "**.key_map.weight"])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_texts_that_are_packed_into_a_row_are_refused(name: str) -> None:
+    model = changed(name)
+    ids, positions = pico.tokens(1, 12, seed=1), torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with pytest.raises(ValueError, match="packed"):
+        model(ids, position_ids=positions, use_cache=False)
+
+
 def test_every_new_parameter_learns() -> None:
     module, states, positions = make(window=5, chunk=4)
     module(states, positions)[0].square().sum().backward()

@@ -217,10 +217,13 @@ def _find_kept(mask: Any, length: int, past: int) -> torch.Tensor | None:
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise ValueError(f"GatedDeltaNet reads masks of 2 or 4 dimensions, not a {type(mask).__name__}")
     start = min(past, mask.shape[-1] - length)
-    if mask.ndim == 4:
-        own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
-        return own if own.dtype == torch.bool else own == 0
-    return mask[:, start : start + length].bool()
+    if mask.ndim == 2:
+        return mask[:, start : start + length].bool()
+    diagonals = (mask[:, 0, :, start : start + length].diagonal(offset, -2, -1) for offset in (0, -1))
+    own, before = (t if t.dtype == torch.bool else t == 0 for t in diagonals)
+    if not torch.compiler.is_compiling() and bool((own[:, 1:] & own[:, :-1] & ~before).any()):
+        raise ValueError("GatedDeltaNet does not keep packed texts apart: give each a row of its own")
+    return own
 
 
 def _into_chunks(states: torch.Tensor, size: int) -> torch.Tensor:

@@ -208,8 +208,7 @@ class LinearAttention(nn.Module):
         root = self.scaling**0.5
         self.query_map = FeatureMap(self.heads, self.head_dim, features, gate, root)
         self.key_map = FeatureMap(self.key_heads, self.head_dim, features, 0.0, root)
-        self.bypass = False
-        self.ablate = False
+        self.bypass = self.ablate = False
         self._family = type(original)
 
     def forward(
@@ -240,10 +239,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns rotated queries (batch_size, heads, length, head_dim), and keys and values of the key heads."""
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        q, k = (
-            _normalize(q, getattr(self, "q_norm", None), self.head_dim),
-            _normalize(k, getattr(self, "k_norm", None), self.head_dim),
-        )
+        q, k = (_normalize(t, getattr(self, name, None), self.head_dim) for t, name in zip((q, k), NORMS, strict=True))
         if (limit := getattr(self.config, "clip_qkv", None)) is not None:
             q, k, v = (t.clamp(-limit, limit) for t in (q, k, v))
         q, k, v = (torch.unflatten(t, -1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -394,7 +390,10 @@ def _find_kept(mask: Any, length: int, past: int) -> torch.Tensor | None:
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise ValueError(f"LinearAttention reads masks of 2 or 4 dimensions, not a {type(mask).__name__}")
     start = min(past, mask.shape[-1] - length)
-    if mask.ndim == 4:
-        own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
-        return own if own.dtype == torch.bool else own == 0
-    return mask[:, start : start + length].bool()
+    if mask.ndim == 2:
+        return mask[:, start : start + length].bool()
+    diagonals = (mask[:, 0, :, start : start + length].diagonal(offset, -2, -1) for offset in (0, -1))
+    own, before = (t if t.dtype == torch.bool else t == 0 for t in diagonals)
+    if not torch.compiler.is_compiling() and bool((own[:, 1:] & own[:, :-1] & ~before).any()):
+        raise ValueError("LinearAttention does not keep packed texts apart: give each a row of its own")
+    return own
