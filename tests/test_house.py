@@ -46,7 +46,10 @@ TOP_ABOVE = {"edits", "building"}  # what `solidify.Surgery` and `solidify.build
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {
-    *(PACKAGE / name for name in ("model/operations.py", "model/behaviour.py", "artifact/witness.py")),
+    *(
+        PACKAGE / name
+        for name in ("model/operations.py", "model/states.py", "model/behaviour.py", "artifact/witness.py")
+    ),
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
 }

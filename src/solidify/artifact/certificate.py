@@ -274,7 +274,7 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
     faults = {fault.property: fault.words for fault in reversed(behaviour.faults(kept, measured))}
     findings = []
     for key, words in PROPERTIES.items():
-        parts = [name for name in contract["distances"] if name.partition("/")[0] == key]
+        parts = [name for name in contract["distances"] if behaviour.property_of(name) == key]
         if key in contract["declared"]:
             findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))
         elif key in faults:

@@ -261,7 +261,8 @@ def _write_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
     parameters = anatomy.count(model.parameters())
     values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
     values["tokenizer"] = companions.has_tokenizer(staging)
-    return sources.render("README.md.jinja", **values)
+    kept = {edit["name"]: kind for edit in draft.edits if (kind := edit.get("settings", {}).get("layer_type"))}
+    return sources.render("README.md.jinja", stateful=bool(kept), kept=kept, **values)
 
 
 def _find_origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:

@@ -22,14 +22,15 @@ from transformers import PreTrainedModel
 from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
-from solidify.model import operations
+from solidify.model import operations, states
 from solidify.source import closure
-from solidify.surgery import catalogue
+from solidify.surgery import catalogue, state
 from solidify.surgery.replacing import Edit
 from solidify.weights import hashing
 
 OPERATIONS = "operations.py"
 OLDEST = (5, 2)  # the transformers in which artifacts were seen to load; with 4.57 they end in errors of import
+OLDEST_WITH_STATE = (5, 23)  # those whose modules keep state in the cache
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    files = {**carried.files, OPERATIONS: _write_operations(entries)}
+    stateful = any(state.kind_of(cls) is not None for cls in classes.values())
+    files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
     shares = not set(operations.shared_keys(model)) <= set(family.ties)
@@ -92,7 +94,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "model_type": f"solid_{stem}_{digest[:8]}",
         "digest": digest,
     }
-    files[f"{configuration}.py"] = render("configuration.py.jinja", **context)
+    files[f"{configuration}.py"] = render("configuration.py.jinja", stateful=stateful, **context)
     files[f"{modeling}.py"] = render("modeling.py.jinja", **context)
     auto_map = {auto: f"{modeling}.Solid{cls.__name__}" for auto, cls in _map_served(before, family).items()}
     auto_map["AutoConfig"] = f"{configuration}.Solid{config.__name__}"
@@ -100,17 +102,20 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     return Sources(files, str(context["model_type"]), auto_map, heads, entries, carried.requirements)
 
 
-def _write_operations(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the code that makes the changes: what every artifact carries, and what its own operations bring."""
+def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> str:
+    """Returns the code that makes the changes: what every artifact carries, and what its own operations bring.
+
+    Modules that keep state in the cache bring the code that gives them their layers of it.
+    """
     text = inspect.getsource(operations)
     for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
         if (function := operation.carried()) is not None:
             text += f'\n\n{inspect.getsource(function)}\n\nOPERATIONS["{operation.recorded}"] = {function.__name__}\n'
-    return text
+    return text + (f"\n\n{inspect.getsource(states)}\n\nSETTLING.append(settle)\n" if stateful else "")
 
 
-def render(template: str, **context: Any) -> str:
-    """Fills one of the templates beside this file."""
+def render(template: str, *, stateful: bool = False, **context: Any) -> str:
+    """Fills one of the templates beside this file; what is `stateful` needs a later transformers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -119,7 +124,8 @@ def render(template: str, **context: Any) -> str:
         keep_trailing_newline=True,
         autoescape=jinja2.select_autoescape(["html.jinja", "html"]),
     )
-    oldest = {"oldest": ".".join(map(str, OLDEST)), "oldest_parts": OLDEST}
+    parts = OLDEST_WITH_STATE if stateful else OLDEST
+    oldest = {"oldest": ".".join(map(str, parts)), "oldest_parts": parts}
     return environment.get_template(template).render(**oldest, **context)
 
 

@@ -158,7 +158,13 @@ def _show_surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _show_declared(edits: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """Says which properties the changes do not keep on purpose, and what follows."""
+    """Says which properties the changes do not keep on purpose, what follows, and what keeps state of its own."""
+    kept: dict[str, list[str]] = {}
+    for edit in edits:
+        if (kind := edit.get("settings", {}).get("layer_type")) is not None:
+            kept.setdefault(kind, []).append(edit["name"])
+    for kind, names in kept.items():
+        yield f"{_write_pattern(names)}: keeps state of its own in the cache (a {kind} layer)."
     lost: dict[str, list[str]] = {}
     for edit in edits:
         for key in (key for key, kept in edit.get("declares", {}).items() if not kept):

@@ -21,8 +21,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, Pr
 # What a change must keep unless it declares otherwise (`{name: false}`), and what is meant by it.
 PROPERTIES = {
     "causal": "no position sees a later one",
-    "cache": "with a cache it computes what it computes without: prefill, pieces, single steps, left padding, crop, "
+    "cache": "with a cache it computes what it computes without: prefill, pieces, single steps, left padding, "
     "reordered rows",
+    "crop": "positions can be taken back from the cache, as assisted generation does",
     "padding": "padding changes nothing that is not padding",
     "rows": "a row does not depend on the other rows of its batch",
     "stateless": "a call does not depend on earlier calls",
@@ -90,7 +91,12 @@ class Fault:
     @property
     def property(self) -> str:
         """The property's name."""
-        return self.name.partition("/")[0]
+        return property_of(self.name)
+
+
+def property_of(name: str) -> str:
+    """Returns the property that a probe tries: its name, or the part before the stroke; a crop is one by itself."""
+    return "crop" if name == "cache/crop" else name.partition("/")[0]
 
 
 def faults(control: Reading, found: Reading) -> list[Fault]:
@@ -377,13 +383,16 @@ class Watched:
                 is None
             ):
                 return
-            if reading.way[1] == "crop":
+            if reading.way[1] == "crop" and not getattr(cache, "is_croppable", True):
+                reading.errors["cache/crop"] = "its cache says that no position can be taken back from it"
+            elif reading.way[1] == "crop":
                 back = ends[1] - 2
                 cache.crop(back - ends[1])  # the number of positions to take away, negative
         except Exception as error:
             reading.errors["cache/" + reading.way[0 if back == ends[1] else 1]] = f"{type(error).__name__}: {error}"
             return
-        cache = self._run_piece(reading, f"cache/{reading.way[1]}", turned, wanted, (back, back + 1), name, cache)
+        step = "cache/later" if "cache/crop" in reading.errors else f"cache/{reading.way[1]}"
+        cache = self._run_piece(reading, step, turned, wanted, (back, back + 1), name, cache)
         if cache is None:
             return
         if _first_row_of(cache):

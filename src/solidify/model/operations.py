@@ -31,7 +31,12 @@ def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix:
         set_attributes(model, edit.get("attributes", {}), prefix)
     if before is not None:
         record_again(part, before, inside)
+    for settle in SETTLING:
+        settle(model)
     withhold(model, {key for edit in edits for key, kept in (edit.get("declares") or {}).items() if not kept})
+
+
+SETTLING: list[Any] = []  # what is done once all changes are made, by what an artifact carries behind this file
 
 
 @contextmanager
@@ -228,8 +233,10 @@ def _find_output(hook: Any) -> Any:
 def withhold(model: PreTrainedModel, lost: set[str]) -> None:
     """Has a model refuse what its changes say that they do not keep: a cache, outputs that are recorded no more.
 
-    Without a cache it generates without one.
+    Without a cache it generates without one; assisted generation, which takes positions back, asks `_is_stateful`.
     """
+    if "crop" in lost:
+        model._is_stateful = True
     if "cache" in lost:
         for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
             if hasattr(config, "use_cache"):

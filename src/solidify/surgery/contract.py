@@ -137,8 +137,8 @@ def with_habits(module: nn.Module, call: Call) -> Call:
     return dataclasses.replace(call, habits={**call.habits, **_find_habits(module, call)})
 
 
-def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], bool]:
-    """Calls the replacement with what the original was given.
+def compare(name: str, replacement: nn.Module, call: Call, *, weights: bool = True) -> tuple[list[str], bool]:
+    """Calls the replacement with what the original was given; without `weights`, it may return None in their place.
 
     Returns:
         The faults (none when structure, shapes and dtypes agree), and whether the output is bit-identical.
@@ -152,7 +152,8 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
             f"{name}: {type(replacement).__name__} fails on what the original takes ({given}): "
             f"{foreign.said(outcome.error)}"
         ], False
-    old, new = _describe_value(call.output), _describe_value(outcome.value)
+    wanted = call.output if weights else _without_weights(call.output, outcome.value)
+    old, new = _describe_value(wanted), _describe_value(outcome.value)
     if old != new:
         return [
             f"{name}: the original returns {old}, but {type(replacement).__name__} returns {new}; "
@@ -161,6 +162,12 @@ def compare(name: str, replacement: nn.Module, call: Call) -> tuple[list[str], b
     if call.habits.get("inputs", False) and not _is_untouched((call.args, call.kwargs), (args, kwargs)):
         return [f"{name}: {type(replacement).__name__}: {_BROKEN['inputs']}"], False
     return [], are_equal(call.output, outcome.value)
+
+
+def _without_weights(output: Any, found: Any) -> Any:
+    """Returns what an attention returned without its weights, where another module returns None in their place."""
+    pairs = isinstance(output, tuple) and isinstance(found, tuple) and len(output) == len(found) > 1
+    return (output[0], None, *output[2:]) if pairs and found[1] is None else output
 
 
 @contextmanager
@@ -281,7 +288,6 @@ def _find_sources(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torc
 def _works_in_half(module: nn.Module, call: Call) -> bool:
     """Tries a copy of the module in bfloat16; what it made itself may also stay as it is, if it is stated so."""
     args, kwargs = (_map_tensors(part, _cast_half) for part in (call.args, call.kwargs))
-    wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in tensors_in(call.output)]
     configs = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)}
     for cast in (_all_of_it, _first_children):
         twin = foreign.attempt(deepcopy, module, {key: copy(config) for key, config in configs.items()})
@@ -289,7 +295,8 @@ def _works_in_half(module: nn.Module, call: Call) -> bool:
             return False
         with torch.no_grad():
             outcome = foreign.attempt(cast(twin.value), *copied(args), **copied(kwargs))
-        found = tensors_in(outcome.value)
+        found, kept = tensors_in(outcome.value), tensors_in(_without_weights(call.output, outcome.value))
+        wanted = [torch.bfloat16 if t.is_floating_point() else t.dtype for t in kept]
         if not outcome.failed and [t.dtype for t in found] == wanted:
             return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
     return False

@@ -27,6 +27,7 @@ _NOISY = ", once its own parameters are not at their start"
 _TITLES = {
     "causal": "the model is causal, but {what} looks ahead",
     "cache": "the model keeps a cache, but with {what} it computes something else over it",
+    "crop": "positions could be taken back from the model's cache, but with {what} they cannot",
     "padding": "padding reaches what is not padding through {what}",
     "rows": "through {what} a row depends on the other rows of its batch",
     "stateless": "with {what} a call depends on earlier calls",
@@ -38,6 +39,7 @@ _TITLES = {
 _REMEDIES = {
     "causal": "mask or shift what it mixes",
     "cache": "keep what earlier positions leave behind in past_key_values, under its layer_idx",
+    "crop": "have its layer of the cache forget them in `crop`",
     "padding": "obey attention_mask and position_ids",
     "rows": "compute every row by itself",
     "stateless": "keep nothing from call to call in evaluation",
@@ -319,6 +321,9 @@ def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], 
     broken = {key: fault for key, fault in first.items() if declared.get(key) is not False}
     if "causal" in broken:
         broken.pop("cache", None)  # what looks ahead cannot be computed from a cache
+        broken.pop("crop", None)
+    if "cache" in first or declared.get("cache") is False:
+        broken.pop("crop", None)  # and a cache that is wrong, or declared not to be kept, is not asked to be cut
     first_of_all = {"stateless", "deterministic", "rows"} & set(broken)  # they make the others seem broken
     if first_of_all:
         broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in behaviour.RECORDS}

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, operations
+from solidify.model import anatomy, operations, states
 from solidify.model.extent import Extent
-from solidify.surgery import contract, control, declaring, initial, provenance
+from solidify.surgery import contract, control, declaring, initial, provenance, state
 from solidify.surgery.control import Control
 from solidify.surgery.provenance import Original
 from solidify.surgery.transaction import transaction
@@ -193,19 +193,23 @@ def _put_modules(
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructor_faults(module, arguments))
+    declares = {**state.lost(module), **declares}
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
-    state = initial.read(weights) if weights is not None else None
+    values = initial.read(weights) if weights is not None else None
     with transaction(model, extent):
-        new = _Replacing(model, module, arguments, before, state, declares, extent, shared)
+        new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
         edits = new.build(names)
         title = f"{module.__name__} cannot be used there"
-        refuse(SurgeryError, title, new.faults)
+        refuse(SurgeryError, title, new.faults + state.unnumbered(new.built))
         recorded = operations.recorders(model)
         for name, replacement in new.built.items():
             operations.stand_in(model.get_submodule(name), replacement)
             model.set_submodule(name, replacement, strict=True)
         verify_places(model, new.built)
+        settings = state.settings(model, names, module)
+        operations.assign(model.config, settings.get("after", {}))
+        states.settle(model)
         records = operations.record_again(model, recorded, list(new.built))
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
@@ -213,7 +217,8 @@ def _put_modules(
         refuse(SurgeryError, title, judged.faults)
         declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
-    edits = [dataclasses.replace(edit, records=records, control=before.distances, declares=declares) for edit in edits]
+    said: dict[str, Any] = {"records": records, "control": before.distances, "declares": declares, "settings": settings}
+    edits = [dataclasses.replace(edit, **said) for edit in edits]
     return _as_the_first_of_their_kind(edits, new.originals) if not extent.whole else edits
 
 
@@ -262,7 +267,7 @@ class _Replacing:
         call = self.before.calls.get(name)
         identical, bypass = False, False
         if call is not None:
-            faults, identical = contract.compare(name, new, call)
+            faults, identical = contract.compare(name, new, call, weights=self.declares.get("attentions") is not False)
             if not faults:
                 lost = contract.lost_habits(name, new, call)
                 faults += [
@@ -377,7 +382,7 @@ def constructor_faults(
     if not (isinstance(module, type) and issubclass(module, nn.Module)):
         return [f"it is of type {type(module).__name__}, not a class derived from torch.nn.Module"]
     parameters = contract.constructor(module)
-    faults = []
+    faults = state.faults(module)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     named = {
         name: p

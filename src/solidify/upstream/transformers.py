@@ -182,6 +182,7 @@ STANDING_ALONE = {
     "_attn_implementation": "eager attention alone returns weights, by which look-ahead is judged",
     "_can_set_experts_implementation": "it reads a class's source, and the generated one's does not name the experts",
     "_can_set_experts_implementation_cached_value": "where that answer is kept",
+    "_is_stateful": "a state from which no position can be taken back; generate asks it before it assists",
     "_tied_weights_keys": "a surgery may tie what the family does not",
     "_keys_to_ignore_on_load_unexpected": "the base without a head passes over what only the head has",
 }
