@@ -295,3 +295,24 @@ def test_weights_that_are_declared_away_may_be_none_in_eager_attention() -> None
     zoo.assert_cache_changes_nothing(model)
     with pytest.raises(ValueError, match="does not record all attentions"):
         model(**zoo.prompts(), output_attentions=True)
+
+
+def test_of_a_bounded_model_later_layers_of_the_cache_are_not_asked() -> None:
+    """The model is left after the first module of a kind; what the cache has for later layers was never filled."""
+    from solidify.model.extent import Extent
+    from solidify.modules.linear_attention import LinearAttention, WindowAndSum
+
+    class Keeping(WindowAndSum):
+        """Takes nothing back."""
+
+        def crop(self, tokens_to_remove: int) -> None:
+            pass
+
+    class Planted(LinearAttention):
+        layer_type = Keeping
+
+    bounded: dict[str, Any] = {"arguments": {"window": 4}, "extent": Extent(whole=False)}
+    edits = solidify.replace(zoo.model("llama"), "model.layers.*.self_attn", LinearAttention, **bounded)
+    assert "crop" not in edits[0].declares
+    with pytest.raises(solidify.SurgeryError, match="gives something else than the whole"):
+        solidify.replace(zoo.model("llama"), "model.layers.*.self_attn", Planted, **bounded)

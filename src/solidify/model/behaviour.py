@@ -366,6 +366,8 @@ class Watched:
         cache = self._run_piece(reading, "cache/prefill", batch, plain, (0, ends[0]), name, self._fresh_cache(name))
         if cache is None:
             return
+        if self.leave:
+            _drop_unused(cache)
         if hasattr(cache, "activate_past_recording"):  # layers that forget what is out of their window could not crop
             with suppress(Exception):
                 cache.activate_past_recording()
@@ -581,6 +583,19 @@ class Watched:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
             return False
         return tensor.shape[0] == shape[0] if self.stream is None else tuple(tensor.shape[:2]) == shape
+
+
+def _drop_unused(cache: Any) -> None:
+    """Takes the last layers from a cache that a model, left before it reached them, did not fill."""
+    layers = getattr(cache, "layers", [])
+    while layers and not getattr(layers[-1], "is_initialized", True) and not _has_state(layers[-1]):
+        layers.pop()
+
+
+def _has_state(layer: Any) -> bool:
+    """Returns whether a recurrent layer of a cache holds something."""
+    known = getattr(layer, "has_previous_state", False)
+    return any(known.values()) if isinstance(known, dict) else bool(known)
 
 
 def _first_row_of(cache: Any) -> bool:
