@@ -188,6 +188,7 @@ def test_a_strength_in_between_is_reloaded(dtype: torch.dtype, tmp_path: Path) -
     assert float(loaded.model.layers[0].mlp.down_proj.strength) == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_its_whole_life(tmp_path: Path) -> None:
     made = zoo.model("llama")
     edits = solidify.replace(made, OUTPUTS["llama"], BitLinear, arguments={"norm": True})

@@ -166,6 +166,7 @@ def test_a_taper_is_reloaded_and_when_it_is_over_the_norm_goes(dtype: torch.dtyp
     assert not any("norm.norm" in key for key in loaded.state_dict())
 
 
+@pytest.mark.slow
 def test_its_whole_life(tmp_path: Path) -> None:
     made = zoo.model("gemma3")
     edits = solidify.replace(made, NORMS["gemma3"], DynamicTanh, arguments={"taper": 0.5})

@@ -121,6 +121,7 @@ def test_what_has_no_output_projection_or_no_heads_is_refused() -> None:
     GatedAttention(attention, per="element")
 
 
+@pytest.mark.slow
 def test_it_lives_a_whole_life(tmp_path: Path) -> None:
     model, _, edits = put("qwen3")
     zoo.stir(model, ["output_gate.weight"])

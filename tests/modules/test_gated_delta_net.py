@@ -112,6 +112,7 @@ def test_what_it_cannot_take_over_is_refused() -> None:
         GatedDeltaNet(tiny(2), 0, original)
 
 
+@pytest.mark.slow
 def test_the_whole_life(tmp_path: Path) -> None:
     model, edits = changed("qwen3")
     zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.z_proj", "**.A_log"])

@@ -145,6 +145,7 @@ def test_it_stands_with_its_neighbours() -> None:
     zoo.assert_cache_changes_nothing(model)
 
 
+@pytest.mark.slow
 def test_it_lives_a_whole_life(tmp_path: Path) -> None:
     model, _, edits = put("gemma3", 16)
     zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj", "**.kv_down"], train=["**.k_up", "**.v_up"])

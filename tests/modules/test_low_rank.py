@@ -94,6 +94,7 @@ def test_what_cannot_be_is_refused() -> None:
         LowRank(nn.LayerNorm(8), rank=2)
 
 
+@pytest.mark.slow
 def test_it_lives_a_whole_life(tmp_path: Path) -> None:
     model, _, edits = put("gpt2", share=0.5)
     zoo.whole_life(model, edits, tmp_path, lora=["**.c_proj.down", "**.c_attn.down"], train=["**.c_attn.up"])

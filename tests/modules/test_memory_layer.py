@@ -148,6 +148,7 @@ def test_it_stands_beside_feed_forwards_that_are_called_otherwise(model_type: st
     assert all(edit.identical and edit.bypass for edit in edits)
 
 
+@pytest.mark.slow
 def test_its_whole_life(tmp_path: Path) -> None:
     made = zoo.model("llama")
     edits = solidify.replace(made, "model.layers.*.mlp", MemoryLayer, arguments=SMALL)

@@ -159,6 +159,7 @@ def test_it_keeps_the_behaviour_contract_away_from_its_start(name: str) -> None:
     zoo.assert_cache_changes_nothing(made)
 
 
+@pytest.mark.slow
 def test_its_whole_life(tmp_path: Path) -> None:
     made = zoo.model("qwen3")
     edits = solidify.replace(made, "model.layers.*.mlp", UpcycledExperts, arguments={"noise": 0.3, "router_std": 0.5})

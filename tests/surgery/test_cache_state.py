@@ -263,6 +263,7 @@ def test_an_artifact_generates_right_without_us(name: str, where: str, tmp_path:
     assert "transformers 5.23 or later" in card
 
 
+@pytest.mark.slow
 def test_the_whole_life_of_a_running_sum(tmp_path: Path) -> None:
     model, edits = change("llama", where="0")
     zoo.whole_life(model, edits, tmp_path, lora=["**.q_proj"], train=["**.inward"])
