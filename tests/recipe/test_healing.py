@@ -100,6 +100,45 @@ def test_what_is_wrong_is_said_by_plan(tiny_base: Path, tmp_path: Path, heal: di
         solidify.plan(Recipe.load(path))
 
 
+def test_what_a_recipe_may_say_is_what_python_takes() -> None:
+    """The recipe is read without torch, so it names the fields itself."""
+    from dataclasses import fields
+
+    from solidify.healing.learning import Alignment
+    from solidify.healing.placing import Budget
+    from solidify.recipe.schema import Align, Place
+
+    for section, kind, own, other in (
+        (Align, Alignment, {"batch_size"}, {"share"}),
+        (Place, Budget, {"step", "max_steps"}, set()),
+    ):
+        python = {f.name: getattr(kind(), f.name) for f in fields(kind)}
+        recipe = {name: field.default for name, field in section.model_fields.items()}
+        assert set(recipe) - own == set(python) - other
+        same = set(recipe) - own
+        assert {n: recipe[n] or None for n in same} == {n: python[n] or None for n in same}
+
+
+@pytest.mark.parametrize("verb", ["heal", "train"])
+def test_a_verb_that_needs_a_choice_of_layers_asks_for_it(tiny_base: Path, tmp_path: Path, verb: str) -> None:
+    path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 2}, align={"max_steps": 2})
+    document = yaml.safe_load(path.read_text())
+    document["adapter"] = {"train": ["**.mlp.up"]}
+    path.write_text(yaml.safe_dump(document))
+    found = CliRunner().invoke(app, [verb, str(path), "-o", str(tmp_path / "out")])
+    assert isinstance(found.exception, HealingError) and "are not chosen yet" in str(found.exception)
+
+
+def test_build_chooses_and_heal_takes_the_choice(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 2}, align={"max_steps": 2})
+    out = tmp_path / "out"
+    assert CliRunner().invoke(app, ["build", str(path), "-o", str(out)]).exit_code == 0
+    built = manifest.read(out / "artifact").edits
+    assert len(built) == 1
+    report = solidify.heal(path, out)
+    assert manifest.read(out / "heal" / "artifact").edits == built and len(report.measured["heal"]["layers"]) == 1
+
+
 def test_plan_says_what_healing_takes(tiny_base: Path, tmp_path: Path) -> None:
     heal = {"place": {"layers": 2}, "align": {**ALIGN, "stream": True}, "distill": DISTILL}
     path = write(tmp_path, tiny_base, **heal)

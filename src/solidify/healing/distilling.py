@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from solidify.artifact import loading
 from solidify.errors import HealingError, refuse
-from solidify.healing.learning import names_hit
 from solidify.healing.measuring import make_labels
 from solidify.healing.sources import Batch
 from solidify.losses.distillation import ChunkedDistillation
+from solidify.model import anatomy
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
 from solidify.surgery.replacing import Edit
@@ -108,7 +108,7 @@ def _choose_trained(model: PreTrainedModel, train: str | Sequence[str | Edit] | 
     wanted, faults = set[str](), []
     for each in asked:
         made = [name for name, origin in each.tensors.items() if origin is None] if isinstance(each, Edit) else []
-        hits = names_hit(each, names) if isinstance(each, str) else [name for name in names if name in made]
+        hits = anatomy.match_within(each, names) if isinstance(each, str) else [name for name in names if name in made]
         wanted.update(hits)
         if not hits:
             faults.append(f"train: {each!r} names nothing that could learn")

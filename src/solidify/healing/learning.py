@@ -67,7 +67,8 @@ class Alignment:
     share: tuple[int, int] = (0, 1)
 
     def streams(self, base: nn.Module) -> bool:
-        """Returns whether one layer is in memory at a time: as asked, or where two models are more than is free."""
+        """Returns whether one layer is in memory at a time: as asked, or where three times the base (itself, the changed
+        model, what learns) is more than is free."""
         return self.stream if self.stream is not None else 3 * anatomy.size(base) > processes.free_memory()
 
     def faults(self) -> list[str]:
@@ -222,14 +223,7 @@ def _groups_within(rooted: nn.Module, declared: Sequence[ParameterGroup]) -> lis
     trained = [name for name, parameter in rooted.named_parameters() if parameter.requires_grad]
     found = []
     for group in declared:
-        patterns = [pattern for pattern in group.patterns if names_hit(pattern, trained)]
+        patterns = [pattern for pattern in group.patterns if anatomy.match_within(pattern, trained)]
         if patterns:
             found.append(dataclasses.replace(group, parameters=tuple(patterns)))
     return found
-
-
-def names_hit(pattern: str, names: Sequence[str]) -> list[str]:
-    """Returns the parameters that a pattern names, or that stand in a module that it names."""
-    ends = {".".join(parts[: n + 1]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
-    matched = anatomy.match(pattern, sorted(ends))[pattern]
-    return [name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in matched)]

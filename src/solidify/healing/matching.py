@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ class Watch:
 
     given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     value: torch.Tensor | None = None
-    hooks: list[Any] = field(default_factory=list)
 
 
 @contextmanager

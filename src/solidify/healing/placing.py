@@ -22,8 +22,9 @@ from solidify.healing.align import align
 from solidify.healing.learning import Alignment
 from solidify.healing.measuring import distance
 from solidify.healing.sources import Batch, few_tokens
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy, behaviour, operations
 from solidify.model.cost import flops
+from solidify.surgery import contract
 from solidify.surgery.replacing import Edit
 from solidify.system import console, foreign
 
@@ -194,8 +195,11 @@ def _find_savings(
         needed, unit = float(sum(theirs.values()) - budget.flops), "FLOPs a token to save"
     else:
         before, after = (_cache_bytes(part, budget.length) for part in (base, model))
-        layers = {name: _layer_number(name) for name in candidates}
-        savings = {name: float(before.get(layer, 0) - after.get(layer, 0)) for name, layer in layers.items()}
+        layers = {name: operations.layer_index(model, name) for name in candidates}
+        savings = {
+            name: float(before.get(layer, 0) - after.get(layer, 0) if layer is not None else 0)
+            for name, layer in layers.items()
+        }
         needed, unit = float(sum(before.values()) - (budget.cache_bytes or 0)), "bytes of the cache to save"
     most = sum(value for value in savings.values() if value > 0)
     if most < needed:
@@ -205,10 +209,6 @@ def _find_savings(
 
 def _sum_within(costs: Mapping[str, int], name: str) -> int:
     return sum(value for key, value in costs.items() if key == name or key.startswith(f"{name}."))
-
-
-def _layer_number(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def _cache_bytes(model: PreTrainedModel, length: int) -> dict[int, int]:
@@ -221,14 +221,7 @@ def _cache_bytes(model: PreTrainedModel, length: int) -> dict[int, int]:
     with torch.no_grad(), anatomy.evaluation(model), foreign.calling("the cache cannot be measured", HealingError):
         cache = model(input_ids=tokens, use_cache=True).past_key_values
         layers = list(cache.layers)
-    return {number: sum(t.nbytes for t in _list_tensors(vars(layer))) for number, layer in enumerate(layers)}
-
-
-def _list_tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in items for tensor in _list_tensors(item)]
+    return {number: sum(t.nbytes for t in contract.tensors_in(vars(layer))) for number, layer in enumerate(layers)}
 
 
 def choose(scores: Mapping[str, float], savings: Mapping[str, float], needed: float) -> frozenset[str]:

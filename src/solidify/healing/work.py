@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from solidify.errors import HealingError, refuse
 from solidify.healing import ledger, matching
-from solidify.healing.learning import Alignment, Learner, names_hit
+from solidify.healing.learning import Alignment, Learner
 from solidify.healing.ledger import Aligned, Kept, Result
 from solidify.healing.matching import Call, Unit
 from solidify.healing.sources import Batch, order_of_calls
+from solidify.model import anatomy
 from solidify.system import console
 
 _LOOKED_AT = 4  # batches that the errors before and after are taken from, where none are held out
@@ -95,16 +96,16 @@ def _draw_order(count: int, settings: Alignment) -> list[int]:
 
 
 def find_units(
-    model: PreTrainedModel, records: Sequence[Mapping[str, Any]], settings: Alignment, known: Sequence[str] = ()
+    model: PreTrainedModel, records: Sequence[Mapping[str, Any]], settings: Alignment, earlier: Sequence[str] = ()
 ) -> tuple[list[Unit], dict[str, list[str]]]:
     """Returns the units of what was replaced, in the order of the model, and the parameters that learn in each.
 
-    `known` are faults that were found before, which are raised with those found here.
+    `earlier` are faults that were found before, which are raised with those found here.
 
     Raises:
         HealingError: the settings are wrong, nothing learns, or a module stands at several names.
     """
-    faults = [*settings.faults(), *known]
+    faults = [*settings.faults(), *earlier]
     replaced = {record["name"]: record for record in records if record["operation"] in ("replace", "share")}
     faults += [
         f"{name} is one module that stands at several names (share), which cannot learn from each of them by itself; "
@@ -126,7 +127,7 @@ def find_units(
     everything = [name for found in trained.values() for name in found]
     own = [("parameter_groups", pattern) for group in settings.parameter_groups for pattern in group.patterns]
     for what, pattern in [*(("train", pattern) for pattern in settings.train), *own]:
-        if not names_hit(pattern, everything):
+        if not anatomy.match_within(pattern, everything):
             faults.append(f"{what}: {pattern!r} names nothing that learns")
     refuse(HealingError, "the model cannot be aligned as asked", faults[:6])
     return units, trained
@@ -151,7 +152,7 @@ def _find_trained(
         if tensor.is_floating_point()
     ]
     if patterns:
-        return [name for pattern in patterns for name in names_hit(pattern, parameters)]
+        return [name for pattern in patterns for name in anatomy.match_within(pattern, parameters)]
     made = {name for record in records for name in record["new"]}
     return [name for name in parameters if name in made]
 

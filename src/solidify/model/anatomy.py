@@ -32,6 +32,13 @@ def match(patterns: str | Sequence[str], names: Iterable[str]) -> dict[str, list
     return {pattern: [name for name in listed if _compile_regex(pattern).fullmatch(name)] for pattern in patterns}
 
 
+def match_within(pattern: str, names: Sequence[str]) -> list[str]:
+    """Returns the parameters that a pattern names, and those that stand in a module that it names."""
+    ends = {".".join(parts[: n + 1]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
+    matched = match(pattern, sorted(ends))[pattern]
+    return [name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in matched)]
+
+
 @lru_cache(maxsize=1024)
 def _compile_regex(pattern: str) -> re.Pattern[str]:
     text = ""

@@ -24,11 +24,10 @@ from solidify.directory import manifest, ours, writing
 from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
-from solidify.healing import measuring, placing, work
+from solidify.healing import measuring, outcome, placing, work
 from solidify.healing.footprint import footprint
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned
-from solidify.healing.measuring import Distance
 from solidify.healing.placing import Budget, Placement
 from solidify.model import anatomy
 from solidify.model.extent import Extent
@@ -123,17 +122,36 @@ def placed_before(recipe: Recipe, directory: Path) -> Recipe:
     return narrowed(recipe, found["chosen"]) if found is not None else recipe
 
 
-def place(recipe: Recipe, directory: Path, report: Report) -> Recipe:
+def require_placed(recipe: Recipe, directory: Path) -> Recipe:
+    """Returns a recipe with the layers that were chosen for it.
+
+    Raises:
+        HealingError: it asks for a choice of layers, and none stands in the directory.
+    """
+    found = placed_before(recipe, directory)
+    if found.heal is not None and found.heal.place is not None:
+        raise HealingError(
+            f"the layers of this recipe are not chosen yet: there is no {ours.HEAL}/{ours.PLACEMENT} of it in "
+            f"{directory}; run `solidify build` or `solidify run` with it first"
+        )
+    return found
+
+
+def place(recipe: Recipe, directory: Path, report: Report, *, again: bool = True) -> Recipe:
     """Chooses the layers of a recipe that asks for it, and returns the recipe with these alone.
+
+    Without `again`, an earlier choice of the same recipe is taken.
 
     Raises:
         HealingError: the budget cannot be met.
     """
     if recipe.heal is None or recipe.heal.place is None:
         return recipe
-    found = {"key": _key_of(recipe), **_describe_placement(_choose_layers(recipe, directory))}
-    directory_of(directory).mkdir(parents=True, exist_ok=True)
-    disk.write(directory_of(directory) / ours.PLACEMENT, json.dumps(found, indent=1) + "\n")
+    found = None if again else _read_placement(directory, recipe)
+    if found is None:
+        found = {"key": _key_of(recipe), **_describe_placement(_choose_layers(recipe, directory))}
+        directory_of(directory).mkdir(parents=True, exist_ok=True)
+        disk.write(directory_of(directory) / ours.PLACEMENT, json.dumps(found, indent=1) + "\n")
     report.measured["place"] = {name: value for name, value in found.items() if name != "key"}
     report.add("place", [_judge_placement(found)])
     return narrowed(recipe, found["chosen"])
@@ -178,7 +196,7 @@ def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
 
 
 def _shortened(settings: Alignment, steps: int) -> Alignment:
-    return dataclasses.replace(settings, max_steps=steps, inputs="base", stream=False)
+    return dataclasses.replace(settings, max_steps=steps, inputs="base")
 
 
 def _describe_placement(found: Placement) -> dict[str, Any]:
@@ -195,7 +213,9 @@ def _describe_placement(found: Placement) -> dict[str, Any]:
 
 
 def _key_of(recipe: Recipe) -> str:
-    return hashing.digest_values(recipe.document())
+    document = recipe.document()
+    heal = {key: document["heal"].get(key) for key in ("place", "align")}
+    return hashing.digest_values({**{key: document[key] for key in ("base", "surgery", "data")}, **heal})
 
 
 def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -237,7 +257,9 @@ def align(
         report.add("heal", [Finding("aligned before", True, f"{target} is whole, of this recipe and on this artifact")])
         report.measured["heal"] = manifest.read(target).lineage[-1]["measured"]
         return
-    if share is not None or processes.count() > 1:
+    asked = recipe.heal.align if recipe.heal is not None else None
+    spread = processes.count() > 1 and asked is not None and asked.inputs == "base"
+    if share is not None or spread:
         _align_model(recipe, directory, share or (processes.rank(), processes.count()))
         processes.meet()
     if share is None:
@@ -287,42 +309,8 @@ def _align_model(
             )
             if joining:
                 stages["align"] = measuring.distance(model, base, held_out)
-        more = measure_more(model, base, held_out) if joining else {}
-    return model, aligned, {"stages": _describe_stages(stages), **more}
-
-
-def measure_more(model: PreTrainedModel, base: PreTrainedModel, held_out: Batches) -> dict[str, Any]:
-    """Measures a healed model with its new branches switched off, and on rows of other lengths."""
-    found: dict[str, Any] = {}
-    if measuring.ablating(model):
-        with measuring.ablated(model):
-            found["ablated"] = _describe_distance(measuring.distance(model, base, held_out))
-    longer = _join_rows(held_out, _longest(model))
-    if longer:
-        found["longer"] = {
-            "length": longer[0]["input_ids"].shape[1],
-            **_describe_distance(measuring.distance(model, base, longer)),
-        }
-    return found
-
-
-def _longest(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
-
-
-def _join_rows(batches: Batches, longest: int) -> Batches:
-    """Returns rows of up to four times the length, joined of the rows of batches: lengths beyond training."""
-    rows = [row[mask.bool()] for b in batches for row, mask in zip(b["input_ids"], _mask_of(b), strict=True)]
-    if not rows:
-        return []
-    length = min(4 * max(len(row) for row in rows), longest)
-    joined = torch.cat(rows)
-    count = len(joined) // length
-    return [{"input_ids": joined[:length][None]}] if count and length > max(len(row) for row in rows) else []
-
-
-def _mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        more = outcome.measure_more(model, base, held_out) if joining else {}
+    return model, aligned, {"stages": outcome.describe_stages(stages), **more}
 
 
 def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict[str, Any], link: bool) -> None:
@@ -333,7 +321,7 @@ def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict
     measured |= {"layers": [_describe_unit(each) for each in aligned], "seconds": time.perf_counter() - started}
     with console.stage("Writing the aligned artifact"):
         artifact = write_again(model, directory / "artifact", target, {**wanted, "measured": measured}, link=link)
-    report.add("heal", [*artifact.findings, *(judge(measured) if len(measured["stages"]) > 1 else [])])
+    report.add("heal", [*artifact.findings, *(outcome.judge(measured) if len(measured["stages"]) > 1 else [])])
     report.measured["heal"] = measured
     console.words.print(layers_table(aligned))
     shutil.rmtree(directory_of(directory) / ours.ALIGNMENT, ignore_errors=True)
@@ -351,41 +339,6 @@ def _describe_unit(unit: Aligned) -> dict[str, Any]:
         "seconds": unit.seconds,
         "errors": errors[::step],
     }
-
-
-def _describe_stages(stages: Mapping[str, Distance]) -> list[dict[str, Any]]:
-    first = next(iter(stages.values()), None)
-    return [
-        {"stage": name, **_describe_distance(found), "recovered": found.recovered(first) if first else 0.0}
-        for name, found in stages.items()
-    ]
-
-
-def _describe_distance(found: Distance) -> dict[str, Any]:
-    return {"kl": found.kl, "loss": found.loss, "base_loss": found.base_loss, "tokens": found.tokens}
-
-
-def judge(measured: Mapping[str, Any]) -> list[Finding]:
-    """Says what healing did: it may not lead away from the base, and what a new branch adds is told."""
-    stages = measured["stages"]
-    first, last = stages[0], stages[-1]
-    words = (
-        f"KL from the base {first['kl']:.4g} after surgery, {last['kl']:.4g} after {last['stage']} "
-        f"({last['recovered']:.1%} recovered); loss {first['loss']:.4g}, {last['loss']:.4g}, the base's "
-        f"{last['base_loss']:.4g}; {last['tokens']} held-out tokens"
-    )
-    found = [Finding("nearer to the base", last["kl"] <= first["kl"], words)]
-    if "ablated" in measured:
-        off = measured["ablated"]["kl"]
-        words = f"with the new branches off KL is {off:.4g}, with them {last['kl']:.4g}"
-        found.append(Finding("new branches are used", None, words))
-    else:
-        found.append(Finding.unseen("new branches are used", "no new module has a branch that can be switched off"))
-    if "longer" in measured:
-        longer = measured["longer"]
-        words = f"rows of {longer['length']} tokens: KL {longer['kl']:.4g}, loss {longer['loss']:.4g}"
-        found.append(Finding("lengths beyond training", None, f"{words}, the base's {longer['base_loss']:.4g}"))
-    return found
 
 
 def layers_table(aligned: Sequence[Aligned]) -> Any:
@@ -469,11 +422,6 @@ def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:
         with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
             base = models.load_base(recipe, scratch=scratch).model
             found = measuring.distance(model, base, held_out)
-            measured |= measure_more(model, base, held_out)
-    first = measured["stages"][0]["kl"]
-    recovered = (first - found.kl) / first if first else 0.0
-    measured["stages"] = [
-        *measured["stages"],
-        {"stage": "distill", **_describe_distance(found), "recovered": recovered},
-    ]
-    report.add("distill", judge(measured))
+            measured |= outcome.measure_more(model, base, held_out)
+    measured["stages"] = outcome.add_stage(measured, "distill", found)
+    report.add("distill", outcome.judge(measured))

@@ -70,7 +70,7 @@ def run(
         return report
     chosen = asked
     try:
-        chosen = processes.on_first(lambda: healing.place(asked, directory, report))
+        chosen = processes.on_first(lambda: healing.place(asked, directory, report, again=not resume))
         report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
         processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
         if chosen.heal is not None:
@@ -174,6 +174,7 @@ def build(
         SolidifyError: as the stages do; nothing is then left at `directory/artifact`.
     """
     report = report or Report(str(directory))
+    recipe = healing.place(recipe, directory, report, again=not resume)
     target = directory / "artifact"
     document = results.built_by(recipe.document())
     if resume and _made_by(target, document, "artifact"):
@@ -241,6 +242,8 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     report = report or Report(str(directory))
     if recipe.adapter is None:
         raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
+    recipe = healing.require_placed(recipe, directory)
+    assert recipe.adapter is not None
     trainers.join(recipe, directory)
     if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
         report.add("train", [kept])
@@ -291,7 +294,7 @@ def heal(
     """
     loaded = given(recipe)
     directory = output_of(loaded, output)
-    loaded = healing.placed_before(loaded, directory)
+    loaded = healing.require_placed(loaded, directory)
     report = report or Report(str(directory))
     if loaded.heal is None:
         raise RecipeError("the recipe has no `heal`, so there is nothing to heal")
