@@ -15,7 +15,7 @@ from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
 from solidify.surgery import control, influence, masking, replacing
-from solidify.surgery.control import Control
+from solidify.surgery.control import Control, Judgement
 from solidify.surgery.influence import Reach
 from solidify.surgery.replacing import Edit
 from solidify.surgery.transaction import transaction
@@ -70,7 +70,7 @@ def _give_masks(
         found = influence.measure(model, [*tried, *layers], whole=extent.whole)
         faults = _find_faults(model, tried, small, own, found)
         refuse(SurgeryError, f"{type(model).__name__} does not obey {what}", faults)
-        judged = control.judge(model, before, what=what, fresh=(), declared=declares, identical=False)
+        judged = _judge_widely(model, before, what, declares)
         refuse(SurgeryError, f"with {what} the model does not behave as before", judged.faults)
     operations.assign(model.config, settings["after"])
     masking.set_masks(model, [*names], settings, {})
@@ -78,6 +78,14 @@ def _give_masks(
     probed = before.inputs is not None
     edits = [_make_record(model, name, settings, declares) for name in names]
     return [dataclasses.replace(edit, probed=probed, control=before.distances) for edit in edits]
+
+
+def _judge_widely(model: PreTrainedModel, before: Control, what: str, declares: Mapping[str, bool]) -> Judgement:
+    """Judges the model, one in half precision in float32 alone: what it never learned to see makes rounding grow."""
+    wide = before.wide is not None
+    sharp = dataclasses.replace(before, reading=before.wide, wide=None) if wide else before
+    with influence.widened(model, wide):
+        return control.judge(model, sharp, what=what, fresh=(), declared=declares, identical=False)
 
 
 def _find_attentions(
@@ -117,8 +125,9 @@ def _list_attentions(model: PreTrainedModel) -> list[str]:
     texts = (model.config, model.config.get_text_config(decoder=True))
     found = []
     for name, module in model.named_modules():
-        kind = type(module).__name__.lower()
-        if isinstance(module, PreTrainedModel) or "attention" not in kind or "cross" in name.rpartition(".")[2]:
+        own = name.rpartition(".")[2].lower()
+        words = [own, *(kind.__name__.lower() for kind in type(module).__mro__)]
+        if isinstance(module, PreTrainedModel) or "cross" in own or not any("att" in word for word in words):
             continue
         parameters = inspect.signature(module.forward).parameters
         takes = "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

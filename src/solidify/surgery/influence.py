@@ -51,11 +51,11 @@ def measure(model: PreTrainedModel, names: Sequence[str], *, whole: bool) -> Rea
     """
     found = Reach(alone={name: [] for name in names})
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.no_grad(), _widened(model, whole), anatomy.evaluation(model), anatomy.caches_off(model):
+    with torch.no_grad(), widened(model, whole), anatomy.evaluation(model), anatomy.caches_off(model):
         for padding in PADDED:
             inputs = _make_inputs(model, padding)
             found.real.append(torch.arange(LENGTH) >= padding)
-            with foreign.calling("the model does not run with the mask", SurgeryError):
+            with foreign.calling("the model cannot be tried, with and without padding on the left", SurgeryError):
                 calls, plain = _run_plainly(model, names, inputs, whole)
                 for name in names:
                     found.alone[name].append(_measure_module(model, name, calls))
@@ -178,12 +178,12 @@ def _differ(found: torch.Tensor, plain: torch.Tensor, floor: float) -> torch.Ten
     size = plain.float().square().mean().sqrt().clamp(min=1e-30)
     far = (found.float() - plain.float()).abs().amax(-1) / size
     if not bool(torch.isfinite(far).all()):
-        raise SurgeryError("the model returns NaN or infinity with the mask")
+        raise SurgeryError("the model returns NaN or infinity for a text (without padding, or padded on the left)")
     return (far > floor).T.cpu()
 
 
 @contextmanager
-def _widened(model: nn.Module, asked: bool) -> Iterator[None]:
+def widened(model: nn.Module, asked: bool) -> Iterator[None]:
     """Runs a model in half precision in float32, where rounding hides less."""
     tensors = [*model.parameters(), *model.buffers()] if asked else []
     half = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
