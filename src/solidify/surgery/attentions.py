@@ -29,7 +29,6 @@ def give_mask(
     asked: dict[str, Any],
     target: str | Sequence[str] | None,
     expect: str | None,
-    count: int | None,
     extent: Extent | None,
 ) -> list[Edit]:
     """Gives the attentions a mask, first by the configuration where that can say it, else by hooks.
@@ -37,7 +36,7 @@ def give_mask(
     Raises:
         SurgeryError: as `masks.mask`.
     """
-    names, all_named = _find_attentions(model, target, expect, count)
+    names, all_named = _find_attentions(model, target, expect)
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)
     by_itself = all_named and asked["kind"] in ("causal", "bidirectional")
@@ -89,7 +88,7 @@ def _judge_widely(model: PreTrainedModel, before: Control, what: str, declares: 
 
 
 def _find_attentions(
-    model: PreTrainedModel, target: str | Sequence[str] | None, expect: str | None, count: int | None
+    model: PreTrainedModel, target: str | Sequence[str] | None, expect: str | None
 ) -> tuple[list[str], bool]:
     """Returns the self-attentions that are meant, and whether these are all that the text's layers have."""
     if not isinstance(model, PreTrainedModel):
@@ -114,8 +113,6 @@ def _find_attentions(
         names = list(dict.fromkeys(name for found in inside.values() for name in found))
     kinds = {name: type(model.get_submodule(name)).__name__ for name in names}
     faults += [f"{n} is a {kind}, but {expect} was expected" for n, kind in kinds.items() if expect not in (None, kind)]
-    if count is not None and len(names) != count:
-        faults.append(f"{len(names)} attentions are hit, but {count} were expected: {_write_names(names)}")
     refuse(SurgeryError, "the mask cannot be given as asked", faults)
     return names, set(names) == set(every) and not without
 

@@ -39,7 +39,6 @@ class Mask(Operation):
     sinks: int | None = Field(default=None, ge=0)
     layers: str | list[str] | None = None
     expect: str | None = None
-    count: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Mask:
@@ -58,19 +57,18 @@ class Mask(Operation):
             window=self.window,
             sinks=self.sinks,
             expect=self.expect,
-            count=self.count,
             extent=context.extent,
         )
 
     @classmethod
     def inspect(cls, module: nn.Module, edit: Record) -> tuple[str, list[str]]:
         """Looks for the hook, or for what the configuration says."""
-        from solidify.surgery.masking import describe
+        from solidify.surgery.masking import describe, find_masks
 
         settings = edit["settings"]
         asked = {key: settings[key] for key in ("kind", "block", "window", "sinks")}
-        found = [getattr(hook, "solid_mask", None) for hook in module._forward_pre_hooks.values()]
-        held = asked in found if settings["hooked"] else not any(found)
+        found = find_masks(module)
+        held = found == [asked] if settings["hooked"] else not found
         ahead = getattr(getattr(module, "config", None), "is_causal", True) is False
         if not settings["hooked"] and settings["kind"] == "bidirectional":
             held = held and ahead
@@ -93,7 +91,6 @@ def mask(
     window: int | None = None,
     sinks: int | None = None,
     expect: str | None = None,
-    count: int | None = None,
     extent: Extent | None = None,
 ) -> list[Edit]:
     """Gives the model (or the layers or attentions that `target` names) another mask, and returns the edits.
@@ -121,7 +118,7 @@ def mask(
     numbers = {"block": block, "window": window, "sinks": sinks}
     refuse(SurgeryError, "the mask is not one that can be given", _find_odd_numbers(kind, numbers))
     asked = {"kind": kind, **numbers, "sinks": (sinks or 0) if kind == "window" else None}
-    return attentions.give_mask(model, asked, target, expect, count, extent)
+    return attentions.give_mask(model, asked, target, expect, extent)
 
 
 def _find_odd_numbers(kind: str, numbers: Mapping[str, Any]) -> list[str]:
