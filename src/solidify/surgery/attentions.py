@@ -94,7 +94,9 @@ def _find_attentions(
     if not isinstance(model, PreTrainedModel):
         raise SurgeryError(f"surgery is done on a transformers model, but this is a {type(model).__name__}")
     if model.config.is_encoder_decoder:
-        raise SurgeryError(f"{type(model).__name__} is an encoder and a decoder, whose masks are not one")
+        raise SurgeryError(
+            f"{type(model).__name__} is an encoder and a decoder, each with masks of its own; none can be given"
+        )
     hits = replacing.targets(model, target, None, None) if target is not None else []
     every = _list_attentions(model)
     without = _find_other_layers(model, every)

@@ -6,10 +6,11 @@ Artifacts carry `set_masks`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _MOST = {"block": 8, "window": 6, "sinks": 2}  # of the numbers with which a mask is tried; larger ones are as these
 
@@ -44,6 +45,8 @@ def allowed(asked: Mapping[str, Any], real: torch.Tensor, *, sinks: bool) -> tor
 
     The first axis is who sees. Without `sinks`, a window has none.
     """
+    import torch
+
     length = len(real)
     start = int(real.to(torch.int64).argmax())
     seen = torch.zeros(length, length, dtype=torch.bool)
