@@ -50,6 +50,7 @@ ALONE = {
         PACKAGE / name
         for name in ("model/operations.py", "model/states.py", "model/behaviour.py", "artifact/witness.py")
     ),
+    PACKAGE / "surgery" / "masking.py",
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
 }

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from solidify.surgery.depth import remove as remove
     from solidify.surgery.experts import rearrange_experts as rearrange_experts
     from solidify.surgery.heads import add as add
+    from solidify.surgery.masks import mask as mask
     from solidify.surgery.replacing import Edit as Edit
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
@@ -106,6 +107,7 @@ _WHERE = {
     "insert": "surgery.depth",
     "load": "adapter.storage",
     "load_adapter": "adapter.storage",
+    "mask": "surgery.masks",
     "merge": "merging.export",
     "place": "healing.placing",
     "plan": "recipe.dry_run",

@@ -17,7 +17,8 @@ from solidify.artifact.solidify import Artifact, Saveable
 from solidify.builtin import bases
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
-from solidify.surgery import depth, experts, heads, replacing, selection
+from solidify.surgery import depth, experts, heads, masks, replacing, selection
+from solidify.surgery.masks import Kind
 from solidify.surgery.replacing import Edit
 from solidify.surgery.selection import Selection, Where
 from solidify.system import markup
@@ -104,6 +105,11 @@ class Surgery:
     def add(self, name: str, module: type[nn.Module], *, reads: str, **options: Any) -> list[Edit]:
         """Adds a module that reads what another returns, as `solidify.add` does with the same options."""
         return self._keep_edits(heads.add(self.model, name, module, reads=reads, **options))
+
+    def mask(self, kind: Kind, where: Where | Selection | None = None, **options: Any) -> list[Edit]:
+        """Gives the model, or the layers, another mask, as `solidify.mask` does with the same options."""
+        target = None if where is None else self._pass_patterns(where)
+        return self._keep_edits(masks.mask(self.model, kind, target, **options))
 
     def build(
         self,

@@ -145,3 +145,11 @@ def test_a_hint_that_names_a_tensor_is_seen() -> None:
     assert not replaced.hints(model, model.model).faults
     model.model._keys_to_ignore_on_load_unexpected = {"^lm_head", "nowhere"}
     assert replaced.hints(model, model.model).faults == ["'^lm_head' names lm_head.weight"]
+
+
+def test_a_declared_mask_is_lost_by_a_server() -> None:
+    model = pico.llama()
+    name = "attention has the mask that servers give it"
+    assert name not in broken(judge(model))
+    solidify.mask(model, "window", window=4)
+    assert "model.layers.*.self_attn (2 times) has a declared mask" in judge(model)[name].faults[0]

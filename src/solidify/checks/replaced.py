@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from solidify.checks.rule import SGLANG, VLLM, Rule, full, listed
 from solidify.checks.served_call import Observed
+from solidify.surgery import masking
 from solidify.upstream.transformers import HINTS, modules_in_float32, passed_over_keys
 
 SILU = ("silu", "swish")
@@ -39,6 +40,7 @@ def rules(model: PreTrainedModel, seen: Observed) -> list[Rule]:
         _judge_activation(model),
         _judge_types(model),
         _judge_names(model),
+        _judge_masks(model),
     ]
 
 
@@ -299,4 +301,17 @@ def _judge_names(model: PreTrainedModel) -> Rule:
         f"none of {len(model.state_dict())}",
         "Rename it",
         tuple(servers) or (VLLM, SGLANG),
+    )
+
+
+def _judge_masks(model: PreTrainedModel) -> Rule:
+    given = [name for name, module in model.base_model.named_modules() if masking.find_masks(module)]
+    return Rule(
+        "attention has the mask that servers give it",
+        [
+            f"{listed_name} has a declared mask, and the servers compute their own"
+            for listed_name in listed(model, given)
+        ],
+        "no attention has a declared mask",
+        "Serve it with transformers",
     )

@@ -301,6 +301,12 @@ class Watched:
     def _measure_padding(self, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
         if reading.padded:
             whole = _cut_parts(plain, slice(0, 1), slice(0, self.positions - self.pad))
+            if reading.distances.get("causal", 0.0) > allowed("causal", 0.0, self.dtype):  # its end shows in the rest
+                cut = {key: t[:1, : self.positions - self.pad] for key, t in batch.items() if t.ndim == 2}
+                alone = self._try_call(reading, "padding", cut, rows=1)
+                if alone is None:
+                    return
+                whole = alone.parts
             reading.distances["padding"] = apart(_cut_parts(plain, slice(-1, None), slice(self.pad, None)), whole)
         elif (self.stream == "input_ids" and set(self.inputs) <= {"input_ids", "attention_mask", "token_type_ids"}) or (
             "attention_mask" in self.inputs and self.model.config.is_encoder_decoder

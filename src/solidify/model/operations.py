@@ -101,7 +101,13 @@ def put_module(model: PreTrainedModel, name: str, new: nn.Module) -> None:
 
 
 def stand_in(old: nn.Module, new: nn.Module) -> None:
-    """Lets a module that was put around a whole model answer for it where the model that holds it asks for these."""
+    """Hands on what is of the place: a declared mask, unless the old module still stands within the new one.
+
+    A module that was put around a whole model answers for it where the model that holds it asks for these.
+    """
+    if not any(inner is old for inner in new.modules()):
+        for hook in [hook for hook in old._forward_pre_hooks.values() if hasattr(hook, "solid_mask")]:
+            new.register_forward_pre_hook(hook, with_kwargs=True)
     if isinstance(old, PreTrainedModel) and any(inner is old for inner in new.modules()):
         for key in ("config", "get_input_embeddings", "set_input_embeddings"):
             if not hasattr(new, key):

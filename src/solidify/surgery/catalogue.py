@@ -9,6 +9,7 @@ from pydantic import Field
 
 from solidify.errors import ArtifactError
 from solidify.surgery.experts import RearrangeExperts
+from solidify.surgery.masks import Mask
 from solidify.surgery.operation import Context, Operation, Record
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Add(Operation):
         return [self.weights] if self.weights else []
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts)
+OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask)
 ASKED: dict[str, type[Operation]] = {each.asked: each for each in OPERATIONS if each.asked}
 _RECORDED: dict[str, type[Operation]] = {each.recorded: each for each in OPERATIONS}
 
