@@ -302,7 +302,8 @@ class Listener:
 
     def __init__(self, model: PreTrainedModel, name: str, reads: list[str], gathers: bool) -> None:
         self.model, self.name, self.reads, self.gathers = model, name, reads, gathers
-        self.waiting, self.answer, self.heard = False, None, None
+        self.waiting, self.answer = False, None
+        self.heard: dict[str, Any] | None = None
         model.register_forward_pre_hook(self.start)
         for part in {id(part): part for part in (model, model.base_model)}.values():
             part.register_forward_pre_hook(self.follow)
@@ -337,9 +338,12 @@ class Listener:
         self.heard = {}
 
     def finish(self, *_: Any) -> None:
-        """Asks the head, once all has run."""
-        heard, self.heard = self.heard or {}, None
+        """Asks the head, once all has run; not where nothing has (what it returns may be put in from outside)."""
+        heard: dict[str, Any] = self.heard or {}
+        self.heard = None
         silent = [read for read in self.reads if read not in heard]
+        if not heard:
+            return
         if silent:
             raise ValueError(
                 f"{self.name} reads what {', '.join(silent)} returns, which did not run in this pass: give the model "
