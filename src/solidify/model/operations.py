@@ -287,6 +287,8 @@ def add(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes:
         head = construct(model, name, classes[edit["class"]], edit["supplied"], edit["arguments"])
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent).add_module(child, head)
+        if hasattr(head, "join"):  # it tells the model, or its configuration, what transformers must know of it
+            head.join(model, name)
         many = not isinstance(edit["reads"], str)
         reads = [read.removeprefix(edit["prefix"]) for read in (edit["reads"] if many else [edit["reads"]])]
         Listener(model, name, reads, gathers=many)
