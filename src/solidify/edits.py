@@ -102,8 +102,8 @@ class Surgery:
         """Chooses, repeats and reorders the experts of the blocks, as `solidify.rearrange_experts` does."""
         return self._keep_edits(experts.rearrange_experts(self.model, self._pass_patterns(where), order, **options))
 
-    def add(self, name: str, module: type[nn.Module], *, reads: str, **options: Any) -> list[Edit]:
-        """Adds a module that reads what another returns, as `solidify.add` does with the same options."""
+    def add(self, name: str, module: type[nn.Module], *, reads: str | Sequence[str], **options: Any) -> list[Edit]:
+        """Adds a module that reads what others return, as `solidify.add` does with the same options."""
         return self._keep_edits(heads.add(self.model, name, module, reads=reads, **options))
 
     def mask(self, kind: Kind, where: Where | Selection | None = None, **options: Any) -> list[Edit]:

@@ -182,7 +182,8 @@ def _make_key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: 
 
 
 def _list_names(entry: dict[str, Any]) -> list[str]:
-    return [*entry["modules"], *([entry["reads"]] if "reads" in entry else [])]
+    reads = entry.get("reads", [])
+    return [*entry["modules"], *([reads] if isinstance(reads, str) else reads)]
 
 
 def _list_imports(

@@ -24,6 +24,7 @@ from solidify.losses.penalties import GroupLasso as group_lasso
 from solidify.losses.penalties import Orthogonality as orthogonality
 from solidify.losses.penalties import Spectral as spectral
 from solidify.losses.penalties import WeightPenalty as weight_penalty
+from solidify.losses.prediction import Draft as draft
 from solidify.losses.prediction import NextToken as next_token
 from solidify.losses.prediction import OutputEntropy as output_entropy
 from solidify.losses.preference import DPO as dpo
@@ -45,6 +46,7 @@ __all__ = [
     "chunked",
     "chunked_distillation",
     "dpo",
+    "draft",
     "ewc",
     "fisher_diagonal",
     "forward_kl",

@@ -288,28 +288,39 @@ class Withholding:
 
 
 def add(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Adds modules that read what another module returns; the model's outputs carry what they return, by name."""
+    """Adds modules that read what others return; the model's outputs carry what they return, by name."""
     for name in names:
         head = construct(model, name, classes[edit["class"]], edit["supplied"], edit["arguments"])
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent).add_module(child, head)
-        Listener(model, name, edit["reads"].removeprefix(edit["prefix"]))
+        if hasattr(head, "join"):  # it tells the model, or its configuration, what transformers must know of it
+            head.join(model, name)
+        many = not isinstance(edit["reads"], str)
+        reads = [read.removeprefix(edit["prefix"]) for read in (edit["reads"] if many else [edit["reads"]])]
+        Listener(model, name, reads, gathers=many)
 
 
 class Listener:
-    """Has the module `name` called with what the module `reads` returns, and its answer put into the model's outputs.
+    """Has the module `name` called with what the modules `reads` return, and its answer put into the model's outputs.
 
-    Both are found by their names in every pass: a trainer may replace them (by an adapter's), and a copy of
-    the model has its own.
+    All are found by their names in every pass: a trainer may replace them (by an adapter's), and a copy of the model
+    has its own. What one module returns is passed on at once. What several return is gathered until the part
+    that holds them all has run, so that a layer that is computed again in the backward pass computes the same again.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, reads: str) -> None:
-        self.model, self.name, self.reads = model, name, reads
+    def __init__(self, model: PreTrainedModel, name: str, reads: list[str], gathers: bool) -> None:
+        self.model, self.name, self.reads, self.gathers = model, name, reads, gathers
         self.waiting, self.answer = False, None
+        self.heard: dict[str, Any] | None = None
         model.register_forward_pre_hook(self.start)
         for part in {id(part): part for part in (model, model.base_model)}.values():
             part.register_forward_pre_hook(self.follow)
-        model.get_submodule(reads).register_forward_hook(self.read)
+        self.follow()
+        if gathers:
+            inside = set(model.base_model.modules())
+            part = model.base_model if all(standing_at(model, read) in inside for read in reads) else model
+            part.register_forward_pre_hook(self.gather)
+            part.register_forward_hook(self.finish)
         model.register_forward_hook(self.speak)
 
     def start(self, *_: Any) -> None:
@@ -318,15 +329,41 @@ class Listener:
 
     def follow(self, *_: Any) -> None:
         """Listens to what stands at `reads` now."""
-        module = standing_at(self.model, self.reads)
-        if self.read not in module._forward_hooks.values():
-            module.register_forward_hook(self.read)
+        for module in [standing_at(self.model, read) for read in self.reads]:
+            if self.read not in module._forward_hooks.values():
+                module.register_forward_hook(self.read)
 
     def read(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """Asks the head, if the module is the one that stands there now."""
-        if module is standing_at(self.model, self.reads):
-            answer = standing_at(self.model, self.name)(output[0] if isinstance(output, (tuple, list)) else output)
-            self.answer = answer if self.waiting else None
+        """Takes what a module returned, if it is one of those that stand there now."""
+        found = [read for read in self.reads if module is standing_at(self.model, read)]
+        if found and not self.gathers:
+            self.ask([output])
+        elif self.heard is not None:
+            self.heard.update(dict.fromkeys(found, output))
+
+    def gather(self, *_: Any) -> None:
+        """Forgets what was heard before."""
+        self.heard = {}
+
+    def finish(self, *_: Any) -> None:
+        """Asks the head, once all has run; not where nothing has (what it returns may be put in from outside)."""
+        heard: dict[str, Any] = self.heard or {}
+        self.heard = None
+        silent = [read for read in self.reads if read not in heard]
+        if not heard:
+            return
+        if silent:
+            raise ValueError(
+                f"{self.name} reads what {', '.join(silent)} returns, which did not run in this pass: give the model "
+                "what makes it run (input_ids, where embeddings are read)"
+            )
+        self.ask([heard[read] for read in self.reads])
+
+    def ask(self, outputs: list[Any]) -> None:
+        """Calls the head with what was returned, of a tuple with the first."""
+        given = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
+        answer = standing_at(self.model, self.name)(*given)
+        self.answer = answer if self.waiting else None
 
     def speak(self, _module: nn.Module, _args: Any, outputs: Any) -> Any:
         """Adds the answer to the outputs."""

@@ -136,14 +136,14 @@ class Remove(_Rearrange):
 
 
 class Add(Operation):
-    """One step of surgery: a new module called `add`, a `with`, is called with what the module `reads` returns."""
+    """One step of surgery: a new module called `add`, a `with`, is called with what one or several modules return."""
 
     asked = recorded = "add"
     adds = True
 
     add: str
     module: str = Field(alias="with")
-    reads: str
+    reads: str | list[str]
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     declares: dict[str, bool] = Field(default_factory=dict)

@@ -172,15 +172,15 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorde
     return old is not None and torch.equal(output.value, old)
 
 
-def take_at(model: PreTrainedModel, name: str, extent: Extent) -> Control:
-    """Runs the model as it is, before something is added that reads what one module returns: that is watched alone.
+def take_at(model: PreTrainedModel, names: Sequence[str], extent: Extent) -> Control:
+    """Runs the model as it is, before something is added that reads what some modules return: they are watched alone.
 
     Raises:
         SurgeryError: no inputs can be made up that the model accepts.
     """
     if anatomy.is_meta(model):
         return Control(None, {}, None)
-    before = Control(probing.probe_inputs(model), {}, None, None, (name,), alone=True)
+    before = Control(probing.probe_inputs(model), {}, None, None, tuple(names), alone=True)
     reading = _read_model(model, before)
     _refuse_spoilt(model, reading)
     wide = _read_model(model, before, wide=True) if is_half(model) and extent.whole else None

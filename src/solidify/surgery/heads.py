@@ -25,7 +25,7 @@ def add(
     name: str,
     module: type[nn.Module],
     *,
-    reads: str,
+    reads: str | Sequence[str],
     arguments: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     declares: Mapping[str, bool] | None = None,
@@ -34,20 +34,23 @@ def add(
     """Adds a new module called `name` in place; it is called with what the module `reads` returns.
 
     `reads` returns a tensor, or a tuple of which the first is taken, such as the final norm's (batch_size,
-    sequence_length, hidden_size). What the new module returns stands in the model's outputs under `name`; the outputs
-    that were there before are untouched. Constructor parameters `config` and `layer_idx` are supplied, all others come
-    from `arguments`; `weights` is loaded once here.
+    sequence_length, hidden_size). A list of names (layers, the final norm, the embeddings) gives the module as many
+    arguments, in that order, once all have run. What the new module returns stands in the model's outputs under
+    `name`; the outputs that were there before are untouched. Constructor parameters `config` and `layer_idx` are
+    supplied, all others come from `arguments`; `weights` is loaded once here.
 
     Raises:
-        SurgeryError: the name is taken or its parent or `reads` does not exist, the constructor's arguments or the
-            weights do not fit, or the module fails on what it reads. The model is then as it was.
+        SurgeryError: the name is taken or its parent or one of `reads` does not exist (or comes twice), the
+            constructor's arguments or the weights do not fit, or the module fails on what it reads. The model is then
+            as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise SurgeryError(f"surgery is done on a transformers model, and not on {type(model).__name__}")
     arguments = dict(arguments or {})
     names = {n for n, _ in model.named_modules()}
     parent, _, child = name.rpartition(".")
-    faults = [] if reads in names and reads else [f"{reads!r} is not a module; {anatomy.suggestions(reads, names)}"]
+    sources = [reads] if isinstance(reads, str) else list(reads)
+    faults = _find_unreadable(sources, names)
     if parent not in names:
         faults.append(f"{name!r} cannot be added: there is no {parent!r}")
     elif name in names or hasattr(model.get_submodule(parent), child):
@@ -55,11 +58,12 @@ def add(
     faults += replacing.constructor_faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
     extent = Extent.given(extent, model)
-    before = control.take_at(model, reads, extent)
+    before = control.take_at(model, sources, extent)
     supplied = replacing.supplied_to(module)
-    settings = {"reads": reads, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
+    given = reads if isinstance(reads, str) else sources
+    settings = {"reads": given, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
-    called = foreign.calling(f"{module.__name__} cannot be built or fails on what {reads} returns")
+    called = foreign.calling(f"{module.__name__} cannot be built or fails on what {_list_words(sources)}")
     with transaction(model, extent), called:
         with replacing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
@@ -73,7 +77,19 @@ def add(
         what, fresh = type(head).__name__, [f"{name}.{key}" for key in head.state_dict()]
         judged = control.judge_at(model, before, name, what=what, fresh=fresh, declared=declared)
         refuse(SurgeryError, f"{what} cannot be added as asked", judged.faults)
-    return [_make_record(model, name, head, arguments, supplied, reads, declared, probed=before.inputs is not None)]
+    return [_make_record(model, name, head, arguments, supplied, given, declared, probed=before.inputs is not None)]
+
+
+def _find_unreadable(reads: Sequence[str], names: set[str]) -> list[str]:
+    """Returns what is wrong with what is to be read."""
+    faults = [] if reads else ["`reads` is empty: name the modules that it is to be called with"]
+    unknown = [read for read in reads if read not in names - {""}]
+    faults += [f"{read!r} is not a module; {anatomy.suggestions(read, names)}" for read in unknown]
+    return faults + [f"{read!r} is read twice" for read in dict.fromkeys(reads) if list(reads).count(read) > 1]
+
+
+def _list_words(reads: Sequence[str]) -> str:
+    return f"{reads[0]} returns" if len(reads) == 1 else f"{', '.join(reads[:-1])} and {reads[-1]} return"
 
 
 def _try_head(model: PreTrainedModel, name: str, before: Control) -> None:
@@ -101,7 +117,7 @@ def _make_record(
     head: nn.Module,
     arguments: dict[str, Any],
     supplied: Sequence[str],
-    reads: str,
+    reads: str | list[str],
     declares: dict[str, bool],
     *,
     probed: bool,

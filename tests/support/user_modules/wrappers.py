@@ -253,6 +253,17 @@ class ValueHead(nn.Module):
         return self.linear(hidden_states).squeeze(-1)
 
 
+class Fused(nn.Module):
+    """One state per position, from several."""
+
+    def __init__(self, config, count):
+        super().__init__()
+        self.linear = nn.Linear(count * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, *hidden_states):
+        return self.linear(torch.cat(hidden_states, dim=-1))
+
+
 class Spoiler(nn.Module):
     """Changes what it reads."""
 
