@@ -398,7 +398,7 @@ def learn(model: Any, directory: Path, name: str, steps: int = 60, **arguments: 
 
 def count_accepted(model: Any, name: str) -> tuple[int, int]:
     """Generates from two texts; returns how many tokens were accepted and in how many passes."""
-    inputs = {"input_ids": counting(2, 6, seed=9), "max_new_tokens": 24, "do_sample": False}
+    inputs: dict[str, Any] = {"input_ids": counting(2, 6, seed=9), "max_new_tokens": 24, "do_sample": False}
     wanted = model.generate(**inputs)
     told = model.generate(**inputs, custom_generate=head_of(model, name).speculate, return_dict_in_generate=True)
     assert torch.equal(told.sequences, wanted)
@@ -449,7 +449,7 @@ def test_a_draft_head_lives_its_whole_life(counter: dict[str, torch.Tensor], tmp
     attached = solidify.attach(solidify.load(tmp_path / "artifact"), lora=lora, train=["draft"])
     learn(attached, tmp_path / "training", "draft")
     attached.eval()
-    inputs = {"input_ids": counting(2, 6, seed=9), "max_new_tokens": 24, "do_sample": False}
+    inputs: dict[str, Any] = {"input_ids": counting(2, 6, seed=9), "max_new_tokens": 24, "do_sample": False}
     wanted = attached.generate(**inputs)
     said = attached.generate(**inputs, custom_generate=attached.get_base_model().draft.speculate)
     assert torch.equal(said, wanted)

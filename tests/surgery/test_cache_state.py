@@ -142,7 +142,7 @@ class Hoarding(stateful.ShortConvolution):
         cache = kwargs.get("past_key_values")
         if cache is None:
             return hidden_states.cumsum(1), None
-        state = self.sum if cache.get_seq_length(self.layer_idx) else 0 * hidden_states[:, :1]
+        state: torch.Tensor = self.sum if cache.get_seq_length(self.layer_idx) else 0 * hidden_states[:, :1]
         outputs = hidden_states.cumsum(1) + state[: len(hidden_states)]
         self.sum = outputs[:, -1:]
         cache.update(hidden_states[:, None], hidden_states[:, None], self.layer_idx)

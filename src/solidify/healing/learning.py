@@ -67,8 +67,8 @@ class Alignment:
     share: tuple[int, int] = (0, 1)
 
     def streams(self, base: nn.Module) -> bool:
-        """Returns whether one layer is in memory at a time: as asked, or where three times the base (itself, the changed
-        model, what learns) is more than is free."""
+        """Returns whether one layer is in memory at a time: as asked, or where three times the base (itself, the
+        changed model, what learns) is more than is free."""
         return self.stream if self.stream is not None else 3 * anatomy.size(base) > processes.free_memory()
 
     def faults(self) -> list[str]:

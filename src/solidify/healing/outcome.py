@@ -50,6 +50,7 @@ def _mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def describe_stages(stages: Mapping[str, Distance]) -> list[dict[str, Any]]:
+    """Returns what was measured after each stage, with the share that it recovered, as plain values."""
     first = next(iter(stages.values()), None)
     return [
         {"stage": name, **describe_distance(found), "recovered": found.recovered(first) if first else 0.0}
@@ -58,6 +59,7 @@ def describe_stages(stages: Mapping[str, Distance]) -> list[dict[str, Any]]:
 
 
 def describe_distance(found: Distance) -> dict[str, Any]:
+    """Returns a distance as plain values."""
     return {"kl": found.kl, "loss": found.loss, "base_loss": found.base_loss, "tokens": found.tokens}
 
 
