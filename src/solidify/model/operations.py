@@ -304,8 +304,8 @@ class Listener:
     """Has the module `name` called with what the modules `reads` return, and its answer put into the model's outputs.
 
     All are found by their names in every pass: a trainer may replace them (by an adapter's), and a copy of the model
-    has its own. What one module returns is passed on at once. What several return is gathered until the part
-    that holds them all has run, so that a layer that is computed again in the backward pass computes the same again.
+    has its own. What one module returns is passed on at once, what several return when the part that holds them has
+    run, so that a layer that is computed again in the backward pass computes the same again.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, reads: list[str], gathers: bool) -> None:
@@ -350,14 +350,13 @@ class Listener:
         heard: dict[str, Any] = self.heard or {}
         self.heard = None
         silent = [read for read in self.reads if read not in heard]
-        if not heard:
-            return
-        if silent:
+        if heard and silent:
             raise ValueError(
                 f"{self.name} reads what {', '.join(silent)} returns, which did not run in this pass: give the model "
                 "what makes it run (input_ids, where embeddings are read)"
             )
-        self.ask([heard[read] for read in self.reads])
+        if heard:
+            self.ask([heard[read] for read in self.reads])
 
     def ask(self, outputs: list[Any]) -> None:
         """Calls the head with what was returned, of a tuple with the first."""
