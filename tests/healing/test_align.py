@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import healing_modules
 import pico
@@ -110,6 +111,36 @@ def test_shares_are_put_together(tmp_path: Path) -> None:
     joined = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)
     assert_equal(state(model), state(whole))
     assert len(joined) == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda b, m, e: align(m, m, batches(b), edits=e), "the base is the changed model itself"),
+        (lambda b, m, e: align(b, m, batches(b), edits=e), "are the two swapped"),
+        (lambda b, m, e: align(m, pico.llama(num_hidden_layers=2), batches(b), edits=e), "is it another base"),
+        (
+            lambda b, m, e: align(m, pico.llama(num_hidden_layers=3, seed=5), batches(b), edits=e),
+            "this is another base",
+        ),
+        (lambda b, m, e: align(m, b, ["text"], edits=e), "is of type str; each is a dictionary of tensors"),
+        (lambda b, m, e: align(m, b, iter(batches(b)), edits=e), "write list"),
+        (lambda b, m, e: align(m, b, [{"input_ids": [1, 2]}], edits=e), "which must be a tensor"),
+        (lambda b, m, e: align(m, b, [{"input_ids": torch.ones(3).long()}], edits=e), "needs input_ids"),
+        (lambda b, m, e: align(m, b, batches(b), edits=["model.layers.1.mlp"]), "one is of type str"),
+        (lambda b, m, e: align(m, b, batches(b), edits=e, settings={"max_steps": 2}), "is of type dict"),
+        (lambda b, m, e: align("x", b, batches(b), edits=e), "the changed model is one in memory"),
+        (lambda b, m, e: align(m, b, batches(b), edits=e, settings=Alignment(share=(4, 4))), "share is this process's"),
+        (lambda b, m, e: align(m, b, batches(b), edits=e, settings=Alignment(train="**.down")), "a tuple of patterns"),
+        (lambda b, m, e: align(m, b, batches(b), edits=e, settings=Alignment(learning_rate="1")), "is a number"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_the_model_stays(wrong: Any, words: str) -> None:
+    base, model, edits = changed()
+    before = state(model)
+    with pytest.raises(HealingError, match=words):
+        wrong(base, model, edits)
+    assert_equal(state(model), before)
 
 
 def test_an_interrupted_stream_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,5 +100,9 @@ def test_distillation_trains_what_it_is_told_and_nears_the_base() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(HealingError, match=r"'\*\*.nothing' names nothing"):
         distill(model, base, rows(), train="**.nothing", max_steps=1)
+    with pytest.raises(HealingError, match="say what learns"):
+        distill(model, base, rows())
+    with pytest.raises(HealingError, match="the changed model itself"):
+        distill(model, model, rows(), train="**")
     with pytest.raises(HealingError, match="no batches"):
         distill(model, base, [], train=edits)

@@ -62,7 +62,9 @@ def test_a_run_places_aligns_distils_and_resumes(tiny_base: Path, tmp_path: Path
     assert [stage["stage"] for stage in stages] == ["surgery", "align", "distill"]
     assert stages[2]["kl"] < stages[0]["kl"] and stages[0]["recovered"] == 0
     assert not (out / "heal" / "alignment").exists()
-    assert solidify.check(out).passed
+    checked = solidify.check(out)
+    assert checked.passed and "heal/merged" in checked.stages
+    assert solidify.check(out / "heal").passed
     before = {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in ("artifact", "merged")}
     again = solidify.run(path, out, resume=True)
     assert again.passed
@@ -92,6 +94,8 @@ def test_shares_of_the_command_are_put_together(tiny_base: Path, tmp_path: Path)
         ({"align": {"optim": "Adamm"}}, "optim is a class of torch.optim"),
         ({"place": {"layers": 1, "step": 3}, "align": {}}, "is not a `replace`"),
         ({"distill": {"train": "**.nothing"}}, "nothing"),
+        ({"place": {"layers": 9}, "align": {}}, "9 are to be changed, but the step names 4 candidates"),
+        ({"align": {"match": "heads"}}, "has no output projection that is known here"),
     ],
 )
 def test_what_is_wrong_is_said_by_plan(tiny_base: Path, tmp_path: Path, heal: dict[str, Any], words: str) -> None:

@@ -45,12 +45,13 @@ def check(
         signing.require_usable(key)
     directory = Path(directory).resolve()
     report = Report(str(directory))
-    parts = [d for d in ours.PARTS if files.is_file(directory / d / manifest.NAME)]
+    listed = [*ours.PARTS, *(f"{ours.HEAL}/{part}" for part in ours.PARTS)]
+    parts = [d for d in listed if files.is_file(directory / d / manifest.NAME)]
     if parts and not files.is_file(directory / manifest.NAME):
         closed = _check_closed(directory, parts)
         for part in parts:
             if closed.passed:
-                below = directory / "artifact" if base is None and "artifact" in parts else base  # of this very run
+                below = _find_base(directory, part, parts) if base is None else base
                 report.add(part, _check_one(directory / part, below, trust_remote_code, serve, key))
             else:
                 report.add(part, _check_unrun(directory / part, key)[1])
@@ -61,6 +62,19 @@ def check(
         record = manifest.read(directory, closed=False)
         report.add(record.kind, _check_one(directory, base, trust_remote_code, serve, key))
     return report
+
+
+def _find_base(directory: Path, part: str, parts: list[str]) -> Path | None:
+    """Returns the artifact of this very run that its adapter was trained on: surgery's, or one that healing made."""
+    if not part.endswith("adapter"):
+        return directory / "artifact" if "artifact" in parts else None
+    wanted = manifest.read(directory / part, closed=False).base
+    made = [directory / each for each in parts if not each.endswith("adapter")]
+    for each in made:
+        digest = manifest.read(each, closed=False).digest()
+        if all(wanted.get(key) == value for key, value in digest.items()):
+            return each
+    return made[0] if made else None
 
 
 def _check_closed(directory: Path, parts: list[str]) -> Finding:

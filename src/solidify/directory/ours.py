@@ -138,6 +138,8 @@ def unlike_a_run(directory: Path) -> list[str]:
             what = _unlike_a_part(path)
         elif what is None and path.name == CHECKPOINTS:
             what = "; ".join(in_checkpoints(path, whole=True)) or None
+        elif what is None and path.name == PLACEMENT and directory.name == HEAL and _is_ours(path, "chosen"):
+            continue
         elif what is None and path.name == HEAL:
             what = "; ".join(in_healing(path)) or None
         elif what is None and path.name == REPORT:

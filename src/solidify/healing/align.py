@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from solidify.artifact import loading
-from solidify.errors import HealingError
+from solidify.errors import HealingError, refuse
 from solidify.healing import streaming, work
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned, Kept, Result
@@ -57,6 +57,7 @@ def align(
             streamed, or an error became infinite. The model is then as it was.
     """
     settings = settings or Alignment()
+    refuse_types(model, settings, edits := list(edits))
     share = settings.share
     if settings.inputs == "healed" and share[1] > 1:
         raise HealingError("units that learn behind healed ones learn one after the other; leave out share")
@@ -73,6 +74,21 @@ def align(
     if share[1] == 1:
         work.put_values(model, results)
     return [result.aligned for result in results]
+
+
+def refuse_types(model: Any, settings: Any, edits: Sequence[Any]) -> None:
+    """Raises HealingError for arguments of another type than asked."""
+    faults = []
+    if not isinstance(model, PreTrainedModel):
+        faults.append(
+            f"the changed model is one in memory (of solidify.load, say), but is of type {type(model).__name__}"
+        )
+    if not isinstance(settings, Alignment):
+        faults.append(f"settings is a solidify.Alignment, but is of type {type(settings).__name__}")
+    wrong = [each for each in edits if not isinstance(each, (Edit, Mapping))]
+    if wrong:
+        faults.append(f"edits are what solidify.replace returned, but one is of type {type(wrong[0]).__name__}")
+    refuse(HealingError, "the arguments do not fit", faults)
 
 
 def _align_whole(todo: Work, mine: Sequence[Unit], kept: Kept) -> list[Result]:

@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from solidify.adapter import lookup
 from solidify.artifact import loading
 from solidify.errors import HealingError, refuse
 from solidify.healing.measuring import make_labels
 from solidify.healing.sources import Batch
+from solidify.healing.work import batch_faults
 from solidify.losses.distillation import ChunkedDistillation
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
@@ -59,7 +61,7 @@ def distill(
         batches: dictionaries of tensors (batch_size, sequence_length) with `input_ids` and, where rows are padded,
             `attention_mask`; one is a step (or, with `gradient_accumulation_steps`, a part of one).
         train: what learns: patterns of parameters or modules (`**`: everything), or the edits of the surgery, for what
-            it made new. Left out, what is trained by itself, as of a model with an adapter.
+            it made new. Left out only with an adapter, whose parameters are then trained.
         parameter_groups: names with a learning rate, a weight decay or optimizer settings of their own.
         terms: what is minimised; left out, the chunked forward KL from the base.
         training: fields of `TrainingArguments`.
@@ -68,8 +70,9 @@ def distill(
         HealingError: nothing is trained, or a pattern names nothing.
         ObjectiveError: the trainer cannot do as it is told.
     """
-    if not batches:
-        raise HealingError("there are no batches to learn from")
+    faults = [*batch_faults(batches)] if batches else ["there are no batches to learn from"]
+    faults += [] if base is not model else ["the base is the changed model itself; give the model before the change"]
+    refuse(HealingError, "the model cannot be distilled as asked", faults)
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -100,8 +103,10 @@ def distill(
 def _choose_trained(model: PreTrainedModel, train: str | Sequence[str | Edit] | None) -> None:
     """Sets what is trained by name; without names the model is left as it is."""
     if train is None:
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise HealingError("nothing of the model is trained: attach an adapter, or say what learns with `train`")
+        if lookup.peft_model(model) is None:
+            raise HealingError(
+                "say what learns with `train`: patterns ('**' is everything), or the edits; or attach an adapter"
+            )
         return
     asked = [train] if isinstance(train, str) else list(train)
     names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]

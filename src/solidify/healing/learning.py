@@ -81,10 +81,18 @@ class Alignment:
         ):
             if value not in known:
                 found.append(f"{key} is one of {', '.join(known)}, but {value!r} was given")
+        number, count = self.share
+        if not 0 <= number < count:
+            found.append(f"share is this process's number, from 0, and how many there are, but {self.share} was given")
+        if not isinstance(self.learning_rate, (int, float)):
+            found.append(f"learning_rate is a number, but {self.learning_rate!r} was given")
+            return found
         if self.max_steps < 1:
             found.append(f"max_steps is at least 1, but {self.max_steps} was given")
         if self.patience is not None and self.patience < 1:
             found.append(f"patience is at least 1, but {self.patience} was given")
+        if isinstance(self.train, str):
+            found.append(f"train is a tuple of patterns: ({self.train!r},)")
         kind = getattr(torch.optim, self.optim, None)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             found.append(f"optim is a class of torch.optim, as AdamW, but {self.optim!r} was given")

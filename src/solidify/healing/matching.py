@@ -125,15 +125,22 @@ def watching(unit: nn.Module, name: str, at: str, *, given: bool = False) -> Ite
         yield watch
 
 
-def _find_projection(unit: nn.Module, name: str) -> nn.Module:
+def projection_fault(unit: nn.Module, name: str) -> str | None:
+    """Says that a module has no output projection whose name is known; None of one that has."""
     children = dict(unit.named_children())
-    found = next((children[key] for key in PROJECTIONS if key in children), None)
-    if found is None:
-        raise HealingError(
-            f"{name}: {type(unit).__name__} has no output projection that is known here ({', '.join(PROJECTIONS)}), so "
-            f"its heads cannot be matched; it has {', '.join(children) or 'no modules'}; match its output instead"
-        )
-    return found
+    if any(key in children for key in PROJECTIONS):
+        return None
+    return (
+        f"{name}: {type(unit).__name__} has no output projection that is known here ({', '.join(PROJECTIONS)}), but "
+        f"{', '.join(children) or 'no parts'}; match its output instead"
+    )
+
+
+def _find_projection(unit: nn.Module, name: str) -> nn.Module:
+    if (fault := projection_fault(unit, name)) is not None:
+        raise HealingError(fault)
+    children = dict(unit.named_children())
+    return next(children[key] for key in PROJECTIONS if key in children)
 
 
 def require(watch: Watch, name: str, at: str, whose: str) -> torch.Tensor:

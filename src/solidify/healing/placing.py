@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import loading
 from solidify.errors import HealingError, refuse
-from solidify.healing.align import align
+from solidify.healing.align import align, refuse_types
 from solidify.healing.learning import Alignment
 from solidify.healing.measuring import distance
 from solidify.healing.sources import Batch, few_tokens
@@ -112,7 +112,10 @@ def place(
     Raises:
         HealingError: the budget cannot be met, or the model differs from its base in more than the candidates.
     """
+    if not isinstance(budget, Budget):
+        raise HealingError(f"the budget is a solidify.Budget, but is of type {type(budget).__name__}")
     refuse(HealingError, "the layers cannot be chosen as asked", budget.faults())
+    refuse_types(model, settings, edits := list(edits))
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
     records = [edit.document() if isinstance(edit, Edit) else dict(edit) for edit in edits]
@@ -187,12 +190,12 @@ def _find_savings(
         HealingError: even with all candidates changed, the model costs more than the budget.
     """
     if budget.layers is not None:
-        savings, needed, unit = dict.fromkeys(candidates, 1.0), float(budget.layers), "modules to change"
+        savings, needed, unit = dict.fromkeys(candidates, 1.0), float(budget.layers), "modules to change (layers)"
     elif budget.flops is not None:
         ours, theirs = flops(model), flops(base)
         costs = [{n: _sum_within(part, n) for n in candidates} for part in (theirs, ours)]
         savings = {name: float(costs[0][name] - costs[1][name]) for name in candidates}
-        needed, unit = float(sum(theirs.values()) - budget.flops), "FLOPs a token to save"
+        needed, unit = float(sum(theirs.values()) - budget.flops), f"FLOPs a token to save (flops: {budget.flops:,})"
     else:
         before, after = (_cache_bytes(part, budget.length) for part in (base, model))
         layers = {name: operations.layer_index(model, name) for name in candidates}
@@ -200,7 +203,10 @@ def _find_savings(
             name: float(before.get(layer, 0) - after.get(layer, 0) if layer is not None else 0)
             for name, layer in layers.items()
         }
-        needed, unit = float(sum(before.values()) - (budget.cache_bytes or 0)), "bytes of the cache to save"
+        needed, unit = (
+            float(sum(before.values()) - (budget.cache_bytes or 0)),
+            f"bytes of the cache to save (cache_bytes: {budget.cache_bytes:,})",
+        )
     most = sum(value for value in savings.values() if value > 0)
     if most < needed:
         raise HealingError(f"the budget asks for {needed:g} {unit}, but all candidates together give {most:g}")

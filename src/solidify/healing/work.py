@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.artifact import tensors
 from solidify.errors import HealingError, refuse
 from solidify.healing import ledger, matching
 from solidify.healing.learning import Alignment, Learner
@@ -75,8 +76,10 @@ def prepare(
     held_out: Sequence[Batch],
 ) -> Work:
     """Finds what is to be done, and all that is wrong with it."""
-    empty = [] if batches else ["there are no batches to learn from"]
-    units, trained = find_units(model, [r for r in records if _stands_in(base, r["name"])], settings, empty)
+    earlier = [*unlike_base(model, base, records), *batch_faults(batches), *batch_faults(held_out, "held_out")]
+    if not batches:
+        earlier.append("there are no batches to learn from")
+    units, trained = find_units(model, records, settings, earlier)
     if settings.inputs == "healed":
         called = order_of_calls(base, batches[0], [unit.name for unit in units])
         units.sort(key=lambda unit: called.index(unit.name))
@@ -117,6 +120,9 @@ def find_units(
         faults.append("no module of the base was replaced, so nothing can be aligned")
     refuse(HealingError, "the model cannot be aligned as asked", faults)
     names = [name for name, _ in model.named_modules() if name in replaced]
+    if settings.match == "heads":
+        faults = [words for name in names if (words := matching.projection_fault(model.get_submodule(name), name))]
+        refuse(HealingError, "the heads cannot be matched", faults[:4])
     units = matching.units(model, names, settings.match)
     trained = {unit.name: _find_trained(model, unit, records, settings.train) for unit in units}
     faults = [
@@ -133,12 +139,53 @@ def find_units(
     return units, trained
 
 
-def _stands_in(base: nn.Module, name: str) -> bool:
-    try:
-        base.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+def batch_faults(batches: Any, what: str = "batches") -> list[str]:
+    """Says what of batches is not a dictionary of tensors with `input_ids` (batch_size, sequence_length)."""
+    if not isinstance(batches, Sequence) or isinstance(batches, (str, bytes)):
+        return [f"{what} is a list of batches, but is of type {type(batches).__name__}; write list(...) around it"]
+    for number, batch in enumerate(batches):
+        where = f"{what}: number {number}"
+        if not isinstance(batch, Mapping):
+            return [f"{where} is of type {type(batch).__name__}; each is a dictionary of tensors, with input_ids"]
+        wrong = [key for key, value in batch.items() if not isinstance(value, torch.Tensor)]
+        if wrong:
+            return [f"{where} has {', '.join(map(str, wrong[:3]))}, which must be a tensor (torch.tensor(...))"]
+        ids = batch.get("input_ids")
+        if ids is None or ids.ndim != 2 or ids.is_floating_point():
+            found = f"{list(ids.shape)} of {ids.dtype}" if ids is not None else "none"
+            return [f"{where} needs input_ids, whole numbers (batch_size, sequence_length), but has {found}"]
+    return []
+
+
+def unlike_base(model: nn.Module, base: nn.Module, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says why one model cannot be what the other was before its changes."""
+    if base is model:
+        return ["the base is the changed model itself; give the model before the change (copy it, or load it again)"]
+    modules, faults, seen = dict(base.named_modules(remove_duplicate=False)), [], set[str]()
+    for record in records:
+        name, wanted = record["name"], record["old_class"]
+        if record["operation"] not in ("replace", "share") or name in seen:
+            continue
+        seen.add(name)
+        found = type(modules[name]).__name__ if name in modules else None
+        if found is None:
+            faults.append(f"the base has no {name}, which was replaced in the model; is it another base?")
+        elif found != wanted:
+            faults.append(
+                f"{name} is of class {found} in the base, where a {wanted} was replaced; are the two swapped?"
+            )
+    return faults[:4] or _differing(model, base, records)
+
+
+def _differing(model: nn.Module, base: nn.Module, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Compares samples of tensors that no change touched; most of those of the right base are equal."""
+    touched = tuple(f"{record['name']}." for record in records)
+    ours, theirs = model.state_dict(keep_vars=True), base.state_dict(keep_vars=True)
+    common = [n for n, t in ours.items() if n in theirs and not n.startswith(touched) and t.shape == theirs[n].shape]
+    equal = sum(tensors.sample(ours[name]) == tensors.sample(theirs[name]) for name in common)
+    if 2 * equal >= len(common):
+        return []
+    return [f"of {len(common)} tensors that no change touched, {len(common) - equal} differ: this is another base"]
 
 
 def _find_trained(

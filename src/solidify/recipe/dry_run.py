@@ -99,6 +99,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     edits = models.operate(recipe, base.model)
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
+        datasets.refuse_unprepared(recipe, base.processor)
+        datasets.read_texts(recipe)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]

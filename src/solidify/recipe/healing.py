@@ -228,8 +228,9 @@ def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 def _judge_placement(found: Mapping[str, Any]) -> Finding:
     words = (
-        f"{len(found['chosen'])} of {len(found['scores'])} modules by the {found['method']} choice; divergence "
-        f"{found['measured']:.4g}, by the sum of single scores {found['predicted']:.4g} (off by {found['off']:.0%})"
+        f"{', '.join(found['chosen'])}: {len(found['chosen'])} of {len(found['scores'])} modules by the "
+        f"{found['method']} choice; divergence {found['measured']:.4g}, by the sum of single scores "
+        f"{found['predicted']:.4g} (off by {found['off']:.0%})"
     )
     return Finding("layers chosen", None, words)
 
@@ -368,6 +369,11 @@ def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[
             planned["align"] = footprint(model, units, trained, settings, **more).document()
         inner = distillation(recipe, model, records)
     if recipe.heal.place is not None:
+        most = recipe.heal.place.layers or 0
+        if most > len(records):
+            raise RecipeError(
+                f"heal.place.layers: {most} are to be changed, but the step names {len(records)} candidates"
+            )
         planned["place"] = {"candidates": len(records), **recipe.heal.place.model_dump(exclude_none=True)}
     if inner is not None:
         assert inner.adapter is not None

@@ -149,6 +149,12 @@ def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
 
 def _end_run(recipe: Recipe, directory: Path, report: Report) -> None:
     finish(recipe, directory, report)
+    stages = report.measured.get("heal", {}).get("stages", [])
+    if stages:
+        console.words.print(
+            f"Healed: KL from the base {stages[0]['kl']:.4g} after surgery, {stages[-1]['kl']:.4g} now "
+            f"({stages[-1]['recovered']:.1%} recovered); the model is {healing.healed(recipe, directory)}"
+        )
     report.require()
 
 
