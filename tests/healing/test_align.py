@@ -143,6 +143,122 @@ def test_a_wrong_argument_is_named_and_the_model_stays(wrong: Any, words: str) -
     assert_equal(state(model), before)
 
 
+def changed_by(target: str, module: Any, base: Any = None, **arguments: Any) -> tuple[Any, Any, list]:
+    base = base if base is not None else pico.llama(num_hidden_layers=2)
+    model = copy.deepcopy(base)
+    torch.manual_seed(0)
+    return base, model, solidify.replace(model, target, module, arguments=arguments)
+
+
+def test_a_family_that_writes_into_what_a_module_returns_does_not_spoil_the_target() -> None:
+    """Falcon adds attention to what its feed-forward returned, in place."""
+    falcon = pico.make("FalconForCausalLM", **{**pico.SIZES, "parallel_attn": True, "new_decoder_architecture": False})
+    base, model, edits = changed_by("transformer.h.*.mlp", healing_modules.Narrow, falcon)
+    seen = {edit.name: [] for edit in edits}
+    hooks = [
+        base.get_submodule(name).register_forward_hook(
+            lambda _m, given, output, name=name: seen[name].append((given[0].double(), output.double()))
+        )
+        for name in seen
+    ]
+    with torch.no_grad():
+        for batch in batches(base, 2):
+            base(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    wanted = {}
+    for name, calls in seen.items():
+        new, far, size = copy.deepcopy(model.get_submodule(name)).double(), 0.0, 0.0
+        for batch, (given, output) in zip(batches(base, 2), calls, strict=True):
+            kept = batch["attention_mask"].bool()
+            far += float((new(given).detach() - output)[kept].square().sum())
+            size += float(output[kept].square().sum())
+        wanted[name] = far / size
+    found = align(model, base, batches(base, 2), edits=edits, settings=Alignment(max_steps=1))
+    assert {unit.name: unit.before for unit in found} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_parameter_with_two_names_within_a_module_learns() -> None:
+    base, model, edits = changed_by("model.layers.0.mlp", healing_modules.Tied)
+    before = state(model)
+    align(model, base, batches(base), edits=edits, settings=SETTINGS)
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert {"model.layers.0.mlp.a.weight", "model.layers.0.mlp.b.weight"} <= moved
+    assert model.model.layers[0].mlp.a.weight is model.model.layers[0].mlp.b.weight
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "words"),
+    [
+        ("model.layers.*.mlp", healing_modules.Shared, "is also a parameter of model.layers.0.mlp"),
+        ("model.layers.0.mlp", healing_modules.Unsaved, "moves in training and is not saved"),
+    ],
+)
+def test_what_cannot_learn_by_itself_is_refused(target: str, module: Any, words: str) -> None:
+    base, model, edits = changed_by(target, module)
+    before = state(model)
+    with pytest.raises(HealingError, match=words):
+        align(model, base, batches(base), edits=edits, settings=SETTINGS)
+    assert_equal(state(model), before)
+
+
+def test_a_module_within_another_that_learns_is_refused() -> None:
+    base, model, edits = changed_by("model.layers.0.mlp.down_proj", healing_modules.Wrapped)
+    edits += solidify.replace(model, "model.layers.0.mlp", healing_modules.Keeping)
+    settings = Alignment(max_steps=1, train=("model.layers.0.mlp",))
+    with pytest.raises(HealingError, match=r"down_proj stands within model\.layers\.0\.mlp, and both learn"):
+        align(model, base, batches(base), edits=edits, settings=settings)
+
+
+def test_a_module_that_the_base_calls_several_times_is_refused() -> None:
+    sizes = {**pico.SIZES, "intermediate_size": 32, "num_hidden_layers": 2, "embedding_size": 8}
+    base = pico.make("AlbertModel", **sizes)
+    name = "encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    base, model, edits = changed_by(name, healing_modules.Wrapped, base)
+    with pytest.raises(HealingError, match="is called 2 times in one pass"):
+        align(model, base, batches(base), edits=edits, settings=SETTINGS)
+
+
+def test_results_of_another_module_are_not_taken(tmp_path: Path) -> None:
+    """An argument that is no tensor, and numbers that a sample of a tensor does not see, make it another work."""
+    errors = set()
+    for scale in (1.0, 30.0):
+        base, model, edits = changed_by("model.layers.0.mlp", healing_modules.Narrow, scale=scale)
+        found = align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)
+        errors.add(found[0].before)
+    with torch.no_grad():
+        base.model.layers[0].mlp.down_proj.weight[3, 7] *= -3
+    base, model, edits = changed_by("model.layers.0.mlp", healing_modules.Narrow, base, scale=30.0)
+    errors.add(align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)[0].before)
+    assert len(errors) == 3
+
+
+def test_what_somebody_else_wrote_stays(tmp_path: Path) -> None:
+    base, model, edits = changed_by("model.layers.0.mlp", healing_modules.Narrow)
+    (tmp_path / "model.layers.0.mlp.json").write_text("mine")
+    with pytest.raises(HealingError, match="is not of an alignment"):
+        align(model, base, batches(base), edits=edits, settings=SETTINGS, directory=tmp_path)
+    assert (tmp_path / "model.layers.0.mlp.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim_args": {"lr": 1.0}},
+        {"optim_args": {"beta": 1.0}},
+        {"lr_scheduler_type": "bogus"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"optim": "LBFGS"},
+        {"optim": "SparseAdam"},
+        {"max_steps": 2.5},
+        {"warmup_steps": -1},
+    ],
+)
+def test_settings_that_would_fail_at_a_step_are_refused(settings: dict[str, Any]) -> None:
+    assert Alignment(**settings).faults()
+    assert not Alignment().faults()
+
+
 def test_an_interrupted_stream_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, model, edits = changed()
     start, whole = state(model), copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,26 @@ def make(**arguments: Any) -> tuple[LinearAttention, torch.Tensor, Any]:
     states = torch.randn(2, 19, 32, dtype=torch.float64)
     positions = LlamaRotaryEmbedding(tiny())(states, torch.arange(19)[None])
     return module, states, positions
+
+
+@pytest.mark.parametrize(
+    "name", ["SmolLM3ForCausalLM", "Cohere2ForCausalLM", "Ministral3ForCausalLM", "Exaone4ForCausalLM"]
+)
+def test_families_that_treat_positions_otherwise_are_refused(name: str) -> None:
+    """Some layers without positions, or queries that grow with them: it would not be exact in the window."""
+    model = pico.make(name, **{**pico.SIZES, "num_key_value_heads": 2, "intermediate_size": 32})
+    with pytest.raises(
+        solidify.SurgeryError, match=r"in some layers, or calls, alone|scales its queries by their positions"
+    ):
+        solidify.replace(model, "model.layers.*.self_attn", LinearAttention, arguments={"window": 64})
+
+
+@pytest.mark.parametrize("name", ["GraniteForCausalLM", "Qwen2ForCausalLM", "OlmoForCausalLM", "Glm4ForCausalLM"])
+def test_families_that_rotate_in_every_layer_are_not(name: str) -> None:
+    sizes = {**pico.SIZES, "num_key_value_heads": 2, "intermediate_size": 32, "head_dim": 8, "pad_token_id": 0}
+    base = pico.make(name, **sizes)
+    model = copy.deepcopy(base)
+    solidify.replace(model, "model.layers.*.self_attn", LinearAttention, arguments={"window": 64})
+    ids = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, base(ids).logits, atol=1e-5)

@@ -21,7 +21,7 @@ REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 HEAL, PLACEMENT, ALIGNMENT = "heal", "placement.json", "alignment"  # of healing: a run within the run
 _OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS, HEAL)
-_LEARNED = re.compile(r".+\.(safetensors|json|bin)|\..+\.bin\.partial|\..+\.(safetensors|json)\.partial-\d+")
+_LEARNED = re.compile(r".+\.(safetensors|json|bin)|\..+\.(bin|safetensors|json)\.partial-\d+")
 SHOWN = 6
 _LONGEST = 2**26  # bytes of what is read of our file in a checkpoint
 _LATER = re.compile(r"rng_state_\d+\.pth|\..+\.partial-\d+|" + re.escape(LISTING))  # after a checkpoint's list
@@ -99,11 +99,11 @@ def in_healing(directory: Path) -> list[str]:
         elif path.name == PLACEMENT:
             faults += [] if path.is_file() and _is_ours(path, "chosen") else [f"{path.name} is not what a run wrote"]
         else:
-            faults += [f"{path.name}: {fault}" for fault in _in_alignment(path)]
+            faults += [f"{path.name}: {fault}" for fault in in_alignment(path)]
     return faults
 
 
-def _in_alignment(directory: Path) -> list[str]:
+def in_alignment(directory: Path) -> list[str]:
     """Says what in a directory of an alignment is no tensor file, entry or activation file of one."""
     if not directory.is_dir():
         return ["not a directory"]

@@ -61,7 +61,7 @@ def finish(path: Path, written: Activations) -> Activations:
 
 def partial(path: Path) -> Path:
     """Returns the name that a file has while it is written."""
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
 def _map_file(path: Path, count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -68,7 +68,7 @@ def align(
     stream = settings.streams(base)
     if stream and directory is None:
         directory = spilling.directory_for(model)
-    kept = Kept(Path(directory) if directory is not None else None, todo.key())
+    kept = Kept(Path(directory), todo.key()) if directory is not None else Kept(None, "")
     mine = [unit for number, unit in enumerate(todo.units) if number % share[1] == share[0]]
     results = streaming.align(todo, mine, kept) if stream else _align_whole(todo, mine, kept)
     if share[1] == 1:

@@ -72,9 +72,12 @@ def distill(
     """
     faults = [*batch_faults(batches)] if batches else ["there are no batches to learn from"]
     faults += [] if base is not model else ["the base is the changed model itself; give the model before the change"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        faults.append("it has an encoder and a decoder; distil it with solidify.ObjectiveTrainer and data of your own")
     refuse(HealingError, "the model cannot be distilled as asked", faults)
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
+    training_before = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     _choose_trained(model, train)
     chosen = list(terms) if terms is not None else [Term(ChunkedDistillation(), 1.0, name="chunked_distillation")]
@@ -96,7 +99,7 @@ def distill(
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    model.eval()
+    model.train(training_before)
     return list(trainer.history)
 
 

@@ -86,9 +86,12 @@ class Alignment:
             found.append(f"share is this process's number, from 0, and how many there are, but {self.share} was given")
         if not isinstance(self.learning_rate, (int, float)):
             found.append(f"learning_rate is a number, but {self.learning_rate!r} was given")
-            return found
-        if self.max_steps < 1:
-            found.append(f"max_steps is at least 1, but {self.max_steps} was given")
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            found.append(f"max_steps is a whole number of at least 1, but {self.max_steps} was given")
+        if self.warmup_steps < 0:
+            found.append(f"warmup_steps is at least 0, but {self.warmup_steps} was given")
+        if "lr" in self.optim_args:
+            found.append("optim_args has lr, which is written learning_rate")
         if self.patience is not None and self.patience < 1:
             found.append(f"patience is at least 1, but {self.patience} was given")
         if isinstance(self.train, str):
@@ -96,11 +99,20 @@ class Alignment:
         kind = getattr(torch.optim, self.optim, None)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             found.append(f"optim is a class of torch.optim, as AdamW, but {self.optim!r} was given")
-        else:
-            given = {"lr": self.learning_rate, **self.optim_args}
-            error = foreign.attempt(kind, [nn.Parameter(torch.zeros(2, 2))], **given).error
-            found += [f"{self.optim} does not take its arguments: {foreign.said(error)}"] if error else []
+        elif not found:
+            error = foreign.attempt(self._try_optimizer, kind).error
+            words = f"{self.optim} with the schedule {self.lr_scheduler_type} cannot be used like that"
+            found += [f"{words}: {foreign.said(error)}"] if error else []
         return found
+
+    def _try_optimizer(self, kind: Any) -> None:
+        """Makes one step of a parameter of nobody's, with the optimizer and the schedule."""
+        parameter = nn.Parameter(torch.zeros(2, 2))
+        optimizer = kind([parameter], lr=self.learning_rate, **self.optim_args)
+        schedule = get_scheduler(self.lr_scheduler_type, optimizer, self.warmup_steps, self.max_steps)
+        parameter.grad = torch.ones(2, 2)
+        optimizer.step()
+        schedule.step()
 
 
 class Learner:
@@ -112,8 +124,11 @@ class Learner:
         self.copy = copy_module(module)
         self.rooted = _root(unit.name, self.copy)
         wanted = set(trained)
-        for name, parameter in self.rooted.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name in wanted)
+        named = list(self.rooted.named_parameters(remove_duplicate=False))
+        learning = {id(parameter) for name, parameter in named if name in wanted}  # one may have several names
+        for _, parameter in named:
+            parameter.requires_grad_(id(parameter) in learning)
+        self._unsaved = {name: buffer.clone() for name, buffer in self._list_unsaved().items()}
         self._start = {key: tensor.detach().clone() for key, tensor in self._list_movable().items()}
         self.optimizer, self.schedule = self._make_optimizer()
         self.errors: list[float] = []
@@ -125,7 +140,8 @@ class Learner:
         settings = self.settings
         parameters = [p for p in self.rooted.parameters() if p.requires_grad]
         kind: Any = getattr(torch.optim, settings.optim)
-        optimizer = kind(parameters, lr=settings.learning_rate, **settings.optim_args)
+        with foreign.calling(f"{self.unit.name} cannot learn by {settings.optim}", HealingError):
+            optimizer = kind(parameters, lr=settings.learning_rate, **settings.optim_args)
         own = _groups_within(self.rooted, settings.parameter_groups)
         if own:
             with raised_as(HealingError, of=ObjectiveError):
@@ -149,9 +165,14 @@ class Learner:
             found = f"the error is {self.errors[-1]:g} at step {number + 1}"
             self._end(f"{self.unit.name}: {found}; lower the learning rate")
             return
-        self.optimizer.step()
-        self.schedule.step()
+        with foreign.calling(f"{self.unit.name} cannot learn by {self.settings.optim}", HealingError):
+            self.optimizer.step()
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        moved = [name for name, buffer in self._list_unsaved().items() if not torch.equal(buffer, self._unsaved[name])]
+        if moved:
+            self._end(f"{self.unit.name}: {moved[0]} moves in training and is not saved (persistent=False); save it")
+            return
         self.finished = len(self.errors) >= self.settings.max_steps or self._stands_still()
 
     def _end(self, fault: str) -> None:
@@ -188,6 +209,16 @@ class Learner:
                 one, whole = self._compare(call, mask, train=False)
                 far, size = far + float(one), size + float(whole)
         return far / max(size, 1e-30)
+
+    def round_values(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Rounds what learned to the dtypes that the model has it in: errors are then those of the model."""
+        with torch.no_grad():
+            for key, tensor in self._list_movable().items():
+                tensor.copy_(tensor.to(own[f"{self.unit.name}.{key}"].dtype))
+
+    def _list_unsaved(self) -> dict[str, torch.Tensor]:
+        saved = self.copy.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.copy.named_buffers() if name not in saved}
 
     def changed(self) -> dict[str, torch.Tensor]:
         """Returns what learning changed, parameters and buffers, by full names, in float32."""

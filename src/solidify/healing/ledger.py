@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from solidify.artifact import tensors
-from solidify.errors import SolidifyError
+from solidify.errors import HealingError, SolidifyError
 from solidify.system import disk, files
 from solidify.weights import hashing
 
@@ -64,6 +64,8 @@ class Kept:
             values = _map_values(path)
             if tensors.digests(values.items()) != entry["tensors"]:
                 return None
+            if hashing.digest_values(entry["aligned"]) != entry["figures"]:
+                return None
             return Result(Aligned(**{**entry["aligned"], "modules": tuple(entry["aligned"]["modules"])}), values)
         except (OSError, SolidifyError, ValueError, KeyError, TypeError):
             return None
@@ -73,11 +75,26 @@ class Kept:
         if self.directory is None:
             return result
         path = self._path(result.aligned.name)
+        self._refuse_others(path)
         values = {name: tensor.contiguous() for name, tensor in result.values.items()}
         disk.write(path, safetensors.torch.save(values))
-        entry = {"key": self.key, "aligned": asdict(result.aligned), "tensors": tensors.digests(values.items())}
+        aligned = json.loads(json.dumps(asdict(result.aligned)))
+        entry = {"key": self.key, "aligned": aligned, "figures": hashing.digest_values(aligned)}
+        entry["tensors"] = tensors.digests(values.items())
         disk.write(path.with_suffix(".json"), json.dumps(entry, indent=1) + "\n")
         return Result(result.aligned, _map_values(path))
+
+    def _refuse_others(self, path: Path) -> None:
+        """Raises HealingError when what would be replaced was not written by an alignment."""
+        entry = path.with_suffix(".json")
+        try:
+            ours = {"key", "aligned", "tensors"} <= set(files.document(entry))
+        except (OSError, SolidifyError, ValueError):
+            ours = not entry.exists()
+        if not ours or (path.exists() and not entry.exists()):
+            raise HealingError(
+                f"{entry.name} or {path.name} in {path.parent} is not of an alignment; name another directory"
+            )
 
     def _path(self, name: str) -> Path:
         assert self.directory is not None
@@ -93,10 +110,7 @@ def _map_values(path: Path) -> dict[str, torch.Tensor]:
 def digest_work(
     model: nn.Module, base: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
 ) -> str:
-    """Returns a digest of models, data and settings; of both models, samples of every tensor."""
+    """Returns a digest of models, data and settings; of both models, of every tensor."""
     data = [{key: tensors.digest(tensor.contiguous()) for key, tensor in batch.items()} for batch in batches]
-    states = [
-        {name: tensors.sample(tensor) for name, tensor in part.state_dict(keep_vars=True).items()}
-        for part in (model, base)
-    ]
+    states = [tensors.digests_where_they_stand(part.state_dict(keep_vars=True)) for part in (model, base)]
     return hashing.digest_values([states, data, json.loads(json.dumps(settings, default=list))])

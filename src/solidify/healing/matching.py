@@ -104,16 +104,18 @@ def watching(unit: nn.Module, name: str, at: str, *, given: bool = False) -> Ite
 
     def projecting(_module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keeps what the output projection is given."""
-        watch.value = args[0]
+        watch.value = args[0].clone() if given else args[0]
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         """Keeps what the unit returns: its first tensor, or the attention weights beside it."""
         found = contract.tensors_in(output)
         if at == "mixing":
             weights = [tensor for tensor in found[1:] if tensor.ndim == 4]
-            watch.value = weights[0] if weights else None
-        elif found:
-            watch.value = found[0]
+            found = weights
+        if found:
+            watch.value = (
+                found[0].clone() if given else found[0]
+            )  # of the base: families write into what modules return
 
     with ExitStack() as stack:
         if given:

@@ -21,7 +21,7 @@ from solidify.errors import HealingError, refuse
 from solidify.healing.align import align, refuse_types
 from solidify.healing.learning import Alignment
 from solidify.healing.measuring import distance
-from solidify.healing.sources import Batch, few_tokens
+from solidify.healing.sources import Batch
 from solidify.model import anatomy, behaviour, operations
 from solidify.model.cost import flops
 from solidify.surgery import contract
@@ -171,7 +171,7 @@ class Choice:
 
     def refuse_other_changes(self) -> None:
         """Raises HealingError when the model is not its base once the base's modules stand at all candidates."""
-        inputs = few_tokens(self.batches[0])
+        inputs = {key: tensor[:1] for key, tensor in self.batches[0].items()}
         with self.only(()):
             ours, theirs = (anatomy.run(model, inputs) for model in (self.model, self.base))
         if ours.shape != theirs.shape or behaviour.distance(ours, theirs) > behaviour.allowed("", 0.0, ours.dtype):

@@ -217,7 +217,11 @@ def _watch_run(model: nn.Module, batch: Batch, units: Sequence[Unit], at: str) -
 
 
 def order_of_calls(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]:
-    """Returns the names in the order in which the model calls the modules; those that it does not call come last."""
+    """Returns the names in the order in which the model calls the modules.
+
+    Raises:
+        HealingError: one is not called, or several times in a pass.
+    """
     called: list[str] = []
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name in names
@@ -228,7 +232,13 @@ def order_of_calls(model: nn.Module, batch: Batch, names: Sequence[str]) -> list
     finally:
         for hook in hooks:
             hook.remove()
-    return list(dict.fromkeys([*called, *names]))
+    faults = [
+        f"{name} is called {called.count(name)} times in one pass of the base, and not once; leave it to distillation"
+        for name in names
+        if called.count(name) != 1
+    ]
+    refuse(HealingError, "the modules cannot be aligned", faults[:4])
+    return called
 
 
 def few_tokens(batch: Batch) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from solidify.healing.ledger import Aligned, Kept, Result
 from solidify.healing.matching import Call, Unit
 from solidify.healing.sources import Batch, order_of_calls
 from solidify.model import anatomy
-from solidify.system import console
+from solidify.system import console, foreign
 
 _LOOKED_AT = 4  # batches that the errors before and after are taken from, where none are held out
 
@@ -53,9 +54,13 @@ class Work:
 
     def in_own_dtype(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns values by full names in the dtypes and on the devices that the model has them in."""
+        return {name: value.to(self.own[name].device, self.own[name].dtype) for name, value in values.items()}
+
+    @property
+    def own(self) -> dict[str, torch.Tensor]:
+        """The model's own parameters and buffers, by every name that they have."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        own = {**parameters, **dict(self.model.named_buffers(remove_duplicate=False))}
-        return {name: value.to(own[name].device, own[name].dtype) for name, value in values.items()}
+        return {**parameters, **dict(self.model.named_buffers(remove_duplicate=False))}
 
     def mask(self, index: int) -> torch.Tensor | None:
         """Returns which positions of a batch are tokens."""
@@ -64,7 +69,12 @@ class Work:
     def key(self) -> str:
         """Returns a digest of everything that a result depends on but the unit itself."""
         settings = {key: value for key, value in asdict(self.settings).items() if key not in ("stream", "share")}
-        return ledger.digest_work(self.model, self.base, [*self.batches, *self.held_out], settings)
+        modules = [self.model.get_submodule(name) for unit in self.units for name in unit.members]
+        code = [[str(type(m)), _read_source(type(m)), repr(m)] for module in modules for m in module.modules()]
+        plain = [{k: repr(v) for k, v in vars(m).items() if isinstance(v, (bool, int, float, str))} for m in modules]
+        configs = [part.config.to_json_string(use_diff=False) for part in (self.model, self.base)]
+        more = {"settings": settings, "code": code, "values": plain, "configs": configs}
+        return ledger.digest_work(self.model, self.base, [*self.batches, *self.held_out], more)
 
 
 def prepare(
@@ -80,13 +90,18 @@ def prepare(
     if not batches:
         earlier.append("there are no batches to learn from")
     units, trained = find_units(model, records, settings, earlier)
+    called = order_of_calls(base, batches[0], [unit.name for unit in units])
     if settings.inputs == "healed":
-        called = order_of_calls(base, batches[0], [unit.name for unit in units])
         units.sort(key=lambda unit: called.index(unit.name))
     order = _draw_order(len(batches), settings)
     used = sorted(set(order))
     seen, looked_at = [batches[index] for index in used], held_out or batches[:_LOOKED_AT]
     return Work(model, base, seen, looked_at, settings, units, trained, [used.index(index) for index in order])
+
+
+def _read_source(kind: type) -> str:
+    """Returns the text of a class, and nothing where it has none."""
+    return foreign.attempt(inspect.getsource, kind).value or ""
 
 
 def _draw_order(count: int, settings: Alignment) -> list[int]:
@@ -130,6 +145,7 @@ def find_units(
         for name, found in trained.items()
         if not found
     ]
+    faults += _find_overlaps(model, units, trained)
     everything = [name for found in trained.values() for name in found]
     own = [("parameter_groups", pattern) for group in settings.parameter_groups for pattern in group.patterns]
     for what, pattern in [*(("train", pattern) for pattern in settings.train), *own]:
@@ -137,6 +153,24 @@ def find_units(
             faults.append(f"{what}: {pattern!r} names nothing that learns")
     refuse(HealingError, "the model cannot be aligned as asked", faults[:6])
     return units, trained
+
+
+def _find_overlaps(model: nn.Module, units: Sequence[Unit], trained: Mapping[str, Sequence[str]]) -> list[str]:
+    """Says which units cannot learn by themselves: one stands within another, or two share a parameter that learns."""
+    names = {unit.name for unit in units}
+    faults = [
+        f"{name} stands within {outer}, and both learn; leave one of them to distillation"
+        for name in sorted(names)
+        for outer in sorted(names)
+        if name.startswith(f"{outer}.")
+    ]
+    parameters, owner = dict(model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    for unit, learning in trained.items():
+        for name in learning:
+            other = owner.setdefault(id(parameters[name]), unit)
+            if other != unit:
+                faults.append(f"{name} is also a parameter of {other}, and both learn; leave it to distillation")
+    return faults[:4]
 
 
 def batch_faults(batches: Any, what: str = "batches") -> list[str]:
@@ -159,6 +193,8 @@ def batch_faults(batches: Any, what: str = "batches") -> list[str]:
 
 def unlike_base(model: nn.Module, base: nn.Module, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says why one model cannot be what the other was before its changes."""
+    if getattr(base.config, "is_encoder_decoder", False):
+        return ["the base has an encoder and a decoder, and which tokens of which count is not settled here yet"]
     if base is model:
         return ["the base is the changed model itself; give the model before the change (copy it, or load it again)"]
     modules, faults, seen = dict(base.named_modules(remove_duplicate=False)), [], set[str]()
@@ -195,7 +231,7 @@ def _find_trained(
     parameters = [
         f"{name}.{key}"
         for name in unit.members
-        for key, tensor in model.get_submodule(name).named_parameters()
+        for key, tensor in model.get_submodule(name).named_parameters(remove_duplicate=False)
         if tensor.is_floating_point()
     ]
     if patterns:
@@ -214,6 +250,8 @@ def align_units(work: Work, mine: Sequence[Unit], source: Source, looking: Sourc
     started = time.perf_counter()
     before = _measure(learners, looking, work.held_out)
     _teach(learners, source, work)
+    for learner in learners:
+        learner.round_values(work.own)
     after = _measure(learners, looking, work.held_out)
     seconds = (time.perf_counter() - started) / max(1, len(learners))
     for learner in learners:

@@ -19,6 +19,7 @@ This file needs torch and transformers only and is copied into artifacts as it s
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -364,10 +365,28 @@ def _refuse_unknown(original: Any, window: int, chunk: int) -> None:
         faults.append("it caps its scores (attn_logit_softcapping)")
     if not missing and original.q_proj.weight.shape[0] != original.o_proj.weight.shape[1]:
         faults.append("its queries are wider than what its heads return")
+    faults += _find_other_positions(type(original))
     if faults:
         raise ValueError(f"LinearAttention cannot take the place of {type(original).__name__}: {'; '.join(faults)}")
     if window < 1 or chunk < 1:
         raise ValueError(f"window and chunk are at least 1, but are {window} and {chunk}")
+
+
+def _find_other_positions(kind: type) -> list[str]:
+    """Says what a family does to queries beside rotating them in every layer, as its forward is written."""
+    try:
+        text = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return []
+    rotations = [line for line in text.splitlines() if "apply_rotary" in line]
+    lines = [line for line in text.splitlines() if line.strip()]
+    body = min((len(line) - len(line.lstrip()) for line in lines[1:] if not line.lstrip().startswith(")")), default=0)
+    found = []
+    if any(len(line) - len(line.lstrip()) > body for line in rotations):
+        found.append("it rotates queries and keys in some layers, or calls, alone")
+    if "llama_4" in text or "attn_scale" in text or "temperature" in text:
+        found.append("it scales its queries by their positions")
+    return found
 
 
 def _normalize(states: torch.Tensor, norm: Any, head_dim: int) -> torch.Tensor:

@@ -215,7 +215,9 @@ def _describe_placement(found: Placement) -> dict[str, Any]:
 def _key_of(recipe: Recipe) -> str:
     document = recipe.document()
     heal = {key: document["heal"].get(key) for key in ("place", "align")}
-    return hashing.digest_values({**{key: document[key] for key in ("base", "surgery", "data")}, **heal})
+    return hashing.digest_values(
+        {**{key: document[key] for key in ("base", "surgery", "data")}, **heal, "files": _digest_data(recipe)}
+    )
 
 
 def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -270,8 +272,15 @@ def align(
 def _wanted_step(recipe: Recipe, source: Path) -> dict[str, Any]:
     """Returns what the aligned artifact's last step in its lineage says of how it was made."""
     document = recipe.document()
-    settings = {"align": document["heal"].get("align"), "data": document["data"]}
+    settings = {"align": document["heal"].get("align"), "data": {**document["data"], "files": _digest_data(recipe)}}
     return {"step": "heal", "stage": "align", "settings": settings, "artifact": manifest.read(source).digest()}
+
+
+def _digest_data(recipe: Recipe) -> dict[str, str]:
+    """Returns the digests of the data files that stand beside the recipe."""
+    assert recipe.data is not None
+    paths = {name: recipe.directory / name for name in (recipe.data.train, recipe.data.eval) if name}
+    return {name: hashing.digest_file(path) for name, path in paths.items() if path.is_file()}
 
 
 def _is_made(target: Path, wanted: Mapping[str, Any]) -> bool:
@@ -325,7 +334,17 @@ def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict
     report.add("heal", [*artifact.findings, *(outcome.judge(measured) if len(measured["stages"]) > 1 else [])])
     report.measured["heal"] = measured
     console.words.print(layers_table(aligned))
-    shutil.rmtree(directory_of(directory) / ours.ALIGNMENT, ignore_errors=True)
+    _remove_alignment(directory_of(directory) / ours.ALIGNMENT)
+
+
+def _remove_alignment(directory: Path) -> None:
+    """Removes what units have learned, which the artifact holds now; where anything else stands, nothing is."""
+    if not directory.exists():
+        return
+    if faults := ours.in_alignment(directory):
+        console.words.print(f"{directory} stays: {'; '.join(faults[:3])}")
+    else:
+        shutil.rmtree(directory)
 
 
 def _describe_unit(unit: Aligned) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from torch import nn
 class Narrow(nn.Module):
     """A feed-forward of its own, smaller than the one that it replaces."""
 
-    def __init__(self, config, width: int = 8) -> None:
+    def __init__(self, config, width: int = 8, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.up = nn.Linear(config.hidden_size, width)
         self.down = nn.Linear(width, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(hidden_states)))
+        return self.down(torch.tanh(self.up(hidden_states))) * self.scale
 
 
 class Turned(nn.Module):
@@ -27,3 +28,72 @@ class Turned(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         return self.inner(hidden_states @ self.turn, *args, **kwargs)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.a = nn.Linear(config.hidden_size, config.hidden_size)
+        self.b = nn.Linear(config.hidden_size, config.hidden_size)
+        self.b.weight = self.a.weight
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(hidden_states)))
+
+
+ONE: list[nn.Parameter] = []
+
+
+class Shared(nn.Module):
+    """The original, and a parameter that all of them have."""
+
+    def __init__(self, original: nn.Module, config) -> None:
+        super().__init__()
+        self.inner = original
+        if not ONE:
+            ONE.append(nn.Parameter(torch.ones(config.hidden_size)))
+        self.one = ONE[0]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden_states) * self.one
+
+
+class Unsaved(nn.Module):
+    """Moves what it does not save while it trains."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.hidden_size)
+        self.register_buffer("mean", torch.zeros(config.hidden_size), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * hidden_states.detach().mean((0, 1))
+        return self.up(hidden_states - self.mean)
+
+
+class Wrapped(nn.Module):
+    """The original, scaled."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.inner = original
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * self.scale
+
+
+class Keeping(nn.Module):
+    """The original's parts, under their names, and a scale."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = original.gate_proj, original.up_proj, original.down_proj
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = nn.functional.silu(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states)) * self.scale
