@@ -136,6 +136,8 @@ class Stale(stateful.RunningSum):
 class Hoarding(stateful.ShortConvolution):
     """Keeps a state in a kind of layer that transformers takes positions back from, and does not give it back."""
 
+    sum: torch.Tensor
+
     layer_type = "full_attention"
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:

@@ -63,6 +63,8 @@ class Shared(nn.Module):
 class Unsaved(nn.Module):
     """Moves what it does not save while it trains."""
 
+    mean: torch.Tensor
+
     def __init__(self, config) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.hidden_size)
