@@ -315,5 +315,7 @@ def _write_sentence(error: Any) -> str:
         return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{where}: this key is required"
+    if error["type"] == "value_error":  # a sentence of our own, about several keys of the section
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     found = repr(error["input"])
     return f"{where}: {error['msg']}; found {found if len(found) <= 200 else found[:200] + ' …'}"
