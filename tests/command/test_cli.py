@@ -59,7 +59,7 @@ def recipe(directory: Path, **changes: Any) -> Path:
 BAD_INPUT = {
     "unknown recipe key": ({"surgery__0__widht": 3}, "surgery.0.widht: unknown key"),
     "target that hits nothing": ({"surgery__0__replace": "model.layer.*.mlp"}, "names no module; close to it"),
-    "another class": ({"surgery__0__expect": "Conv1D"}, "is a Linear, but Conv1D was expected"),
+    "another class": ({"surgery__0__expect": "Conv1D"}, "but Conv1D was expected"),
     "another number": ({"surgery__0__count": 5}, "4 modules are hit, but 5 were expected"),
     "missing file": ({"surgery__0__with": "none.py:X"}, "none.py does not exist"),
     "class not found": ({"surgery__0__with": "side_path.py:SideWay"}, "defines no 'SideWay'"),

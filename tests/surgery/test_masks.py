@@ -265,7 +265,7 @@ def test_attention_without_a_mask_of_queries_and_keys_is_refused_when_it_is_call
         ("window", {"window": True}, "'window' is True"),
         ("causal", {"target": "model.layers.9"}, "names no module"),
         ("causal", {"target": "model.layers.0.mlp"}, "is and holds no attention"),
-        ("causal", {"expect": "GPT2Attention"}, "is a LlamaAttention, but GPT2Attention was expected"),
+        ("causal", {"expect": "GPT2Attention"}, "is LlamaAttention, but GPT2Attention was expected"),
     ],
 )
 def test_what_does_not_fit_is_said(kind: Any, options: dict[str, Any], said: str) -> None:

@@ -114,7 +114,7 @@ def _find_attentions(
         ]
         names = list(dict.fromkeys(name for found in inside.values() for name in found))
     kinds = {name: type(model.get_submodule(name)).__name__ for name in names}
-    faults += [f"{n} is a {kind}, but {expect} was expected" for n, kind in kinds.items() if expect not in (None, kind)]
+    faults += [f"{n} is {kind}, but {expect} was expected" for n, kind in kinds.items() if expect not in (None, kind)]
     refuse(SurgeryError, "the mask cannot be given as asked", faults)
     return names, set(names) == set(every) and not without
 
