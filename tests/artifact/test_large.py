@@ -341,9 +341,9 @@ def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.
     probed: list[str] = []
     compare = contract.compare
 
-    def noted(name: str, *rest: Any) -> Any:
+    def noted(name: str, *rest: Any, **more: Any) -> Any:
         probed.append(name)
-        return compare(name, *rest)
+        return compare(name, *rest, **more)
 
     monkeypatch.setattr(contract, "compare", noted)
     edits = solidify.replace(model, "model.layers.*.mlp", pico_trash())

@@ -55,7 +55,17 @@ def test_what_the_fresh_process_found_is_returned(tmp_path: Path) -> None:
     model = pico.olmoe()
     edits = solidify.replace(model, "**.mlp", TrashCanMoE)
     artifact = solidify.build(model, edits, tmp_path / "out")
-    behaviour = {"causal", "cache", "padding", "rows", "stateless", "deterministic", "hidden_states", "router_logits"}
+    behaviour = {
+        "causal",
+        "cache",
+        "crop",
+        "padding",
+        "rows",
+        "stateless",
+        "deterministic",
+        "hidden_states",
+        "router_logits",
+    }
     assert {finding.name for finding in artifact.findings} == {
         *(f"behaviour: {name}" for name in behaviour),
         "state identical (AutoModel)",
