@@ -438,6 +438,7 @@ print(json.dumps([wanted.tolist(), told.sequences.tolist(), told.accepted]))
 """
 
 
+@pytest.mark.slow
 def test_a_draft_head_lives_its_whole_life(counter: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Built, reloaded, trained through an adapter, saved, merged; the merged model drafts in a process of its own."""
     model = zoo.model("llama")

@@ -186,6 +186,7 @@ print(json.dumps([wanted.tolist(), told.tolist(), len(passes)]))
 """
 
 
+@pytest.mark.slow
 def test_a_head_lives_its_whole_life(tmp_path: Path) -> None:
     """Built, trained through an adapter, merged; in a process of its own transformers drafts with what was learnt."""
     model = zoo.model("llama")

@@ -170,6 +170,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         windowed(hidden, position_embeddings=rotary, attention_mask=None)
 
 
+@pytest.mark.slow
 def test_it_lives_a_whole_life_around_a_gate(tmp_path: Path) -> None:
     """A gated window, as it is grafted today: two changes of one place, one after the other."""
     model = zoo.model("llama")
