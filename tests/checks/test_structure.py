@@ -100,14 +100,18 @@ def test_an_identical_start_is_required_only_where_it_was_promised() -> None:
     assert structure.start(before, after, promised=False).passed is None
 
 
-def test_a_promise_is_one_for_inputs_as_short_as_it_was_read_from() -> None:
+def test_a_module_that_is_exact_up_to_a_length_is_held_to_that_and_any_other_to_all() -> None:
     model = pico.olmoe()
     inputs = {case: probing.probe_inputs(model, length=length) for case, length in (("short", 12), ("long", 40))}
     before = {case: anatomy.run(model, batch) for case, batch in inputs.items()}
     edits = solidify.replace(model, "**.self_attn", WindowAttention, arguments={"window": 20})
-    assert all(edit.identical for edit in edits)
+    limit = structure.exact_up_to(model, [edit.document() for edit in edits])
+    assert all(edit.identical for edit in edits) and limit == 24
     after = {case: anatomy.run(model, batch) for case, batch in inputs.items()}
-    found = structure.start(before, after, promised=True)
-    assert found.passed is None and found.evidence.endswith(", on inputs longer than 12 positions alone")
-    broken = structure.start(before, {"short": after["short"] + 1e-6, "long": after["long"]}, promised=True)
-    assert broken.passed is False and "longer" not in broken.evidence
+    found = structure.start(before, after, promised=True, limit=limit)
+    assert found.passed is None and "of more than the 24 positions" in found.evidence
+    broken = {"short": after["short"] + 1e-6, "long": after["long"]}
+    assert structure.start(before, broken, promised=True, limit=limit).passed is False
+    assert structure.start(before, after, promised=True).passed is False  # who says nothing of a length is held to all
+    other, declared, _ = operated()
+    assert structure.exact_up_to(other, declared) is None

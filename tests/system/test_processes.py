@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from solidify.directory import manifest
 from solidify.errors import RecipeError
 from solidify.recipe import schema, stages
 
@@ -268,3 +269,32 @@ def test_sharding_that_would_not_happen_is_refused(
     path = write(tmp_path / "recipe", tiny_base, torch.float32, training={**DESCENT, **changes})
     with pytest.raises(RecipeError, match=words):
         stages.train(schema.load(path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", ["base", "healed"])
+def test_processes_share_an_alignment_and_the_result_is_that_of_one(
+    tiny_base: Path, tmp_path: Path, inputs: str
+) -> None:
+    """Two processes align a module each (one aligns both, where each learns behind the other); then both distil."""
+    low_rank = {
+        "replace": "model.layers.*.self_attn.o_proj",
+        "expect": "Linear",
+        "with": "solidify.modules.low_rank:LowRank",
+        "arguments": {"rank": 4},
+    }
+    heal = {"align": {"max_steps": 4, "learning_rate": 1e-2, "inputs": inputs, "batch_size": 2}}
+    path = write(tmp_path / "recipe", tiny_base, torch.float32, surgery=[low_rank], heal=heal)
+    document = {
+        k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in ("adapter", "objective", "training")
+    }
+    path.write_text(yaml.safe_dump(document))
+    stages.run(schema.load(path), tmp_path / "one")
+    done = solidify("run", path, "--output", tmp_path / "two", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(tmp_path / "two" / "heal")
+    done = solidify("heal", path, "--output", tmp_path / "two", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (manifest.read(tmp_path / d / "heal" / "artifact").tensors for d in ("one", "two"))
+    surgery = manifest.read(tmp_path / "one" / "artifact").tensors
+    assert one == two and {name for name in one if one[name] != surgery[name]}

@@ -152,12 +152,27 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     return Finding(UNTOUCHED, not faults, "; ".join(faults[:4]) or evidence)
 
 
-def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, promised: bool) -> Finding:
+def exact_up_to(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> int | None:
+    """Returns up to how many positions the new modules say that they start as their originals; None for any number.
+
+    A window is its original until a text outgrows it: such a module says so by an attribute `exact_up_to`.
+    """
+    modules = [located.inner for name in ledger.new_modules(edits) if (located := lookup.at(model, name)) is not None]
+    limits = [limit for m in modules if isinstance(limit := getattr(m, "exact_up_to", None), int)]
+    return min(limits, default=None)
+
+
+def start(
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    *,
+    promised: bool,
+    limit: int | None = None,
+) -> Finding:
     """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start.
 
-    A promise was read from a short call: on longer inputs (a window is the original until a text outgrows it) it is no
-    promise, and what is found there is measured. Without outputs (of a large model) nothing is proved: it says what
-    the first module of each kind showed.
+    With a `limit` (`exact_up_to`), outputs of more positions are no part of the promise, and are measured. Without
+    outputs (of a large model) nothing is proved: it says what the first module of each kind showed.
     """
     if not before:
         if not promised:
@@ -168,10 +183,13 @@ def start(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor],
     moved = {k for k in before if not torch.equal(after[k], before[k])}
     if not moved:
         return Finding(START, True, "logits bit-identical to the base")
-    shortest = min(map(_count_positions, before.values()))
-    longer = {k for k in moved if _count_positions(before[k]) > shortest}
-    where = f", on inputs longer than {shortest} positions alone" if moved == longer else ""
-    broken = promised and moved != longer
+    beyond = {k for k in before if limit is not None and _count_positions(before[k]) > limit}
+    where = (
+        f", on inputs of more than the {limit} positions up to which the new modules are exact"
+        if moved <= beyond
+        else ""
+    )
+    broken = promised and not moved <= beyond
     return Finding(START, False if broken else None, f"logits differ from the base by up to {distance:.3g}{where}")
 
 

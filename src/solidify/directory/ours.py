@@ -69,12 +69,8 @@ def in_run(directory: Path) -> list[str]:
             continue
         if path.is_symlink() or path.name not in _OWN:
             faults.append(f"{path.name} is not part of a run")
-        elif path.name in PARTS:
-            faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
-        elif path.name == CHECKPOINTS:
-            faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
-        elif path.name == HEAL:
-            faults += [f"{path.name}: {fault}" for fault in in_healing(path)]
+        elif (inside := _look_inside(path)) is not None:
+            faults += [f"{path.name}: {fault}" for fault in inside]
         elif path.name == REPORT and report is None:
             faults.append(f"{REPORT} is not the report that a run wrote")
         elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest_file(path):
@@ -90,17 +86,22 @@ def in_healing(directory: Path) -> list[str]:
     for path in sorted(directory.iterdir()):
         if left(path):
             continue
-        if path.is_symlink() or path.name not in (*PARTS, CHECKPOINTS, PLACEMENT, ALIGNMENT):
-            faults.append(f"{path.name} is no part of healing")
-        elif path.name in PARTS:
-            faults += [f"{path.name}: {fault}" for fault in _in_part(path)]
-        elif path.name == CHECKPOINTS:
-            faults += [f"{path.name}: {fault}" for fault in in_checkpoints(path)]
-        elif path.name == PLACEMENT:
-            faults += [] if path.is_file() and _is_ours(path, "chosen") else [f"{path.name} is not what a run wrote"]
+        inside = in_alignment(path) if path.name == ALIGNMENT else _look_inside(path)
+        if path.name == PLACEMENT and path.is_file():
+            inside = [] if _is_ours(path, "chosen") else ["not what a run wrote"]
+        if path.is_symlink() or inside is None or path.name == HEAL:
+            faults.append(f"{path.name} is not part of healing")
         else:
-            faults += [f"{path.name}: {fault}" for fault in in_alignment(path)]
+            faults += [f"{path.name}: {fault}" for fault in inside]
     return faults
+
+
+def _look_inside(path: Path) -> list[str] | None:
+    """Says what in a directory of a run is not of the run; None for what is no directory that a run has."""
+    if path.name in PARTS:
+        return _in_part(path)
+    known = {CHECKPOINTS: in_checkpoints, HEAL: in_healing}
+    return known[path.name](path) if path.name in known else None
 
 
 def in_alignment(directory: Path) -> list[str]:

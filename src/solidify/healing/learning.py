@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +170,12 @@ class Learner:
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        moved = [name for name, buffer in self._list_unsaved().items() if not torch.equal(buffer, self._unsaved[name])]
+        before = self._unsaved
+        moved = [
+            name
+            for name, buffer in self._list_unsaved().items()
+            if name not in before or not torch.equal(buffer, before[name])
+        ]
         if moved:
             self._end(f"{self.unit.name}: {moved[0]} moves in training and is not saved (persistent=False); save it")
             return
@@ -236,8 +242,6 @@ class Learner:
 
 def copy_module(module: nn.Module) -> nn.Module:
     """Copies a module in float32, but not the configuration that it shares with the whole model."""
-    from copy import deepcopy
-
     known: dict[int, Any] = {}
     for inner in module.modules():
         known |= {id(v): v for v in vars(inner).values() if isinstance(v, PreTrainedConfig)}

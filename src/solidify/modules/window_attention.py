@@ -51,6 +51,11 @@ class WindowAttention(nn.Module):
         self.windowed_first = 0 if slides(original) else sinks
         self.bypass = False
 
+    @property
+    def exact_up_to(self) -> int:
+        """The number of positions up to which this is the original."""
+        return self.windowed_last + self.windowed_first
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original returns."""
         view = as_original(self, self.windowed_kind, self.windowed_inner)

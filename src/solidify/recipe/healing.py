@@ -180,9 +180,7 @@ def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
             loaded, base = (models.load_base(recipe, scratch=scratch) for _ in range(2))
             edits = models.operate(recipe, loaded.model, Extent.of(loaded.model, scratch))
         batches, held_out = make_batches(recipe, loaded.processor or loaded.tokenizer)
-        patterns = _find_step(recipe, asked).replace
-        hits = anatomy.match(patterns, [edit.name for edit in edits])
-        candidates = [edit for edit in edits if any(edit.name in found for found in hits.values())]
+        candidates = _list_candidates(recipe, asked, edits)
         settings = settings_of(recipe.heal.align or Align())
         return placing.place(
             loaded.model,
@@ -193,6 +191,12 @@ def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
             settings=_shortened(settings, asked.max_steps),
             held_out=held_out[:2],
         )
+
+
+def _list_candidates(recipe: Recipe, asked: Place, edits: Sequence[Edit]) -> list[Edit]:
+    """Returns the edits of the step whose modules are placed."""
+    hits = anatomy.match(_find_step(recipe, asked).replace, [edit.name for edit in edits])
+    return [edit for edit in edits if any(edit.name in found for found in hits.values())]
 
 
 def _shortened(settings: Alignment, steps: int) -> Alignment:
@@ -302,25 +306,28 @@ def _align_model(
     model = loading.load_artifact(source, trust_remote_code=allowed)
     processor = loading.load_processor(source, trust_remote_code=allowed)
     batches, held_out = make_batches(recipe, processor)
-    with writing.scratch(nested / "artifact", recipe.inputs()) as scratch:
+    with disk.temporary() as scratch:  # of each process its own: several align at once
         base = models.load_base(recipe, scratch=scratch).model
         joining = share[1] == 1
         stages = {"surgery": measuring.distance(model, base, held_out)} if joining else {}
         aligned: list[Aligned] = []
+        streamed = False
         if recipe.heal.align is not None:
+            settings = settings_of(recipe.heal.align)
+            streamed = settings.streams(base)  # asked once: the free memory changes while models are run
             aligned = aligning.align(
                 model,
                 base,
                 batches,
                 edits=manifest.read(source).edits,
-                settings=dataclasses.replace(settings_of(recipe.heal.align), share=share),
+                settings=dataclasses.replace(settings, share=share, stream=streamed),
                 held_out=held_out[:2],
                 directory=nested / ours.ALIGNMENT,
             )
             if joining:
                 stages["align"] = measuring.distance(model, base, held_out)
         more = outcome.measure_more(model, base, held_out) if joining else {}
-    return model, aligned, {"stages": outcome.describe_stages(stages), **more}
+    return model, aligned, {"stages": outcome.describe_stages(stages), "streamed": streamed, **more}
 
 
 def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict[str, Any], link: bool) -> None:
@@ -388,12 +395,10 @@ def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[
             planned["align"] = footprint(model, units, trained, settings, **more).document()
         inner = distillation(recipe, model, records)
     if recipe.heal.place is not None:
-        most = recipe.heal.place.layers or 0
-        if most > len(records):
-            raise RecipeError(
-                f"heal.place.layers: {most} are to be changed, but the step names {len(records)} candidates"
-            )
-        planned["place"] = {"candidates": len(records), **recipe.heal.place.model_dump(exclude_none=True)}
+        most, count = recipe.heal.place.layers or 0, len(_list_candidates(recipe, recipe.heal.place, edits))
+        if most > count:
+            raise RecipeError(f"heal.place.layers: {most} are to be changed, but the step names {count} candidates")
+        planned["place"] = {"candidates": count, **recipe.heal.place.model_dump(exclude_none=True)}
     if inner is not None:
         assert inner.adapter is not None
         wanted = planning.plan(model, inner.adapter.lora, inner.adapter.train)
@@ -444,7 +449,7 @@ def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:
     with console.stage("Measuring what healing brought back"):
         model = loading.load_artifact(target, trust_remote_code=allowed)
         _, held_out = make_batches(recipe, loading.load_processor(target, trust_remote_code=allowed))
-        with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
+        with disk.temporary() as scratch:
             base = models.load_base(recipe, scratch=scratch).model
             found = measuring.distance(model, base, held_out)
             measured |= outcome.measure_more(model, base, held_out)

@@ -204,7 +204,12 @@ def build(
                 [
                     structure.structure(base.model, records),
                     structure.in_use(base.model, records, extent),
-                    structure.start({case: out for case, (_, out) in before.items()}, after, promised=promised),
+                    structure.start(
+                        {case: out for case, (_, out) in before.items()},
+                        after,
+                        promised=promised,
+                        limit=structure.exact_up_to(base.model, records),
+                    ),
                     structure.untouched(base.model, digests, records),
                 ],
             )
@@ -300,14 +305,15 @@ def heal(
     """
     loaded = given(recipe)
     directory = output_of(loaded, output)
+    processes.join()
     loaded = healing.require_placed(loaded, directory)
-    report = report or Report(str(directory))
+    report = report if report is not None else Report(str(directory))
     if loaded.heal is None:
         raise RecipeError("the recipe has no `heal`, so there is nothing to heal")
     healing.align(loaded, directory, report, resume=resume, link=link, share=share)
     if loaded.heal.distill is not None and share is None:
         _distill(loaded, directory, report, resume=resume, link=link)
-    return report
+    return processes.on_first(lambda: report)  # the others have not looked at all that it says
 
 
 def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link: bool) -> None:

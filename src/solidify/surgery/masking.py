@@ -72,14 +72,16 @@ def set_masks(model: Any, names: list[str], edit: dict[str, Any], classes: dict[
 
     kind, block, window = edit["kind"], edit["block"], edit["window"]
 
-    def count_up(module: Any, length: int, kwargs: dict[str, Any], ahead: bool) -> Any:  # for no mask of the family's
+    def count_up(module: Any, length: int, kwargs: dict[str, Any], ahead: bool) -> Any:
+        """Makes the mask of a call to which the family gives none."""
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         first = 0 if cache is None else cache.get_seq_length(module.layer_idx)
         keys, first_key = (length, 0) if cache is None else cache.get_mask_sizes(length, module.layer_idx)
         query = torch.arange(length, device=next(module.parameters()).device)[:, None] + first
         return ((torch.arange(keys, device=query.device)[None, :] + first_key <= query) | ahead)[None, None]
 
-    def look_around(seen: Any) -> Any:  # what sees is seen; blocks are counted from where a text begins
+    def look_around(seen: Any) -> Any:
+        """Lets what sees be seen; blocks are counted from where a text begins."""
         if seen.shape[-1] != seen.shape[-2]:
             raise ValueError(f"the mask {kind} looks ahead, so the whole text is given at once, without a cache")
         both = (seen | seen.transpose(-1, -2)) & seen.diagonal(dim1=-2, dim2=-1)[..., None, :]
@@ -91,11 +93,13 @@ def set_masks(model: Any, names: list[str], edit: dict[str, Any], classes: dict[
         return both & (order[..., None, :] <= order[..., :, None])
 
     def look_back(seen: Any, sinks: int, ahead: bool) -> Any:
+        """Keeps the last positions and the first."""
         seen = seen.tril() if ahead and seen.shape[-1] == seen.shape[-2] else seen
         rank = seen.cumsum(-1)
         return seen if kind == "causal" else seen & ((rank <= sinks) | (rank > rank[..., -1:] - window))
 
     def change(module: Any, given: Any, length: int, kwargs: dict[str, Any], sinks: int) -> Any:
+        """Changes the mask that an attention is given."""
         found, asked = getattr(getattr(module, "config", None), "_attn_implementation", None), kwargs.get("is_causal")
         if found not in (None, "eager", "sdpa") or (given is not None and getattr(given, "ndim", 0) != 4):
             raise ValueError(f"the mask {kind} needs attention by 'sdpa' or 'eager' (attn_implementation), not {found}")
@@ -118,6 +122,7 @@ def set_masks(model: Any, names: list[str], edit: dict[str, Any], classes: dict[
         first = 0 if slides else edit["sinks"] or 0
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any], place: int = place, sinks: int = first) -> Any:
+            """Hands the attention the other mask."""
             states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             given = args[place] if len(args) > place else kwargs.get("attention_mask")
             mask = change(module, given, states.shape[1], kwargs, sinks)
