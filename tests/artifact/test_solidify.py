@@ -243,3 +243,22 @@ def test_the_witness_sees_every_kind_of_fault(trash_artifact: Path, copy_of: Cal
     assert changed["outputs identical (AutoModelForCausalLM)"] is False
     assert findings(import_us, "imports")["reload (AutoModelForCausalLM)"] is False
     assert findings(drop_a_tensor, "tensor")["state identical (AutoModelForCausalLM)"] is False
+
+
+def test_an_artifact_of_several_files_is_written_again_when_all_of_it_changed(tmp_path: Path) -> None:
+    """Its index names files that are not there then."""
+    from solidify.artifact.solidify import write_again
+
+    pico.llama().save_pretrained(tmp_path / "base")
+    surgery = solidify.Surgery(tmp_path / "base")
+    surgery.add("head", pico.wrappers.ValueHead, reads="model.norm")
+    source = surgery.build(tmp_path / "source").directory
+    assert (source / "model.safetensors.index.json").is_file()
+    model = solidify.load(source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    made = write_again(model, source, tmp_path / "again", {"step": "heal"})
+    assert all(finding.passed for finding in made.findings) and made.manifest.lineage[-1] == {"step": "heal"}
+    again = solidify.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())

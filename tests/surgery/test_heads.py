@@ -198,3 +198,43 @@ def test_several_are_read_in_an_artifact_and_through_an_adapter(tmp_path: Path) 
     assert all(p.grad is not None for name, p in attached.named_parameters() if "fused" in name and p.requires_grad)
     backbone = AutoModel.from_pretrained(tmp_path / "artifact", trust_remote_code=True)
     assert "fused" not in backbone(input_ids=pico.tokens())
+
+
+def add_head(model: Any, reads: Any) -> None:
+    many = isinstance(reads, list)
+    kind, arguments = (wrappers.Fused, {"count": len(reads)}) if many else (wrappers.ValueHead, {})
+    solidify.add(model, "head", kind, reads=reads, arguments=arguments)
+
+
+@pytest.mark.parametrize("reads", ["model.norm", ["model.layers.0", "model.norm"]])
+def test_threads_that_share_a_model_hear_their_own_texts(reads: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = pico.llama()
+    add_head(model, reads)
+    texts = [pico.tokens(seed=seed) for seed in range(8)]
+    with torch.no_grad():
+        wanted = [model(input_ids=text)["head"] for text in texts]
+
+    def ask(number: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(input_ids=texts[number % 8])["head"], wanted[number % 8])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(120)))
+
+
+@pytest.mark.parametrize("reads", ["model.layers.0", ["model.layers.0", "model.norm"]])
+def test_a_model_is_copied_after_a_pass_that_failed(reads: Any) -> None:
+    model = pico.llama()
+    add_head(model, reads)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(input_ids=pico.tokens())
+    hook.remove()
+    again = copy.deepcopy(model)
+    assert torch.equal(again(input_ids=pico.tokens())["head"], model(input_ids=pico.tokens())["head"])

@@ -469,3 +469,54 @@ def test_padding_on_the_left_is_tried_of_what_looks_ahead() -> None:
             zoo.model("llama"), "**.layers.0.self_attn", Around, declares=declares, arguments={"obeys": False}
         )
     assert behaviour.PROPERTIES["padding"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "block_causal", "window"])
+def test_a_mask_is_obeyed_under_eager_where_the_family_gives_none(kind: str) -> None:
+    """An encoder gives its attentions no mask for texts of one length, and eager attention adds what it is given."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = pico.make("BertForMaskedLM", **sizes, intermediate_size=48, initializer_range=0.3)
+    solidify.mask(model, kind, **KINDS[kind])
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 100
+    found = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found[implementation] = model(ids).logits
+            moved = (model(other).logits - found[implementation]).abs().amax((0, 2))
+        seen = 9 if kind == "block_causal" else 11  # the last block is seen by its own positions
+        assert moved[:seen].max() == 0 and moved[seen:].max() > 1e-6, implementation
+    assert torch.allclose(found["sdpa"], found["eager"], atol=1e-5)
+
+
+def test_blocks_are_counted_through_a_gap_in_the_text() -> None:
+    """A padded prompt with more after it is one text: what follows the gap begins no second one."""
+    model = pico.llama(num_hidden_layers=1, dtype=torch.float64)
+    solidify.mask(model, "block_causal", block=4)
+    mask = torch.ones(1, 14, dtype=torch.long)
+    mask[0, 3:6] = 0
+    embedded = model.get_input_embeddings()(torch.randint(3, 60, (1, 14), generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        before = model(inputs_embeds=embedded, attention_mask=mask).logits
+        for j in (0, 1, 2, *range(6, 14)):
+            changed = embedded.clone()
+            changed[0, j] += 1.0
+            moved = (model(inputs_embeds=changed, attention_mask=mask).logits - before).abs().amax(-1)[0] > 1e-12
+            for i in (0, 1, 2, *range(6, 14)):
+                assert bool(moved[i]) == (j // 4 <= i // 4), (i, j)
+
+
+def test_blocks_that_chunks_of_a_text_would_cut_are_refused() -> None:
+    sizes = {
+        **pico.SIZES,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 32,
+        "head_dim": 8,
+    }
+    more = {"num_local_experts": 2, "attention_chunk_size": 32, "layer_types": ["chunked_attention", "full_attention"]}
+    model = pico.make("Llama4ForCausalLM", **sizes, **more)
+    with pytest.raises(SurgeryError, match="sees chunks of 32 positions, which blocks of 5 do not fill"):
+        solidify.mask(model, "block_causal", block=5)

@@ -38,7 +38,8 @@ class Saveable(Protocol):
         """Writes its files."""
 
 
-NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME)  # of an artifact: what another has of its own
+# Of an artifact: what another has of its own. Its weight files may be others, so their index is.
+NEVER_COPIED = ("certificate/", manifest.CARD, manifest.NAME, checkpoint.INDEX)
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ Artifacts carry a copy of this file, so it depends on torch and transformers alo
 """
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -300,6 +301,20 @@ def add(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes:
         Listener(model, name, reads, gathers=many)
 
 
+class Heard(threading.local):
+    """What a listener has heard of a pass that runs; each thread has its own, and so has every copy of a model."""
+
+    waiting = False
+    answer: Any = None
+    outputs: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Heard":
+        return Heard()
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return Heard, ()
+
+
 class Listener:
     """Has the module `name` called with what the modules `reads` return, and its answer put into the model's outputs.
 
@@ -310,8 +325,7 @@ class Listener:
 
     def __init__(self, model: PreTrainedModel, name: str, reads: list[str], gathers: bool) -> None:
         self.model, self.name, self.reads, self.gathers = model, name, reads, gathers
-        self.waiting, self.answer = False, None
-        self.heard: dict[str, Any] | None = None
+        self.heard = Heard()
         model.register_forward_pre_hook(self.start)
         for part in {id(part): part for part in (model, model.base_model)}.values():
             part.register_forward_pre_hook(self.follow)
@@ -325,7 +339,7 @@ class Listener:
 
     def start(self, *_: Any) -> None:
         """Waits for an answer while the whole model runs (a trainer may run a part of it only)."""
-        self.waiting, self.answer = True, None
+        self.heard.waiting, self.heard.answer = True, None
 
     def follow(self, *_: Any) -> None:
         """Listens to what stands at `reads` now."""
@@ -338,17 +352,17 @@ class Listener:
         found = [read for read in self.reads if module is standing_at(self.model, read)]
         if found and not self.gathers:
             self.ask([output])
-        elif self.heard is not None:
-            self.heard.update(dict.fromkeys(found, output))
+        elif self.heard.outputs is not None:
+            self.heard.outputs.update(dict.fromkeys(found, output))
 
     def gather(self, *_: Any) -> None:
         """Forgets what was heard before."""
-        self.heard = {}
+        self.heard.outputs = {}
 
     def finish(self, *_: Any) -> None:
         """Asks the head, once all has run; not where nothing has (what it returns may be put in from outside)."""
-        heard: dict[str, Any] = self.heard or {}
-        self.heard = None
+        heard: dict[str, Any] = self.heard.outputs or {}
+        self.heard.outputs = None
         silent = [read for read in self.reads if read not in heard]
         if heard and silent:
             raise ValueError(
@@ -362,11 +376,11 @@ class Listener:
         """Calls the head with what was returned, of a tuple with the first."""
         given = [output[0] if isinstance(output, (tuple, list)) else output for output in outputs]
         answer = standing_at(self.model, self.name)(*given)
-        self.answer = answer if self.waiting else None
+        self.heard.answer = answer if self.heard.waiting else None
 
     def speak(self, _module: nn.Module, _args: Any, outputs: Any) -> Any:
         """Adds the answer to the outputs."""
-        answer, self.waiting, self.answer = self.answer, False, None
+        answer, self.heard.waiting, self.heard.answer = self.heard.answer, False, None
         if isinstance(outputs, tuple):
             return (*outputs, answer)
         outputs[self.name] = answer

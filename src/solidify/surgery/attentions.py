@@ -37,6 +37,7 @@ def give_mask(
         SurgeryError: as `masks.mask`.
     """
     names, all_named = _find_attentions(model, target, expect)
+    refuse(SurgeryError, "the mask cannot be given as asked", _find_cut_blocks(model, names, asked["block"]))
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)
     by_itself = all_named and asked["kind"] in ("causal", "bidirectional")
@@ -49,6 +50,20 @@ def give_mask(
             if hooked:
                 raise
     raise AssertionError("unreachable")
+
+
+def _find_cut_blocks(model: PreTrainedModel, names: Sequence[str], block: int | None) -> list[str]:
+    """Says which attentions see chunks of a text alone, whose ends would cut a block: blocks are counted in a chunk."""
+    faults = []
+    for name in names if block is not None else ():
+        config, index = operations.enclosing_config(model, name), operations.layer_index(model, name)
+        types, chunk = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
+        chunked = types is not None and index is not None and types[index] == "chunked_attention"
+        if chunked and chunk and block and chunk % block:
+            faults.append(
+                f"{name} sees chunks of {chunk} positions, which blocks of {block} do not fill; choose a divisor"
+            )
+    return faults[:_NAMED]
 
 
 def _give_masks(

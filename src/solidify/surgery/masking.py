@@ -88,8 +88,8 @@ def set_masks(model: Any, names: list[str], edit: dict[str, Any], classes: dict[
         if kind == "bidirectional":
             return both
         place = torch.arange(seen.shape[-1], device=seen.device)
-        goes_on = torch.nn.functional.pad(seen.diagonal(-1, dim1=-2, dim2=-1), (1, 0))  # it sees the one before it
-        order = (place - torch.where(goes_on, 0, place).cummax(-1).values) // block
+        begins = seen.diagonal(dim1=-2, dim2=-1) & ~seen.tril(-1).any(-1)  # a text: it sees nothing before itself
+        order = (place - torch.where(begins, place, 0).cummax(-1).values) // block
         return both & (order[..., None, :] <= order[..., :, None])
 
     def look_back(seen: Any, sinks: int, ahead: bool) -> Any:
@@ -110,6 +110,9 @@ def set_masks(model: Any, names: list[str], edit: dict[str, Any], classes: dict[
         if not ahead and (kind == "causal" or (kind == "window" and was.shape[-1] <= window + sinks)):
             return given
         seen = look_back(was, sinks, ahead) if kind in ("causal", "window") else look_around(was)
+        if given is None and found != "sdpa":  # eager attention adds its mask to the scores: zeros and the lowest
+            dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         return seen if low is None else torch.where(seen, given.masked_fill(~was, 0), low)
 
     for module in map(model.get_submodule, names):
