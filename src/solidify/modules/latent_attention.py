@@ -119,9 +119,8 @@ class Inner(nn.Module):
         self.bypass = bool(getattr(original, "bypass", False))
 
 
-def take_over(module: nn.Module, original: nn.Module, without: Collection[str]) -> None:
-    """Gives a module what the original has, but for some modules: modules and tensors under their own names, and plain
-    attributes."""
+def take_over(module: nn.Module, original: nn.Module, without: Collection[str] = ()) -> None:
+    """Gives a module what the original has, `without` some modules: under their own names, and its plain attributes."""
     saved = original.state_dict(keep_vars=True)
     for name, value in vars(original).items():
         if name not in (*vars(nn.Module()), "forward", "bypass"):  # torch's tables, a dispatcher's wrap, and `Inner`'s

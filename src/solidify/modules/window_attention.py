@@ -17,6 +17,7 @@ This file needs torch only and is copied into artifacts as it stands.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -121,14 +122,15 @@ class Inner(nn.Module):
         self.bypass = bool(getattr(original, "bypass", False))
 
 
-def take_over(module: nn.Module, original: nn.Module) -> None:
-    """Gives a module all that the original has: modules and tensors under their own names, and its plain attributes."""
+def take_over(module: nn.Module, original: nn.Module, without: Collection[str] = ()) -> None:
+    """Gives a module what the original has, `without` some modules: under their own names, and its plain attributes."""
     saved = original.state_dict(keep_vars=True)
     for name, value in vars(original).items():
         if name not in (*vars(nn.Module()), "forward", "bypass"):  # torch's tables, a dispatcher's wrap, and `Inner`'s
             setattr(module, name, value)
     for name, child in original.named_children():
-        module.add_module(name, child)
+        if name not in without:
+            module.add_module(name, child)
     for name, parameter in original.named_parameters(recurse=False):
         module.register_parameter(name, parameter)
     for name, buffer in original.named_buffers(recurse=False):
