@@ -23,8 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import solidify
 from solidify.artifact import certificate
 from solidify.artifact.solidify import assemble
+from solidify.behaviour import probes, watching
 from solidify.findings import Finding
-from solidify.model import anatomy, behaviour, probing
+from solidify.model import anatomy, probing
 
 COLUMNS = ("feed_forward", "attention_or_mixer", "projector")
 REPRESENTATIVE = (
@@ -157,7 +158,7 @@ def told_of_generation(model: PreTrainedModel) -> str:
     if not model.can_generate():
         return "it cannot, nor can the base"
     inputs = {key: tensor for key, tensor in probing.probe_inputs(model).items() if key != "mm_token_type_ids"}
-    if behaviour.Watched(model, inputs).read().distances.get("causal", 1.0) > 1e-4:
+    if probes.read(watching.Watched(model, inputs)).distances.get("causal", 1.0) > 1e-4:
         return "not causal as it is configured, so a cache could not agree"
     options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     try:

@@ -24,6 +24,7 @@ ROOMS = (
     "system",
     "weights",
     "directory",
+    "behaviour",
     "model",
     "surgery",
     "source",
@@ -46,10 +47,8 @@ TOP_ABOVE = {"edits", "building"}  # what `solidify.Surgery` and `solidify.build
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {
-    *(
-        PACKAGE / name
-        for name in ("model/operations.py", "model/states.py", "model/behaviour.py", "artifact/witness.py")
-    ),
+    *(PACKAGE / name for name in ("model/operations.py", "model/cache_layers.py", "artifact/witness.py")),
+    *(PACKAGE / "behaviour").glob("*.py"),
     PACKAGE / "surgery" / "masking.py",
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
@@ -62,6 +61,10 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+def is_ours(node: ast.ImportFrom) -> bool:
+    return bool(node.level) or (node.module or "").partition(".")[0] == "solidify"
+
+
 def imports(path: Path, *, lazily: bool = False) -> set[str]:
     """Returns the modules of the package that a file imports at module level (or anywhere)."""
     names = {name_of(p) for p in FILES}
@@ -71,6 +74,8 @@ def imports(path: Path, *, lazily: bool = False) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.add(f"{name_of(path.parents[node.level - 1])}.{node.module}")
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("solidify"):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -107,6 +112,11 @@ def test_imports_point_left(path: Path) -> None:
         assert {name.split(".")[1] for name in used} <= allowed, used
     if parts[0] == "modules":
         assert not used
+    if parts[0] == "behaviour":  # it also runs without the package, by its path: its files name one another relatively
+        assert {name.rpartition(".")[0] for name in used} <= {"solidify.behaviour"}
+        assert all(n.level == 1 for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and is_ours(n))
+    else:
+        assert not any(n.level for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom))
 
 
 def test_at_most_six_files_stand_at_the_top() -> None:

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import solidify
+from solidify.behaviour import calling, probes, properties, values, watching
 from solidify.errors import SurgeryError
-from solidify.model import behaviour, probing
+from solidify.model import probing
 
 ROTARY = {**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.1}
 LEARNED = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
@@ -276,7 +277,7 @@ def test_the_contract_is_repeated_in_a_fresh_process_and_fails_there(tmp_path: P
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reading_of_an_unchanged_model_is_rounding(family: str) -> None:
     model, _, _ = made(family)
-    reading = behaviour.Watched(model, probing.probe_inputs(model)).read()
+    reading = probes.read(watching.Watched(model, probing.probe_inputs(model)))
     wanted = {"causal", "padding", "cache/prefill", "cache/reordered", "cache/crop", "rows", "stateless"}
     assert wanted <= set(reading.distances)
     assert max(reading.distances.values()) < 1e-5
@@ -289,9 +290,9 @@ def test_probing_leaves_nothing_behind_in_shared_modules_and_buffers() -> None:
     model.model.norm.register_buffer("seen", torch.zeros(1))
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = {name: behaviour.noise(name, parameters[name]) for edit in edits for name in edit.tensors}
+    noisy = {name: values.noise(name, parameters[name]) for edit in edits for name in edit.tensors}
     for wide in (False, True):
-        behaviour.Watched(model, probing.probe_inputs(model), values=values, wide=wide).read()
+        probes.read(watching.Watched(model, probing.probe_inputs(model), values=noisy, wide=wide))
     after = model.state_dict(keep_vars=True)
     assert {name: id(tensor) for name, tensor in after.items()} == {name: known for name, (known, _) in before.items()}
     assert all(torch.equal(tensor, before[name][1]) for name, tensor in after.items())
@@ -301,9 +302,9 @@ def test_a_distance_is_the_largest_of_any_position_in_float64() -> None:
     found, wanted = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     by_position = (found.double() - wanted.double()).square().mean(-1).sqrt().max()
     expected = float(by_position / wanted.double().square().mean().sqrt())
-    assert abs(behaviour.distance(found, wanted) - expected) < 1e-6
-    assert behaviour.distance(wanted, wanted) == 0.0
-    assert behaviour.distance(wanted[:1], wanted) == behaviour.FAILED
+    assert abs(properties.distance(found, wanted) - expected) < 1e-6
+    assert properties.distance(wanted, wanted) == 0.0
+    assert properties.distance(wanted[:1], wanted) == properties.FAILED
 
 
 def added(make: Callable[[], nn.Module]) -> type[nn.Module]:
@@ -370,8 +371,8 @@ def test_a_forward_that_takes_more_words_than_keywords_is_called_as_it_takes() -
             return super().forward(input_ids, **rest)
 
     plain = pico.llama()
-    assert behaviour.takes(Counted(plain.config)) == {"input_ids", "attention_mask", "rest"}
-    assert {"past_key_values", "use_cache"} <= behaviour.takes(Handed(plain.config))
+    assert calling.takes(Counted(plain.config)) == {"input_ids", "attention_mask", "rest"}
+    assert {"past_key_values", "use_cache"} <= calling.takes(Handed(plain.config))
 
 
 @pytest.mark.parametrize("shape", ["token", "row"])
@@ -425,15 +426,15 @@ def test_the_distance_is_that_of_float64(scale: float, dtype: torch.dtype, shape
     found = (wanted.double() + torch.randn(shape, generator=generator, dtype=torch.float64) * scale * 0.05).to(dtype)
     off, whole = found.double() - wanted.double(), wanted.double()
     rows = (off.flatten(2) if off.ndim > 2 else off).square().mean(-1).sqrt()
-    assert behaviour.distance(found, wanted) == pytest.approx(
+    assert properties.distance(found, wanted) == pytest.approx(
         float(rows.max() / whole.square().mean().sqrt()), rel=1e-4
     )
 
 
 def test_a_small_difference_in_float64_is_seen() -> None:
     wanted = torch.randn(2, 4, 8, dtype=torch.float64)
-    assert 1e-10 < behaviour.distance(wanted * (1 + 1e-9), wanted) < 1e-8
-    assert behaviour.distance(wanted * float("nan"), wanted) == behaviour.FAILED
+    assert 1e-10 < properties.distance(wanted * (1 + 1e-9), wanted) < 1e-8
+    assert properties.distance(wanted * float("nan"), wanted) == properties.FAILED
 
 
 class _NaNInHalf(nn.Module):

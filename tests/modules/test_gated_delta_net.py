@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 import solidify
-from solidify.model import states
+from solidify.model import cache_layers
 from solidify.modules.gated_delta_net import GatedDeltaNet, apply_delta_rule
 
 NAMES = ("llama", "qwen3", "gemma3", "olmoe", "mistral")
@@ -36,7 +36,7 @@ def test_it_is_the_layer_of_qwen3_next(key_heads: int) -> None:
             piece = hidden[:, at : at + size]
             wanted = theirs(piece, cache_params=other)
             found, _ = module(piece, past_key_values=ours)
-            states.count_positions(module, (piece,), {"past_key_values": ours}, None)
+            cache_layers.count_positions(module, (piece,), {"past_key_values": ours}, None)
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())), at
             at += size
         assert torch.allclose(ours.layers[0].recurrent_states[0], other.layers[0].recurrent_states[0], atol=1e-5)
@@ -166,5 +166,5 @@ def same(key_heads: int) -> tuple[GatedDeltaNet, Qwen3NextGatedDeltaNet]:
 def cache(module: GatedDeltaNet) -> Any:
     """A cache with the layer that surgery would have it find."""
     found = DynamicCache()
-    states.give_layer(module, (), {"past_key_values": found})
+    cache_layers.give_layer(module, (), {"past_key_values": found})
     return found

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 import solidify
 from solidify.command import views
-from solidify.model import states
+from solidify.model import cache_layers
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt2")
 KINDS = (stateful.RunningSum, stateful.ShortConvolution, stateful.SummedAttention)
@@ -81,7 +81,7 @@ def test_a_cache_made_from_the_configuration_is_right_from_the_start() -> None:
     cache = DynamicCache(config=model.config)
     assert [type(layer) for layer in cache.layers] == [LinearAttentionLayer, DynamicLayer]
     model(**zoo.prompts(6), past_key_values=cache)
-    assert [type(layer) for layer in cache.layers] == [states.Counted, DynamicLayer]
+    assert [type(layer) for layer in cache.layers] == [cache_layers.Counted, DynamicLayer]
     assert cache.get_seq_length() == cache.get_seq_length(1) == 6
 
 
@@ -95,7 +95,7 @@ def test_a_cache_without_a_configuration_gets_the_layer_at_the_first_call() -> N
         first = model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache).logits
         second = model(ids[:, 4:], attention_mask=mask, past_key_values=cache).logits
     assert torch.allclose(torch.cat([first, second], 1)[0], whole[0], atol=1e-5)
-    assert isinstance(cache.layers[1], states.Counted)
+    assert isinstance(cache.layers[1], cache_layers.Counted)
 
 
 def test_a_cache_that_another_model_filled_is_refused() -> None:

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import solidify
+from solidify.behaviour.properties import PROPERTIES
 from solidify.checks import structure
 from solidify.command import views
 from solidify.errors import SurgeryError
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.surgery import influence, masking
 
 KINDS: dict[str, dict[str, int]] = {
@@ -468,7 +469,7 @@ def test_padding_on_the_left_is_tried_of_what_looks_ahead() -> None:
         solidify.replace(
             zoo.model("llama"), "**.layers.0.self_attn", Around, declares=declares, arguments={"obeys": False}
         )
-    assert behaviour.PROPERTIES["padding"]
+    assert PROPERTIES["padding"]
 
 
 @pytest.mark.parametrize("kind", ["causal", "block_causal", "window"])

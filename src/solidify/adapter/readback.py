@@ -20,9 +20,10 @@ from torch import nn
 from solidify.adapter import lookup
 from solidify.adapter.base_state import Base
 from solidify.artifact import certificate, loading, tensors
+from solidify.behaviour import calling
 from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
-from solidify.model import anatomy, behaviour, probing
+from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.system import console, files, foreign
 from solidify.upstream.peft import switch_layers
@@ -195,7 +196,7 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
 
 def _run_model(model: Any, batch: Mapping[str, torch.Tensor]) -> foreign.Outcome[dict[str, torch.Tensor]]:
     arguments: dict[str, Any] = dict(batch)
-    if "use_cache" in behaviour.takes(model):
+    if "use_cache" in calling.takes(model):
         arguments["use_cache"] = False
 
     def call() -> dict[str, torch.Tensor]:

@@ -19,11 +19,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.artifact import calls, tensors
+from solidify.behaviour import probes, properties
+from solidify.behaviour.values import noise
+from solidify.behaviour.watching import Watched
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, behaviour, probing
-from solidify.model.behaviour import PROPERTIES, Reading, Watched
+from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.surgery import catalogue, control
 from solidify.system import disk, files, foreign
@@ -127,17 +129,17 @@ def _measure_contract(
             **found,
             "error": "a model of this size is not run as a whole, and none of the changes can be run alone",
         }, {}
-    values = {name: behaviour.noise(name, p) for name, p in parameters.items()}
+    values = {name: noise(name, p) for name, p in parameters.items()}
     for seed in range(3):  # where a model's choices hang on rounding, others are taken
         inputs = probing.probe_inputs(model, seed=seed) if extent.whole else probing.few_inputs(model)
         watched = Watched(model, inputs, values=values, at=first, leave=not extent.whole, wide=bool(how["wide"]))
         with anatomy.sparing(model):
-            outcome = foreign.attempt(watched.read)
+            outcome = foreign.attempt(probes.read, watched)
         if outcome.value is None:
             return {**found, "error": foreign.said(outcome.error) if outcome.error else "nothing was measured"}, {}
         reading = outcome.value
         dtype = reading.dtype
-        if all(far <= behaviour.allowed(n, before.get(n, 0.0), dtype) for n, far in reading.distances.items()):
+        if all(far <= properties.allowed(n, before.get(n, 0.0), dtype) for n, far in reading.distances.items()):
             break
     kept = {key: far for key, far in reading.distances.items() if key.partition("/")[0] not in declared}
     recorded = {key: shapes for key, shapes in reading.recorded.items() if key not in declared}
@@ -151,7 +153,7 @@ def _measure_contract(
         "way": reading.way,
         "distances": kept,
         "recorded": recorded,
-        "unrecorded": {key: reading.errors[key] for key in behaviour.RECORDS if key in reading.errors},
+        "unrecorded": {key: reading.errors[key] for key in properties.RECORDS if key in reading.errors},
     }
     return document, given
 
@@ -241,7 +243,8 @@ def witness_all(directories: Sequence[Path], process: Alone | None = None) -> di
     for directory in directories:
         if not (directory / NAME / "state.json").is_file():
             raise ArtifactError(f"{directory} has no {NAME}/state.json to compare with")
-    request = {"directories": list(resolved.values()), "certificate": NAME, "behaviour": behaviour.__file__}
+    room = str(Path(probes.__file__).parent)  # which the fresh process imports by its path
+    request = {"directories": list(resolved.values()), "certificate": NAME, "behaviour": room}
     with ExitStack() as stack:
         answer = (process or stack.enter_context(Alone(_WITNESS, FORBIDDEN))).ask(request)
     imported = ", ".join(answer["imported"])
@@ -268,13 +271,13 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
         why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not record it"
         return [Finding.unseen("behaviour kept", why)]
     dtype = torch.float32 if contract["wide"] else getattr(torch, found["dtype"])
-    kept = Reading({key: contract["control"].get(key, 0.0) for key in contract["distances"]}, contract["recorded"])
-    kept.dtype = dtype
-    measured = Reading(found["distances"], found["recorded"], errors=found["errors"], dtype=dtype)
-    faults = {fault.property: fault.words for fault in reversed(behaviour.faults(kept, measured))}
+    before = {key: contract["control"].get(key, 0.0) for key in contract["distances"]}
+    kept = properties.Reading(before, contract["recorded"], dtype=dtype)
+    measured = properties.Reading(found["distances"], found["recorded"], errors=found["errors"], dtype=dtype)
+    faults = {fault.property: fault.words for fault in reversed(properties.faults(kept, measured))}
     findings = []
-    for key, words in PROPERTIES.items():
-        parts = [name for name in contract["distances"] if behaviour.property_of(name) == key]
+    for key, words in properties.PROPERTIES.items():
+        parts = [name for name in contract["distances"] if properties.property_of(name) == key]
         if key in contract["declared"]:
             findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))
         elif key in faults:
@@ -282,9 +285,8 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
         elif key in contract.get("unrecorded", {}):
             findings.append(Finding(f"behaviour: {key}", None, f"not recorded: {contract['unrecorded'][key]}"))
         elif not parts and key not in contract["recorded"] and key in ("causal", "cache", "padding", "rows"):
-            findings.append(
-                Finding.unseen(f"behaviour: {key}", "the model before its changes could not be tried for it")
-            )
+            why = "the model before its changes could not be tried for it"
+            findings.append(Finding.unseen(f"behaviour: {key}", why))
         elif parts or key in contract["recorded"]:
             far = max((found["distances"].get(name, 0.0) for name in parts), default=0.0)
             rows, positions = contract.get("tried", (0, 0))

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
+from solidify.behaviour.properties import PROPERTIES
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
 from solidify.model import anatomy, operations
-from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
 from solidify.surgery import ledger

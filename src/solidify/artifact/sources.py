@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
-from solidify.model import operations, states
+from solidify.model import cache_layers, operations
 from solidify.source import closure
-from solidify.surgery import catalogue, state
+from solidify.surgery import catalogue, layer_types
 from solidify.surgery.replacing import Edit
 from solidify.weights import hashing
 
@@ -60,7 +60,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    stateful = any(state.kind_of(cls) is not None for cls in classes.values())
+    stateful = any(layer_types.kind_of(cls) is not None for cls in classes.values())
     files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
@@ -111,7 +111,7 @@ def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> s
     for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
         if (function := operation.carried()) is not None:
             text += f'\n\n{inspect.getsource(function)}\n\nOPERATIONS["{operation.recorded}"] = {function.__name__}\n'
-    return text + (f"\n\n{inspect.getsource(states)}\n\nSETTLING.append(settle)\n" if stateful else "")
+    return text + (f"\n\n{inspect.getsource(cache_layers)}\n\nSETTLING.append(settle)\n" if stateful else "")
 
 
 def render(template: str, *, stateful: bool = False, **context: Any) -> str:

@@ -45,7 +45,7 @@ def main() -> None:
     request = json.loads(asked)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    behaviour = _import_file(request["behaviour"])
+    behaviour = _import_files(Path(request["behaviour"]))
     answers = {d: _check_directory(Path(d) / request["certificate"], behaviour) for d in request["directories"]}
     imported = [name for name in forbidden if sys.modules.get(name) is not None]
     print(json.dumps({"imported": imported, "directories": answers}))
@@ -57,14 +57,18 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _import_file(path: str) -> Any:
-    """Imports one file by its path."""
-    spec = importlib.util.spec_from_file_location("behaviour", path)
+def _import_files(directory: Path) -> Any:
+    """Imports the files of one directory by its path, as a package of their own that is called as the directory is."""
+    spec = importlib.util.spec_from_file_location(
+        directory.name, directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+    for file in sorted(directory.glob("[!_]*.py")):
+        importlib.import_module(f"{spec.name}.{file.stem}")
+    return package
 
 
 def _check_directory(certificate: Path, behaviour: Any) -> dict[str, Any]:
@@ -199,12 +203,12 @@ def _measure_contract(certificate: Path, model: Any, contract: dict[str, Any], b
 
     inputs = {key: t.to(model.device) for key, t in load_file(certificate / "contract.safetensors").items()}
     parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    values = {name: behaviour.noise(name, parameters[name]) for name in contract["fresh"]}
+    values = {name: behaviour.values.noise(name, parameters[name]) for name in contract["fresh"]}
     options = {key: contract[key] for key in ("at", "leave", "wide")}
-    asked = behaviour.Reading(contract["distances"], packed=contract["packed"], padded=contract["padded"])
+    asked = behaviour.properties.Reading(contract["distances"], packed=contract["packed"], padded=contract["padded"])
     asked.way = tuple(contract["way"])
     try:
-        found = behaviour.Watched(model, inputs, values=values, **options).read(asked)
+        found = behaviour.probes.read(behaviour.watching.Watched(model, inputs, values=values, **options), asked)
     except Exception as error:  # whatever stops it from running is the finding
         return {"error": f"{type(error).__name__}: {error}"}
     dtype = str(model.dtype).removeprefix("torch.")
@@ -342,7 +346,7 @@ def _digest_pages(tensor: Any) -> Any:
 def _run_model(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
     import torch
 
-    if "use_cache" in behaviour.takes(model):
+    if "use_cache" in behaviour.calling.takes(model):
         inputs = {**inputs, "use_cache": False}
     with torch.no_grad():
         outputs = model(**inputs)

@@ -10,11 +10,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from solidify.artifact.inspection import Branch, ranges
+from solidify.behaviour.properties import PROPERTIES
 from solidify.directory.adopting import Adopted
 from solidify.directory.manifest import SIGNATURE, Manifest
 from solidify.directory.signature import Signature
 from solidify.model import anatomy
-from solidify.model.behaviour import PROPERTIES
 from solidify.model.cost import Cost
 from solidify.system import console
 

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import HealingError
 from solidify.healing.matching import attended
 from solidify.healing.sources import Batch
 from solidify.losses.distillation import ForwardKL
 from solidify.losses.prediction import targets
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.system import processes
 from solidify.weights import mapped
 
@@ -78,7 +79,7 @@ def distances(
 def _run(model: PreTrainedModel, row: Batch) -> torch.Tensor:
     """Returns a model's logits. Of a mapped model that is as large as the free memory, each module is let go once it
     has run; of any other, its pages are read once and stay."""
-    arguments = {**row, "use_cache": False} if "use_cache" in behaviour.takes(model) else dict(row)
+    arguments = {**row, "use_cache": False} if "use_cache" in calling.takes(model) else dict(row)
     tight = 2 * anatomy.size(model) > processes.free_memory()
     with torch.no_grad(), anatomy.evaluation(model), mapped.released(model) if tight else nullcontext():
         logits: torch.Tensor = model(**arguments).logits

@@ -17,12 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from solidify.artifact import loading
+from solidify.behaviour import properties
 from solidify.errors import HealingError, refuse
 from solidify.healing.align import align, refuse_types
 from solidify.healing.learning import Alignment
 from solidify.healing.measuring import distance
 from solidify.healing.sources import Batch
-from solidify.model import anatomy, behaviour, operations
+from solidify.model import anatomy, operations
 from solidify.model.cost import flops
 from solidify.surgery import contract
 from solidify.surgery.replacing import Edit
@@ -174,7 +175,7 @@ class Choice:
         inputs = {key: tensor[:1] for key, tensor in self.batches[0].items()}
         with self.only(()):
             ours, theirs = (anatomy.run(model, inputs) for model in (self.model, self.base))
-        if ours.shape != theirs.shape or behaviour.distance(ours, theirs) > behaviour.allowed("", 0.0, ours.dtype):
+        if ours.shape != theirs.shape or properties.distance(ours, theirs) > properties.allowed("", 0.0, ours.dtype):
             raise HealingError(
                 "with the base's own modules at all candidates the model is not its base, so something else was "
                 "changed too; choose layers before other changes are made"

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import HealingError, refuse
 from solidify.healing import matching
 from solidify.healing.activations import Activations
 from solidify.healing.matching import Call, LeftError, Unit
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.surgery import contract
 from solidify.system import foreign
 from solidify.weights import mapped
@@ -249,7 +250,7 @@ def few_tokens(batch: Batch) -> dict[str, torch.Tensor]:
 def _run_until_left(model: nn.Module, batch: Batch) -> None:
     """Runs a model without a cache, without gradients, in evaluation mode, until a hook leaves it or to its end."""
     arguments = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    if "use_cache" in behaviour.takes(model):
+    if "use_cache" in calling.takes(model):
         arguments["use_cache"] = False  # type: ignore[assignment]
     called = foreign.calling("the model does not run on the batches", HealingError)
     with torch.no_grad(), anatomy.evaluation(model), anatomy.caches_off(model), called, suppress(LeftError):

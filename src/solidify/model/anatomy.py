@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify.model import behaviour
+from solidify.behaviour import calling
 from solidify.weights import mapped
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
 
-evaluation = behaviour.evaluation
+evaluation = calling.evaluation
 LARGE = 2**29  # bytes of parameters; what is larger is neither run nor read as a whole where that can be avoided
 
 
@@ -115,7 +115,7 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
 def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """Runs the model in evaluation mode without a cache and returns all that it returns."""
     arguments = dict(inputs)
-    if "use_cache" in behaviour.takes(model):
+    if "use_cache" in calling.takes(model):
         arguments["use_cache"] = False
     with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
         return model(**arguments)
@@ -124,7 +124,7 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
 def caches_off(model: nn.Module) -> AbstractContextManager[None]:
     """Keeps every part of the model from caching, whatever its own configuration says."""
     configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
-    return behaviour.caches_off({id(config): config for config in configs}.values())
+    return calling.caches_off({id(config): config for config in configs}.values())
 
 
 def path_in_config(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import SurgeryError
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.system import foreign
 
 Inputs = dict[str, torch.Tensor]
@@ -66,14 +67,14 @@ def few_inputs(model: PreTrainedModel) -> Inputs:
 
 def _takes_plain_tokens(model: PreTrainedModel) -> bool:
     """Returns whether there is nothing to try: a language model takes tokens."""
-    images = "pixel_values" in behaviour.takes(model)
+    images = "pixel_values" in calling.takes(model)
     books = getattr(model.config, "num_codebooks", None)
     return model.main_input_name == "input_ids" and model.can_generate() and not images and not books
 
 
 def _make_candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bool, seed: int) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(seed)
-    takes = behaviour.takes(model)
+    takes = calling.takes(model)
     kind = model.main_input_name
     worded = "input_ids" in takes or kind in ("input_ids", "inputs")
     tokens = _make_tokens(model, batch_size, length, padded, generator) if worded else {}

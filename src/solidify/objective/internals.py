@@ -14,8 +14,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from solidify.adapter import lookup
 from solidify.adapter.adapters import switched_off
+from solidify.behaviour import calling
 from solidify.errors import ObjectiveError, refuse
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.objective.capture import Capture, Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.observation import MakesLogits, ReferenceObservation
@@ -141,7 +142,7 @@ def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     """Returns inputs with which a model builds logits of one position only, where it can be told so, and no loss."""
     plain: Any = lookup.plain_model(model)
     kept = without_loss(model, inputs)
-    return {**kept, _KEEP: 1} if _KEEP in behaviour.takes(plain) else kept
+    return {**kept, _KEEP: 1} if _KEEP in calling.takes(plain) else kept
 
 
 def encodes_and_decodes(model: nn.Module) -> bool:

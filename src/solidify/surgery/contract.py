@@ -1,7 +1,7 @@
 """Can B stand where A stood? Shown by a probe of the single module: same inputs, same structure, shape and dtype.
 
 The original's real calls are recorded during one forward pass of the model, before a new module is built; the
-replacement is then called with them. How the whole model behaves is in `behaviour.py`. Nothing is changed.
+replacement is then called with them. How the whole model behaves is in `behaviour/`. Nothing is changed.
 """
 
 from __future__ import annotations

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import probes
+from solidify.behaviour.properties import PROPERTIES, RECORDS, Fault, Reading
+from solidify.behaviour.values import noise
+from solidify.behaviour.watching import Watched
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, behaviour, probing
-from solidify.model.behaviour import PROPERTIES, Fault, Reading, Watched
+from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.surgery import contract
 from solidify.system import foreign
@@ -128,7 +131,7 @@ def is_half(model: PreTrainedModel) -> bool:
 
 def _read_model(model: PreTrainedModel, before: Control, *, wide: bool = False) -> Reading | None:
     with anatomy.sparing(model):
-        return foreign.attempt(Watched(model, before.inputs or {}, wide=wide, **before.watched).read).value
+        return foreign.attempt(probes.read, Watched(model, before.inputs or {}, wide=wide, **before.watched)).value
 
 
 def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
@@ -165,8 +168,8 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorde
         raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
     if before.reading is not None:
         with foreign.calling(f"with {what} the model does not run"):
-            after, found = Watched(model, before.inputs).judged(before.reading)
-        allowed = {*after.recorded, *unrecorded} & set(behaviour.RECORDS)
+            after, found = probes.judge(Watched(model, before.inputs), before.reading)
+        allowed = {*after.recorded, *unrecorded} & set(RECORDS)
         lost = [fault for fault in found if fault.property not in allowed]
         refuse(SurgeryError, f"with {what} the model does not behave as before", sentences(lost, what, {}))
     return old is not None and torch.equal(output.value, old)
@@ -199,7 +202,7 @@ def judge_at(
     if control.inputs is None or control.reading is None or not control.reading.plain:
         return Judgement()
     with foreign.calling(f"with {what} in place the model does not run", SurgeryError), anatomy.sparing(model):
-        found = Watched(model, control.inputs, **control.watched).read(whole=False)
+        found = probes.read(Watched(model, control.inputs, **control.watched), whole=False)
     if name not in found.plain:
         return Judgement()
     return judge(model, control, what=what, fresh=fresh, declared=declared, identical=True)
@@ -248,9 +251,9 @@ def judge(
     with called, anatomy.sparing(model):
         watched = Watched(model, control.inputs, **control.watched)
         if control.reading is None:
-            reading, found = watched.read(whole=False), list[Fault]()
+            reading, found = probes.read(watched, whole=False), list[Fault]()
         else:
-            reading, found = watched.judged(control.reading)
+            reading, found = probes.judge(watched, control.reading)
     if control.reading is None:
         return Judgement()
     if _is_finite(control.reading) and not _is_finite(reading):
@@ -270,10 +273,10 @@ def _find_faults(
 ) -> list[Fault] | None:
     """Reads the model, with noise in `fresh` parameters; None for what does not run, or gives no finite outputs."""
     for scale in _SCALES if fresh else (0.0,):
-        values = {n: (p + scale * (behaviour.noise(n, p) - p)).detach() for n, p in fresh.items()}
+        values = {n: (p + scale * (noise(n, p) - p)).detach() for n, p in fresh.items()}
         watched = Watched(model, control.inputs or {}, values=values, wide=wide, **control.watched)
         with anatomy.sparing(model):
-            outcome = foreign.attempt(watched.judged, before).value
+            outcome = foreign.attempt(probes.judge, watched, before).value
         if outcome is not None and _is_finite(outcome[0]):
             return outcome[1]
     return None
@@ -326,7 +329,7 @@ def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], 
         broken.pop("crop", None)  # and a cache that is wrong, or declared not to be kept, is not asked to be cut
     first_of_all = {"stateless", "deterministic", "rows"} & set(broken)  # they make the others seem broken
     if first_of_all:
-        broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in behaviour.RECORDS}
+        broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in RECORDS}
     return [
         f"{_TITLES[key].format(what=what)}{when}: {fault.words}; {_REMEDIES[key]}, or, if it is meant, declare "
         f"{{{key}: false}} ({PROPERTIES[key]})"

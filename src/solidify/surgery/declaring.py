@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from solidify.behaviour.properties import PROPERTIES
 from solidify.errors import SurgeryError, refuse
-from solidify.model.behaviour import PROPERTIES
 
 ATTRIBUTE = "declares"  # the class attribute by which a module says the same
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import SurgeryError
-from solidify.model import anatomy, behaviour
+from solidify.model import anatomy
 from solidify.surgery import contract
 from solidify.surgery.contract import Call
 from solidify.system import foreign
@@ -97,7 +98,7 @@ def _run_plainly(
 
 
 def _make_inputs(model: PreTrainedModel, padding: int) -> dict[str, torch.Tensor]:
-    takes = behaviour.takes(model)
+    takes = calling.takes(model)
     if "input_ids" not in takes:
         raise SurgeryError(f"{type(model).__name__} takes no tokens, so it cannot be tried which of them move which")
     high = int(model.config.get_text_config().vocab_size)

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, operations, states
+from solidify.model import anatomy, cache_layers, operations
 from solidify.model.extent import Extent
-from solidify.surgery import contract, control, declaring, initial, provenance, state
+from solidify.surgery import contract, control, declaring, initial, layer_types, provenance
 from solidify.surgery.control import Control
 from solidify.surgery.provenance import Original
 from solidify.surgery.transaction import transaction
@@ -137,7 +137,7 @@ def replace(
     `original` (the module that is replaced, still in place) are supplied, all others come from `arguments`. A method
     `adopt(original)` runs once here; `weights` (`.safetensors`, `.pth`) is loaded once here.
 
-    The changed model keeps the behaviour of the one before it (`behaviour.PROPERTIES`): no look-ahead, the same with
+    The changed model keeps the behaviour of the one before it (`behaviour/properties.py`): no look-ahead, the same with
     and without a cache, no influence of padding, of other rows, of earlier calls or of chance, outputs recorded where
     they were. `declares`, or a class attribute of that name, says what it does not keep on purpose: `{"cache": False}`.
 
@@ -193,7 +193,7 @@ def _put_modules(
 ) -> list[Edit]:
     arguments = dict(arguments or {})
     refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructor_faults(module, arguments))
-    declares = {**state.lost(module), **declares}
+    declares = {**layer_types.lost(module), **declares}
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
     values = initial.read(weights) if weights is not None else None
@@ -201,15 +201,15 @@ def _put_modules(
         new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
         edits = new.build(names)
         title = f"{module.__name__} cannot be used there"
-        refuse(SurgeryError, title, new.faults + state.unnumbered(new.built))
+        refuse(SurgeryError, title, new.faults + layer_types.unnumbered(new.built))
         recorded = operations.recorders(model)
         for name, replacement in new.built.items():
             operations.stand_in(model.get_submodule(name), replacement)
             model.set_submodule(name, replacement, strict=True)
         verify_places(model, new.built)
-        settings = state.settings(model, names, module)
+        settings = layer_types.settings(model, names, module)
         operations.assign(model.config, settings.get("after", {}))
-        states.settle(model)
+        cache_layers.settle(model)
         records = operations.record_again(model, recorded, list(new.built))
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
@@ -382,7 +382,7 @@ def constructor_faults(
     if not (isinstance(module, type) and issubclass(module, nn.Module)):
         return [f"it is of type {type(module).__name__}, not a class derived from torch.nn.Module"]
     parameters = contract.constructor(module)
-    faults = state.faults(module)
+    faults = layer_types.faults(module)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     named = {
         name: p

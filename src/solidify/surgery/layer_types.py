@@ -2,7 +2,7 @@
 
 The configuration names the kind of every layer of the cache (`layer_types`), so that a cache made from it is right from
 the start. Where the family reads that list for its masks or modules too, it is left as it is: the layers are then put
-in at the first call (`model/states.py`), which needs no configuration.
+in at the first call (`model/cache_layers.py`), which needs no configuration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
-from solidify.model import anatomy, operations, states
+from solidify.model import anatomy, cache_layers, operations
 
 # transformers (5.23) asks an attention layer how long the text is, also of a cache that is empty and has none.
 _WITHOUT_LENGTH = ("linear_attention", "conv", "moe")
@@ -50,7 +50,8 @@ def unnumbered(built: Mapping[str, nn.Module]) -> list[str]:
         f"{name}: {type(new).__name__} declares layer_type {kind!r}, but has no attribute layer_idx, the number of "
         "its layer of the cache; take it in the constructor and keep it"
         for name, new in built.items()
-        if (kind := states.layer_type_of(new)) is not None and not isinstance(getattr(new, "layer_idx", None), int)
+        if (kind := cache_layers.layer_type_of(new)) is not None
+        and not isinstance(getattr(new, "layer_idx", None), int)
     ]
 
 

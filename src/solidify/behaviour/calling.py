@@ -1,0 +1,92 @@
+"""What a model's `forward` takes, and what stays as it was around a call: mode, caches, random numbers."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+def takes(model: nn.Module) -> set[str]:
+    """Names what a model's `forward` takes, also where a subclass hands on what it does not name (`**kwargs`).
+
+    In transformers' own classes, `**kwargs` are options of kernels, and no sign that another class takes them.
+    """
+    found: set[str] = set()
+    for kind in type(model).__mro__:
+        if "forward" not in vars(kind) or kind is nn.Module:
+            continue
+        parameters = inspect.signature(vars(kind)["forward"]).parameters
+        found |= set(parameters) - {"self"}
+        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if kind.__module__.startswith("transformers.") or not hands_on:
+            break
+    if "forward" in vars(model):  # put on the instance, by a wrapper that may hide what it takes
+        found |= set(inspect.signature(model.forward).parameters)
+    return found
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode and gives each its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def caches_off(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
+    """Keeps every part of the model from caching by itself, whatever its own configuration says."""
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def chance_kept() -> Iterator[None]:
+    """Gives random numbers back as they were."""
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before)
+
+
+def set_seed(number: int) -> None:
+    """Seeds the random numbers of torch and Python."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # without one, `torch.manual_seed` writes the stack down for each kind of accelerator
+        torch.default_generator.manual_seed(number)
+    random.seed(number)
+
+
+def get_state() -> tuple[Any, Any]:
+    """Returns the state of random numbers, in a form that can be compared."""
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def get_seeded_state(number: int) -> tuple[Any, Any]:
+    """Returns the state of random numbers right after they were seeded."""
+    now = torch.random.get_rng_state(), random.getstate()
+    set_seed(number)
+    found = get_state()
+    torch.random.set_rng_state(now[0])
+    random.setstate(now[1])
+    return found
