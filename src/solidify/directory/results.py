@@ -1,4 +1,4 @@
-"""Whose results stand in a run's directory, and whether they belong together."""
+"""Which results stand in a run's directory: whether each is whole, whose it is, whether they belong together."""
 
 from __future__ import annotations
 
@@ -21,6 +21,29 @@ _BUILT = ("base", "surgery")  # the sections of a recipe that decide what is bui
 def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a recipe that decides what is built."""
     return {key: recipe[key] for key in _BUILT}
+
+
+def find_whole(part: Path, kind: str | None = None) -> Manifest | None:
+    """Returns the manifest of a part (an artifact, an adapter) that is complete and unchanged, else None.
+
+    `kind` is `artifact` or `adapter`, where it must be one of the two.
+    """
+    try:
+        record = manifest.read(part, kind)
+    except ArtifactError:
+        return None
+    return None if manifest.faults(part, record) else record
+
+
+def is_made_by(part: Path, recipe: Mapping[str, Any], kind: str) -> bool:
+    """Returns whether a part is whole and was made by this recipe."""
+    record = find_whole(part, kind)
+    return record is not None and record.recipe == recipe
+
+
+def is_merged(directory: Path) -> bool:
+    """Returns whether the merged model of a run is whole, and made of the run's adapter."""
+    return find_whole(directory / "merged") is not None and "merged" not in misfits(directory)
 
 
 def others(directory: Path, recipe: Mapping[str, Any]) -> list[str]:

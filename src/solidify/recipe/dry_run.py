@@ -22,7 +22,8 @@ from solidify.objective.term import Term
 from solidify.recipe import datasets, healing, models, objectives, trainers
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
-from solidify.surgery.replacing import Bypassing, Edit
+from solidify.surgery.constructing import Bypassing
+from solidify.surgery.edit_record import Edit
 from solidify.system import console, markup
 from solidify.training import data, groups, kernels
 from solidify.training.trainer import refuse_half_precision

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import plan as planning
 from solidify.artifact import loading
 from solidify.artifact.solidify import write_again
-from solidify.directory import manifest, ours, writing
+from solidify.directory import manifest, ours, results, writing
 from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
@@ -34,7 +34,7 @@ from solidify.model.extent import Extent
 from solidify.recipe import datasets, models, objectives, trainers
 from solidify.recipe.schema import Adapter, Align, Place, Recipe
 from solidify.surgery.catalogue import Replace
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import console, disk, files, processes
 from solidify.training import groups
 from solidify.weights import hashing
@@ -288,12 +288,9 @@ def _digest_data(recipe: Recipe) -> dict[str, str]:
 
 
 def _is_made(target: Path, wanted: Mapping[str, Any]) -> bool:
-    try:
-        record = manifest.read(target, "artifact")
-    except ArtifactError:
-        return False
-    last = record.lineage[-1] if record.lineage else {}
-    return all(last.get(key) == value for key, value in wanted.items()) and not manifest.faults(target, record)
+    record = results.find_whole(target, "artifact")
+    last = record.lineage[-1] if record is not None and record.lineage else {}
+    return record is not None and all(last.get(key) == value for key, value in wanted.items())
 
 
 def _align_model(

@@ -17,7 +17,7 @@ from solidify.model.extent import Extent
 from solidify.recipe import references
 from solidify.recipe.schema import Base, Recipe
 from solidify.surgery import ledger
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import files
 
 

@@ -8,29 +8,25 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_callback import PrinterCallback
 
-from solidify.adapter import adapters, storage
+from solidify.adapter import adapters
 from solidify.adapter import plan as planning
-from solidify.artifact import certificate, loading, sources, tensors
+from solidify.artifact import certificate, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
-from solidify.checks import gradients, roundtrip, structure, trainable
+from solidify.checks import roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
-from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError, SolidifyError
+from solidify.errors import CheckFailed, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.healing import plots
 from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import datasets, healing, models, trainers
+from solidify.recipe import healing, models, trainers, training
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
-from solidify.system import console, disk, foreign, processes
-from solidify.training import checkpoints, data
-from solidify.training.progress import TrainingBar
-from solidify.weights import hashing
+from solidify.system import console, disk, processes
 
 SEED = 42  # transformers' own default
 
@@ -135,13 +131,7 @@ def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
     parts = ["artifact", "adapter", "merged"] if recipe.adapter is not None else ["artifact"]
     parts += [f"{ours.HEAL}/artifact"] if heal is not None else []
     parts += [f"{ours.HEAL}/{part}" for part in ("adapter", "merged") if heal is not None and heal.distill is not None]
-    for name in parts:
-        try:
-            if manifest.faults(directory / name, manifest.read(directory / name)):
-                return None
-        except ArtifactError:
-            return None
-    if results.misfits(directory):
+    if any(results.find_whole(directory / name) is None for name in parts) or results.misfits(directory):
         return None
     stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
     return Report(found["subject"], stages, found["measured"])
@@ -183,7 +173,7 @@ def build(
     recipe = healing.place(recipe, directory, report, again=not resume)
     target = directory / "artifact"
     document = results.built_by(recipe.document())
-    if resume and _made_by(target, document, "artifact"):
+    if resume and results.is_made_by(target, document, "artifact"):
         report.add("build", certificate.witness(target))
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
@@ -261,27 +251,28 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
-        model, processor = processes.in_turn(lambda: _load_artifact(recipe, directory))
+        model, processor = processes.in_turn(lambda: training.load_artifact(recipe, directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     report.add("train", [trainable.trainable(peft_model, wanted)])
     trainer, examples = trainers.make_trainer(recipe, directory, peft_model, processor)
-    witness = _train_adapter(recipe, directory, trainer, resume)
-    console.words.print(history_table(trainer.history))
+    witness = training.train_adapter(recipe, directory, trainer, resume)
+    console.words.print(training.history_table(trainer.history))
     with console.stage("Checking what training did"):
         report.add(
-            "train", _after_training(trainer, witness, examples, manifest.read(healing.healed(recipe, directory)))
+            "train",
+            training.check_training(trainer, witness, examples, manifest.read(healing.healed(recipe, directory))),
         )
     report.measured["history"] = trainer.history
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
-        _measure_losses(recipe, processor, trainer.model, report)
-    trained = _release_model(recipe, directory, trainer)
+        training.measure_losses(recipe, processor, trainer.model, report)
+    trained = training.release_model(recipe, directory, trainer)
     del trainer, witness, model, peft_model  # with the optimizer's state
     gc.collect()
-    processes.on_first(lambda: _keep_adapter(recipe, directory, report, trained, before, inputs))
+    processes.on_first(lambda: training.keep_adapter(recipe, directory, report, trained, before, inputs))
     return report
 
 
@@ -325,37 +316,11 @@ def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, l
     within = Report(str(nested))
     train(inner, nested, report=within, resume=resume)
     allowed = recipe.base.trust_remote_code
-    if not (resume and processes.on_first(lambda: _is_merged(nested))):
+    if not (resume and processes.on_first(lambda: results.is_merged(nested))):
         processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
     report.add("distill", within.findings)
     report.measured["distill_history"] = within.measured.get("history", [])
     processes.on_first(lambda: healing.measure_distilled(recipe, directory, report))
-
-
-def _is_merged(directory: Path) -> bool:
-    """Returns whether the merged model of a run is there, whole, and made of its adapter."""
-    try:
-        record = manifest.read(directory / "merged")
-    except ArtifactError:
-        return False
-    return not manifest.faults(directory / "merged", record) and "merged" not in results.misfits(directory)
-
-
-def _after_training(
-    trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
-) -> list[Finding]:
-    """Says what training did; its gradients are looked at once more, which a short training needs."""
-    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size)
-    frozen = trainable.frozen(trainer.model, base)
-    split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
-    return [
-        *trainer.kernel_findings,
-        witness.finding(),
-        frozen,
-        gradients.parts_sum(trainer.history),
-        gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
-        split,
-    ]
 
 
 def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
@@ -365,88 +330,10 @@ def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | 
     writing.refuse_foreign(target, recipe.inputs())
     _refuse_foreign_checkpoints(recipe, directory)
     results.refuse_others(directory, recipe.document(), "artifact")
-    if not (resume and _made_by(target, recipe.document(), "adapter")) or "adapter" in results.misfits(directory):
+    made = resume and results.is_made_by(target, recipe.document(), "adapter")
+    if not made or "adapter" in results.misfits(directory):
         return None
     return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
-
-
-def _load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any]:
-    """Returns what the adapter is trained on, surgery's artifact or the healed one, and its processor."""
-    source, allowed = healing.healed(recipe, directory), recipe.base.trust_remote_code
-    return (
-        loading.load_artifact(source, trust_remote_code=allowed),
-        loading.load_processor(source, trust_remote_code=allowed),
-    )
-
-
-def _train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
-    """Trains, from the last checkpoint of this very run if there is one, and returns who looked at the gradients."""
-    witness = gradients.GradientWitness(trainer.model)
-    trainer.add_callback(witness)
-    if trainer.args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(TrainingBar())
-    base = manifest.read(healing.healed(recipe, directory))
-    made_by = [recipe.document(), base.digest(), processes.count()]
-    trainer.fingerprint = hashing.digest_values(made_by)
-    where = Path(trainer.args.output_dir)
-    checkpoint = processes.on_first(
-        lambda: checkpoints.last(where, trainer.fingerprint, processes.count()) if resume else None
-    )
-    if checkpoint is not None:
-        console.words.print(f"Going on from {checkpoint}")
-    elif resume and any(where.glob("checkpoint-*")):
-        console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
-    with foreign.calling("the training stopped", ObjectiveError):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    return witness
-
-
-def _release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:
-    """Returns the trained model on the CPU, in the first process.
-
-    A model that is elsewhere, or spread over the processes, is not brought back whole: what was trained is put on the
-    artifact once more, whose file is mapped.
-    """
-    assert recipe.adapter is not None
-    model = trainer.model
-    if model.device.type == "cpu" and not processes.is_spread(model):
-        return model.eval()
-    trained = adapters.trained_state(model)
-    if not processes.is_first():
-        return None
-    fresh, _ = _load_artifact(recipe, directory)
-    with console.silence():
-        again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
-    here = dict([*again.named_parameters(), *again.named_buffers()])
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            here[name].copy_(tensor)
-    return again.eval()
-
-
-def _keep_adapter(
-    recipe: Recipe,
-    directory: Path,
-    report: Report,
-    model: Any,
-    before: dict[str, torch.Tensor],
-    inputs: dict[str, Any],
-) -> None:
-    """Saves the adapter, and compares what it does now with what it does when it is loaded again."""
-    target = directory / "adapter"
-    with console.stage("Saving the adapter and loading it again"):
-        report.add("train", roundtrip.adapter_effect(model, before, inputs))
-        attached = roundtrip.outputs(model, inputs)
-        storage.save_adapter(model, target, recipe=recipe.document())
-        again = storage.load(healing.healed(recipe, directory), target, trust_remote_code=recipe.base.trust_remote_code)
-        report.add(
-            "train",
-            [
-                roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
-                roundtrip.wrong_base_refused(again, manifest.read(target), target),
-            ],
-        )
 
 
 def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_code: bool = False) -> None:
@@ -458,48 +345,6 @@ def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_co
     report.add("merge", merged.findings)
 
 
-def history_table(history: list[dict[str, float]]) -> Any:
-    """Shows the first and the last logged value of the loss and of every term."""
-    names = [key.removeprefix("term/") for key in history[0] if key.startswith("term/")] if history else []
-    rows = [
-        (
-            name,
-            *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")),
-        )
-        for name in names
-    ]
-    rows += [("total", "", f"{history[0]['loss']:.4g}", "", f"{history[-1]['loss']:.4g}")] if history else []
-    columns = ("term", "first log", "weighted", "last log", "weighted")
-    return console.table("The objective", columns, rows, numbers=(1, 2, 3, 4))
-
-
 def _refuse_early(recipe: Recipe) -> None:
     """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
     plan(recipe)
-
-
-def _choose_tolerance(trainer: Any) -> float:
-    """Float32 sums in another order; half precision rounds every product."""
-    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
-    return 5e-2 if half else 1e-4
-
-
-def _measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
-    """Measures the held-out loss with and without the adapter."""
-    _, held_out = datasets.make_examples(recipe, processor)
-    if held_out is None:
-        return
-    collate = datasets.make_collator(recipe, processor)
-    with model.disable_adapter():
-        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
-    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
-    gc.collect()
-
-
-def _made_by(target: Path, document: dict[str, Any], kind: str) -> bool:
-    """Returns whether a directory is whole and was made by this recipe."""
-    try:
-        record = manifest.read(target, kind)
-    except ArtifactError:
-        return False
-    return record.recipe == document and not manifest.faults(target, record)

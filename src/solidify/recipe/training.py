@@ -1,0 +1,153 @@
+"""The parts of the training stage: load, train, check, bring back, keep. `stages.py` has their order."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback
+
+from solidify.adapter import adapters, storage
+from solidify.artifact import loading
+from solidify.checks import gradients, roundtrip, trainable
+from solidify.directory import manifest
+from solidify.errors import ObjectiveError
+from solidify.findings import Finding, Report
+from solidify.recipe import datasets, healing
+from solidify.recipe.schema import Recipe
+from solidify.system import console, foreign, processes
+from solidify.training import checkpoints, data
+from solidify.training.progress import TrainingBar
+from solidify.weights import hashing
+
+
+def load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any]:
+    """Returns what the adapter is trained on, surgery's artifact or the healed one, and its processor."""
+    source, allowed = healing.healed(recipe, directory), recipe.base.trust_remote_code
+    return (
+        loading.load_artifact(source, trust_remote_code=allowed),
+        loading.load_processor(source, trust_remote_code=allowed),
+    )
+
+
+def train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
+    """Trains, from the last checkpoint of this very run if there is one, and returns who looked at the gradients."""
+    witness = gradients.GradientWitness(trainer.model)
+    trainer.add_callback(witness)
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(TrainingBar())
+    base = manifest.read(healing.healed(recipe, directory))
+    made_by = [recipe.document(), base.digest(), processes.count()]
+    trainer.fingerprint = hashing.digest_values(made_by)
+    where = Path(trainer.args.output_dir)
+    checkpoint = processes.on_first(
+        lambda: checkpoints.last(where, trainer.fingerprint, processes.count()) if resume else None
+    )
+    if checkpoint is not None:
+        console.words.print(f"Going on from {checkpoint}")
+    elif resume and any(where.glob("checkpoint-*")):
+        console.words.print(f"No checkpoint in {where} is whole and of this recipe, base and number of processes")
+    with foreign.calling("the training stopped", ObjectiveError):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    return witness
+
+
+def check_training(
+    trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
+) -> list[Finding]:
+    """Says what training did; its gradients are looked at once more, which a short training needs."""
+    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size)
+    frozen = trainable.frozen(trainer.model, base)
+    split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
+    return [
+        *trainer.kernel_findings,
+        witness.finding(),
+        frozen,
+        gradients.parts_sum(trainer.history),
+        gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
+        split,
+    ]
+
+
+def measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
+    """Measures the held-out loss with and without the adapter."""
+    _, held_out = datasets.make_examples(recipe, processor)
+    if held_out is None:
+        return
+    collate = datasets.make_collator(recipe, processor)
+    with model.disable_adapter():
+        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
+    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
+    gc.collect()
+
+
+def release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:
+    """Returns the trained model on the CPU, in the first process.
+
+    A model that is elsewhere, or spread over the processes, is not brought back whole: what was trained is put on the
+    artifact once more, whose file is mapped.
+    """
+    assert recipe.adapter is not None
+    model = trainer.model
+    if model.device.type == "cpu" and not processes.is_spread(model):
+        return model.eval()
+    trained = adapters.trained_state(model)
+    if not processes.is_first():
+        return None
+    fresh, _ = load_artifact(recipe, directory)
+    with console.silence():
+        again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    here = dict([*again.named_parameters(), *again.named_buffers()])
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            here[name].copy_(tensor)
+    return again.eval()
+
+
+def keep_adapter(
+    recipe: Recipe,
+    directory: Path,
+    report: Report,
+    model: Any,
+    before: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
+) -> None:
+    """Saves the adapter, and compares what it does now with what it does when it is loaded again."""
+    target = directory / "adapter"
+    with console.stage("Saving the adapter and loading it again"):
+        report.add("train", roundtrip.adapter_effect(model, before, inputs))
+        attached = roundtrip.outputs(model, inputs)
+        storage.save_adapter(model, target, recipe=recipe.document())
+        again = storage.load(healing.healed(recipe, directory), target, trust_remote_code=recipe.base.trust_remote_code)
+        report.add(
+            "train",
+            [
+                roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
+                roundtrip.wrong_base_refused(again, manifest.read(target), target),
+            ],
+        )
+
+
+def history_table(history: list[dict[str, float]]) -> Any:
+    """Shows the first and the last logged value of the loss and of every term."""
+    names = [key.removeprefix("term/") for key in history[0] if key.startswith("term/")] if history else []
+    rows = [
+        (
+            name,
+            *(f"{logs[f'{kind}/{name}']:.4g}" for logs in (history[0], history[-1]) for kind in ("term", "weighted")),
+        )
+        for name in names
+    ]
+    rows += [("total", "", f"{history[0]['loss']:.4g}", "", f"{history[-1]['loss']:.4g}")] if history else []
+    columns = ("term", "first log", "weighted", "last log", "weighted")
+    return console.table("The objective", columns, rows, numbers=(1, 2, 3, 4))
+
+
+def _choose_tolerance(trainer: Any) -> float:
+    """Float32 sums in another order; half precision rounds every product."""
+    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+    return 5e-2 if half else 1e-4
