@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from solidify.recipe.stages import run as run
     from solidify.surgery.depth import insert as insert
     from solidify.surgery.depth import remove as remove
+    from solidify.surgery.edit_record import Edit as Edit
     from solidify.surgery.experts import rearrange_experts as rearrange_experts
     from solidify.surgery.heads import add as add
     from solidify.surgery.masks import mask as mask
-    from solidify.surgery.replacing import Edit as Edit
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer

@@ -14,7 +14,7 @@ from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.recipe import stages
 from solidify.recipe.schema import Recipe, given
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 
 
 def build(

@@ -18,8 +18,8 @@ from solidify.builtin import bases
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.surgery import depth, experts, heads, masks, replacing, selection
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.masks import Kind
-from solidify.surgery.replacing import Edit
 from solidify.surgery.selection import Selection, Where
 from solidify.system import markup
 from solidify.weights import spilling

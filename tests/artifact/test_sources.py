@@ -14,7 +14,7 @@ import solidify
 from solidify.artifact import sources
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import references
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 
 MODULE = """
 import torch

@@ -22,7 +22,7 @@ from solidify.checks import served_call, served_run, serving
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
 from solidify.modules.trashcan_moe import TrashCanMoE
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 
 layers: Any = import_module("served_layers")  # tests/support/user_modules, which pico puts on the path
 modules: Any = import_module("served")

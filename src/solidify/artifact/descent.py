@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.model.operations import assign
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 
 MIXIN = "Solid"  # the class that all generated models have in common
 

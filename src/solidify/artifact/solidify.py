@@ -24,7 +24,7 @@ from solidify.model import anatomy, operations
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
 from solidify.surgery import ledger
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign, markup
 from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format, hashing, store

@@ -25,7 +25,7 @@ from solidify.artifact.descent import Ancestor
 from solidify.model import cache_layers, operations
 from solidify.source import closure
 from solidify.surgery import catalogue, layer_types
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.weights import hashing
 
 OPERATIONS = "operations.py"

@@ -21,7 +21,7 @@ from solidify.healing.ledger import Aligned, Kept, Result
 from solidify.healing.matching import Unit
 from solidify.healing.sources import Batch, WholeBase
 from solidify.healing.work import Work
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.weights import spilling
 
 

@@ -24,7 +24,7 @@ from solidify.losses.distillation import ChunkedDistillation
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
 from solidify.objective.term import Term
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import disk
 from solidify.training.groups import ParameterGroup
 from solidify.training.progress import TrainingBar

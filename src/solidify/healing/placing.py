@@ -26,7 +26,7 @@ from solidify.healing.sources import Batch
 from solidify.model import anatomy, operations
 from solidify.model.cost import flops
 from solidify.surgery import contract
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign
 
 METHODS = {

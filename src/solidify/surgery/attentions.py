@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, influence, masking, replacing
+from solidify.surgery import control, influence, masking, selection
 from solidify.surgery.control import Control, Judgement
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.influence import Reach
-from solidify.surgery.replacing import Edit
 from solidify.surgery.transaction import transaction
 
 _LOOKS_AHEAD = ("bidirectional", "block_causal")
@@ -112,7 +112,7 @@ def _find_attentions(
         raise SurgeryError(
             f"{type(model).__name__} is an encoder and a decoder, each with masks of its own; none can be given"
         )
-    hits = replacing.targets(model, target, None, None) if target is not None else []
+    hits = selection.targets(model, target, None, None) if target is not None else []
     every = _list_attentions(model)
     without = _find_other_layers(model, every)
     if target is None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
 
 
 class Replace(Operation):

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, replacing
-from solidify.surgery.replacing import Edit
+from solidify.surgery import control, selection
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
 
@@ -91,7 +91,7 @@ def _find_lists(
     """Returns the lists that hold the targets, each with the indices that are meant."""
     lists: dict[str, list[int]] = {}
     faults = []
-    for name in replacing.targets(model, target, expect, count):
+    for name in selection.targets(model, target, expect, count):
         parent, _, index = name.rpartition(".")
         if index.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
             lists.setdefault(parent, []).append(int(index))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from solidify.model.extent import Extent
     from solidify.surgery.contract import Call
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a configuration, in transformers 5.23
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "top_k_experts")
@@ -89,11 +89,11 @@ def rearrange_experts(
     import dataclasses
 
     from solidify.model.extent import Extent
-    from solidify.surgery import control, replacing
+    from solidify.surgery import control, selection
     from solidify.surgery.transaction import transaction
 
     extent = Extent.given(extent, model)
-    names = replacing.targets(model, target, expect, count)
+    names = selection.targets(model, target, expect, count)
     numbers = _read_order(order)
     plans = {name: _plan_block(model, name, numbers) for name in names}
     faults = [fault for name, plan in plans.items() for fault in _find_faults(model.get_submodule(name), name, plan)]
@@ -382,7 +382,7 @@ def _find_configured(
 def _rearrange_one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:
     """Rearranges one block and writes the record."""
     from solidify.model import anatomy, operations
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
     from solidify.weights import spilling
 
     block = model.get_submodule(name)

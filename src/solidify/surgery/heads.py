@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, declaring, initial, replacing
+from solidify.surgery import constructing, control, declaring, initial
 from solidify.surgery.control import Control
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
 
@@ -55,17 +55,17 @@ def add(
         faults.append(f"{name!r} cannot be added: there is no {parent!r}")
     elif name in names or hasattr(model.get_submodule(parent), child):
         faults.append(f"{name!r} is there already; replace it, or choose another name")
-    faults += replacing.constructor_faults(module, arguments, without=("original",))
+    faults += constructing.faults(module, arguments, without=("original",))
     refuse(SurgeryError, f"{getattr(module, '__name__', module)} cannot be added as asked", faults)
     extent = Extent.given(extent, model)
     before = control.take_at(model, sources, extent)
-    supplied = replacing.supplied_to(module)
+    supplied = constructing.supplied_to(module)
     given = reads if isinstance(reads, str) else sources
     settings = {"reads": given, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
     called = foreign.calling(f"{module.__name__} cannot be built or fails on what {_list_words(sources)}")
     with transaction(model, extent), called:
-        with replacing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
+        with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
         head.to(device=model.device).train(model.training)
@@ -130,7 +130,7 @@ def _make_record(
         supplied=tuple(supplied),
         tensors=dict.fromkeys((f"{name}.{key}" for key in head.state_dict()), None),
         dropped=(),
-        frozen=replacing.frozen(head),
+        frozen=constructing.frozen(head),
         parameters_before=0,
         parameters_after=anatomy.count(head.parameters()),
         probed=probed,

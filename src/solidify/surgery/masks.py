@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from solidify.model.extent import Extent
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
 
 Kind = Literal["causal", "bidirectional", "block_causal", "window"]
 

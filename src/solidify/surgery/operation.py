@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from solidify.model.extent import Extent
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
 
 Record = Mapping[str, Any]
 

@@ -1,21 +1,16 @@
 """Replaces modules of a model in place and returns a record of every edit.
 
 All or nothing: when any replacement is refused, the model is left as it was. What a replacement must fulfil is in
-`contract.py`; what it receives is bound by name (`config`, `layer_idx`, `original`, then `arguments`).
+`contract.py`; what it receives is in `constructing.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,98 +19,14 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, cache_layers, operations
 from solidify.model.extent import Extent
-from solidify.surgery import contract, control, declaring, initial, layer_types, provenance
+from solidify.surgery import constructing, contract, control, declaring, initial, layer_types, provenance, selection
 from solidify.surgery.control import Control
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.provenance import Original
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
 from solidify.upstream.torch import own_buffers, own_modules, own_parameters
 from solidify.weights import mapped, spilling
-
-SUPPLIED = ("config", "layer_idx", "original")
-
-
-@runtime_checkable
-class Adopting(Protocol):
-    """A replacement that takes weights over from the module it replaces, once, at surgery."""
-
-    def adopt(self, original: nn.Module) -> None:
-        """Copies what it wants to keep."""
-
-
-@runtime_checkable
-class Bypassing(Protocol):
-    """A replacement that computes exactly what the original computed while `bypass` is True."""
-
-    bypass: bool
-
-
-@dataclass(frozen=True, repr=False)
-class Edit:
-    """What one operation did at one module name.
-
-    `declares` are properties that the change does not keep on purpose, `control` is how the model behaved before, by
-    probe, and `records` says that transformers records what stands here (hidden states, attentions, router logits).
-    `operation` is the `recorded` name of a type in `catalogue.py`; `settings` is what doing it again needs besides
-    (an order, the configuration, what is read). `tensors` maps every tensor of the module, by its new name, to the
-    tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
-    live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
-    Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
-    trainable.
-    """
-
-    name: str
-    old_class: str
-    module_class: type[nn.Module] | None
-    arguments: dict[str, Any]
-    supplied: tuple[str, ...]
-    tensors: dict[str, str | None]
-    dropped: tuple[str, ...]
-    frozen: tuple[str, ...]
-    parameters_before: int
-    parameters_after: int
-    probed: bool
-    identical: bool
-    bypass: bool
-    operation: str = "replace"
-    settings: dict[str, Any] = field(default_factory=dict)
-    declares: dict[str, bool] = field(default_factory=dict)
-    records: bool = False
-    control: dict[str, float] = field(default_factory=dict)
-    unknown: tuple[str, ...] = ()
-
-    @property
-    def new_class(self) -> str:
-        """The class name of what stands there now."""
-        return self.module_class.__name__ if self.module_class is not None else self.old_class
-
-    def __repr__(self) -> str:
-        new = sum(origin is None for origin in self.tensors.values())
-        same = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
-        change = f"{self.old_class} -> {self.new_class}" if self.module_class else f"{self.old_class}({same})"
-        return f"Edit({self.operation} {self.name}: {change}, {new} tensors new, {len(self.dropped)} dropped)"
-
-    def document(self) -> dict[str, Any]:
-        """Returns the record as plain values for a manifest or a report."""
-        return {
-            "operation": self.operation,
-            "name": self.name,
-            "old_class": self.old_class,
-            "new_class": self.new_class,
-            "arguments": self.arguments,
-            "settings": self.settings,
-            "new": sorted(n for n, origin in self.tensors.items() if origin is None),
-            "kept": {n: origin for n, origin in self.tensors.items() if origin is not None},
-            "dropped": sorted(self.dropped),
-            "frozen": list(self.frozen),
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "declares": dict(self.declares),
-            "control": dict(self.control),
-            "probed": self.probed,
-            "identical": self.identical,
-            "bypass": self.bypass,
-        }
 
 
 def replace(
@@ -149,7 +60,7 @@ def replace(
             differs from the original in output structure, shape or dtype; the changed model does not run, or does not
             keep what it does not declare. The model is then as it was, as after any other exception.
     """
-    names = targets(model, target, expect, count)
+    names = selection.targets(model, target, expect, count)
     return _put_modules(
         model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=False
     )
@@ -174,7 +85,7 @@ def share(
     Raises:
         SurgeryError: as `replace`.
     """
-    names = targets(model, target, expect, count)
+    names = selection.targets(model, target, expect, count)
     return _put_modules(
         model, names, module, arguments, weights, declaring.declared(module, declares), extent, shared=True
     )
@@ -192,7 +103,7 @@ def _put_modules(
     shared: bool,
 ) -> list[Edit]:
     arguments = dict(arguments or {})
-    refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructor_faults(module, arguments))
+    refuse(SurgeryError, f"{_find_called(module)} cannot be built as asked", constructing.faults(module, arguments))
     declares = {**layer_types.lost(module), **declares}
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
@@ -275,7 +186,9 @@ class _Replacing:
                     for key, words in lost.items()
                     if self.declares.get(key) is not False
                 ]
-            if not faults and isinstance(new, Bypassing) and not self.shared:  # one module cannot be several originals
+            if (
+                not faults and isinstance(new, constructing.Bypassing) and not self.shared
+            ):  # one module cannot be several originals
                 bypass = _bypass_is_exact(name, new, call, faults)
             self.faults += faults
         traced = self._trace_tensors(name, old, new)
@@ -285,10 +198,10 @@ class _Replacing:
             old_class=old.kind,
             module_class=type(new),
             arguments=dict(self.arguments),
-            supplied=tuple(supplied_to(type(new))),
+            supplied=tuple(constructing.supplied_to(type(new))),
             tensors=tensors,
             dropped=dropped,
-            frozen=frozen(new),
+            frozen=constructing.frozen(new),
             parameters_before=old.parameters,
             parameters_after=anatomy.count(new.parameters()),
             probed=call is not None,
@@ -306,7 +219,7 @@ class _Replacing:
         if not old.open_questions(new):
             return {}
         original, kind = self.originals[name]
-        supplied = supplied_to(self.module)
+        supplied = constructing.supplied_to(self.module)
         key = (kind, operations.layer_index(self.model, name) if "layer_idx" in supplied else None)
         if key not in self.descents:
             self.descents[key] = provenance.trace(original, lambda stand_in: self._build_again(name, stand_in))
@@ -319,9 +232,11 @@ class _Replacing:
             "layer_idx": operations.layer_index(self.model, name),
             "original": stand_in,
         }
-        with under(self.model.dtype), torch.device("cpu"), torch.no_grad():
-            new = self.module(**{key: give[key] for key in supplied_to(self.module)}, **copy.deepcopy(self.arguments))
-            if isinstance(new, Adopting):
+        with constructing.under(self.model.dtype), torch.device("cpu"), torch.no_grad():
+            new = self.module(
+                **{key: give[key] for key in constructing.supplied_to(self.module)}, **copy.deepcopy(self.arguments)
+            )
+            if isinstance(new, constructing.Adopting):
                 new.adopt(stand_in)
         return new
 
@@ -336,93 +251,13 @@ def _as_the_first_of_their_kind(edits: Sequence[Edit], originals: Mapping[str, t
     return result
 
 
-def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
-    """Resolves the target patterns and refuses every way in which they can mean something else."""
-    if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(f"surgery is done on a transformers model, and not on {type(model).__name__}")
-    modules = {name: m for name, m in model.named_modules() if name}
-    everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
-    hits = anatomy.match(target, list(everywhere))
-    faults = [
-        f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
-        for pattern, found in hits.items()
-        if not found
-    ]
-    names = [name for found in hits.values() for name in found]
-    faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
-    names = list(dict.fromkeys(names))
-    names_by_module: dict[int, list[str]] = {}
-    for name, module in everywhere.items():
-        names_by_module.setdefault(id(module), []).append(name)
-    hit = set(names)
-    for name in names:
-        module = everywhere[name]
-        twins = [twin for twin in names_by_module[id(module)] if twin != name]
-        if twins:
-            faults.append(
-                f"{name} is the same module as {', '.join(twins)}, and a replacement of one would separate them; give "
-                "each name a module of its own first (copy.deepcopy)"
-            )
-        parts = name.split(".")
-        inside = next((outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in hit), None)
-        if inside:
-            faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
-        if expect is not None and type(module).__name__ != expect:
-            faults.append(f"{name} is {type(module).__name__}, but {expect} was expected")
-    if count is not None and names and len(names) != count:
-        faults.append(f"{len(names)} modules are hit, but {count} were expected: {', '.join(names[:8])}")
-    refuse(SurgeryError, "the surgery's target does not fit the model", faults)
-    return names
-
-
-def constructor_faults(
-    module: type[nn.Module], arguments: Mapping[str, Any], *, without: Sequence[str] = ()
-) -> list[str]:
-    """Compares a constructor with the arguments it would get; `without` names what cannot be supplied here."""
-    if not (isinstance(module, type) and issubclass(module, nn.Module)):
-        return [f"it is of type {type(module).__name__}, not a class derived from torch.nn.Module"]
-    parameters = contract.constructor(module)
-    faults = layer_types.faults(module)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    named = {
-        name: p
-        for name, p in parameters.items()
-        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    }
-    for name in arguments:
-        if name in SUPPLIED:
-            faults.append(f"the argument {name!r} is supplied by solidify; remove it from `arguments`")
-        elif name not in named and not open_ended:
-            takes = ", ".join(n for n in named if n not in SUPPLIED) or "none"
-            faults.append(f"it takes no argument {name!r}; it takes: {takes}")
-    for name, parameter in named.items():
-        if name in without and parameter.default is inspect.Parameter.empty:
-            faults.append(f"its argument {name!r} cannot be supplied where nothing stood before")
-        elif parameter.default is inspect.Parameter.empty and name not in arguments and name not in SUPPLIED:
-            faults.append(f"its argument {name!r} has no default; give it in `arguments`")
-    try:
-        json.dumps(arguments)
-    except (TypeError, ValueError) as error:
-        faults.append(f"`arguments` must be plain values that a config.json can hold ({error})")
-    return faults
-
-
-def _find_called(module: Any) -> str:
-    return getattr(module, "__name__", None) or repr(module)
-
-
-def supplied_to(module: type[nn.Module]) -> list[str]:
-    """Returns which of a constructor's parameters come from the model."""
-    return [key for key in SUPPLIED if key in contract.constructor(module)]
-
-
 def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, asked: _Replacing) -> nn.Module:
     """Constructs the replacement for one module; its mode and device follow the original.
 
     It is made under the model's dtype, as when it is loaded: a dtype that its constructor states stays.
     """
     module = asked.module
-    supplied = supplied_to(module)
+    supplied = constructing.supplied_to(module)
     if "layer_idx" in supplied and operations.layer_index(model, name) is None:
         raise SurgeryError(f"{name} has no number in its name, so there is no layer_idx for {module.__name__}")
     modes = [(m, m.training) for m in original.modules()]
@@ -430,10 +265,10 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
     reference = anatomy.any_tensor(original)
     device = reference.device if reference is not None else model.device
     kept = {id(t) for t in (*original.parameters(), *original.buffers())}
-    with under(model.dtype), foreign.calling(f"{module.__name__} could not be built for {name}"):
+    with constructing.under(model.dtype), foreign.calling(f"{module.__name__} could not be built for {name}"):
         with device if device.type == "meta" else torch.device("cpu"):
             new = operations.construct(model, name, module, supplied, asked.arguments)
-        if isinstance(new, Adopting):
+        if isinstance(new, constructing.Adopting):
             with torch.no_grad():
                 new.adopt(original)
     if not isinstance(new, nn.Module):
@@ -448,25 +283,8 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
     return new
 
 
-@contextmanager
-def under(dtype: torch.dtype) -> Iterator[None]:
-    """While the block lasts, makes new tensors of a dtype by default, as transformers does while it loads a model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def frozen(new: nn.Module) -> tuple[str, ...]:
-    """Returns the parameters that a module froze itself while it left others trainable."""
-    names = tuple(name for name, parameter in new.named_parameters() if not parameter.requires_grad)
-    return names if any(parameter.requires_grad for parameter in new.parameters()) else ()
-
-
 def _bypass_is_exact(name: str, new: nn.Module, call: contract.Call, faults: list[str]) -> bool:
-    assert isinstance(new, Bypassing)
+    assert isinstance(new, constructing.Bypassing)
     before, new.bypass = new.bypass, True
     try:
         _, exact = contract.compare(name, new, call)
@@ -489,3 +307,7 @@ def verify_places(model: PreTrainedModel, built: Mapping[str, nn.Module]) -> Non
         if "." in child
     ]
     refuse(SurgeryError, "the model is not what the surgery should have made it", faults)
+
+
+def _find_called(module: Any) -> str:
+    return getattr(module, "__name__", None) or repr(module)

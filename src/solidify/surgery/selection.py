@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -107,6 +108,45 @@ def select(model: PreTrainedModel, where: Where) -> Selection:
     refuse(SurgeryError, "nothing is selected", faults)
     described = ((name, type(modules[name]).__name__, anatomy.count(modules[name].parameters())) for name in names)
     return Selection(model, tuple(described))
+
+
+def targets(model: PreTrainedModel, target: str | Sequence[str], expect: str | None, count: int | None) -> list[str]:
+    """Resolves the target patterns and refuses every way in which they can mean something else."""
+    if not isinstance(model, PreTrainedModel):
+        raise SurgeryError(f"surgery is done on a transformers model, and not on {type(model).__name__}")
+    modules = {name: m for name, m in model.named_modules() if name}
+    everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    hits = anatomy.match(target, list(everywhere))
+    faults = [
+        f"{pattern!r} names no module; {anatomy.suggestions(pattern, modules)}"
+        for pattern, found in hits.items()
+        if not found
+    ]
+    names = [name for found in hits.values() for name in found]
+    faults += [f"{name} is hit by two patterns" for name, times in sorted(Counter(names).items()) if times > 1]
+    names = list(dict.fromkeys(names))
+    names_by_module: dict[int, list[str]] = {}
+    for name, module in everywhere.items():
+        names_by_module.setdefault(id(module), []).append(name)
+    hit = set(names)
+    for name in names:
+        module = everywhere[name]
+        twins = [twin for twin in names_by_module[id(module)] if twin != name]
+        if twins:
+            faults.append(
+                f"{name} is the same module as {', '.join(twins)}, and a replacement of one would separate them; give "
+                "each name a module of its own first (copy.deepcopy)"
+            )
+        parts = name.split(".")
+        inside = next((outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in hit), None)
+        if inside:
+            faults.append(f"{name} lies inside {inside}, which is replaced too; name one of them")
+        if expect is not None and type(module).__name__ != expect:
+            faults.append(f"{name} is {type(module).__name__}, but {expect} was expected")
+    if count is not None and names and len(names) != count:
+        faults.append(f"{len(names)} modules are hit, but {count} were expected: {', '.join(names[:8])}")
+    refuse(SurgeryError, "the surgery's target does not fit the model", faults)
+    return names
 
 
 def _list_kinds(modules: Iterable[nn.Module]) -> list[str]:
