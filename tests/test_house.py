@@ -211,6 +211,18 @@ def test_private_names_of_libraries_stand_in_upstream(path: Path) -> None:
     assert not found, f"{name_of(path)} uses private names of a library; name them in upstream/: {found}"
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "upstream" and p not in ALONE], ids=name_of)
+def test_undocumented_names_of_libraries_stand_in_upstream(path: Path) -> None:
+    found = private_names.undocumented(TREES[path])
+    assert not found, f"{name_of(path)} uses names that no package exports; name them in upstream/: {sorted(found)}"
+
+
+def test_what_stands_alone_names_the_undocumented_that_upstream_lists() -> None:
+    used = set[str]().union(*(private_names.undocumented(TREES[path]) for path in ALONE))
+    listed = {f"transformers.{name}" for name in transformers_names.STANDING_ALONE_UNDOCUMENTED}
+    assert used == listed, used ^ listed
+
+
 def test_no_class_overrides_a_private_name_outside_upstream() -> None:
     """Nor hides one by accident: what a class of ours and its library's base both call `_x` is one attribute."""
     found = set()
@@ -243,10 +255,54 @@ def test_what_stands_alone_names_what_upstream_lists() -> None:
         "trainer.save_model(path, _internal_call=True)",
         "from transformers import dynamic_module_utils\ndynamic_module_utils.TIME_OUT_REMOTE_CODE = 0",
         "class Ours:\n    def f(self):\n        return super()._save(self._output)",
+        "vars(module)['_unknown_to_us'] = 1",
+        "module.__dict__['_unknown_to_us']",
+        "from transformers import dynamic_module_utils\nsetattr(dynamic_module_utils, 'TIME_OUT_REMOTE_CODE', 0)",
     ],
 )
 def test_a_private_name_of_a_library_is_found(line: str) -> None:
     assert list(private_names.uses(ast.parse(line), {"_buffers", "_output"}))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from transformers.cache_utils import LinearAttentionLayer", "transformers.cache_utils.LinearAttentionLayer"),
+        (
+            "from transformers import cache_utils\ncache_utils.get_layer_types_and_kwargs(config)",
+            "transformers.cache_utils.get_layer_types_and_kwargs",
+        ),
+        (
+            "import transformers\ntransformers.trainer_utils.rotate_checkpoints()",
+            "transformers.trainer_utils.rotate_checkpoints",
+        ),
+        (
+            "import transformers.trainer_utils as other\nother.rotate_checkpoints()",
+            "transformers.trainer_utils.rotate_checkpoints",
+        ),
+        ("from peft.utils.constants import DUMMY_TARGET_MODULES", "peft.utils.constants.DUMMY_TARGET_MODULES"),
+        ("def f():\n    from accelerate.data_loader import DataLoaderShard", "accelerate.data_loader.DataLoaderShard"),
+        ("importlib.import_module('trl.import_utils.is_vllm_available')", "trl.import_utils.is_vllm_available"),
+    ],
+)
+def test_an_undocumented_name_is_found(line: str, name: str) -> None:
+    assert private_names.undocumented(ast.parse(line)) == {name}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from transformers import PreTrainedModel, cache_utils\ncache_utils.DynamicCache.crop",
+        "import transformers\ntransformers.Trainer.train",
+        "from transformers.cache_utils import DynamicCache",
+        "from peft.tuners.tuners_utils import BaseTunerLayer\nfrom peft.tuners.lora import LoraLayer",
+        "from trl.experimental.gkd import GKDTrainer\nGKDTrainer.train",
+        "from solidify.upstream.transformers import rotate_checkpoints",
+        "import torch\ntorch.nn.modules.module.register_module_forward_hook",
+    ],
+)
+def test_documented_names_are_left_alone(line: str) -> None:
+    assert not private_names.undocumented(ast.parse(line))
 
 
 def test_names_of_ours_are_told_apart() -> None:

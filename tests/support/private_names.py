@@ -1,4 +1,5 @@
-"""Finds where the package uses a private name of a library: one with a leading underscore, or a global that it sets.
+"""Finds where the package uses a private name of a library: one with a leading underscore, or a global that it sets;
+and those without an underscore that no package on the way to them exports, which no documentation has either.
 
 Names of ours are told apart by what the package itself defines: members of its classes, private functions and values of
 its modules. What a class of a library has as well (`_buffers`) is never taken for ours on another object than `self`.
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 LIBRARIES = ("transformers", "peft", "trl", "accelerate", "torch", "safetensors", "huggingface_hub", "liger_kernel")
 OBJECTS = (  # of the libraries, what the package holds in its hands
@@ -38,6 +41,17 @@ OBJECTS = (  # of the libraries, what the package holds in its hands
     "accelerate.data_loader.DataLoaderShard",
 )
 PUBLIC = {"_fields": "Python's documentation promises it for named tuples"}  # private by its underscore alone
+DOCUMENTED = {  # though no package exports them
+    "peft.tuners.tuners_utils.BaseTuner": "PEFT's reference, page `tuners`",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "likewise",
+    "transformers.image_utils.load_image": "transformers' pages on images load them by it",
+    **{
+        f"transformers.{logging}.{name}": "transformers' page `logging`"
+        for logging in ("logging", "utils.logging")
+        for name in ("disable_progress_bar", "set_verbosity_error")
+    },
+}
+_JUDGED = ("transformers", "peft", "trl", "accelerate", "liger_kernel")  # whose packages export what is public
 _BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 
 
@@ -126,8 +140,78 @@ def uses(tree: ast.Module, ours: set[str]) -> Iterator[tuple[int, str]]:
             name = getattr(node.args[1], "value", None)
             if isinstance(name, str) and private(name) and name not in ours:
                 yield node.lineno, name
+            if node.func.id in ("setattr", "delattr") and getattr(node.args[0], "id", "") in imported:  # type: ignore[attr-defined]
+                yield node.lineno, f"{node.args[0].id}.{name}"  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Subscript) and _is_dictionary(node.value):
+            name = getattr(node.slice, "value", None)
+            if isinstance(name, str) and private(name) and name not in ours:
+                yield node.lineno, name
         else:
             yield from _words(node)
+
+
+def _is_dictionary(node: ast.expr) -> bool:
+    """Returns whether something is an object's own dictionary: `vars(thing)` or `thing.__dict__`."""
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "vars"
+    return called or (isinstance(node, ast.Attribute) and node.attr == "__dict__")
+
+
+def undocumented(tree: ast.Module) -> set[str]:
+    """Returns the names of libraries in a file that no package exports: imported, or reached through a module."""
+    modules: dict[str, str] = {}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots = [(alias.asname or alias.name.partition(".")[0], alias) for alias in node.names]
+            modules |= {name: alias.name if alias.asname else name for name, alias in roots}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}"
+                for alias in node.names
+                if _is_module(f"{node.module}.{alias.name}")
+            }
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
+            found |= {
+                str(each.value) for each in node.args if isinstance(each, ast.Constant) and "." in str(each.value)
+            }
+    for node in ast.walk(tree):
+        root, _, rest = ast.unparse(node).partition(".") if isinstance(node, ast.Attribute) else ("", "", "")
+        if root in modules and re.fullmatch(r"[\w.]+", rest):
+            found.add(f"{modules[root]}.{rest}")
+    return {name for name in found if name.partition(".")[0] in _JUDGED and not _is_exported(name)} - {*DOCUMENTED}
+
+
+@cache
+def _split(path: str) -> tuple[tuple[ModuleType, ...], str]:
+    """Returns the modules on a way, and the name in the last of them, if there is one (members of it are left out)."""
+    root, *parts = path.split(".")
+    modules = [importlib.import_module(root)]
+    for part in parts:
+        found = getattr(modules[-1], part, None)
+        if not inspect.ismodule(found):
+            try:  # one that nobody has imported yet
+                found = importlib.import_module(f"{modules[-1].__name__}.{part}")
+            except ImportError:
+                return tuple(modules), part
+        modules.append(found)
+    return tuple(modules), ""
+
+
+def _is_module(path: str) -> bool:
+    try:
+        return path.partition(".")[0] in _JUDGED and not _split(path)[1]
+    except ImportError:
+        return False
+
+
+def _is_exported(path: str) -> bool:
+    """Returns whether a package on the way to a name has it too; what has an underscore is found by `uses`."""
+    try:
+        modules, name = _split(path)
+    except ImportError:
+        return False
+    return not name or name.startswith("_") or any(hasattr(m, "__path__") and hasattr(m, name) for m in modules)
 
 
 def _words(node: ast.AST) -> Iterator[tuple[int, str]]:

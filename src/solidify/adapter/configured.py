@@ -14,17 +14,17 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from torch import nn
 
 from solidify.adapter import kinds, patterns
 from solidify.errors import AdapterError, refuse
 from solidify.system import files, foreign
+from solidify.upstream.peft import DUMMY_TARGET_MODULES
 from solidify.weights import format
 
 WEIGHTS = SAFETENSORS_WEIGHTS_NAME
-NO_TARGETS = DUMMY_TARGET_MODULES  # private (0.21): without this word PEFT refuses an adapter without low-rank targets
+NO_TARGETS = DUMMY_TARGET_MODULES
 _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred thousand layers is less
 # unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
 # https://github.com/unslothai/unsloth-zoo/pull/1232): `rank_major` is PEFT's own order, `grouped_by_expert` another.

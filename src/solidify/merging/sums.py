@@ -15,13 +15,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.lora.variants import BlockDiagonalLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from solidify.adapter import lookup
 from solidify.findings import Finding
 from solidify.merging.mathematics import NAME
+from solidify.upstream.peft import BlockDiagonalLinear
 from solidify.upstream.torch import own_buffers, own_parameters
 
 SUM = "merged weights are the sum"

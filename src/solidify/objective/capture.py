@@ -16,12 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
 from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
 from solidify.model import anatomy
-from solidify.upstream.transformers import recorded_outputs
+from solidify.upstream.transformers import OutputRecorder, recorded_outputs
 
 
 @dataclass(frozen=True)

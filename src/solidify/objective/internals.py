@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from solidify.adapter import lookup
 from solidify.adapter.adapters import switched_off
@@ -20,6 +19,7 @@ from solidify.model import anatomy
 from solidify.objective.capture import Capture, Recorder
 from solidify.objective.objective import Objective
 from solidify.objective.observation import MakesLogits, ReferenceObservation
+from solidify.upstream.transformers_training import LOSS_MAPPING, ForCausalLMLoss
 
 DECODER = ("", "decoder")  # how the keys begin under which the decoder's output is captured
 

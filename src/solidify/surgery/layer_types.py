@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, cache_utils
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionCacheLayerMixin
-from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+from transformers import CacheLayerMixin, PreTrainedModel
 
 from solidify.model import anatomy, cache_layers, operations
+from solidify.upstream.transformers import (
+    ALLOWED_ATTN_LAYER_TYPES,
+    LinearAttentionCacheLayerMixin,
+    cache_layer_classes,
+    cache_layer_kinds,
+)
 
 # transformers (5.23) asks an attention layer how long the text is, also of a cache that is empty and has none.
 _WITHOUT_LENGTH = ("linear_attention", "conv", "moe")
@@ -30,7 +34,7 @@ def kind_of(module: Any) -> Any:
 
 def class_of(kind: Any) -> Any:
     """Returns the class of cache layers that a kind stands for in transformers, or None."""
-    return kind if isinstance(kind, type) else DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    return kind if isinstance(kind, type) else cache_layer_classes().get(kind)
 
 
 def faults(module: type[nn.Module]) -> list[str]:
@@ -40,7 +44,7 @@ def faults(module: type[nn.Module]) -> list[str]:
         return []
     return [
         f"its layer_type {kind!r} is no kind of cache layer; it is a class of your own that extends one of "
-        f"transformers.cache_utils, or one of these names: {', '.join(DYNAMIC_LAYER_TYPE_MAPPING)}"
+        f"transformers.cache_utils, or one of these names: {', '.join(cache_layer_classes())}"
     ]
 
 
@@ -59,7 +63,7 @@ def lost(module: Any) -> dict[str, bool]:
     """Returns what follows from the kind: from a recurrent state no position can be taken back."""
     kind = kind_of(module)
     found = class_of(kind)
-    stock = found is not None and found.__module__ == cache_utils.__name__
+    stock = found is not None and found.__module__ == CacheLayerMixin.__module__
     recurrent = stock and issubclass(found, LinearAttentionCacheLayerMixin) and kind != "conv"
     return {"crop": False} if recurrent else {}
 
@@ -79,7 +83,7 @@ def settings(model: PreTrainedModel, names: Sequence[str], module: Any) -> dict[
         key = f"{path}layer_types"
         if key not in after:
             before[key] = getattr(config, "layer_types", None)
-            after[key] = list(cache_utils.get_layer_types_and_kwargs(config)[0])
+            after[key] = cache_layer_kinds(config)
         if index < len(after[key]):
             slides = kind == "hybrid" and after[key][index] == "sliding_attention"
             after[key][index] = "hybrid_sliding" if slides else _find_stock(kind, config)
@@ -98,7 +102,7 @@ def _is_read_by_family(config: Any) -> bool:
 
 def _find_stock(kind: Any, config: Any) -> str:
     """Returns the kind that a configuration may name: for a layer of the user's own, that of what it extends."""
-    names = {cls: name for name, cls in reversed(DYNAMIC_LAYER_TYPE_MAPPING.items())}
+    names = {cls: name for name, cls in reversed(cache_layer_classes().items())}
     lineage = class_of(kind).__mro__
     found = [*([kind] if isinstance(kind, str) else []), *(names[cls] for cls in lineage if cls in names)]
     stock = next((name for name in found if name in ALLOWED_ATTN_LAYER_TYPES), "full_attention")

@@ -11,13 +11,12 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import has_length
 
 from solidify.errors import DataError, refuse
+from solidify.upstream.accelerate import DataLoaderShard
+from solidify.upstream.transformers_training import get_length_grouped_indices, has_length
 
 GROUPS = ("modality", "length")
 # Columns that hold something other than text; a row's modality is which of them it fills.

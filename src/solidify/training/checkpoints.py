@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from solidify.directory import ours
 from solidify.errors import ObjectiveError
 from solidify.system import disk, files, foreign
+from solidify.upstream.transformers_training import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from solidify.weights.hashing import digest_large
 
 NAME = ours.OBJECTIVE

@@ -13,15 +13,15 @@ import datasets
 import torch
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.internals import shifts_labels
 from solidify.system import console, files, foreign
+from solidify.upstream.transformers_training import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row

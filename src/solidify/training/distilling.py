@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import has_length
 from trl import DistillationTrainer
 
 from solidify.adapter import lookup
@@ -19,6 +18,7 @@ from solidify.objective.runner import share
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
+from solidify.upstream.transformers_training import has_length
 from solidify.upstream.trl import DistillationSeams, write_answers
 
 _PARTS = ("prompt", "completion")  # of which a batch of TRL's holds `<part>_ids` and `<part>_mask`

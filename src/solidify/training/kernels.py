@@ -7,8 +7,6 @@ device; what it changed there is put on those modules of the artifact that have 
 class, and hold and lie in nothing else. So a module that surgery put in is never overwritten, PEFT's wrappers do not
 matter, and what Liger swaps for the whole process (rotary embeddings, torch's cross entropy, the classes that later
 models are made of) is taken back at once.
-
-Written against liger-kernel 0.8.5, `transformers/monkey_patch.py`: its table by family is not part of its public names.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +26,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.activations import ACT2FN
 from transformers.utils import is_liger_kernel_available
 
 from solidify.adapter import lookup
@@ -38,7 +34,9 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
+from solidify.upstream import liger
 from solidify.upstream.torch import TABLES
+from solidify.upstream.transformers_training import ACT2FN
 
 FUSED = "fused_linear_cross_entropy"
 TOLERANCES = {
@@ -49,7 +47,6 @@ TOLERANCES = {
 }  # of a loss, relative
 
 _TITLE = "training.use_liger_kernel"
-_TABLE = "MODEL_TYPE_TO_APPLY_LIGER_FN"
 
 
 @dataclass(frozen=True)
@@ -226,32 +223,13 @@ def _explain_unfusable(arguments: TrainingArguments, objective: Objective) -> li
     return faults
 
 
-def _load_table() -> dict[str, Callable[..., None]]:
-    module = importlib.import_module("liger_kernel.transformers.monkey_patch")
-    table: dict[str, Callable[..., None]] = vars(module)[_TABLE]
-    return table
-
-
-def _read_switches(table: Mapping[str, Callable[..., None]], name: str) -> dict[str, bool]:
-    """Returns the family's switches and their defaults.
-
-    Families made of two (a text model in a vision model) hand on what they do not name: theirs are all there are.
-    """
-    parameters = inspect.signature(table[name]).parameters.values()
-    own = {p.name: p.default for p in parameters if isinstance(p.default, bool)}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        every = (p for function in table.values() for p in inspect.signature(function).parameters.values())
-        own = {**{p.name: p.default for p in every if p.default is True}, **own}
-    return own
-
-
 def _choose_kernels(model: nn.Module, config: Mapping[str, bool], objective: Objective) -> _Choice:
     """Finds out what each switch would change in the base, and which modules of the model may be changed so."""
-    plain, table, name = _find_plain(model), _load_table(), family(model)
+    plain, table, name = _find_plain(model), liger.functions(), family(model)
     if name not in table:
         what = f"the family {name}" if name else f"{type(plain).__name__}, whose code is not transformers' own"
         return _Choice([f"Liger has no kernels for {what}; leave the line out (docs/kernels.md lists what it has)"])
-    switches = _read_switches(table, name)
+    switches = liger.switches(table, name)
     if unknown := [key for key in config if key not in switches]:
         fault = f"not switches of {name}, and Liger would ignore them; its switches are {', '.join(switches)}"
         return _Choice([f"liger_kernel_config: {', '.join(unknown)}: {fault}"])
@@ -387,7 +365,7 @@ def _nothing_else() -> Iterator[list[str]]:
     classes: set[Any] = {v for values in kept for v in values.values() if isinstance(v, type) and "forward" in vars(v)}
     forwards = [(cls, vars(cls)["forward"]) for cls in classes]
     activations = list(dict.items(ACT2FN))
-    log = logging.getLogger("liger_kernel.transformers.monkey_patch")
+    log = logging.getLogger(liger.MODULE)
     disabled, log.disabled = log.disabled, True
     taken_back: list[str] = []
     try:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl.import_utils import suppress_experimental_warning
-from trl.models.utils import unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation
 
 from solidify.objective.runner import share
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
+from solidify.upstream.trl import suppress_experimental_warning
 
 with suppress_experimental_warning():  # the docstring of the class says it
     from trl.experimental.gkd import GKDTrainer

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from solidify.adapter import lookup
 from solidify.adapter.adapters import trained_state
@@ -30,6 +29,7 @@ from solidify.training.groups import Groups, ParameterGroup
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
 from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
+from solidify.upstream.transformers_training import rotate_checkpoints
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -1,4 +1,4 @@
-"""Every private name of the libraries beneath that the package uses: one file a library, each name with its reason.
+"""Every private or undocumented name of the libraries beneath that the package uses: one file a library, with reasons.
 
-Of accelerate nothing private is used. A new version of a library is read here first, then `TESTED` is moved.
+A new version of a library is read here first, then `TESTED` is moved.
 """

@@ -1,4 +1,4 @@
-"""The private names of PEFT that the package uses, each under a name of ours.
+"""The private names of PEFT that the package uses, each under a name of ours, and those without documentation.
 
 `TESTED` is the minor version that they were read and tried in; `tests/upstream/` compares each with the one installed.
 """
@@ -9,11 +9,19 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from peft.tuners.lora.layer import Conv1d as Conv1d
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import BlockDiagonalLinear as BlockDiagonalLinear
+from peft.utils.constants import DUMMY_TARGET_MODULES as DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 TESTED = "0.21"
+UNDOCUMENTED = {
+    "tuners.lora.layer.Conv1d": "a layer whose changes a merge computes; of its kind it alone is not exported",
+    "tuners.lora.variants.BlockDiagonalLinear": "a factor whose matrix is larger than what is stored",
+    "utils.constants.DUMMY_TARGET_MODULES": "without this word PEFT refuses an adapter without low-rank targets",
+}
 
 
 class TrainingWrapper(AuxiliaryTrainingWrapper):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The private names of transformers that the package uses, each under a name of ours.
+"""The private names of transformers that the package uses, each under a name of ours, and those without documentation.
 
 `TESTED` is the minor version that they were read and tried in; `tests/upstream/` compares each with the one installed.
 """
@@ -10,7 +10,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from transformers import cache_utils
+from transformers.cache_utils import LinearAttentionCacheLayerMixin as LinearAttentionCacheLayerMixin
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES as ALLOWED_ATTN_LAYER_TYPES
+from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
+from transformers.core_model_loading import Transpose as Transpose
+from transformers.core_model_loading import WeightRenaming as WeightRenaming
+from transformers.core_model_loading import dot_natural_key as dot_natural_key
+from transformers.core_model_loading import rename_source_key as rename_source_key
+from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
 from transformers.models.auto import auto_factory
+from transformers.utils.output_capturing import OutputRecorder as OutputRecorder
 
 TESTED = "5.23"
 
@@ -174,6 +184,33 @@ def names_by_family(mapping: Any) -> Collection[str | Sequence[str]]:
     return names
 
 
+def cache_layer_classes() -> Mapping[str, type]:
+    """Returns the class of cache layers that each kind of layer (`layer_type`) stands for, by the kind's name."""
+    classes: Mapping[str, type] = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    return classes
+
+
+def cache_layer_kinds(config: Any) -> list[str]:
+    """Returns the kind of every layer in the cache that transformers would make from a configuration."""
+    return list(cache_utils.get_layer_types_and_kwargs(config)[0])
+
+
+# Names that have no underscore and no page in the documentation, as the files of the package import them from here.
+UNDOCUMENTED = {
+    "cache_utils.DYNAMIC_LAYER_TYPE_MAPPING": "the kinds of cache layers, which no function lists",
+    "cache_utils.get_layer_types_and_kwargs": "which kinds a cache gets, where a configuration does not say it",
+    "cache_utils.LinearAttentionCacheLayerMixin": "tells layers with a state from those with keys and values",
+    "configuration_utils.ALLOWED_ATTN_LAYER_TYPES": "the kinds that a configuration may name; others are refused",
+    "conversion_mapping.get_model_conversion_mapping": "by which rules hub names become names in memory; PEFT uses it",
+    "core_model_loading.Transpose": "one operation of those rules, told from those that move whole rows",
+    "core_model_loading.WeightRenaming": "a rule that only renames",
+    "core_model_loading.dot_natural_key": "the order in which `from_pretrained` meets the files' names",
+    "core_model_loading.rename_source_key": "the name that one rule set gives one key",
+    "core_model_loading.revert_weight_conversion": "the way back, which `save_pretrained` takes for whole models alone",
+    "dynamic_module_utils.TIME_OUT_REMOTE_CODE": "for how many seconds a question whether code may run is asked",
+    "utils.output_capturing.OutputRecorder": "what a class declares that it records is partly of this type",
+}
+
 # Private names in files that are copied into artifacts or run without solidify, where nothing of this room can be
 # imported. `tests/test_house.py` compares the files with this list, `tests/upstream/` the list with transformers.
 STANDING_ALONE = {
@@ -185,4 +222,15 @@ STANDING_ALONE = {
     "_is_stateful": "a state from which no position can be taken back; generate asks it before it assists",
     "_tied_weights_keys": "a surgery may tie what the family does not",
     "_keys_to_ignore_on_load_unexpected": "the base without a head passes over what only the head has",
+}
+
+# Likewise those without an underscore.
+STANDING_ALONE_UNDOCUMENTED = {
+    "cache_utils.DYNAMIC_LAYER_TYPE_MAPPING": "an artifact gives its modules the layers of the cache that they declare",
+    "cache_utils.STATIC_LAYER_TYPE_MAPPING": "the same for a static cache",
+    "cache_utils.LinearAttentionCacheLayerMixin": "what such layers lack is added in front of it",
+    "cache_utils.LinearAttentionLayer": "the recurrent layer, made one that counts positions",
+    "cache_utils.LinearAttentionAndFullAttentionLayer": "a layer with a state and keys, which linear attention extends",
+    "masking_utils.create_causal_mask": "a draft head is called beside the model, which makes its masks by this",
+    "utils.output_capturing.maybe_install_capturing_hooks": "what is recorded is installed before surgery, to be kept",
 }

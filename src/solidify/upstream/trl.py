@@ -1,4 +1,4 @@
-"""The private names of TRL that the package uses, each under a name of ours.
+"""The private names of TRL that the package uses, each under a name of ours, and those without documentation.
 
 `TESTED` is the minor version that they were read and tried in; `tests/upstream/` compares each with the one installed.
 """
@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer
+from trl.import_utils import suppress_experimental_warning as suppress_experimental_warning
 from trl.models.utils import _ForwardRedirection
 
 TESTED = "1.16"
+UNDOCUMENTED = {
+    "import_utils.suppress_experimental_warning": "GKD's home is `trl.experimental`, which the class that we give says",
+}
 
 
 class _Redirection(_ForwardRedirection):  # type: ignore[misc]

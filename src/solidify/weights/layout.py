@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from solidify.upstream.transformers import (
     Transpose,
-    WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Piece, Shape, TensorSource
 

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import WeightConverter
 
 from solidify.errors import ArtifactError, refuse
-from solidify.upstream.transformers import optional_keys, set_conversions
+from solidify.upstream.transformers import (
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    optional_keys,
+    rename_source_key,
+    revert_weight_conversion,
+    set_conversions,
+)
 from solidify.weights import layout
 from solidify.weights.checkpoint import Checkpoint
 from solidify.weights.format import Entry, Shape
