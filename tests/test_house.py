@@ -184,11 +184,24 @@ def test_the_demos_recipe_is_the_example() -> None:
     assert (PACKAGE / "demo" / "trash_can.yaml").read_text() == example.read_text()
 
 
-def test_the_trees_in_the_documents_name_what_exists() -> None:
-    tree = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
-    for path in FILES:
-        if path.name not in ("__init__.py", "__main__.py"):
-            assert path.stem in tree, f"the file tree of docs/architecture.md lacks {name_of(path)}"
+def drawn_tree() -> dict[str, str]:
+    """Returns the tree of docs/architecture.md: each file by its path, with what is said of it, in order."""
+    found: dict[str, str] = {}
+    room = ""
+    for line in (PACKAGE.parents[1] / "docs" / "architecture.md").read_text().split("```text")[1].splitlines():
+        if entry := re.fullmatch(r"(│   |    )?[├└]── ([\w.]+)(/?) +(\S.*)", line):
+            inner, name, is_room, words = entry.groups()
+            room = name if is_room else room if inner else ""
+            found[f"{room}/" if is_room else f"{room}/{name}".lstrip("/")] = words
+    return found
+
+
+def test_the_tree_in_the_documents_has_every_file_once_with_its_words() -> None:
+    drawn = drawn_tree()
+    files = {path.relative_to(PACKAGE).as_posix() for path in FILES if path.name not in ("__init__.py", "__main__.py")}
+    assert {name for name in drawn if not name.endswith("/")} == files
+    assert tuple(name[:-1] for name in drawn if name.endswith("/")) == ROOMS
+    assert len(set(drawn.values())) == len(drawn), "two files are told by the same words"
 
 
 def test_signatures_stay_small() -> None:

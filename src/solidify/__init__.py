@@ -76,7 +76,7 @@ _WHERE = {
     "CheckFailed": "errors",
     "Constraint": "objective.weights",
     "DataError": "errors",
-    "Edit": "surgery.replacing",
+    "Edit": "surgery.edit_record",
     "Finding": "findings",
     "HealingError": "errors",
     "ModelError": "errors",

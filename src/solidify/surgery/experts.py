@@ -1,7 +1,8 @@
 """Chooses, repeats and reorders the experts of MoE blocks by a list of numbers, experts and router together.
 
-The whole operation: its type, its function and the code that artifacts carry. Which tensors belong to the experts is
-found by their shapes and then proved: with all experts renumbered, a block must compute what it computed.
+The whole operation: its type, its function, its proof and the code that artifacts carry. Which tensors belong to the
+experts is found by their shapes (`expert_parts.py`) and then proved: with all experts renumbered, a block must compute
+what it computed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from solidify.model.extent import Extent
     from solidify.surgery.contract import Call
     from solidify.surgery.edit_record import Edit
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a configuration, in transformers 5.23
-_CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 class RearrangeExperts(Operation):
@@ -89,20 +87,23 @@ def rearrange_experts(
     import dataclasses
 
     from solidify.model.extent import Extent
-    from solidify.surgery import control, selection
+    from solidify.surgery import control, expert_parts, selection
     from solidify.surgery.transaction import transaction
 
     extent = Extent.given(extent, model)
     names = selection.targets(model, target, expect, count)
     numbers = _read_order(order)
-    plans = {name: _plan_block(model, name, numbers) for name in names}
-    faults = [fault for name, plan in plans.items() for fault in _find_faults(model.get_submodule(name), name, plan)]
-    faults += _find_ties(model, names, plans)
+    plans = {name: expert_parts.plan_block(model, name, numbers) for name in names}
+    blocks = {name: model.get_submodule(name) for name in names}
+    faults = [f for name, plan in plans.items() for f in expert_parts.find_faults(blocks[name], name, plan)]
+    faults += expert_parts.find_ties(model, names, plans)
     refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
     before = control.take_whole(model, extent)
     if before.inputs is not None:
         _refuse_unproved(model, plans, before.inputs, extent)
-    settings = {name: {**plan, **_find_configured(model, names, name, plan)} for name, plan in plans.items()}
+    settings = {
+        name: {**plan, **expert_parts.find_configured(model, names, name, plan)} for name, plan in plans.items()
+    }
     with transaction(model, extent):
         edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
         mixed = any(len(numbers) != plan["size"] and not settings[name]["after"] for name, plan in plans.items())
@@ -157,64 +158,6 @@ def _get_path(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part)
     return module
-
-
-def _plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]:
-    """Finds, within a block, what has one row, item or number for each expert; `size` experts (0: none) at present."""
-    block = model.get_submodule(name)
-    size = _count_experts(model, name, block)
-    lists = [path for path, items in _find_lists(block).items() if len(items) == size and "shared" not in path]
-    tensors = {
-        path: dim
-        for path, tensor in (*block.named_parameters(), *block.named_buffers())
-        for dim, rows in enumerate(tensor.shape[: 2 if tensor.shape[:1] == (1,) else 1])
-        if rows == size and "shared" not in path and not any(path.startswith(f"{each}.") for each in lists)
-    }
-    numbers = [
-        f"{path}.{key}".lstrip(".")
-        for path, module in block.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is int
-        and value == size
-        and (key.endswith(_COUNTS) or (key == "out_features" and f"{path}.weight" in tensors))
-    ]
-    return {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
-
-
-def _find_lists(block: nn.Module) -> dict[str, Any]:
-    from torch import nn
-
-    return {path: module for path, module in block.named_modules() if path and isinstance(module, nn.ModuleList)}
-
-
-def _count_experts(model: PreTrainedModel, name: str, block: nn.Module) -> int:
-    """Returns how many experts a block has: so many are stacked, and it says so itself or its configuration does."""
-    from solidify.model import cost, operations
-
-    stacks = {parameter.shape[0] for parameter in block.parameters() if parameter.ndim == 3}
-    stacks |= {len(items) for items in _find_lists(block).values()}
-    said = [value for module in block.modules() for key, value in vars(module).items() if key.endswith(_COUNTS)]
-    said.append(cost.experts(operations.enclosing_config(model, f"{name}.experts"))[0])
-    return next((value for value in said if type(value) is int and value > 1 and value in stacks), 0)
-
-
-def _find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
-    size, order = plan["size"], plan["order"]
-    if not size:
-        return [
-            f"{name} ({type(block).__name__}) has no experts, in a stack or list of the number that it or its "
-            "configuration says; name an MoE block, such as '**.mlp'"
-        ]
-    faults = [
-        f"{name} has no expert {expert}: it has {size}, from 0 to {size - 1}"
-        for expert in dict.fromkeys(order)
-        if not 0 <= expert < size
-    ]
-    values = [vars(module).get(key) for module in block.modules() for key in _CHOSEN]
-    chosen = max((value for value in values if type(value) is int), default=1)
-    if len(order) < chosen:
-        faults.append(f"{name} gives each token {chosen} experts, but the order has {len(order)}")
-    return faults
 
 
 def _refuse_unproved(
@@ -314,69 +257,6 @@ class _Renumbering:
         if found.shape != self.expected.shape:
             return float("inf")
         return float((found - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30))
-
-
-def _are_alike(model: PreTrainedModel, names: Sequence[str], size: int, number: int) -> bool:
-    """Returns whether all blocks have `size` experts once the named ones have, and nothing else holds `number`."""
-    kinds = {type(model.get_submodule(name)) for name in names}
-    for other, module in model.named_modules():
-        if any(other == name or other.startswith(f"{name}.") for name in names):
-            continue
-        if _has_stack(module, number) or (type(module) in kinds and _count_experts(model, other, module) != size):
-            return False
-    return True
-
-
-def _has_stack(module: nn.Module, size: int) -> bool:
-    from torch import nn
-
-    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-    named = any("expert" in key for key, child in module.named_children() if isinstance(child, nn.ModuleList))
-    stacks = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
-    return size in stacks or (named and any(len(items) == size for items in lists))
-
-
-def _find_ties(model: PreTrainedModel, names: Sequence[str], plans: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Names tensors of experts that have another name too, which a new one would not have."""
-    found: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(path)
-    tied = [group for group in found.values() if len(group) > 1]
-    own = {f"{name}.{path}" for name in names for path in plans[name]["tensors"]}
-    return [f"{', '.join(group)} are one tensor, which the new order would split" for group in tied if own & set(group)]
-
-
-def _find_configured(
-    model: PreTrainedModel, names: Sequence[str], name: str, plan: Mapping[str, Any]
-) -> dict[str, dict[str, int]]:
-    """Returns what says how many experts there are outside of the blocks, once all blocks have as many.
-
-    That is the configuration, before and after, and attributes of modules (the head's, by which it balances the load).
-    Where some blocks keep another number, nothing is changed.
-    """
-    from solidify.model import anatomy, operations
-
-    config = operations.enclosing_config(model, f"{name}.experts")
-    counts = {key: value for key, value in vars(config).items() if key.endswith(_COUNTS) and type(value) is int}
-    number, size = max(counts.values(), default=0), len(plan["order"])
-    path = anatomy.path_in_config(model.config, config)
-    if number in (0, size) or path is None or not _are_alike(model, names, size, number):
-        return {"before": {}, "after": {}, "attributes": {}}
-    keys = [key for key, value in counts.items() if value == number]
-    attributes = [
-        f"{owner}.{key}".lstrip(".")
-        for owner, module in model.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is int
-        and value == number
-        and key.endswith(_COUNTS)
-        and any(not owner or each.startswith(f"{owner}.") for each in names)
-    ]
-    return {
-        "before": dict.fromkeys((path + key for key in keys), number),
-        "after": dict.fromkeys((path + key for key in keys), size),
-        "attributes": dict.fromkeys(attributes, size),
-    }
 
 
 def _rearrange_one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:

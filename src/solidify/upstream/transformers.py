@@ -184,9 +184,9 @@ def names_by_family(mapping: Any) -> Collection[str | Sequence[str]]:
     return names
 
 
-def cache_layer_classes() -> Mapping[str, type]:
+def cache_layer_classes() -> dict[str, type]:
     """Returns the class of cache layers that each kind of layer (`layer_type`) stands for, by the kind's name."""
-    classes: Mapping[str, type] = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    classes: dict[str, type] = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
     return classes
 
 
