@@ -51,7 +51,7 @@ def build(
             )
         loaded = given(model)
         output = stages.output_of(loaded, directory)
-        report = stages.build(loaded, output, link=link)
+        report = stages.build_alone(loaded, output, link=link)
         report.require()
         return Artifact(output / "artifact", manifest.read(output / "artifact", "artifact"), report.findings)
     if edits is None or directory is None:

@@ -14,6 +14,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import solidify
 from solidify.checks import check
 from solidify.command import cli
 from solidify.directory import manifest, ours, results
@@ -137,6 +138,8 @@ def test_two_recipes_are_not_mixed(beside: Path, copied: Path) -> None:
         code, words = end(verb, beside / "b.yaml", "--output", copied)
         assert code == 2
         assert "holds results of another recipe" in words
+    with pytest.raises(ArtifactError, match="holds results of another recipe"):
+        solidify.build(beside / "b.yaml", directory=copied)
     assert {name: manifest.read(copied / name) for name in before} == before
     assert results.together(copied).passed
 

@@ -146,13 +146,9 @@ def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Cop
     """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
-        from solidify.directory import results
-        from solidify.recipe import dry_run, stages
+        from solidify.recipe import stages
 
-    dry_run.plan(loaded)
-    directory = stages.output_of(loaded, output)
-    results.refuse_others(directory, loaded.document(), "adapter", "merged")
-    report = stages.build(loaded, directory, link=not copy)
+    report = stages.build_alone(loaded, stages.output_of(loaded, output), link=not copy)
     _show_report(report.document())
     report.require()
 

@@ -158,6 +158,17 @@ def finish(recipe: Recipe, directory: Path, report: Report) -> None:
     _write_report(recipe, directory, report, finished=True, versions=versions)
 
 
+def build_alone(recipe: Recipe, directory: Path, *, link: bool = True) -> Report:
+    """Plans a recipe and builds its artifact, where no other stage follows.
+
+    Raises:
+        SolidifyError: the recipe would fail later, or the directory holds what another recipe trained or merged.
+    """
+    plan(recipe)
+    results.refuse_others(directory, recipe.document(), "adapter", "merged")
+    return build(recipe, directory, link=link)
+
+
 def build(
     recipe: Recipe, directory: Path, *, report: Report | None = None, resume: bool = False, link: bool = True
 ) -> Report:
