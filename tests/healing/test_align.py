@@ -15,6 +15,7 @@ import torch
 
 import solidify
 from solidify.errors import HealingError
+from solidify.healing import measuring
 from solidify.healing.align import align
 from solidify.healing.learning import Alignment, Learner
 
@@ -30,6 +31,10 @@ def batches(model: torch.nn.Module, count: int = 5, *, seed: int = 0) -> list[di
         mask[1, -3:] = 0
         made.append({"input_ids": ids, "attention_mask": mask})
     return made
+
+
+def padding() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.zeros(2, 5).long()}
 
 
 @cache
@@ -87,6 +92,59 @@ def test_streamed_equals_whole(tmp_path: Path, match: str, inputs: str) -> None:
     )
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "factor": 2.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_streamed_equals_whole_where_positions_depend_on_what_was_seen(tmp_path: Path, kind: str) -> None:
+    """A rotary embedding that grows computes otherwise after a longer row; every batch is run as if it were the first.
+
+    Rows are longer than the original length, and shorter ones follow them.
+    """
+    sizes = {"max_position_embeddings": 12, "head_dim": 8, "rope_parameters": ROPES[kind]}
+    base, model, edits = changed_by("model.layers.*.self_attn", healing_modules.Turned, pico.llama(**sizes))
+    made = [{"input_ids": pico.tokens(2, length, seed=length)} for length in (20, 9, 30, 14)]
+    before = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    settings, other = Alignment(max_steps=6, learning_rate=1e-2), copy.deepcopy(model)
+    whole = align(model, base, made, edits=edits, settings=replace(settings, stream=False))
+    found = align(other, base, made, edits=edits, settings=replace(settings, stream=True), directory=tmp_path)
+    assert_equal(state(model), state(other))
+    assert [r.errors for r in whole] == [r.errors for r in found]
+    assert_equal(before, dict(base.named_buffers()))
+    assert measuring.distance(model, base, made).kl == pytest.approx(measuring.distance(model, base, made[::-1]).kl)
+
+
+def test_a_changed_model_that_hands_on_more_than_its_output_is_not_streamed(tmp_path: Path) -> None:
+    base, model, edits = changed_by("model.layers.*.self_attn", healing_modules.Leaving)
+    settings = Alignment(max_steps=2, inputs="healed", stream=True)
+    assert align(copy.deepcopy(model), base, batches(base), edits=edits, settings=settings, directory=tmp_path)
+    for layer in model.model.layers:
+        layer.self_attn.sharing = True
+    with pytest.raises(
+        HealingError, match=r"the changed model cannot be streamed .*stream=False: model\.layers\.1 reads something"
+    ):
+        align(model, base, batches(base), edits=edits, settings=settings, directory=tmp_path)
+
+
+def test_rows_that_begin_with_padding_are_aligned(tmp_path: Path) -> None:
+    base, model, edits = changed()
+    padded = [{key: tensor.flip(1) for key, tensor in batch.items()} for batch in batches(base)]
+    for batch in padded:
+        batch["attention_mask"][0, :9] = 0
+        batch["attention_mask"][1] = 0
+    assert align(model, base, padded, edits=edits, settings=replace(SETTINGS, stream=True), directory=tmp_path)
+
+
 def test_a_result_does_not_depend_on_who_else_learns() -> None:
     base, model, edits = changed()
     alone = copy.deepcopy(model)
@@ -127,6 +185,8 @@ def test_shares_are_put_together(tmp_path: Path) -> None:
         (lambda b, m, e: align(m, b, iter(batches(b)), edits=e), "write list"),
         (lambda b, m, e: align(m, b, [{"input_ids": [1, 2]}], edits=e), "which must be a tensor"),
         (lambda b, m, e: align(m, b, [{"input_ids": torch.ones(3).long()}], edits=e), "needs input_ids"),
+        (lambda b, m, e: align(m, b, [*batches(b, 1), padding()], edits=e), "number 1 has no token: it is empty, or"),
+        (lambda b, m, e: align(m, b, batches(b), edits=e, held_out=[padding()]), "held_out: number 0 has no token"),
         (lambda b, m, e: align(m, b, batches(b), edits=["model.layers.1.mlp"]), "one is of type str"),
         (lambda b, m, e: align(m, b, batches(b), edits=e, settings={"max_steps": 2}), "is of type dict"),
         (lambda b, m, e: align("x", b, batches(b), edits=e), "the changed model is one in memory"),

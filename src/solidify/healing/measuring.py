@@ -81,7 +81,8 @@ def _run(model: PreTrainedModel, row: Batch) -> torch.Tensor:
     has run; of any other, its pages are read once and stay."""
     arguments = {**row, "use_cache": False} if "use_cache" in calling.takes(model) else dict(row)
     tight = 2 * anatomy.size(model) > processes.free_memory()
-    with torch.no_grad(), anatomy.evaluation(model), mapped.released(model) if tight else nullcontext():
+    released = mapped.released(model) if tight else nullcontext()
+    with torch.no_grad(), anatomy.forgetting(model), anatomy.evaluation(model), released:
         logits: torch.Tensor = model(**arguments).logits
     return logits
 

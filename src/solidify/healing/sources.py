@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,35 +134,49 @@ class LayerStream:
                 if own is not None:
                     vars(module)["forward"] = own
 
-    def refuse_unstreamable(self) -> None:
-        """Runs the whole base once on few tokens, layer by layer given back, and as a stream, and compares.
+    def refuse_unstreamable(self, whose: str = "this family") -> None:
+        """Runs the whole model once on few tokens, layer by layer given back, and as a stream, and compares.
 
         Raises:
             HealingError: a layer is given something else than what the one before it returned, or something that the
-                layers before it made beside that; such a family learns with the whole model in memory.
+                layers before it made beside that; such a model learns with the whole of it in memory.
         """
         batch = few_tokens(self.batches[0])
         whole = _follow_layers(self.model, self.layers, batch)
+        with mapped.released(self.model):  # what layers left for each other is of other tokens now
+            _run_until_left(self.model, {**batch, "input_ids": batch["input_ids"].flip(1)})
         own = LayerStream(self.model, self.layers, [batch], self.at)
         faults = []
-        for number, name in enumerate(self.layers):
-            own.number = number
-            own.read = Activations.of([whole[number - 1][2]]) if number else None
+        for number, name in reversed(list(enumerate(self.layers))):  # else an earlier layer leaves it anew
+            own.number, own._returns_tuple = number, whole[number - 1].is_tuple
+            own.read = Activations.of([whole[number - 1].output]) if number else None
             with _keeping_given(self.model.get_submodule(name)) as given, mapped.released(self.model):
-                own.run(0)
-            args, kwargs, _ = whole[number]
-            if not contract.are_equal((args, kwargs), given[0]):
+                found = foreign.attempt(own.run, 0)
+            if not given or not contract.are_equal((whole[number].args, whole[number].kwargs), given[0]):
                 faults.append(f"{name} is given more by the layers before it than what the last of them returns")
-        refuse(HealingError, "this family cannot be streamed layer by layer; align it with stream=False", faults[:3])
+            elif found.error is not None or not contract.are_equal(whole[number].output, found.value):
+                faults.append(f"{name} reads something that the layers before it leave beside what they return")
+        refuse(HealingError, f"{whose} cannot be streamed layer by layer; align it with stream=False", faults[::-1][:3])
 
 
-def _follow_layers(base: PreTrainedModel, layers: Sequence[str], batch: Batch) -> list[tuple[Any, Any, torch.Tensor]]:
-    """Runs the base as it is; returns of every layer what it was given and the first tensor that it returned."""
-    found: list[tuple[Any, Any, torch.Tensor]] = []
+@dataclass(frozen=True)
+class _LayerCall:
+    """What a layer was given, the first tensor that it returned, and whether it returned a tuple."""
+
+    args: Any
+    kwargs: Any
+    output: torch.Tensor
+    is_tuple: bool
+
+
+def _follow_layers(base: PreTrainedModel, layers: Sequence[str], batch: Batch) -> list[_LayerCall]:
+    """Runs the base as it is; returns the call of every layer."""
+    found: list[_LayerCall] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Notes the layer's call."""
-        found.append((contract.copied(args), contract.copied(kwargs), contract.tensors_in(output)[0].clone()))
+        first = contract.tensors_in(output)[0].clone()
+        found.append(_LayerCall(contract.copied(args), contract.copied(kwargs), first, isinstance(output, tuple)))
 
     hooks = [base.get_submodule(name).register_forward_hook(keep, with_kwargs=True) for name in layers]
     try:
@@ -243,17 +258,23 @@ def order_of_calls(model: nn.Module, batch: Batch, names: Sequence[str]) -> list
 
 
 def few_tokens(batch: Batch) -> dict[str, torch.Tensor]:
-    """Returns the first tokens of a batch's first row."""
-    return {key: tensor[:1, :8] for key, tensor in batch.items()}
+    """Returns the first tokens of a batch's first row that has any."""
+    mask = matching.attended(batch)
+    row, start = (0, 0) if mask is None else (int(number) for number in mask.nonzero()[0])
+    return {key: tensor[row : row + 1, start : start + 8] for key, tensor in batch.items()}
 
 
 def _run_until_left(model: nn.Module, batch: Batch) -> None:
-    """Runs a model without a cache, without gradients, in evaluation mode, until a hook leaves it or to its end."""
+    """Runs a model without a cache, without gradients, in evaluation mode, until a hook leaves it or to its end.
+
+    What it computes does not depend on earlier calls, which are not the same for the whole model and for a layer.
+    """
     arguments = {key: tensor for key, tensor in batch.items() if key != "labels"}
     if "use_cache" in calling.takes(model):
         arguments["use_cache"] = False  # type: ignore[assignment]
     called = foreign.calling("the model does not run on the batches", HealingError)
-    with torch.no_grad(), anatomy.evaluation(model), anatomy.caches_off(model), called, suppress(LeftError):
+    unmoved = anatomy.forgetting(model)
+    with torch.no_grad(), unmoved, anatomy.evaluation(model), anatomy.caches_off(model), called, suppress(LeftError):
         model(**arguments)
 
 

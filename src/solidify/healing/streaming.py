@@ -29,6 +29,7 @@ def align(todo: Work, mine: Sequence[Unit], kept: Kept) -> list[Result]:
     stream.refuse_unstreamable()
     if todo.settings.inputs == "healed":
         stream.behind = LayerStream(todo.model, layers, batches, todo.settings.match)
+        stream.behind.refuse_unstreamable("the changed model")
     results: list[Result] = []
     for number, layer in enumerate(layers):
         stream.number = number

@@ -188,6 +188,9 @@ def batch_faults(batches: Any, what: str = "batches") -> list[str]:
         if ids is None or ids.ndim != 2 or ids.is_floating_point():
             found = f"{list(ids.shape)} of {ids.dtype}" if ids is not None else "none"
             return [f"{where} needs input_ids, whole numbers (batch_size, sequence_length), but has {found}"]
+        mask = matching.attended(batch)
+        if not ids.numel() or (mask is not None and not mask.any()):
+            return [f"{where} has no token: it is empty, or its attention_mask is 0 everywhere; leave it out"]
     return []
 
 

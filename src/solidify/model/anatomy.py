@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -125,6 +125,39 @@ def caches_off(model: nn.Module) -> AbstractContextManager[None]:
     """Keeps every part of the model from caching, whatever its own configuration says."""
     configs = [v for m in model.modules() for v in vars(m).values() if isinstance(v, PreTrainedConfig)]
     return calling.caches_off({id(config): config for config in configs}.values())
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """When the block ends, the model has forgotten its calls: attributes and unsaved buffers are as they were before.
+
+    A rotary embedding that grows (`dynamic`, `longrope`) computes otherwise once it has seen a longer text.
+    """
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    before = []
+    for module in model.modules():
+        plain = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        buffers = [b for b in module.named_buffers(recurse=False) if id(b[1]) not in saved]
+        before.append((module, plain, [(name, buffer, buffer.clone()) for name, buffer in buffers]))
+    try:
+        yield
+    finally:
+        for module, plain, buffers in before:
+            _put_back(module, plain, buffers)
+
+
+@torch.no_grad()
+def _put_back(
+    module: nn.Module, plain: Mapping[str, Any], buffers: Sequence[tuple[str, torch.Tensor, torch.Tensor]]
+) -> None:
+    own = vars(module)
+    for key in [key for key in own if not key.startswith("_") and key not in plain]:
+        del own[key]
+    own.update(plain)
+    for name, buffer, value in buffers:
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)
+        setattr(module, name, buffer)
 
 
 def path_in_config(config: PreTrainedConfig, inner: PreTrainedConfig) -> str | None:

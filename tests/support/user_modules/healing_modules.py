@@ -99,3 +99,24 @@ class Keeping(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate = nn.functional.silu(self.gate_proj(hidden_states))
         return self.down_proj(gate * self.up_proj(hidden_states)) * self.scale
+
+
+LEFT: list[torch.Tensor] = []
+
+
+class Leaving(nn.Module):
+    """The original, scaled; while `sharing`, the first leaves its output to those behind, which add it to theirs."""
+
+    def __init__(self, original: nn.Module, layer_idx: int) -> None:
+        super().__init__()
+        self.inner, self.number, self.sharing = original, layer_idx, False
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs):
+        output, *rest = self.inner(hidden_states, **kwargs)
+        output = output * self.scale
+        if self.sharing and self.number:
+            output = output + LEFT[-1]
+        elif self.sharing:
+            LEFT[:] = [output.detach()]
+        return (output, *rest)
