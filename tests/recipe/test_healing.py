@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import solidify
 from solidify.command.cli import app
 from solidify.directory import manifest, ours
-from solidify.errors import HealingError, RecipeError
+from solidify.errors import ArtifactError, HealingError, RecipeError
+from solidify.findings import Report
+from solidify.recipe import stages
 from solidify.recipe.schema import Recipe
 
 MODULES = Path(__file__).parents[1] / "support" / "user_modules" / "healing_modules.py"
@@ -65,9 +67,13 @@ def test_a_run_places_aligns_distils_and_resumes(tiny_base: Path, tmp_path: Path
     checked = solidify.check(out)
     assert checked.passed and "heal/merged" in checked.stages
     assert ours.unlike_a_run(out / "heal") == []
+    for written in (out, out / "heal"):
+        found = Report.read(written / "report.json")
+        assert found["finished"] and found["recipe"] == Recipe.load(path).document()
+        assert (written / "report.html").is_file() and "distill" in found["stages"]
     before = {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in ("artifact", "merged")}
     again = solidify.run(path, out, resume=True)
-    assert again.passed
+    assert again.passed and again.measured["place"] == placed
     assert before == {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in before}
 
 
@@ -142,6 +148,31 @@ def test_build_chooses_and_heal_takes_the_choice(tiny_base: Path, tmp_path: Path
     assert len(built) == 1
     report = solidify.heal(path, out)
     assert manifest.read(out / "heal" / "artifact").edits == built and len(report.measured["heal"]["layers"]) == 1
+    found = Report.read(out / "heal" / "report.json")
+    assert found["stages"].keys() == {"heal"} and found["finished"] and found["recipe"]["heal"]["place"]["layers"] == 1
+    assert solidify.check(out).passed
+    (out / "heal" / "report.html").write_text("mine")
+    assert not solidify.check(out).passed
+    with pytest.raises(ArtifactError, match=r"report\.html is not the page that a run wrote"):
+        solidify.heal(path, out)
+    assert (out / "heal" / "report.html").read_text() == "mine"
+
+
+def test_a_healing_that_is_stopped_leaves_a_report_that_says_so(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = write(tmp_path, tiny_base, align={"max_steps": 2}, distill=DISTILL), tmp_path / "out"
+    assert CliRunner().invoke(app, ["build", str(path), "-o", str(out)]).exit_code == 0
+
+    def stop(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "_distill", stop)
+    with pytest.raises(KeyboardInterrupt):
+        solidify.heal(path, out)
+    found = Report.read(out / "heal" / "report.json")
+    assert not found["finished"] and found["stages"].keys() == {"heal"}
+    assert ours.in_run(out) == [] and solidify.check(out).passed
 
 
 def test_plan_says_what_healing_takes(tiny_base: Path, tmp_path: Path) -> None:

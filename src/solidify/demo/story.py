@@ -16,7 +16,7 @@ from solidify.demo.effect import HeldOut, Row
 from solidify.findings import Finding, Report
 from solidify.losses import forward_kl
 from solidify.objective.objective import Objective, Term
-from solidify.recipe import schema, stages
+from solidify.recipe import reporting, schema, stages
 from solidify.recipe.schema import Recipe
 from solidify.system import console
 from solidify.training import data
@@ -63,7 +63,7 @@ def tell(output: Path) -> Report:
     rows = _measure_losses(loaded, output)
     report.measured["effect"] = [vars(row) for row in rows]
     report.add("inference", _try_adapter(output))
-    stages.finish(loaded, output, report)
+    reporting.finish(loaded, output, report)
     show(_effect_table(rows))
     show(_proof_table(report))
     show(f"Everything is in {output}: artifact/, adapter/, merged/, report.json, report.html")

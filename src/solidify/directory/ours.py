@@ -62,7 +62,6 @@ def _find_unlisted(directory: Path, record: manifest.Manifest) -> list[str]:
 
 def in_run(directory: Path) -> list[str]:
     """Says what in a run's directory is no part of a run of ours, or is not as that wrote it."""
-    report = _read_report(directory)
     faults = []
     for path in sorted(directory.iterdir()):
         if left(path):
@@ -71,10 +70,15 @@ def in_run(directory: Path) -> list[str]:
             faults.append(f"{path.name} is not part of a run")
         elif (inside := _look_inside(path)) is not None:
             faults += [f"{path.name}: {fault}" for fault in inside]
-        elif path.name == REPORT and report is None:
-            faults.append(f"{REPORT} is not the report that a run wrote")
-        elif path.name == PAGE and (report or {}).get("files", {}).get(PAGE) != _digest_file(path):
-            faults.append(f"{PAGE} is not the page that a run wrote")
+    return [*faults, *in_report(directory)]
+
+
+def in_report(directory: Path) -> list[str]:
+    """Says what stands where the report of a run stands, and is not what a run wrote."""
+    report, page = _read_report(directory), directory / PAGE
+    faults = [f"{REPORT} is not the report that a run wrote"] if (directory / REPORT).exists() and not report else []
+    if page.exists() and _get_entry(report, "files").get(PAGE) != _digest_file(page):
+        faults.append(f"{PAGE} is not the page that a run wrote")
     return faults
 
 
@@ -89,11 +93,13 @@ def in_healing(directory: Path) -> list[str]:
         inside = in_alignment(path) if path.name == ALIGNMENT else _look_inside(path)
         if path.name == PLACEMENT and path.is_file():
             inside = [] if _is_ours(path, "chosen") else ["not what a run wrote"]
+        elif path.name in (REPORT, PAGE):
+            inside = []
         if path.is_symlink() or inside is None or path.name == HEAL:
             faults.append(f"{path.name} is not part of healing")
         else:
             faults += [f"{path.name}: {fault}" for fault in inside]
-    return faults
+    return [*faults, *in_report(directory)]
 
 
 def _look_inside(path: Path) -> list[str] | None:

@@ -85,10 +85,17 @@ def together(directory: Path) -> Finding:
 
 
 def _read_recipe(directory: Path) -> dict[str, Any] | None:
+    """Returns the recipe that a run's results were made by: with the layers that were chosen, where any were.
+
+    The report of healing names that of the whole run, which the training within healing is only a part of.
+    """
+    if directory.name == ours.HEAL:
+        return None
     try:
-        written = Report.read(directory / ours.REPORT).get("recipe")
+        found = Report.read(directory / ours.REPORT)
     except (OSError, ValueError):
         return None
+    written = found.get("placed", found.get("recipe"))
     return written if isinstance(written, dict) and set(_BUILT) <= set(written) else None
 
 

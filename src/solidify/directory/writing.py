@@ -59,6 +59,11 @@ def refuse_foreign_run(directory: Path, inputs: Iterable[str | Path] = ()) -> No
     _refuse_output(directory, ours.in_run(directory))
 
 
+def refuse_foreign_report(directory: Path) -> None:
+    """Raises ArtifactError where a report or a page would be written over another file's."""
+    _refuse_output(directory, ours.in_report(directory))
+
+
 def refuse_foreign_checkpoints(directory: Path, run: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuses a directory of checkpoints, where old ones are removed, that is not for the training of a `run` alone.
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
 from solidify.adapter import adapters
 from solidify.adapter import plan as planning
-from solidify.artifact import certificate, sources, tensors
+from solidify.artifact import certificate, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
 from solidify.errors import CheckFailed, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
-from solidify.healing import plots
 from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import healing, models, trainers, training
+from solidify.recipe import healing, models, reporting, trainers, training
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
-from solidify.system import console, disk, processes
+from solidify.system import console, processes
 
 SEED = 42  # transformers' own default
 
@@ -56,11 +54,11 @@ def run(
         SolidifyError: the recipe or the data is wrong, or a result does not hold.
         CheckFailed: a check failed; the report is written first.
     """
-    asked = given(recipe)
-    directory = output_of(asked, output)
-    trainers.join(asked, directory)
-    asked = processes.on_first(lambda: healing.placed_before(asked, directory)) if resume else asked
-    report, finished = processes.on_first(lambda: _begin_report(asked, directory, resume))
+    whole = given(recipe)
+    directory = output_of(whole, output)
+    trainers.join(whole, directory)
+    asked = processes.on_first(lambda: healing.placed_before(whole, directory)) if resume else whole
+    report, finished = processes.on_first(lambda: _begin_report(whole, asked, directory, resume))
     if finished:
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
         return report
@@ -70,7 +68,8 @@ def run(
         report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
         processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
         if chosen.heal is not None:
-            heal(chosen, directory, report=report, resume=resume, link=link)
+            with reporting.of_healing(whole, healing.directory_of(directory), report):
+                _heal(chosen, directory, report, resume=resume, link=link)
         if chosen.adapter is not None:
             train(chosen, directory, report=report, resume=resume)
             allowed = chosen.base.trust_remote_code
@@ -82,23 +81,22 @@ def run(
         raise
     finally:  # whatever stopped the run, what was found before it is kept
         if processes.is_first():
-            _write_report(chosen, directory, report, finished=False)
-    processes.on_first(lambda: _end_run(chosen, directory, report))
+            reporting.write(whole, directory, report, chosen, finished=False)
+    processes.on_first(lambda: _end_run(whole, chosen, directory, report))
     return report
 
 
-def _begin_report(recipe: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
-    """Opens the report of a run, or finds that there is nothing left to do."""
-    _refuse_foreign(recipe, directory)
-    if resume and (earlier := _find_finished(recipe, directory)) is not None:
+def _begin_report(whole: Recipe, placed: Recipe, directory: Path, resume: bool) -> tuple[Report, bool]:
+    """Opens the report of a run, or finds that there is nothing left to do; `placed` is the recipe `whole` with the
+    layers that an earlier run chose."""
+    _refuse_foreign(placed, directory)
+    if resume and (earlier := _find_finished(whole, placed, directory)) is not None:
         return earlier, True
-    _refuse_early(recipe)
-    results.announce(directory, recipe.document(), resume=resume)
-    for name in (ours.REPORT, ours.PAGE):
-        writing.sweep(directory / name)
+    _refuse_early(placed)
+    results.announce(directory, placed.document(), resume=resume)
     report = Report(str(directory))
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_report(recipe, directory, report, finished=False)
+    reporting.begin(directory)
+    reporting.write(whole, directory, report, placed, finished=False)
     return report, False
 
 
@@ -115,20 +113,16 @@ def _refuse_foreign_checkpoints(recipe: Recipe, directory: Path) -> None:
     writing.refuse_foreign_checkpoints(where, directory, recipe.inputs())
 
 
-def _write_report(recipe: Recipe, directory: Path, report: Report, **more: Any) -> None:
-    report.write(directory / ours.REPORT, recipe=recipe.document(), files=ours.page_digests(directory), **more)
-
-
-def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
+def _find_finished(whole: Recipe, placed: Recipe, directory: Path) -> Report | None:
     """Returns the report of an earlier run of this recipe that passed, if all its results are whole."""
     try:
         found = Report.read(directory / ours.REPORT)
     except (OSError, ValueError):
         return None
-    if not (found.get("finished") and found.get("passed") and found.get("recipe") == recipe.document()):
+    if not (found.get("finished") and found.get("passed") and found.get("recipe") == whole.document()):
         return None
-    heal = recipe.heal
-    parts = ["artifact", "adapter", "merged"] if recipe.adapter is not None else ["artifact"]
+    heal = placed.heal
+    parts = ["artifact", "adapter", "merged"] if placed.adapter is not None else ["artifact"]
     parts += [f"{ours.HEAL}/artifact"] if heal is not None else []
     parts += [f"{ours.HEAL}/{part}" for part in ("adapter", "merged") if heal is not None and heal.distill is not None]
     if any(results.find_whole(directory / name) is None for name in parts) or results.misfits(directory):
@@ -137,25 +131,15 @@ def _find_finished(recipe: Recipe, directory: Path) -> Report | None:
     return Report(found["subject"], stages, found["measured"])
 
 
-def _end_run(recipe: Recipe, directory: Path, report: Report) -> None:
-    finish(recipe, directory, report)
+def _end_run(whole: Recipe, placed: Recipe, directory: Path, report: Report) -> None:
+    reporting.finish(whole, directory, report, placed)
     stages = report.measured.get("heal", {}).get("stages", [])
     if stages:
         console.words.print(
             f"Healed: KL from the base {stages[0]['kl']:.4g} after surgery, {stages[-1]['kl']:.4g} now "
-            f"({stages[-1]['recovered']:.1%} recovered); the model is {healing.healed(recipe, directory)}"
+            f"({stages[-1]['recovered']:.1%} recovered); the model is {healing.healed(placed, directory)}"
         )
     report.require()
-
-
-def finish(recipe: Recipe, directory: Path, report: Report) -> None:
-    """Writes the report of a run, as JSON and as a page."""
-    versions = manifest.current_versions()
-    page = sources.render(
-        "report.html.jinja", report=report, recipe=recipe.document(), versions=versions, plots=plots.of(report.measured)
-    )
-    disk.write(directory / ours.PAGE, page)
-    _write_report(recipe, directory, report, finished=True, versions=versions)
 
 
 def build_alone(recipe: Recipe, directory: Path, *, link: bool = True) -> Report:
@@ -298,6 +282,8 @@ def heal(
 ) -> Report:
     """Brings `artifact` of a run back to its base: aligns it, then distils it; writes `heal/` in the run's directory.
 
+    What it did stands in `heal/report.json` and `heal/report.html`.
+
     With a `share` (this one's number, and how many there are) so many of the modules are aligned, for a machine of
     their own, and nothing else is done; without, what all shares have left in `heal/alignment` is put together.
 
@@ -305,17 +291,27 @@ def heal(
         RecipeError: the recipe has no `heal`.
         SolidifyError: as the stages do.
     """
-    loaded = given(recipe)
-    directory = output_of(loaded, output)
+    whole = given(recipe)
+    directory = output_of(whole, output)
     processes.join()
-    loaded = healing.require_placed(loaded, directory)
+    loaded = healing.require_placed(whole, directory)
     report = report if report is not None else Report(str(directory))
     if loaded.heal is None:
         raise RecipeError("the recipe has no `heal`, so there is nothing to heal")
-    healing.align(loaded, directory, report, resume=resume, link=link, share=share)
-    if loaded.heal.distill is not None and share is None:
-        _distill(loaded, directory, report, resume=resume, link=link)
+    if share is not None:
+        healing.align(loaded, directory, report, resume=resume, link=link, share=share)
+    else:
+        with reporting.of_healing(whole, healing.directory_of(directory), report):
+            _heal(loaded, directory, report, resume=resume, link=link)
     return processes.on_first(lambda: report)  # the others have not looked at all that it says
+
+
+def _heal(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link: bool) -> None:
+    """Aligns and distils, as the recipe (whose layers are chosen) says."""
+    healing.align(recipe, directory, report, resume=resume, link=link)
+    assert recipe.heal is not None
+    if recipe.heal.distill is not None:
+        _distill(recipe, directory, report, resume=resume, link=link)
 
 
 def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link: bool) -> None:
@@ -325,8 +321,8 @@ def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, l
     inner = healing.distillation(recipe, skeleton, manifest.read(nested / "artifact").edits)
     assert inner is not None
     within = Report(str(nested))
-    train(inner, nested, report=within, resume=resume)
     allowed = recipe.base.trust_remote_code
+    train(inner, nested, report=within, resume=resume)
     if not (resume and processes.on_first(lambda: results.is_merged(nested))):
         processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
     report.add("distill", within.findings)
