@@ -100,7 +100,24 @@ def test_shares_of_the_command_are_put_together(tiny_base: Path, tmp_path: Path)
         ({"align": {"train": "**.nothing"}}, "nothing in it learns"),
         ({"align": {"optim": "Adamm"}}, "optim is a class of torch.optim"),
         ({"place": {"layers": 1, "step": 3}, "align": {}}, "is not a `replace`"),
-        ({"distill": {"train": "**.nothing"}}, "nothing"),
+        (
+            {"distill": {"train": "**.nothing"}},
+            r"^heal\.distill cannot be trained as declared: heal\.distill\.train: '\*\*\.nothing' hits nothing",
+        ),
+        (
+            {"distill": {"lora": {"target_modules": ["nope"]}}},
+            r"heal\.distill\.lora: target_modules: 'nope' hits nothing",
+        ),
+        (
+            {"distill": {"training": {"max_step": 3}}},
+            r"^heal\.distill\.training does not fit: heal\.distill\.training\.max_st",
+        ),
+        ({"distill": {"objective": [{"loss": "model"}]}}, r"^heal\.distill\.objective: no term looks at the base"),
+        ({"distill": {"objective": [{"loss": "x:y"}]}}, r"^heal\.distill: "),
+        (
+            {"distill": {"parameter_groups": [{"parameters": "**.no", "learning_rate": 1}]}},
+            r"^heal\.distill\.parameter_groups do not fit what is trained: '\*\*\.no' names nothing",
+        ),
         ({"place": {"layers": 9}, "align": {}}, "9 are to be changed, but the step names 4 candidates"),
         ({"align": {"match": "heads"}}, "has no output projection that is known here"),
     ],

@@ -95,6 +95,20 @@ def test_sections_that_need_each_other_are_asked_for(tmp_path: Path, more: dict[
         schema.load(written(tmp_path, {**MINIMAL, **more}))
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"adapter": {}}, "an adapter needs something to train"),
+        ({"heal": {}}, "give `place`, `align` or `distill`"),
+        ({"surgery": [{"mask": "window"}]}, "the mask window needs 'window', a number of positions"),
+    ],
+)
+def test_a_rule_about_several_keys_is_one_sentence_from_python_too(more: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        schema.Recipe.model_validate({"base": {"model": "x"}, "surgery": [{"remove": "x"}], **more})
+    assert "Value error" not in str(caught.value)
+
+
 def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist"):
         schema.load(tmp_path / "none.yaml")

@@ -6,22 +6,26 @@ and `merged` come of distillation, `alignment` holds what each module has learne
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from solidify.adapter import adapters
 from solidify.adapter import plan as planning
 from solidify.artifact import loading
 from solidify.artifact.solidify import write_again
 from solidify.directory import manifest, ours, results, writing
-from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
+from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, SolidifyError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
 from solidify.healing import measuring, outcome, placing, work
@@ -41,6 +45,17 @@ from solidify.weights import hashing
 
 MEASURED = 8  # batches at most on which divergences are measured
 _DRAWN = 50  # points of a curve that a report keeps
+
+# How the messages of an adapter's training name what, in a distillation, stands under `heal.distill`.
+_OWN_KEY = re.compile(r"(?<![\w.`'])(training|parameter_groups|objective|train|lora)(?=[.:\[]\S|: )")
+_OWN_WORDS = {
+    "teacher: no term of the objective looks at it": "heal.distill.objective: no term looks at the base",
+    "the parameter groups": "heal.distill.parameter_groups",
+    "the training section": "heal.distill.training",
+    "the adapter cannot be attached": "heal.distill cannot be trained",
+    "LoRA: ": "heal.distill.lora: ",
+    "the adapter": "the adapter of heal.distill",
+}
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -397,16 +412,44 @@ def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[
             raise RecipeError(f"heal.place.layers: {most} are to be changed, but the step names {count} candidates")
         planned["place"] = {"candidates": count, **recipe.heal.place.model_dump(exclude_none=True)}
     if inner is not None:
-        assert inner.adapter is not None
-        wanted = planning.plan(model, inner.adapter.lora, inner.adapter.train)
-        arguments = trainers.training_arguments(inner, Path("nowhere"))
-        planned["distill"] = {
-            "objective": [term.name for term in objectives.make_terms(inner)],
-            "trained": [*wanted.modules, *wanted.parameters],
-            "lora": [*wanted.lora_modules, *wanted.lora_parameters],
-            "max_steps": arguments.max_steps,
-        }
+        with naming_distillation():
+            planned["distill"] = _plan_distillation(inner, model)
     return planned
+
+
+def _plan_distillation(inner: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    assert inner.adapter is not None
+    wanted = planning.plan(model, inner.adapter.lora, inner.adapter.train)
+    arguments = trainers.training_arguments(inner, Path("nowhere"))
+    trainers.refuse_unspreadable(arguments, here=False)
+    if inner.parameter_groups:
+        shapes = {**inner.adapter.lora, "init_lora_weights": True} if inner.adapter.lora is not None else None
+        with console.silence(), raised_as(RecipeError, of=ObjectiveError):
+            attached = adapters.attach(copy.deepcopy(model), lora=shapes, train=inner.adapter.train)
+            groups.resolve(attached, trainers.parameter_groups(inner))
+    return {
+        "objective": [term.name for term in objectives.make_terms(inner)],
+        "trained": [*wanted.modules, *wanted.parameters],
+        "lora": [*wanted.lora_modules, *wanted.lora_parameters],
+        "max_steps": arguments.max_steps,
+    }
+
+
+@contextmanager
+def naming_distillation() -> Iterator[None]:
+    """While the block lasts, what is refused of the training within `heal.distill` names the keys that stand there."""
+    try:
+        yield
+    except SolidifyError as error:
+        words = _name_distillation(str(error))
+        words = words if "heal.distill" in words else f"heal.distill: {words}"
+        raise type(error)(words, map(_name_distillation, error.faults)) from error
+
+
+def _name_distillation(words: str) -> str:
+    for known, written in _OWN_WORDS.items():
+        words = words.replace(known, written) if written not in words else words
+    return _OWN_KEY.sub(r"heal.distill.\1", words)
 
 
 def distillation(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Recipe | None:

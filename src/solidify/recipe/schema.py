@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from solidify.errors import RecipeError, refuse
 from solidify.surgery.catalogue import ASKED
-from solidify.surgery.operation import Operation
+from solidify.surgery.operation import RULE, Operation, broken_rule
 from solidify.system import files
 
 
@@ -60,7 +60,7 @@ class Adapter(_Section):
     @model_validator(mode="after")
     def _check_trains(self) -> Adapter:
         if self.lora is None and not self.train:
-            raise ValueError("an adapter needs something to train: give `lora`, `train`, or both")
+            raise broken_rule("an adapter needs something to train: give `lora`, `train`, or both")
         return self
 
 
@@ -137,7 +137,7 @@ class Place(_Section):
     @model_validator(mode="after")
     def _check_budget(self) -> Place:
         if sum(value is not None for value in (self.layers, self.cache_bytes, self.flops)) != 1:
-            raise ValueError("a budget is one of `layers`, `cache_bytes` and `flops`")
+            raise broken_rule("a budget is one of `layers`, `cache_bytes` and `flops`")
         return self
 
 
@@ -161,7 +161,7 @@ class Heal(_Section):
     @model_validator(mode="after")
     def _check_stages(self) -> Heal:
         if self.place is None and self.align is None and self.distill is None:
-            raise ValueError("give `place`, `align` or `distill`")
+            raise broken_rule("give `place`, `align` or `distill`")
         return self
 
 
@@ -183,15 +183,15 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_complete(self) -> Recipe:
         if self.adapter is not None and self.data is None:
-            raise ValueError("`adapter` needs something to be trained on: give `data`")
+            raise broken_rule("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
-            raise ValueError("`heal` needs something to learn from: give `data`")
+            raise broken_rule("`heal` needs something to learn from: give `data`")
         if self.adapter is None and self.teacher is not None:
-            raise ValueError("`teacher` needs an `adapter` that says what is trained")
+            raise broken_rule("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:
-            raise ValueError("`training` needs an `adapter` that says what is trained")
+            raise broken_rule("`training` needs an `adapter` that says what is trained")
         if self.adapter is None and self.parameter_groups:
-            raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
+            raise broken_rule("`parameter_groups` needs an `adapter` that says what is trained")
         return self
 
     @classmethod
@@ -315,7 +315,7 @@ def _write_sentence(error: Any) -> str:
         return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"
     if error["type"] == "missing":
         return f"{where}: this key is required"
-    if error["type"] == "value_error":  # a sentence of our own, about several keys of the section
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == RULE:  # a sentence of our own, about several keys of the section
+        return f"{where}: {error['msg']}"
     found = repr(error["input"])
     return f"{where}: {error['msg']}; found {found if len(found) <= 200 else found[:200] + ' …'}"

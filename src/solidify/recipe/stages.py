@@ -322,9 +322,10 @@ def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, l
     assert inner is not None
     within = Report(str(nested))
     allowed = recipe.base.trust_remote_code
-    train(inner, nested, report=within, resume=resume)
-    if not (resume and processes.on_first(lambda: results.is_merged(nested))):
-        processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
+    with healing.naming_distillation():
+        train(inner, nested, report=within, resume=resume)
+        if not (resume and processes.on_first(lambda: results.is_merged(nested))):
+            processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
     report.add("distill", within.findings)
     report.measured["distill_history"] = within.measured.get("history", [])
     processes.on_first(lambda: healing.measure_distilled(recipe, directory, report))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from solidify.errors import SurgeryError, refuse
-from solidify.surgery.operation import Context, Operation, Record
+from solidify.surgery.operation import Context, Operation, Record, broken_rule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,7 @@ class Mask(Operation):
     def _check_numbers(self) -> Mask:
         faults = _find_odd_numbers(self.mask, {"block": self.block, "window": self.window, "sinks": self.sinks})
         if faults:
-            raise ValueError("; ".join(faults))
+            raise broken_rule("; ".join(faults))
         return self
 
     def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:

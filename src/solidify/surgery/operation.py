@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from solidify.surgery.edit_record import Edit
 
 Record = Mapping[str, Any]
+RULE = "rule"  # pydantic's type of an error that `broken_rule` made
+
+
+def broken_rule(words: str) -> PydanticCustomError:
+    """Makes the error of a rule about several keys, whose words pydantic leaves as they are."""
+    return PydanticCustomError(RULE, "{words}", {"words": words})
 
 
 class Context(Protocol):
