@@ -262,3 +262,21 @@ def test_an_artifact_of_several_files_is_written_again_when_all_of_it_changed(tm
     assert all(finding.passed for finding in made.findings) and made.manifest.lineage[-1] == {"step": "heal"}
     again = solidify.load(tmp_path / "again").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_written_again_generates_as_the_model_does(tmp_path: Path) -> None:
+    """Settings that were changed in memory are written; of others the file stays as it is, byte for byte."""
+    from solidify.artifact.solidify import write_again
+
+    made = pico.llama()
+    edits = solidify.replace(made, "model.layers.0.mlp", pico.wrappers.Scaled)
+    source = pico.artifact(made, edits, tmp_path / "source")
+    model = solidify.load(source)
+    for number, name in enumerate(("same", "other")):
+        if number:
+            model.generation_config.max_new_tokens = 7
+        write_again(model, source, tmp_path / name, {"step": "heal"})
+    files = [(tmp_path / name / "generation_config.json").read_bytes() for name in ("source", "same", "other")]
+    assert files[0] == files[1] != files[2]
+    assert solidify.load(tmp_path / "other").generation_config.max_new_tokens == 7
+    assert solidify.check(tmp_path / "other").passed

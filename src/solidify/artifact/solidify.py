@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
@@ -101,8 +101,8 @@ def write_again(
 ) -> Artifact:
     """Writes an artifact that was loaded from `source`, and whose values have changed since, as one of its own.
 
-    Code, configuration and tokenizer are those of the source, files whose tensors did not change become links, and
-    the lineage ends in `step`. It is verified in a fresh process.
+    Code, configuration and tokenizer are those of the source, settings for generation those of the model. Files whose
+    tensors did not change become links, and the lineage ends in `step`. It is verified in a fresh process.
 
     Raises:
         ArtifactError: as `build`; nothing is left behind.
@@ -111,12 +111,30 @@ def write_again(
     with writing.staged(directory, [source]) as staging:
         with private.copy(source, base) as own:
             copy_code(own, staging, [*base.code, *(n for n in base.files if not n.startswith(NEVER_COPIED))])
+        if _generates_otherwise(model, staging):
+            _write_generation(model, staging, "correct model.generation_config")
         draft = replace(base, lineage=[*base.lineage, step], files={}, tensors={}, headers={})
         written = write(model, staging, draft, Extent.of(model), link=link)
         with console.stage("Loading it in a fresh process"):
             findings = verify(model, staging)
         _remember_built(model, None, written)
     return Artifact(directory, written, findings)
+
+
+def _write_generation(model: PreTrainedModel, staging: Path, remedy: str) -> None:
+    with foreign.calling("the model's settings for generation cannot be written", ArtifactError, remedy=remedy):
+        model.generation_config.save_pretrained(staging)
+
+
+def _generates_otherwise(model: PreTrainedModel, directory: Path) -> bool:
+    """Returns whether a model's settings for generation are other than those that stand in a directory."""
+    if not model.can_generate():
+        return False
+    read = foreign.attempt(GenerationConfig.from_pretrained, directory).value
+    found = [config.to_dict() for config in (model.generation_config, read) if config is not None]
+    for document in found:
+        document.pop("transformers_version", None)
+    return len(found) < 2 or found[0] != found[1]
 
 
 def _remember_built(model: PreTrainedModel, tokenizer: Saveable | None, written: Manifest) -> None:
@@ -177,9 +195,7 @@ def _fill_staging(
         (staging / name).write_text(text, encoding="utf-8")
     (staging / "config.json").write_text(_write_config(model, code), encoding="utf-8")
     if model.can_generate():
-        remedy = "correct generation_config.json of the base"
-        with foreign.calling("the base's settings for generation cannot be written", ArtifactError, remedy=remedy):
-            model.generation_config.save_pretrained(staging)
+        _write_generation(model, staging, "correct generation_config.json of the base")
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
     carried = companions.Carried() if source is None else companions.carry(source, staging, tokenizer)
