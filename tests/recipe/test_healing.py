@@ -16,6 +16,7 @@ from solidify.command.cli import app
 from solidify.directory import manifest, ours
 from solidify.errors import ArtifactError, HealingError, RecipeError
 from solidify.findings import Report
+from solidify.healing.ledger import Aligned
 from solidify.recipe import stages
 from solidify.recipe.schema import Recipe
 
@@ -129,12 +130,26 @@ def test_what_is_wrong_is_said_by_plan(tiny_base: Path, tmp_path: Path, heal: di
 
 
 def test_what_a_recipe_may_say_is_what_python_takes() -> None:
-    """The recipe is read without torch, so it names the fields itself."""
+    """The recipe is read without torch and typed for a checker, so it names the fields and what they may be itself."""
     from dataclasses import fields
+    from typing import get_args
 
+    from solidify.healing import matching
     from solidify.healing.learning import Alignment
-    from solidify.healing.placing import Budget
+    from solidify.healing.placing import METHODS, Budget
     from solidify.recipe.schema import Align, Place
+
+    for field, known in (("match", matching.AT), ("distance", matching.DISTANCES), ("inputs", ("base", "healed"))):
+        assert get_args(Align.model_fields[field].annotation) == tuple(known)
+    assert get_args(Place.model_fields["method"].annotation) == tuple(METHODS)
+    for wrong in ({"max_steps": 0}, {"warmup_steps": -1}, {"patience": 0}, {"learning_rate": 0.0}):
+        assert Alignment(**wrong).faults(), wrong
+        with pytest.raises(ValueError, match="greater than"):
+            Align(**wrong)
+    for wrong in ({"layers": -1}, {"cache_bytes": -1}, {"flops": -1}, {"layers": 1, "length": 0}):
+        assert Budget(**wrong).faults(), wrong
+        with pytest.raises(ValueError, match="greater than"):
+            Place(**wrong)
 
     for section, kind, own, other in (
         (Align, Alignment, {"batch_size"}, {"share"}),
@@ -214,3 +229,18 @@ def test_a_recipe_without_heal_is_not_healed(tiny_base: Path, tmp_path: Path) ->
 
         read_share("0/4")
     assert issubclass(HealingError, solidify.SolidifyError)
+
+
+def test_many_units_are_shown_by_what_they_are_called(capsys: pytest.CaptureFixture[str]) -> None:
+    from solidify.recipe.healing import layers_table
+    from solidify.system import console
+
+    def shown(count: int) -> str:
+        units = [Aligned(f"model.layers.{n}.mlp", (), 1.0 + n, 0.5, 8, 1000 * n, 1.0, [1.0]) for n in range(count)]
+        console.words.print(layers_table(units))
+        return capsys.readouterr().err
+
+    assert "model.layers.11.mlp" in shown(12)
+    folded = shown(13)
+    assert "model.layers.*.mlp (13)" in folded and "1 to 13" in folded and "0 to 12,000" in folded
+    assert len(folded.splitlines()) == 6

@@ -430,12 +430,12 @@ def _show_file(path: Path) -> None:
 def _show_report(document: dict[str, Any]) -> None:
     """Shows a report's findings as a table."""
     from solidify import findings
+    from solidify.command import views
     from solidify.system import console
 
-    found = [(stage, findings.Finding.of(each)) for stage, listed in document["stages"].items() for each in listed]
-    rows = [(stage, each.name, console.verdict(each.verdict), each.evidence) for stage, each in found]
-    console.results.print(console.table(document["subject"], ("stage", "promise", "verdict", "evidence"), rows))
-    verdicts = [each.verdict for _, each in found]
+    stages = {stage: [findings.Finding.of(each) for each in listed] for stage, listed in document["stages"].items()}
+    console.results.print(views.report(document["subject"], stages))
+    verdicts = [each.verdict for found in stages.values() for each in found]
     console.results.print(findings.tell({word: verdicts.count(word) for word in findings.VERDICTS}))
     if document.get("finished") is False:
         console.results.print("not finished: the run was stopped before its last stage")

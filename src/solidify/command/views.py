@@ -14,17 +14,40 @@ from solidify.behaviour.properties import PROPERTIES
 from solidify.directory.adopting import Adopted
 from solidify.directory.manifest import SIGNATURE, Manifest
 from solidify.directory.signature import Signature
+from solidify.findings import PROVED, Finding
 from solidify.model import anatomy
 from solidify.model.cost import Cost
 from solidify.system import console
 
 _MARKS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
+_FOLDED = ("heal", "distill")  # an artifact each, of which is proved what was proved of the one before it
 _COSTS = {
     "parameters": ("parameters", console.amount),
     "bytes": ("on disk", console.size),
     "memory": ("in memory, loaded", console.size),
     "flops_per_token": ("matrix FLOPs per token", console.amount),
 }
+
+
+def report(subject: str, stages: Mapping[str, Sequence[Finding]]) -> RenderableType:
+    """Shows the findings of a report; of stages that repeat what was proved before, in one row what was proved."""
+    rows = []
+    for stage, found in stages.items():
+        proved = [each.name for each in found if each.verdict == PROVED] if stage in _FOLDED else []
+        if proved:
+            rows.append((stage, f"{len(proved)} promises", console.verdict(PROVED), _join_names(proved)))
+        shown = [each for each in found if not proved or each.verdict != PROVED]
+        rows += [(stage, each.name, console.verdict(each.verdict), each.evidence) for each in shown]
+    return console.table(subject, ("stage", "promise", "verdict", "evidence"), rows)
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """Writes names of promises one after the other, what several of them begin with once."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first, _, rest = name.rstrip(")").partition(": " if ": " in name else " (")
+        groups.setdefault(first, []).extend([rest] if rest else [])
+    return "; ".join(f"{first} ({', '.join(rest)})" if rest else first for first, rest in groups.items())
 
 
 def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[RenderableType]:

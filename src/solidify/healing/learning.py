@@ -85,8 +85,8 @@ class Alignment:
         number, count = self.share
         if not 0 <= number < count:
             found.append(f"share is this process's number, from 0, and how many there are, but {self.share} was given")
-        if not isinstance(self.learning_rate, (int, float)):
-            found.append(f"learning_rate is a number, but {self.learning_rate!r} was given")
+        if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate > 0:
+            found.append(f"learning_rate is a number above 0, but {self.learning_rate!r} was given")
         if not isinstance(self.max_steps, int) or self.max_steps < 1:
             found.append(f"max_steps is a whole number of at least 1, but {self.max_steps} was given")
         if self.warmup_steps < 0:

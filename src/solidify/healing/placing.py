@@ -66,6 +66,7 @@ class Budget:
         return [
             *found,
             *(f"{key} is at least 0, but {value} was given" for key, value in named.items() if (value or 0) < 0),
+            *([f"length is at least 1, but {self.length} was given"] if self.length < 1 else []),
         ]
 
 

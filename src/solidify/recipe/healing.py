@@ -6,26 +6,21 @@ and `merged` come of distillation, `alignment` holds what each module has learne
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters
-from solidify.adapter import plan as planning
 from solidify.artifact import loading
 from solidify.artifact.solidify import write_again
 from solidify.directory import manifest, ours, results, writing
-from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, SolidifyError, raised_as
+from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
 from solidify.healing import measuring, outcome, placing, work
@@ -35,8 +30,8 @@ from solidify.healing.ledger import Aligned
 from solidify.healing.placing import Budget, Placement
 from solidify.model import anatomy
 from solidify.model.extent import Extent
-from solidify.recipe import datasets, models, objectives, trainers
-from solidify.recipe.schema import Adapter, Align, Place, Recipe
+from solidify.recipe import datasets, distilling, models
+from solidify.recipe.schema import Align, Place, Recipe
 from solidify.surgery.catalogue import Replace
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, disk, files, processes
@@ -44,18 +39,8 @@ from solidify.training import groups
 from solidify.weights import hashing
 
 MEASURED = 8  # batches at most on which divergences are measured
+_ROWS = 12  # units that the terminal shows one by one
 _DRAWN = 50  # points of a curve that a report keeps
-
-# How the messages of an adapter's training name what, in a distillation, stands under `heal.distill`.
-_OWN_KEY = re.compile(r"(?<![\w.`'])(training|parameter_groups|objective|train|lora)(?=[.:\[]\S|: )")
-_OWN_WORDS = {
-    "teacher: no term of the objective looks at it": "heal.distill.objective: no term looks at the base",
-    "the parameter groups": "heal.distill.parameter_groups",
-    "the training section": "heal.distill.training",
-    "the adapter cannot be attached": "heal.distill cannot be trained",
-    "LoRA: ": "heal.distill.lora: ",
-    "the adapter": "the adapter of heal.distill",
-}
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -381,10 +366,27 @@ def _describe_unit(unit: Aligned) -> dict[str, Any]:
 
 
 def layers_table(aligned: Sequence[Aligned]) -> Any:
-    """Shows the relative error of every unit before and after."""
-    rows = [(u.name, f"{u.before:.4g}", f"{u.after:.4g}", str(u.steps), f"{u.tokens:,}") for u in aligned]
+    """Shows the relative error of every unit before and after; of many, alike ones in one row."""
+    groups: dict[str, list[Aligned]] = {}
+    for unit in aligned:
+        groups.setdefault(anatomy.fold([unit.name])[0] if len(aligned) > _ROWS else unit.name, []).append(unit)
+    rows = [
+        (
+            name if len(units) == 1 else f"{name} ({len(units)})",
+            _write_range([unit.before for unit in units], ".4g"),
+            _write_range([unit.after for unit in units], ".4g"),
+            _write_range([unit.steps for unit in units], "d"),
+            _write_range([unit.tokens for unit in units], ",d"),
+        )
+        for name, units in groups.items()
+    ]
     columns = ("module", "error before", "after", "steps", "tokens")
     return console.table("Alignment", columns, rows, numbers=(1, 2, 3, 4))
+
+
+def _write_range(values: Sequence[float], form: str) -> str:
+    least, most = (format(value, form) for value in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
 
 
 def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[str, Any] | None:
@@ -405,81 +407,15 @@ def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[
             more: dict[str, Any] = {"rows": asked.batch_size, "length": recipe.data.max_length}
             more["stream"] = settings.streams(model)
             planned["align"] = footprint(model, units, trained, settings, **more).document()
-        inner = distillation(recipe, model, records)
+        inner = distilling.inner_recipe(recipe, model, records)
     if recipe.heal.place is not None:
         most, count = recipe.heal.place.layers or 0, len(_list_candidates(recipe, recipe.heal.place, edits))
         if most > count:
             raise RecipeError(f"heal.place.layers: {most} are to be changed, but the step names {count} candidates")
         planned["place"] = {"candidates": count, **recipe.heal.place.model_dump(exclude_none=True)}
     if inner is not None:
-        with naming_distillation():
-            planned["distill"] = _plan_distillation(inner, model)
+        planned["distill"] = distilling.plan(inner, model)
     return planned
-
-
-def _plan_distillation(inner: Recipe, model: PreTrainedModel) -> dict[str, Any]:
-    assert inner.adapter is not None
-    wanted = planning.plan(model, inner.adapter.lora, inner.adapter.train)
-    arguments = trainers.training_arguments(inner, Path("nowhere"))
-    trainers.refuse_unspreadable(arguments, here=False)
-    if inner.parameter_groups:
-        shapes = {**inner.adapter.lora, "init_lora_weights": True} if inner.adapter.lora is not None else None
-        with console.silence(), raised_as(RecipeError, of=ObjectiveError):
-            attached = adapters.attach(copy.deepcopy(model), lora=shapes, train=inner.adapter.train)
-            groups.resolve(attached, trainers.parameter_groups(inner))
-    return {
-        "objective": [term.name for term in objectives.make_terms(inner)],
-        "trained": [*wanted.modules, *wanted.parameters],
-        "lora": [*wanted.lora_modules, *wanted.lora_parameters],
-        "max_steps": arguments.max_steps,
-    }
-
-
-@contextmanager
-def naming_distillation() -> Iterator[None]:
-    """While the block lasts, what is refused of the training within `heal.distill` names the keys that stand there."""
-    try:
-        yield
-    except SolidifyError as error:
-        words = _name_distillation(str(error))
-        words = words if "heal.distill" in words else f"heal.distill: {words}"
-        raise type(error)(words, map(_name_distillation, error.faults)) from error
-
-
-def _name_distillation(words: str) -> str:
-    for known, written in _OWN_WORDS.items():
-        words = words.replace(known, written) if written not in words else words
-    return _OWN_KEY.sub(r"heal.distill.\1", words)
-
-
-def distillation(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping[str, Any]]) -> Recipe | None:
-    """Returns the recipe of distillation, whose run is `heal/`: an adapter on the aligned artifact, with the base as
-    teacher. None where nothing is distilled.
-
-    Raises:
-        HealingError: it names nothing that learns, and surgery made nothing new.
-    """
-    heal = recipe.heal
-    if heal is None or heal.distill is None:
-        return None
-    asked = heal.distill
-    train: str | list[str] = asked.train
-    if not train and asked.lora is None:
-        made = {name for edit in edits for name in edit["new"]}
-        train = [name for name, _ in model.named_parameters() if name in made]
-        if not train:
-            raise HealingError("heal.distill: surgery made nothing new; say with `train` or `lora` what learns")
-    return recipe.model_copy(
-        update={
-            "heal": None,
-            "adapter": Adapter(lora=asked.lora, train=train),
-            "objective": asked.objective,
-            "teacher": recipe.base,
-            "parameter_groups": asked.parameter_groups,
-            "training": asked.training,
-            "output": None,
-        }
-    )
 
 
 def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:

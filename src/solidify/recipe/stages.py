@@ -20,7 +20,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import healing, models, reporting, trainers, training
+from solidify.recipe import distilling, healing, models, reporting, trainers, training
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -318,11 +318,11 @@ def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, l
     """Distils the aligned artifact: a training of its own in `heal/`, whose adapter is merged."""
     nested = healing.directory_of(directory)
     skeleton = models.skeleton(str(nested / "artifact"), trust_remote_code=recipe.base.trust_remote_code)
-    inner = healing.distillation(recipe, skeleton, manifest.read(nested / "artifact").edits)
+    inner = distilling.inner_recipe(recipe, skeleton, manifest.read(nested / "artifact").edits)
     assert inner is not None
     within = Report(str(nested))
     allowed = recipe.base.trust_remote_code
-    with healing.naming_distillation():
+    with distilling.naming_keys():
         train(inner, nested, report=within, resume=resume)
         if not (resume and processes.on_first(lambda: results.is_merged(nested))):
             processes.on_first(lambda: merge(nested, report=within, link=link, trust_remote_code=allowed))
