@@ -137,8 +137,8 @@ def forgetting(model: nn.Module) -> Iterator[None]:
     before = []
     for module in model.modules():
         plain = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        buffers = [b for b in module.named_buffers(recurse=False) if id(b[1]) not in saved]
-        before.append((module, plain, [(name, buffer, buffer.clone()) for name, buffer in buffers]))
+        unsaved = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if id(buffer) not in saved]
+        before.append((module, plain, [(name, buffer, buffer.clone()) for name, buffer in unsaved]))
     try:
         yield
     finally:
