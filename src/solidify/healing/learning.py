@@ -130,7 +130,6 @@ class Learner:
         for _, parameter in named:
             parameter.requires_grad_(id(parameter) in learning)
         self._unsaved = {name: buffer.clone() for name, buffer in self._list_unsaved().items()}
-        self._start = {key: tensor.detach().clone() for key, tensor in self._list_movable().items()}
         self.optimizer, self.schedule = self._make_optimizer()
         self.errors: list[float] = []
         self.finished = False
@@ -226,13 +225,13 @@ class Learner:
         saved = self.copy.state_dict(keep_vars=True)
         return {name: buffer for name, buffer in self.copy.named_buffers() if name not in saved}
 
-    def changed(self) -> dict[str, torch.Tensor]:
-        """Returns what learning changed, parameters and buffers, by full names, in float32."""
-        return {
-            f"{self.unit.name}.{key}": tensor.detach()
-            for key, tensor in self._list_movable().items()
-            if not torch.equal(tensor, self._start[key])
-        }
+    def changed(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns what learning changed of the model's `own` values, by full names, in float32.
+
+        They are those that it began with: no copy of these stands beside it while it learns.
+        """
+        moved = {f"{self.unit.name}.{key}": tensor.detach() for key, tensor in self._list_movable().items()}
+        return {name: tensor for name, tensor in moved.items() if not torch.equal(tensor, own[name].to(tensor.dtype))}
 
     def _list_movable(self) -> dict[str, torch.Tensor]:
         """Returns what learning can change: parameters that learn, and saved buffers."""

@@ -305,7 +305,7 @@ def _make_result(learner: Learner, work: Work, before: float, after: float, seco
     aligned = Aligned(
         learner.unit.name, learner.unit.members, before, after, len(learner.errors), tokens, seconds, learner.errors
     )
-    return Result(aligned, work.in_own_dtype(learner.changed()))
+    return Result(aligned, work.in_own_dtype(learner.changed(work.own)))
 
 
 def _count_tokens(batch: Batch) -> int:
