@@ -7,7 +7,8 @@ digest on disk would tell. Tensors that still are an unchanged part of the artif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from transformers import PreTrainedModel
 from solidify.adapter import lookup, reading
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, tensors
-from solidify.directory import manifest
+from solidify.artifact import loading, quantizing, tensors
+from solidify.directory import manifest, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
-from solidify.model import anatomy
-from solidify.system import files, foreign
+from solidify.model import anatomy, quantized
+from solidify.system import console, files, foreign
 from solidify.upstream.torch import own_buffers, own_parameters, unsaved_buffers
 from solidify.upstream.transformers import REFERENCE, attention, set_attention
 from solidify.weights import checkpoint
@@ -47,6 +48,7 @@ _INCIDENTAL = {
     *(REFERENCE, "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp", "tie_word_embeddings"),
+    "quantization_config",  # what came of it is compared, tensor by tensor
 }
 _TOKENS = frozenset(name for name in _INCIDENTAL if name.endswith("_token_id"))
 _LABELS = ("id2label", "label2id")  # their keys are anybody's words
@@ -100,7 +102,7 @@ def refuse_changed(model: nn.Module, base: Base) -> None:
     """Refuses a model that is not, or not any more, the artifact that it was loaded from; remembers which it was.
 
     A model on the meta device has nothing to compare. Tensors that were loaded in another dtype are compared with the
-    artifact's, cast to it.
+    artifact's, cast to it; quantised ones with what the artifact's became when it was loaded.
 
     Raises:
         AdapterError: the model or the artifact has changed since; the message names all that differs.
@@ -146,13 +148,15 @@ def _class_faults(plain: nn.Module, base: Base) -> list[str]:
     if built.value is None:
         return [f"the artifact's configuration cannot be built any more ({foreign.said(built.error)})"]
     expected = {name: type(module) for name, module in built.value.named_modules()}
-    found = {located.name: type(located.inner) for located in lookup.modules(plain)}
+    inner = {located.name: located.inner for located in lookup.modules(plain)}
+    found = {name: type(module) for name, module in inner.items()}
     faults = [
         f"{name} is {found[name].__name__} in the model and {kind.__name__} in the artifact"
         for name, kind in expected.items()
         if name in found
         and _find_own_class(found[name]) is not _find_own_class(kind)
         and not _is_view(found[name], kind)
+        and not (quantized.is_quantized(plain) and quantized.stands_for(inner[name], kind))
     ]
     faults += [f"{name} ({kind.__name__}) is not in the model" for name, kind in expected.items() if name not in found]
     extra = [f"{name} ({kind.__name__}) is not in the artifact" for name, kind in found.items() if name not in expected]
@@ -219,10 +223,47 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     wrapped = lookup.peft_model(model)
     if wrapped is None:
-        return dict(lookup.plain_model(model).state_dict(keep_vars=True))
+        plain = lookup.plain_model(model)
+        state = dict(plain.state_dict(keep_vars=True))
+        return state if not quantized.is_quantized(plain) else _without_scales(plain, state)
     found = {name: t for kind, name, t in _yield_held(wrapped) if kind == "base"}
     found |= lookup.set_aside(wrapped)
     return found
+
+
+def _without_scales(plain: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leaves what stands beside packed weights out of a state: it is a part of them."""
+    holders = {name.rpartition(".")[0]: module for name, module in quantizing.packed_parameters(plain)}
+    own = {id(t) for t in (*plain.parameters(), *plain.buffers())}
+    return {name: t for name, t in state.items() if id(t) in own or not _stands_in(name, holders)}
+
+
+def _stands_in(name: str, holders: Collection[str]) -> bool:
+    return any(name[: match.start()] in holders for match in re.finditer(r"\.", name))
+
+
+def packed_faults(model: nn.Module) -> dict[str, bool]:
+    """Says of every packed parameter of the base in a quantised model whether it is another than when it was loaded.
+
+    A model that solidify did not load is compared with the artifact, loaded and quantised the same way once more.
+    """
+    plain: Any = lookup.plain_model(model)
+    if not quantized.is_quantized(plain):
+        return {}
+    expected = quantizing.remembered(plain)
+    if expected is None:
+        base = require(model)
+        config = deepcopy(plain.config.quantization_config)
+        with torch.random.fork_rng(), console.silence(), trust.permitting(trust.fingerprint(base.record)):
+            fresh = loading.load_artifact(base.directory, quantization_config=config, dtype=plain.dtype)
+        expected = quantizing.remembered(fresh) or {}
+    found = {
+        f"{name}.{key}": quantizing.digest(module, key)
+        for name, module in lookup.owners(plain)
+        for key, parameter in own_parameters(module).items()
+        if parameter is not None and quantized.is_packed(parameter)
+    }
+    return {name: expected.get(name) != found.get(name) for name in {**expected, **found}}
 
 
 def _yield_held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -240,7 +281,9 @@ def _yield_held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
     """Compares every tensor of the base with its digest in the artifact."""
-    found, expected = base_tensors(model), base.record.tensors
+    packed, held = packed_faults(model), base_tensors(model)
+    found = {name: tensor for name, tensor in held.items() if name not in packed}
+    expected = {name: digest for name, digest in base.record.tensors.items() if name not in packed}
     same = {id(found[name]) for name in expected if name in found}
     digests = tensors.digests_where_they_stand({n: t for n, t in found.items() if n in expected or id(t) not in same})
     changed = [name for name, digest in expected.items() if name in digests and digests[name] != digest]
@@ -252,9 +295,10 @@ def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
         if name not in expected and digest not in [expected.get(other) for other in ties.get(name, ())]
     ]
     faults = [f"{name} is not in the model" for name in expected if name not in found]
+    faults += [f"{name} is not what the artifact's was quantised to" for name, differs in packed.items() if differs]
     faults += [_describe_difference(name, found[name], base) for name in changed]
     faults += [f"{name} is not in the artifact" for name in extra]
-    return _list_few(faults, f"of {len(expected)} tensors")
+    return _list_few(faults, f"of {len(base.record.tensors)} tensors")
 
 
 def _list_few(faults: list[str], what: str) -> list[str]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from solidify.adapter import kinds, lookup, patterns, tied
 from solidify.errors import AdapterError, refuse
-from solidify.model import anatomy
+from solidify.model import anatomy, quantized
 from solidify.system import console, foreign
 
 # LoraConfig's fields that choose what is trained in ways of their own: one door for each thing.
@@ -90,6 +90,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     ]
     faults += _find_overlaps(lora_modules + lora_parameters, modules, bare)
     faults += tied.faults(model, lora, lora_modules, modules)
+    faults += _packed_faults(model, parameters, (*modules, *bare), lora_parameters)
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
@@ -104,6 +105,22 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         full,
         anatomy.count(parameters[name] for name in full),
     )
+
+
+def _packed_faults(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], full: Sequence[str], lora_parameters: Sequence[str]
+) -> list[str]:
+    """Names packed parameters of a quantised model that would be trained in full, or updated as plain tensors."""
+    if not quantized.is_quantized(lookup.plain_model(model)):
+        return []
+    asked = dict.fromkeys((*full, *lora_parameters))
+    return [
+        f"{name} is quantised ({type(parameter).__name__}), and a packed weight cannot be trained itself; load the "
+        f"artifact with solidify.load(..., quantization=..., keep={each!r}), or give it LoRA by `target_modules`"
+        for each in asked
+        for name, parameter in parameters.items()
+        if (name == each or name.startswith(f"{each}.")) and quantized.is_packed(parameter)
+    ]
 
 
 def _trained_inside(module: str, parameters: Mapping[str, nn.Parameter], frozen: set[str]) -> list[str]:

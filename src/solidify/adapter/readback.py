@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from solidify.artifact import certificate, loading, tensors
 from solidify.behaviour import calling
 from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, probing, quantized
 from solidify.model.extent import Extent
 from solidify.system import console, files, foreign
 from solidify.upstream.peft import switch_layers
@@ -69,6 +70,8 @@ def _choose_options(plain: Any, base: Base) -> dict[str, Any]:
     """Returns how a base has to be loaded to compute as this one: its dtype, and the kernels that it uses."""
     config = files.document(base.directory / "config.json")
     options: dict[str, Any] = {}
+    if quantized.is_quantized(plain):
+        options["quantization_config"] = deepcopy(plain.config.quantization_config)
     if str(plain.dtype).removeprefix("torch.") != config.get("dtype"):
         options["dtype"] = plain.dtype
     for kind in ("attn", "experts"):

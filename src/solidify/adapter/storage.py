@@ -21,10 +21,11 @@ from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading
+from solidify.artifact import loading, quantizing
 from solidify.directory import manifest, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
+from solidify.model import quantized
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import files, foreign
@@ -73,6 +74,7 @@ def save_adapter(
                 **base.record.digest(),
                 "path": str(base.directory),
                 "relative": os.path.relpath(base.directory, directory.resolve()),
+                **_quantization(model),
             },
             trained=trained,
             files={CONFIG: hashing.digest_file(staging / CONFIG)},
@@ -85,6 +87,14 @@ def save_adapter(
             model, name, staging, base, load_adapter, lambda m: _named_held(m, name, trained["buffers"])
         )
     return directory
+
+
+def _quantization(model: nn.Module) -> dict[str, str]:
+    """Returns how the base is quantised on which an adapter was trained; nothing where it is not."""
+    plain: Any = lookup.plain_model(model)
+    if not quantized.is_quantized(plain):
+        return {}
+    return {"quantization": quantizing.record(plain.config.quantization_config)}
 
 
 def _make_configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
@@ -272,15 +282,34 @@ def load(
     adapter: str | Path | None = None,
     *,
     trust_remote_code: bool = False,
+    quantization: quantizing.Asked | None = None,
+    keep: str | Sequence[str] = (),
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads an artifact, and an adapter on it when one is named; digests are verified before any code runs.
 
+    With `quantization` (`nf4`, `int8`, or the fields of one of transformers' quantization configs) the base's linear
+    layers are quantised as they are loaded. What surgery made new, the head, what the adapter trains in full and what
+    `keep` names stay in their dtype. An adapter is loaded on a quantised base and on one that is not, however it was
+    trained.
+
     Raises:
         ArtifactError, AdapterError: as `load_artifact` and `load_adapter`.
+        ModelError: the artifact cannot be quantised as asked.
     """
-    model = loading.load_artifact(directory, trust_remote_code=trust_remote_code, **options)
+    if quantization is not None and adapter is not None:
+        keep = [*([keep] if isinstance(keep, str) else keep), *_trained_apart(Path(adapter))]
+    model = loading.load_artifact(
+        directory, trust_remote_code=trust_remote_code, quantization=quantization, keep=keep, **options
+    )
     return model if adapter is None else load_adapter(model, adapter)
+
+
+def _trained_apart(adapter: Path) -> list[str]:
+    """Names the parameters of the base that an adapter replaces, or changes itself: no packed one can stand there."""
+    trained = manifest.read(adapter.resolve(), "adapter", closed=False).trained
+    updated = [name for name in trained["lora"] if name.rpartition(".")[2] in ("weight", "bias")]
+    return [name for name in (*trained["full"], *updated) if name not in trained.get("buffers", [])]
 
 
 def find_base(record: Manifest, adapter: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
-from solidify.artifact import autos, conversion
+from solidify.artifact import autos, conversion, quantizing
 from solidify.artifact.conversion import Scratch
 from solidify.directory import manifest, private, trust
 from solidify.directory.manifest import Manifest
@@ -64,16 +64,18 @@ def load_base(
     device: str = "cpu",
     trust_remote_code: bool = False,
     scratch: Scratch | None = None,
+    quantized: bool = False,
 ) -> BaseModel:
     """Loads a pretrained model from a hub id, a directory or an artifact, with the head that its configuration names.
 
     With `device="meta"` nothing is read but the configuration. The class is one of transformers', or, with
     `trust_remote_code`, one that the model brings itself. With `scratch`, a large model that is not stored as it stands
-    in memory is converted there, tensor by tensor, and mapped from there.
+    in memory is converted there, tensor by tensor, and mapped from there. One whose files are quantised is taken only
+    with `quantized`: what is made of it (surgery) needs the base's own numbers, a teacher does not.
 
     Raises:
-        ModelError: there is no such model, its class is not known, its code may not run, or not every tensor of its
-            class was found in its files.
+        ModelError: there is no such model, its class is not known, its code may not run, its files are quantised, or
+            not every tensor of its class was found in them.
         ArtifactError: it is an artifact that was changed since it was written.
     """
     _refuse_unknown(dtype)
@@ -98,7 +100,7 @@ def load_base(
         files.document(Path(reference) / "config.json", ModelError)
     try:
         with nullcontext() if trust_remote_code else trust.never_asking():
-            model, info, name = _read_model(reference, dtype, device, options, scratch)
+            model, info, name = _read_model(reference, dtype, device, options, scratch, quantized)
     except Exception as error:
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -123,7 +125,12 @@ def load_base(
 
 
 def _read_model(
-    reference: str, dtype: str | None, device: str, options: dict[str, Any], scratch: Scratch | None
+    reference: str,
+    dtype: str | None,
+    device: str,
+    options: dict[str, Any],
+    scratch: Scratch | None,
+    quantized: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
@@ -133,6 +140,8 @@ def _read_model(
             "that first (`solidify merge`), or remove the file"
         )
     config = AutoConfig.from_pretrained(reference, **options)
+    if not quantized:
+        quantizing.refuse_quantized(config, reference)
     named = config.architectures if isinstance(config.architectures, list) else []
     name = next((each for each in named if isinstance(each, str)), "")
     head = _find_head(reference, config, name, trusted)
@@ -298,19 +307,55 @@ def _has_file(reference: str, name: str, revision: str | None) -> bool:
     return isinstance(try_to_load_from_cache(reference, name, revision=revision or "main"), str)
 
 
-def load_artifact(directory: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+def load_artifact(
+    directory: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    quantization: quantizing.Asked | None = None,
+    keep: str | Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
     """Loads an artifact as the model it was, in evaluation mode.
 
     Code, configuration and every tensor are compared with the manifest before any of the code runs. `options` go to
-    transformers' `from_pretrained` verbatim.
+    transformers' `from_pretrained` verbatim. With `quantization` (`nf4`, `int8`, or the fields of one of transformers'
+    quantization configs) the base's linear layers are quantised as they are loaded; what surgery made new, the head,
+    and what `keep` names (modules, parameters, patterns) stay in their dtype.
 
     Raises:
         ArtifactError: the directory is no artifact, something in it is not what was written, its code was not built
             on this machine and `trust_remote_code` is not given, or transformers would run other code than its own.
+        ModelError: it cannot be quantised as asked.
     """
     directory = Path(directory).resolve()
+    if quantization is not None and "quantization_config" in options:
+        raise ModelError("give `quantization`, or transformers' own `quantization_config`, which is taken as it is")
+    if quantization is None and keep:
+        raise ModelError("`keep` says what is not quantised; say by `quantization` how the rest is")
     with _open_artifact(directory, trust_remote_code) as (record, own):
-        return _load_model(directory, record, own, options)
+        kept: dict[str, str] = {}
+        if quantization is not None:
+            skeleton = _build_skeleton(own)
+            kept = quantizing.plain(skeleton, record.edits, keep)
+            config = quantizing.resolve(quantization, skeleton, record.edits, keep, _asked_dtype(options, skeleton))
+            options = {**options, "quantization_config": config}
+        model = _load_model(directory, record, own, options)
+        if "quantization_config" in options:
+            quantizing.note(model, kept, directory)
+        return model
+
+
+def _build_skeleton(own: Path) -> PreTrainedModel:
+    """Builds the model of an artifact on the meta device, from a private copy whose code may run."""
+    with foreign.calling("the model cannot be made", ArtifactError):
+        config = AutoConfig.from_pretrained(own, trust_remote_code=True)
+        return on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True)
+
+
+def _asked_dtype(options: Mapping[str, Any], skeleton: PreTrainedModel) -> torch.dtype:
+    asked = options.get("dtype")
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    return found if isinstance(found, torch.dtype) else skeleton.dtype
 
 
 def _load_model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:

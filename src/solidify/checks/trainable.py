@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from solidify.adapter import lookup
+from solidify.adapter import base_state, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import tensors
@@ -30,16 +30,20 @@ def frozen(model: PeftModel, base: Manifest) -> Finding:
     What is spread over the processes is gathered for it, tensor by tensor: all processes must then call this.
     """
     found: dict[str, str] = {}
+    packed = base_state.packed_faults(model)
     for kind, name, parameter in lookup.named_parameters(model):
-        if kind == "base":
+        if kind == "base" and name not in packed:
             found[name] = tensors.digest(processes.whole(parameter))
     for kind, name, buffer in lookup.named_buffers(model):
         if kind == "base" and name in base.tensors:
             found[name] = tensors.digest(processes.whole(buffer))
-    if not found:
+    if not found and not packed:
         return Finding.unseen("frozen tensors unchanged", "the model holds no tensor of the base")
     changed = [name for name, digest in found.items() if base.tensors.get(name, digest) != digest]
-    missing = [name for name in base.tensors if name not in found]
+    changed += [name for name, differs in packed.items() if differs]
+    missing = [name for name in base.tensors if name not in found and name not in packed]
     faults = [f"{name} changed" for name in changed] + [f"{name} is not in the model" for name in missing]
     evidence = f"{len(found)} tensors have the digest they were built with"
+    if packed:
+        evidence += f", {len(packed)} quantised ones the digest they were loaded with"
     return Finding("frozen tensors unchanged", not faults, "; ".join(faults[:4]) or evidence)

@@ -121,9 +121,25 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     ]
     yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
     yield from _show_uncertain(after)
+    if "quantization" in document:
+        yield from _show_quantization(document["quantization"])
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
     yield from _show_files(document["files"], document["generated"])
+
+
+def _show_quantization(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Shows what the artifact takes when it is trained quantised, and what keeps its dtype."""
+    yield (
+        f"Trained as {planned['quantization']}: {console.size(planned['memory'])} in memory instead of "
+        f"{console.size(planned['memory_unquantized'])}; {len(planned['quantized'])} weights are quantised"
+    )
+    reasons: dict[str, list[str]] = {}
+    for name, why in planned["kept_out"].items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield console.line((f"  not quantised, {why}: {', '.join(anatomy.fold(names))}", "dim"))
+    yield ""
 
 
 def _show_healing(planned: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -20,7 +20,8 @@ _BUILT = ("base", "surgery")  # the sections of a recipe that decide what is bui
 
 def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a recipe that decides what is built."""
-    return {key: recipe[key] for key in _BUILT}
+    base = {key: value for key, value in recipe["base"].items() if key != "quantization"}  # of how it is trained
+    return {**{key: recipe[key] for key in _BUILT}, "base": base}
 
 
 def find_whole(part: Path, kind: str | None = None) -> Manifest | None:

@@ -24,7 +24,7 @@ from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.merging import agreement, changes, mathematics, rewriting, sums
+from solidify.merging import agreement, changes, mathematics, quantized, rewriting, sums
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
 from solidify.model import anatomy, probing
@@ -162,14 +162,36 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
     written = write(merged, staging, draft, extent, stored=made.digests)
     findings = [*verify(merged, staging)]
     findings += watched if attached is None else attached.findings(merged, merger)
+    findings += _against_quantized(sources, attached, merged, staging)
     ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
     return written, [*findings, _state_counts(ledger, made, merger)]
 
 
-def _load_permitted(directory: Path, record: Manifest) -> PreTrainedModel:
+def _load_permitted(directory: Path, record: Manifest, **options: Any) -> PreTrainedModel:
     """Loads an artifact that `_read_sources` has asked about: that very one, and no other that stands there by now."""
     with trust.permitting(trust.fingerprint(record)):
-        return loading.load_artifact(directory)
+        return loading.load_artifact(directory, **options)
+
+
+def _against_quantized(
+    sources: _Sources, attached: _Attached | None, merged: PreTrainedModel, staging: Path
+) -> list[Finding]:
+    """Measures how far the merged model is from the one that was trained, where that was quantised."""
+    assert sources.record is not None and sources.base_record is not None
+    base, record = sources.base_record, sources.record
+    if "quantization" not in record.base:
+        return []
+    if attached is None or attached.output is None:
+        return quantized.not_looked_at(attached.why if attached is not None else "a model of this size is not run")
+    return quantized.findings(
+        record.base["quantization"],
+        attached.inputs,
+        merged,
+        lambda config: storage.load_adapter(
+            _load_permitted(sources.base, base, quantization_config=config), sources.adapter
+        ),
+        lambda config: _load_staged(staging, quantization_config=config),
+    )
 
 
 def _rewrite_tensors(
@@ -204,11 +226,11 @@ def _build_skeleton(own: Path, directory: Path) -> PreTrainedModel:
         return loading.on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True).eval()
 
 
-def _load_staged(directory: Path) -> PreTrainedModel:
+def _load_staged(directory: Path, **options: Any) -> PreTrainedModel:
     """Loads a directory that has no manifest yet, with code that was verified where it was copied from."""
     with foreign.calling("the merged model cannot be loaded", ArtifactError):
         model, info = getattr(transformers, autos.own_class(directory)).from_pretrained(
-            directory, trust_remote_code=True, output_loading_info=True
+            directory, trust_remote_code=True, output_loading_info=True, **options
         )
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:6])}" for kind, names in info.items() if names]
     refuse(ArtifactError, "the merged model does not load completely", faults)

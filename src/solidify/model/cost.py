@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify.model import anatomy, operations
+from solidify.model import anatomy, operations, quantized
 
 # How modules call the number of experts that a token is sent to.
 _TOP_K = ("top_k", "topk", "k", "num_experts_per_tok", "moe_top_k", "num_selected_experts", "top_k_experts")
@@ -46,9 +46,9 @@ def cost(model: PreTrainedModel) -> Cost:
     parameters = {id(p): p for p in model.parameters()}
     buffers = {name: buffer for name, buffer in model.named_buffers()}
     computed = {name for name, _ in model.named_non_persistent_buffers()}
-    size = sum(p.nbytes for p in parameters.values())
+    size = sum(p.nbytes for p in parameters.values()) + quantized.beside(model)
     return Cost(
-        anatomy.count(parameters.values()),
+        sum(map(quantized.numel, parameters.values())),
         size + sum(buffer.nbytes for name, buffer in buffers.items() if name not in computed),
         size + sum(buffer.nbytes for buffer in buffers.values()),
         sum(flops(model).values()),
@@ -80,7 +80,7 @@ def _count_flops(stacks: Mapping[str, _Stack], name: str, module: nn.Module) -> 
     above = [stacks[outer] for outer in _list_outer(name) if outer in stacks]  # a list of experts that it stands in
     share = min((stack.share() for stack in above), default=1.0)
     if isinstance(module, (nn.Linear, Conv1D)):
-        return int(2 * module.weight.numel() * share)
+        return int(2 * quantized.numel(module.weight) * share)
     total = 0
     for key, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 2:

@@ -70,7 +70,7 @@ def inner_recipe(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping
             "heal": None,
             "adapter": Adapter(lora=asked.lora, train=train),
             "objective": asked.objective,
-            "teacher": recipe.base,
+            "teacher": recipe.base.model_copy(update={"quantization": None}),
             "parameter_groups": asked.parameter_groups,
             "training": asked.training,
             "output": None,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from solidify.adapter import adapters, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
-from solidify.artifact import sources, vocabulary
-from solidify.errors import ObjectiveError, RecipeError, raised_as, refuse
+from solidify.artifact import quantizing, sources, vocabulary
+from solidify.errors import ModelError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
@@ -39,7 +39,8 @@ class Plan:
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
     those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
-    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take.
+    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
+    `quantization` what the artifact takes in memory when it is trained quantised, and what is not quantised, and why.
     """
 
     edits: list[Edit]
@@ -56,6 +57,7 @@ class Plan:
     generated: list[str]
     requirements: dict[str, str]
     heal: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -73,6 +75,7 @@ class Plan:
             "generated": self.generated,
             "files": self.files,
             **({"heal": self.heal} if self.heal is not None else {}),
+            **({"quantization": self.quantization} if self.quantization is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -106,7 +109,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)
-    wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
+    wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
     if recipe.adapter is not None:
         data.refuse_untaught(base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
@@ -115,6 +118,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         datasets.refuse_unprepared(recipe, base.processor)
         terms = objectives.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
+        forecast = _forecast(recipe, base.model, records)
         datasets.read_texts(recipe)
         trainer = trainers.trainer_class(recipe).__name__
         trainable, peft_model = _count_trainable(recipe, base.model)
@@ -135,7 +139,17 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,
         heal=healed,
+        quantization=forecast.document() if forecast is not None else None,
     )
+
+
+def _forecast(recipe: Recipe, model: PreTrainedModel, edits: Sequence[dict[str, Any]]) -> quantizing.Forecast | None:
+    """Says what the artifact would be when it is loaded quantised; None where the recipe does not ask for it."""
+    asked = models.quantization(recipe)
+    if not asked:
+        return None
+    with raised_as(RecipeError, of=ModelError):
+        return quantizing.forecast(asked["quantization"], model, edits, asked["keep"])
 
 
 def _describe_term(term: Term, weight: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | No
         device=device,
         trust_remote_code=source.trust_remote_code,
         scratch=scratch,
+        quantized=source is recipe.teacher,  # which only answers
     )
     if loaded.tokenizer is None and (standing := companions.directory_of(loaded.model.config)) is not None:
         companions.refuse_broken_tokenizer(standing)
@@ -57,6 +59,16 @@ def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | No
 def load_teacher(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
     """Loads the model that a recipe learns from, if it names one."""
     return _load_model(recipe, recipe.teacher, device).model if recipe.teacher is not None else None
+
+
+def quantization(recipe: Recipe) -> dict[str, Any]:
+    """Returns how the artifact of a recipe is loaded to be trained: what an adapter changes itself is not quantised."""
+    if recipe.base.quantization is None or recipe.adapter is None:
+        return {}
+    train, lora = recipe.adapter.train, recipe.adapter.lora or {}
+    asked = lora.get("target_parameters") or []
+    keep = [*([train] if isinstance(train, str) else train), *([asked] if isinstance(asked, str) else asked)]
+    return {"quantization": recipe.base.quantization, "keep": keep}
 
 
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:

@@ -28,13 +28,24 @@ class _Section(BaseModel):
 class Base(_Section):
     """A model that a recipe names: what the surgery starts from, or the teacher.
 
-    Its own code, if it has any, runs with `trust_remote_code` only.
+    Its own code, if it has any, runs with `trust_remote_code` only. `quantization` says how the artifact that surgery
+    makes of it is loaded to be trained: `nf4`, `int8`, or the fields of one of transformers' quantization configs.
     """
 
     model: str
     revision: str | None = None
     dtype: str | None = None
     trust_remote_code: bool = False
+    quantization: str | dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Base:
+        if isinstance(self.quantization, str) and self.quantization not in ("nf4", "int8"):
+            raise broken_rule(
+                f"the quantization is {self.quantization!r}; write nf4 or int8, or the fields of a quantization config "
+                "of transformers, as a mapping"
+            )
+        return self
 
 
 def _find_operation(step: Any) -> str | None:
@@ -186,6 +197,14 @@ class Recipe(_Section):
             raise broken_rule("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
             raise broken_rule("`heal` needs something to learn from: give `data`")
+        distilled = self.heal is not None and self.heal.distill is not None
+        if self.base.quantization is not None and self.adapter is None and not distilled:
+            raise broken_rule(
+                "`base.quantization` says how the artifact is loaded to be trained, and nothing is trained: give an "
+                "`adapter`, or leave it out (what is built is never quantised)"
+            )
+        if self.teacher is not None and self.teacher.quantization is not None:
+            raise broken_rule("`teacher.quantization` is not offered: name a teacher that is stored quantised")
         if self.adapter is None and self.teacher is not None:
             raise broken_rule("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:

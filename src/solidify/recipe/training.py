@@ -16,7 +16,7 @@ from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest
 from solidify.errors import ObjectiveError
 from solidify.findings import Finding, Report
-from solidify.recipe import datasets, healing
+from solidify.recipe import datasets, healing, models
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import checkpoints, data
@@ -28,7 +28,7 @@ def load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any
     """Returns what the adapter is trained on, surgery's artifact or the healed one, and its processor."""
     source, allowed = healing.healed(recipe, directory), recipe.base.trust_remote_code
     return (
-        loading.load_artifact(source, trust_remote_code=allowed),
+        loading.load_artifact(source, trust_remote_code=allowed, **models.quantization(recipe)),
         loading.load_processor(source, trust_remote_code=allowed),
     )
 
@@ -122,7 +122,12 @@ def keep_adapter(
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
         storage.save_adapter(model, target, recipe=recipe.document())
-        again = storage.load(healing.healed(recipe, directory), target, trust_remote_code=recipe.base.trust_remote_code)
+        again = storage.load(
+            healing.healed(recipe, directory),
+            target,
+            trust_remote_code=recipe.base.trust_remote_code,
+            **models.quantization(recipe),
+        )
         report.add(
             "train",
             [

@@ -16,7 +16,7 @@ from solidify.behaviour.properties import PROPERTIES, RECORDS, Fault, Reading
 from solidify.behaviour.values import noise
 from solidify.behaviour.watching import Watched
 from solidify.errors import SurgeryError, refuse
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, probing, quantized
 from solidify.model.extent import Extent
 from solidify.surgery import contract
 from solidify.system import foreign
@@ -92,8 +92,9 @@ def take(model: PreTrainedModel, names: Sequence[str], extent: Extent) -> Contro
     """Runs the model as it is, before a change of the named modules. Nothing is run on the meta device.
 
     Raises:
-        SurgeryError: no inputs can be made up that the model accepts.
+        SurgeryError: no inputs can be made up that the model accepts, or it is quantised.
     """
+    quantized.refuse(model)
     kinds = first_of_each_kind(model, names)
     probed, alone = extent.sample(names, list(kinds)), not extent.whole
     if anatomy.is_meta(model):
@@ -138,8 +139,9 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     """Runs the whole model as it is, however large, before layers or experts are rearranged.
 
     Raises:
-        SurgeryError: no inputs can be made up that the model accepts.
+        SurgeryError: no inputs can be made up that the model accepts, or it is quantised.
     """
+    quantized.refuse(model)
     if anatomy.is_meta(model):
         return Control(None, {}, None)
     inputs = extent.inputs(model)
@@ -179,8 +181,9 @@ def take_at(model: PreTrainedModel, names: Sequence[str], extent: Extent) -> Con
     """Runs the model as it is, before something is added that reads what some modules return: they are watched alone.
 
     Raises:
-        SurgeryError: no inputs can be made up that the model accepts.
+        SurgeryError: no inputs can be made up that the model accepts, or it is quantised.
     """
+    quantized.refuse(model)
     if anatomy.is_meta(model):
         return Control(None, {}, None)
     before = Control(probing.probe_inputs(model), {}, None, None, tuple(names), alone=True)

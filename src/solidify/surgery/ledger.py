@@ -69,6 +69,11 @@ def counts(keys: Iterable[str], edits: Sequence[Record]) -> dict[str, int]:
     return {"kept": len(kept), "new": new, "dropped": len(gone - kept)}
 
 
+def new_tensors(keys: Iterable[str], edits: Sequence[Record]) -> list[str]:
+    """Returns which of the tensors after all edits (`keys`) the edits made: no tensor of the base became them."""
+    return [key for key in keys if _find_old_name(key, edits) is None]
+
+
 def _find_old_name(key: str, edits: Sequence[Record]) -> str | None:
     """Returns the name that a tensor had before some edits; None for one that an edit made."""
     for edit in reversed(edits):
