@@ -91,6 +91,12 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     faults += _find_overlaps(lora_modules + lora_parameters, modules, bare)
     faults += tied.faults(model, lora, lora_modules, modules)
     faults += _packed_faults(model, parameters, (*modules, *bare), lora_parameters)
+    faults += [
+        fault
+        for name in lora_modules
+        for parameter in named[name].parameters(recurse=False)
+        if (fault := dora_fault(lora, type(parameter).__name__)) is not None
+    ][:1]
     if not faults and not (lora_modules or lora_parameters or modules or bare):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
@@ -104,6 +110,16 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         tuple(bare),
         full,
         anatomy.count(parameters[name] for name in full),
+    )
+
+
+def dora_fault(lora: Mapping[str, Any] | None, kind: str) -> str | None:
+    """Says why DoRA cannot stand on weights of a packed kind, or None where it can."""
+    if not (lora or {}).get("use_dora") or kind not in ("Int8Params", "int8"):
+        return None
+    return (
+        "LoRA: use_dora does not go with 8-bit weights of bitsandbytes: PEFT reads them in a way that loses their "
+        "scales (tried with peft 0.21.2 on a CPU); quantise to nf4, or leave use_dora out"
     )
 
 

@@ -39,6 +39,10 @@ WORDS: dict[str, dict[str, Any]] = {
 _SKIPS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # what libraries call it
 _DIGESTS = "_quantized_digests"  # attribute of a loaded model: what each packed parameter was when it was loaded
 _BLOCK, _OUTER = 64, 256  # numbers under one scale, and scales under one of theirs: bitsandbytes' 4 bits (QLoRA)
+_NOTHING = (
+    "no weight is quantised: nothing of the base that is not left out is of a kind that the library quantises "
+    "(bitsandbytes takes nn.Linear and Conv1D, torchao nn.Linear)"
+)
 _MISSING = "install what it needs: pip install 'solidify[quantized]' (bitsandbytes), or torchao"
 
 
@@ -192,7 +196,7 @@ def note(model: PreTrainedModel, kept: Iterable[str], where: Any) -> None:
     packed = dict(packed_parameters(model))
     faults = [f"{name} was quantised, and must not be" for name in kept if name in packed]
     if not packed:
-        faults = ["no weight was quantised: these libraries quantise linear layers, and the model has none to quantise"]
+        faults = [_NOTHING]
     refuse(ArtifactError, f"{where} was not quantised as asked", faults)
     remember(model)
 
@@ -276,19 +280,23 @@ def forecast(
     edits: Sequence[Mapping[str, Any]],
     keep: str | Sequence[str] = (),
 ) -> Forecast:
-    """Says what `resolve` leads to, by what transformers itself would do with a model on the meta device.
+    """Says what `resolve` leads to in a training, by what transformers itself would do with a model on the meta device.
 
     Raises:
-        ModelError: as `resolve`; or nothing would be quantised.
+        ModelError: as `resolve`; or nothing would be quantised, or nothing can be trained on it.
     """
     config, kept = resolve(asked, skeleton, edits, keep), plain(skeleton, edits, keep)
     trial = copy.deepcopy(skeleton)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    if not quantizer.is_trainable:
+        raise ModelError(
+            f"transformers trains nothing on weights that are quantised as {describe(config)}; write {' or '.join(WORDS)}"
+        )
     with foreign.calling("the model cannot be quantised like that", ModelError):
         quantizer.preprocess_model(model=trial, dtype=skeleton.dtype, device_map={"": "cpu"}, checkpoint_files=None)
         packed = [n for n, _ in trial.named_parameters() if quantizer.param_needs_quantization(trial, n)]
     if not packed:
-        raise ModelError("nothing would be quantised: the model has no linear layer that is the base's and not left out")
+        raise ModelError(_NOTHING)
     left, memory = dict[str, str](), (full := cost(skeleton).memory)
     for name, parameter in skeleton.named_parameters():
         if name in packed:

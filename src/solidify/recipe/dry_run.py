@@ -149,7 +149,11 @@ def _forecast(recipe: Recipe, model: PreTrainedModel, edits: Sequence[dict[str, 
     if not asked:
         return None
     with raised_as(RecipeError, of=ModelError):
-        return quantizing.forecast(asked["quantization"], model, edits, asked["keep"])
+        found = quantizing.forecast(asked["quantization"], model, edits, asked["keep"])
+    assert recipe.adapter is not None
+    fault = planning.dora_fault(recipe.adapter.lora, found.word)
+    refuse(RecipeError, "the adapter does not go with base.quantization", [fault] if fault is not None else [])
+    return found
 
 
 def _describe_term(term: Term, weight: Any) -> dict[str, Any]:
