@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import solidify
 from solidify.adapter import base_state
 from solidify.artifact import loading, quantizing
-from solidify.checks import trainable
+from solidify.checks import adapter_alone, trainable
 from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError, ModelError, SurgeryError
 from solidify.model.cost import cost
@@ -220,9 +222,7 @@ def test_stacks_of_experts_are_said_to_stay(tmp_path: Path) -> None:
 
 def test_layers_that_keep_their_weights_turned_are_quantised_too(tmp_path: Path) -> None:
     """GPT-2's are Conv1D; its head is tied to the embedding."""
-    model = pico.make(
-        "GPT2LMHeadModel", vocab_size=128, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0
-    )
+    model = pico.make("GPT2LMHeadModel", vocab_size=128, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
     edits = solidify.replace(model, "transformer.h.*.mlp", pico.wrappers.Scaled)
     artifact = pico.artifact(model, edits, tmp_path / "artifact")
     loaded = solidify.load(artifact, quantization="nf4")
@@ -240,7 +240,8 @@ def test_layers_that_keep_their_weights_turned_are_quantised_too(tmp_path: Path)
         ({"load_in_4bit": True, "load_in_8bit": True}, "only one can be used"),
         ({"bits": 4}, "quant_method"),
         ({"quant_method": "mystery"}, "mystery"),
-        ({"quant_method": "gptq", "bits": 4}, "be quantised like that when it is loaded"),
+        ({"quant_method": "gptq", "bits": 4}, "cannot be quantised as gptq while it is loaded; write nf4 or int8"),
+        ({"quant_method": "torchao"}, "quant_type|torchao"),
     ],
 )
 def test_what_cannot_be_done_on_loading_is_refused(gated: Path, asked: Any, words: str) -> None:
@@ -260,6 +261,18 @@ def test_arguments_that_do_not_go_together_are_refused(gated: Path) -> None:
     dora = {**LORA, "use_dora": True}
     with pytest.raises(AdapterError, match="use_dora does not go with 8-bit"):
         solidify.attach(solidify.load(gated, quantization="int8"), lora=dora)
+
+
+def test_an_adapter_is_checked_on_its_base_as_it_was_quantised(gated: Path, tmp_path: Path) -> None:
+    inputs = {"short": {"input_ids": pico.tokens()}}
+    adapter = solidify.save_adapter(trained(solidify.load(gated, quantization="nf4")), tmp_path / "adapter")
+    found = adapter_alone.on_quantized(gated, adapter, inputs)
+    assert [(f.name, f.verdict) for f in found] == [
+        ("adapter has an effect (nf4)", "proved"),
+        ("adapter off is the base (nf4)", "proved"),
+    ]
+    plain = solidify.save_adapter(trained(solidify.load(gated)), tmp_path / "plain")
+    assert adapter_alone.on_quantized(gated, plain, inputs) == []
 
 
 def test_surgery_on_a_quantised_model_is_refused(gated: Path) -> None:
@@ -289,6 +302,29 @@ def test_a_base_that_is_stored_quantised_is_refused_with_what_to_do(tmp_path: Pa
             call()
     answers = loading.load_base(str(tmp_path / "packed"), quantized=True).model  # as a teacher
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize()
-    again.save_pretrained(tmp_path / "again")  # the remedy that is named
+    again.save_pretrained(tmp_path / "again", save_original_format=False)  # the remedy that is named
     found = loading.load_base(str(tmp_path / "again")).model
     assert torch.allclose(logits(found), logits(answers), atol=1e-4)
+
+
+def test_a_base_in_fp8_is_refused_and_its_remedy_works(tmp_path: Path) -> None:
+    import transformers
+
+    pico.llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "fp8")
+    path = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if "proj" in name]:
+        scale = tensors[name].float().abs().max() / 448  # the largest number in e4m3
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.expand(-(-tensors[name].shape[0] // 32), -(-tensors[name].shape[1] // 32))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    config = tmp_path / "fp8" / "config.json"
+    quantization = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantization}))
+    with pytest.raises(ModelError, match=r"stored quantised \(fp8\).*FineGrainedFP8Config\(dequantize=True\)"):
+        loading.load_base(str(tmp_path / "fp8"))
+    full = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=transformers.FineGrainedFP8Config(dequantize=True)
+    )
+    full.save_pretrained(tmp_path / "full", save_original_format=False)
+    assert torch.equal(logits(loading.load_base(str(tmp_path / "full")).model), logits(full))

@@ -43,7 +43,7 @@ _NOTHING = (
     "no weight is quantised: nothing of the base that is not left out is of a kind that the library quantises "
     "(bitsandbytes takes nn.Linear and Conv1D, torchao nn.Linear)"
 )
-_MISSING = "install what it needs: pip install 'solidify[quantized]' (bitsandbytes), or torchao"
+_MISSING = "pip install 'solidify[quantized]' brings bitsandbytes, pip install torchao brings torchao"
 
 
 def configure(asked: Asked, dtype: torch.dtype) -> Any:
@@ -63,12 +63,10 @@ def configure(asked: Asked, dtype: torch.dtype) -> Any:
             )
         computed = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if asked == "nf4" else {}
         asked = {**WORDS[asked], **computed}
-    with foreign.calling("the quantization is not as transformers takes it", ModelError):
+    with foreign.calling("the quantization is not as transformers takes it", ModelError, remedy=_MISSING):
         config = AutoQuantizationConfig.from_dict(dict(asked))
     _refuse_unknown(asked, config)
-    with foreign.calling("the model cannot be quantised like that when it is loaded", ModelError):
-        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    _require_library(config, quantizer)
+    require_library(config)
     if next((field for field in _SKIPS if hasattr(config, field)), None) is None:
         raise ModelError(
             f"{type(config).__name__} cannot leave modules out, and new modules are never quantised; choose another"
@@ -82,13 +80,14 @@ def require_library(config: Any) -> None:
     Raises:
         ModelError: it is so.
     """
-    with foreign.calling("the model cannot be quantised like that when it is loaded", ModelError):
-        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    _require_library(config, quantizer)
-
-
-def _require_library(config: Any, quantizer: Any) -> None:
-    checked = foreign.attempt(quantizer.validate_environment, device_map=None)
+    made = foreign.attempt(AutoHfQuantizer.from_config, config, pre_quantized=False)
+    if made.value is None:
+        assert made.error is not None
+        raise ModelError(
+            f"a model cannot be quantised as {describe(config)} while it is loaded; write {' or '.join(WORDS)}, or "
+            f"another quantization config of transformers ({foreign.said(made.error)})"
+        ) from made.error
+    checked = foreign.attempt(made.value.validate_environment, device_map=None)
     if checked.error is not None:
         raise ModelError(
             f"the quantization {describe(config)} cannot be done here: {foreign.said(checked.error)}; {_MISSING}"
@@ -103,7 +102,8 @@ def _refuse_unknown(asked: Mapping[str, Any], config: Any) -> None:
     for key in asked:
         if key not in known:
             close = get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            listed = ", ".join(sorted(name for name in known if not name.startswith("_")))
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {listed}"
             faults.append(f"{key!r} is not a field of {type(config).__name__}; {hint}")
     refuse(ModelError, "the quantization is not as transformers takes it", faults)
 
@@ -169,7 +169,7 @@ def plain(
     faults = []
     for pattern in [keep] if isinstance(keep, str) else keep:
         hits = anatomy.match_within(pattern, names)
-        found |= {name: "kept as asked" for name in hits if name not in found}
+        found |= {name: "trained, or kept as asked" for name in hits if name not in found}
         if not hits:
             faults.append(f"{pattern!r} hits nothing; {anatomy.suggestions(pattern, names)}")
     refuse(ModelError, "what is to be kept out of quantisation is not in the model", faults)
@@ -254,7 +254,7 @@ class Forecast:
     """What a quantised load of an artifact would be: bytes in memory, and which parameters are packed.
 
     `full` is the memory without quantisation. `left` maps what keeps its dtype, beside norms and embeddings, to why:
-    `new`, `kept as asked`, `left out by transformers`, or `not a linear layer` (stacks of experts in one parameter).
+    `new`, `trained, or kept as asked`, `left out by transformers`, or `not a linear layer` (stacks of experts in one parameter).
     """
 
     word: str
@@ -344,14 +344,13 @@ def refuse_quantized(config: Any, reference: str) -> None:
     )
 
 
-_REMEDY = "AutoModelForCausalLM.from_pretrained(...).dequantize().save_pretrained(directory), where its library can"
-_ON_LOADING = (
-    "AutoModelForCausalLM.from_pretrained(..., quantization_config={config}(dequantize=True))"
-    ".save_pretrained(directory)"
-)
+_SAVED = ".save_pretrained(directory, save_original_format=False)"  # by default transformers writes the packed format
+_REMEDY = f"AutoModelForCausalLM.from_pretrained(...).dequantize(){_SAVED}, where transformers can"
+_ON_LOADING = "AutoModelForCausalLM.from_pretrained(..., quantization_config={config}(dequantize=True)){saved}"
 _REMEDIES = {
-    "mxfp4": _ON_LOADING.format(config="Mxfp4Config"),
-    "fp8": _ON_LOADING.format(config="FineGrainedFP8Config"),
+    "mxfp4": _ON_LOADING.format(config="Mxfp4Config", saved=_SAVED),
+    "fp8": _ON_LOADING.format(config="FineGrainedFP8Config", saved=_SAVED),
+    "compressed-tensors": _ON_LOADING.format(config="CompressedTensorsConfig", saved=_SAVED),
     "gptq": "its numbers were fitted to data, and transformers does not give them back; look for the original",
     "awq": "its numbers were fitted to data, and transformers does not give them back; look for the original",
 }

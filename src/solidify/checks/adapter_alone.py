@@ -5,20 +5,23 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 gc.disable()  # what is imported stays: to look through it for garbage, again and again, takes a third of the time
 
+import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from solidify.adapter import storage  # noqa: E402
-from solidify.artifact import certificate  # noqa: E402
+from solidify.artifact import certificate, quantizing  # noqa: E402
 from solidify.artifact.loading import load_artifact  # noqa: E402
 from solidify.checks import roundtrip, structure, trainable  # noqa: E402
 from solidify.directory import manifest, trust  # noqa: E402
+from solidify.errors import ModelError  # noqa: E402
 from solidify.findings import Finding  # noqa: E402
 
 gc.freeze()
@@ -51,10 +54,29 @@ def main() -> None:
             roundtrip.adapter_reload(with_adapter, roundtrip.outputs(again, inputs)), name="plain PEFT loads the same"
         ),
     ]
+    with trust.permitting(request["permitted"]):
+        findings += on_quantized(base, directory, inputs)
     if manifest.read(directory, "adapter").sha256 != request["manifest"]:
         words = "the adapter that was compared has been replaced by another since"
         findings = [Finding("loads completely", False, words)]
     print(json.dumps({"findings": [finding.document() for finding in findings]}))
+
+
+def on_quantized(base: Path, directory: Path, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Finding]:
+    """Looks at an adapter on its base as it was quantised in training; nothing is said of one that was not."""
+    recorded = manifest.read(directory, "adapter").base.get("quantization")
+    if recorded is None:
+        return []
+    name = "on the base as it was trained (quantised)"
+    try:
+        config = quantizing.again(recorded)
+        quantizing.require_library(config)
+    except ModelError as error:
+        return [Finding.unseen(name, str(error))]
+    plain = load_artifact(base, quantization_config=config)
+    expected = roundtrip.outputs(plain, inputs)
+    found = roundtrip.adapter_effect(storage.load_adapter(plain, directory), expected, inputs)
+    return [replace(each, name=f"{each.name} ({quantizing.describe(config)})") for each in found]
 
 
 if __name__ == "__main__":

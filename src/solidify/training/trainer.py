@@ -7,6 +7,7 @@ half precision. In evaluation only the model's own loss counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class ObjectiveMixin(TrainerSeams):
         group_by: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        given = kwargs["model"] if "model" in kwargs else args[0] if args else None
+        with trainable_as_declared(given):
+            super().__init__(*args, **kwargs)
         self.objective = objective
         self.runner = self.runner_of(self)
         self._sums: dict[str, float] = {}
@@ -334,6 +337,21 @@ def refuse_half_precision(arguments: TrainingArguments, model: nn.Module) -> Non
             f"{len(half)} tensors would be trained in half precision ({half[0]}), where small updates are "
             "lost to rounding; set bf16: true, and they are kept in float32 while they train"
         )
+
+
+@contextmanager
+def trainable_as_declared(model: Any) -> Iterator[None]:
+    """When the block ends, what is trained has the dtype and the values that it had before.
+
+    On a quantised model TRL's trainers (1.16) round all that is trained to bfloat16, the modules in full too: an
+    adapter would then start from other values, and be another one once it is loaded.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    before = [(parameter, parameter.data) for parameter in trained]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def widen(model: nn.Module) -> list[tuple[torch.Tensor, torch.dtype]]:
