@@ -76,6 +76,8 @@ def with_errors_kept(page: pages.Page) -> None:
 
 @pytest.mark.parametrize("block", run_blocks())
 def test_a_block_runs_as_it_stands(page: Callable[[str], pages.Page], block: Block) -> None:
+    if block.needs is not None:
+        pytest.importorskip(block.needs, reason=f"needs {block.needs}")
     page(block.document).follow(block.line)
 
 

@@ -5,6 +5,7 @@ A block is run as it stands, unless a comment above it says otherwise:
     <!-- not run: needs a download -->                      one of REASONS
     <!-- run with: builtin:tiny-olmoe for owner/model -->   one text in place of another
     <!-- run: where solidify cannot be imported -->         Python in a fresh process
+    <!-- needs: bitsandbytes -->                            a package without which it is left out, where it is missing
     <!-- file: rows.jsonl -->                               a file to write; so is a block whose first line is `# NAME`
 
 Notebooks are documents too: their cells of text, and of code as blocks. A translation has the blocks of the original.
@@ -28,7 +29,7 @@ REASONS = ("needs a download", "needs an accelerator", "needs several machines",
 LANGUAGES = ("json", "python", "sh", "text", "yaml")  # text is shown, not run: what a program prints, a tree
 STRANGERS = "run: where solidify cannot be imported"
 AFTER_README = "# in the directory of the README's blocks"
-MARKS = ("file:", "not run:", "run with:", STRANGERS)
+MARKS = ("file:", "needs:", "not run:", "run with:", STRANGERS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Block:
     def not_run(self) -> str | None:
         """The reason for which it is not run."""
         return self._marked("not run:")
+
+    @property
+    def needs(self) -> str | None:
+        """The package that it needs."""
+        return self._marked("needs:")
 
     @property
     def file(self) -> str | None:

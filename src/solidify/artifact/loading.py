@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,16 +328,14 @@ def load_artifact(
         ModelError: it cannot be quantised as asked.
     """
     directory = Path(directory).resolve()
-    if quantization is not None and "quantization_config" in options:
-        raise ModelError("give `quantization`, or transformers' own `quantization_config`, which is taken as it is")
-    if quantization is None and keep:
-        raise ModelError("`keep` says what is not quantised; say by `quantization` how the rest is")
+    quantizing.refuse_contradictory(quantization, keep, options)
     with _open_artifact(directory, trust_remote_code) as (record, own):
         kept: dict[str, str] = {}
         if quantization is not None:
             skeleton = _build_skeleton(own)
             kept = quantizing.plain(skeleton, record.edits, keep)
-            config = quantizing.resolve(quantization, skeleton, record.edits, keep, _asked_dtype(options, skeleton))
+            dtype = quantizing.asked_dtype(options)
+            config = quantizing.resolve(quantization, skeleton, record.edits, keep, dtype)
             options = {**options, "quantization_config": config}
         model = _load_model(directory, record, own, options)
         if "quantization_config" in options:
@@ -350,12 +348,6 @@ def _build_skeleton(own: Path) -> PreTrainedModel:
     with foreign.calling("the model cannot be made", ArtifactError):
         config = AutoConfig.from_pretrained(own, trust_remote_code=True)
         return on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True)
-
-
-def _asked_dtype(options: Mapping[str, Any], skeleton: PreTrainedModel) -> torch.dtype:
-    asked = options.get("dtype")
-    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
-    return found if isinstance(found, torch.dtype) else skeleton.dtype
 
 
 def _load_model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:

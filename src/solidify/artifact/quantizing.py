@@ -133,6 +133,25 @@ def again(record: str) -> Any:
         return AutoQuantizationConfig.from_dict(json.loads(record))
 
 
+def refuse_contradictory(asked: Asked | None, keep: str | Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuses arguments of loading that do not go together.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if asked is not None and "quantization_config" in options:
+        raise ModelError("give `quantization`, or transformers' own `quantization_config`, which is taken as it is")
+    if asked is None and keep:
+        raise ModelError("`keep` says what is not quantised; say by `quantization` how the rest is")
+
+
+def asked_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    """Returns the dtype that a model is loaded in; None where the artifact's own stays."""
+    asked = options.get("dtype")
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    return found if isinstance(found, torch.dtype) else None
+
+
 def resolve(
     asked: Asked,
     skeleton: PreTrainedModel,
@@ -254,7 +273,8 @@ class Forecast:
     """What a quantised load of an artifact would be: bytes in memory, and which parameters are packed.
 
     `full` is the memory without quantisation. `left` maps what keeps its dtype, beside norms and embeddings, to why:
-    `new`, `trained, or kept as asked`, `left out by transformers`, or `not a linear layer` (stacks of experts in one parameter).
+    `new`, `trained, or kept as asked`, `left out by transformers`, or `not a linear layer` (stacks of experts in one
+    parameter).
     """
 
     word: str
@@ -290,7 +310,7 @@ def forecast(
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     if not quantizer.is_trainable:
         raise ModelError(
-            f"transformers trains nothing on weights that are quantised as {describe(config)}; write {' or '.join(WORDS)}"
+            f"transformers trains nothing on weights quantised as {describe(config)}; write {' or '.join(WORDS)}"
         )
     with foreign.calling("the model cannot be quantised like that", ModelError):
         quantizer.preprocess_model(model=trial, dtype=skeleton.dtype, device_map={"": "cpu"}, checkpoint_files=None)

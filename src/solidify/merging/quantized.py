@@ -32,7 +32,8 @@ def findings(
 ) -> list[Finding]:
     """Runs the model that was trained, the merged one, and the merged one quantised, and says how far apart they are.
 
-    `quantization` is what the adapter recorded. `attach` loads base and adapter, and `load` the merged model, with a quantization config of transformers.
+    `quantization` is what the adapter recorded. `attach` loads base and adapter, and `load` the merged model, with a
+    quantization config of transformers.
     """
     try:
         config = quantizing.again(quantization)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify.model import anatomy, operations, quantized
+from solidify.model import operations, quantized
 
 # How modules call the number of experts that a token is sent to.
 _TOP_K = ("top_k", "topk", "k", "num_experts_per_tok", "moe_top_k", "num_selected_experts", "top_k_experts")
