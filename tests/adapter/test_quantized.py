@@ -15,6 +15,7 @@ from torch import nn
 
 import solidify
 from solidify.adapter import base_state
+from solidify.adapter import plan as planning
 from solidify.artifact import loading, quantizing
 from solidify.checks import adapter_alone, trainable
 from solidify.directory import manifest
@@ -168,6 +169,28 @@ def test_a_weight_that_moves_in_training_is_found(gated: Path) -> None:
     inner.weight.data[3, 0] = inner.weight.data[3, 0] + 1
     finding = trainable.frozen(attached, record)
     assert finding.passed is False and "model.layers.0.mlp.up_proj.weight changed" in finding.evidence
+
+
+@pytest.mark.parametrize("word", ["nf4", "int8"])
+def test_what_is_refused_leaves_the_quantised_model_as_it_was(
+    gated: Path, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = solidify.load(gated, quantization=word)
+    before, names = logits(model), {name for name, _ in model.named_parameters()}
+    monkeypatch.setattr(planning, "compare", lambda *_: ["said so"])
+    with pytest.raises(AdapterError, match="said so"):
+        solidify.attach(model, lora=LORA, train=[GATE])
+    assert torch.equal(logits(model), before)
+    assert {name for name, _ in model.named_parameters()} == names
+    assert not any(base_state.packed_faults(model).values())
+
+
+@pytest.mark.parametrize("word", ["nf4", "int8"])
+def test_a_copy_is_as_quantised(gated: Path, word: str) -> None:
+    model = solidify.load(gated, quantization=word)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    assert not any(base_state.packed_faults(copied).values())
 
 
 def test_what_is_trained_in_full_is_kept_out(gated: Path, tmp_path: Path) -> None:

@@ -253,9 +253,9 @@ def packed_faults(model: nn.Module) -> dict[str, bool]:
     expected = quantizing.remembered(plain)
     if expected is None:
         base = require(model)
-        config = deepcopy(plain.config.quantization_config)
+        options = quantizing.as_loaded(plain)
         with torch.random.fork_rng(), console.silence(), trust.permitting(trust.fingerprint(base.record)):
-            fresh = loading.load_artifact(base.directory, quantization_config=config, dtype=plain.dtype)
+            fresh = loading.load_artifact(base.directory, dtype=plain.dtype, **options)
         expected = quantizing.remembered(fresh) or {}
     found = {
         f"{name}.{key}": quantizing.digest(module, key)

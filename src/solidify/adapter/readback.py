@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.adapter.base_state import Base
-from solidify.artifact import certificate, loading, tensors
+from solidify.artifact import certificate, loading, quantizing, tensors
 from solidify.behaviour import calling
 from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
@@ -69,9 +68,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
 def _choose_options(plain: Any, base: Base) -> dict[str, Any]:
     """Returns how a base has to be loaded to compute as this one: its dtype, and the kernels that it uses."""
     config = files.document(base.directory / "config.json")
-    options: dict[str, Any] = {}
-    if quantized.is_quantized(plain):
-        options["quantization_config"] = deepcopy(plain.config.quantization_config)
+    options = quantizing.as_loaded(plain) if quantized.is_quantized(plain) else {}
     if str(plain.dtype).removeprefix("torch.") != config.get("dtype"):
         options["dtype"] = plain.dtype
     for kind in ("attn", "experts"):

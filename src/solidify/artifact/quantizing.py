@@ -206,6 +206,24 @@ def _list_modules(skeleton: nn.Module, names: Iterable[str]) -> list[str]:
     ]
 
 
+def as_loaded(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the options with which an artifact becomes quantised as a model is, and on its device.
+
+    Libraries quantise otherwise, in last bits, on another device, and bitsandbytes chooses an accelerator by itself.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return {}
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    placed = {"device_map": {"": devices.pop()}} if len(devices) == 1 else {}
+    return {"quantization_config": copy.deepcopy(config), **placed}
+
+
+def on_cpu(config: Any) -> dict[str, Any]:
+    """Returns the options with which an artifact is loaded quantised beside models on the CPU."""
+    return {"quantization_config": copy.deepcopy(config), "device_map": {"": "cpu"}}
+
+
 def note(model: PreTrainedModel, kept: Iterable[str], where: Any) -> None:
     """Remembers what each packed parameter of a model is, which was just loaded from verified files.
 

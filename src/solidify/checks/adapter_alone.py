@@ -73,7 +73,7 @@ def on_quantized(base: Path, directory: Path, inputs: Mapping[str, Mapping[str, 
         quantizing.require_library(config)
     except ModelError as error:
         return [Finding.unseen(name, str(error))]
-    plain = load_artifact(base, quantization_config=config)
+    plain = load_artifact(base, **quantizing.on_cpu(config))
     expected = roundtrip.outputs(plain, inputs)
     found = roundtrip.adapter_effect(storage.load_adapter(plain, directory), expected, inputs)
     return [replace(each, name=f"{each.name} ({quantizing.describe(config)})") for each in found]

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify.adapter import configured, storage
-from solidify.artifact import autos, certificate, companions, loading
+from solidify.artifact import autos, certificate, companions, loading, quantizing
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
@@ -188,9 +188,9 @@ def _against_quantized(
         attached.inputs,
         merged,
         lambda config: storage.load_adapter(
-            _load_permitted(sources.base, base, quantization_config=config), sources.adapter
+            _load_permitted(sources.base, base, **quantizing.on_cpu(config)), sources.adapter
         ),
-        lambda config: _load_staged(staging, quantization_config=config),
+        lambda config: _load_staged(staging, **quantizing.on_cpu(config)),
     )
 
 
