@@ -255,6 +255,54 @@ def test_layers_that_keep_their_weights_turned_are_quantised_too(tmp_path: Path)
     assert torch.equal(logits(solidify.load(artifact, adapter, quantization="nf4")), logits(attached))
 
 
+def test_a_plain_model_that_is_quantised_takes_an_adapter(tmp_path: Path) -> None:
+    import transformers
+
+    pico.llama().save_pretrained(tmp_path / "base")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    before = logits(model)
+    attached = trained(model, train=["lm_head"])
+    assert not torch.equal(logits(attached), before)
+    with attached.disable_adapter():
+        assert torch.equal(logits(attached), before)
+    with pytest.raises(AdapterError, match="is not an artifact"):
+        solidify.save_adapter(attached, tmp_path / "adapter")
+
+
+def test_what_peft_casts_to_float32_comes_back_where_it_is_loaded_in_float32(tmp_path: Path) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    model = pico.llama(dtype=torch.bfloat16)
+    artifact = pico.artifact(model, solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled), tmp_path / "a")
+    prepared = prepare_model_for_kbit_training(solidify.load(artifact, quantization="nf4"), False)
+    attached = trained(prepared, lora={"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}, train=())
+    saved = solidify.save_adapter(attached, tmp_path / "adapter")
+    config = quantizing.again(manifest.read(saved).base["quantization"])
+    again = solidify.load(artifact, saved, quantization_config=config, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(attached))
+
+
+def test_torchao_quantises_too(gated: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs torchao")
+    asked = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2}}}
+    asked["quant_type"]["default"]["_data"] = {}  # type: ignore[index]
+    planned = quantizing.forecast(asked, loading.load_base(str(gated), device="meta").model, manifest.read(gated).edits)
+    model = solidify.load(gated, quantization=asked)
+    assert {name for name, _ in quantizing.packed_parameters(model)} == set(planned.packed)
+    assert planned.memory == pytest.approx(cost(model).memory, rel=0.1)
+    attached = trained(model)
+    adapter = solidify.save_adapter(attached, tmp_path / "adapter")
+    assert torch.equal(logits(solidify.load(gated, adapter, quantization=asked)), logits(attached))
+    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    weight.qdata[0, 0] += 1
+    assert base_state.packed_faults(attached)["model.layers.1.mlp.down_proj.weight"]
+    four = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2}}}
+    four["quant_type"]["default"]["_data"] = {"group_size": 32}  # type: ignore[index]
+    with pytest.raises(ModelError, match="trains nothing on weights quantised as torchao Int4WeightOnlyConfig"):
+        quantizing.forecast(four, loading.load_base(str(gated), device="meta").model, manifest.read(gated).edits)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

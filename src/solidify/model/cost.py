@@ -46,7 +46,7 @@ def cost(model: PreTrainedModel) -> Cost:
     parameters = {id(p): p for p in model.parameters()}
     buffers = {name: buffer for name, buffer in model.named_buffers()}
     computed = {name for name, _ in model.named_non_persistent_buffers()}
-    size = sum(p.nbytes for p in parameters.values()) + quantized.beside(model)
+    size = sum(p.nbytes for p in parameters.values()) + quantized.difference(model)
     return Cost(
         sum(map(quantized.numel, parameters.values())),
         size + sum(buffer.nbytes for name, buffer in buffers.items() if name not in computed),

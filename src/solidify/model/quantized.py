@@ -60,18 +60,21 @@ def numel(tensor: torch.Tensor) -> int:
     return math.prod(state.shape) if state is not None else tensor.numel()
 
 
-def beside(model: nn.Module) -> int:
-    """Returns the bytes of what stands beside the packed parameters of a quantised model: the scales."""
+def difference(model: nn.Module) -> int:
+    """Returns by how many bytes the packed parameters of a quantised model are more than they say themselves.
+
+    There are scales beside them, and a tensor that is made of tensors tells the size of what it stands for.
+    """
     if not is_quantized(model):
         return 0
-    return sum(
-        tensor.nbytes
-        for module in model.modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if is_packed(parameter)
-        for name, tensor in parts(module, key).items()
-        if name != key and ".quant_state." not in name  # a description, in the state alone
-    )
+    found = 0
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_packed(parameter):
+                held = parts(module, key)
+                found -= parameter.nbytes
+                found += sum(t.nbytes for name, t in held.items() if ".quant_state." not in name)  # a description
+    return found
 
 
 def refuse(model: nn.Module) -> None:
