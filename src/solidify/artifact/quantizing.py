@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError, ModelError, refuse
@@ -373,7 +372,7 @@ def refuse_quantized(config: Any, reference: str) -> None:
         found = next((q for part in parts if (q := getattr(part, "quantization_config", None)) is not None), None)
     if found is None:
         return
-    values = found.to_dict() if isinstance(found, QuantizationConfigMixin) else dict(found)
+    values = dict(found) if isinstance(found, Mapping) else found.to_dict()
     method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
     raise ModelError(
         f"the base {reference!r} is stored quantised ({method}), and surgery keeps a base's weights bit for bit; name "

@@ -155,4 +155,5 @@ def history_table(history: list[dict[str, float]]) -> Any:
 def _choose_tolerance(trainer: Any) -> float:
     """Float32 sums in another order; half precision rounds every product."""
     half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+    half = half or getattr(trainer.model, "is_loaded_in_8bit", False)  # bitsandbytes multiplies in float16
     return 5e-2 if half else 1e-4
