@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from solidify.surgery.masks import mask as mask
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
+    from solidify.surgery.vocabulary import add_tokens as add_tokens
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -97,6 +98,7 @@ _WHERE = {
     "SurgeryError": "errors",
     "Term": "objective.term",
     "add": "surgery.heads",
+    "add_tokens": "surgery.vocabulary",
     "adopt": "directory.adopting",
     "align": "healing.align",
     "attach": "adapter.adapters",

@@ -72,7 +72,7 @@ def modules(model: nn.Module) -> Iterator[Located]:
 def at(model: nn.Module, name: str) -> Located | None:
     """Returns what is active under one module name of the plain model (also a shared module's second), or None."""
     called = plain_model(model)
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         child = own_modules(unwrap(called)).get(part)
         if child is None:
             return None

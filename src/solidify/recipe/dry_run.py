@@ -95,16 +95,20 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     recipe = given(recipe)
     base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
-    vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
+    preparing = base.processor or base.tokenizer
+    if not any(step.speaks for step in recipe.surgery):  # else the surgery may give an id its embedding
+        vocabulary.refuse_unfit(base.model, preparing, RecipeError)
     refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
-    edits = models.operate(recipe, base.model)
+    edits = models.operate(recipe, base.model, preparing=preparing)
+    records = [edit.document() for edit in edits]
+    vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
         datasets.refuse_unprepared(recipe, base.processor)
         datasets.read_texts(recipe)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
-    after, records = cost(base.model).document(), [edit.document() for edit in edits]
+    after = cost(base.model).document()
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
