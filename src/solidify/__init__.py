@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from solidify.errors import RecipeError as RecipeError
     from solidify.errors import SolidifyError as SolidifyError
     from solidify.errors import SurgeryError as SurgeryError
+    from solidify.exporting.forms import Exported as Exported
+    from solidify.exporting.forms import export as export
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
     from solidify.healing.align import align as align
@@ -78,6 +80,7 @@ _WHERE = {
     "Constraint": "objective.weights",
     "DataError": "errors",
     "Edit": "surgery.edit_record",
+    "Exported": "exporting.forms",
     "Finding": "findings",
     "HealingError": "errors",
     "ModelError": "errors",
@@ -105,6 +108,7 @@ _WHERE = {
     "build": "building",
     "check": "checks.check",
     "distill": "healing.distilling",
+    "export": "exporting.forms",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",

@@ -262,7 +262,7 @@ def canonical(model: PeftModel, path: str) -> str:
 
 
 def named(model: PeftModel, path: str) -> tuple[str, str]:
-    """Returns what stands at a path in the PeftModel (`lora`, `tokens`, `full` or `base`), and whose it is in the plain model."""
+    """Returns what stands at a path in the PeftModel (as `named_parameters`), and whose it is in the plain model."""
     return _plain_name(model, path)
 
 

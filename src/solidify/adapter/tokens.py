@@ -119,7 +119,7 @@ def _read_ids(model: nn.Module, name: str, module: nn.Module, asked: Any, faults
 
 
 def faults(model: PeftModel, wanted: Mapping[str, tuple[int, ...]], adapter: str) -> list[str]:
-    """Returns where rows that are tied to trained ones do not follow: PEFT goes by the configuration, not by weights."""
+    """Returns where rows that are tied to trained ones do not follow: PEFT goes by the configuration alone."""
     found = []
     for group in tied.groups(model):
         for name in wanted:

@@ -1,7 +1,7 @@
 """Adds tokens to a model and its tokenizer: embeddings, head and configuration get rows for them.
 
-The whole operation: its type, its function and the code that artifacts carry. `rows.py` finds the tensors with a row for
-each token, `tokens.py` the tokens, their ids, and where each starts.
+The whole operation: its type, its function and the code that artifacts carry. `rows.py` finds the tensors with a row
+for each token, `tokens.py` the tokens, their ids, and where each starts.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def _judge_old(model: PreTrainedModel, before: Control, additions: Additions, ro
     index = torch.tensor(columns, device=output.device)
     old, new = old.index_select(-1, index), output.index_select(-1, index)
     far = float((new.double() - old.double()).abs().max() / old.double().abs().max().clamp(min=1e-30))
-    if far > _allowed(old):
+    if not far <= _allowed(old):
         raise SurgeryError(
             f"with {_WHAT} the old ones compute something else: outputs differ by {far:.1e} of the largest"
         )
