@@ -253,6 +253,19 @@ def recipe(directory: Path, step: str) -> Recipe:
     return Recipe.load(path)
 
 
+def test_rows_of_new_tokens_are_planned_before_there_is_an_artifact(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "<tool> call"}\n' * 4)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base: {model: 'builtin:tiny-olmoe'}\nsurgery:\n  - {add_tokens: ['<tool>', '<end>']}\n"
+        "adapter: {lora: {trainable_token_indices: {model.embed_tokens: new, lm_head: ['<end>', 5]}}}\n"
+        "data: {train: rows.jsonl, max_length: 16}\n"
+    )
+    planned = solidify.plan(path)
+    width = planned.trainable["tokens model.embed_tokens"] // 2
+    assert planned.trainable == {"tokens model.embed_tokens": 2 * width, "tokens lm_head": 2 * width}
+
+
 def test_a_recipe_plans_and_refuses(tmp_path: Path) -> None:
     planned = solidify.plan(
         recipe(tmp_path, "{add_tokens: ['<tool>', {token: '</tool>', start: {text: end}}], special: true}")

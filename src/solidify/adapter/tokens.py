@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -48,6 +49,23 @@ def resolve(
         for other in together:
             _judge_bias(other, named, faults)
     return {name: _read_ids(model, name, named[name], ids, faults) for name, ids in wanted.items()}
+
+
+def with_ids(lora: Mapping[str, Any] | None, added: Mapping[str, int]) -> Mapping[str, Any] | None:
+    """Returns a declaration in which added tokens stand as ids: for a model that is not an artifact yet."""
+    asked = None if lora is None else lora.get(FIELD)
+    if lora is None or asked is None or not added:
+        return lora
+    named = isinstance(asked, Mapping)
+    values = {
+        name: sorted(added.values())
+        if ids == NEW
+        else [added.get(each, each) if isinstance(each, str) else each for each in ids]
+        if isinstance(ids, list)
+        else ids
+        for name, ids in (asked if named else {"": asked}).items()
+    }
+    return {**lora, FIELD: values if named else values[""]}
 
 
 def _name_embeddings(model: nn.Module, named: Mapping[str, nn.Module]) -> tuple[str | None, str | None]:
@@ -101,7 +119,8 @@ def _read_ids(model: nn.Module, name: str, module: nn.Module, asked: Any, faults
                 f"{_WORDS}: 'new' stands for tokens that surgery has added (`add_tokens`), and there are none"
             )
         return tuple(sorted(added.values()))
-    rows = int(module.weight.shape[0]) if hasattr(module, "weight") else 0
+    weight = getattr(module, "weight", None)
+    rows = len(weight) if isinstance(weight, torch.Tensor) else 0
     if isinstance(asked, (str, Mapping)) or not isinstance(asked, Sequence):
         faults.append(f"{_WORDS}: give 'new', or a list of ids or of added tokens, not {asked!r}")
         return ()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,12 +20,13 @@ from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.system import foreign
+from solidify.upstream.torch import own_hooks
 from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format
 from solidify.weights.format import TensorSource
 
 _SCRIPT = Path(__file__).with_name("compared.py")
-_SURGICAL = ("surgery", "auto_map", "model_type", "architectures", REFERENCE, "_name_or_path")
+_SURGICAL = ("surgery", "auto_map", "model_type", "architectures", REFERENCE)
 _NAMED = 6  # modules in one sentence
 
 
@@ -116,7 +116,7 @@ def _find_differences(model: PreTrainedModel, built: PreTrainedModel | None) -> 
 
 def _describe_hooks(module: nn.Module) -> list[str]:
     """Says what surgery's hooks on a module do; a plain model has none."""
-    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = own_hooks(module)
     return ["a mask of its own" if hasattr(hook, "solid_mask") else "a hook that surgery put there" for hook in hooks]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters, lookup
+from solidify.adapter import adapters, lookup, tokens
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import sources, vocabulary
@@ -113,7 +113,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
         data.refuse_untaught(base.model)
-        wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
+        surgery = vars(base.model.config).get("surgery") or []  # of a base that is an artifact
+        lora = tokens.with_ids(recipe.adapter.lora, vocabulary.added_tokens([*surgery, *records]))
+        wanted = planning.plan(base.model, lora, recipe.adapter.train)
         arguments = trainers.training_arguments(recipe, Path("nowhere"))
         trainers.refuse_unspreadable(arguments, here=False)
         datasets.refuse_unprepared(recipe, base.processor)
@@ -121,7 +123,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
         datasets.read_texts(recipe)
         trainer = trainers.trainer_class(recipe).__name__
-        trainable, peft_model = _count_trainable(recipe, base.model)
+        trainable, peft_model = _count_trainable(recipe, base.model, lora)
         refuse_half_precision(arguments, peft_model)
         _rehearse_objective(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
@@ -174,11 +176,13 @@ def _rehearse_objective(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftM
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 
 
-def _count_trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
+def _count_trainable(
+    recipe: Recipe, model: PreTrainedModel, lora: Mapping[str, Any] | None
+) -> tuple[dict[str, int], PeftModel]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
-    shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
+    shapes = {**lora, "init_lora_weights": True} if lora is not None else None
     with console.silence():
         peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
     with raised_as(RecipeError, of=ObjectiveError):
