@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from solidify.model.extent import Extent
     from solidify.surgery.control import Control
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
     from solidify.surgery.rows import Rows
     from solidify.surgery.tokens import Additions, Start
 
@@ -282,7 +282,7 @@ def _record(
 ) -> Edit:
     """Writes the record of one module: its tensors with rows of tokens are new, all others stay."""
     from solidify.model import anatomy
-    from solidify.surgery.replacing import Edit
+    from solidify.surgery.edit_record import Edit
 
     module = model.get_submodule(name)
     own = [key for key in module.state_dict() if "." not in key]
