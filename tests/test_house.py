@@ -31,6 +31,7 @@ ROOMS = (
     "artifact",
     "adapter",
     "merging",
+    "exporting",
     "objective",
     "modules",
     "losses",
@@ -50,6 +51,7 @@ ALONE = {
     *(PACKAGE / name for name in ("model/operations.py", "model/cache_layers.py", "artifact/witness.py")),
     *(PACKAGE / "behaviour").glob("*.py"),
     PACKAGE / "surgery" / "masking.py",
+    PACKAGE / "exporting" / "compared.py",
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
 }

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from solidify.errors import RecipeError as RecipeError
     from solidify.errors import SolidifyError as SolidifyError
     from solidify.errors import SurgeryError as SurgeryError
+    from solidify.exporting.forms import Exported as Exported
+    from solidify.exporting.forms import export as export
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
     from solidify.healing.align import align as align
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from solidify.surgery.masks import mask as mask
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
+    from solidify.surgery.vocabulary import add_tokens as add_tokens
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -77,6 +80,7 @@ _WHERE = {
     "Constraint": "objective.weights",
     "DataError": "errors",
     "Edit": "surgery.edit_record",
+    "Exported": "exporting.forms",
     "Finding": "findings",
     "HealingError": "errors",
     "ModelError": "errors",
@@ -97,12 +101,14 @@ _WHERE = {
     "SurgeryError": "errors",
     "Term": "objective.term",
     "add": "surgery.heads",
+    "add_tokens": "surgery.vocabulary",
     "adopt": "directory.adopting",
     "align": "healing.align",
     "attach": "adapter.adapters",
     "build": "building",
     "check": "checks.check",
     "distill": "healing.distilling",
+    "export": "exporting.forms",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",

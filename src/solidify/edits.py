@@ -11,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.artifact import loading, solidify
+from solidify.artifact import vocabulary as vocabularies
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.builtin import bases
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
-from solidify.surgery import depth, experts, heads, masks, replacing, selection
+from solidify.surgery import depth, experts, heads, masks, replacing, selection, vocabulary
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.masks import Kind
 from solidify.surgery.selection import Selection, Where
@@ -105,6 +106,17 @@ class Surgery:
     def add(self, name: str, module: type[nn.Module], *, reads: str | Sequence[str], **options: Any) -> list[Edit]:
         """Adds a module that reads what others return, as `solidify.add` does with the same options."""
         return self._keep_edits(heads.add(self.model, name, module, reads=reads, **options))
+
+    def add_tokens(
+        self, tokens: Sequence[str | Mapping[str, Any]] | Path, *, tokenizer: Any = None, **options: Any
+    ) -> list[Edit]:
+        """Adds tokens to the model and its tokenizer, as `solidify.add_tokens` does with the same options.
+
+        A model that was loaded here has its own; with a model in memory give the `tokenizer`, here and to `build`.
+        """
+        own = None if self._base is None else self._base.processor or self._base.tokenizer
+        found = tokenizer if tokenizer is not None else vocabularies.tokenizer_of(own)
+        return self._keep_edits(vocabulary.add_tokens(self.model, found, tokens, **options))
 
     def mask(self, kind: Kind, where: Where | Selection | None = None, **options: Any) -> list[Edit]:
         """Gives the model, or the layers, another mask, as `solidify.mask` does with the same options."""

@@ -113,7 +113,7 @@ FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"kasa_config": {"beta": 1}}, "kasa_config is not supported: it removes singular values"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is not supported"),
     ({"layer_replication": [[0, 1]]}, "layer_replication is not supported"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
+    ({"trainable_token_indices": ["<a>"]}, "trainable_token_indices must list ids"),
     ({"sharpness": 3}, "says sharpness=3, which the installed PEFT does not know"),
     (
         {"lora_B_layout": "grouped_by_expert"},

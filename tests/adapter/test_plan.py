@@ -204,7 +204,13 @@ def test_every_field_of_peft_that_names_modules_is_known() -> None:
 
     from peft import LoraConfig
 
-    ours = {"target_modules", "exclude_modules", "target_parameters", *planning.patterns.FIELDS}
+    ours = {
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "trainable_token_indices",
+        *planning.patterns.FIELDS,
+    }
     refused = {*planning._ELSEWHERE, "layer_replication"}
     nothing = {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),

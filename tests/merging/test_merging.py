@@ -417,7 +417,6 @@ def test_adapters_that_cannot_be_merged_here_are_told(bases: dict[Any, Path], tm
                 {"target_modules": Q, "init_lora_weights": "pissa"},
                 "init_lora_weights='pissa' is not supported: it subtracts its starting values from the base's weights",
             ),
-            ({"target_modules": Q, "trainable_token_indices": [1]}, "trainable_token_indices cannot be merged here"),
         )
     ):
         adapter = save_adapter(base, tmp_path / str(place), **settings)

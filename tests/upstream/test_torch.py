@@ -50,6 +50,14 @@ def test_the_tables_of_a_module_are_its_own() -> None:
     assert module.lost is new
 
 
+def test_the_hooks_of_a_module_are_listed() -> None:
+    module = nn.Linear(2, 2)
+    assert seams.own_hooks(module) == []
+    module.register_forward_pre_hook(print)
+    module.register_forward_hook(repr)
+    assert seams.own_hooks(module) == [print, repr]
+
+
 def test_writes_are_counted_where_they_happen_in_place() -> None:
     tensor = nn.Parameter(torch.zeros(2))
     before = seams.writes(tensor)

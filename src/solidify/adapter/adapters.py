@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, lookup, patterns, tied, together, trial, verbs
+from solidify.adapter import base_state, configured, lookup, patterns, tied, together, tokens, trial, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
@@ -51,7 +51,11 @@ def attach(
     wanted = planning.plan(model, lora, train)
     if existing is not None:
         together.refuse_overlaps(
-            existing, [*wanted.lora_modules, *wanted.lora_parameters], wanted.modules, wanted.parameters
+            existing,
+            [*wanted.lora_modules, *wanted.lora_parameters],
+            wanted.modules,
+            wanted.parameters,
+            list(wanted.tokens),
         )
     console.words.print(wanted.table())
     single = _find_single_parameters(model, wanted.modules)
@@ -62,7 +66,7 @@ def attach(
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
         _freeze_inside(peft_model, wanted, name)
         train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
-        faults += tied.parted(peft_model, lora)
+        faults += [*tied.parted(peft_model, lora), *tokens.faults(peft_model, wanted.tokens, name)]
         faults = [*planning.compare(peft_model, wanted), *faults, *trial.faults(peft_model, probe)]
         refuse(AdapterError, "PEFT did not do what was declared", faults)
     return peft_model
@@ -145,6 +149,7 @@ def _build_configuration(
                 or ([] if wanted.lora_parameters else configured.NO_TARGETS),
                 "target_parameters": list(wanted.lora_parameters) or None,
                 "modules_to_save": copied or None,
+                tokens.FIELD: {name: list(ids) for name, ids in wanted.tokens.items()} or None,
                 "task_type": without_heads(fields.get("task_type") or _task_type(model)),
                 # A tied pair stays tied when one of them is trained, unless the user says otherwise.
                 "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),

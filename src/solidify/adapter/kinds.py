@@ -106,7 +106,7 @@ REFUSED_KINDS = {
     "XLORA": ("it mixes other adapters by token, so it has no merged weights", "attach one LoRA"),
     "POLY": ("it mixes several adapters by task, so it has no merged weights", "attach one LoRA for each task"),
     "LN_TUNING": ("it trains norms in full", "name the norms in `train`"),
-    "TRAINABLE_TOKENS": ("it trains rows of the embedding in full", "name the embedding in `train`"),
+    "TRAINABLE_TOKENS": ("it trains rows of the embedding alone", "give LoRA's `trainable_token_indices`"),
     "BEFT": ("it trains only biases", "name the biases in `train`"),
     "OSF": ("it trains whole matrices within a subspace", _FULL),
     "SHIRA": ("it trains single entries of matrices", _FULL),
@@ -157,17 +157,20 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
     """Names what a trained adapter's configuration has that is not supported, by PEFT's own fields."""
-    tokens = lora.get("trainable_token_indices")
     return [
         *_field_faults({key: value for key, value in lora.items() if key != "eva_config"}),
         *_start_faults(lora, _MERGED_STARTS),
-        *(
-            ["LoRA: trainable_token_indices cannot be merged here; train the embedding in full instead"]
-            if tokens
-            else []
-        ),
+        *_token_faults(lora.get("trainable_token_indices")),
         *value_faults(lora),
     ]
+
+
+def _token_faults(tokens: Any) -> list[str]:
+    """Names what is no list of ids, or such lists by module names, as PEFT writes rows that are trained alone."""
+    lists = list(tokens.values()) if isinstance(tokens, Mapping) else [] if tokens is None else [tokens]
+    if all(isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids) for ids in lists):
+        return []
+    return [f"LoRA: trainable_token_indices must list ids, or map module names to such lists, not {tokens!r}"]
 
 
 def kind_fault(kind: Any) -> str | None:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -72,7 +73,7 @@ def modules(model: nn.Module) -> Iterator[Located]:
 def at(model: nn.Module, name: str) -> Located | None:
     """Returns what is active under one module name of the plain model (also a shared module's second), or None."""
     called = plain_model(model)
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         child = own_modules(unwrap(called)).get(part)
         if child is None:
             return None
@@ -225,8 +226,8 @@ def ties(model: nn.Module) -> dict[str, set[str]]:
 def named_parameters(model: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yields for every parameter what it is, whose it is in the plain model, and itself.
 
-    The first is `lora` (a part of a low-rank update; the name is the target's), `full` (a version that is or was
-    trained; the name is the parameter's) or `base` (the plain model's own).
+    The first is `lora` (a part of a low-rank update; the name is the target's), `tokens` (rows of a module of that
+    name), `full` (a version that is or was trained; the name is the parameter's) or `base` (the plain model's own).
     """
     holder = trained_parameters(model)
     versions = {id(p) for p in holder.trained.parameters()} if holder is not None else set()
@@ -234,7 +235,10 @@ def named_parameters(model: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]
 
 
 def named_buffers(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields for every buffer what it is (`full`: an adapter's own version, or `base`), whose it is, and itself."""
+    """Yields for every buffer what it is (`full`: an adapter's own version, or `base`), whose it is, and itself.
+
+    Of trained rows (`tokens`) those are buffers that they started from.
+    """
     holder = trained_buffers(model)
     versions = holder.identities() if holder is not None else set()
     yield from _name_tensors(model, model.named_buffers(), versions, BUFFERS)
@@ -258,7 +262,7 @@ def canonical(model: PeftModel, path: str) -> str:
 
 
 def named(model: PeftModel, path: str) -> tuple[str, str]:
-    """Returns what stands at a path in the PeftModel (`lora`, `full` or `base`), and whose it is in the plain model."""
+    """Returns what stands at a path in the PeftModel (as `named_parameters`), and whose it is in the plain model."""
     return _plain_name(model, path)
 
 
@@ -268,6 +272,8 @@ def _plain_name(model: PeftModel, path: str) -> tuple[str, str]:
     kind, name = "base", list[str]()
     while parts:
         part = parts.pop(0)
+        if isinstance(module, TrainableTokensLayer) and part != "base_layer":
+            return "tokens", ".".join(name)
         if isinstance(module, BaseTunerLayer):
             if part != "base_layer":
                 target = getattr(module, "parameter_name", None)
@@ -276,6 +282,8 @@ def _plain_name(model: PeftModel, path: str) -> tuple[str, str]:
             module = module.modules_to_save[parts.pop(0)]
             kind = "full"
             continue
+        elif isinstance(module, TrainableTokensWrapper) and part == "token_adapter":
+            pass
         elif not (isinstance(module, AuxiliaryTrainingWrapper) and part == "original_module") and not (
             not name and part in ("base_model", "model") and _is_wrapping(module)
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solidify.adapter import kinds, lookup, patterns, tied
+from solidify.adapter import kinds, lookup, patterns, tied, tokens
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy, quantized
 from solidify.system import console, foreign
@@ -23,7 +23,6 @@ _ELSEWHERE = {
     "bias": "name the biases in `train` (bias='all' cannot be switched off with the adapter)",
     "layers_to_transform": "name the layers in `target_modules`, for example model.layers.3.self_attn.q_proj",
     "layers_pattern": "name the layers in `target_modules`",
-    "trainable_token_indices": "name the embedding in `train`",
 }
 
 
@@ -32,7 +31,8 @@ class AdapterPlan:
     """Names of the plain model: LoRA targets (modules and parameters), and what is trained in full.
 
     `lora_modules` and `lora_parameters` get low-rank updates. `modules` are trained in full as copies, `parameters`
-    alone. `full` lists every parameter that is trained in full, those of `modules` included.
+    alone. `full` lists every parameter that is trained in full, those of `modules` included. `tokens` maps modules, of
+    which single rows are trained, to the ids of these.
     """
 
     lora_modules: tuple[str, ...]
@@ -41,11 +41,14 @@ class AdapterPlan:
     parameters: tuple[str, ...]
     full: tuple[str, ...]
     full_count: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def expected(self) -> set[tuple[str, str]]:
         """Returns what must be trainable, as (`lora` or `full`, name)."""
-        return {("lora", name) for name in (*self.lora_modules, *self.lora_parameters)} | {
-            ("full", name) for name in self.full
+        return {
+            *(("lora", name) for name in (*self.lora_modules, *self.lora_parameters)),
+            *(("full", name) for name in self.full),
+            *(("tokens", name) for name in self.tokens),
         }
 
     def table(self) -> Table:
@@ -62,7 +65,7 @@ class AdapterPlan:
             for line in anatomy.fold(names):
                 count = sum(1 for name in names if anatomy.fold([name]) == [line])
                 rows.append((how, line, str(count)))
-        return rows
+        return [*rows, *((f"{len(ids)} rows", name, "1") for name, ids in self.tokens.items())]
 
 
 def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence[str]) -> AdapterPlan:
@@ -97,7 +100,12 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         for parameter in named[name].parameters(recurse=False)
         if (fault := dora_fault(lora, type(parameter).__name__)) is not None
     ][:1]
-    if not faults and not (lora_modules or lora_parameters or modules or bare):
+    rows = tokens.resolve(model, lora, named, faults)
+    taken = {*lora_modules, *modules, *(name.removesuffix(".weight") for name in (*lora_parameters, *bare))}
+    faults += [
+        f"rows of {name} would be trained, and it is trained otherwise too; declare one" for name in taken & {*rows}
+    ]
+    if not faults and not (lora_modules or lora_parameters or modules or bare or rows):
         faults.append("nothing would be trained: give LoRA `target_modules`, names in `train`, or both")
     refuse(AdapterError, "the adapter cannot be attached as declared", faults)
     frozen = _frozen_by_their_module(model)
@@ -110,6 +118,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         tuple(bare),
         full,
         anatomy.count(parameters[name] for name in full),
+        rows,
     )
 
 
@@ -164,7 +173,7 @@ def compare(model: PeftModel, wanted: AdapterPlan) -> list[str]:
     """Compares by name what PEFT made trainable with the plan and returns every difference."""
     found = {(kind, name) for kind, name, p in lookup.named_parameters(model) if p.requires_grad}
     expected = wanted.expected()
-    words = {"lora": "LoRA on", "full": "full training of", "base": "the base parameter"}
+    words = {"lora": "LoRA on", "tokens": "rows of", "full": "full training of", "base": "the base parameter"}
     return [
         *(f"not trainable, but declared: {words[kind]} {name}" for kind, name in sorted(expected - found)),
         *(f"trainable, but not declared: {words[kind]} {name}" for kind, name in sorted(found - expected)),
@@ -196,6 +205,8 @@ def _lora_targets(
         return [], []
     targets, target_parameters = lora.get("target_modules"), lora.get("target_parameters") or []
     if not targets and not target_parameters:
+        if lora.get(tokens.FIELD):
+            return [], []
         faults.append("LoRA: give `target_modules`, or leave `lora` out to train only what `train` names")
         return [], []
     if targets == "all-linear":

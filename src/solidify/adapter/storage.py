@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, kinds, lookup, readback, together, verbs
+from solidify.adapter import base_state, configured, kinds, lookup, readback, together, tokens, verbs
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
@@ -120,7 +120,10 @@ def _not_finite(model: PeftModel, name: str, buffers: Sequence[str]) -> list[str
 
 
 def _list_trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
-    """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those."""
+    """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those.
+
+    `tokens` are modules of which single rows are trained: adapter_config.json has the ids.
+    """
     holder = lookup.trained_parameters(model)
     bare = holder.names(adapter) if holder is not None else []
     copies = {
@@ -136,6 +139,7 @@ def _list_trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
         "full": sorted({*copies, *bare, *moved}),
         "parameters": sorted(bare),
         "buffers": sorted(moved),
+        **({"tokens": sorted(rows)} if (rows := tokens.trained(model, adapter)) else {}),
     }
 
 
@@ -202,7 +206,9 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
             if existing is None:
                 peft_model = get_peft_model(model, configuration, adapter_name=name)
             else:
-                together.refuse_overlaps(existing, record.trained["lora"], configuration.modules_to_save or (), bare)
+                rows = record.trained.get("tokens", [])
+                copied = configuration.modules_to_save or ()
+                together.refuse_overlaps(existing, record.trained["lora"], copied, bare, rows)
                 peft_model = existing
                 peft_model.add_adapter(name, configuration)
         verbs.take_over(peft_model, frozen=planning.frozen_at_surgery(peft_model))

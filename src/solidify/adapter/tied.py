@@ -74,6 +74,11 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
+def groups(model: nn.Module) -> list[list[str]]:
+    """Returns the names of modules that share one weight now."""
+    return [group for group, _ in _find_groups(model)]
+
+
 def _find_storages(layer: Any) -> frozenset[int]:
     """Returns where in memory the parameters of PEFT's layer stand; its base layer's are none of them."""
     inside = {id(p) for p in layer.get_base_layer().parameters()}

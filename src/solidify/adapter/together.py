@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from solidify.adapter import lookup
+from solidify.adapter import lookup, tokens
 from solidify.errors import AdapterError, refuse
 from solidify.upstream.peft import layer_adapters
 
 
-def refuse_overlaps(model: PeftModel, lora: Sequence[str], modules: Sequence[str], single: Sequence[str]) -> None:
+def refuse_overlaps(
+    model: PeftModel, lora: Sequence[str], modules: Sequence[str], single: Sequence[str], rows: Sequence[str] = ()
+) -> None:
     """Refuses a further adapter that trains a part of what another trains in full, or the other way round.
 
     PEFT copies a module that is trained in full with all that stands in it, other adapters' updates too, and finds
-    nothing inside any more. `lora` names targets, `modules` are trained in full, `single` are parameters.
+    nothing inside any more. `lora` names targets, `modules` are trained in full, `single` are parameters, and of `rows`
+    rows are.
 
     Raises:
         AdapterError: two adapters overlap like that; all faults together.
@@ -24,12 +28,18 @@ def refuse_overlaps(model: PeftModel, lora: Sequence[str], modules: Sequence[str
     faults = []
     for adapter in model.peft_config:
         theirs = lookup.full_modules(model, adapter)
-        inside = [*lora, *modules, *single]
+        inside = [*lora, *modules, *single, *rows]
         faults += [
             f"{name} lies in {outer}, which adapter {adapter!r} trains in full"
             for outer in sorted(theirs)
             for name in inside
-            if name.startswith(outer + ".") or (name == outer and name in lora)
+            if name.startswith(outer + ".") or (name == outer and name in (*lora, *rows))
+        ]
+        alone = tokens.trained(model, adapter)
+        faults += [
+            f"of {name} adapter {adapter!r} trains single rows"
+            for name in [*lora, *modules, *(each.removesuffix(".weight") for each in single)]
+            if name in alone
         ]
         held = lookup.trained_parameters(model)
         parts = [*targets(model, adapter), *theirs, *(held.names(adapter) if held is not None else ())]
@@ -52,7 +62,8 @@ def targets(model: PeftModel, adapter: str) -> list[str]:
         {
             name
             for path, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer) and adapter in layer_adapters(module)
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+            if adapter in layer_adapters(module)
             for name in [lookup.canonical(model, path)]
         }
     )

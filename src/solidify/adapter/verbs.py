@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from solidify.adapter import lookup
+from solidify.adapter import lookup, tokens
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -133,6 +133,11 @@ class LoraVerbs(LoraTuner):
             name
             for name, wrapper in self._yield_copies()
             if sum(adapter in wrapper.modules_to_save for adapter in names) > 1
+        ]
+        disputed += [
+            lookup.canonical(self.model, path)
+            for path, layer in tokens.layers(self.model)
+            if sum(adapter in layer.token_indices for adapter in names) > 1
         ]
         if buffers is not None and sum(bool(buffers.moved(name)) for name in names) > 1:
             disputed += [key for name in names for key in buffers.moved(name)]

@@ -188,9 +188,10 @@ def _fill_staging(
         travelling = loading.tokenizer_in(source, trust_remote_code=descent.is_solid(model))
         if travelling is None:
             companions.refuse_broken_tokenizer(source)
-    vocabulary.refuse_unfit(model, travelling)
-    code = sources.compile_sources(model, edits)
+    records = [edit.document() for edit in edits]
     origin, lineage, earlier = _trace_descent(model, base)
+    vocabulary.refuse_unfit(model, travelling, edits=[*earlier, *records])
+    code = sources.compile_sources(model, edits)
     for name, text in code.files.items():
         (staging / name).write_text(text, encoding="utf-8")
     (staging / "config.json").write_text(_write_config(model, code), encoding="utf-8")
@@ -199,7 +200,6 @@ def _fill_staging(
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
     carried = companions.Carried() if source is None else companions.carry(source, staging, tokenizer)
-    records = [edit.document() for edit in edits]
     draft = Manifest(
         kind="artifact",
         base=origin,
@@ -210,7 +210,7 @@ def _fill_staging(
         recipe=recipe,
     )
     written = write(model, staging, draft, extent, link=link)
-    return written, [*vocabulary.findings(model, travelling), *carried.findings()]
+    return written, [*vocabulary.findings(model, travelling, written.edits), *carried.findings()]
 
 
 def _count_figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -11,9 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
+from solidify.surgery.vocabulary import AddTokens
 from solidify.system import foreign
 
 FITS, ENDS = "tokenizer: every id has an embedding", "tokenizer: the model stops at its end token"
+ADDED, SPECIAL = "tokenizer: added tokens have their ids", "special ids of the configurations have an embedding"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SHOWN = 4
 _ROLES = frozenset(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)  # what every tokenizer has: bos, eos, pad, ...
 
@@ -24,23 +27,83 @@ def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase | None:
     return found if isinstance(found, PreTrainedTokenizerBase) else None
 
 
-def refuse_unfit(model: PreTrainedModel, processor: Any, kind: type[SolidifyError] = ArtifactError) -> None:
-    """Raises `kind` when text can become an id for which the model has no embedding; it may be on the meta device."""
-    for finding in findings(model, processor):
+def refuse_unfit(
+    model: PreTrainedModel,
+    processor: Any,
+    kind: type[SolidifyError] = ArtifactError,
+    edits: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Raises `kind` when text can become an id for which the model has no embedding; it may be on the meta device.
+
+    So it does when the tokenizer lacks a token that one of the `edits` (their records) added.
+    """
+    for finding in findings(model, processor, edits):
         if finding.passed is False:
             raise kind(f"the tokenizer does not fit the model: {finding.evidence}")
 
 
-def findings(model: PreTrainedModel, processor: Any) -> list[Finding]:
+def added_tokens(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Returns the tokens that were added to a model by its edits (their records, or entries of config.surgery)."""
+    return {
+        token: int(number)
+        for edit in edits
+        for token, number in {**edit, **edit.get("settings", {})}.get("tokens", {}).items()
+        if edit["operation"] == AddTokens.recorded
+    }
+
+
+def findings(model: PreTrainedModel, processor: Any, edits: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
     """Compares a tokenizer (or the one in a processor) with the embeddings and configurations of a model.
 
-    Ids without an embedding fail. More embeddings than ids are usual, and fit. End, padding and first tokens that
-    differ from the configurations are named, and what to set; a model that was trained so is no failure.
+    Ids without an embedding fail, and so does a tokenizer without the tokens that the `edits` (records) added. More
+    embeddings than ids are usual, and fit. End, padding and first tokens that differ from the configurations are named,
+    and what to set; a model that was trained so is no failure. One for which there is no embedding is, once a change
+    has touched the vocabulary.
     """
-    tokenizer = tokenizer_of(processor)
+    tokenizer, added = tokenizer_of(processor), added_tokens(edits)
     if tokenizer is None:
+        lost = f"{len(added)} tokens were added, and no tokenizer goes with the model; give the one that they went into"
+        return [Finding(ADDED, False, lost)] if added else []
+    found = _compare_embeddings(model, tokenizer) + (_compare_added(tokenizer, added) if added else [])
+    found += _compare_special(model, touched=bool(added))
+    return found + (_compare_stops(model, tokenizer) if model.can_generate() else [])
+
+
+def _compare_added(tokenizer: PreTrainedTokenizerBase, added: Mapping[str, int]) -> list[Finding]:
+    """Compares the ids of added tokens with those that the model has rows for."""
+    vocabulary = tokenizer.get_vocab()
+    wrong = [
+        f"{token!r} is {'no token' if token not in vocabulary else f'id {vocabulary[token]}'} of it, and was added as "
+        f"id {number}"
+        for token, number in added.items()
+        if vocabulary.get(token) != number
+    ]
+    remedy = "; take the tokenizer that the tokens were added to (tokenizer=)"
+    evidence = f"{len(added)} tokens, ids {min(added.values())} to {max(added.values())}"
+    return [Finding(ADDED, not wrong, "; ".join(wrong[:_SHOWN]) + remedy if wrong else evidence)]
+
+
+def _compare_special(model: PreTrainedModel, *, touched: bool) -> list[Finding]:
+    """Compares end, padding and first ids of the configurations with the number of embeddings."""
+    table = foreign.attempt(model.get_input_embeddings).value
+    if not isinstance(table, nn.Embedding):
         return []
-    return _compare_embeddings(model, tokenizer) + (_compare_stops(model, tokenizer) if model.can_generate() else [])
+    sources = {"config": model.config.get_text_config(decoder=True)}
+    if model.can_generate():
+        sources["generation_config"] = model.generation_config
+    wrong = [
+        f"{where}.{key} is {number}"
+        for where, source in sources.items()
+        for key in SPECIAL_IDS
+        for number in _list_ids(source, key)
+        if number >= table.num_embeddings
+    ]
+    if not wrong:
+        return [Finding(SPECIAL, True, f"all are below {table.num_embeddings}")] if touched else []
+    words = (
+        f"{', '.join(wrong)}, and there are {table.num_embeddings} embeddings; set it to an id that is there, or None"
+    )
+    return [Finding(SPECIAL, False if touched else None, words)]
 
 
 def _compare_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -68,7 +131,7 @@ def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
     return Finding(
         FITS,
         False,
-        f"{listed} has no embedding, there are {rows} rows; before the surgery call "
+        f"{listed} has no embedding, there are {rows} rows; add these tokens (`add_tokens`), before the surgery call "
         f"model.resize_token_embeddings({beyond[-1][0] + 1}) (for a recipe: then save model and tokenizer, and name "
         "that directory as base), or take the tokenizer that the model was trained with",
     )

@@ -133,19 +133,19 @@ def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None) -
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
-        findings += [*_check_tokenizer(directory), *serving(directory, record)]
+        findings += [*_check_tokenizer(directory, record), *serving(directory, record)]
     if serve is None:
         return findings
     with console.stage(f"Serving {directory.name}"):
         return [*findings, served(directory, serve)]
 
 
-def _check_tokenizer(directory: Path) -> list[Finding]:
+def _check_tokenizer(directory: Path, record: Manifest) -> list[Finding]:
     """Compares the tokenizer of an artifact, whose code may run, with its model."""
-    if not companions.has_tokenizer(directory):
+    if not companions.has_tokenizer(directory) and not vocabulary.added_tokens(record.edits):
         return []
     held = loading.load_base(str(directory), device="meta")
-    return vocabulary.findings(held.model, held.processor or held.tokenizer)
+    return vocabulary.findings(held.model, held.processor or held.tokenizer, record.edits)
 
 
 def _check_adapter(

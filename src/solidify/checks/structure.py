@@ -179,10 +179,13 @@ def start(
             return Finding.unseen(START, "a model of this size is not run as a whole")
         evidence = "the first new module of each kind gives its original's outputs bit for bit; the whole was not run"
         return Finding(START, None, evidence)
+    wider = {k: after[k].shape[-1] - before[k].shape[-1] for k in before}
+    after = {k: after[k][..., : before[k].shape[-1]] for k in before}  # of more tokens, those that the base has
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
     moved = {k for k in before if not torch.equal(after[k], before[k])}
     if not moved:
-        return Finding(START, True, "logits bit-identical to the base")
+        more = f", of {max(wider.values())} new tokens apart" if any(wider.values()) else ""
+        return Finding(START, True, f"logits bit-identical to the base{more}")
     beyond = {k for k in before if limit is not None and _count_positions(before[k]) > limit}
     where = (
         f", on inputs of more than the {limit} positions up to which the new modules are exact"

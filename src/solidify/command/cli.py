@@ -241,6 +241,21 @@ def merge(
 
 
 @app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="An artifact, merged or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the other form goes.")],
+    form: Annotated[str, typer.Option("--as", help="stock: the plain model of the family; onnx: a graph.")] = "stock",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Writes an artifact in a form that other programs read, and compares it with the artifact."""
+    with _start_verb():
+        from solidify.exporting import forms
+
+    made = forms.export(directory, output, form, trust_remote_code=trust_remote_code)
+    _show_report({"subject": str(output), "stages": {"export": [f.document() for f in made.findings]}, "measured": {}})
+
+
+@app.command()
 def diff(
     a: Annotated[Path, typer.Argument(help="A model or adapter directory.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],

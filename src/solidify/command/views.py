@@ -229,7 +229,7 @@ def _tensor_sums(tensors: Mapping[str, Sequence[str]]) -> Iterator[RenderableTyp
 def _show_trained(trainable: Mapping[str, int], parameters: int) -> RenderableType:
     """Shows the trainable set, repeated layers folded, with the share of the model's parameters."""
     rows = []
-    for how, word in (("lora", "LoRA"), ("full", "in full")):
+    for how, word in (("lora", "LoRA"), ("tokens", "rows"), ("full", "in full")):
         counts = {name.partition(" ")[2]: count for name, count in trainable.items() if name.startswith(f"{how} ")}
         for names in _fold_names(counts):
             number = sum(counts[name] for name in names)

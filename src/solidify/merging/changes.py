@@ -17,6 +17,7 @@ def merge_ledger(base: Manifest, merged: Mapping[str, str], adapter: Manifest) -
         for tensor in base.tensors
         if tensor == target or tensor.rpartition(".")[0] == target
     }
+    declared |= {f"{name}.weight" for name in adapter.trained.get("tokens", ())}
     owners = {name.rpartition(".")[0] for name in adapter.trained["full"]}
     allowed = declared | {name for name in base.tensors if name.rpartition(".")[0] in owners}
     return only_these_changed(base.tensors, merged, allowed)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import configured, kinds, lookup, storage
+from solidify.adapter import configured, kinds, lookup, storage, tokens
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -47,13 +48,15 @@ class Change:
     """What an adapter makes of one tensor of the plain model, out of which of the adapter's tensors (`keys`).
 
     `layer` merges a low-rank update; without it the adapter's own tensor takes the tensor's place. `instead` is an
-    adapter's tensor that takes the place of the base's before the update is merged.
+    adapter's tensor that takes the place of the base's before the update is merged. With `tokens` the adapter's tensor
+    has the rows of these ids alone, in their order.
     """
 
     name: str
     keys: tuple[str, ...]
     layer: LoraLayer | None = None
     instead: str | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -92,6 +95,8 @@ class Merger:
             AdapterError: PEFT cannot merge the layer at all.
         """
         self._count_used(change)
+        if change.tokens is not None:
+            return self._check_finite(change.name, self._with_rows(change, change.tokens, base, rows))
         if change.layer is None:
             return self._check_finite(change.name, self._read_tensor(change.keys[0], rows).to(base.dtype))
         if change.instead is not None:
@@ -100,6 +105,14 @@ class Merger:
             lock = self._locks.setdefault(id(change.layer), threading.Lock())
         with lock, torch.no_grad():
             return self._with_layer(change, change.layer, base, rows, total)
+
+    def _with_rows(self, change: Change, ids: Sequence[int], base: torch.Tensor, rows: range | None) -> torch.Tensor:
+        """Puts an adapter's rows into a tensor, or into those of its rows that stand in a range."""
+        first, end = (0, len(base)) if rows is None else (rows.start, rows.stop)
+        here = [place for place, number in enumerate(ids) if first <= number < end]
+        index = torch.tensor([ids[place] - first for place in here], dtype=torch.long)
+        values = self._read_tensor(change.keys[0])[here]  # (ids of the part, hidden_size)
+        return base.index_copy(0, index, values.to(base.dtype))
 
     def pieces(self, change: Change, shape: Shape) -> Iterator[torch.Tensor]:
         """Yields the values of a tensor that is the adapter's own, chunk by chunk."""
@@ -110,8 +123,9 @@ class Merger:
             yield self._check_finite(change.name, values.to(shape.dtype))
 
     def tell_alike(self, change: Change) -> None:
-        """Counts the tensors of a change that is the same as one of a tied tensor."""
-        self._count_used(change)
+        """Counts the tensors of a change that is the same as one of a tied tensor; rows are stored once for both."""
+        if change.tokens is None:
+            self._count_used(change)
 
     def _with_layer(
         self, change: Change, layer: LoraLayer, base: torch.Tensor, rows: range | None, total: int
@@ -243,7 +257,7 @@ def _sort_changes(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> tupl
     keys: dict[int, list[str]] = {}
     for key, tensor in tensors.items():
         keys.setdefault(id(tensor), []).append(key)
-    names = {id(p): name for kind, name, p in lookup.named_parameters(model) if kind != "lora"}
+    names = {id(p): name for kind, name, p in lookup.named_parameters(model) if kind not in ("lora", "tokens")}
     names |= {id(b): name for _, name, b in lookup.named_buffers(model)}
     changes: dict[str, Change] = {}
     for identity, found in keys.items():
@@ -266,7 +280,19 @@ def _sort_changes(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> tupl
             given = changes.get(name)
             instead = None if given is None else given.keys[0]
             changes[name] = Change(name, used if instead is None else (*used, instead), layer, instead)
+    changes |= _find_rows(model, keys)
     return changes, faults
+
+
+def _find_rows(model: PeftModel, keys: Mapping[int, list[str]]) -> dict[str, Change]:
+    """Returns what rows that are trained alone change: a module, and those that are tied to it, by the same tensor."""
+    changes = {}
+    for path, layer in tokens.layers(model):
+        if NAME in layer.token_indices:
+            name = f"{lookup.canonical(model, path)}.weight"
+            delta = dict(layer.trainable_tokens_delta.named_parameters())[NAME]
+            changes[name] = Change(name, tuple(keys[id(delta)]), tokens=tuple(layer.token_indices[NAME]))
+    return changes
 
 
 def _strip_wrappers(key: str) -> str:
@@ -284,9 +310,9 @@ def _find_strange(model: PeftModel) -> list[str]:
     """Names what PEFT has put into the model and is not merged here."""
     faults = []
     for path, module in model.named_modules():
-        strange = isinstance(module, BaseTunerLayer) and not isinstance(module, _KINDS)
+        strange = isinstance(module, BaseTunerLayer) and not isinstance(module, (*_KINDS, TrainableTokensLayer))
         strange |= isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(
-            module, (ModulesToSaveWrapper, TrainedParameters)
+            module, (ModulesToSaveWrapper, TrainableTokensWrapper, TrainedParameters)
         )
         if strange:
             faults.append(

@@ -225,6 +225,8 @@ def _find_embeddings(model: PreTrainedModel) -> set[str]:
 
 def _are_same(merger: Merger, a: Change, b: Change) -> bool:
     """Returns whether two tensors that are one in the base become the same: tied copies, or one low-rank update."""
+    if a.tokens is not None or b.tokens is not None:
+        return (a.keys, a.tokens) == (b.keys, b.tokens)
     if a.layer is None and b.layer is None:
         return _digest_tensor(merger, a.keys[0]) == _digest_tensor(merger, b.keys[0])
     if a.layer is None or b.layer is None or _digest_tensor(merger, a.instead) != _digest_tensor(merger, b.instead):
@@ -323,7 +325,7 @@ class _Writing:
 
     def _yield_pieces(self, unit: Unit, keys: set[str]) -> Iterator[Piece]:
         changes = {name: self.plan.changes[name] for name in unit.shapes if name in self.plan.changes}
-        if unit.entry is not None and all(change.layer is None for change in changes.values()):
+        if unit.entry is not None and all(c.layer is None and c.tokens is None for c in changes.values()):
             ((name, change),) = changes.items()
             yield from ((unit.entry.name, piece) for piece in self.merger.pieces(change, unit.shapes[name]))
         else:

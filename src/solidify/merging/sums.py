@@ -15,10 +15,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from solidify.adapter import lookup
+from solidify.adapter import lookup, tokens
 from solidify.findings import Finding
 from solidify.merging.mathematics import NAME
 from solidify.upstream.peft import BlockDiagonalLinear
@@ -187,7 +188,16 @@ def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]
         found[f"{name}.{attribute}"] = partial(weight, layer, adapter)
         if layer.lora_bias.get(adapter):
             found[f"{name}.bias"] = partial(bias, layer, adapter)
+    for path, rows in tokens.layers(model):
+        if adapter in rows.token_indices:
+            found[f"{lookup.canonical(model, path)}.weight"] = partial(_with_rows, rows, adapter)
     return found
+
+
+def _with_rows(layer: TrainableTokensLayer, adapter: str) -> Weight:
+    """Returns a weight with the rows that an adapter trains."""
+    merged = layer.get_merged_weights([adapter]).detach()
+    return Weight(merged, merged)
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters, lookup
+from solidify.adapter import adapters, lookup, tokens
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import quantizing, sources, vocabulary
@@ -98,21 +98,27 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     recipe = given(recipe)
     base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
-    vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
+    preparing = base.processor or base.tokenizer
+    if not any(step.speaks for step in recipe.surgery):  # else the surgery may give an id its embedding
+        vocabulary.refuse_unfit(base.model, preparing, RecipeError)
     refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
-    edits = models.operate(recipe, base.model)
+    edits = models.operate(recipe, base.model, preparing=preparing)
+    records = [edit.document() for edit in edits]
+    vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
         datasets.refuse_unprepared(recipe, base.processor)
         datasets.read_texts(recipe)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
-    after, records = cost(base.model).document(), [edit.document() for edit in edits]
+    after = cost(base.model).document()
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
     if recipe.adapter is not None:
         data.refuse_untaught(base.model)
-        wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
+        surgery = vars(base.model.config).get("surgery") or []  # of a base that is an artifact
+        lora = tokens.with_ids(recipe.adapter.lora, vocabulary.added_tokens([*surgery, *records]))
+        wanted = planning.plan(base.model, lora, recipe.adapter.train)
         arguments = trainers.training_arguments(recipe, Path("nowhere"))
         trainers.refuse_unspreadable(arguments, here=False)
         datasets.refuse_unprepared(recipe, base.processor)
@@ -121,7 +127,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         forecast = _forecast(recipe, base.model, records)
         datasets.read_texts(recipe)
         trainer = trainers.trainer_class(recipe).__name__
-        trainable, peft_model = _count_trainable(recipe, base.model)
+        trainable, peft_model = _count_trainable(recipe, base.model, lora)
         refuse_half_precision(arguments, peft_model)
         _rehearse_objective(recipe, edits, peft_model, arguments.max_steps)
     return Plan(
@@ -188,11 +194,13 @@ def _rehearse_objective(recipe: Recipe, edits: Sequence[Edit], peft_model: PeftM
     rehearse(Objective(terms, reference=reference), peft_model, steps=max(steps, 1))
 
 
-def _count_trainable(recipe: Recipe, model: PreTrainedModel) -> tuple[dict[str, int], PeftModel]:
+def _count_trainable(
+    recipe: Recipe, model: PreTrainedModel, lora: Mapping[str, Any] | None
+) -> tuple[dict[str, int], PeftModel]:
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
-    shapes = {**recipe.adapter.lora, "init_lora_weights": True} if recipe.adapter.lora is not None else None
+    shapes = {**lora, "init_lora_weights": True} if lora is not None else None
     with console.silence():
         peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
     with raised_as(RecipeError, of=ObjectiveError):

@@ -178,7 +178,8 @@ def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
     with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
         with console.stage("Replacing every candidate"):
             loaded, base = (models.load_base(recipe, scratch=scratch) for _ in range(2))
-            edits = models.operate(recipe, loaded.model, Extent.of(loaded.model, scratch))
+            extent, preparing = Extent.of(loaded.model, scratch), loaded.processor or loaded.tokenizer
+            edits = models.operate(recipe, loaded.model, extent, preparing=preparing)
         batches, held_out = make_batches(recipe, loaded.processor or loaded.tokenizer)
         candidates = _list_candidates(recipe, asked, edits)
         settings = settings_of(recipe.heal.align or Align())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import companions, loading
+from solidify.artifact import companions, loading, vocabulary
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases
@@ -74,21 +74,30 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
     """Names the tensors of a model (on the meta device) that the surgery renames or drops."""
     names = list(model.state_dict())
-    origins, _ = ledger.origins(names, [edit.document() for edit in operate(recipe, model)])
+    preparing = None
+    if any(step.speaks for step in recipe.surgery):
+        standing = _load_model(recipe, recipe.base, "meta")
+        preparing = standing.processor or standing.tokenizer
+    origins, _ = ledger.origins(names, [edit.document() for edit in operate(recipe, model, preparing=preparing)])
     return [name for name in names if origins.get(name) != name]
 
 
-def operate(recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None) -> list[Edit]:
-    """Applies the surgery of a recipe to a model, one edit after the other."""
-    context = _Beside(recipe.directory, Extent.given(extent, model))
+def operate(
+    recipe: Recipe, model: PreTrainedModel, extent: Extent | None = None, *, preparing: Any = None
+) -> list[Edit]:
+    """Applies the surgery of a recipe to a model, one edit after the other; to `preparing`, its tokenizer, as well.
+
+    That may be a processor, which holds one.
+    """
+    context = _Beside(recipe.directory, Extent.given(extent, model), vocabulary.tokenizer_of(preparing))
     return [edit for step in recipe.surgery for edit in step.apply(model, context)]
 
 
 class _Beside:
     """What the steps of a recipe need beside the model (`operation.Context`)."""
 
-    def __init__(self, directory: Path, extent: Extent) -> None:
-        self.directory, self.extent = directory, extent
+    def __init__(self, directory: Path, extent: Extent, tokenizer: Any) -> None:
+        self.directory, self.extent, self.tokenizer = directory, extent, tokenizer
 
     def module(self, reference: str) -> type[torch.nn.Module]:
         """Returns the class that a reference names."""

@@ -180,7 +180,7 @@ def build(
             before = _outputs_aligned(base.model) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
         with console.stage("Changing the model"):
-            edits = models.operate(recipe, base.model, extent)
+            edits = models.operate(recipe, base.model, extent, preparing=base.processor or base.tokenizer)
             records = [edit.document() for edit in edits]
             promised = all(edit.identical for edit in edits)
             after = {case: anatomy.run(base.model, batch) for case, (batch, _) in before.items()}

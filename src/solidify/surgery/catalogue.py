@@ -11,6 +11,7 @@ from solidify.errors import ArtifactError
 from solidify.surgery.experts import RearrangeExperts
 from solidify.surgery.masks import Mask
 from solidify.surgery.operation import Context, Operation, Record
+from solidify.surgery.vocabulary import AddTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +173,7 @@ class Add(Operation):
         return [self.weights] if self.weights else []
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask)
+OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask, AddTokens)
 ASKED: dict[str, type[Operation]] = {each.asked: each for each in OPERATIONS if each.asked}
 _RECORDED: dict[str, type[Operation]] = {each.recorded: each for each in OPERATIONS}
 

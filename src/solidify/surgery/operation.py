@@ -29,9 +29,10 @@ def broken_rule(words: str) -> PydanticCustomError:
 
 
 class Context(Protocol):
-    """What a step needs beside the model: its extent, classes by reference (`file.py:Name`), and files."""
+    """What a step needs beside the model: extent, tokenizer, classes by reference (`file.py:Name`), and files."""
 
     extent: Extent
+    tokenizer: Any
 
     def module(self, reference: str) -> type[nn.Module]:
         """Returns the class; raises RecipeError for what is none."""
@@ -55,6 +56,7 @@ class Operation(BaseModel):
     shapes: ClassVar[bool] = False  # what stands there is of the old class, in another shape
     runs: ClassVar[bool] = False  # the model calls what stands there: of a bounded model, it is run alone
     folds: ClassVar[bool] = True  # alike records, one after the other, are one entry of config.surgery
+    speaks: ClassVar[bool] = False  # it needs the tokenizer of the model
     switches: ClassVar[bool] = False  # with every new module switched off, the model is the one before
 
     def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:

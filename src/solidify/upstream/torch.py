@@ -44,6 +44,11 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+def own_hooks(module: nn.Module) -> list[Any]:
+    """Returns the hooks that run before and after a module's forward; there is no public list of them."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def writes(tensor: torch.Tensor) -> int:
     """Returns a number that grows when a tensor is written to in place, which nothing else shows without a copy."""
     return tensor._version

@@ -1,0 +1,68 @@
+"""Run as a script in a process of its own: loads an artifact and its stock form, and prints in what they differ.
+
+It does not import solidify, and makes the packages that its arguments name impossible to import.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+
+OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
+
+
+def main() -> None:
+    """Answers the request on the standard input."""
+    for name in sys.argv[1:]:
+        sys.modules[name] = None  # type: ignore[assignment]  # an import of it now fails as if it were not installed
+    warnings.simplefilter("ignore")
+    import transformers
+
+    request = json.loads(sys.stdin.read())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    artifact: Any = getattr(transformers, request["auto"]).from_pretrained(request["artifact"], trust_remote_code=True)
+    stock, info = getattr(transformers, request["head"]).from_pretrained(request["stock"], output_loading_info=True)
+    faults = [f"{kind}: {', '.join(sorted(map(str, names))[:4])}" for kind, names in info.items() if names]
+    found, wrong = compare_state(artifact.eval(), stock.eval())
+    outputs = {} if request["inputs"] is None else compare_outputs(artifact, stock, request["inputs"])
+    print(json.dumps({"faults": faults + wrong, "tensors": found, "outputs": outputs}))
+
+
+def compare_state(artifact: Any, stock: Any) -> tuple[int, list[str]]:
+    """Compares every parameter and buffer; returns how many there are, and what differs."""
+    import torch
+
+    mine, theirs = (
+        dict((*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)))
+        for m in (artifact, stock)
+    )
+    faults = [f"{name} is in one of them only" for name in sorted(set(mine) ^ set(theirs))]
+    faults += [
+        f"{name} differs"
+        for name, tensor in mine.items()
+        if name in theirs and (tensor.dtype != theirs[name].dtype or not torch.equal(tensor, theirs[name]))
+    ]
+    return len(mine), faults
+
+
+def compare_outputs(artifact: Any, stock: Any, path: str) -> dict[str, float]:
+    """Runs both on every case of a certificate; returns how far the outputs are apart, 0.0 for the same bits."""
+    import safetensors.torch
+    import torch
+
+    stored = safetensors.torch.load_file(path)
+    apart = {}
+    for case in sorted({key.split("/")[0] for key in stored}):
+        batch = {key.split("/")[1]: tensor for key, tensor in stored.items() if key.startswith(case + "/")}
+        with torch.no_grad():
+            both = [next(out[k] for k in OUTPUTS if k in out) for out in (m(**batch) for m in (artifact, stock))]
+        same = torch.equal(*both)
+        apart[case] = 0.0 if same else max(float((both[0].double() - both[1].double()).abs().max()), 5e-324)
+    return apart
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`solidify.export`: an artifact in another form, compared with the artifact before it appears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from solidify.artifact import companions, loading
+from solidify.directory import manifest, trust, writing
+from solidify.directory.manifest import Manifest
+from solidify.errors import ArtifactError, refuse
+from solidify.exporting import graph, stock
+from solidify.findings import Finding
+from solidify.system import console
+from solidify.weights import checkpoint, format, hashing
+
+GGUF = (
+    "no kept converter to GGUF can be installed (the package gguf only writes files); export --as stock, then run "
+    "llama.cpp's convert_hf_to_gguf.py on that directory (docs/export.md says how)"
+)
+
+# What a form writes into a directory, of a loaded artifact; the digests of its tensors, and what was compared.
+Write = Callable[[PreTrainedModel, Path, Manifest, Path], tuple[dict[str, str], list[Finding]]]
+FORMS: Mapping[str, Write] = {"stock": stock.write, "onnx": graph.write}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished directory, its manifest, and what was found when it was compared with the artifact."""
+
+    directory: Path
+    manifest: Manifest
+    findings: list[Finding]
+
+
+def export(
+    directory: str | Path, output: str | Path, form: str = "stock", *, trust_remote_code: bool = False
+) -> Exported:
+    """Writes an artifact in another form; the artifact is unchanged.
+
+    `stock` is the plain model of the family, which loads without any code of the artifact: for results that the
+    family's own configuration and classes can express (layers removed or repeated, experts pruned or repeated, tokens
+    added, adapters merged). A fresh process loads both; every tensor and output must be bit-identical. `onnx` is a
+    graph for ONNX Runtime, of any artifact, whose outputs are compared with the artifact's.
+
+    Raises:
+        ArtifactError: the form is unknown; the family cannot build what the surgery has made (the modules are named);
+            a package is missing; `output` exists and is not ours; or what was written is not what the artifact is.
+            Nothing is then left at `output`.
+    """
+    directory, output = Path(directory).resolve(), Path(output)
+    if form not in FORMS:
+        why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"
+        raise ArtifactError(f"an artifact cannot be exported as {form!r}: {why}")
+    record = manifest.read(directory, "artifact")
+    writing.refuse_foreign(output, [directory], work="export")
+    model = loading.load_artifact(directory, trust_remote_code=trust_remote_code)
+    with writing.staged(output, [directory], work="export") as staging:
+        with console.stage(f"Exporting {directory.name} as {form}"), trust.permitting(trust.fingerprint(record)):
+            digests, findings = FORMS[form](model, directory, record, staging)
+        failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
+        refuse(ArtifactError, f"the {form} form is not what the artifact is", failed)
+        carried = companions.carry(directory, staging)
+        written = _write_manifest(record, staging, form, digests)
+    return Exported(output, written, [*findings, *carried.findings()])
+
+
+def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping[str, str]) -> Manifest:
+    """Lists all that was written, as the manifest of a plain model."""
+    weights = {path.name for path in checkpoint.weight_files(staging)} if digests else set()
+    files = {
+        path.relative_to(staging).as_posix(): hashing.digest_file(path)
+        for path in sorted(staging.rglob("*"))
+        if path.is_file() and path.name not in weights
+    }
+    written = Manifest(
+        kind="stock",
+        base=record.base,
+        lineage=[*record.lineage, {"step": "export", "form": form, "artifact": record.digest()}],
+        files=files,
+        tensors=dict(digests),
+        headers={name: format.header_digest(staging / name) for name in sorted(weights)},
+        versions=manifest.current_versions(),
+    )
+    written.write(staging)
+    return written
