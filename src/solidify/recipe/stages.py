@@ -32,12 +32,19 @@ SEED = 42  # transformers' own default
 def output_of(recipe: Recipe, output: str | Path | None) -> Path:
     """Returns where results go: `output`, else the recipe's own, relative to the current directory.
 
+    Where neither says it: `build/` and the name of the recipe's file.
+
     Raises:
-        RecipeError: neither says where.
+        RecipeError: neither says where, and the recipe is from no file.
     """
-    if output is None and recipe.output is None:
+    if output is not None or recipe.output is not None:
+        return Path(output if output is not None else recipe.output or "")
+    if not recipe.name:
         raise RecipeError("nothing says where results go: give --output DIR, or `output` in the recipe")
-    return Path(output if output is not None else recipe.output or "")
+    chosen = Path("build") / recipe.name
+    if processes.is_first():
+        console.words.print(f"Results go to {chosen}: neither --output nor the recipe's `output` says where")
+    return chosen
 
 
 def run(
