@@ -93,14 +93,19 @@ def spoilt(document: Any) -> Iterator[tuple[str, Any]]:
             yield f"{'.'.join(map(str, path))}: {change!r}", made
 
 
-@pytest.mark.parametrize(("name", "document"), list(recipes()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "document"), list(recipes()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_the_schema_says_what_the_parser_says(name: str, document: dict[str, Any]) -> None:
     assert json_schemas.accepts(SCHEMA, document) == parsed(document), name
 
 
 @pytest.mark.parametrize(
     "document",
-    [*MORE.values(), *(files.parse_yaml(path.read_text()) for path in EXAMPLES if path.stem in ("side_path", "smaller"))],
+    [
+        *MORE.values(),
+        *(files.parse_yaml(path.read_text()) for path in EXAMPLES if path.stem in ("side_path", "smaller")),
+    ],
     ids=[*MORE, "side_path", "smaller"],
 )
 def test_the_schema_says_of_a_spoilt_recipe_what_the_parser_says(document: dict[str, Any]) -> None:

@@ -67,7 +67,9 @@ def _judge(key: str, asked: Any, value: Any, schema: Mapping[str, Any], root: Ma
         case "required":
             return not isinstance(value, dict) or set(asked) <= set(value)
         case "properties":
-            return not isinstance(value, dict) or all(judge(asked[name], value[name]) for name in asked if name in value)
+            return not isinstance(value, dict) or all(
+                judge(asked[name], value[name]) for name in asked if name in value
+            )
         case "additionalProperties":
             known = schema.get("properties", {})
             return not isinstance(value, dict) or all(judge(asked, value[name]) for name in value if name not in known)

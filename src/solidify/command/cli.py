@@ -40,7 +40,8 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option(
+    Path | None,
+    typer.Option(
         "--output", "-o", help="Where results go, instead of the recipe's `output`; without either: build/RECIPE."
     ),
 ]
@@ -52,9 +53,7 @@ Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay 
 Chain = Annotated[
     list[Path] | None, typer.Option("--certificate-chain", help="Certificates in PEM, up to the root; repeatable.")
 ]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
@@ -106,6 +105,10 @@ def inspect(
         _print_json({"class": name, **total.document(), "modules": [branch.document() for branch in branches]})
         return
     _print_results(views.inspection(name, branches, total))
+
+
+app.command()(starting.init)
+app.command()(starting.schema)
 
 
 @app.command()
