@@ -1,8 +1,8 @@
 """The recipe as a JSON schema, for editors: made of the types that read it, so that both accept the same.
 
-What types cannot say (a section that needs another) stands in `RULES`, in the words of JSON schema, by the section whose
-validator says it in Python; a test looks that each has its rule. One difference is left: `3.0` is a whole number to JSON
-schema, and none to a recipe.
+What types cannot say (a section that needs another) stands in `RULES`, in words of JSON schema, by the section whose
+validator says it in Python; a test looks that each has its rule. One difference is left: `3.0` is a whole number to
+JSON schema, and none to a recipe.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def keep_adapter(
     with console.stage("Saving the adapter and loading it again"):
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
-        storage.save_adapter(model, target, recipe=recipe.document())
+        figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_loss")}
+        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures)
         again = storage.load(healing.healed(recipe, directory), target, trust_remote_code=recipe.base.trust_remote_code)
         report.add(
             "train",

@@ -209,6 +209,7 @@ class ObjectiveMixin(TrainerSeams):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
+            checkpoints.write_card(target, self.state.global_step, lookup.plain_model(self.model))
             checkpoints.seal(target)
             rotate_checkpoints(
                 output_dir=str(target.parent),
