@@ -200,8 +200,10 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
     existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
-    base_state.refuse_changed(model, base_state.require(model))
+    base = base_state.require(model)
+    base_state.refuse_changed(model, base)
     configuration = configured.read(directory, model)
+    configuration.base_model_name_or_path = str(base.directory)  # by digests; PEFT would warn that it moved
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])

@@ -91,7 +91,7 @@ def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manif
     return sources.render(
         "adapter.md.jinja",
         metadata=metadata("peft", ["solidify", kind.lower()], model or origin, auto, record),
-        kind=kind,
+        kind=kind.replace("LORA", "LoRA"),
         model=model,
         origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
         head=base.base.get("class", "model"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from solidify.command import starting
+from solidify.command import publishing, starting
 from solidify.command.quiet import start_verb as _start_verb
 
 
@@ -341,6 +341,9 @@ def verify(
 
     found = signing.verify(directory, key, certificate_chain=certificate_chain or (), name=name)
     _print_results(views.signed(directory, found, "is as it was signed by"))
+
+
+app.command()(publishing.push)
 
 
 @app.command()

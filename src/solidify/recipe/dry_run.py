@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from solidify.adapter import adapters, lookup
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
-from solidify.artifact import sources, vocabulary
+from solidify.artifact import inspection, sources, vocabulary
+from solidify.artifact.inspection import Branch
 from solidify.errors import ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model.cost import cost
 from solidify.objective.objective import Objective
@@ -39,7 +40,8 @@ class Plan:
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
     those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
-    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take.
+    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take. `modules`
+    holds the trees of modules `before` and `after`.
     """
 
     edits: list[Edit]
@@ -56,6 +58,7 @@ class Plan:
     generated: list[str]
     requirements: dict[str, str]
     heal: dict[str, Any] | None = None
+    modules: dict[str, list[Branch]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -95,6 +98,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     recipe = given(recipe)
     base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
+    modules = {"before": inspection.tree(base.model)}
     vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
     refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
     edits = models.operate(recipe, base.model)
@@ -105,6 +109,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
+    modules["after"] = inspection.tree(base.model)
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
@@ -135,6 +140,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,
         heal=healed,
+        modules=modules,
     )
 
 

@@ -195,7 +195,7 @@ class ObjectiveMixin(TrainerSeams):
         if "loss" in logs and self._steps_since_log:
             logs.update({key: value / self._steps_since_log for key, value in self._sums.items()})
             self._sums, self._steps_since_log = {}, 0
-            self.history.append(dict(logs))
+            self.history.append({**logs, "step": self.state.global_step})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
