@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from solidify.command import publishing, starting
+from solidify.command import publishing, starting, trying
 from solidify.command.quiet import start_verb as _start_verb
 
 
@@ -346,26 +346,7 @@ def verify(
 app.command()(publishing.push)
 
 
-@app.command()
-def generate(
-    directory: Annotated[Path, typer.Argument(help="An artifact.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter to put on it.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="The largest number of tokens to write.")
-    ] = 64,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continues a text greedily, to try the result."""
-    with _start_verb():
-        from solidify.adapter.storage import load
-        from solidify.artifact.loading import load_tokenizer
-        from solidify.command import generation
-        from solidify.system import console
-
-    model = load(directory, adapter, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    console.write(generation.continued(model, tokenizer, prompt, max_new_tokens))
+app.command()(trying.generate)
 
 
 @contextmanager

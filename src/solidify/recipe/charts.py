@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 74, 10, 10, 24
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 210, 84, 8, 10, 26
 COLOURS = ("#3b82f6", "#ef4444", "#10b981", "#a855f7", "#f59e0b", "#06b6d4", "#ec4899", "#84cc16")
 
 
@@ -35,7 +35,7 @@ def curves(title: str, steps: Sequence[float], series: Mapping[str, Sequence[flo
     words = html.escape(title)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{words}" '
-        f'font-size="12" fill="currentColor">{"".join(pieces)}</svg>'
+        f'font-size="14" fill="currentColor">{"".join(pieces)}</svg>'
     )
     return f"<figure><figcaption>{words}</figcaption>{svg}<ul class='legend'>{''.join(legend)}</ul></figure>"
 
@@ -84,7 +84,7 @@ def _draw_grid(low: float, high: float, steps: Sequence[float]) -> str:
         y = _place_value(value, low, high)
         rows.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
-            f'stroke-opacity=".15"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'stroke-opacity=".15"/><text x="{_LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value:.3g}</text>'
         )
     ends = ((steps[0], _LEFT, "start"), (steps[-1], _WIDTH - _RIGHT, "end"))
     rows += [

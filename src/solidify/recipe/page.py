@@ -114,8 +114,9 @@ def _list_results(directory: Path) -> list[dict[str, Any]]:
         where = directory / name
         if (where / manifest.NAME).is_file():
             auto = foreign.attempt(autos.own_class, where).value
-            chats = auto == "AutoModelForCausalLM" and companions.has_tokenizer(where)
-            found.append({"name": str(where), "auto": auto or "AutoModel", "generates": chats})
+            writes = auto == "AutoModelForCausalLM" and companions.has_tokenizer(where)
+            chats = writes and (where / "chat_template.jinja").is_file()
+            found.append({"name": str(where), "auto": auto or "AutoModel", "generates": writes, "chats": chats})
     return found
 
 
