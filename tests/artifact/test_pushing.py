@@ -188,5 +188,3 @@ def test_who_may_not_write_is_told(
     err = capsys.readouterr().err
     assert "owner/solid cannot be written to" in err and "hf auth login" in err and "Traceback" not in err
     assert server.repositories == {}
-
-

@@ -54,7 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         peft_model = solidify.attach(solidify.load(root / "artifact"), lora={"r": 2, "target_modules": ["**.q_proj"]})
         moved(peft_model, number)
         solidify.save_adapter(peft_model, root / name / "adapter")
-        plain = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), LoraConfig(target_modules=["q_proj"]))
+        plain = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(root / "base"), LoraConfig(target_modules=["q_proj"])
+        )
         moved(plain, number)
         plain.save_pretrained(root / f"plain_{name}")
     return root

@@ -68,7 +68,7 @@ def _walk_texts(value: Any) -> list[str]:
 
 
 def artifact_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
-    """Writes an artifact's card: how to load it, what was changed, and what it does not keep of its base's behaviour."""
+    """Writes an artifact's card: how to load it, what was changed, what it does not keep of its base's behaviour."""
     auto = autos.own_class(staging)
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
 from solidify.artifact import autos, cards
@@ -81,9 +81,7 @@ def _is_card(fault: str) -> bool:
 
 
 def _refuse_name(repo: str) -> None:
-    from huggingface_hub.utils import validate_repo_id
-
-    validate_repo_id(repo)
+    try_to_load_from_cache(repo, manifest.NAME)  # asks nobody, and judges the name as every call of the hub does
     if "/" not in repo:
         raise ArtifactError(f"{repo!r} does not say whose repository it is; write OWNER/NAME")
 
@@ -189,7 +187,7 @@ def _look_before(api: HfApi, found: Push) -> list[str]:
         return []
     if found.private and there.private is False:
         raise ArtifactError(f"{found.repo} is public; say so (--public), or name another repository")
-    names = {each.rfilename for each in there.siblings or ()} - set(_KEPT_BY_HUB)
+    names = set(api.list_repo_files(found.repo)) - set(_KEPT_BY_HUB)
     others = sorted(names - set(found.files))
     strange = [name for name in others if name not in _listed_there(api, found.repo)]
     refuse(

@@ -22,7 +22,9 @@ def push(
     base: Annotated[
         str | None, typer.Option("--base", help="Of an adapter: the id under which its base is on the hub.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")
+    ] = False,
 ) -> None:
     """Uploads a directory to the hub, after comparing all of it with its manifest: its files and nothing else."""
     with start_verb():

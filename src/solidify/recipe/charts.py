@@ -28,9 +28,9 @@ def curves(title: str, steps: Sequence[float], series: Mapping[str, Sequence[flo
             if value is not None and math.isfinite(value)
         )
         pieces.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-        ends = [value for value in line if value is not None]
+        first, last = (next(value for value in values if value is not None) for values in (line, line[::-1]))
         legend.append(
-            f'<li><i style="background:{colour}"></i>{html.escape(name)} <b>{ends[0]:.4g}</b> → <b>{ends[-1]:.4g}</b></li>'
+            f'<li><i style="background:{colour}"></i>{html.escape(name)} <b>{first:.4g}</b> → <b>{last:.4g}</b></li>'
         )
     words = html.escape(title)
     svg = (
@@ -59,7 +59,7 @@ def of_history(history: Sequence[Mapping[str, float]]) -> list[str]:
         curves("Kept shares", steps, pick("kept/")),
         curves("Weights that move", steps, pick("weight/")),
         curves("Learning rate", steps, {name.lstrip("/") or "learning rate": line for name, line in rates.items()}),
-        curves("Gradient norm", steps, {"gradient norm": line for line in pick("grad_norm").values()}),
+        curves("Gradient norm", steps, {"gradient norm": [logs.get("grad_norm") for logs in history]}),
     ]
     return [each for each in made if each]
 
@@ -87,7 +87,5 @@ def _draw_grid(low: float, high: float, steps: Sequence[float]) -> str:
             f'stroke-opacity=".15"/><text x="{_LEFT - 6}" y="{y + 5:.1f}" text-anchor="end">{value:.3g}</text>'
         )
     ends = ((steps[0], _LEFT, "start"), (steps[-1], _WIDTH - _RIGHT, "end"))
-    rows += [
-        f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">step {step:g}</text>' for step, x, anchor in ends
-    ]
+    rows += [f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">step {step:g}</text>' for step, x, anchor in ends]
     return "".join(rows)

@@ -40,8 +40,8 @@ class Plan:
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
     those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
-    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take. `modules`
-    holds the trees of modules `before` and `after`.
+    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take.
+    `modules` holds the trees of modules `before` and `after`.
     """
 
     edits: list[Edit]
