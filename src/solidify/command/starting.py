@@ -87,12 +87,15 @@ def _write_files(made: dict[Path, str]) -> None:
 
 def _ask(drafting: Drafting) -> Asked:
     """Asks for what no option said, with what is suggested as the answer to an empty line."""
+    from solidify.system import console
+
     asked: Asked = drafting.asked
     answers: dict[str, Any] = {}
     if asked.replace is None and (targets := drafting.targets()):
         for number, branch in enumerate(targets[:_OFFERED], 1):
-            typer.echo(f"{number:3} {branch.name}  {branch.kind} x {branch.times}", err=True)
-        answer = typer.prompt("Which modules are replaced (a number or a name)", default=targets[0].name, err=True)
+            console.words.print(f"{number:3} {branch.name}  {branch.kind} x {branch.times}")
+        suggested = console.printable(targets[0].name)
+        answer = typer.prompt("Which modules are replaced (a number or a name)", default=suggested, err=True)
         chosen = int(answer) - 1 if answer.isdecimal() else -1
         answers["replace"] = targets[chosen].name if 0 <= chosen < len(targets) else answer
     if asked.module is None:

@@ -144,11 +144,12 @@ def _say(name: str, text: str, speakers: int) -> None:
 
 def _read_lines() -> Iterator[str]:
     """Yields lines of the standard input, on a terminal after a mark, until it ends."""
-    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    from solidify.system import console
+
+    asks = sys.stdin.isatty() and console.words.is_terminal
     while True:
         if asks:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
+            console.words.print("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return
