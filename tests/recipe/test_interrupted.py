@@ -325,3 +325,10 @@ def test_a_training_section_that_no_trainer_takes_ends_in_a_sentence(
         (RecipeError, ObjectiveError), match=r"does not fit: training\.|does not take the training section|stopped"
     ):
         stages.run(made, tmp_path / "out")
+
+
+def test_no_card_of_a_run_names_where_it_ran(beside: Path, trained: Path) -> None:
+    found = sorted(trained.rglob("README.md"))
+    assert {path.parent.name for path in found} >= {"artifact", "adapter", "merged", "checkpoint-2"}
+    for path in found:
+        assert str(beside) not in path.read_text() and str(trained) not in path.read_text(), path
