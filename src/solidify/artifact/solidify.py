@@ -15,7 +15,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
-from solidify.behaviour.properties import PROPERTIES
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
