@@ -142,7 +142,8 @@ def test_results_have_a_place_where_nobody_names_one(
 
 @pytest.mark.parametrize("key", ["directory", "name"])
 def test_what_a_recipe_gets_from_its_path_is_no_key_of_it(cli: Solidify, tmp_path: Path, key: str) -> None:
-    path = recipe(tmp_path / "recipe", **{key: "x", "widht": 3})
+    path = recipe(tmp_path / "recipe", widht=3)
+    path.write_text(f"{path.read_text()}{key}: x\n")
     code, _, err = cli("plan", path)
     assert code == 2 and f"{key}: unknown key" in err and "widht: unknown key" in err
 

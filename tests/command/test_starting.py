@@ -172,9 +172,13 @@ def _read_all(terminal: int) -> str:
     return shown.decode(errors="replace")
 
 
-def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_prints_or_writes_the_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     starting.schema()
     assert json.loads(capsys.readouterr().out) == json_schema.json_schema()
+    starting.schema(tmp_path / "recipe.schema.json")
+    assert json.loads((tmp_path / "recipe.schema.json").read_text()) == json_schema.json_schema()
+    with pytest.raises(RecipeError, match="exists; name another file"):
+        starting.schema(tmp_path / "recipe.schema.json")
 
 
 def test_a_shell_completes_verbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,20 +56,27 @@ def init(
     console.words.print(f"Next: solidify plan {output}")
 
 
-def schema() -> None:
-    """Prints the JSON schema of a recipe, for editors: solidify schema > recipe.schema.json."""
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file to write, instead of printing.", show_default=False)
+    ] = None,
+) -> None:
+    """Prints the JSON schema of a recipe, which editors complete and check keys with."""
     from solidify.recipe.json_schema import json_schema
     from solidify.system import console
 
-    console.write_json(json_schema())
+    if output is None:
+        console.write_json(json_schema())
+    else:
+        _write_files({output: json.dumps(json_schema(), indent=1) + "\n"})
 
 
 def _refuse_standing(paths: Sequence[Path]) -> None:
     """Raises RecipeError when one of the files to be written is there: nothing of the user's is replaced."""
     from solidify.errors import RecipeError, refuse
 
-    faults = [f"{path} exists; name another recipe (--output), or move it" for path in paths if path.exists()]
-    refuse(RecipeError, "the recipe is not written", faults)
+    faults = [f"{path} exists; name another file (--output), or move it" for path in paths if path.exists()]
+    refuse(RecipeError, "nothing is written", faults)
 
 
 def _write_files(made: dict[Path, str]) -> None:

@@ -148,7 +148,7 @@ class Drafting:
         lines = [
             f"# solidify plan {path.name}    what it would do; writes nothing",
             f"# solidify run {path.name}     all of it; results go to `output`",
-            "# solidify schema > recipe.schema.json gives an editor the keys; docs/recipe.md explains them.",
+            "# solidify schema --output recipe.schema.json gives an editor the keys; docs/recipe.md explains them.",
             "",
             f"# {type(self.model).__name__}: {anatomy.count(self.model.parameters()):,} parameters.",
             self._write_base(),
