@@ -112,7 +112,7 @@ def test_a_recipe_is_taken_by_its_path(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ArtifactError, match="a recipe says everything itself; leave out edits, base"):
         solidify.build(path, [], tmp_path / "fourth", base={})
     with pytest.raises(RecipeError, match="nothing says where results go"):
-        solidify.build(path)
+        solidify.build(recipe.model_copy(update={"name": ""}))
     with pytest.raises(ArtifactError, match="an edited model is built from its edits into a directory"):
         solidify.build(pico.llama())
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from solidify.adapter.storage import load as load
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
+    from solidify.artifact.pushing import push as push
     from solidify.artifact.solidify import Artifact as Artifact
     from solidify.building import build as build
     from solidify.checks.check import check as check
@@ -117,6 +118,7 @@ _WHERE = {
     "merge": "merging.export",
     "place": "healing.placing",
     "plan": "recipe.dry_run",
+    "push": "artifact.pushing",
     "rearrange_experts": "surgery.experts",
     "remove": "surgery.depth",
     "replace": "surgery.replacing",

@@ -77,6 +77,19 @@ def test_all_four_are_shown_in_the_table_the_document_and_the_page(
     assert "1 proved, 1 failed, 1 measured, 1 not looked at" in page
 
 
+def test_what_is_proved_is_one_line_for_each_stage_and_the_rest_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, measured, unseen = four()
+    report = Report("subject", {"a": [good, good, measured], "b": [good, unseen, bad], "c": [good]})
+    cli._show_report(report.document())
+    shown = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [line.split("│")[3].strip() for line in shown] == [
+        "proved", "measured", "proved", "not looked at", "FAILED", "proved",
+    ]  # fmt: skip
+    assert "2 promises" in shown[0] and good.name in shown[0] and good.name in shown[2]
+    cli._show_report(report.document(), verbose=True)
+    assert len([line for line in capsys.readouterr().out.splitlines() if "│" in line]) == 7
+
+
 def test_the_page_sums_up_stages_and_losses_and_leaves_out_what_is_not_there() -> None:
     good, _, measured, _ = four()
     logs = [{"loss": 2.0, "term/model": 1.5, "weighted/model": 1.5}, {"loss": 1.0, "term/model": 0.75}]

@@ -126,9 +126,26 @@ def test_an_output_that_is_not_ours_is_left_alone(cli: Solidify, tiny_base: Path
     assert code == 2
     assert "name another, or remove it first" in err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_results_have_a_place_where_nobody_names_one(
+    cli: Solidify, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from solidify.recipe import stages
+
+    asked: list[Path] = []
+    monkeypatch.setattr(stages, "run", lambda _, directory, **__: asked.append(directory))
     code, _, err = cli("run", recipe(tmp_path / "recipe", output=None))
-    assert code == 2
-    assert "nothing says where results go" in err
+    assert (code, asked) == (0, [Path("build/recipe")])
+    assert "Results go to build/recipe: neither --output nor the recipe's `output` says where" in err
+
+
+@pytest.mark.parametrize("key", ["directory", "name"])
+def test_what_a_recipe_gets_from_its_path_is_no_key_of_it(cli: Solidify, tmp_path: Path, key: str) -> None:
+    path = recipe(tmp_path / "recipe", widht=3)
+    path.write_text(f"{path.read_text()}{key}: x\n")
+    code, _, err = cli("plan", path)
+    assert code == 2 and f"{key}: unknown key" in err and "widht: unknown key" in err
 
 
 def test_a_file_is_shown_and_listed_and_code_is_trusted_by_name(
@@ -323,7 +340,8 @@ def finished(
     directory = tmp_path_factory.mktemp("run")
     path = recipe(directory / "recipe")
     command = [sys.executable, "-m", "solidify", "run", str(path), "--output", str(directory / "out")]
-    done = subprocess.run([*command, "--set", "training.max_steps=6"], capture_output=True, text=True, check=False)
+    command += ["--set", "training.max_steps=6", "--verbose"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return directory / "out", done
 
 
@@ -338,7 +356,10 @@ def test_a_run_leaves_all_it_promised(finished: tuple[Path, subprocess.Completed
     assert report["recipe"]["training"]["max_steps"] == 6
     assert "Traceback" not in done.stderr
     assert "trainable set exact" in done.stdout
-    assert "<h2>train</h2>" in (directory / "report.html").read_text()
+    page = (directory / "report.html").read_text()
+    assert "<h2>train</h2>" in page and "<h2>samples</h2>" in page and "<figcaption>Learning rate</figcaption>" in page
+    assert '<tr class="new" title="model.layers.*.self_attn.o_proj.down">' in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing beside it is needed
 
 
 def test_what_is_refused_shows_nothing_of_an_earlier_run(

@@ -173,7 +173,7 @@ def test_an_attached_model_stands_for_a_directory_without_strangers(trash_artifa
         solidify.attach(model, lora={"target_modules": ["**.q_proj"]})
 
 
-@pytest.mark.parametrize("stranger", ["notes.txt", "README.md", "model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("stranger", ["notes.txt", "CARD.md", "model.safetensors", "adapter_model.bin"])
 def test_an_adapter_is_closed_too(trash_artifact: Path, adapter: Path, copy_of: Copy, stranger: str) -> None:
     directory = copy_of(adapter, "spoilt")
     (directory / stranger).write_text("x")

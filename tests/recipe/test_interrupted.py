@@ -119,12 +119,46 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     assert capsys.readouterr().err == "solidify: interrupted; nothing half-written is left\n"
 
 
+def test_ctrl_c_says_how_to_start_again_what_leaves_all_or_nothing(
+    beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    load(beside, "a.yaml", document())
+    monkeypatch.setattr(stages, "build", interrupted)
+    monkeypatch.setattr("solidify.merging.export.merge", interrupted)
+    for words in (
+        ("build", beside / "a.yaml", "--output", tmp_path / "new", "--set", "training.seed=1", "--copy"),
+        ("merge", copied / "adapter", "--output", tmp_path / "merged"),
+    ):
+        assert end(*words)[0] == 130
+        again = " ".join(map(str, ("solidify", *words)))
+        told = f"solidify: interrupted; nothing half-written is left; start it again with: {again}"
+        assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_a_training_that_was_stopped_before_its_adapter_was_saved_is_finished_by_resume(
+    beside: Path, copied: Path
+) -> None:
+    """Nothing is left to be trained: the last checkpoint is of the last step."""
+    load(beside, "a.yaml", document())
+    before = manifest.read(copied / "adapter").tensors
+    shutil.rmtree(copied / "adapter")
+    shutil.rmtree(copied / "merged")
+    assert end("train", beside / "a.yaml", "--output", copied, "--resume") == (0, "")
+    assert manifest.read(copied / "adapter").tensors == before
+
+
 def test_a_finished_training_is_finished(beside: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(beside, "a.yaml", document())
     before = (copied / "adapter").stat().st_ino
-    code, words = end("train", beside / "a.yaml", "--output", copied, "--resume")
-    assert (code, words) == (0, "")
-    assert "trained before" in capsys.readouterr().out
+    for _ in range(2):
+        code, words = end("train", beside / "a.yaml", "--output", copied, "--resume")
+        assert (code, words) == (0, "")
+        out, err = capsys.readouterr()
+        assert "trained before" in out
+        assert "The training is finished: " in err and "nothing is repeated" in err
     assert (copied / "adapter").stat().st_ino == before
 
 
@@ -291,3 +325,10 @@ def test_a_training_section_that_no_trainer_takes_ends_in_a_sentence(
         (RecipeError, ObjectiveError), match=r"does not fit: training\.|does not take the training section|stopped"
     ):
         stages.run(made, tmp_path / "out")
+
+
+def test_no_card_of_a_run_names_where_it_ran(beside: Path, trained: Path) -> None:
+    found = sorted(trained.rglob("README.md"))
+    assert {path.parent.name for path in found} >= {"artifact", "adapter", "merged", "checkpoint-2"}
+    for path in found:
+        assert str(beside) not in path.read_text() and str(trained) not in path.read_text(), path

@@ -42,9 +42,10 @@ OTHERS = {
 
 
 def options() -> dict[str, set[str]]:
-    """Returns the options of every verb of the command."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {name: {o for each in command.params for o in each.opts} for name, command in commands.items()}
+    """Returns the options of every verb of the command, and of the command itself under an empty name."""
+    whole: Any = typer.main.get_command(app)
+    commands = {"": whole, **whole.commands}
+    return {name: {"--help", *(o for each in command.params for o in each.opts)} for name, command in commands.items()}
 
 
 def wrong_commands(lines: Iterator[str] | list[str]) -> list[str]:
@@ -58,7 +59,7 @@ def wrong_commands(lines: Iterator[str] | list[str]) -> list[str]:
             source = (ROOT / script).read_text(encoding="utf-8")
             wrong += [f"{script} has no option {name}" for name in named if f'"{name}"' not in source]
         elif ours and len(words) > ours[0] + 1:
-            verb = words[ours[0] + 1]
+            verb = words[ours[0] + 1] if not words[ours[0] + 1].startswith("--") else ""
             behind = [word.partition("=")[0] for word in words[ours[0] :] if word.startswith("--")]
             wrong += [f"solidify has no verb {verb!r}"] if verb not in known else []
             wrong += [f"solidify {verb} has no option {name}" for name in behind if name not in known.get(verb, behind)]

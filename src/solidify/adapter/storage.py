@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, quantizing
+from solidify.artifact import autos, cards, loading, quantizing
 from solidify.directory import manifest, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
@@ -37,12 +38,18 @@ CONFIG = "adapter_config.json"
 
 
 def save_adapter(
-    model: PeftModel, directory: str | Path, *, name: str = "default", recipe: dict[str, Any] | None = None
+    model: PeftModel,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    recipe: dict[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes one adapter, with the digests of the artifact it belongs to; plain PEFT can load it too.
 
     Before the directory gets its name, the adapter is loaded again, on a fresh base, and compared with the model: its
-    tensors, and the outputs unless the model is large. `recipe` is kept in its manifest.
+    tensors, and the outputs unless the model is large. `recipe` and the numbers `measured` are kept in its manifest,
+    and what the hub reads of them stands in its card (README.md).
 
     Raises:
         AdapterError: the model's base is not an artifact that stands where it was loaded from, or is no longer the one
@@ -68,7 +75,7 @@ def save_adapter(
         )
         configuration = _make_configuration(model, name, base.directory)
         configuration.save_pretrained(staging, auto_mapping_dict=configuration.auto_mapping)
-        Manifest(
+        draft = Manifest(
             kind="adapter",
             base={
                 **base.record.digest(),
@@ -76,13 +83,17 @@ def save_adapter(
                 "relative": os.path.relpath(base.directory, directory.resolve()),
                 **_quantization(model),
             },
+            lineage=[cards.training_step(recipe, measured)],
             trained=trained,
-            files={CONFIG: hashing.digest_file(staging / CONFIG)},
             tensors=digests,
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
-        ).write(staging)
+        )
+        _write_card(staging, draft, base)
+        replace(draft, files={name: hashing.digest_file(staging / name) for name in (CONFIG, manifest.CARD)}).write(
+            staging
+        )
         readback.refuse_lossy(
             model, name, staging, base, load_adapter, lambda m: _named_held(m, name, trained["buffers"])
         )
@@ -95,6 +106,13 @@ def _quantization(model: nn.Module) -> dict[str, str]:
     if not quantized.is_quantized(plain):
         return {}
     return {"quantization": quantizing.record(plain.config.quantization_config)}
+
+
+def _write_card(staging: Path, draft: Manifest, base: base_state.Base) -> None:
+    """Writes the model card of an adapter that is being saved; PEFT's own would name the base by its path."""
+    configuration = files.document(staging / CONFIG)
+    auto = autos.own_class(base.directory)
+    (staging / manifest.CARD).write_text(cards.adapter_card(draft, configuration, base.record, auto), encoding="utf-8")
 
 
 def _make_configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
@@ -196,8 +214,10 @@ def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
     existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
-    base_state.refuse_changed(model, base_state.require(model))
+    base = base_state.require(model)
+    base_state.refuse_changed(model, base)
     configuration = configured.read(directory, model)
+    configuration.base_model_name_or_path = str(base.directory)  # by digests; PEFT would warn that it moved
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from solidify.artifact import autos, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
+from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
-from solidify.behaviour.properties import PROPERTIES
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -256,7 +255,7 @@ def write(
     else:
         certificate.write(model, staging, stored, draft.edits, extent)
     draft = replace(draft, versions=manifest.current_versions())
-    (staging / manifest.CARD).write_text(_write_card(model, staging, draft), encoding="utf-8")
+    (staging / manifest.CARD).write_text(cards.artifact_card(model, staging, draft), encoding="utf-8")
     others = _other_files(staging, set(draft.code))
     finished = replace(
         draft,
@@ -268,18 +267,6 @@ def write(
     trust.refuse_leading(staging, finished)
     finished.write(staging)
     return finished
-
-
-def _write_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
-    """Writes the model card: how to load it, what was changed, and what it does not keep of its base's behaviour."""
-    auto = autos.own_class(staging)
-    declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
-    lost = {key: words for key, words in PROPERTIES.items() if key in declared}
-    parameters = anatomy.count(model.parameters())
-    values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
-    values["tokenizer"] = companions.has_tokenizer(staging)
-    kept = {edit["name"]: kind for edit in draft.edits if (kind := edit.get("settings", {}).get("layer_type"))}
-    return sources.render("README.md.jinja", stateful=bool(kept), kept=kept, **values)
 
 
 def _find_origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, Entry]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from solidify.command import publishing, starting, trying
+from solidify.command.quiet import start_verb as _start_verb
 
 
 class _Interruptible(TyperGroup):
@@ -34,13 +35,15 @@ app = typer.Typer(
     cls=_Interruptible,
     help="Change the architecture of a pretrained Hugging Face model, and prove that the result is solid.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Where results go, instead of the recipe's `output`.")
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Where results go, instead of the recipe's `output`; without either: build/RECIPE."
+    ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
@@ -50,6 +53,7 @@ Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay 
 Chain = Annotated[
     list[Path] | None, typer.Option("--certificate-chain", help="Certificates in PEM, up to the root; repeatable.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
@@ -103,6 +107,10 @@ def inspect(
     _print_results(views.inspection(name, branches, total))
 
 
+app.command()(starting.init)
+app.command()(starting.schema)
+
+
 @app.command()
 def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     """Shows what a recipe would do: edits, the exact trainable set, costs, the code to be written. Writes nothing."""
@@ -120,7 +128,12 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def run(
-    recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, copy: Copy = False
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    resume: Resume = False,
+    copy: Copy = False,
+    verbose: Verbose = False,
 ) -> None:
     """Runs every stage that the recipe names: build, train, check, merge, report."""
     loaded = _load_recipe(recipe, set_)
@@ -136,25 +149,31 @@ def run(
             stages.run(loaded, directory, resume=resume, link=not copy)
         except SolidifyError:
             if _read_stamp(report) != before:  # what this command found, not what an earlier one did
-                _show_file(report)
+                _show_file(report, verbose)
             raise
-        _show_file(report)
+        _show_file(report, verbose)
 
 
 @app.command()
-def build(recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False) -> None:
+def build(
+    recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False, verbose: Verbose = False
+) -> None:
     """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.recipe import stages
 
-    report = stages.build_alone(loaded, stages.output_of(loaded, output), link=not copy)
-    _show_report(report.document())
+    directory = stages.output_of(loaded, output)
+    with _explain_repeating("build", recipe, output=output, set_=set_, copy=copy):
+        report = stages.build_alone(loaded, directory, link=not copy)
+    _show_report(report.document(), verbose)
     report.require()
 
 
 @app.command()
-def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False) -> None:
+def train(
+    recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, verbose: Verbose = False
+) -> None:
     """Trains an adapter on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
@@ -163,7 +182,7 @@ def train(recipe: RecipeFile, output: Output = None, set_: Set = None, resume: R
     directory = stages.output_of(loaded, output)
     with _explain_resuming(directory, "train", recipe, output, set_):
         report = stages.train(loaded, directory, resume=resume)
-    _show_report(report.document())
+    _show_report(report.document(), verbose)
     report.require()
 
 
@@ -178,6 +197,7 @@ def heal(
         str | None,
         typer.Option("--share", help="Align this part of the modules alone, as 1/4; put together by a heal without."),
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Brings a built artifact back to its base, as the recipe's `heal` says: OUTPUT/artifact -> OUTPUT/heal."""
     loaded = _load_recipe(recipe, set_)
@@ -189,7 +209,7 @@ def heal(
     with _explain_resuming(directory, "heal", recipe, output, set_):
         report = stages.heal(loaded, directory, resume=resume, link=not copy, share=part)
     if part is None:
-        _show_report(report.document())
+        _show_report(report.document(), verbose)
         report.require()
 
 
@@ -208,6 +228,7 @@ def check(
     base: Base = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
 ) -> None:
     """Runs every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
     with _start_verb():
@@ -217,7 +238,7 @@ def check(
     if as_json:
         _print_json(report.document())
     else:
-        _show_report(report.document())
+        _show_report(report.document(), verbose)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -229,15 +250,18 @@ def merge(
     base: Base = None,
     copy: Copy = False,
     trust_remote_code: Trust = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merges an adapter into its base: a new artifact, or a stock model for plain PEFT, that loads without PEFT."""
     with _start_verb():
         from solidify.merging import export
         from solidify.system import console
 
-    with console.stage("Merging"):
+    again = {"output": output, "base": base, "copy": copy, "trust_remote_code": trust_remote_code}
+    with _explain_repeating("merge", adapter, **again), console.stage("Merging"):
         merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
-    _show_report({"subject": str(output), "stages": {"merge": [f.document() for f in merged.findings]}, "measured": {}})
+    found = [finding.document() for finding in merged.findings]
+    _show_report({"subject": str(output), "stages": {"merge": found}, "measured": {}}, verbose)
 
 
 @app.command()
@@ -334,26 +358,10 @@ def verify(
     _print_results(views.signed(directory, found, "is as it was signed by"))
 
 
-@app.command()
-def generate(
-    directory: Annotated[Path, typer.Argument(help="An artifact.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter to put on it.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="The largest number of tokens to write.")
-    ] = 64,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continues a text greedily, to try the result."""
-    with _start_verb():
-        from solidify.adapter.storage import load
-        from solidify.artifact.loading import load_tokenizer
-        from solidify.command import generation
-        from solidify.system import console
+app.command()(publishing.push)
 
-    model = load(directory, adapter, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    console.write(generation.continued(model, tokenizer, prompt, max_new_tokens))
+
+app.command()(trying.generate)
 
 
 @contextmanager
@@ -366,47 +374,31 @@ def _explain_resuming(
     except KeyboardInterrupt as error:
         from solidify.directory import results
 
-        words = ["solidify", verb, str(recipe), *(["--output", str(output)] if output is not None else [])]
-        words += [word for override in overrides or [] for word in ("--set", override)]
-        raise KeyboardInterrupt(
-            f"kept: {results.kept(directory)}; go on with: {shlex.join([*words, '--resume'])}"
-        ) from error
+        again = _write_command(verb, recipe, output=output, set_=overrides, resume=True)
+        raise KeyboardInterrupt(f"kept: {results.kept(directory)}; go on with: {again}") from error
 
 
 @contextmanager
-def _start_verb() -> Iterator[None]:
-    """Imports what a verb needs, and leaves the screen to what solidify says.
-
-    That is: no chatter and no notes to developers from the libraries below it. What is imported stays, so nothing is
-    gained by looking through it for garbage, again and again meanwhile and once more at the end: a second or two.
-    """
-    collects = gc.isenabled()
-    gc.disable()
+def _explain_repeating(verb: str, subject: Path, **options: Any) -> Iterator[None]:
+    """Has an interruption of what is done wholly or not at all say how to do it again."""
     try:
-        _quiet_libraries()
         yield
-        _keep_what_is_there()
-    finally:
-        if collects:
-            gc.enable()
+    except KeyboardInterrupt as error:
+        again = _write_command(verb, subject, **options)
+        raise KeyboardInterrupt(f"nothing half-written is left; start it again with: {again}") from error
 
 
-@cache
-def _keep_what_is_there() -> None:
-    gc.freeze()  # once in a process: later there are models, which shall be found when they are garbage
-
-
-def _quiet_libraries() -> None:
-    import warnings
-
-    import datasets
-    from transformers import PreTrainedModel  # noqa: F401  # every verb needs it, some only later
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+def _write_command(verb: str, subject: Path, **options: Any) -> str:
+    """Writes a command line with the options that were given."""
+    words = ["solidify", verb, str(subject)]
+    for name, value in options.items():
+        option = f"--{name.strip('_').replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value not in (None, False):
+            for each in value if isinstance(value, list) else [value]:
+                words += [option, str(each)]
+    return shlex.join(words)
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
@@ -435,25 +427,15 @@ def _read_stamp(path: Path) -> tuple[int, int] | None:
     return (found.st_ino, found.st_mtime_ns) if found is not None else None
 
 
-def _show_file(path: Path) -> None:
+def _show_file(path: Path, verbose: bool = False) -> None:
     from solidify.system import files
 
     if path.is_file():
-        _show_report(files.document(path))
+        _show_report(files.document(path), verbose)
 
 
-def _show_report(document: dict[str, Any]) -> None:
-    """Shows a report's findings as a table."""
-    from solidify import findings
+def _show_report(document: dict[str, Any], verbose: bool = False) -> None:
+    """Shows a report's findings: each that is not proved, and those that are by stage, or one by one if `verbose`."""
     from solidify.command import views
-    from solidify.system import console
 
-    stages = {stage: [findings.Finding.of(each) for each in listed] for stage, listed in document["stages"].items()}
-    console.results.print(views.report(document["subject"], stages))
-    verdicts = [each.verdict for found in stages.values() for each in found]
-    console.results.print(findings.tell({word: verdicts.count(word) for word in findings.VERDICTS}))
-    if document.get("finished") is False:
-        console.results.print("not finished: the run was stopped before its last stage")
-    for key, value in document["measured"].items():
-        if isinstance(value, float):
-            console.results.print(f"{key}: {value:.4f}")
+    _print_results(views.report(document, verbose=verbose))

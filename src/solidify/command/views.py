@@ -1,7 +1,8 @@
-"""What `inspect`, `plan` and `diff` show: tables and coloured texts made from what those found out."""
+"""What `inspect`, `plan`, `diff` and reports show: tables and coloured texts made from what those found out."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,19 @@ from solidify.behaviour.properties import PROPERTIES
 from solidify.directory.adopting import Adopted
 from solidify.directory.manifest import SIGNATURE, Manifest
 from solidify.directory.signature import Signature
-from solidify.findings import PROVED, Finding
+from solidify.findings import PROVED, VERDICTS, Finding, tell
 from solidify.model import anatomy
 from solidify.model.cost import Cost
 from solidify.system import console
 
 _MARKS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
-_FOLDED = ("heal", "distill")  # an artifact each, of which is proved what was proved of the one before it
+_NAMED = 120  # characters of the names of what was proved, on one line
 _COSTS = {
     "parameters": ("parameters", console.amount),
     "bytes": ("on disk", console.size),
     "memory": ("in memory, loaded", console.size),
     "flops_per_token": ("matrix FLOPs per token", console.amount),
 }
-
-
-def report(subject: str, stages: Mapping[str, Sequence[Finding]]) -> RenderableType:
-    """Shows the findings of a report; of stages that repeat what was proved before, in one row what was proved."""
-    rows = []
-    for stage, found in stages.items():
-        proved = [each.name for each in found if each.verdict == PROVED] if stage in _FOLDED else []
-        if proved:
-            rows.append((stage, f"{len(proved)} promises", console.verdict(PROVED), _join_names(proved)))
-        shown = [each for each in found if not proved or each.verdict != PROVED]
-        rows += [(stage, each.name, console.verdict(each.verdict), each.evidence) for each in shown]
-    return console.table(subject, ("stage", "promise", "verdict", "evidence"), rows)
 
 
 def _join_names(names: Sequence[str]) -> str:
@@ -372,6 +361,36 @@ def _show_others(entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableTyp
 
 def _write_times(names: Sequence[str]) -> str:
     return f" x {_write_numbers(names)}" if len(names) > 1 else ""
+
+
+def report(document: Mapping[str, Any], *, verbose: bool) -> Iterator[RenderableType]:
+    """Shows findings as a table, from the plain values of a report; what was proved is a line for each stage.
+
+    What failed, what was measured and what was not looked at have lines of their own always; `verbose`, all have.
+    """
+    stages = {stage: [Finding.of(each) for each in listed] for stage, listed in document["stages"].items()}
+    rows = [row for stage, found in stages.items() for row in _make_rows(stage, found, verbose)]
+    yield console.table(document["subject"], ("stage", "promise", "verdict", "evidence"), rows)
+    verdicts = [each.verdict for found in stages.values() for each in found]
+    folded = "" if verbose or len(rows) == len(verdicts) else " (--verbose shows each proof)"
+    yield tell({word: verdicts.count(word) for word in VERDICTS}) + folded
+    if document.get("finished") is False:
+        yield "not finished: the run was stopped before its last stage"
+    for key, value in document["measured"].items():
+        if isinstance(value, float):
+            yield f"{key}: {value:.4f}"
+
+
+def _make_rows(stage: str, found: Sequence[Finding], verbose: bool) -> Iterator[tuple[str | Text, ...]]:
+    """Makes the rows of a stage; several that are proved are one, which counts them and names the first."""
+    proved = [each.name for each in found if each.verdict == PROVED]
+    folds = not verbose and len(proved) > 1
+    if folds:
+        names = textwrap.shorten(_join_names(proved), _NAMED, placeholder=" …")
+        yield stage, f"{len(proved)} promises", console.verdict(PROVED), names
+    for each in found:
+        if not folds or each.verdict != PROVED:
+            yield stage, each.name, console.verdict(each.verdict), each.evidence
 
 
 def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableType]:

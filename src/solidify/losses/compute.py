@@ -43,6 +43,11 @@ class KeptShare:
         """Returns the share, averaged over layers."""
         return means.mean()
 
+    @staticmethod
+    def shown(means: torch.Tensor) -> dict[str, float]:
+        """Returns the soft kept share, averaged over layers, for the log."""
+        return {"kept": float(means.mean())}
+
 
 class TrashBudget(KeptShare):
     """`mean over layers of (mean over tokens and slots of sigmoid(margin/τ) - target)²`.
@@ -137,6 +142,11 @@ class TrashController:
                     f"trash_controller moves the threshold of {located.name}, but that module is frozen and would not "
                     "be saved; name it in `adapter.train`"
                 )
+
+    @staticmethod
+    def shown(means: torch.Tensor) -> dict[str, float]:
+        """Returns the share of slots that are kept, over all layers, for the log."""
+        return {"kept": float(means[:, 0].sum() / means[:, 1].sum().clamp(min=torch.finfo(means.dtype).tiny))}
 
     def after_step(self, model: nn.Module, means: torch.Tensor, step: int, steps: int) -> None:
         """Moves the thresholds; `means` is (layers, 2 + bins) over the whole window."""

@@ -149,7 +149,8 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
     if made.untied:
         _untie_embeddings(staging)
     merged = _load_staged(staging)
-    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained}
+    told = {key: value for step in record.lineage[:1] for key, value in step.items() if key != "step"}
+    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained, **told}
     draft = Manifest(
         kind="artifact",
         base=base.base,

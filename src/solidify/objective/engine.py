@@ -146,8 +146,9 @@ class ObjectiveEngine:
     def end(self) -> dict[str, float]:
         """Ends an optimizer step: controllers act, weights learn what was measured. Returns this step's numbers.
 
-        Those are `loss`, and for every term `term/name` as it is and `weighted/name` (which sum to `loss`), and
-        `weight/name` of weights that move; all over the whole window and all ranks.
+        Those are `loss`, and for every term `term/name` as it is and `weighted/name` (which sum to `loss`),
+        `weight/name` of weights that move, and what a term shows of the window's means (`kept/name`); all over the
+        whole window and all ranks.
         """
         self.step += 1
         window, sums = self._window, self._sums
@@ -166,6 +167,9 @@ class ObjectiveEngine:
                 over = self._sides.counted(term, window)
                 means = windowing.over_ranks(sums[term.name]) / max(over.attended_tokens, 1)
                 term.subject.after_step(self.model, means, self.step, self.steps)
+                logs |= _show_means(term, means)
+            elif window is not None and term.name in window.means:
+                logs |= _show_means(term, window.means[term.name])
             if term.moves:
                 logs[f"weight/{term.name}"] = term.weight.at(self.step, self.steps)
                 followed = getattr(term.weight, "measure", None) or term.name
@@ -284,3 +288,9 @@ def _find_unshifted(objective: Objective) -> list[str]:
 
 def _over_rows(head: Head, states: torch.Tensor) -> torch.Tensor:
     return head(states.reshape(-1, states.shape[-1])).reshape(*states.shape[:-1], -1)
+
+
+def _show_means(term: Any, means: torch.Tensor) -> dict[str, float]:
+    """Returns what a term with a method `shown` says of the window's means, by `what/name`."""
+    shown = getattr(term.subject, "shown", None)
+    return {f"{what}/{term.name}": value for what, value in shown(means).items()} if shown is not None else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from solidify.adapter import adapters, lookup, tokens
 from solidify.adapter import plan as planning
 from solidify.adapter.plan import AdapterPlan
-from solidify.artifact import quantizing, sources, vocabulary
+from solidify.artifact import inspection, quantizing, sources, vocabulary
+from solidify.artifact.inspection import Branch
 from solidify.errors import ModelError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model.cost import cost
 from solidify.objective.objective import Objective
@@ -41,6 +42,7 @@ class Plan:
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
     `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
     `quantization` what the artifact takes in memory when it is trained quantised, and what is not quantised, and why.
+    `modules` holds the trees of modules `before` and `after`.
     """
 
     edits: list[Edit]
@@ -58,6 +60,7 @@ class Plan:
     requirements: dict[str, str]
     heal: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    modules: dict[str, list[Branch]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -99,6 +102,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     base = models.load_base(recipe, device="meta")
     before, names = cost(base.model).document(), list(base.model.state_dict())
     preparing = base.processor or base.tokenizer
+    modules = {"before": inspection.tree(base.model)}
     if not any(step.speaks for step in recipe.surgery):  # else the surgery may give an id its embedding
         vocabulary.refuse_unfit(base.model, preparing, RecipeError)
     refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
@@ -112,6 +116,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after = cost(base.model).document()
+    modules["after"] = inspection.tree(base.model)
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
     if recipe.adapter is not None:
@@ -146,6 +151,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         requirements=code.requirements,
         heal=healed,
         quantization=forecast.document() if forecast is not None else None,
+        modules=modules,
     )
 
 

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from solidify.artifact import sources
 from solidify.directory import manifest, ours, writing
 from solidify.findings import Report
-from solidify.healing import plots
+from solidify.recipe import page
 from solidify.recipe.schema import Recipe
 from solidify.system import disk, processes
 
@@ -39,12 +38,8 @@ def write(recipe: Recipe, directory: Path, report: Report, placed: Recipe | None
 
 def finish(recipe: Recipe, directory: Path, report: Report, placed: Recipe | None = None) -> None:
     """Writes a report that is whole, as JSON and as a page."""
-    versions = manifest.current_versions()
-    page = sources.render(
-        "report.html.jinja", report=report, recipe=recipe.document(), versions=versions, plots=plots.of(report.measured)
-    )
-    disk.write(directory / ours.PAGE, page)
-    write(recipe, directory, report, placed, finished=True, versions=versions)
+    disk.write(directory / ours.PAGE, page.write(recipe, directory, report))
+    write(recipe, directory, report, placed, finished=True, versions=manifest.current_versions())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ to PEFT or transformers (`adapter.lora`, `training`) pass through verbatim; they
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -22,7 +22,8 @@ from solidify.system import files
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    # Strict: `true` is no number, and a number in quotes is none; so says the JSON schema (json_schema.py) too.
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
 
 
 class Base(_Section):
@@ -177,7 +178,10 @@ class Heal(_Section):
 
 
 class Recipe(_Section):
-    """A recipe: what to make, section by section. Relative paths start at `directory`, where its file is."""
+    """A recipe: what to make, section by section.
+
+    Relative paths start at `directory`, where its file is; `name` is that file's, without its ending.
+    """
 
     base: Base
     surgery: list[Step] = Field(min_length=1)
@@ -190,6 +194,7 @@ class Recipe(_Section):
     training: dict[str, Any] = {}
     output: str | None = None
     directory: Path = Field(default=Path(), exclude=True)
+    name: str = Field(default="", exclude=True)
 
     @model_validator(mode="after")
     def _check_complete(self) -> Recipe:
@@ -265,12 +270,26 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply_override(document, override)
     if not files.is_text(document):
         raise RecipeError(f"{path} holds half a character (a surrogate), which is not text; write it in UTF-8")
-    document["directory"] = path.resolve().parent
+    return judge(document, path)
+
+
+def judge(document: Mapping[str, Any], path: Path) -> Recipe:
+    """Makes a recipe of what a file holds.
+
+    Raises:
+        RecipeError: it is not valid; all faults are listed.
+    """
+    own = {"directory": path.resolve().parent, "name": path.stem}
+    words = f"the recipe {path} is not valid"
+    faults = [_write_unknown(key, Recipe, key) for key in document if key in own]
     try:
-        return Recipe.model_validate(document)
+        read = {key: value for key, value in document.items() if key not in own}
+        recipe = Recipe.model_validate(read, by_name=False, by_alias=True)
     except ValidationError as error:
-        refuse(RecipeError, f"the recipe {path} is not valid", [_write_sentence(e) for e in error.errors()])
+        refuse(RecipeError, words, [*faults, *map(_write_sentence, error.errors())])
         raise
+    refuse(RecipeError, words, faults)
+    return recipe.model_copy(update=own)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -328,13 +347,17 @@ def _write_sentence(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{where}: say what to do; known here: {', '.join(ASKED)}"
     if error["type"] == "extra_forbidden":
-        keys = [f.alias or name for name, f in section.model_fields.items() if name != "directory"]
-        close = get_close_matches(location[-1], keys, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"
+        return _write_unknown(where, section, location[-1])
     if error["type"] == "missing":
         return f"{where}: this key is required"
     if error["type"] == RULE:  # a sentence of our own, about several keys of the section
         return f"{where}: {error['msg']}"
     found = repr(error["input"])
     return f"{where}: {error['msg']}; found {found if len(found) <= 200 else found[:200] + ' …'}"
+
+
+def _write_unknown(where: str, section: type[BaseModel], key: str) -> str:
+    keys = [f.alias or name for name, f in section.model_fields.items() if not f.exclude]
+    close = get_close_matches(key, keys, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{where}: unknown key; {hint}known here: {', '.join(keys)}"

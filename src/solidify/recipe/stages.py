@@ -20,8 +20,8 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import distilling, healing, models, reporting, trainers, training
-from solidify.recipe.dry_run import plan
+from solidify.recipe import distilling, healing, models, page, reporting, trainers, training
+from solidify.recipe.dry_run import Plan, plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
 from solidify.system import console, processes
@@ -32,12 +32,19 @@ SEED = 42  # transformers' own default
 def output_of(recipe: Recipe, output: str | Path | None) -> Path:
     """Returns where results go: `output`, else the recipe's own, relative to the current directory.
 
+    Where neither says it: `build/` and the name of the recipe's file.
+
     Raises:
-        RecipeError: neither says where.
+        RecipeError: neither says where, and the recipe is from no file.
     """
-    if output is None and recipe.output is None:
+    if output is not None or recipe.output is not None:
+        return Path(output if output is not None else recipe.output or "")
+    if not recipe.name:
         raise RecipeError("nothing says where results go: give --output DIR, or `output` in the recipe")
-    return Path(output if output is not None else recipe.output or "")
+    chosen = Path("build") / recipe.name
+    if processes.is_first():
+        console.words.print(f"Results go to {chosen}: neither --output nor the recipe's `output` says where")
+    return chosen
 
 
 def run(
@@ -92,9 +99,11 @@ def _begin_report(whole: Recipe, placed: Recipe, directory: Path, resume: bool) 
     _refuse_foreign(placed, directory)
     if resume and (earlier := _find_finished(whole, placed, directory)) is not None:
         return earlier, True
-    _refuse_early(placed)
+    planned = _refuse_early(placed)
     results.announce(directory, placed.document(), resume=resume)
     report = Report(str(directory))
+    if placed.heal is None or placed.heal.place is None:  # else what is changed is chosen later
+        report.measured["model"] = page.describe(planned)
     reporting.begin(directory)
     reporting.write(whole, directory, report, placed, finished=False)
     return report, False
@@ -243,6 +252,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     trainers.join(recipe, directory)
     if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
         report.add("train", [kept])
+        console.words.print(f"The training is finished: {kept.evidence}; nothing is repeated")
         return report
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
@@ -353,6 +363,6 @@ def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_co
     report.add("merge", merged.findings)
 
 
-def _refuse_early(recipe: Recipe) -> None:
+def _refuse_early(recipe: Recipe) -> Plan:
     """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
-    plan(recipe)
+    return plan(recipe)

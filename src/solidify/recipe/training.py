@@ -16,7 +16,7 @@ from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest
 from solidify.errors import ObjectiveError
 from solidify.findings import Finding, Report
-from solidify.recipe import datasets, healing, models
+from solidify.recipe import datasets, healing, models, page
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import checkpoints, data
@@ -74,7 +74,8 @@ def check_training(
 
 
 def measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
-    """Measures the held-out loss with and without the adapter."""
+    """Measures the held-out loss with and without the adapter, and takes samples of both."""
+    report.measured["samples"] = page.take_samples(recipe, processor, model)
     _, held_out = datasets.make_examples(recipe, processor)
     if held_out is None:
         return
@@ -121,7 +122,8 @@ def keep_adapter(
     with console.stage("Saving the adapter and loading it again"):
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
-        storage.save_adapter(model, target, recipe=recipe.document())
+        figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_loss")}
+        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures)
         again = storage.load(
             healing.healed(recipe, directory),
             target,

@@ -47,7 +47,7 @@ class Operation(BaseModel):
     A record is `Edit.document()`, as manifests hold it: `operation`, `name`, `settings`, `kept`, `new`, `dropped`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
 
     asked: ClassVar[str] = ""  # the key of a recipe's step; empty for what another step's field asks for
     recorded: ClassVar[str]  # the name in records and in config.surgery

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify.directory import ours
+from solidify.artifact import cards
+from solidify.directory import manifest, ours
 from solidify.errors import ObjectiveError
 from solidify.system import disk, files, foreign
 from solidify.upstream.transformers_training import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
@@ -35,6 +36,16 @@ def write(directory: Path, remembered: Mapping[str, Any]) -> None:
     torch.save(dict(remembered), directory / f".{NAME}")
     disk.sync(directory / f".{NAME}")
     (directory / f".{NAME}").replace(directory / NAME)
+
+
+def write_card(directory: Path, step: int, model: nn.Module) -> None:
+    """Replaces the card that PEFT put into a checkpoint, if it did: that names the base by its path."""
+    card = directory / manifest.CARD
+    if card.is_file():
+        config: Any = model.config
+        standing = files.is_file(Path(str(config.name_or_path)) / manifest.NAME)
+        origin = manifest.read(Path(config.name_or_path)).base.get("model") if standing else config.name_or_path
+        card.write_text(cards.checkpoint_card(step, origin), encoding="utf-8")
 
 
 def seal(directory: Path) -> None:

@@ -198,7 +198,7 @@ class ObjectiveMixin(TrainerSeams):
         if "loss" in logs and self._steps_since_log:
             logs.update({key: value / self._steps_since_log for key, value in self._sums.items()})
             self._sums, self._steps_since_log = {}, 0
-            self.history.append(dict(logs))
+            self.history.append({**logs, "step": self.state.global_step})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -212,6 +212,7 @@ class ObjectiveMixin(TrainerSeams):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
+            checkpoints.write_card(target, self.state.global_step, lookup.plain_model(self.model))
             checkpoints.seal(target)
             rotate_checkpoints(
                 output_dir=str(target.parent),

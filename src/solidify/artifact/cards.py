@@ -1,0 +1,151 @@
+"""Model cards: README.md of an artifact, of an adapter and of a checkpoint, with the fields that the hub reads.
+
+A card names a base by its id of the hub, and never by where it stands on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from solidify.artifact import autos, companions, sources
+from solidify.behaviour.properties import PROPERTIES
+from solidify.directory import manifest
+from solidify.directory.manifest import Manifest
+from solidify.model import anatomy
+from solidify.system import files
+
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModel": "feature-extraction",
+}
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".py", ".gz", ".zst")
+TRAINED = "training"  # the step of a lineage that says on what, and with what result
+
+
+def on_hub(name: Any) -> bool:
+    """Returns whether a name is an id of the hub, as far as can be seen: no path, and nothing that stands here."""
+    return (
+        isinstance(name, str)
+        and _ON_HUB.fullmatch(name) is not None
+        and not name.endswith(_FILES)
+        and not files.is_directory(name)
+        and not files.is_file(name)
+    )
+
+
+def training_step(recipe: Mapping[str, Any] | None, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns what a lineage says of a training: its data on the hub, and the numbers that were measured."""
+    names = [part for part in _walk_texts((recipe or {}).get("data", {})) if "/" in part and on_hub(part)]
+    numbers = {key: value for key, value in (measured or {}).items() if isinstance(value, (int, float))}
+    return {"step": TRAINED, "datasets": sorted(set(names)), "measured": numbers}
+
+
+def _walk_texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [text for each in inner for text in _walk_texts(each)]
+
+
+def artifact_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str:
+    """Writes an artifact's card: how to load it, what was changed, what it does not keep of its base's behaviour."""
+    auto = autos.own_class(staging)
+    declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
+    lost = {key: words for key, words in PROPERTIES.items() if key in declared}
+    parameters = anatomy.count(model.parameters())
+    values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    values["tokenizer"] = companions.has_tokenizer(staging)
+    values["metadata"] = metadata("transformers", ["solidify", "custom_code"], draft.base.get("model"), auto, draft)
+    values["measured"] = _list_measured(draft.lineage)
+    kept = {edit["name"]: kind for edit in draft.edits if (kind := edit.get("settings", {}).get("layer_type"))}
+    return sources.render("README.md.jinja", stateful=bool(kept), kept=kept, **values)
+
+
+def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manifest, auto: str, model: str = "") -> str:
+    """Writes an adapter's card: what it belongs to, what it trains, how to load it.
+
+    `model` is the id under which its base is on the hub, where it is known.
+    """
+    origin = base.base.get("model")
+    kind = str(configuration.get("peft_type") or "LORA")
+    return sources.render(
+        "adapter.md.jinja",
+        metadata=metadata("peft", ["solidify", kind.lower()], model or origin, auto, record),
+        kind=kind.replace("LORA", "LoRA"),
+        model=model,
+        origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
+        head=base.base.get("class", "model"),
+        auto=auto,
+        trained={key: fold_names(record.trained.get(key, [])) for key in ("lora", "full")},
+        settings={key: configuration[key] for key in ("r", "lora_alpha", "lora_dropout") if key in configuration},
+        measured=_list_measured(record.lineage),
+        versions=record.versions,
+    )
+
+
+def checkpoint_card(step: int, origin: Any) -> str:
+    """Writes the card of a checkpoint of a training, in place of PEFT's, which names the base by where it stands."""
+    told = manifest.told(origin) if isinstance(origin, str) and origin else "unknown"
+    values = {"library_name": "peft", "tags": ["solidify", "checkpoint"]}
+    return sources.render("checkpoint.md.jinja", metadata=_write_yaml(values), step=step, origin=told)
+
+
+def metadata(library: str, tags: Sequence[str], base: Any, auto: str, record: Manifest) -> str:
+    """Writes the fields that the hub reads of a card, as YAML; what is not known is left out."""
+    steps = [step for step in record.lineage if step.get("step") == TRAINED or step.get("datasets")]
+    datasets = sorted({name for step in steps for name in step.get("datasets", [])})
+    values: dict[str, Any] = {
+        "library_name": library,
+        "base_model": base if on_hub(base) else None,
+        "pipeline_tag": TASKS.get(auto),
+        "tags": list(tags),
+        "datasets": datasets,
+        "metrics": ["perplexity"] if any("loss" in name for name in _find_numbers(record.lineage)) else [],
+    }
+    return _write_yaml({key: value for key, value in values.items() if value})
+
+
+def _write_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None).strip()
+
+
+def _find_numbers(lineage: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {key: value for step in lineage for key, value in step.get("measured", {}).items()}
+
+
+def _list_measured(lineage: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Returns what the last training measured, in words; a loss with its perplexity."""
+    rows = []
+    for key, value in _find_numbers(lineage).items():
+        more = f" (perplexity {math.exp(value):.4g})" if "loss" in key and value < 50 else ""
+        rows.append((key.replace("_", " "), f"{value:.4g}{more}"))
+    return rows
+
+
+def fold_names(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Returns names in which numbers are `*`, and how many names each stands for."""
+    counts: dict[str, int] = {}
+    for name in names:
+        pattern = anatomy.fold([name])[0]
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return list(counts.items())

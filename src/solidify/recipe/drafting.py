@@ -1,0 +1,249 @@
+"""A recipe to start from: commented, with a model's own module names, and tried before it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from solidify.artifact import inspection, loading
+from solidify.artifact.inspection import Branch
+from solidify.builtin import bases, corpus
+from solidify.errors import RecipeError, SolidifyError, SurgeryError, raised_as
+from solidify.model import anatomy
+from solidify.recipe import dry_run, schema
+from solidify.surgery import selection
+from solidify.system import console, files
+
+_SUGGESTED = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "intermediate", "attention", "self_attn", "attn")
+_LINEAR = ("Linear", "Conv1D")
+_SHOWN, _TRIED, _ADAPTED = 16, 4, 2
+MODULE = "Gate"
+_GATE = '''\
+"""A module to start from: what stood there before, times a number that starts at one and is learned."""
+
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    """Holds the module that it replaces (`original`), and starts as that, bit for bit."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, *args, **kwargs):
+        output = self.original(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (output[0] * self.scale.to(output[0].dtype), *output[1:])
+        return output * self.scale.to(output.dtype)
+'''
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe shall say: the base, what is replaced (None: chosen here) by what (None: a gate), and the data.
+
+    `path` is where it will stand. `data` may be a file, relative to the current directory, or a `builtin:` name.
+    """
+
+    model: str
+    path: Path
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    replace: str | None = None
+    module: str | None = None
+    data: str | None = None
+
+
+class Drafting:
+    """A model on the meta device, and what a recipe may say about it.
+
+    Raises:
+        SolidifyError: there is no such model, or its code may not run.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        built_in = bases.directory(asked.model)
+        loaded = loading.load_base(
+            str(built_in or asked.model),
+            revision=asked.revision,
+            dtype=asked.dtype,
+            device="meta",
+            trust_remote_code=asked.trust_remote_code,
+        )
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.branches = inspection.tree(self.model)
+
+    def targets(self) -> list[Branch]:
+        """Returns what `replace` may name, the likeliest first: what repeats, near the top, by its usual names."""
+        found = [branch for branch in self.branches if branch.target]
+        repeated = [branch for branch in found if ".*." in branch.name and not branch.name.endswith("*")]
+        ranks = {name: rank for rank, name in enumerate(_SUGGESTED)}
+
+        def rank(branch: Branch) -> tuple[int, int, int]:
+            return ranks.get(branch.name.rpartition(".")[2], len(ranks)), branch.depth, -branch.flops
+
+        return sorted(repeated, key=rank) or found
+
+    def write(self) -> dict[Path, str]:
+        """Returns the files to be written: the recipe, and the module where none was named. `plan` has accepted them.
+
+        Raises:
+            SolidifyError: what was asked for does not fit the model, or nothing of it could be suggested.
+        """
+        asked = self.asked
+        wanted = [asked.replace] if asked.replace is not None else [each.name for each in self.targets()[:_TRIED]]
+        if not wanted:
+            raise RecipeError(f"{asked.model} has no module that could be replaced")
+        trains = [True, False] if self._is_taught_text() else [False]
+        fault: SolidifyError | None = None
+        for target in wanted:
+            for with_adapter in trains:
+                try:
+                    return self._try(target, with_adapter)
+                except SolidifyError as error:
+                    fault = fault or error
+                    if asked.data is not None and with_adapter:
+                        raise
+        assert fault is not None
+        raise fault
+
+    def _is_taught_text(self) -> bool:
+        """Returns whether the model learns from plain text: it writes, and has a tokenizer."""
+        return isinstance(self.tokenizer, PreTrainedTokenizerBase) and bool(self.model.can_generate())
+
+    def _try(self, target: str, with_adapter: bool) -> dict[Path, str]:
+        """Writes the files for a target in a directory that is removed again, and has them planned."""
+        with raised_as(RecipeError, of=SurgeryError):
+            found = selection.select(self.model, target)
+        if len(found.classes) > 1:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in found.classes.items())
+            raise RecipeError(f"{target} names modules of several classes ({kinds}); name those of one (--replace)")
+        module = self.asked.path.with_name("gate.py")
+        written = {self.asked.path: self._write_recipe(target, found, with_adapter)}
+        if self.asked.module is None:
+            written[module] = _GATE
+        with tempfile.TemporaryDirectory() as scratch, console.silence():
+            document = files.parse_yaml(written[self.asked.path])
+            if self.asked.module is None:
+                (Path(scratch) / "gate.py").write_text(_GATE, encoding="utf-8")
+                document["surgery"][0]["with"] = f"{scratch}/gate.py:{MODULE}"
+            dry_run.plan(schema.judge(document, self.asked.path))
+        return written
+
+    def _write_recipe(self, target: str, found: Any, with_adapter: bool) -> str:
+        (kind, count), path = next(iter(found.classes.items())), self.asked.path
+        module = self.asked.module or f"gate.py:{MODULE}"
+        lines = [
+            f"# solidify plan {path.name}    what it would do; writes nothing",
+            f"# solidify run {path.name}     all of it; results go to `output`",
+            "# solidify schema --output recipe.schema.json gives an editor the keys; docs/recipe.md explains them.",
+            "",
+            f"# {type(self.model).__name__}: {anatomy.count(self.model.parameters()):,} parameters.",
+            self._write_base(),
+            "",
+            "# What can be replaced here (`*` stands for numbers; solidify inspect shows the whole tree):",
+            *self._list_targets(),
+            "surgery:",
+            f"  - replace: {_quote(target)}",
+            f"    expect: {_quote(kind)} # the class that must be found there",
+            f"    count: {count} # and how many",
+            f"    with: {_quote(module)} # file.py:Name beside this file, or package.module:Name (solidify.modules.…)",
+            "    arguments: {} # more arguments of its constructor, by name",
+            "",
+        ]
+        lines += self._write_training(target, commented=not with_adapter)
+        lines += [f"output: {_quote(f'build/{path.stem}')}", ""]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _write_base(self) -> str:
+        asked, name = self.asked, self.asked.model
+        if files.is_directory(name) and not os.path.isabs(name):
+            name = os.path.relpath(name, asked.path.resolve().parent)
+        values: dict[str, Any] = {"model": name, "revision": asked.revision, "dtype": asked.dtype}
+        values["trust_remote_code"] = asked.trust_remote_code or None
+        text = ", ".join(f"{key}: {_quote(value)}" for key, value in values.items() if value is not None)
+        return f"base: {{{text}}}"
+
+    def _list_targets(self) -> Iterator[str]:
+        """Yields a comment for each module, or some equal ones, that can be a target."""
+        found = [branch for branch in self.branches if branch.target]
+        width = max((len(branch.name) for branch in found[:_SHOWN]), default=0)
+        for branch in found[:_SHOWN]:
+            where = f" ({branch.where})" if branch.where else ""
+            yield f"#   {branch.name:<{width}}  {branch.kind} x {branch.times}{where}"
+        if len(found) > _SHOWN:
+            yield f"#   and {len(found) - _SHOWN} more"
+
+    def _adapted(self, target: str) -> list[str]:
+        """Returns linear layers that repeat and are not within the target, those of attention first."""
+        inside = f"{anatomy.fold([target])[0]}."
+        names = [branch.name for branch in self.branches if branch.kind in _LINEAR and ".*." in branch.name]
+        free = [name for name in names if not f"{name}.".startswith(inside)]
+        attention = [name for name in free if "att" in name]
+        return attention or free
+
+    def _kinds(self, names: list[str]) -> set[str]:
+        return {branch.kind for branch in self.branches if branch.name in names}
+
+    def _write_training(self, target: str, *, commented: bool) -> Iterator[str]:
+        layers = self._adapted(target)
+        chosen = [name for name in layers if name.rpartition(".")[2] in ("q_proj", "v_proj", "query", "value")]
+        chosen = (chosen or layers)[:_ADAPTED]
+        new = "[]" if self.asked.module is not None else '["**.scale"]'
+        turned = ", fan_in_fan_out: true" if self._kinds(chosen) == {"Conv1D"} else ""
+        named = ", ".join(map(_quote, chosen))
+        lora = f"{{r: 8, lora_alpha: 16, target_modules: [{named}]{turned}}}" if chosen else "null"
+        held_out = self.asked.data is None
+        train = _quote(self._data_name())
+        lines = [
+            "# What is trained: LoRA's own fields, and names of modules or parameters that are trained in full.",
+            *([f"# LoRA can go on: {', '.join(layers[:_SHOWN])}"] if layers else []),
+            "adapter:",
+            f"  lora: {lora}",
+            f"  train: {new}" + (" # the new modules' parameters, for example" if new == "[]" else ""),
+            "objective:",
+            "  - {loss: model} # the model's own loss; docs/losses.md has more terms",
+            f"data: {{train: {train}{', eval: builtin:pydoc-heldout' if held_out else ''}, max_length: 256}}",
+            "training: # fields of TrainingArguments, or of TRL's SFTConfig",
+            "  max_steps: 20",
+            "  per_device_train_batch_size: 2",
+            "  learning_rate: 2.0e-4",
+            "  logging_steps: 5",
+        ]
+        if not commented:
+            yield from lines
+            return
+        yield "# Nothing is trained yet. When `data` fits this model, take the marks away:"
+        yield from (f"# {line}" for line in lines)
+
+    def _data_name(self) -> str:
+        name = self.asked.data
+        if name is None:
+            return next(iter(corpus.NAMES))
+        if name.startswith("builtin:") or os.path.isabs(name) or not files.is_file(name):
+            return name
+        return os.path.relpath(name, self.asked.path.resolve().parent)
+
+
+def _quote(value: Any) -> str:
+    """Writes a value as YAML: a plain word as it is, everything else in quotes."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    plain = value and all(c.isalnum() or c in "_./-:" for c in value) and value[0].isalpha() and value[-1] != ":"
+    try:
+        plain = plain and files.parse_yaml(value) == value
+    except ValueError:
+        plain = False
+    return value if plain else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,89 @@
+"""The recipe as a JSON schema, for editors: made of the types that read it, so that both accept the same.
+
+What types cannot say (a section that needs another) stands in `RULES`, in words of JSON schema, by the section whose
+validator says it in Python; a test looks that each has its rule. One difference is left: `3.0` is a whole number to
+JSON schema, and none to a recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pydantic import BaseModel
+
+from solidify.recipe.schema import Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _holds(key: str, *, empty: bool = False) -> dict[str, Any]:
+    """Says that a key is there, and not null; unless `empty` may be, that it holds something."""
+    nothing: list[Any] = [None] if empty else [None, "", [], {}]
+    return {"required": [key], "properties": {key: {"not": {"enum": nothing}}}}
+
+
+def _needs(key: str, others: str, *, empty: bool = False) -> dict[str, Any]:
+    """Says that whoever has one key has another."""
+    return {"if": _holds(key, empty=empty), "then": _holds(others, empty=True)}
+
+
+def _goes(key: str, mask: str) -> dict[str, Any]:
+    """Says which mask a key goes with."""
+    return {"if": _holds(key, empty=True), "then": {"properties": {"mask": {"const": mask}}}}
+
+
+_BUDGETS = ("layers", "cache_bytes", "flops")
+RULES: dict[str, dict[str, Any]] = {
+    "Adapter": {"anyOf": [_holds("lora", empty=True), _holds("train")]},
+    "Place": {"oneOf": [_holds(key, empty=True) for key in _BUDGETS]},
+    "Heal": {"anyOf": [_holds(key, empty=True) for key in ("place", "align", "distill")]},
+    "Mask": {
+        "allOf": [
+            *(
+                {"if": {"properties": {"mask": {"const": kind}}}, "then": _holds(key, empty=True)}
+                for kind, key in (("block_causal", "block"), ("window", "window"))
+            ),
+            *(_goes(key, kind) for key, kind in (("block", "block_causal"), ("window", "window"), ("sinks", "window"))),
+        ]
+    },
+    "Recipe": {
+        "allOf": [
+            *(_needs(key, "data", empty=True) for key in ("adapter", "heal")),
+            _needs("teacher", "adapter", empty=True),
+            *(_needs(key, "adapter") for key in ("training", "parameter_groups")),
+        ]
+    },
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a recipe."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    sections = {Recipe.__name__: schema, **schema.get("$defs", {})}
+    for section in list_sections(Recipe):
+        own = sections[section.__name__]
+        for key in [name for name, field in section.model_fields.items() if field.exclude]:
+            own["properties"].pop(key, None)
+        own |= RULES.get(section.__name__, {})
+    for own in sections.values():
+        own["description"] = inspect.cleandoc(own.get("description", "")).partition("\n\n")[0]
+    schema["$schema"] = DIALECT
+    return schema
+
+
+def list_sections(section: type[BaseModel]) -> list[type[BaseModel]]:
+    """Returns a section, those within it, and the operations of surgery: every type that a recipe is made of."""
+    found, waiting = dict[type[BaseModel], None](), [section]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found[each] = None
+            waiting += [kind for field in each.model_fields.values() for kind in _list_types(field.annotation)]
+    return list(found)
+
+
+def _list_types(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _list_types(part)]
