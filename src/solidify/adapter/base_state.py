@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import lookup, reading
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, tensors
+from solidify.artifact import loading, stock, tensors
 from solidify.directory import manifest
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -56,14 +56,20 @@ _NAMED = 6  # names in one sentence
 
 @dataclass(frozen=True)
 class Base:
-    """The artifact that a model stands for: where it is, and its manifest."""
+    """What a model was loaded from, an artifact or a plain model: where it is, and its manifest."""
 
     directory: Path
     record: Manifest
 
+    def tensors(self, plain: nn.Module) -> dict[str, str]:
+        """Returns the digest of every tensor by its name in memory; a plain model's files may have other names."""
+        if self.record.kind == "artifact" or not isinstance(plain, PreTrainedModel):
+            return self.record.tensors
+        return stock.digests_in_memory(self.directory, self.record, lambda: _build_skeleton(plain, self.directory))
+
 
 def find(model: nn.Module) -> Base | None:
-    """Returns the artifact that the model was loaded from; None where it was loaded from something else.
+    """Returns the artifact, or plain model of ours, that the model was loaded from; None for anything else.
 
     Raises:
         AdapterError: its manifest cannot be read any more.
@@ -76,7 +82,12 @@ def find(model: nn.Module) -> Base | None:
         record = manifest.read(Path(where))
     except ArtifactError as error:
         raise AdapterError(str(error)) from error
-    return Base(Path(where).resolve(), record) if record.kind == "artifact" else None
+    return Base(Path(where).resolve(), record) if record.kind in manifest.MODELS else None
+
+
+def with_digests(model: nn.Module, directory: Path, record: Manifest) -> Manifest:
+    """Returns the manifest of a model's base, whose tensors have the names that they have in memory."""
+    return replace(record, tensors=Base(directory, record).tensors(lookup.plain_model(model)))
 
 
 def require(model: nn.Module) -> Base:
@@ -172,8 +183,8 @@ def _is_view(found: type, kind: type) -> bool:
     return issubclass(found, kind) and found.__name__.startswith("FSDP")
 
 
-def _build_skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
-    built: nn.Module = loading.on_meta(type(plain), _stored_configuration(plain, directory))
+def _build_skeleton(plain: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    built: PreTrainedModel = loading.on_meta(type(plain), _stored_configuration(plain, directory))
     return built
 
 
@@ -240,7 +251,7 @@ def _yield_held(model: PeftModel) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
     """Compares every tensor of the base with its digest in the artifact."""
-    found, expected = base_tensors(model), base.record.tensors
+    found, expected = base_tensors(model), base.tensors(lookup.plain_model(model))
     same = {id(found[name]) for name in expected if name in found}
     digests = tensors.digests_where_they_stand({n: t for n, t in found.items() if n in expected or id(t) not in same})
     changed = [name for name, digest in expected.items() if name in digests and digests[name] != digest]
@@ -273,7 +284,9 @@ def _is_cast(tensor: torch.Tensor, name: str, base: Base) -> bool:
     if entry is None or entry.shape.dtype == tensor.dtype or entry.shape.sizes != tuple(tensor.shape):
         return False
     stored = entry.read()
-    return tensors.digest(stored) == base.record.tensors[name] and torch.equal(stored.to(tensor.dtype), tensor.cpu())
+    return tensors.digest(stored) == base.record.tensors.get(name) and torch.equal(
+        stored.to(tensor.dtype), tensor.cpu()
+    )
 
 
 def _describe_difference(name: str, tensor: torch.Tensor, base: Base) -> str:

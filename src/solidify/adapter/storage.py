@@ -291,7 +291,7 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     """
     tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:
-        if files.is_file(candidate / manifest.NAME) and manifest.read(candidate, closed=False).kind == "artifact":
+        if files.is_file(candidate / manifest.NAME) and manifest.read(candidate, closed=False).kind in manifest.MODELS:
             return candidate
     raise AdapterError(
         f"the base of {adapter} is not at {' nor at '.join(dict.fromkeys(map(str, tried)))}; say where it is (--base)"

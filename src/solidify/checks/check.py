@@ -29,7 +29,7 @@ def check(
 ) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
-    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact is
+    Of a stock model that solidify wrote, files and tensors are compared. `base` says where an adapter's artifact is
     now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
@@ -93,7 +93,7 @@ def _check_one(
         return first
     if record.kind == "adapter":
         return first + _check_adapter(directory, record, base, trust_remote_code)
-    if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
+    if record.kind == "stock":  # a plain model: any tool may load it, and none of its code is ours to run
         return first
     return first + _check_artifact(directory, record, trust_remote_code, serve)
 
@@ -152,7 +152,7 @@ def _check_adapter(
     directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool
 ) -> list[Finding]:
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
-    below_record = manifest.read(base, "artifact", closed=False)
+    below_record = manifest.read(base, manifest.MODELS, closed=False)
     fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(

@@ -68,6 +68,7 @@ def merge(
     writing.refuse_foreign(output, [adapter], work="merge")
     stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
     sources = _stock_sources(adapter, base) if stock else _read_sources(adapter, base, trust_remote_code)
+    stock = stock or (sources.base_record is not None and sources.base_record.kind == "stock")
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
         if stock:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code)
@@ -121,7 +122,7 @@ def _read_sources(adapter: Path, base: str | Path | None, trust_remote_code: boo
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
     record = manifest.read(adapter, "adapter", closed=False)
     where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
-    base_record = manifest.read(where, "artifact")
+    base_record = manifest.read(where, manifest.MODELS)
     refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
     faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
     refuse(ArtifactError, f"{where} is not what was written", faults)
@@ -282,8 +283,12 @@ def _merge_stock(
 ) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    bare: list[str] = []
+    if sources.record is not None:
+        storage.refuse_wrong_base(skeleton, sources.record, sources.adapter)
+        bare = sources.record.trained["parameters"]
     extent = Extent.of(skeleton)
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)  # its words say more than PEFT's
     attached = None
     if extent.whole:
         attached = _Attached.of(
@@ -316,6 +321,8 @@ def _state_unread(adapter: Path) -> list[Finding]:
 
 
 def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+    if sources.record is not None:
+        return storage.load_adapter(model, sources.adapter)
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
         asked = configured.read(sources.adapter, model)  # without regular expressions of the file
         return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
@@ -343,6 +350,7 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
     step = {
         "step": "merge",
         "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
+        **({"trained": sources.record.trained} if sources.record is not None else {}),
         "ledger": made.counts(merger),
     }
     names = {path.name for path in made.files}
@@ -360,4 +368,5 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
         tensors=made.digests,
         headers={path.name: format.header_digest(path) for path in made.files},
         versions=manifest.current_versions(),
+        recipe=before.recipe if before is not None else None,
     )

@@ -103,7 +103,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         datasets.refuse_unprepared(recipe, base.processor)
         datasets.read_texts(recipe)
     healed = healing.plan(recipe, base.model, edits)
-    code = sources.compile_sources(base.model, edits)
+    code = sources.compile_sources(base.model, edits) if edits else None
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
@@ -131,9 +131,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         groups=[group.model_dump(exclude_none=True) for group in recipe.parameter_groups],
         tensors=_follow_tensors(names, edits),
         counts=counts,
-        files=code.files,
-        generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
-        requirements=code.requirements,
+        files=code.files if code is not None else {},
+        generated=sorted({f"{r.rpartition('.')[0]}.py" for r in code.auto_map.values()}) if code is not None else [],
+        requirements=code.requirements if code is not None else {},
         heal=healed,
     )
 
