@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from solidify.surgery.masks import mask as mask
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
+    from solidify.surgery.wrapping import wrap as wrap
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -121,6 +122,7 @@ _WHERE = {
     "trust": "directory.trust",
     "verify": "directory.signing",
     "windows": "objective.window",
+    "wrap": "surgery.wrapping",
 }
 
 __all__ = sorted([*_WHERE, "losses"])

@@ -158,6 +158,10 @@ def _make_entries(
             key = _make_key(edit.module_class, classes, taken)
             classes[key] = edit.module_class
             entry |= {"class": key, "supplied": list(edit.supplied), "arguments": edit.arguments, "bypass": edit.bypass}
+        if edit.further:
+            keys = [_make_key(cls, classes, taken) for cls in edit.further]
+            classes |= dict(zip(keys, edit.further, strict=True))
+            entry["classes"] = keys
         if edit.frozen:
             entry["frozen"] = list(edit.frozen)
         if edit.declares:
