@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from solidify.objective.weights import Constraint as Constraint
     from solidify.objective.weights import Schedule as Schedule
     from solidify.objective.window import windows as windows
+    from solidify.patched import from_patched as from_patched
     from solidify.recipe.dry_run import plan as plan
     from solidify.recipe.schema import Recipe as Recipe
     from solidify.recipe.stages import heal as heal
@@ -60,12 +61,12 @@ if TYPE_CHECKING:
     from solidify.surgery.masks import mask as mask
     from solidify.surgery.replacing import replace as replace
     from solidify.surgery.replacing import share as share
-    from solidify.surgery.wrapping import wrap as wrap
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
+    from solidify.wrapping import wrap as wrap
 
 _WHERE = {
     "AdapterError": "errors",
@@ -104,6 +105,7 @@ _WHERE = {
     "build": "building",
     "check": "checks.check",
     "distill": "healing.distilling",
+    "from_patched": "patched",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",
@@ -122,7 +124,7 @@ _WHERE = {
     "trust": "directory.trust",
     "verify": "directory.signing",
     "windows": "objective.window",
-    "wrap": "surgery.wrapping",
+    "wrap": "wrapping",
 }
 
 __all__ = sorted([*_WHERE, "losses"])

@@ -182,12 +182,19 @@ class Wrap(Operation):
     @classmethod
     def carried(cls) -> Callable[..., list[str] | None]:
         """Returns what builds the module, and those that it is made with."""
-        from solidify.surgery import wrapping
+        from solidify.surgery.describing import assemble
 
-        return wrapping.assemble
+        return assemble
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask, Wrap)
+class Patch(Wrap):
+    """What was done by hand, and `solidify.from_patched` found: a module, or its methods, attributes and hooks."""
+
+    recorded = "patch"
+    runs = folds = True
+
+
+OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask, Wrap, Patch)
 ASKED: dict[str, type[Operation]] = {each.asked: each for each in OPERATIONS if each.asked}
 _RECORDED: dict[str, type[Operation]] = {each.recorded: each for each in OPERATIONS}
 
