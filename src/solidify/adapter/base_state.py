@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import lookup, reading
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, stock, tensors
+from solidify.artifact import companions, loading, stock, tensors
 from solidify.directory import manifest
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -90,21 +90,28 @@ def with_digests(model: nn.Module, directory: Path, record: Manifest) -> Manifes
     return replace(record, tensors=Base(directory, record).tensors(lookup.plain_model(model)))
 
 
-def require(model: nn.Module) -> Base:
-    """Returns the artifact that the model was loaded from.
+def require(model: nn.Module, *, plain: bool = True) -> Base:
+    """Returns the artifact, or, if it may be, the plain model on disk, that the model was loaded from.
 
     Raises:
-        AdapterError: it was not loaded from one.
+        AdapterError: it was loaded from neither.
     """
-    base = find(model)
+    base = find(model) or (_find_plain(model) if plain else None)
     if base is None:
-        plain = lookup.plain_model(model)
-        where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
+        inside = lookup.plain_model(model)
+        where = inside.config.name_or_path if isinstance(inside, PreTrainedModel) else None
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so solidify could not tell later "
             "whether an adapter fits it; build it first and load it with solidify.load"
         )
     return base
+
+
+def _find_plain(model: nn.Module) -> Base | None:
+    """Returns the plain model's files, without a manifest, that a model was loaded from, if they are here and whole."""
+    plain = lookup.plain_model(model)
+    where = companions.directory_of(plain.config) if isinstance(plain, PreTrainedModel) else None
+    return Base(where.resolve(), stock.described(where)) if where is not None and stock.is_plain(where) else None
 
 
 def refuse_changed(model: nn.Module, base: Base) -> None:

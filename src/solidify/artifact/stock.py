@@ -162,11 +162,42 @@ def described(directory: Path) -> Manifest:
     return Manifest(
         kind="stock",
         base={"model": str(directory)},
+        lineage=[{"step": "base", "model": str(directory)}],
         code=code,
         files={"config.json": hashing.digest_file(directory / "config.json")},
         tensors=digest_cache.digests(weights),
         headers={path.name: format.header_digest(path) for path in weights},
     )
+
+
+def is_plain(directory: str | Path) -> bool:
+    """Returns whether a directory holds a plain model, whole safetensors and a configuration, without a manifest."""
+    where = Path(directory)
+    if files.is_file(where / manifest.NAME) or not files.is_file(where / "config.json"):
+        return False
+    return not foreign.attempt(checkpoint.weight_files, where).failed
+
+
+def read(directory: Path, *, closed: bool = True) -> Manifest:
+    """Returns the manifest of an artifact or a plain model; of one that has none, what it would say.
+
+    Raises:
+        ArtifactError: as `manifest.read`.
+    """
+    return described(directory) if is_plain(directory) else manifest.read(directory, manifest.MODELS, closed=closed)
+
+
+def load(directory: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """Loads an artifact or a plain model, with a manifest (all digests are compared first) or without.
+
+    Raises:
+        ArtifactError: as `loading.load_artifact`.
+        ModelError: a plain model cannot be loaded.
+    """
+    if not is_plain(directory):
+        return loading.load_artifact(directory, trust_remote_code=trust_remote_code, **options)
+    where = str(Path(directory).resolve())
+    return loading.load_base(where, trust_remote_code=trust_remote_code, options=options).model
 
 
 def digests_in_memory(directory: Path, record: Manifest, skeleton: Callable[[], PreTrainedModel]) -> dict[str, str]:

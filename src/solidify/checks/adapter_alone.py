@@ -17,8 +17,7 @@ from transformers import PreTrainedModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from solidify.adapter import base_state, storage  # noqa: E402
-from solidify.artifact import certificate  # noqa: E402
-from solidify.artifact.loading import load_artifact  # noqa: E402
+from solidify.artifact import certificate, stock  # noqa: E402
 from solidify.checks import roundtrip, structure, trainable  # noqa: E402
 from solidify.directory import manifest, trust  # noqa: E402
 from solidify.findings import Finding  # noqa: E402
@@ -43,9 +42,9 @@ def main() -> None:
     logging.disable_progress_bar()
     request = json.loads(sys.stdin.read())
     base, directory = Path(request["base"]), Path(request["adapter"])
-    record = manifest.read(base, manifest.MODELS)
+    record = stock.read(base)
     with trust.permitting(request["permitted"]):
-        plain, other = load_artifact(base), load_artifact(base)
+        plain, other = stock.load(base), stock.load(base)
     inputs = find_inputs(base, plain)
     expected = roundtrip.outputs(plain, inputs)
     model = storage.load_adapter(plain, directory)

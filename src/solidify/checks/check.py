@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, vocabulary
+from solidify.artifact import certificate, companions, loading, stock, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
 from solidify.directory import manifest, ours, private, results, signing, trust
@@ -152,7 +152,7 @@ def _check_adapter(
     directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool
 ) -> list[Finding]:
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
-    below_record = manifest.read(base, manifest.MODELS, closed=False)
+    below_record = stock.read(base, closed=False)
     fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(
@@ -160,9 +160,12 @@ def _check_adapter(
         not wrong,
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
-    below = _check_intact(base, below_record)
+    if stock.is_plain(base):
+        below = Finding.unseen(INTACT, "a plain model without a manifest: its digests are compared with the adapter's")
+    else:
+        below = _check_intact(base, below_record)
     findings = [fit, replace(below, name="its base is intact")]
-    if wrong or not below.passed:
+    if wrong or below.passed is False:
         return findings
     trust.require(below_record, base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory), "permitted": trust.fingerprint(below_record)}

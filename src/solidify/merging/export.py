@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify.adapter import configured, storage
-from solidify.artifact import autos, certificate, companions, loading
+from solidify.artifact import autos, certificate, companions, loading, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
@@ -66,17 +66,17 @@ def merge(
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     writing.refuse_foreign(output, [adapter], work="merge")
-    stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
-    sources = _stock_sources(adapter, base) if stock else _read_sources(adapter, base, trust_remote_code)
-    stock = stock or (sources.base_record is not None and sources.base_record.kind == "stock")
+    plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
+    sources = _stock_sources(adapter, base) if plain else _read_sources(adapter, base, trust_remote_code)
+    plain = plain or (sources.base_record is not None and sources.base_record.kind == "stock")
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
-        if stock:
+        if plain:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code)
         else:
             written, findings = _merge_artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
-    if sources.base_record is not None and not stock and trust.known(sources.base_record):
+    if sources.base_record is not None and not plain and trust.known(sources.base_record):
         trust.remember(written)  # a permission (`trust_remote_code`) holds for this command alone
     return Artifact(output, written, findings)
 
@@ -122,10 +122,11 @@ def _read_sources(adapter: Path, base: str | Path | None, trust_remote_code: boo
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
     record = manifest.read(adapter, "adapter", closed=False)
     where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
-    base_record = manifest.read(where, manifest.MODELS)
+    base_record = stock.read(where)
     refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
-    faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
-    refuse(ArtifactError, f"{where} is not what was written", faults)
+    if not stock.is_plain(where):
+        faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
+        refuse(ArtifactError, f"{where} is not what was written", faults)
     trust.require(base_record, where, trust_remote_code)
     return _Sources(adapter, record, where, base_record)
 
