@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pico
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import solidify
@@ -135,3 +137,14 @@ def test_what_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(AdapterError, match="pickled adapters are not read"):
         solidify.load_adapter(load_base(trained), tmp_path / "empty")
+
+
+def test_further_modules_of_a_sentence_transformer_are_listed_by_a_merge(trained: Path, tmp_path: Path) -> None:
+    """Their weight files have the name of the model's own, one directory below."""
+    shutil.copytree(trained / "base", tmp_path / "base")
+    (tmp_path / "base" / "2_Dense").mkdir()
+    (tmp_path / "base" / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    save_file({"linear.weight": torch.ones(2, 2)}, tmp_path / "base" / "2_Dense" / "model.safetensors")
+    solidify.merge(trained / "out" / "checkpoint-2", tmp_path / "merged", base=tmp_path / "base")
+    assert (tmp_path / "merged" / "2_Dense" / "model.safetensors").is_file()
+    assert solidify.check(tmp_path / "merged").passed

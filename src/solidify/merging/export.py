@@ -354,12 +354,9 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
         **({"trained": sources.record.trained} if sources.record is not None else {}),
         "ledger": made.counts(merger),
     }
-    names = {path.name for path in made.files}
-    others = {
-        str(path.relative_to(staging)): hashing.digest_file(path)
-        for path in sorted(staging.rglob("*"))
-        if path.is_file() and path.name not in names
-    }
+    names = {path.name for path in made.files}  # at the top; a further module's weights may have the same name
+    found = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+    others = {name: hashing.digest_file(path) for name, path in found.items() if name not in names}
     return Manifest(
         kind="stock",
         base=origin,
