@@ -139,6 +139,7 @@ def test_what_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
         solidify.load_adapter(load_base(trained), tmp_path / "empty")
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 def test_further_modules_of_a_sentence_transformer_are_listed_by_a_merge(trained: Path, tmp_path: Path) -> None:
     """Their weight files have the name of the model's own, one directory below."""
     shutil.copytree(trained / "base", tmp_path / "base")
