@@ -23,7 +23,7 @@ from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import differing, patching
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign, markup
 
 

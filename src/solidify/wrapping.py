@@ -18,7 +18,7 @@ from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.modules import wrapped_module
 from solidify.surgery.describing import WRAPPING, Classes, assemble, describe, part_faults
-from solidify.surgery.replacing import Edit
+from solidify.surgery.edit_record import Edit
 from solidify.system import foreign
 
 NAME = "module"  # where it stands in the model

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from solidify.model.operations import enclosing_config, layer_index, put_module
-from solidify.surgery.replacing import SUPPLIED, Edit
+from solidify.surgery.constructing import SUPPLIED
+from solidify.surgery.edit_record import Edit
 from solidify.upstream.torch import module_hooks
 
 WRAPPING = "_wrapping"  # attribute of a wrapped model: its record

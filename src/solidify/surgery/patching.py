@@ -14,10 +14,11 @@ from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import control
+from solidify.surgery.constructing import frozen
 from solidify.surgery.describing import Classes, assemble, describe, encode, part_faults
 from solidify.surgery.differing import Change, Differences
+from solidify.surgery.edit_record import Edit
 from solidify.surgery.provenance import Original
-from solidify.surgery.replacing import Edit, frozen
 from solidify.system import foreign
 
 
