@@ -107,7 +107,8 @@ def test_another_base_is_refused(runs: Mapping[str, Path], tmp_path: Path) -> No
 
 def test_another_dtype_is_written_as_it_is_loaded(runs: Mapping[str, Path], tmp_path: Path) -> None:
     base = runs["olmoe"] / "base"
-    solidify.build(write_recipe(tmp_path, base, base={"model": str(base), "dtype": "bfloat16"}))
+    lora = {"lora": {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}}
+    solidify.build(write_recipe(tmp_path, base, base={"model": str(base), "dtype": "bfloat16"}, adapter=lora))
     assert solidify.load(tmp_path / "run" / "artifact").dtype == torch.bfloat16
 
 
