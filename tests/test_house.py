@@ -44,7 +44,7 @@ ROOMS = (
     "command",
 )
 TOP_BELOW = {"errors", "findings"}  # known to every room
-TOP_ABOVE = {"edits", "building"}  # what `solidify.Surgery` and `solidify.build` are
+TOP_ABOVE = {"edits", "building", "wrapping", "patched"}  # what functions of the package are: `build`, `wrap`, ...
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from solidify.objective.weights import Constraint as Constraint
     from solidify.objective.weights import Schedule as Schedule
     from solidify.objective.window import windows as windows
+    from solidify.patched import from_patched as from_patched
     from solidify.recipe.dry_run import plan as plan
     from solidify.recipe.schema import Recipe as Recipe
     from solidify.recipe.stages import heal as heal
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
+    from solidify.wrapping import wrap as wrap
 
 _WHERE = {
     "AdapterError": "errors",
@@ -110,6 +112,7 @@ _WHERE = {
     "check": "checks.check",
     "distill": "healing.distilling",
     "export": "exporting.forms",
+    "from_patched": "patched",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",
@@ -129,6 +132,7 @@ _WHERE = {
     "trust": "directory.trust",
     "verify": "directory.signing",
     "windows": "objective.window",
+    "wrap": "wrapping",
 }
 
 __all__ = sorted([*_WHERE, "losses"])

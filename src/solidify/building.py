@@ -53,7 +53,7 @@ def build(
         output = stages.output_of(loaded, directory)
         report = stages.build_alone(loaded, output, link=link)
         report.require()
-        return Artifact(output / "artifact", manifest.read(output / "artifact", "artifact"), report.findings)
+        return Artifact(output / "artifact", manifest.read(output / "artifact", manifest.MODELS), report.findings)
     if edits is None or directory is None:
         raise ArtifactError("an edited model is built from its edits into a directory: build(model, edits, directory)")
     return solidify.build(model, edits, directory, tokenizer=tokenizer, base=base, recipe=recipe, link=link)

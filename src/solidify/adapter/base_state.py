@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import lookup, reading
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import loading, quantizing, tensors
+from solidify.artifact import companions, loading, quantizing, stock, tensors
 from solidify.directory import manifest, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
@@ -58,14 +58,20 @@ _NAMED = 6  # names in one sentence
 
 @dataclass(frozen=True)
 class Base:
-    """The artifact that a model stands for: where it is, and its manifest."""
+    """What a model was loaded from, an artifact or a plain model: where it is, and its manifest."""
 
     directory: Path
     record: Manifest
 
+    def tensors(self, plain: nn.Module) -> dict[str, str]:
+        """Returns the digest of every tensor by its name in memory; a plain model's files may have other names."""
+        if self.record.kind == "artifact" or not isinstance(plain, PreTrainedModel):
+            return self.record.tensors
+        return stock.digests_in_memory(self.directory, self.record, lambda: _build_skeleton(plain, self.directory))
+
 
 def find(model: nn.Module) -> Base | None:
-    """Returns the artifact that the model was loaded from; None where it was loaded from something else.
+    """Returns the artifact, or plain model of ours, that the model was loaded from; None for anything else.
 
     Raises:
         AdapterError: its manifest cannot be read any more.
@@ -78,24 +84,36 @@ def find(model: nn.Module) -> Base | None:
         record = manifest.read(Path(where))
     except ArtifactError as error:
         raise AdapterError(str(error)) from error
-    return Base(Path(where).resolve(), record) if record.kind == "artifact" else None
+    return Base(Path(where).resolve(), record) if record.kind in manifest.MODELS else None
 
 
-def require(model: nn.Module) -> Base:
-    """Returns the artifact that the model was loaded from.
+def with_digests(model: nn.Module, directory: Path, record: Manifest) -> Manifest:
+    """Returns the manifest of a model's base, whose tensors have the names that they have in memory."""
+    return replace(record, tensors=Base(directory, record).tensors(lookup.plain_model(model)))
+
+
+def require(model: nn.Module, *, plain: bool = True) -> Base:
+    """Returns the artifact, or, if it may be, the plain model on disk, that the model was loaded from.
 
     Raises:
-        AdapterError: it was not loaded from one.
+        AdapterError: it was loaded from neither.
     """
-    base = find(model)
+    base = find(model) or (_find_plain(model) if plain else None)
     if base is None:
-        plain = lookup.plain_model(model)
-        where = plain.config.name_or_path if isinstance(plain, PreTrainedModel) else None
+        inside = lookup.plain_model(model)
+        where = inside.config.name_or_path if isinstance(inside, PreTrainedModel) else None
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so solidify could not tell later "
             "whether an adapter fits it; build it first and load it with solidify.load"
         )
     return base
+
+
+def _find_plain(model: nn.Module) -> Base | None:
+    """Returns the plain model's files, without a manifest, that a model was loaded from, if they are here and whole."""
+    plain = lookup.plain_model(model)
+    where = companions.directory_of(plain.config) if isinstance(plain, PreTrainedModel) else None
+    return Base(where.resolve(), stock.described(where)) if where is not None and stock.is_plain(where) else None
 
 
 def refuse_changed(model: nn.Module, base: Base) -> None:
@@ -176,8 +194,8 @@ def _is_view(found: type, kind: type) -> bool:
     return issubclass(found, kind) and found.__name__.startswith("FSDP")
 
 
-def _build_skeleton(plain: PreTrainedModel, directory: Path) -> nn.Module:
-    built: nn.Module = loading.on_meta(type(plain), _stored_configuration(plain, directory))
+def _build_skeleton(plain: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    built: PreTrainedModel = loading.on_meta(type(plain), _stored_configuration(plain, directory))
     return built
 
 
@@ -283,7 +301,8 @@ def _tensor_faults(model: nn.Module, base: Base) -> list[str]:
     """Compares every tensor of the base with its digest in the artifact."""
     packed, held = packed_faults(model), base_tensors(model)
     found = {name: tensor for name, tensor in held.items() if name not in packed}
-    expected = {name: digest for name, digest in base.record.tensors.items() if name not in packed}
+    recorded = base.tensors(lookup.plain_model(model))
+    expected = {name: digest for name, digest in recorded.items() if name not in packed}
     same = {id(found[name]) for name in expected if name in found}
     digests = tensors.digests_where_they_stand({n: t for n, t in found.items() if n in expected or id(t) not in same})
     changed = [name for name, digest in expected.items() if name in digests and digests[name] != digest]
@@ -317,7 +336,9 @@ def _is_cast(tensor: torch.Tensor, name: str, base: Base) -> bool:
     if entry is None or entry.shape.dtype == tensor.dtype or entry.shape.sizes != tuple(tensor.shape):
         return False
     stored = entry.read()
-    return tensors.digest(stored) == base.record.tensors[name] and torch.equal(stored.to(tensor.dtype), tensor.cpu())
+    return tensors.digest(stored) == base.record.tensors.get(name) and torch.equal(
+        stored.to(tensor.dtype), tensor.cpu()
+    )
 
 
 def _describe_difference(name: str, tensor: torch.Tensor, base: Base) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.adapter.base_state import Base
-from solidify.artifact import certificate, loading, quantizing, tensors
+from solidify.artifact import certificate, quantizing, stock, tensors
 from solidify.behaviour import calling
 from solidify.directory import trust
 from solidify.errors import AdapterError, SurgeryError, refuse
@@ -47,7 +47,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     plain: Any = lookup.plain_model(model)
     with torch.random.fork_rng(), console.silence():
         with trust.permitting(trust.fingerprint(base.record)):  # the model in memory is made of it
-            fresh = loading.load_artifact(base.directory, **_choose_options(plain, base))
+            fresh = stock.load(base.directory, trust_remote_code=bool(base.record.code), **_choose_options(plain, base))
         again = load(fresh, directory)
     mine, theirs = held(model), held(again)
     faults = [f"{key} is missing" for key in mine if key not in theirs]

@@ -17,19 +17,29 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, kinds, lookup, readback, together, tokens, verbs
+from solidify.adapter import (
+    base_state,
+    configured,
+    foreign_adapter,
+    kinds,
+    lookup,
+    readback,
+    together,
+    tokens,
+    verbs,
+)
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
-from solidify.artifact import autos, cards, loading, quantizing
+from solidify.artifact import autos, cards, loading, quantizing, stock
 from solidify.directory import manifest, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
 from solidify.model import quantized
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
-from solidify.system import files, foreign
+from solidify.system import console, files, foreign
 from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import TensorSource
 
@@ -197,11 +207,16 @@ def load_adapter(
 
     `model` is the artifact's model, or a PeftModel that already carries other adapters of the same base.
 
+    An adapter that plain PEFT wrote (a trainer's `checkpoint-500`, too) is put on any model that all its tensors fit.
+    Nothing tells on which weights it was trained; that this was not looked at is printed.
+
     Raises:
         AdapterError: the adapter was trained on another base (the message says what differs), is incomplete or was
             changed, or `name` is taken. The model is then as it was.
     """
     directory = Path(directory).resolve()
+    if foreign_adapter.is_one(directory):
+        return _put_plain(model, directory, name, trainable=trainable)
     record = manifest.read(directory, "adapter", closed=False)
     with checkpoint.steady([directory / file for file in record.listed()]):
         refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
@@ -211,13 +226,34 @@ def load_adapter(
 def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
     """Puts an adapter, whose files were compared with its manifest, on a model."""
     refuse_wrong_base(model, record, directory)
+    _refuse_taken(model, name)
+    base_state.refuse_changed(model, base_state.require(model))
+    return _inject(model, directory, record, name, trainable=trainable)
+
+
+def _refuse_taken(model: nn.Module, name: str) -> None:
     existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
-    base = base_state.require(model)
-    base_state.refuse_changed(model, base)
+
+
+def _put_plain(model: nn.Module, directory: Path, name: str, *, trainable: bool) -> PeftModel:
+    """Puts an adapter that plain PEFT wrote on a model, and says what nothing tells of it."""
+    record = foreign_adapter.describe(directory)
+    _refuse_taken(model, name)
+    if (base := base_state.find(model)) is not None:
+        base_state.refuse_changed(model, base)
+    found = _inject(model, directory, record, name, trainable=trainable)
+    console.words.print(foreign_adapter.unverified(directory, lookup.plain_model(model)))
+    return found
+
+
+def _inject(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
+    """Has PEFT put an adapter on a model, fills it, and compares; all or nothing."""
+    existing = lookup.peft_model(model)
     configuration = configured.read(directory, model)
-    configuration.base_model_name_or_path = str(base.directory)  # by digests; PEFT would warn that it moved
+    base = base_state.find(model) if record.base else None  # by digests; PEFT would warn that its path is another
+    configuration.base_model_name_or_path = str(base.directory) if base is not None else None
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
@@ -292,7 +328,8 @@ def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
 
 def refuse_wrong_base(model: nn.Module, record: Manifest, directory: Path) -> None:
     """Raises AdapterError with what differs when the model is not the artifact that the adapter was trained on."""
-    base = base_state.require(model)
+    of_artifact = record.base.get("code") != hashing.digest_values({})
+    base = base_state.require(model, plain=not of_artifact)
     found = base.record.digest()
     faults = [word for key, word in base_state.WORDS.items() if record.base.get(key) != found[key]]
     refuse(
@@ -319,16 +356,19 @@ def load(
     `keep` names stay in their dtype. An adapter is loaded on a quantised base and on one that is not, however it was
     trained.
 
+    With an adapter, the directory may hold a plain model that has no manifest: it is compared with what the adapter
+    says of its base.
+
     Raises:
         ArtifactError, AdapterError: as `load_artifact` and `load_adapter`.
         ModelError: the artifact cannot be quantised as asked.
     """
     if quantization is not None and adapter is not None:
         keep = [*([keep] if isinstance(keep, str) else keep), *_trained_apart(Path(adapter))]
-    model = loading.load_artifact(
-        directory, trust_remote_code=trust_remote_code, quantization=quantization, keep=keep, **options
-    )
-    return model if adapter is None else load_adapter(model, adapter)
+    asked: dict[str, Any] = {"trust_remote_code": trust_remote_code, "quantization": quantization, "keep": keep}
+    if adapter is None:
+        return loading.load_artifact(directory, **asked, **options)
+    return load_adapter(stock.load(directory, **asked, **options), adapter)
 
 
 def _trained_apart(adapter: Path) -> list[str]:
@@ -346,7 +386,8 @@ def find_base(record: Manifest, adapter: Path) -> Path:
     """
     tried: list[Path] = [Path(record.base["path"]), (adapter / record.base.get("relative", ".")).resolve()]
     for candidate in tried:
-        if files.is_file(candidate / manifest.NAME) and manifest.read(candidate, closed=False).kind == "artifact":
+        held = files.is_file(candidate / manifest.NAME)
+        if (held and manifest.read(candidate, closed=False).kind in manifest.MODELS) or stock.is_plain(candidate):
             return candidate
     raise AdapterError(
         f"the base of {adapter} is not at {' nor at '.join(dict.fromkeys(map(str, tried)))}; say where it is (--base)"

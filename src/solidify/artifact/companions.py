@@ -34,6 +34,7 @@ _WEIGHTS = (
 _OURS = {manifest.NAME, manifest.CARD, "config.json", "generation_config.json"}
 _ADAPTER = re.compile(r"adapter_(config\.json|model\..+)")
 _TRAINING = re.compile(r"checkpoint-\d+|global_step\d+")
+_STATE = ("trainer_state.json", "training_args.bin", "scaler.pt", "latest", "zero_to_fp32.py")  # of a training
 _TOKENIZER = re.compile(
     r"tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.+\.(spm|bpe)\.model|.+\.tiktoken"
     r"|(spiece|tokenizer|sentencepiece)\.model|chat_template\.(jinja|json)|additional_chat_templates/.+"
@@ -179,6 +180,8 @@ def _explain_left(name: str, path: Path, root: Path, parts: set[str]) -> str:
         return "an adapter, which would be applied when the artifact is loaded"
     if name.lower() == manifest.SIGNATURE:
         return "a signature of the base, not of the new model"
+    if name in _STATE:
+        return "the state of a training"
     if name.endswith(_WEIGHTS):
         if PurePosixPath(name).parent.as_posix() in parts and name.endswith(".safetensors"):
             return ""  # a further module of a sentence-transformers model, with weights of its own

@@ -52,7 +52,12 @@ def trace(model: PreTrainedModel, edits: Sequence[Edit] = ()) -> Ancestor:
     for entry in reversed(earlier):
         assign(config, entry.get("before", {}))
     config.__class__ = type(config).__mro__[1]
+    leading = vars(config).get("auto_map") or {}
     for key in ("surgery", "auto_map", "model_type"):
         vars(config).pop(key, None)
+    if not any(cls.__module__.startswith("transformers.models.") for cls in head.__mro__):
+        # Nothing of transformers says by which Auto class it is loaded: only what was written does.
+        config.auto_map = {auto: reference.replace(f".{MIXIN}", ".") for auto, reference in leading.items()}
     classes = vars(sys.modules[type(model).__module__])["CLASSES"]
-    return Ancestor(head, config, earlier, {e["class"]: classes[e["class"]] for e in earlier if "class" in e})
+    keys = [key for e in earlier for key in ([e["class"]] if "class" in e else []) + e.get("classes", [])]
+    return Ancestor(head, config, earlier, {key: classes[key] for key in keys})

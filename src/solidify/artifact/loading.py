@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +65,15 @@ def load_base(
     trust_remote_code: bool = False,
     scratch: Scratch | None = None,
     quantized: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> BaseModel:
     """Loads a pretrained model from a hub id, a directory or an artifact, with the head that its configuration names.
 
     With `device="meta"` nothing is read but the configuration. The class is one of transformers', or, with
     `trust_remote_code`, one that the model brings itself. With `scratch`, a large model that is not stored as it stands
     in memory is converted there, tensor by tensor, and mapped from there. One whose files are quantised is taken only
-    with `quantized`: what is made of it (surgery) needs the base's own numbers, a teacher does not.
+    with `quantized`: what is made of it (surgery) needs the base's own numbers, a teacher does not. `options` are
+    transformers' own.
 
     Raises:
         ModelError: there is no such model, its class is not known, its code may not run, its files are quantised, or
@@ -95,19 +97,19 @@ def load_base(
         )
     if kind is not None:
         _refuse_changed(Path(reference), "stock")
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    words: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if files.is_directory(reference):
         files.document(Path(reference) / "config.json", ModelError)
     try:
         with nullcontext() if trust_remote_code else trust.never_asking():
-            model, info, name = _read_model(reference, dtype, device, options, scratch, quantized)
+            model, info, name = _read_model(reference, dtype, device, words, scratch, quantized, options or {})
     except Exception as error:
         if isinstance(error, SolidifyError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        words = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
-        if not trust_remote_code and "trust_remote_code" in words:  # a configuration or a class of its own
-            words = f"it brings code of its own; {_PERMIT}"
-        raise ModelError(f"the base {reference!r} cannot be loaded: {words[:400]}") from error
+        said = foreign.said(error).removeprefix("OSError: ").removeprefix("ValueError: ")
+        if not trust_remote_code and "trust_remote_code" in said:  # a configuration or a class of its own
+            said = f"it brings code of its own; {_PERMIT}"
+        raise ModelError(f"the base {reference!r} cannot be loaded: {said[:400]}") from error
     refuse(
         ModelError,
         f"the base {reference!r} is incomplete; its class would fill in random values",
@@ -131,6 +133,7 @@ def _read_model(
     options: dict[str, Any],
     scratch: Scratch | None,
     quantized: bool,
+    more: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
@@ -152,7 +155,10 @@ def _read_model(
     where = conversion.converted(reference, head, config, dtype, options, scratch) if scratch else reference
     with without_conversion() if where != reference else nullcontext():
         model, info = head.from_pretrained(
-            where, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+            where,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **{"dtype": dtype or "auto", **options, **more},
         )  # what is mismatched is in `info`, and refused by the caller
     model.config.name_or_path = reference
     return model, info, name
@@ -329,18 +335,31 @@ def load_artifact(
     """
     directory = Path(directory).resolve()
     quantizing.refuse_contradictory(quantization, keep, options)
+    if manifest.read(directory, manifest.MODELS).kind == "stock":
+        return _load_stock(
+            directory, trust_remote_code=trust_remote_code, quantization=quantization, keep=keep, **options
+        )
     with _open_artifact(directory, trust_remote_code) as (record, own):
         kept: dict[str, str] = {}
         if quantization is not None:
-            skeleton = _build_skeleton(own)
-            kept = quantizing.plain(skeleton, record.edits, keep)
-            dtype = quantizing.asked_dtype(options)
-            config = quantizing.resolve(quantization, skeleton, record.edits, keep, dtype)
-            options = {**options, "quantization_config": config}
+            kept, options = _choose_quantized(_build_skeleton(own), record.edits, quantization, keep, options)
         model = _load_model(directory, record, own, options)
         if "quantization_config" in options:
             quantizing.note(model, kept, directory)
         return model
+
+
+def _choose_quantized(
+    skeleton: PreTrainedModel,
+    edits: Sequence[Mapping[str, Any]],
+    quantization: quantizing.Asked,
+    keep: str | Sequence[str],
+    options: dict[str, Any],
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns what is not quantised, and why; and the options of transformers that quantise the rest."""
+    kept = quantizing.plain(skeleton, edits, keep)
+    config = quantizing.resolve(quantization, skeleton, edits, keep, quantizing.asked_dtype(options))
+    return kept, {**options, "quantization_config": config}
 
 
 def _build_skeleton(own: Path) -> PreTrainedModel:
@@ -348,6 +367,40 @@ def _build_skeleton(own: Path) -> PreTrainedModel:
     with foreign.calling("the model cannot be made", ArtifactError):
         config = AutoConfig.from_pretrained(own, trust_remote_code=True)
         return on_meta(getattr(transformers, autos.own_class(own)), config, trust_remote_code=True)
+
+
+def load_plain(
+    directory: Path,
+    *,
+    trust_remote_code: bool,
+    quantization: quantizing.Asked | None = None,
+    keep: str | Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """Loads a plain model of transformers; quantised as `load_artifact` says.
+
+    Raises:
+        ModelError: as `load_base`; or it cannot be quantised as asked.
+    """
+    quantizing.refuse_contradictory(quantization, keep, options)
+    kept: dict[str, str] = {}
+    if quantization is not None:
+        skeleton = load_base(str(directory), device="meta", trust_remote_code=trust_remote_code).model
+        kept, options = _choose_quantized(skeleton, (), quantization, keep, options)
+    model = load_base(str(directory), trust_remote_code=trust_remote_code, options=options).model
+    if "quantization_config" in options:
+        quantizing.note(model, kept, directory)
+    return model
+
+
+def _load_stock(directory: Path, **asked: Any) -> PreTrainedModel:
+    """Loads a plain model whose manifest is ours: nothing but transformers' own code runs, unless that is allowed."""
+    record = manifest.read(directory, "stock")
+    with checkpoint.steady([directory / name for name in record.headers]):
+        refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
+        model = load_plain(directory, **asked)
+    vars(model)[ORIGIN] = record.digest()
+    return model
 
 
 def _load_model(directory: Path, record: Manifest, own: Path, options: dict[str, Any]) -> PreTrainedModel:
@@ -404,7 +457,7 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
 def _find_artifact(directory: str | Path) -> Path:
     """Returns the directory of an artifact."""
     found = Path(directory).resolve()
-    manifest.read(found, "artifact")
+    manifest.read(found, manifest.MODELS)
     return found
 
 
@@ -416,7 +469,10 @@ def load_processor(directory: str | Path, *, trust_remote_code: bool = False) ->
         ModelError: a package that the processor is made of is not installed.
     """
     directory = _find_artifact(directory)
-    with _open_artifact(directory, trust_remote_code, weights=False) as (_, own):
-        processor = _load_processor(str(own), None, trust_remote_code=True, needed=True)
-        private.point_back(processor, own, directory)
+    if manifest.kind(directory) == "stock":
+        processor = _load_processor(str(directory), None, trust_remote_code=trust_remote_code, needed=True)
+    else:
+        with _open_artifact(directory, trust_remote_code, weights=False) as (_, own):
+            processor = _load_processor(str(own), None, trust_remote_code=True, needed=True)
+            private.point_back(processor, own, directory)
     return processor if processor is not None else load_tokenizer(directory, trust_remote_code=trust_remote_code)

@@ -22,7 +22,7 @@ from solidify.findings import Finding, Report, tell
 from solidify.model import anatomy, operations
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.surgery import ledger
+from solidify.surgery import describing, ledger
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign, markup
 from solidify.upstream.transformers import REFERENCE
@@ -180,6 +180,7 @@ def _fill_staging(
     link: bool,
     extent: Extent,
 ) -> tuple[Manifest, list[Finding]]:
+    edits = [*describing.made_by(model), *edits]
     refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
     source = companions.directory_of(model.config)
     travelling = tokenizer

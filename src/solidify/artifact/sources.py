@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import jinja2
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.artifact import autos, descent
@@ -59,8 +59,10 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     bases = list(dict.fromkeys([before.head, *family.classes, model_class]))
     entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
-    carried = closure.collect([*classes.values(), *bases, type(before.config)], reserved=reserved)
-    stateful = any(layer_types.kind_of(cls) is not None for cls in classes.values())
+    functions = [each for each in classes.values() if isinstance(each, FunctionType)]
+    kinds = [each for each in classes.values() if not isinstance(each, FunctionType)]
+    carried = closure.collect([*kinds, *bases, type(before.config)], functions=functions, reserved=reserved)
+    stateful = any(layer_types.kind_of(cls) is not None for cls in kinds)
     files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
@@ -146,18 +148,22 @@ def _head_keys(model: PreTrainedModel, prefix: str) -> list[str]:
 
 def _make_entries(
     before: Ancestor, edits: Sequence[Edit], taken: set[str]
-) -> tuple[list[dict[str, Any]], dict[str, type[nn.Module]]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns the changes as config.json holds them, and the classes that they name.
 
     All modules that were treated alike, one after the other, are one entry. Classes of one name get different keys.
     """
-    entries, classes = list(before.earlier), dict(before.classes)
+    entries, classes = list(before.earlier), dict[str, Any](before.classes)
     for number, edit in enumerate(edits):
         entry: dict[str, Any] = {"operation": edit.operation, **edit.settings}
         if edit.module_class is not None:
             key = _make_key(edit.module_class, classes, taken)
             classes[key] = edit.module_class
             entry |= {"class": key, "supplied": list(edit.supplied), "arguments": edit.arguments, "bypass": edit.bypass}
+        if edit.further:
+            keys = [_make_key(cls, classes, taken) for cls in edit.further]
+            classes |= dict(zip(keys, edit.further, strict=True))
+            entry["classes"] = keys
         if edit.frozen:
             entry["frozen"] = list(edit.frozen)
         if edit.declares:
@@ -172,9 +178,9 @@ def _make_entries(
     return entries, classes
 
 
-def _make_key(cls: type[nn.Module], classes: dict[str, type[nn.Module]], taken: set[str]) -> str:
+def _make_key(cls: Any, classes: Mapping[str, Any], taken: set[str]) -> str:
     """Returns the name by which config.surgery calls a class: its own, with a number when another has it."""
-    number, key = 1, cls.__name__
+    number, key = 1, str(cls.__name__)
     while key in taken or classes.get(key, cls) is not cls:
         number += 1
         key = f"{cls.__name__}_{number}"
@@ -187,7 +193,7 @@ def _list_names(entry: dict[str, Any]) -> list[str]:
 
 
 def _list_imports(
-    modules: dict[type, str], classes: dict[str, type[nn.Module]], bases: Sequence[type], wanted: dict[str, set[str]]
+    modules: Mapping[Any, str], classes: Mapping[str, Any], bases: Sequence[type], wanted: dict[str, set[str]]
 ) -> list[tuple[str, list[str]]]:
     """Returns the import lines of the modelling file: packages first, then files beside it."""
     for base in bases:
@@ -198,6 +204,6 @@ def _list_imports(
     return [(module, sorted(names)) for module, names in lines]
 
 
-def _find_home(cls: type, modules: dict[type, str]) -> str:
+def _find_home(cls: type, modules: Mapping[Any, str]) -> str:
     """Returns the module to import a class from: transformers itself for what it exports."""
     return "transformers" if getattr(transformers, cls.__name__, None) is cls else modules[cls]

@@ -26,7 +26,8 @@ def words(model: PreTrainedModel) -> str:
         return (
             f"there are none, but {', '.join(patched[:_SHOWN])}{more} that {type(model).__name__} does not put there; "
             "a change made by hand cannot be built again: load the base again, make the change by solidify.replace "
-            "(insert, remove, add), and pass the edits that these return"
+            "(insert, remove, add), and pass the edits that these return; or let solidify.from_patched(base, model) "
+            "find what differs, and build that"
         )
     return (
         f"there are none, and all modules are those of a plain {type(model).__name__}; change it by solidify.replace "

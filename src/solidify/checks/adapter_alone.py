@@ -14,18 +14,28 @@ gc.disable()  # what is imported stays: to look through it for garbage, again an
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from solidify.adapter import storage  # noqa: E402
-from solidify.artifact import certificate, quantizing  # noqa: E402
-from solidify.artifact.loading import load_artifact  # noqa: E402
+from solidify.adapter import base_state, storage  # noqa: E402
+from solidify.artifact import certificate, quantizing, stock  # noqa: E402
 from solidify.checks import roundtrip, structure, trainable  # noqa: E402
 from solidify.directory import manifest, trust  # noqa: E402
 from solidify.errors import ModelError  # noqa: E402
 from solidify.findings import Finding  # noqa: E402
+from solidify.model import probing  # noqa: E402
 
 gc.freeze()
 gc.enable()
+
+
+def find_inputs(base: Path, plain: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns what an artifact's certificate was made with; for a plain model, which has none, inputs made up anew."""
+    if not (base / certificate.NAME).is_dir():
+        return {case: probing.probe_inputs(plain, **settings) for case, settings in certificate.CASES.items()}
+    stored = load_file(base / certificate.NAME / "inputs.safetensors")
+    cases = sorted({key.split("/")[0] for key in stored})
+    return {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}
 
 
 def main() -> None:
@@ -34,12 +44,10 @@ def main() -> None:
     logging.disable_progress_bar()
     request = json.loads(sys.stdin.read())
     base, directory = Path(request["base"]), Path(request["adapter"])
-    record = manifest.read(base, "artifact")
-    stored = load_file(base / certificate.NAME / "inputs.safetensors")
-    cases = sorted({key.split("/")[0] for key in stored})
-    inputs = {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}
+    record = stock.read(base)
     with trust.permitting(request["permitted"]):
-        plain, other = load_artifact(base), load_artifact(base)
+        plain, other = stock.load(base), stock.load(base)
+    inputs = find_inputs(base, plain)
     expected = roundtrip.outputs(plain, inputs)
     model = storage.load_adapter(plain, directory)
     with_adapter = roundtrip.outputs(model, inputs)
@@ -47,7 +55,7 @@ def main() -> None:
     findings = [
         Finding("loads completely", True, "every tensor of the adapter was used once"),
         structure.structure(model, record.edits),
-        trainable.frozen(model, record),
+        trainable.frozen(model, base_state.with_digests(model, base, record)),
         *roundtrip.adapter_effect(model, expected, inputs),
         roundtrip.wrong_base_refused(model, manifest.read(directory, "adapter"), directory),
         replace(
@@ -73,7 +81,7 @@ def on_quantized(base: Path, directory: Path, inputs: Mapping[str, Mapping[str, 
         quantizing.require_library(config)
     except ModelError as error:
         return [Finding.unseen(name, str(error))]
-    plain = load_artifact(base, **quantizing.on_cpu(config))
+    plain = stock.load(base, **quantizing.on_cpu(config))
     expected = roundtrip.outputs(plain, inputs)
     found = roundtrip.adapter_effect(storage.load_adapter(plain, directory), expected, inputs)
     return [replace(each, name=f"{each.name} ({quantizing.describe(config)})") for each in found]

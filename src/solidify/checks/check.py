@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, vocabulary
+from solidify.artifact import certificate, companions, loading, stock, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
 from solidify.directory import manifest, ours, private, results, signing, trust
@@ -29,7 +29,7 @@ def check(
 ) -> Report:
     """Checks an artifact, an adapter or a run's output directory in fresh processes; nothing is changed.
 
-    Of a stock model that solidify merged, files and tensors are compared. `base` says where an adapter's artifact is
+    Of a stock model that solidify wrote, files and tensors are compared. `base` says where an adapter's artifact is
     now, if it moved.
 
     Files and tensors are compared with the manifest before any code of the directory runs; when something differs, none
@@ -93,7 +93,7 @@ def _check_one(
         return first
     if record.kind == "adapter":
         return first + _check_adapter(directory, record, base, trust_remote_code)
-    if record.kind == "stock":  # a merged plain model: any tool may load it, and none of its code is ours to run
+    if record.kind == "stock":  # a plain model: any tool may load it, and none of its code is ours to run
         return first
     return first + _check_artifact(directory, record, trust_remote_code, serve)
 
@@ -152,7 +152,7 @@ def _check_adapter(
     directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool
 ) -> list[Finding]:
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
-    below_record = manifest.read(base, "artifact", closed=False)
+    below_record = stock.read(base, closed=False)
     fits = below_record.digest()
     wrong = [key for key in fits if record.base.get(key) != fits[key]]
     fit = Finding(
@@ -160,9 +160,12 @@ def _check_adapter(
         not wrong,
         f"differs in {', '.join(wrong)}" if wrong else f"digests of {base} match",
     )
-    below = _check_intact(base, below_record)
+    if stock.is_plain(base):
+        below = Finding.unseen(INTACT, "a plain model without a manifest: its digests are compared with the adapter's")
+    else:
+        below = _check_intact(base, below_record)
     findings = [fit, replace(below, name="its base is intact")]
-    if wrong or not below.passed:
+    if wrong or below.passed is False:
         return findings
     trust.require(below_record, base, trust_remote_code)
     request = {"base": str(base), "adapter": str(directory), "permitted": trust.fingerprint(below_record)}

@@ -93,7 +93,10 @@ def _write_kind(branch: Branch) -> Text:
 
 def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows what a recipe would do, from the plain values of a plan."""
-    yield _show_surgery(document["edits"])
+    if document["edits"]:
+        yield _show_surgery(document["edits"])
+    else:
+        yield "Surgery: none. The base is trained as it stands, and OUTPUT/artifact is that base.\n"
     yield from _show_declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
     if "heal" in document:
@@ -114,7 +117,8 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield from _show_quantization(document["quantization"])
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
-    yield from _show_files(document["files"], document["generated"])
+    if document["files"]:
+        yield from _show_files(document["files"], document["generated"])
 
 
 def _show_quantization(planned: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -31,6 +31,7 @@ FORMAT = 1
 PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 PARTS = ("artifact", "adapter", "merged")  # of a run, each with a manifest of its own
 KINDS = ("artifact", "adapter", "stock")
+MODELS = ("artifact", "stock")  # what can be loaded, trained on and merged into
 # What version control, the hub's client and file browsers leave. Nothing that loads a model opens any of it by name,
 # and none of it can be imported; it is not even listed to them, since they are given a private copy (`private.py`).
 LEFT_BY_TOOLS = (".gitattributes", ".gitignore", ".DS_Store")
@@ -42,7 +43,7 @@ _NAMED = 6  # names in one sentence
 
 @dataclass(frozen=True)
 class Manifest:
-    """Lineage and digests of a directory. `kind` is `artifact`, `adapter` or `stock` (a merged model of stock layout).
+    """Lineage and digests of a directory. `kind` is `artifact`, `adapter` or `stock` (a plain model, merged or not).
 
     For an artifact, `code` and `files` map file names to digests, `tensors` tensor names, and `headers` the names of
     weight files to the digests of what stands before their tensors. For an adapter, `base` holds the three digests of
@@ -93,7 +94,7 @@ def _format_text(document: dict[str, Any], digest: str) -> str:
     return json.dumps({**document, "digest": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
-def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Manifest:
+def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: bool = True) -> Manifest:
     """Reads the manifest of `directory`, and looks whether the directory holds what it lists and nothing else.
 
     Of the files, names and kinds are looked at and no content (`faults` does). Who looks for strangers in another way
@@ -101,7 +102,8 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
 
     Raises:
         ArtifactError: there is none, it is not readable, was changed, is of a newer format, or of another kind than
-            `kind`; a name in it leads elsewhere; something stands in the directory that it does not list, or lacks.
+            `kind` (all of them); a name in it leads elsewhere; something stands in the directory that it does not list,
+            or lacks.
     """
     path = directory / NAME
     if not files.is_directory(directory):
@@ -113,8 +115,9 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
             raise ArtifactError(f"{directory} is the output of a run, which has no {NAME} of its own: name {each}")
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
     manifest = _parse_manifest(path)
-    if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory} is {name_kind(manifest.kind)}, but {name_kind(kind)} was expected")
+    wanted = (kind,) if isinstance(kind, str) else kind
+    if wanted is not None and manifest.kind not in wanted:
+        raise ArtifactError(f"{directory} is {name_kind(manifest.kind)}, but {name_kind(wanted[0])} was expected")
     if closed:
         refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
     return manifest
@@ -122,7 +125,7 @@ def read(directory: Path, kind: str | None = None, *, closed: bool = True) -> Ma
 
 def name_kind(kind: str) -> str:
     """Writes what a directory is, by the `kind` of its manifest, with its article."""
-    return "a merged model of stock layout" if kind == "stock" else f"an {kind}"
+    return "a model of stock layout" if kind == "stock" else f"an {kind}"
 
 
 def _parse_manifest(path: Path) -> Manifest:

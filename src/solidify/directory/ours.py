@@ -16,7 +16,8 @@ from solidify.findings import Report
 from solidify.system import files
 from solidify.weights.hashing import digest_large
 
-PARTS = {"artifact": ("artifact",), "adapter": ("adapter",), "merged": ("artifact", "stock")}  # what a run writes
+_MODEL = ("artifact", "stock")
+PARTS = {"artifact": _MODEL, "adapter": ("adapter",), "merged": _MODEL}  # what a run writes
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 HEAL, PLACEMENT, ALIGNMENT = "heal", "placement.json", "alignment"  # of healing: a run within the run

@@ -24,7 +24,7 @@ def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: recipe[key] for key in _BUILT}, "base": base}
 
 
-def find_whole(part: Path, kind: str | None = None) -> Manifest | None:
+def find_whole(part: Path, kind: str | tuple[str, ...] | None = None) -> Manifest | None:
     """Returns the manifest of a part (an artifact, an adapter) that is complete and unchanged, else None.
 
     `kind` is `artifact` or `adapter`, where it must be one of the two.
@@ -36,7 +36,7 @@ def find_whole(part: Path, kind: str | None = None) -> Manifest | None:
     return None if manifest.faults(part, record) else record
 
 
-def is_made_by(part: Path, recipe: Mapping[str, Any], kind: str) -> bool:
+def is_made_by(part: Path, recipe: Mapping[str, Any], kind: str | tuple[str, ...]) -> bool:
     """Returns whether a part is whole and was made by this recipe."""
     record = find_whole(part, kind)
     return record is not None and record.recipe == recipe

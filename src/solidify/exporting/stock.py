@@ -20,7 +20,7 @@ from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.system import foreign
-from solidify.upstream.torch import own_hooks
+from solidify.upstream.torch import module_hooks
 from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format
 from solidify.weights.format import TensorSource
@@ -116,7 +116,7 @@ def _find_differences(model: PreTrainedModel, built: PreTrainedModel | None) -> 
 
 def _describe_hooks(module: nn.Module) -> list[str]:
     """Says what surgery's hooks on a module do; a plain model has none."""
-    hooks = own_hooks(module)
+    hooks = [hook for _, hook, _ in module_hooks(module)]
     return ["a mask of its own" if hasattr(hook, "solid_mask") else "a hook that surgery put there" for hook in hooks]
 
 

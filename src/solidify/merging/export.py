@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify.adapter import configured, storage
-from solidify.artifact import autos, certificate, companions, loading, quantizing
+from solidify.artifact import autos, certificate, companions, loading, quantizing, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, private, trust, writing
 from solidify.directory.manifest import Manifest
@@ -66,16 +66,17 @@ def merge(
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     writing.refuse_foreign(output, [adapter], work="merge")
-    stock = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
-    sources = _stock_sources(adapter, base) if stock else _read_sources(adapter, base, trust_remote_code)
+    plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
+    sources = _stock_sources(adapter, base) if plain else _read_sources(adapter, base, trust_remote_code)
+    plain = plain or (sources.base_record is not None and sources.base_record.kind == "stock")
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
-        if stock:
+        if plain:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code)
         else:
             written, findings = _merge_artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
-    if sources.base_record is not None and not stock and trust.known(sources.base_record):
+    if sources.base_record is not None and not plain and trust.known(sources.base_record):
         trust.remember(written)  # a permission (`trust_remote_code`) holds for this command alone
     return Artifact(output, written, findings)
 
@@ -121,10 +122,11 @@ def _read_sources(adapter: Path, base: str | Path | None, trust_remote_code: boo
     """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
     record = manifest.read(adapter, "adapter", closed=False)
     where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
-    base_record = manifest.read(where, "artifact")
+    base_record = stock.read(where)
     refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
-    faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
-    refuse(ArtifactError, f"{where} is not what was written", faults)
+    if not stock.is_plain(where):
+        faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
+        refuse(ArtifactError, f"{where} is not what was written", faults)
     trust.require(base_record, where, trust_remote_code)
     return _Sources(adapter, record, where, base_record)
 
@@ -305,8 +307,12 @@ def _merge_stock(
 ) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    bare: list[str] = []
+    if sources.record is not None:
+        storage.refuse_wrong_base(skeleton, sources.record, sources.adapter)
+        bare = sources.record.trained["parameters"]
     extent = Extent.of(skeleton)
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter)  # says what does not fit better than PEFT
+    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)  # its words say more than PEFT's
     attached = None
     if extent.whole:
         attached = _Attached.of(
@@ -339,6 +345,8 @@ def _state_unread(adapter: Path) -> list[Finding]:
 
 
 def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+    if sources.record is not None:
+        return storage.load_adapter(model, sources.adapter)
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
         asked = configured.read(sources.adapter, model)  # without regular expressions of the file
         return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
@@ -366,14 +374,12 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
     step = {
         "step": "merge",
         "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
+        **({"trained": sources.record.trained} if sources.record is not None else {}),
         "ledger": made.counts(merger),
     }
-    names = {path.name for path in made.files}
-    others = {
-        str(path.relative_to(staging)): hashing.digest_file(path)
-        for path in sorted(staging.rglob("*"))
-        if path.is_file() and path.name not in names
-    }
+    names = {path.name for path in made.files}  # at the top; a further module's weights may have the same name
+    found = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+    others = {name: hashing.digest_file(path) for name, path in found.items() if name not in names}
     return Manifest(
         kind="stock",
         base=origin,
@@ -383,4 +389,5 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
         tensors=made.digests,
         headers={path.name: format.header_digest(path) for path in made.files},
         versions=manifest.current_versions(),
+        recipe=before.recipe if before is not None else None,
     )

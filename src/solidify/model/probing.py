@@ -74,6 +74,9 @@ def _takes_plain_tokens(model: PreTrainedModel) -> bool:
 
 def _make_candidates(model: PreTrainedModel, batch_size: int, length: int, padded: bool, seed: int) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(seed)
+    if described := vars(model.config).get("example_inputs"):
+        yield _make_described(model, described, batch_size, generator)
+        return
     takes = calling.takes(model)
     kind = model.main_input_name
     worded = "input_ids" in takes or kind in ("input_ids", "inputs")
@@ -99,6 +102,17 @@ def _make_candidates(model: PreTrainedModel, batch_size: int, length: int, padde
             yield {kind: sound.to(model.dtype), **decoder}
         if kind == "inputs":
             yield {"inputs": tokens["input_ids"]}
+
+
+def _make_described(
+    model: PreTrainedModel, described: dict[str, Any], batch_size: int, generator: torch.Generator
+) -> Inputs:
+    """Makes what a configuration says that the model takes: the name, the shape without the batch, and the dtype."""
+    shape = (batch_size, *described["shape"])
+    if described["below"] is not None:
+        whole = torch.randint(0, described["below"], shape, generator=generator)
+        return {described["name"]: whole.to(getattr(torch, described["dtype"]))}
+    return {described["name"]: torch.randn(shape, generator=generator).to(model.dtype)}
 
 
 def _make_tokens(

@@ -114,7 +114,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         datasets.refuse_unprepared(recipe, base.processor)
         datasets.read_texts(recipe)
     healed = healing.plan(recipe, base.model, edits)
-    code = sources.compile_sources(base.model, edits)
+    code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
     modules["after"] = inspection.tree(base.model)
     counts = ledger.counts(base.model.state_dict(), records)
@@ -146,9 +146,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         groups=[group.model_dump(exclude_none=True) for group in recipe.parameter_groups],
         tensors=_follow_tensors(names, edits),
         counts=counts,
-        files=code.files,
-        generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
-        requirements=code.requirements,
+        files=code.files if code is not None else {},
+        generated=sorted({f"{r.rpartition('.')[0]}.py" for r in code.auto_map.values()}) if code is not None else [],
+        requirements=code.requirements if code is not None else {},
         heal=healed,
         quantization=forecast.document() if forecast is not None else None,
         modules=modules,

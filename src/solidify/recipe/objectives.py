@@ -41,7 +41,7 @@ def make_objective(recipe: Recipe, model: PreTrainedModel) -> Objective:
 
 def _switching_off_is_exact(recipe: Recipe, model: PreTrainedModel) -> bool:
     """Returns whether the model without its changes is the base."""
-    return not changed_before(recipe) and all(edit.get("bypass") for edit in model.config.surgery)
+    return not changed_before(recipe) and all(edit.get("bypass") for edit in vars(model.config).get("surgery") or ())
 
 
 def changed_before(recipe: Recipe) -> bool:

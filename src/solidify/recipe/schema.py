@@ -178,13 +178,13 @@ class Heal(_Section):
 
 
 class Recipe(_Section):
-    """A recipe: what to make, section by section.
+    """A recipe: what to make, section by section; without `surgery` the base itself is trained.
 
     Relative paths start at `directory`, where its file is; `name` is that file's, without its ending.
     """
 
     base: Base
-    surgery: list[Step] = Field(min_length=1)
+    surgery: list[Step] = []
     heal: Heal | None = None
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
@@ -198,6 +198,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check_complete(self) -> Recipe:
+        if not self.surgery and self.adapter is None:
+            raise ValueError("nothing is to be done: give `surgery`, an `adapter`, or both")
+        if not self.surgery and self.heal is not None:
+            raise ValueError("`heal` brings a changed model back to its base: give `surgery`")
         if self.adapter is not None and self.data is None:
             raise broken_rule("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:

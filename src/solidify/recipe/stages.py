@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from solidify.adapter import adapters
+from solidify.adapter import adapters, base_state
 from solidify.adapter import plan as planning
-from solidify.artifact import certificate, tensors
+from solidify.artifact import certificate, stock, tensors
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
@@ -177,9 +177,11 @@ def build(
     recipe = healing.place(recipe, directory, report, again=not resume)
     target = directory / "artifact"
     document = results.built_by(recipe.document())
-    if resume and results.is_made_by(target, document, "artifact"):
-        report.add("build", certificate.witness(target))
+    if resume and results.is_made_by(target, document, manifest.MODELS):
+        report.add("build", _look_again(target))
         return report
+    if not recipe.surgery:
+        return _build_plain(recipe, target, report, link)
     set_seed(int(recipe.training.get("seed", SEED)))
     writing.refuse_unwritable(directory)
     with writing.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
@@ -228,6 +230,26 @@ def build(
     return report
 
 
+def _look_again(target: Path) -> list[Finding]:
+    """Says of an artifact that is whole what a fresh process finds; a plain model has no code of ours to run."""
+    if manifest.kind(target) == "artifact":
+        return certificate.witness(target)
+    return [Finding("the base as it stands", True, f"{target} is whole, and of this recipe")]
+
+
+def _build_plain(recipe: Recipe, target: Path, report: Report, link: bool) -> Report:
+    """Writes the base as it stands, for a recipe that changes nothing of it and trains an adapter."""
+    writing.refuse_unwritable(target.parent)
+    writing.refuse_foreign(target, recipe.inputs())
+    with console.stage("Loading the base"):
+        base = models.load_base(recipe)
+    with console.stage("Writing it as it stands"):
+        made = stock.build(base, target, recipe=results.built_by(recipe.document()), link=link)
+    report.measured |= {"cost": cost(base.model).document(), "extent": str(Extent.of(base.model))}
+    report.add("build", made.findings)
+    return report
+
+
 def _outputs_aligned(model: PreTrainedModel) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Aligns a model's matrices and runs it; returns inputs and output of every case."""
     tensors.align(model)
@@ -266,10 +288,9 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     witness = training.train_adapter(recipe, directory, trainer, resume)
     console.words.print(training.history_table(trainer.history))
     with console.stage("Checking what training did"):
-        report.add(
-            "train",
-            training.check_training(trainer, witness, examples, manifest.read(healing.healed(recipe, directory))),
-        )
+        healed = healing.healed(recipe, directory)
+        base = base_state.with_digests(trainer.model, healed, manifest.read(healed))
+        report.add("train", training.check_training(trainer, witness, examples, base))
     report.measured["history"] = trainer.history
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from solidify.errors import ArtifactError, refuse
@@ -39,12 +40,14 @@ class Closure:
     """Flat files by name, the module that each class is imported from, and the third-party packages that are needed."""
 
     files: dict[str, str]
-    modules: dict[type, str]
+    modules: dict[Any, str]
     requirements: dict[str, str]
 
 
-def collect(classes: Sequence[type], *, reserved: Collection[str] = ()) -> Closure:
-    """Collects the source of `classes` and, recursively, of all that they import of the user's own.
+def collect(
+    classes: Sequence[type], *, functions: Sequence[FunctionType] = (), reserved: Collection[str] = ()
+) -> Closure:
+    """Collects the source of `classes` and `functions` and, recursively, of all that they import of the user's own.
 
     File names in `reserved` are not used. A class of torch or transformers is imported from where it is; all others
     are carried, also from packages that are installed.
@@ -53,9 +56,10 @@ def collect(classes: Sequence[type], *, reserved: Collection[str] = ()) -> Closu
         ArtifactError: a class has no source that could be carried, or a file imports or reads what would not travel;
             every fault is listed with its file and line.
     """
-    library = Library(surroundings({c.__module__.split(".")[0] for c in classes if isinstance(c, type)}))
+    asked: list[Any] = [*(c for c in classes if isinstance(c, type)), *functions]
+    library = Library(surroundings({each.__module__.split(".")[0] for each in asked}))
     origins, walk = Origins(library), Walk(library)
-    homes = {cls: origins.of(cls) for cls in classes}
+    homes = {cls: origins.of(cls) for cls in classes} | {each: origins.of_function(each) for each in functions}
     for found in homes.values():
         if isinstance(found, Fault):
             walk.faults[found.reason] = None

@@ -29,6 +29,17 @@ class Origins:
         """Returns the name that a class has in a source file, or in a module that is always there."""
         if not isinstance(cls, type):
             return Fault(_not_a_class(cls))
+        return self._find_home(cls)
+
+    def of_function(self, function: FunctionType) -> Target | Fault:
+        """Returns the same of a function that a file defines at its top level."""
+        if function.__name__ == "<lambda>":
+            code = function.__code__
+            where = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
+            return Fault(f"{where}: a lambda has no name to import it by; write a function (`def`) at module level")
+        return self._find_home(function)
+
+    def _find_home(self, cls: Any) -> Target | Fault:
         module = sys.modules.get(cls.__module__)
         if module is None:
             return Fault(f"{cls.__name__} has no source file (module {cls.__module__}); define it in a .py file")
@@ -45,7 +56,7 @@ class Origins:
     def _always_there(self, module: ModuleType, name: str) -> bool:
         return name.split(".")[0] in ALWAYS or judge(name, module.__spec__, self.index.here).owner == "always"
 
-    def _in_module(self, cls: type, module: ModuleType) -> Target | Fault:
+    def _in_module(self, cls: Any, module: ModuleType) -> Target | Fault:
         names = vars(module)
         file = module.__spec__.origin if module.__spec__ is not None else names.get("__file__")
         if file is None or not Path(file).is_file():
@@ -69,7 +80,7 @@ class Origins:
             return self.index.defined(found)
         return Target(source, "", cls.__name__)
 
-    def _in_main(self, cls: type, main: ModuleType) -> Target | Fault:
+    def _in_main(self, cls: Any, main: ModuleType) -> Target | Fault:
         path = notebook.script_of(cls, main)
         if path not in self.mains:
             if path is not None:
@@ -84,8 +95,8 @@ class Origins:
         return source if isinstance(source, Fault) else Target(source, "", cls.__name__)
 
 
-def _find_fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
-    """Says why importing the class's name from its source would not give the class."""
+def _find_fault(cls: Any, module: ModuleType, found: Target) -> Fault | None:
+    """Says why importing the name of a class, or a function, from its source would not give it."""
     name, source = cls.__name__, found.source
     if source is None:
         same = vars(module).get(name) is cls
@@ -98,20 +109,20 @@ def _find_fault(cls: type, module: ModuleType, found: Target) -> Fault | None:
     if "." in cls.__qualname__:
         where = source.name_line(_find_line(source, name))
         return Fault(f"{where}: {name} is defined inside a class ({cls.__qualname__}); move it to module level")
-    if not any(
-        isinstance(n, ast.ClassDef) and n.name == name for s in source.binders.get(name, []) for n in ast.walk(s)
-    ):
+    kinds = (ast.ClassDef,) if isinstance(cls, type) else (ast.FunctionDef,)
+    if not any(isinstance(n, kinds) and n.name == name for s in source.binders.get(name, []) for n in ast.walk(s)):
         main = " in __main__" if cls.__module__ in MAIN else ""
         return Fault(
             f"{source.name_line(_find_line(source, name))}: {name} was made at run time{main}: "
-            f"the file has no `class {name}`; write one"
+            f"the file has no `{'class' if isinstance(cls, type) else 'def'} {name}`; write one"
         )
     if vars(module).get(name) is not cls:
         return Fault(
             f"{source.name_line(_find_line(source, name))}: the name {name} stands for something else now, so "
             "importing it would not give this class (was it defined again? then repeat the surgery)"
         )
-    stale = [b for b in cls.__mro__[1:] if b.__module__ == cls.__module__ and vars(module).get(b.__name__) is not b]
+    bases = cls.__mro__[1:] if isinstance(cls, type) else ()
+    stale = [b for b in bases if b.__module__ == cls.__module__ and vars(module).get(b.__name__) is not b]
     if stale and source.cells:
         where = source.name_line(_find_line(source, name))
         return Fault(f"{where}: {name} was built on an earlier {stale[0].__name__}; run its cell and the surgery again")

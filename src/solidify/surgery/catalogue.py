@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -173,7 +173,40 @@ class Add(Operation):
         return [self.weights] if self.weights else []
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Replace, Share, Insert, Remove, Add, RearrangeExperts, Mask, AddTokens)
+class Wrap(Operation):
+    """What `solidify.wrap` has done: a module of plain torch stands in a model of transformers."""
+
+    recorded = "wrap"
+    puts = True
+    folds = False
+
+    @classmethod
+    def carried(cls) -> Callable[..., list[str] | None]:
+        """Returns what builds the module, and those that it is made with."""
+        from solidify.surgery.describing import assemble
+
+        return assemble
+
+
+class Patch(Wrap):
+    """What was done by hand, and `solidify.from_patched` found: a module, or its methods, attributes and hooks."""
+
+    recorded = "patch"
+    runs = folds = True
+
+
+OPERATIONS: tuple[type[Operation], ...] = (
+    Replace,
+    Share,
+    Insert,
+    Remove,
+    Add,
+    RearrangeExperts,
+    Mask,
+    AddTokens,
+    Wrap,
+    Patch,
+)
 ASKED: dict[str, type[Operation]] = {each.asked: each for each in OPERATIONS if each.asked}
 _RECORDED: dict[str, type[Operation]] = {each.recorded: each for each in OPERATIONS}
 

@@ -19,7 +19,7 @@ class Edit:
     tensor that it equals bit for bit, by its old one, or to None where it is new; `dropped` names old tensors that
     live on nowhere. On the meta device, `unknown` names those of which only a build can tell whether they are new.
     Names are full. `frozen` names, relative to the module, the parameters that it froze itself while it left others
-    trainable.
+    trainable. `further` are classes and functions that the arguments speak of, by their numbers.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Edit:
     records: bool = False
     control: dict[str, float] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    further: tuple[Any, ...] = ()
 
     @property
     def new_class(self) -> str:

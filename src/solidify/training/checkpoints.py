@@ -78,6 +78,12 @@ def read(directory: Path) -> dict[str, Any]:
     return remembered
 
 
+def is_foreign(directory: Path) -> bool:
+    """Returns whether transformers' own trainer wrote a checkpoint, and nothing of ours is in it."""
+    ours_in_it = any((directory / name).is_file() for name in (NAME, f".{NAME}", ours.LISTING))
+    return files.is_file(directory / TRAINER_STATE_NAME) and not ours_in_it
+
+
 def last(directory: str | Path, fingerprint: str, processes: int) -> Path | None:
     """Returns the newest whole checkpoint with this fingerprint, or None; a killed run may leave one in pieces."""
     found = [path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]

@@ -248,6 +248,12 @@ class ObjectiveMixin(TrainerSeams):
         super().load_progress(checkpoint)
         if checkpoint is None:
             return
+        if checkpoints.is_foreign(Path(checkpoint)):
+            console.words.print(
+                f"{checkpoint} was written by another trainer: weights, optimizer and schedule go on from it; on which "
+                "base and data it was trained was not looked at, and loss terms remember nothing"
+            )
+            return
         remembered = checkpoints.read(Path(checkpoint))
         self.runner.scaling = Scaling(*remembered["scaling"]) if remembered["scaling"] is not None else None
         self.history = remembered["history"]

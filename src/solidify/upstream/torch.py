@@ -44,9 +44,22 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def own_hooks(module: nn.Module) -> list[Any]:
-    """Returns the hooks that run before and after a module's forward; there is no public list of them."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def module_hooks(module: nn.Module) -> list[tuple[str, Any, bool]]:
+    """Returns a module's forward hooks: the method that registers such, the function, and whether it takes kwargs.
+
+    There is no public list of a module's hooks. Those that see outputs even after an error are left out.
+    """
+    after, before = module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs
+    return [
+        *(("register_forward_pre_hook", hook, number in before) for number, hook in module._forward_pre_hooks.items()),
+        *(("register_forward_hook", hook, number in after) for number, hook in module._forward_hooks.items()),
+    ]
+
+
+def other_hooks(module: nn.Module) -> int:
+    """Returns how many hooks of other kinds a module has: on gradients, and on its state."""
+    tables = (module._backward_hooks, module._backward_pre_hooks, module._state_dict_pre_hooks)
+    return sum(len(table) for table in tables)
 
 
 def writes(tensor: torch.Tensor) -> int:

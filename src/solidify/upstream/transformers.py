@@ -231,6 +231,8 @@ STANDING_ALONE_UNDOCUMENTED = {
     "cache_utils.LinearAttentionCacheLayerMixin": "what such layers lack is added in front of it",
     "cache_utils.LinearAttentionLayer": "the recurrent layer, made one that counts positions",
     "cache_utils.LinearAttentionAndFullAttentionLayer": "a layer with a state and keys, which linear attention extends",
+    "loss.loss_utils.ForSequenceClassificationLoss": "the loss of labels, as transformers' classifiers have it",
+    "modeling_outputs.SequenceClassifierOutput": "what a wrapped module of plain torch returns",
     "masking_utils.create_causal_mask": "a draft head is called beside the model, which makes its masks by this",
     "utils.output_capturing.maybe_install_capturing_hooks": "what is recorded is installed before surgery, to be kept",
 }

@@ -1,0 +1,51 @@
+"""An adapter that plain PEFT wrote, alone or in a trainer's checkpoint: what its files say, and what they do not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from solidify.adapter import configured
+from solidify.directory import manifest
+from solidify.directory.manifest import Manifest
+from solidify.errors import AdapterError
+from solidify.system import files
+from solidify.weights import format
+
+_FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.(lora_(embedding_)?[AB]|lora_magnitude_vector)(\.weight)?")
+
+
+def is_one(directory: Path) -> bool:
+    """Returns whether a directory holds an adapter of PEFT's, and no manifest of ours."""
+    return not files.is_file(directory / manifest.NAME) and files.is_file(directory / CONFIG_NAME)
+
+
+def describe(directory: Path) -> Manifest:
+    """Returns what a manifest would say of it, as far as its file of tensors tells.
+
+    Raises:
+        AdapterError: its tensors are pickled, or in a layout that is not PEFT's.
+    """
+    weights = directory / configured.WEIGHTS
+    if not files.is_file(weights):
+        raise AdapterError(f"{directory} holds no {configured.WEIGHTS}; pickled adapters are not read")
+    header = format.read_header(weights)
+    configured.refuse_marked(weights)
+    names = {found["name"] for key in header if (found := _FACTOR.fullmatch(key))}
+    full = sorted(key.removeprefix("base_model.model.") for key in header if not _FACTOR.fullmatch(key))
+    return Manifest(kind="adapter", base={}, trained={"lora": sorted(names), "full": full, "parameters": []})
+
+
+def unverified(directory: Path, model: nn.Module) -> str:
+    """Says what nothing tells of such an adapter, and what its configuration names instead."""
+    named = files.document(directory / CONFIG_NAME, AdapterError).get("base_model_name_or_path")
+    config: Any = model.config
+    here = str(config.name_or_path or "")
+    words = f"{directory} was not saved by solidify: whether it was trained on these weights was not looked at"
+    if named and here and Path(str(named)).name != Path(here).name:
+        return f"{words}, and its configuration names another base ({named}, this is {here})"
+    return f"{words}; its configuration names {named or 'no base'}"

@@ -1,0 +1,210 @@
+"""How a module is built again: its class, and what its constructor is given, read off the module itself or told.
+
+A description is plain values for a configuration: classes are numbers in a list beside it, and `supplied` is what the
+model gives (its configuration, the layer's index, the module that stood there). Artifacts build modules by it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from solidify.model.operations import enclosing_config, layer_index, put_module
+from solidify.surgery.constructing import SUPPLIED
+from solidify.surgery.edit_record import Edit
+from solidify.upstream.torch import module_hooks
+
+WRAPPING = "_wrapping"  # attribute of a wrapped model: its record
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def made_by(model: nn.Module) -> list[Edit]:
+    """Returns the record that stands before all edits of a wrapped model; none for any other."""
+    record = vars(model).get(WRAPPING)
+    return [record] if record is not None else []
+
+
+def assemble(model: Any, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> list[str]:
+    """Builds modules as `arguments` describes them, and puts them at their names. Returns the names."""
+    kinds = [classes[key] for key in edit.get("classes", [])]
+    sources = {"original": type(model).get_submodule, "config": enclosing_config, "layer_idx": layer_index}
+
+    def make(value: Any, name: str) -> Any:
+        """Makes what a value stands for: a module, a class, or itself."""
+        if isinstance(value, list):
+            return [make(each, name) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "mapping" in value:
+            return {key: make(each, name) for key, each in value["mapping"].items()}
+        if set(value) == {"class"}:
+            return kinds[value["class"]]
+        if "supplied" in value:
+            made = sources[value["supplied"]](model, name)
+        else:
+            arguments = value.get("arguments", {}).items()
+            made = kinds[value["class"]](**{key: make(each, name) for key, each in arguments})
+        for key, child in value.get("children", {}).items():
+            made.add_module(key, make(child, name))
+        for key, each in value.get("attributes", {}).items():
+            setattr(made, key, make(each, name))
+        for key, number in value.get("methods", {}).items():
+            setattr(made, key, kinds[number].__get__(made))
+        for key, number in value.get("functions", {}).items():
+            setattr(made, key, kinds[number])
+        for hook in value.get("hooks", []):
+            getattr(made, hook["register"])(kinds[hook["function"]], with_kwargs=hook["with_kwargs"])
+        return made
+
+    for name in names:
+        put_module(model, name, make(edit["arguments"], name))
+    return names
+
+
+@dataclass
+class Classes:
+    """The classes and functions that a description speaks of by number, and what could not be described."""
+
+    found: list[Any] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    nested: bool = False  # whether arguments are given by the module's name
+
+    def ask(self, name: str, key: str) -> str:
+        """Writes how an argument of a module's constructor is given."""
+        return f"{{{name!r}: {{{key!r}: ...}}}}" if self.nested else f"{{{key!r}: ...}}"
+
+    def number(self, cls: Any) -> int:
+        """Returns the number of a class, or of a function."""
+        if cls not in self.found:
+            self.found.append(cls)
+        return self.found.index(cls)
+
+
+def describe(
+    name: str, module: nn.Module, given: Mapping[str, Any] | None, classes: Classes, original: nn.Module | None = None
+) -> dict[str, Any]:
+    """Says how a module is built: its class, and what its constructor is given; of a container, what it holds.
+
+    With an `original`, which stood at the name, that, the configuration and the layer's index are supplied.
+    """
+    number = classes.number(type(module))
+    if type(module) is nn.Sequential:
+        children = {
+            key: describe(f"{name}.{key}", child, (given or {}).get(key), classes)
+            for key, child in module.named_children()
+        }
+        return {"class": number, "children": children}
+    if given is None:
+        found = _infer_arguments(name, module, classes, original)
+    else:
+        found = _supply(module, original, given)
+        found |= {key: encode(f"{name}: {key}", value, classes) for key, value in given.items()}
+    return {"class": number, "arguments": found}
+
+
+def _infer_arguments(name: str, module: nn.Module, classes: Classes, original: nn.Module | None) -> dict[str, Any]:
+    """Reads the constructor's arguments off the attributes that have their names."""
+    found = _supply(module, original, {})
+    for key, parameter in list(inspect.signature(type(module).__init__).parameters.items())[1:]:
+        if key in ("device", "dtype", *found) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        required = parameter.default is parameter.empty
+        value = _look_up(module, key, parameter.default)
+        if value is parameter.empty:
+            if required:
+                classes.faults.append(
+                    f"{name}: its class {type(module).__name__} was made with {key!r}, which it does not keep as an "
+                    f"attribute; say it: arguments={classes.ask(name, key)}"
+                )
+        elif required or value is not parameter.default:
+            found[key] = encode(f"{name}: {key}", value, classes)
+    return found
+
+
+def _supply(module: nn.Module, original: nn.Module | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that the model gives: by their names, or because the module keeps the original so."""
+    if original is None:
+        return {}
+    found: dict[str, Any] = {}
+    children = dict(module.named_children())
+    for key in list(inspect.signature(type(module).__init__).parameters)[1:]:
+        child = children.get(key)
+        if key in given:
+            continue
+        if key in SUPPLIED and (child is None or not describes_another(child, original)):
+            found[key] = {"supplied": key}
+        elif child is not None and not describes_another(child, original):
+            found[key] = {"supplied": "original"}
+        elif isinstance(vars(module).get(key), PreTrainedConfig):
+            found[key] = {"supplied": "config"}
+    return found
+
+
+def describes_another(module: nn.Module, original: nn.Module) -> bool:
+    """Returns whether a module is of another class, or made otherwise, than the one that stood at the name."""
+    if type(module) is not type(original) or module.extra_repr() != original.extra_repr():
+        return True
+    return [(n, type(m)) for n, m in module.named_modules()] != [(n, type(m)) for n, m in original.named_modules()]
+
+
+def _look_up(module: nn.Module, key: str, default: Any) -> Any:
+    """Returns the value of an attribute; whether it is there, where that was asked; empty where nothing tells."""
+    held = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    if isinstance(default, bool) and (key in held or getattr(module, key, False) is None):
+        return key in held
+    for word in (key, f"_{key}"):
+        if word in vars(module):
+            return vars(module)[word]
+    children = dict(module.named_children())
+    return children.get(key, inspect.Parameter.empty)
+
+
+def encode(where: str, value: Any, classes: Classes) -> Any:
+    """Writes a value for a configuration: plain ones, lists and mappings of them, modules, classes."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [encode(where, each, classes) for each in value]
+    if isinstance(value, nn.Module):
+        return describe(where, value, None, classes)
+    if isinstance(value, type):
+        return {"class": classes.number(value)}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"mapping": {key: encode(where, each, classes) for key, each in value.items()}}
+    classes.faults.append(
+        f"{where} is {type(value).__name__}, which config.json cannot hold: only numbers, texts, lists, modules and "
+        "classes; have the class make it from such"
+    )
+    return None
+
+
+def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[str]:
+    """Compares the modules inside, their plain attributes and settings, and the tensors by name and shape."""
+    mine, theirs = dict(module.named_modules()), dict(again.named_modules())
+    for name, part in mine.items():
+        where = f"{within}.{name}" if name and within else name or within
+        other = theirs.get(name)
+        if other is None or type(other) is not type(part):
+            yield f"{where} is {type(part).__name__}, and {type(other).__name__ if other is not None else 'nothing'}"
+            continue
+        if part.extra_repr() != other.extra_repr():
+            yield f"{where} is {part.extra_repr()}, and {other.extra_repr()}"
+        if "forward" in vars(part) and "forward" not in vars(other):
+            yield f"{where} has a forward of its own, set on the instance"
+        if len(module_hooks(part)) != len(module_hooks(other)):
+            yield f"{where} has hooks, which its class does not register"
+        for key, value in vars(part).items():
+            plain = isinstance(value, _PLAIN) and key != "training" and not key.startswith("_")
+            if plain and vars(other).get(key) != value:
+                yield f"{where}.{key} is {value!r}, and {vars(other).get(key)!r}"
+    for name in theirs.keys() - mine.keys():
+        yield f"{within}.{name} is nothing, and {type(theirs[name]).__name__}"
+    shapes = [{key: tuple(t.shape) for key, t in each.state_dict().items()} for each in (module, again)]
+    for key in sorted({**shapes[0], **shapes[1]}):
+        if shapes[0].get(key) != shapes[1].get(key):
+            yield f"{within}.{key} has shape {shapes[0].get(key)}, and {shapes[1].get(key)}"

@@ -1,0 +1,219 @@
+"""What differs between a model that was patched by hand and the one that its class makes of its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from solidify.system import files
+from solidify.upstream.torch import module_hooks, other_hooks
+
+_PLAIN = (bool, int, float, str, type(None))
+_SHOWN = 6
+# What defines methods of transformers' and torch's classes, by itself or by decorators.
+_LIBRARIES = ("torch", "transformers", "huggingface_hub", "accelerate", "kernels", "functools", "contextlib", "typing")
+
+
+@dataclass
+class Change:
+    """What was done to one module: whether it is another (`new`), and what was set on it."""
+
+    new: bool = False
+    attributes: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, FunctionType] = field(default_factory=dict)
+    functions: dict[str, FunctionType] = field(default_factory=dict)
+    hooks: list[tuple[str, FunctionType, bool]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.attributes or self.methods or self.functions or self.hooks)
+
+
+@dataclass
+class Differences:
+    """Changes by the name of the outermost module, and what cannot be made again."""
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedModel) -> Differences:
+    """Compares a patched model with what its class builds (`plain`), and its attributes with the base's."""
+    found = Differences()
+    expected = dict(plain.named_modules(remove_duplicate=False))
+    loaded = dict(original.named_modules(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(change.new and name.startswith(f"{outer}.") for outer, change in found.changes.items()):
+            found.faults += _inner_faults(name, module)
+            continue
+        if name not in expected:
+            if not any(name.startswith(f"{fault}.") for fault in seen.values() if fault not in expected):
+                found.faults.append(_describe_extra(name, module))
+            seen[id(module)] = name
+            continue
+        change = _compare(name, module, expected[name], loaded.get(name), found)
+        if change and id(module) in seen:
+            found.faults.append(f"{name} is the very module that stands at {seen[id(module)]}: use solidify.share")
+        elif change:
+            found.changes[name] = change
+        seen.setdefault(id(module), name)
+    here = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found.faults += _list_missing(here, expected, found)
+    return found
+
+
+def _describe_extra(name: str, module: nn.Module) -> str:
+    return (
+        f"{name} ({type(module).__name__}) is a module that no class puts there: take it away, have a class of your "
+        "own hold it, or use solidify.add"
+    )
+
+
+def _list_missing(here: set[str], expected: dict[str, nn.Module], found: Differences) -> Iterator[str]:
+    gone = [n for n in expected if n not in here and n.rpartition(".")[0] in here]
+    for name in gone:
+        if not any(change.new and name.startswith(f"{outer}.") for outer, change in found.changes.items()):
+            yield (
+                f"{name} ({type(expected[name]).__name__}) is gone: use solidify.remove for layers, or set the "
+                "configuration to what is left"
+            )
+
+
+def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module | None, found: Differences) -> Change:
+    """Says what was done to a module that has a name of the base's."""
+    change = Change()
+    same = type(module) is type(plain) and module.extra_repr() == plain.extra_repr()
+    if not same or _shapes(module) != _shapes(plain):
+        change.new = True
+    if not change.new and loaded is not None and type(loaded) is type(module):
+        change.attributes = {
+            key: value
+            for key, value in vars(module).items()
+            if _is_plain(value) and not _is_incidental(key) and (key not in vars(loaded) or vars(loaded)[key] != value)
+        }
+    for key, value in vars(module).items():
+        if isinstance(value, (FunctionType, MethodType)) or (key == "forward" and callable(value)):
+            _take_function(name, module, key, value, change, found)
+    _take_patched_class(name, module, change, found)
+    for register, hook, with_kwargs in module_hooks(module):
+        if hasattr(hook, "solid_mask") or _is_library(str(getattr(hook, "__module__", type(hook).__module__))):
+            continue  # by which transformers records outputs, for one
+        if fault := _function_fault(hook):
+            found.faults.append(f"{name or 'the model'}: a hook {fault}")
+        else:
+            change.hooks.append((register, hook, with_kwargs))
+    if other_hooks(module) > (other_hooks(loaded) if loaded is not None else 0):
+        found.faults.append(f"{name or 'the model'} has hooks on gradients or its state, which no artifact carries")
+    if change and not name:
+        found.faults.append(
+            "the model itself was changed (a method, attribute or hook of the outermost module): write a subclass of "
+            f"{type(module).__name__}, or make the change in the module inside that needs it"
+        )
+        return Change()
+    return change
+
+
+def _inner_faults(name: str, module: nn.Module) -> Iterator[str]:
+    """Names what was done to modules within a new one: its class makes them without."""
+    for key, value in vars(module).items():
+        if isinstance(value, (FunctionType, MethodType)):
+            yield f"{name}.{key} was set on an instance within a new module; put it into the module's class"
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {key: tuple(tensor.shape) for key, tensor in tensors}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(_is_plain(each) for each in value))
+
+
+def _is_incidental(key: str) -> bool:
+    """Returns whether an attribute is one that loading, training and transformers set."""
+    return key.startswith("_") or key in ("training", "name_or_path", "warnings_issued", "gradient_checkpointing")
+
+
+def _take_function(name: str, module: nn.Module, key: str, value: Any, change: Change, found: Differences) -> None:
+    """Notes a function that was set on an instance, bound to it or not."""
+    bound = isinstance(value, MethodType)
+    if bound and value.__self__ is not module:
+        whose = type(value.__self__).__name__
+        found.faults.append(f"{name}.{key} is a method of another object ({whose}), which no artifact holds")
+        return
+    function = value.__func__ if bound else value
+    if key not in dir(type(module)) and not bound and _belongs_to_libraries(function):
+        return  # as transformers keeps an activation or a kernel, which the class sets again
+    if bound and getattr(type(module), key, None) is function:
+        return
+    if fault := _function_fault(function):
+        found.faults.append(f"{name}.{key} {fault}")
+    else:
+        (change.methods if bound else change.functions)[key] = function
+
+
+def _take_patched_class(name: str, module: nn.Module, change: Change, found: Differences) -> None:
+    """Notes methods that were set on a class of a library: a fresh process has the class as it was."""
+    for cls in type(module).__mro__:
+        if not _is_library(cls.__module__):
+            continue
+        for key, value in vars(cls).items():
+            function = inspect.unwrap(value) if callable(value) and isinstance(value, FunctionType) else None
+            if not isinstance(function, FunctionType) or _belongs_to_libraries(function) or key in vars(module):
+                continue
+            if fault := _function_fault(function):
+                found.faults.append(f"{cls.__name__}.{key} was set on the class, and {fault}")
+            elif not change.new:
+                change.methods[key] = function
+
+
+def _is_library(module: str) -> bool:
+    return module.split(".")[0] in _LIBRARIES
+
+
+def _belongs_to_libraries(function: FunctionType) -> bool:
+    """Returns whether a function comes from where a library's class does, and not from a script that set it there."""
+    return function.__module__ is None or _is_library(function.__module__)
+
+
+def _function_fault(function: Any) -> str:
+    """Says why a function cannot be imported where an artifact is loaded; "" if it can."""
+    if not isinstance(function, FunctionType):
+        return f"is a {type(function).__name__}, and only functions of a file can be carried: write one (`def`)"
+    where = f"{Path(function.__code__.co_filename).name}, line {function.__code__.co_firstlineno}"
+    if function.__name__ == "<lambda>":
+        return f"is a lambda ({where}), which has no name to import it by: write a function (`def`) at module level"
+    if function.__closure__:
+        names = ", ".join(function.__code__.co_freevars)
+        return (
+            f"is a closure ({function.__qualname__}, {where}) over {names}, which no file holds: write a module whose "
+            "class keeps these, and put it there"
+        )
+    if "<locals>" in function.__qualname__:
+        return f"is defined inside a function ({function.__qualname__}, {where}): move it to module level"
+    return ""
+
+
+def noticed(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
+    """Says what differs and is saved anyway: settings of the configuration, and values of the base's tensors."""
+    mine, theirs = (files.flatten(each.config.to_dict()) for each in (model, original))
+    keys = [key for key in sorted({**theirs, **mine}) if mine.get(key) != theirs.get(key) and not _is_incidental(key)]
+    words = [f"config.{key} is {mine.get(key)!r}, and {theirs.get(key)!r} in the base" for key in keys[:_SHOWN]]
+    state = original.state_dict()
+    moved = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name in state and tensor.shape == state[name].shape and not torch.equal(tensor.cpu(), state[name].cpu())
+    ]
+    if moved:
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        words.append(f"{len(moved)} tensors of the base have other values ({', '.join(moved[:3])}{more})")
+    return words

@@ -1,0 +1,134 @@
+"""A recipe without surgery: the base itself is trained, merged and checked, and stays a plain model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import solidify
+from solidify.command import views
+from solidify.errors import AdapterError, RecipeError
+from solidify.recipe import schema
+
+
+def save_base(directory: Path, model: Any) -> Path:
+    model.save_pretrained(directory)
+    words = {word: index for index, word in enumerate(["</s>", "<pad>", *(f"w{n}" for n in range(100))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(directory)
+    return directory
+
+
+def write_recipe(directory: Path, base: Path, /, **changes: Any) -> Path:
+    lines = [json.dumps({"text": f"w{n} w{n + 1} w{n + 2} w{n + 3} w{n + 5}"}) for n in range(20)]
+    (directory / "lines.jsonl").write_text("\n".join(lines))
+    document = {
+        "base": {"model": str(base)},
+        "adapter": {"lora": {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}, "train": ["model.norm"]},
+        "data": {"train": "lines.jsonl", "max_length": 16},
+        "training": {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4},
+        "output": str(directory / "run"),
+        **changes,
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A Llama, and an OLMoE whose files have the hub's layout: one tensor for each expert."""
+    found = {}
+    for name, model in (("llama", pico.llama(eos_token_id=0)), ("olmoe", pico.olmoe())):
+        directory = tmp_path_factory.mktemp(name)
+        report = solidify.run(write_recipe(directory, save_base(directory / "base", model)))
+        assert report.passed
+        found[name] = directory
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe"])
+def test_it_runs_and_stays_a_plain_model(runs: Mapping[str, Path], name: str) -> None:
+    run = runs[name] / "run"
+    ids = pico.tokens(vocab_size=100)
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()  # no remote code
+    plain = AutoModelForCausalLM.from_pretrained(run / "artifact").eval()
+    with torch.no_grad():
+        before = plain(ids).logits
+        attached = PeftModel.from_pretrained(plain, run / "adapter").eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, attached, rtol=0, atol=1e-4)
+        assert not torch.equal(attached, before)
+    base, made = (sorted(p.name for p in (runs[name] / part).iterdir()) for part in ("base", "run/artifact"))
+    assert made == sorted([*base, "solidify.json"])
+
+
+def test_all_of_it_is_checked(runs: Mapping[str, Path]) -> None:
+    report = solidify.check(runs["olmoe"] / "run")
+    assert report.passed, report.failure()
+    names = {finding.name for finding in report.findings}
+    assert {"plain PEFT loads the same", "wrong base refused", "frozen tensors unchanged"} <= names
+
+
+def test_plan_says_that_nothing_is_changed(runs: Mapping[str, Path]) -> None:
+    planned = solidify.plan(runs["llama"] / "recipe.yaml")
+    out = StringIO()
+    for each in views.plan(planned.document()):
+        Console(file=out, width=160).print(each)
+    assert "Surgery: none" in out.getvalue()
+    assert planned.edits == [] and sum(planned.trainable.values()) > 0 and not planned.files
+
+
+def test_a_finished_run_is_not_repeated(runs: Mapping[str, Path]) -> None:
+    before = (runs["llama"] / "run" / "adapter" / "solidify.json").stat().st_mtime_ns
+    assert solidify.run(runs["llama"] / "recipe.yaml", resume=True).passed
+    assert (runs["llama"] / "run" / "adapter" / "solidify.json").stat().st_mtime_ns == before
+
+
+def test_another_base_is_refused(runs: Mapping[str, Path], tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", pico.llama(eos_token_id=0, seed=5))
+    solidify.build(write_recipe(tmp_path, other))
+    with pytest.raises(AdapterError, match="the weights differ"):
+        solidify.load(tmp_path / "run" / "artifact", adapter=runs["llama"] / "run" / "adapter")
+
+
+def test_another_dtype_is_written_as_it_is_loaded(runs: Mapping[str, Path], tmp_path: Path) -> None:
+    base = runs["olmoe"] / "base"
+    lora = {"lora": {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}}
+    solidify.build(write_recipe(tmp_path, base, base={"model": str(base), "dtype": "bfloat16"}, adapter=lora))
+    assert solidify.load(tmp_path / "run" / "artifact").dtype == torch.bfloat16
+
+
+def test_an_artifact_is_trained_as_it_stands(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", pico.llama(eos_token_id=0)))
+    edits = solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
+    pico.artifact(model, edits, tmp_path / "built")
+    report = solidify.build(write_recipe(tmp_path, tmp_path / "built"))
+    assert all(finding.passed is not False for finding in report.findings)
+    digests = [json.loads((tmp_path / d / "solidify.json").read_text()) for d in ("built", "run/artifact")]
+    assert digests[0]["tensors"] == digests[1]["tensors"] and digests[0]["code"] == digests[1]["code"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapter": None, "training": {}}, "nothing is to be done: give `surgery`, an `adapter`, or both"),
+        ({"heal": {"align": {}}}, "`heal` brings a changed model back to its base: give `surgery`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        schema.load(write_recipe(tmp_path, tmp_path, **changes))

@@ -1,0 +1,265 @@
+"""A model that was patched by hand: what differs is found, made again by edits, and proved in a fresh process."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hand_patches
+import pico
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import solidify
+from solidify.errors import SurgeryError
+
+IDS = pico.tokens()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits
+    return found
+
+
+def wrap_all(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp = hand_patches.Wrapper(layer.mlp, 0.5)
+
+
+def swap_from_config(model: Any) -> None:
+    model.model.layers[0].mlp = hand_patches.FromConfig(model.config, 8)
+
+
+def bind_forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.forward = types.MethodType(hand_patches.swiglu_twice, mlp)
+
+
+def change_attribute(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling = 0.3
+
+
+def change_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+
+
+def hook_layer(model: Any) -> None:
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(hand_patches.halve)
+
+
+def grow_mlp(model: Any) -> None:
+    model.model.layers[0].mlp.gate_proj = nn.Linear(32, 64, bias=False)
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 64, bias=False)
+    model.model.layers[0].mlp.down_proj = nn.Linear(64, 32, bias=False)
+
+
+def several(model: Any) -> None:
+    for patch in (swap_from_config, bind_forward, change_attribute, change_activation, hook_layer):
+        patch(model)
+
+
+PATCHES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "wrapped": (wrap_all, r"model.layers.\*.mlp x 2: LlamaMLP -> Wrapper\(inner, scale=0.5\)"),
+    "from config": (swap_from_config, r"model.layers.0.mlp: LlamaMLP -> FromConfig\(config, width=8\)"),
+    "forward": (bind_forward, r"model.layers.1.mlp: LlamaMLP -> forward is swiglu_twice of hand_patches"),
+    "attribute": (change_attribute, r"model.layers.1.self_attn: LlamaAttention -> scaling=0.3"),
+    "activation": (change_activation, r"act_fn: SiLUActivation -> GELU\(\)"),
+    "hook": (hook_layer, r"o_proj: Linear -> hook halve"),
+    "sizes": (grow_mlp, r"gate_proj: Linear -> Linear\(in_features=32, out_features=64, bias=False\)"),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_was_patched_is_found_and_comes_back(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch, words = PATCHES[name]
+    model = pico.llama()
+    patch(model)
+    expected = logits(model)
+    assert not torch.equal(expected, logits(pico.llama()))
+    found = solidify.from_patched(pico.llama(), model)
+    assert found.unexplained == []
+    assert re.search(words, str(found)), str(found)
+    pico.unwitnessed(monkeypatch)
+    found.build(tmp_path / "made")
+    torch.testing.assert_close(logits(solidify.load(tmp_path / "made")), expected, rtol=0, atol=1e-6)
+
+
+def test_all_together_is_proved_in_a_fresh_process(tmp_path: Path) -> None:
+    pico.llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    several(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    found = solidify.from_patched(tmp_path / "base", model)
+    assert "1 tensors of the base have other values (lm_head.weight)" in str(found)
+    made = found.build(tmp_path / "made")
+    proved = {finding.name for finding in made.findings if finding.passed}
+    assert {"outputs identical (AutoModelForCausalLM)", "loads without us", "behaviour: causal"} <= proved
+    assert (tmp_path / "made" / "hand_patches.py").is_file()
+    assert made.manifest.base["model"] == str(tmp_path / "base")
+
+
+def test_a_second_surgery_adds_to_a_patched_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pico.unwitnessed(monkeypatch)
+    model = pico.llama()
+    several(model)
+    solidify.from_patched(pico.llama(), model).build(tmp_path / "first")
+    again = solidify.load(tmp_path / "first")
+    edits = solidify.replace(again, "model.layers.*.input_layernorm", pico.wrappers.Scaled)
+    pico.artifact(again, edits, tmp_path / "second")
+    torch.testing.assert_close(logits(solidify.load(tmp_path / "second")), logits(model), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def patched_class() -> Iterator[None]:
+    before = LlamaMLP.forward
+    LlamaMLP.forward = hand_patches.swiglu_twice
+    yield
+    LlamaMLP.forward = before
+
+
+def test_a_method_that_was_set_on_a_class_of_transformers(
+    tmp_path: Path, patched_class: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico.llama()
+    expected = logits(model)
+    found = solidify.from_patched(pico.llama(), model)
+    assert "model.layers.*.mlp x 2: LlamaMLP -> forward is swiglu_twice of hand_patches" in str(found)
+    pico.unwitnessed(monkeypatch)
+    found.build(tmp_path / "made")
+    monkeypatch.undo()
+    with monkeypatch.context() as context:  # as in a process whose class is as it was
+        context.setattr(LlamaMLP, "forward", lambda self, x: x)
+        torch.testing.assert_close(logits(solidify.load(tmp_path / "made")), expected, rtol=0, atol=1e-6)
+
+
+def closure_forward(model: Any) -> None:
+    factor = 3
+    model.model.layers[0].mlp.forward = lambda_of(factor)
+
+
+def lambda_of(factor: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * factor
+
+    return forward
+
+
+def set_lambda(model: Any) -> None:
+    model.model.layers[0].mlp.forward = lambda x: x
+
+
+def hook_lambda(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def forget(model: Any) -> None:
+    model.model.layers[0].mlp = hand_patches.Forgetful(model.model.layers[0].mlp, 32)
+
+
+def add_module(model: Any) -> None:
+    model.model.extra = nn.Linear(2, 2)
+
+
+def look_ahead(model: Any) -> None:
+    model.model.layers[0].mlp = hand_patches.LooksAhead(model.model.layers[0].mlp)
+
+
+def share_module(model: Any) -> None:
+    model.model.layers[0].mlp = hand_patches.FromConfig(model.config, 8)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def drop_layer(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def bind_to_another(model: Any) -> None:
+    model.model.layers[0].mlp.forward = model.model.layers[1].mlp.forward
+
+
+def patch_model(model: Any) -> None:
+    model.forward = types.MethodType(hand_patches.swiglu_twice, model)
+
+
+class Local(nn.Module):
+    """Its instances are changed after they were made."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(x)
+        return found
+
+
+def change_new_module(model: Any) -> None:
+    model.model.layers[0].mlp = Local(model.model.layers[0].mlp)
+    model.model.layers[0].mlp.more = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (set_lambda, r"mlp.forward is a lambda \(test_patched.py, line \d+\).* write a function"),
+        (
+            closure_forward,
+            r"mlp.forward is a closure \(lambda_of.<locals>.*\) over factor, which no file holds",
+        ),
+        (hook_lambda, r"layers.0.mlp: a hook is a lambda"),
+        (forget, r"made with 'width'.* say it: arguments={'model.layers.0.mlp': {'width': ...}}"),
+        (add_module, r"model.extra \(Linear\) is a module that no class puts there"),
+        (look_ahead, r"the model is causal, but the patch looks ahead.*declare {causal: false}"),
+        (share_module, r"layers.1.mlp is the very module that stands at model.layers.0.mlp: use solidify.share"),
+        (drop_layer, r"model.layers.1 \(LlamaDecoderLayer\) is gone: use solidify.remove"),
+        (bind_to_another, r"mlp.forward is a method of another object \(LlamaMLP\)"),
+        (patch_model, r"the model itself was changed.*write a subclass of LlamaForCausalLM"),
+        (change_new_module, r"model.layers.0.mlp.more is Linear, and nothing when it is made again"),
+    ],
+)
+def test_what_cannot_be_solid_is_said_and_not_built(tmp_path: Path, patch: Callable[[Any], None], words: str) -> None:
+    model = pico.llama()
+    patch(model)
+    found = solidify.from_patched(pico.llama(), model)
+    assert any(re.search(words, each) for each in found.unexplained), found.unexplained
+    with pytest.raises(SurgeryError, match="the patched model cannot be made solid"):
+        found.build(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_not_kept_may_be_said() -> None:
+    model = pico.llama()
+    forget(model)
+    arguments = {"model.layers.*.mlp": {"width": 32}}
+    found = solidify.from_patched(pico.llama(), model, arguments=arguments)
+    assert found.unexplained == [] and "Forgetful(inner, width=32)" in str(found)
+    wrong = solidify.from_patched(pico.llama(), model, arguments={"lm_head": {"width": 32}})
+    assert any("arguments names 'lm_head'" in each for each in wrong.unexplained)
+
+
+def test_a_plain_model_needs_no_edit(tmp_path: Path) -> None:
+    found = solidify.from_patched(pico.llama(), pico.llama())
+    assert found.edits == [] and found.unexplained == []
+    with pytest.raises(SurgeryError, match="no module was patched: save it with save_pretrained"):
+        found.build(tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (lambda model: model, "its base is the same object"),
+        (lambda model: pico.olmoe(), "is LlamaForCausalLM, and its base is OlmoeForCausalLM"),
+    ],
+)
+def test_another_base_is_refused(base: Callable[[Any], PreTrainedModel], words: str) -> None:
+    model = pico.llama()
+    with pytest.raises(SurgeryError, match=words):
+        solidify.from_patched(base(model), model)

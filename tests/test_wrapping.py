@@ -1,0 +1,180 @@
+"""Modules of plain torch become models of transformers: built, reloaded without us, adapted, trained, merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pico
+import plain_nets
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, TrainingArguments
+
+import solidify
+from solidify.errors import ModelError
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PLAN = [8, "M", 16, "M"]
+
+
+class Doubling(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4 * times, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class Unkept(nn.Module):
+    """Its constructor is given something that changes what it returns, and that it keeps under another name."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.factor = torch.tensor(scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.factor
+
+
+def make_sequential() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    return nn.Sequential(*layers)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any], str]] = {
+    "vgg": (lambda: plain_nets.VGG(PLAN), IMAGES, {}, "module.features.0"),
+    "alexnet": (
+        lambda: plain_nets.AlexNet(dropout=0.2),
+        IMAGES,
+        {"arguments": {"dropout": 0.2}},
+        "module.classifier.1",
+    ),
+    "resnet": (
+        lambda: plain_nets.ResNet(plain_nets.Block, [1, 2]),
+        IMAGES,
+        {"arguments": {"block": plain_nets.Block, "layers": [1, 2]}},
+        "module.layers.*.0.conv",
+    ),
+    "sequential": (make_sequential, IMAGES, {}, "module.0"),
+    "features": (lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), torch.randn(3, 12), {}, "module.0"),
+    "tokens": (lambda: plain_nets.Words(50, 8), torch.randint(0, 50, (2, 7)), {}, "module.head"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_changed_and_comes_back(tmp_path: Path, case: str) -> None:
+    make, example, options, target = CASES[case]
+    module = make()
+    with torch.no_grad():
+        expected = module.eval()(example)
+    model = solidify.wrap(module, example, **options)
+    with torch.no_grad():
+        assert torch.equal(model(example).logits, expected)
+    edits = solidify.replace(model, target, plain_nets.Gated)
+    pico.artifact(model, edits, tmp_path / "made")
+    again = solidify.load(tmp_path / "made")
+    with torch.no_grad():
+        torch.testing.assert_close(again(example).logits, expected, rtol=0, atol=1e-5)
+    assert type(again.get_submodule(edits[0].name)).__name__ == "Gated"
+
+
+def test_a_second_surgery_adds_to_the_first(tmp_path: Path) -> None:
+    model = solidify.wrap(
+        plain_nets.ResNet(plain_nets.Block, [1]), IMAGES, arguments={"block": plain_nets.Block, "layers": [1]}
+    )
+    pico.artifact(model, solidify.replace(model, "module.stem", plain_nets.Gated), tmp_path / "first")
+    model = solidify.load(tmp_path / "first")
+    pico.artifact(model, solidify.replace(model, "module.fc", plain_nets.Gated), tmp_path / "second")
+    again = solidify.load(tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(again(IMAGES).logits, model(IMAGES).logits, rtol=0, atol=1e-5)
+    assert [entry["operation"] for entry in again.config.surgery] == ["wrap", "replace", "replace"]
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built without an edit, and verified in a fresh process that knows neither us nor the class."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("vgg") / "artifact"
+    made = solidify.build(solidify.wrap(plain_nets.VGG(PLAN), IMAGES), [], directory)
+    assert any(finding.name == "loads without us" and finding.passed for finding in made.findings)
+    return directory
+
+
+def test_it_carries_its_code_and_says_how_it_is_made(vgg: Path) -> None:
+    config = json.loads((vgg / "config.json").read_text())
+    assert config["surgery"][0]["arguments"]["arguments"] == {"plan": PLAN}
+    assert len(config["id2label"]) == 10
+    assert (vgg / "plain_nets.py").is_file() and (vgg / "wrapped_module.py").is_file()
+    assert "solidify" not in (vgg / "wrapped_module.py").read_text().split("import", 1)[1]
+    found = AutoModelForImageClassification.from_pretrained(vgg, trust_remote_code=True)
+    assert found(IMAGES, labels=torch.tensor([1, 2, 3, 4])).loss > 0
+
+
+def test_lora_on_convolutions_learns_labels_and_merges(vgg: Path, tmp_path: Path) -> None:
+    model = solidify.load(vgg)
+    peft_model = solidify.attach(model, lora={"r": 4, "target_modules": ["module.features.0", "module.head"]})
+    rows = [{"pixel_values": image, "labels": torch.tensor(n)} for n, image in enumerate(IMAGES)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=30, learning_rate=3e-2, report_to="none", use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = solidify.ObjectiveTrainer(
+        model=peft_model, args=arguments, train_dataset=rows, objective=solidify.Objective([solidify.Term("model")])
+    )
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < losses[0] / 2
+    solidify.save_adapter(peft_model, tmp_path / "adapter")
+    with torch.no_grad():
+        attached = peft_model.eval()(IMAGES).logits
+    solidify.merge(tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(solidify.load(tmp_path / "merged")(IMAGES).logits, attached, rtol=0, atol=1e-4)
+
+
+def patch_forward(module: nn.Module) -> nn.Module:
+    module.forward = lambda x: x.flatten(1)  # type: ignore[method-assign]
+    return module
+
+
+def add_hook(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def grow(module: nn.Module) -> nn.Module:
+    module.extra = nn.Linear(2, 2)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "words"),
+    [
+        (lambda: Doubling(2), torch.randn(2, 8), "was made with 'times', which it does not keep as an attribute"),
+        (lambda: plain_nets.AlexNet(dropout=0.2), IMAGES, "module.classifier.0 is p=0.2, inplace=False, and p=0.5"),
+        (lambda: Unkept(3.0), torch.randn(2, 4), "it returns something else on example_inputs"),
+        (lambda: patch_forward(nn.Linear(4, 4)), torch.randn(2, 4), "module has a forward of its own"),
+        (lambda: add_hook(nn.Linear(4, 4)), torch.randn(2, 4), "module has hooks"),
+        (lambda: grow(plain_nets.Words(9, 4)), torch.zeros(2, 3, dtype=torch.long), "module.extra is Linear, and noth"),
+        (lambda: nn.LSTM(4, 4), torch.randn(2, 3, 4), "LSTM returns tuple; a module that is wrapped returns one"),
+        (lambda: nn.Linear(4, 4), torch.randn(2, 5), "does not run on example_inputs"),
+        (lambda: nn.Linear(4, 4), {"a": torch.randn(2, 4)}, "wrap takes one of pixel_values, input_ids, inputs"),
+        (pico.llama, torch.randn(2, 4), "LlamaForCausalLM is a model of transformers already"),
+    ],
+)
+def test_what_would_not_come_back_is_refused(module: Callable[[], nn.Module], example: Any, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        solidify.wrap(module(), example)
+
+
+def test_labels_of_what_is_no_classifier_are_refused() -> None:
+    model = solidify.wrap(nn.Conv2d(3, 2, 3), IMAGES)
+    with pytest.raises(ValueError, match=r"labels are for a module that returns \(batch_size, num_labels\)"):
+        model(IMAGES, labels=torch.tensor([0, 1, 0, 1]))
