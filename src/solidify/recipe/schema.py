@@ -185,7 +185,9 @@ class Data(_Section):
         if self.packing and self.group_by:
             raise broken_rule("`packing` fills every window, so there is nothing that `group_by` could group")
         if self.packing and self.streaming:
-            raise broken_rule("`packing` looks at all rows first, and `streaming` has none before they come; choose one")
+            raise broken_rule(
+                "`packing` looks at all rows first, and `streaming` has none before they come; choose one"
+            )
         if self.streaming and self.group_by:
             raise broken_rule("`group_by` looks at all rows first, and `streaming` has none before they come")
         return self
