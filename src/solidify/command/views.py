@@ -99,6 +99,8 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield "Surgery: none. The base is trained as it stands, and OUTPUT/artifact is that base.\n"
     yield from _show_declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
+    if "data" in document:
+        yield _write_data(document["data"])
     if "heal" in document:
         yield from _show_healing(document["heal"])
     if document["trainable"]:
@@ -133,6 +135,15 @@ def _show_quantization(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
     for why, names in reasons.items():
         yield console.line((f"  not quantised, {why}: {', '.join(anatomy.fold(names))}", "dim"))
     yield ""
+
+
+def _write_data(read: Mapping[str, Any]) -> str:
+    """Says how the rows of the data are read."""
+    details = [read[key] for key in ("loss",) if key in read]
+    details += [f"at most {read['max_length']:,} tokens"] if "max_length" in read else []
+    details += ["packed into windows"] if read.get("packing") else []
+    details += ["with images"] if read.get("images") else []
+    return f"Data: {read['format']} ({'; '.join(details)})\n"
 
 
 def _show_healing(planned: Mapping[str, Any]) -> Iterator[RenderableType]:

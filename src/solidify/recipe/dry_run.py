@@ -20,7 +20,7 @@ from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, healing, models, objectives, trainers
+from solidify.recipe import first_batch, healing, models, objectives, trainers
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
@@ -42,7 +42,8 @@ class Plan:
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
     `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
     `quantization` what the artifact takes in memory when it is trained quantised, and what is not quantised, and why.
-    `modules` holds the trees of modules `before` and `after`.
+    `modules` holds the trees of modules `before` and `after`, `data` how the rows are read: their format, the longest
+    example, on what the loss is.
     """
 
     edits: list[Edit]
@@ -61,6 +62,7 @@ class Plan:
     heal: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     modules: dict[str, list[Branch]] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -79,6 +81,7 @@ class Plan:
             "files": self.files,
             **({"heal": self.heal} if self.heal is not None else {}),
             **({"quantization": self.quantization} if self.quantization is not None else {}),
+            **({"data": self.data} if self.data is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -109,10 +112,10 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     edits = models.operate(recipe, base.model, preparing=preparing)
     records = [edit.document() for edit in edits]
     vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
+    read: dict[str, Any] | None = None
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
-        datasets.refuse_unprepared(recipe, base.processor)
-        datasets.read_texts(recipe)
+        read = first_batch.rehearse(recipe, preparing, base.model)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
@@ -120,17 +123,16 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
     if recipe.adapter is not None:
-        data.refuse_untaught(base.model)
+        read = first_batch.rehearse(recipe, preparing, base.model)
         surgery = vars(base.model.config).get("surgery") or []  # of a base that is an artifact
         lora = tokens.with_ids(recipe.adapter.lora, vocabulary.added_tokens([*surgery, *records]))
         wanted = planning.plan(base.model, lora, recipe.adapter.train)
         arguments = trainers.training_arguments(recipe, Path("nowhere"))
         trainers.refuse_unspreadable(arguments, here=False)
-        datasets.refuse_unprepared(recipe, base.processor)
         terms = objectives.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
         forecast = _forecast(recipe, base.model, records)
-        datasets.read_texts(recipe)
+        _refuse_sequences(recipe, terms)
         trainer = trainers.trainer_class(recipe).__name__
         trainable, peft_model = _count_trainable(recipe, base.model, lora)
         refuse_half_precision(arguments, peft_model)
@@ -152,6 +154,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         heal=healed,
         quantization=forecast.document() if forecast is not None else None,
         modules=modules,
+        data=read,
     )
 
 
@@ -166,6 +169,16 @@ def _forecast(recipe: Recipe, model: PreTrainedModel, edits: Sequence[dict[str, 
     fault = planning.dora_fault(recipe.adapter.lora, found.word)
     refuse(RecipeError, "the adapter does not go with base.quantization", [fault] if fault is not None else [])
     return found
+
+
+def _refuse_sequences(recipe: Recipe, terms: Sequence[Term]) -> None:
+    """Raises RecipeError for a term that is a mean over sequences, where a window holds several."""
+    alike = [term.name for term in terms if term.reduction == "sequence_mean"]
+    if recipe.data is not None and recipe.data.packing and alike:
+        raise RecipeError(
+            f"data.packing: the term {alike[0]} is a mean over sequences, and a packed window, which holds several, "
+            "would count as one; leave packing out"
+        )
 
 
 def _describe_term(term: Term, weight: Any) -> dict[str, Any]:

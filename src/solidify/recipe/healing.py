@@ -98,8 +98,8 @@ def make_batches(recipe: Recipe, processor: Any) -> tuple[Batches, Batches]:
     """Returns training batches, and those on which is measured: of the evaluation text, or else the last ones."""
     assert recipe.heal is not None
     size = recipe.heal.align.batch_size if recipe.heal.align is not None else Align().batch_size
-    examples, held_out = datasets.make_examples(recipe, processor)
-    collate = datasets.make_collator(recipe, processor)
+    prepared = datasets.prepare(datasets.unpacked(recipe), processor)
+    examples, held_out, collate = prepared.train, prepared.held_out, prepared.collate
     made = [_collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
     if len(made) == 1:
         kept = min(MEASURED, max(1, len(made[0]) // 10))
@@ -284,8 +284,12 @@ def _wanted_step(recipe: Recipe, source: Path) -> dict[str, Any]:
 def _digest_data(recipe: Recipe) -> dict[str, str]:
     """Returns the digests of the data files that stand beside the recipe."""
     assert recipe.data is not None
-    paths = {name: recipe.directory / name for name in (recipe.data.train, recipe.data.eval) if name}
-    return {name: hashing.digest_file(path) for name, path in paths.items() if path.is_file()}
+    found = dict[str, str]()
+    for name in recipe.data.paths():
+        path = recipe.directory / name
+        inside = {f"{name}/{each.relative_to(path)}": each for each in sorted(path.rglob("*"))} if path.is_dir() else {}
+        found |= {key: hashing.digest_file(each) for key, each in (inside or {name: path}).items() if each.is_file()}
+    return found
 
 
 def _is_made(target: Path, wanted: Mapping[str, Any]) -> bool:

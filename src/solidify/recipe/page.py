@@ -138,7 +138,7 @@ def take_samples(recipe: Recipe, processor: Any, model: Any) -> list[dict[str, s
 
 
 def _sample(recipe: Recipe, tokenizer: Any, model: Any, processor: Any) -> list[dict[str, str]]:
-    training, held_out = datasets.make_examples(recipe, processor)
+    training, held_out = datasets.make_examples(recipe, processor, lookup.plain_model(model))
     examples = held_out if held_out is not None else training
     samples = []
     for number in range(min(_SAMPLES, len(examples))):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,20 +10,16 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers import DataCollatorForSeq2Seq
 
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.internals import shifts_labels
-from solidify.system import console, files, foreign
-from solidify.upstream.transformers_training import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from solidify.system import console
+from solidify.training import formats, sources
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
@@ -38,24 +32,20 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
             image is missing.
     """
-    if not os.path.exists(path):
-        raise DataError(f"the data file {path} does not exist")
-    files.require_regular(path, DataError)
-    kind = _FORMATS.get(path.suffix)
-    if kind is None:
-        raise DataError(f"{path} is not a data file of a known kind; known: {', '.join(_FORMATS)}")
     # In pieces, a column that is empty in the first of them is taken for one that is always empty.
-    whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-    read = foreign.attempt(datasets.load_dataset, kind, data_files=_escape_path(path), split="train", **whole)
-    if read.error is not None:
-        cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
-        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
-    data: Any = read.value
+    data = sources.read_file(path, whole=image is not None)
+    return select(data, text, image, path)
+
+
+def select(data: datasets.Dataset, text: str, image: str | None, file: Path) -> datasets.Dataset:
+    """Keeps the column `text` of rows that were read, and of `image` where the images are, beside `file`.
+
+    Raises:
+        DataError: there is no such column, or an image is missing.
+    """
     for column in (text, image):
         if column is not None and column not in data.column_names:
-            raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
-    if not len(data):
-        raise DataError(f"{path} holds no rows")
+            raise DataError(f"{file} has no column {column!r}; it has: {', '.join(data.column_names)}")
     if image is None:
         return data.select_columns([text])
     found = data.select_columns([text, image]).map(
@@ -65,14 +55,9 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         remove_columns=[image],
         features=datasets.Features({text: data.features[text], IMAGES: datasets.List(datasets.Value("string"))}),
         load_from_cache_file=False,  # files come and go
-        fn_kwargs={"image": image, "file": str(path)},
+        fn_kwargs={"image": image, "file": str(file)},
     )
     return found.select_columns([text, IMAGES])
-
-
-def _escape_path(path: Path) -> str:
-    """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
-    return glob.escape(str(path.resolve()))
 
 
 def _find_images(
@@ -90,23 +75,27 @@ def _find_images(
     return {IMAGES: image_paths}
 
 
+def locate_images(rows: Any, file: Path) -> Any:
+    """Returns rows whose column `image`, where it names files that exist, says where they are; others as they were."""
+    features = rows.features or {}
+    if not isinstance(features.get("image"), datasets.Value):
+        return rows
+    options = {} if sources.is_stream(rows) else {"load_from_cache_file": False}  # files come and go
+    return rows.map(_find_image, fn_kwargs={"file": str(file)}, **options)
+
+
+def _find_image(row: dict[str, Any], *, file: str) -> dict[str, Any]:
+    path = (Path(file).parent / str(row["image"])).resolve()
+    return {"image": str(path) if row["image"] and path.is_file() else row["image"]}
+
+
 def refuse_untaught(model: nn.Module) -> None:
     """Raises DataError for a model whose labels are not the tokens that come next, which is all that text gives."""
-    if not _reads_on(model):
+    if not formats.learns_next_token(model):
         raise DataError(
             "data: text teaches causal language models and those that read images beside it, and "
-            f"{type(model).__name__} is neither: its labels are not the next tokens; train it from Python with "
-            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to "
-            "build it"
+            f"{type(model).__name__} is neither: its labels are not the next tokens"
         )
-
-
-def _reads_on(model: nn.Module) -> bool:
-    """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
-    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
-    listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    is_listed = not kinds or any(kind.__name__ in listed for kind in kinds)
-    return is_listed and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
 
 
 def few(faults: Sequence[str]) -> list[str]:
@@ -133,8 +122,8 @@ def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: i
             examples += cut(ended(ids, tokenizer), max_length)
         return {"input_ids": examples, "labels": [list(piece) for piece in examples]}
 
-    result = data.map(windows, batched=True, remove_columns=data.column_names)
-    if not len(result):
+    result = data.map(windows, batched=True, remove_columns=sources.columns(data))
+    if not sources.is_stream(result) and not len(result):
         raise DataError("no text of the data yields two tokens, so there is nothing to predict")
     return result
 
@@ -162,23 +151,26 @@ def collator(tokenizer: Any) -> Any:
 
 
 def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> float:
-    """Returns the model's next-token loss in nats over all target tokens of some examples, each token once.
+    """Returns the model's own loss, a mean over all labels of some examples (tokens, classes, numbers), each once.
 
     A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
     logits are in memory at once. What takes long shows a bar.
     """
     total, tokens = 0.0, 0
-    rows = examples.select_columns([name for name in ("input_ids", "labels", IMAGES) if name in examples.column_names])
-    longest = max(map(len, rows["input_ids"]))
+    rows, shifts = examples, shifts_labels(model)
+    longest = max(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else 1
     size = max(1, min(batch_size, TOKENS // longest))
     starts = range(0, len(rows), size)
     bar = console.progress("Measuring the loss", len(starts)) if len(starts) > 64 else nullcontext(lambda _note: None)
     with torch.no_grad(), anatomy.evaluation(model), bar as advance:
         for start in starts:
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            total += model(**batch).loss.item() * count
+            batch = {
+                key: each.to(model.device) if isinstance(each, torch.Tensor) else each for key, each in batch.items()
+            }
+            labels = batch["labels"][:, 1:] if shifts else batch["labels"]
+            count = int((labels != -100).sum())
+            total += model(**batch).loss.item() * count if count else 0.0  # a mean over nothing is no number
             tokens += count
             advance(f"loss {total / tokens:.3f}")
     return total / tokens
