@@ -2,33 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from solidify.builtin import corpus
-from solidify.errors import RecipeError
-from solidify.recipe.schema import Recipe
-from solidify.training import batching, data, images
+from solidify.errors import DataError, RecipeError
+from solidify.recipe.schema import PARTS, Recipe, Source
+from solidify.system import files
+from solidify.training import batching, data, images, sources
 
 PROBES = 8  # sequences on which the independence of accumulation is shown
 
 
+def read_rows(recipe: Recipe) -> tuple[Any, Any]:
+    """Reads training and evaluation rows with their columns as they stand (None without the latter).
+
+    Columns are renamed as `data.columns` says. With `data.streaming`, the training rows are a stream, shuffled among
+    the next `sources.BUFFER` of them; evaluation rows never are.
+
+    Raises:
+        DataError: a source cannot be read, or several cannot be put together.
+        RecipeError: there is no built-in text of that name.
+    """
+    return _read_parts(recipe, lambda rows, file: data.locate_images(rows, file))
+
+
 def read_texts(recipe: Recipe) -> tuple[Any, Any]:
-    """Reads training and evaluation text (None without the latter)."""
+    """Reads training and evaluation text, with images where `data.image` says so (None without the latter)."""
     assert recipe.data is not None
-    read: list[Any] = []
-    for name in (recipe.data.train, recipe.data.eval):
-        if name is None:
-            read.append(None)
-        elif name in corpus.NAMES:
-            read.append(data.from_texts(corpus.texts(corpus.NAMES[name]), recipe.data.text))
-        elif name.startswith("builtin:"):
-            raise RecipeError(f"data: there is no {name!r}; built in: {', '.join(corpus.NAMES)}")
-        else:
-            read.append(data.read(recipe.directory / name, recipe.data.text, recipe.data.image))
-    return read[0], read[1]
+    text, image = recipe.data.text, recipe.data.image
+    return _read_parts(recipe, lambda rows, file: data.select(rows, text, image, file))
+
+
+def _read_parts(recipe: Recipe, finish: Callable[[Any, Path], Any]) -> tuple[Any, Any]:
+    assert recipe.data is not None
+    train, held_out = (_read_part(recipe, part, finish) for part in PARTS)
+    if recipe.data.streaming and recipe.data.shuffle:
+        train = train.shuffle(seed=recipe.data.seed, buffer_size=sources.BUFFER)
+    return train, held_out
+
+
+def _read_part(recipe: Recipe, part: Literal["train", "eval"], finish: Callable[[Any, Path], Any]) -> Any:
+    assert recipe.data is not None
+    given = recipe.data.sources(part)
+    if not given:
+        return None
+    streaming = recipe.data.streaming and part == "train"
+    read = [
+        finish(_rename(_read_source(recipe, source, part, streaming), source), recipe.directory / source.path)
+        for source in given
+    ]
+    return sources.mix(read, [source.weight for source in given], seed=recipe.data.seed)
+
+
+def _read_source(recipe: Recipe, source: Source, part: str, streaming: bool) -> Any:
+    assert recipe.data is not None
+    name, path = source.path, recipe.directory / source.path
+    is_directory = bool(name) and files.is_directory(path)
+    is_local = name in corpus.NAMES or is_directory or os.path.exists(path)
+    if is_local and (source.split, source.name, source.revision) != (None, None, None):
+        raise RecipeError(f"data.{part}: {name} is on this machine, and `split`, `name` and `revision` are of the hub")
+    if name in corpus.NAMES:
+        texts = data.from_texts(corpus.texts(corpus.NAMES[name]), recipe.data.text)
+        return texts.to_iterable_dataset() if streaming else texts
+    if name.startswith("builtin:"):
+        raise RecipeError(f"data: there is no {name!r}; built in: {', '.join(corpus.NAMES)}")
+    if is_directory:
+        return sources.read_directory(path, streaming=streaming)
+    if is_local or path.suffix in sources.KINDS:
+        return sources.read_file(path, whole=recipe.data.image is not None, streaming=streaming)
+    if source.split is None and part == "eval":
+        raise RecipeError(f"data.eval: say which split of {name} is read: {{path: {name}, split: ...}}")
+    split = source.split or "train"
+    return sources.read_hub(name, name=source.name, split=split, revision=source.revision, streaming=streaming)
+
+
+def _rename(rows: Any, source: Source) -> Any:
+    """Calls columns what the recipe calls them."""
+    found = sources.columns(rows)
+    for ours, theirs in source.columns.items():
+        if theirs not in found:
+            raise DataError(f"{source.path} has no column {theirs!r}; it has: {', '.join(found)}")
+        if ours in found and ours != theirs:
+            rows = rows.remove_columns([ours])
+        rows = rows.rename_column(theirs, ours) if ours != theirs else rows
+    return rows
 
 
 def make_examples(recipe: Recipe, processor: Any) -> tuple[Any, Any]:

@@ -283,8 +283,12 @@ def _wanted_step(recipe: Recipe, source: Path) -> dict[str, Any]:
 def _digest_data(recipe: Recipe) -> dict[str, str]:
     """Returns the digests of the data files that stand beside the recipe."""
     assert recipe.data is not None
-    paths = {name: recipe.directory / name for name in (recipe.data.train, recipe.data.eval) if name}
-    return {name: hashing.digest_file(path) for name, path in paths.items() if path.is_file()}
+    found = dict[str, str]()
+    for name in recipe.data.paths():
+        path = recipe.directory / name
+        inside = {f"{name}/{each.relative_to(path)}": each for each in sorted(path.rglob("*"))} if path.is_dir() else {}
+        found |= {key: hashing.digest_file(each) for key, each in (inside or {name: path}).items() if each.is_file()}
+    return found
 
 
 def _is_made(target: Path, wanted: Mapping[str, Any]) -> bool:

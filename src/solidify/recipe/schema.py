@@ -20,6 +20,23 @@ from solidify.surgery.catalogue import ASKED
 from solidify.surgery.operation import Operation
 from solidify.system import files
 
+Format = Literal[
+    "text",
+    "messages",
+    "prompt_completion",
+    "preference",
+    "unpaired_preference",
+    "prompts",
+    "classification",
+    "regression",
+    "multi_label",
+    "token_classification",
+    "image_classification",
+    "masked",
+    "seq2seq",
+]
+PARTS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -86,18 +103,79 @@ class ParameterGroup(_Section):
     optimizer: dict[str, Any] = {}
 
 
-class Data(_Section):
-    """Training and evaluation text: files beside the recipe, or `builtin:` names.
+class Source(_Section):
+    """Where rows come from: a file or a directory beside the recipe, a `builtin:` name, or a data set of the hub.
 
-    `image` is a column that names an image beside the file, several, or none; `group_by` says which rows come together.
+    `name`, `split` and `revision` are of the hub alone; `columns` says what a column is called here (ours: theirs).
     """
 
-    train: str
-    eval: str | None = None
+    path: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    weight: float | None = Field(default=None, gt=0)
+    columns: dict[str, str] = {}
+
+
+def _find_kind(value: Any) -> str | None:
+    """Returns which of the ways to write down a source a value is."""
+    kinds = {str: _NAMED, dict: _DESCRIBED, Source: _DESCRIBED, list: _LISTED}
+    return next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None)
+
+
+_NAMED, _DESCRIBED, _LISTED = "<name>", "<source>", "<sources>"  # these words are taken out of messages
+_One = Annotated[Annotated[str, Tag(_NAMED)] | Annotated[Source, Tag(_DESCRIBED)], Discriminator(_find_kind)]
+Sources = Annotated[
+    Annotated[str, Tag(_NAMED)]
+    | Annotated[Source, Tag(_DESCRIBED)]
+    | Annotated[list[_One], Field(min_length=1), Tag(_LISTED)],
+    Discriminator(_find_kind),
+]
+
+
+class Data(_Section):
+    """Training and evaluation rows, and how a model reads them; `format` is found from the columns if left out.
+
+    `text`, `image` and `columns` name columns of the data: of text, of an image (or several, or none) beside the file,
+    and of anything else (ours: theirs). `group_by` says which rows come together.
+    """
+
+    train: Sources
+    eval: Sources | None = None
+    format: Format | None = None
     text: str = "text"
     image: str | None = None
+    columns: dict[str, str] = {}
     max_length: int = Field(default=1024, ge=2)
+    chat_template: str | None = None
+    loss_on: Literal["all", "assistant", "last"] = "assistant"
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    packing: bool = False
+    streaming: bool = False
+    shuffle: bool = True
+    seed: int = 42
     group_by: list[Literal["modality", "length"]] = []
+
+    def sources(self, part: Literal["train", "eval"]) -> list[Source]:
+        """Returns where the rows of a part come from; none where the recipe has no such part."""
+        given = self.train if part == "train" else self.eval
+        listed = [] if given is None else given if isinstance(given, list) else [given]
+        found = [each if isinstance(each, Source) else Source(path=each) for each in listed]
+        return [each.model_copy(update={"columns": {**self.columns, **each.columns}}) for each in found]
+
+    def paths(self) -> list[str]:
+        """Returns what all sources are called, each once."""
+        return list(dict.fromkeys(each.path for part in PARTS for each in self.sources(part)))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Data:
+        if self.packing and self.group_by:
+            raise ValueError("`packing` fills every window, so there is nothing that `group_by` could group")
+        if self.packing and self.streaming:
+            raise ValueError("`packing` looks at all rows first, and `streaming` has none before they come; choose one")
+        if self.streaming and self.group_by:
+            raise ValueError("`group_by` looks at all rows first, and `streaming` has none before they come")
+        return self
 
 
 class Align(_Section):
@@ -186,6 +264,8 @@ class Recipe(_Section):
             raise ValueError("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
             raise ValueError("`heal` needs something to learn from: give `data`")
+        if self.data is not None and self.data.streaming:
+            self._check_streaming()
         if self.adapter is None and self.teacher is not None:
             raise ValueError("`teacher` needs an `adapter` that says what is trained")
         if self.adapter is None and self.training:
@@ -193,6 +273,15 @@ class Recipe(_Section):
         if self.adapter is None and self.parameter_groups:
             raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
         return self
+
+    def _check_streaming(self) -> None:
+        if self.heal is not None:
+            raise ValueError("`heal` reads its rows again and again, which `data.streaming` cannot; leave one out")
+        if self.adapter is not None and not int(self.training.get("max_steps") or 0) > 0:
+            raise ValueError(
+                "`data.streaming` does not know how many rows there are, so a training must say how long it is: give "
+                "`training.max_steps`"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -217,7 +306,7 @@ class Recipe(_Section):
             references += [term.loss for term in self.heal.distill.objective]
         files: list[str | None] = [name.rpartition(":")[0] for name in references]
         files += [name for step in self.surgery for name in step.files()]
-        files += [self.data.train, self.data.eval] if self.data is not None else []
+        files += self.data.paths() if self.data is not None else []
         names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
         found = [*(self.directory / name for name in names), *map(Path, models)]
         return [path for path in found if os.path.exists(path)]
@@ -301,11 +390,13 @@ def _list_sections(annotation: Any) -> list[type[BaseModel]]:
 
 def _write_sentence(error: Any) -> str:
     """Turns one pydantic error into a sentence with the path of the key and, for unknown keys, its neighbours."""
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in (_NAMED, _DESCRIBED, _LISTED)]
     section = _find_section(location)
     if location[:1] == ["surgery"] and len(location) > 2:
         section = ASKED[location.pop(2)]
     where = ".".join(location) or "the recipe"
+    if error["type"] == "union_tag_not_found" and location[0] == "data":
+        return f"{where}: give a name, a mapping with `path`, or a list of these; found {error['input']!r}"
     if error["type"] == "union_tag_not_found":
         return f"{where}: say what to do; known here: {', '.join(ASKED)}"
     if error["type"] == "extra_forbidden":

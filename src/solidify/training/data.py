@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,15 +15,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.internals import shifts_labels
-from solidify.system import console, files, foreign
-from solidify.upstream.transformers_training import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from solidify.system import console
+from solidify.training import sources
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
@@ -38,24 +32,20 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         DataError: the file does not exist, is of another kind, cannot be parsed, is empty, or has no such column, or an
             image is missing.
     """
-    if not os.path.exists(path):
-        raise DataError(f"the data file {path} does not exist")
-    files.require_regular(path, DataError)
-    kind = _FORMATS.get(path.suffix)
-    if kind is None:
-        raise DataError(f"{path} is not a data file of a known kind; known: {', '.join(_FORMATS)}")
     # In pieces, a column that is empty in the first of them is taken for one that is always empty.
-    whole = {"chunksize": path.stat().st_size + 1} if kind == "json" and image is not None else {}
-    read = foreign.attempt(datasets.load_dataset, kind, data_files=_escape_path(path), split="train", **whole)
-    if read.error is not None:
-        cause = read.error.__cause__ or read.error  # what the library wraps says more than its wrapping
-        raise DataError(f"{path} cannot be read as {kind}: {foreign.said(cause)[:300]}") from read.error
-    data: Any = read.value
+    data = sources.read_file(path, whole=image is not None)
+    return select(data, text, image, path)
+
+
+def select(data: datasets.Dataset, text: str, image: str | None, file: Path) -> datasets.Dataset:
+    """Keeps the column `text` of rows that were read, and of `image` where the images are, beside `file`.
+
+    Raises:
+        DataError: there is no such column, or an image is missing.
+    """
     for column in (text, image):
         if column is not None and column not in data.column_names:
-            raise DataError(f"{path} has no column {column!r}; it has: {', '.join(data.column_names)}")
-    if not len(data):
-        raise DataError(f"{path} holds no rows")
+            raise DataError(f"{file} has no column {column!r}; it has: {', '.join(data.column_names)}")
     if image is None:
         return data.select_columns([text])
     found = data.select_columns([text, image]).map(
@@ -65,14 +55,9 @@ def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
         remove_columns=[image],
         features=datasets.Features({text: data.features[text], IMAGES: datasets.List(datasets.Value("string"))}),
         load_from_cache_file=False,  # files come and go
-        fn_kwargs={"image": image, "file": str(path)},
+        fn_kwargs={"image": image, "file": str(file)},
     )
     return found.select_columns([text, IMAGES])
-
-
-def _escape_path(path: Path) -> str:
-    """Returns a file's name so that `datasets`, which takes it for a pattern, finds that file alone."""
-    return glob.escape(str(path.resolve()))
 
 
 def _find_images(
@@ -88,6 +73,24 @@ def _find_images(
         image_paths.append([str(path) for path in paths])
     refuse(DataError, f"{file} names images that do not exist", few(missing))
     return {IMAGES: image_paths}
+
+
+def locate_images(rows: Any, file: Path) -> Any:
+    """Returns rows whose column `image`, where it names files, says where they are; other rows are as they were.
+
+    Raises:
+        DataError: an image is missing.
+    """
+    features = rows.features or {}
+    if not isinstance(features.get("image"), datasets.Value):
+        return rows
+    return rows.map(_find_image, with_indices=True, fn_kwargs={"file": str(file)}, load_from_cache_file=False)
+
+
+def _find_image(row: dict[str, Any], number: int, *, file: str) -> dict[str, Any]:
+    path = (Path(file).parent / str(row["image"])).resolve()
+    refuse(DataError, f"{file} names images that do not exist", [] if path.is_file() else [f"row {number}: {path}"])
+    return {"image": str(path)}
 
 
 def refuse_untaught(model: nn.Module) -> None:

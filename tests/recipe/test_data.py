@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solidify.errors import DataError, RecipeError
+from solidify.recipe import datasets
+from solidify.recipe.schema import Recipe
+
+STEP = {"replace": "model.layers.0.mlp", "expect": "LlamaMLP", "with": "x.py:X"}
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.name
+
+
+def recipe(directory: Path, data: dict[str, Any], **more: Any) -> Recipe:
+    made = {"base": {"model": "none"}, "surgery": [STEP], "data": data, "directory": directory, **more}
+    return Recipe.model_validate(made)
+
+
+def test_rows_keep_their_columns_and_get_the_recipes_names(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", [{"q": "1+1", "a": "2", "level": 3}])
+    written(tmp_path / "b.jsonl", [{"prompt": "2+2", "completion": "4", "level": 1}])
+    first = {"path": "a.jsonl", "columns": {"prompt": "q", "completion": "a"}}
+    train, held_out = datasets.read_rows(recipe(tmp_path, {"train": [first, "b.jsonl"], "eval": "b.jsonl"}))
+    assert train.to_list() == [
+        {"prompt": "1+1", "completion": "2", "level": 3},
+        {"prompt": "2+2", "completion": "4", "level": 1},
+    ]
+    assert held_out.to_list() == [{"prompt": "2+2", "completion": "4", "level": 1}]
+    with pytest.raises(DataError, match=r"a.jsonl has no column 'question'; it has: q, a, level"):
+        datasets.read_rows(recipe(tmp_path, {"train": "a.jsonl", "columns": {"prompt": "question"}}))
+
+
+def test_weights_say_how_often_a_source_is_read_and_no_row_is_left_out(tmp_path: Path) -> None:
+    for name in "ab":
+        written(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(60)])
+    sources = [{"path": "a.jsonl", "weight": 3}, "b.jsonl"]
+    rows = {
+        seed: datasets.read_rows(recipe(tmp_path, {"train": sources, "seed": seed}))[0]["text"][:] for seed in (1, 2)
+    }
+    assert len(set(rows[1])) == 120
+    assert 2 < sum(text.startswith("a") for text in rows[1]) / sum(text.startswith("b") for text in rows[1]) < 4
+    assert rows[1] != rows[2]
+    again = datasets.read_rows(recipe(tmp_path, {"train": sources, "seed": 1}))[0]["text"][:]
+    assert again == rows[1]
+
+
+def test_a_directory_is_read_whole(tmp_path: Path) -> None:
+    written(tmp_path / "many" / "a.jsonl", [{"text": "one"}])
+    written(tmp_path / "many" / "deep" / "b.jsonl", [{"text": "two"}])
+    assert datasets.read_rows(recipe(tmp_path, {"train": "many"}))[0]["text"][:] == ["one", "two"]
+    (tmp_path / "many" / "c.csv").write_text("text\nthree\n")
+    with pytest.raises(DataError, match=r"several kinds \(2 of json, 1 of csv\)"):
+        datasets.read_rows(recipe(tmp_path, {"train": "many"}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no data file of a known kind"):
+        datasets.read_rows(recipe(tmp_path, {"train": "empty"}))
+
+
+def test_a_stream_is_shuffled_by_its_seed_and_needs_a_length(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(50)])
+
+    def read(**more: Any) -> list[str]:
+        rows, _ = datasets.read_rows(recipe(tmp_path, {"train": "a.jsonl", "streaming": True, **more}))
+        return [row["text"] for row in rows]
+
+    assert sorted(read(), key=int) == [str(i) for i in range(50)]
+    assert read(seed=1) == read(seed=1) != read(seed=2)
+    assert read(shuffle=False) == [str(i) for i in range(50)]
+    with pytest.raises(ValueError, match=r"give `training.max_steps`"):
+        recipe(tmp_path, {"train": "a.jsonl", "streaming": True}, adapter={"train": "x"})
+    recipe(tmp_path, {"train": "a.jsonl", "streaming": True}, adapter={"train": "x"}, training={"max_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "words"),
+    [
+        ("none.jsonl", DataError, "none.jsonl does not exist"),
+        ("owner/name", DataError, "owner/name is no file or directory beside the recipe, and as a data set of the hub"),
+        ({"path": "owner/name", "split": "test", "revision": "v2"}, DataError, "split 'test' at revision v2 cannot be"),
+        ("a/b/c", DataError, "a data set of the hub is called owner/name"),
+        ({"path": "a.jsonl", "split": "train"}, RecipeError, "are of the hub"),
+        ("builtin:nothing", RecipeError, "built in: builtin:pydoc"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(tmp_path: Path, source: Any, kind: type[Exception], words: str) -> None:
+    written(tmp_path / "a.jsonl", [{"text": "one"}])
+    with pytest.raises(kind, match=words):
+        datasets.read_rows(recipe(tmp_path, {"train": source}))
+
+
+def test_an_evaluation_split_of_the_hub_is_said(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", [{"text": "one"}])
+    with pytest.raises(RecipeError, match="say which split of owner/name is read"):
+        datasets.read_rows(recipe(tmp_path, {"train": "a.jsonl", "eval": "owner/name"}))
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        (5, "data.train: give a name, a mapping with `path`, or a list of these; found 5"),
+        ({"pth": "a"}, "data.train.pth: unknown key; did you mean 'path'?"),
+        (["a", {"path": "b", "weight": 0}], "data.train.1.weight: Input should be greater than 0"),
+        ([], "data.train: List should have at least 1 item"),
+    ],
+)
+def test_a_source_that_is_written_wrongly_is_named(tmp_path: Path, train: Any, words: str) -> None:
+    (tmp_path / "r.yaml").write_text(json.dumps({"base": {"model": "x"}, "surgery": [STEP], "data": {"train": train}}))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(tmp_path / "r.yaml")
+    assert words in str(caught.value)
