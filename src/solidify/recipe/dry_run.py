@@ -19,7 +19,7 @@ from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, healing, models, objectives, trainers
+from solidify.recipe import first_batch, healing, models, objectives, trainers
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
@@ -39,7 +39,8 @@ class Plan:
     lists which of the base's are `kept` and `dropped`, which are `new`, and which are `unknown`: new, or copies of
     those listed as dropped, as only a build can tell. `counts` are the numbers that run, card and diff show (`kept`,
     `new`, `dropped`). `files` is the artifact's code by name, of which `generated` names what solidify writes, and
-    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take.
+    `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
+    `data` how the rows are read: their format, the longest example, on what the loss is.
     """
 
     edits: list[Edit]
@@ -56,6 +57,7 @@ class Plan:
     generated: list[str]
     requirements: dict[str, str]
     heal: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -73,6 +75,7 @@ class Plan:
             "generated": self.generated,
             "files": self.files,
             **({"heal": self.heal} if self.heal is not None else {}),
+            **({"data": self.data} if self.data is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -98,24 +101,23 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     vocabulary.refuse_unfit(base.model, base.processor or base.tokenizer, RecipeError)
     refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
     edits = models.operate(recipe, base.model)
+    read: dict[str, Any] | None = None
     if recipe.heal is not None:
         data.refuse_untaught(base.model)
-        datasets.refuse_unprepared(recipe, base.processor)
-        datasets.read_texts(recipe)
+        read = first_batch.rehearse(recipe, base.processor or base.tokenizer, base.model)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits)
     after, records = cost(base.model).document(), [edit.document() for edit in edits]
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
-        data.refuse_untaught(base.model)
+        read = first_batch.rehearse(recipe, base.processor or base.tokenizer, base.model)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         arguments = trainers.training_arguments(recipe, Path("nowhere"))
         trainers.refuse_unspreadable(arguments, here=False)
-        datasets.refuse_unprepared(recipe, base.processor)
         terms = objectives.make_terms(recipe)
         kernels.refuse_unusable(arguments, base.model, Objective(terms))
-        datasets.read_texts(recipe)
+        _refuse_sequences(recipe, terms)
         trainer = trainers.trainer_class(recipe).__name__
         trainable, peft_model = _count_trainable(recipe, base.model)
         refuse_half_precision(arguments, peft_model)
@@ -135,7 +137,18 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         generated=sorted({f"{reference.rpartition('.')[0]}.py" for reference in code.auto_map.values()}),
         requirements=code.requirements,
         heal=healed,
+        data=read,
     )
+
+
+def _refuse_sequences(recipe: Recipe, terms: Sequence[Term]) -> None:
+    """Raises RecipeError for a term that is a mean over sequences, where a window holds several."""
+    alike = [term.name for term in terms if term.reduction == "sequence_mean"]
+    if recipe.data is not None and recipe.data.packing and alike:
+        raise RecipeError(
+            f"data.packing: the term {alike[0]} is a mean over sequences, and a packed window, which holds several, "
+            "would count as one; leave packing out"
+        )
 
 
 def _describe_term(term: Term, weight: Any) -> dict[str, Any]:

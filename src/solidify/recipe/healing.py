@@ -98,8 +98,8 @@ def make_batches(recipe: Recipe, processor: Any) -> tuple[Batches, Batches]:
     """Returns training batches, and those on which is measured: of the evaluation text, or else the last ones."""
     assert recipe.heal is not None
     size = recipe.heal.align.batch_size if recipe.heal.align is not None else Align().batch_size
-    examples, held_out = datasets.make_examples(recipe, processor)
-    collate = datasets.make_collator(recipe, processor)
+    prepared = datasets.prepare(datasets.unpacked(recipe), processor)
+    examples, held_out, collate = prepared.train, prepared.held_out, prepared.collate
     made = [_collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
     if len(made) == 1:
         kept = min(MEASURED, max(1, len(made[0]) // 10))

@@ -137,7 +137,8 @@ class Data(_Section):
     """Training and evaluation rows, and how a model reads them; `format` is found from the columns if left out.
 
     `text`, `image` and `columns` name columns of the data: of text, of an image (or several, or none) beside the file,
-    and of anything else (ours: theirs). `group_by` says which rows come together.
+    and of anything else (ours: theirs). `chat_template` is a file beside the recipe, or the template; `labels` names
+    classes in their order; `group_by` says which rows come together.
     """
 
     train: Sources
@@ -149,6 +150,7 @@ class Data(_Section):
     max_length: int = Field(default=1024, ge=2)
     chat_template: str | None = None
     loss_on: Literal["all", "assistant", "last"] = "assistant"
+    labels: list[str] | None = None
     mask_probability: float = Field(default=0.15, gt=0, lt=1)
     packing: bool = False
     streaming: bool = False
@@ -306,7 +308,7 @@ class Recipe(_Section):
             references += [term.loss for term in self.heal.distill.objective]
         files: list[str | None] = [name.rpartition(":")[0] for name in references]
         files += [name for step in self.surgery for name in step.files()]
-        files += self.data.paths() if self.data is not None else []
+        files += [*self.data.paths(), self.data.chat_template] if self.data is not None else []
         names = [name for name in (*models, *files) if name and not name.startswith("builtin:")]
         found = [*(self.directory / name for name in names), *map(Path, models)]
         return [path for path in found if os.path.exists(path)]

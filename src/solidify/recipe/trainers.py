@@ -13,13 +13,14 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
+from solidify.adapter import lookup
 from solidify.directory import trust
 from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
 from solidify.recipe import datasets, objectives
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
-from solidify.training import batching, defaults, groups
+from solidify.training import batching, defaults, groups, packing
 from solidify.training.groups import ParameterGroup
 from solidify.training.sft import ObjectiveSFTTrainer
 from solidify.training.trainer import ObjectiveTrainer
@@ -58,6 +59,12 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     if recipe.data.image is not None:
         refuse(RecipeError, "images do not go with the training section", _against_images(recipe))
         values = {"remove_unused_columns": False, **values}  # a row's images are a column that the model does not take
+    elif trainer_class(recipe) is ObjectiveTrainer:
+        values = {"remove_unused_columns": False, **values}  # examples hold what is read, and no more
+        if recipe.data.packing and values["remove_unused_columns"]:
+            raise RecipeError("training.remove_unused_columns would remove where the documents of a window end")
+    if not recipe.data.shuffle and not recipe.data.group_by:
+        values = {"train_sampling_strategy": "sequential", **values}
     kind = TrainingArguments
     if trainer_class(recipe) is ObjectiveSFTTrainer:
         kind = SFTConfig
@@ -154,29 +161,41 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
     assert recipe.data is not None
     arguments = training_arguments(recipe, directory)
     objective = objectives.make_objective(recipe, model.get_base_model())
-    datasets.refuse_unprepared(recipe, processor)
+    plain = lookup.plain_model(model)
+    datasets.refuse_unprepared(recipe, processor, plain)
     kind = trainer_class(recipe)
     if kind is ObjectiveSFTTrainer:
-        train_texts, eval_texts = datasets.read_texts(recipe)
+        train_texts, eval_texts = datasets.make_sft_rows(recipe, processor, plain)
         options: dict[str, Any] = {"train_dataset": train_texts, "eval_dataset": eval_texts}
     else:
-        examples, held_out = datasets.make_examples(recipe, processor)
-        collate = datasets.make_collator(recipe, processor)
-        options = {"train_dataset": examples, "eval_dataset": held_out, "data_collator": collate}
+        prepared = datasets.prepare(recipe, processor, plain)
+        options = {
+            "train_dataset": prepared.train,
+            "eval_dataset": prepared.held_out,
+            "data_collator": prepared.collate,
+        }
+        _say_counted(prepared)
+        if recipe.data.packing:
+            packing.refuse_leaking(model)
     refused = foreign.calling(f"{kind.__name__} does not take the training section", RecipeError)
     with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
         trainer = kind(
             model=model,
             args=arguments,
-            processing_class=processor if recipe.data.image is not None else datasets.tokenizer_of(processor),
+            processing_class=datasets.processing_class(recipe, processor, plain),
             objective=objective,
             parameter_groups=parameter_groups(recipe),
             group_by=recipe.data.group_by,
             **options,
         )
-    if recipe.data.image is not None and [term.loss for term in recipe.objective] == ["model"]:
+    if datasets.is_multimodal(recipe, plain) and [term.loss for term in recipe.objective] == ["model"]:
         _refuse_idle_rows(trainer)
     return trainer, trainer.train_dataset
+
+
+def _say_counted(prepared: datasets.Prepared) -> None:
+    for part, counts in prepared.counted.items():
+        console.words.print(f"data.{part}: {prepared.format}: {counts}")
 
 
 def _refuse_idle_rows(trainer: Any) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers import DataCollatorForSeq2Seq
 
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.internals import shifts_labels
 from solidify.system import console
-from solidify.training import sources
+from solidify.training import formats, sources
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row
@@ -95,21 +95,11 @@ def _find_image(row: dict[str, Any], number: int, *, file: str) -> dict[str, Any
 
 def refuse_untaught(model: nn.Module) -> None:
     """Raises DataError for a model whose labels are not the tokens that come next, which is all that text gives."""
-    if not _reads_on(model):
+    if not formats.learns_next_token(model):
         raise DataError(
             "data: text teaches causal language models and those that read images beside it, and "
-            f"{type(model).__name__} is neither: its labels are not the next tokens; train it from Python with "
-            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to "
-            "build it"
+            f"{type(model).__name__} is neither: its labels are not the next tokens"
         )
-
-
-def _reads_on(model: nn.Module) -> bool:
-    """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
-    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
-    listed = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    is_listed = not kinds or any(kind.__name__ in listed for kind in kinds)
-    return is_listed and shifts_labels(model) and isinstance(model, PreTrainedModel) and bool(model.can_generate())
 
 
 def few(faults: Sequence[str]) -> list[str]:
@@ -136,8 +126,8 @@ def tokenize(data: datasets.Dataset, tokenizer: Any, *, text: str, max_length: i
             examples += cut(ended(ids, tokenizer), max_length)
         return {"input_ids": examples, "labels": [list(piece) for piece in examples]}
 
-    result = data.map(windows, batched=True, remove_columns=data.column_names)
-    if not len(result):
+    result = data.map(windows, batched=True, remove_columns=sources.columns(data))
+    if not sources.is_stream(result) and not len(result):
         raise DataError("no text of the data yields two tokens, so there is nothing to predict")
     return result
 
@@ -165,14 +155,14 @@ def collator(tokenizer: Any) -> Any:
 
 
 def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> float:
-    """Returns the model's next-token loss in nats over all target tokens of some examples, each token once.
+    """Returns the model's own loss, a mean over all labels of some examples (tokens, classes, numbers), each once.
 
     A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
     logits are in memory at once. What takes long shows a bar.
     """
     total, tokens = 0.0, 0
-    rows = examples.select_columns([name for name in ("input_ids", "labels", IMAGES) if name in examples.column_names])
-    longest = max(map(len, rows["input_ids"]))
+    rows, shifts = examples, shifts_labels(model)
+    longest = max(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else 1
     size = max(1, min(batch_size, TOKENS // longest))
     starts = range(0, len(rows), size)
     bar = console.progress("Measuring the loss", len(starts)) if len(starts) > 64 else nullcontext(lambda _note: None)
@@ -180,8 +170,9 @@ def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_siz
         for start in starts:
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            total += model(**batch).loss.item() * count
+            labels = batch["labels"][:, 1:] if shifts else batch["labels"]
+            count = int((labels != -100).sum())
+            total += model(**batch).loss.item() * count if count else 0.0  # a mean over nothing is no number
             tokens += count
             advance(f"loss {total / tokens:.3f}")
     return total / tokens

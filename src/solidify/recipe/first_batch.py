@@ -1,0 +1,65 @@
+"""The first batch of a recipe's data, made before anything is built: what a training would refuse, a plan refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from solidify.adapter import lookup
+from solidify.errors import DataError
+from solidify.model import anatomy
+from solidify.recipe import datasets
+from solidify.recipe.schema import Recipe
+from solidify.system import foreign
+from solidify.training import examples, packing, sources
+
+
+def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]:
+    """Makes one batch of the recipe's first rows and runs a model on the meta device on it; returns what was found.
+
+    Raises:
+        DataError: the rows are not what the model's head learns from, or it does not take the batch.
+        RecipeError: the `data` section asks for what cannot be.
+    """
+    assert recipe.data is not None
+    datasets.refuse_unprepared(recipe, processor, model)
+    if datasets.is_multimodal(recipe, model):
+        datasets.read_texts(recipe)
+        return {"format": "text", "images": True}
+    train, held_out = datasets.read_rows(recipe)
+    reading = datasets.open_reading(recipe, train, processor, model)
+    if reading.packing:
+        with datasets.raised_in("data"):
+            packing.refuse_unpackable(model)
+    batch: Any = None
+    for part, rows in (("train", train), ("eval", held_out)):
+        if rows is None:
+            continue
+        with datasets.raised_in(f"data.{part}"):
+            if part == "eval":
+                datasets.find_format(recipe, rows, model)
+            few = Dataset.from_list(
+                sources.first(datasets.name_text(recipe, rows, reading.format), datasets.PROBES), rows.features
+            )
+            made, _ = examples.make(few, reading)
+            batch = batch or examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
+            _run_on_meta(model, batch)
+    return {
+        "format": reading.format,
+        "max_length": reading.max_length,
+        **({"loss": reading.chat.way} if reading.chat is not None and reading.format == "messages" else {}),
+        **({"packing": True} if reading.packing else {}),
+    }
+
+
+def _run_on_meta(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raises DataError for a batch that a model does not take, as far as that shows without weights."""
+    inputs = {name: value.to("meta") for name, value in batch.items()}
+    with torch.no_grad(), anatomy.evaluation(model):
+        ran = foreign.attempt(model, **inputs)
+    if isinstance(ran.error, (TypeError, ValueError)) and "meta" not in str(ran.error):
+        raise DataError(f"{type(lookup.plain_model(model)).__name__} does not take a batch: {foreign.said(ran.error)}")
