@@ -58,7 +58,7 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
 
 def _run_on_meta(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raises DataError for a batch that a model does not take, as far as that shows without weights."""
-    inputs = {name: value.to("meta") for name, value in batch.items()}
+    inputs = {name: each.to("meta") if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
     with torch.no_grad(), anatomy.evaluation(model):
         ran = foreign.attempt(model, **inputs)
     if isinstance(ran.error, (TypeError, ValueError)) and "meta" not in str(ran.error):

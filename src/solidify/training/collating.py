@@ -67,7 +67,10 @@ class Packed:
         self._flatten = DataCollatorWithFlattening()
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Returns `input_ids`, `labels` and `position_ids` (1, number of tokens); no label begins a document."""
+        """Returns `input_ids`, `labels` and `position_ids` (1, number of tokens); no label begins a document.
+
+        `use_cache` is False beside them: with a cache, even an empty one, transformers reads no mask from positions.
+        """
         documents = []
         for row in rows:
             start = 0
@@ -75,7 +78,7 @@ class Packed:
                 span = slice(start, start + length)
                 documents.append({name: list(row[name][span]) for name in ("input_ids", "labels")})
                 start += length
-        return dict(self._flatten(documents))
+        return {**self._flatten(documents), "use_cache": False}
 
 
 class Pictures:

@@ -169,7 +169,9 @@ def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_siz
     with torch.no_grad(), anatomy.evaluation(model), bar as advance:
         for start in starts:
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            batch = {
+                key: each.to(model.device) if isinstance(each, torch.Tensor) else each for key, each in batch.items()
+            }
             labels = batch["labels"][:, 1:] if shifts else batch["labels"]
             count = int((labels != -100).sum())
             total += model(**batch).loss.item() * count if count else 0.0  # a mean over nothing is no number

@@ -75,7 +75,7 @@ def _run(model: nn.Module, documents: list[list[int]]) -> torch.Tensor:
     """Returns the logits (number of tokens, vocab_size) of documents in one row."""
     batch = Packed()([{"input_ids": each, "labels": each} for each in documents])
     device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+    inputs = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
     with torch.no_grad(), anatomy.evaluation(model):
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits[0]
+        logits: torch.Tensor = model(**inputs).logits[0]
     return logits
