@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
+from words import CHATS, tokenizer
 
 from solidify.errors import DataError, RecipeError
-from solidify.recipe import datasets
+from solidify.recipe import datasets, dry_run, stages
 from solidify.recipe.schema import Recipe
 
 STEP = {"replace": "model.layers.0.mlp", "expect": "LlamaMLP", "with": "x.py:X"}
@@ -116,3 +120,107 @@ def test_a_source_that_is_written_wrongly_is_named(tmp_path: Path, train: Any, w
     with pytest.raises(RecipeError) as caught:
         Recipe.load(tmp_path / "r.yaml")
     assert words in str(caught.value)
+
+
+WRAPPERS = Path(pico.__file__).parent / "user_modules" / "wrappers.py"
+SMALL = {**pico.SIZES, "intermediate_size": 48, "pad_token_id": 0, "eos_token_id": 1}
+LLAMA = {**SMALL, "num_key_value_heads": 2}
+VIT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "image_size": 16}
+T5 = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+UP = ("model.layers.*.mlp.up_proj", "Linear")
+DENSE = ("bert.encoder.layer.*.intermediate.dense", "Linear")
+TALK = [{"role": role, "content": text} for role, text in CHATS[1]]
+RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, str], list[dict[str, Any]], dict[str, Any]]] = {
+    "messages": ("LlamaForCausalLM", LLAMA, UP, [{"messages": TALK}, {"messages": TALK[1:3]}] * 8, {}),
+    "prompt_completion": ("LlamaForCausalLM", LLAMA, UP, [{"prompt": "a b", "completion": " c d e"}] * 12, {}),
+    "packed messages": (
+        "LlamaForCausalLM",
+        LLAMA,
+        UP,
+        [{"messages": TALK}, {"messages": TALK[1:3]}] * 8,
+        {"packing": True},
+    ),
+    "streamed text": (
+        "LlamaForCausalLM",
+        LLAMA,
+        UP,
+        [{"text": f"a b c {'d ' * n}"} for n in range(16)],
+        {"streaming": True},
+    ),
+    "classification": (
+        "BertForSequenceClassification",
+        {**SMALL, "id2label": {0: "no", 1: "yes"}},
+        DENSE,
+        [{"text": f"a b {'c ' * n}", "label": ["no", "yes"][n % 3 == 0]} for n in range(12)],
+        {},
+    ),
+    "regression": (
+        "BertForSequenceClassification",
+        {**SMALL, "num_labels": 1},
+        DENSE,
+        [{"text": f"a b {'c ' * n}", "label": n / 3} for n in range(12)],
+        {},
+    ),
+    "token_classification": (
+        "BertForTokenClassification",
+        {**SMALL, "num_labels": 3},
+        DENSE,
+        [{"words": ["ab", "c"], "tags": [1, 2]}, {"words": ["d"], "tags": [0]}] * 6,
+        {},
+    ),
+    "masked": ("BertForMaskedLM", SMALL, DENSE, [{"text": f"a b {'c ' * n}"} for n in range(4, 16)], {}),
+    "seq2seq": (
+        "T5ForConditionalGeneration",
+        {**T5, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+        ("encoder.block.*.layer.0.SelfAttention.o", "Linear"),
+        [{"source": "a b c", "target": "d e"}, {"source": "f", "target": "g h"}] * 6,
+        {},
+    ),
+    "image_classification": (
+        "ViTForImageClassification",
+        {**VIT, "num_labels": 2},
+        ("vit.layers.*.mlp.fc1", "Linear"),
+        [{"image": f"{n % 3}.png", "label": n % 2} for n in range(12)],
+        {},
+    ),
+}
+
+
+def prepared(directory: Path, case: str, **changes: Any) -> Recipe:
+    """Writes a base with a tokenizer (or what prepares images), rows, and a recipe that wraps modules of it."""
+    head, settings, (target, expect), rows, asked = RUNS[case]
+    pico.make(head, **settings).save_pretrained(directory / "base")
+    if "Image" in head:
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(directory / "base")
+        for n in range(3):
+            Image.new("RGB", (16, 16), (90 * n, 0, 0)).save(directory / f"{n}.png")
+    else:
+        tokenizer(wrapped="Bert" in head).save_pretrained(directory / "base")
+    written(directory / "rows.jsonl", rows)
+    document = {
+        "base": {"model": str(directory / "base")},
+        "surgery": [{"replace": target, "expect": expect, "with": f"{WRAPPERS}:Scaled"}],
+        "adapter": {"lora": {"r": 2, "target_modules": [f"{target}.original"]}, "train": [f"{target}.scale"]},
+        "data": {"train": "rows.jsonl", "eval": "rows.jsonl", "max_length": 32, **asked},
+        "training": {"max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8},
+        **changes,
+    }
+    return Recipe.model_validate({**document, "directory": directory})
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_recipe_trains_on_every_format(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pico.unwitnessed(monkeypatch)
+    asked = prepared(tmp_path, case)
+    planned = dry_run.plan(asked).document()["data"]
+    assert planned["format"] == case.split()[-1]
+    stages.build(asked, tmp_path / "out")
+    report = stages.train(asked, tmp_path / "out")
+    verdicts = {finding.name: finding.verdict for finding in report.findings}
+    assert not report.failed
+    assert verdicts["gradient does not depend on accumulation"] == "proved"
+    assert report.measured["heldout_loss_trained"] > 0
+    if "streamed" not in case:
+        assert f"data.train: {planned['format']}: " in capsys.readouterr().err

@@ -119,6 +119,26 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def data(
+    recipe: RecipeFile,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows are shown.")] = 3,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows rows of a recipe's data as the model will read them: which tokens count for the loss, what is cut off."""
+    loaded = _load_recipe(recipe, set_)
+    with _start_verb():
+        from solidify.command import rows_view
+        from solidify.recipe import showing
+
+    shown = showing.show(loaded, rows)
+    if as_json:
+        _print_json(shown)
+        return
+    _print_results(rows_view.rows(shown))
+
+
+@app.command()
 def run(
     recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, copy: Copy = False
 ) -> None:

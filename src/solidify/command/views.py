@@ -84,6 +84,8 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _show_surgery(document["edits"])
     yield from _show_declared(document["edits"])
     yield from _tensor_sums(document["tensors"])
+    if "data" in document:
+        yield _write_data(document["data"])
     if "heal" in document:
         yield from _show_healing(document["heal"])
     if document["trainable"]:
@@ -101,6 +103,15 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
     yield from _show_files(document["files"], document["generated"])
+
+
+def _write_data(read: Mapping[str, Any]) -> str:
+    """Says how the rows of the data are read."""
+    details = [read[key] for key in ("loss",) if key in read]
+    details += [f"at most {read['max_length']:,} tokens"] if "max_length" in read else []
+    details += ["packed into windows"] if read.get("packing") else []
+    details += ["with images"] if read.get("images") else []
+    return f"Data: {read['format']} ({'; '.join(details)})\n"
 
 
 def _show_healing(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
