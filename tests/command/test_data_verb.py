@@ -15,7 +15,7 @@ from rich.console import Console
 from words import CHATS, tokenizer
 
 from solidify.__main__ import main
-from solidify.command import rows_view
+from solidify.command import rows
 from solidify.recipe import showing
 
 LLAMA = {**pico.SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "eos_token_id": 1}
@@ -66,8 +66,8 @@ def test_a_conversation_is_shown_with_what_counts(tmp_path: Path, capsys: pytest
 def test_what_counts_is_coloured_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(tmp_path, "LlamaForCausalLM", [{"messages": TALK}], **LLAMA)
     console = Console(force_terminal=True, color_system="standard", width=120, file=io.StringIO())
-    monkeypatch.setattr(rows_view.console, "results", console)
-    for each in rows_view.rows(showing.show(str(path), 1)):
+    monkeypatch.setattr(rows.console, "results", console)
+    for each in rows.tell(showing.show(str(path), 1)):
         console.print(each)
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[1;32md\x1b[0m" in written

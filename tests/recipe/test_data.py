@@ -224,3 +224,75 @@ def test_a_recipe_trains_on_every_format(
     assert report.measured["heldout_loss_trained"] > 0
     if "streamed" not in case:
         assert f"data.train: {planned['format']}: " in capsys.readouterr().err
+
+
+def test_rows_that_a_head_does_not_learn_from_are_refused_in_the_plan(tmp_path: Path) -> None:
+    asked = prepared(tmp_path, "classification")
+    written(tmp_path / "rows.jsonl", RUNS["messages"][3])
+    with pytest.raises(RecipeError) as caught:
+        dry_run.plan(asked)
+    assert "data: the rows have the columns messages, which make messages, but BertForSequenceClassification" in str(
+        caught.value
+    )
+    assert "learns from classification (text, label); multi_label (text, label)" in str(caught.value)
+    given = asked.model_copy(update={"data": asked.data.model_copy(update={"format": "messages"})})  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=r"the rows are messages .turns of a conversation., but BertForSeq"):
+        dry_run.plan(given)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]] | None, str]] = {
+    "a label that is no class": (
+        "classification",
+        {},
+        [{"text": "a", "label": "yes"}, {"text": "b", "label": "maybe"}],
+        "data.train: the data does not fit: row 1: its label is 'maybe', and the classes are no, yes",
+    ),
+    "too few names": ("token_classification", {"labels": ["a"]}, None, "`labels` names 1 classes, and the model has 3"),
+    "too long": ("classification", {"max_length": 4000}, None, "max_length is 4000, and the model has positions for"),
+    "a packed encoder": ("classification", {"packing": True}, None, "packing puts texts into one window, and the rows"),
+    "no conversation": (
+        "messages",
+        {},
+        [{"messages": [{"role": "user", "content": "a"}]}],
+        "no tokens of an assistant",
+    ),
+    "a bad template": ("messages", {"chat_template": "{{ nothing() }}"}, None, "the chat template does not render it"),
+    "no template": ("messages", {"chat_template": "none.jinja"}, None, "none.jinja cannot be read"),
+    "no text": (
+        "classification",
+        {"text": "body"},
+        [{"words": "a", "label": 1}],
+        "the columns words, label, which make",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_rows_that_cannot_be_learned_are_refused_in_the_plan(fault: str, tmp_path: Path) -> None:
+    case, changes, rows, words = REFUSED[fault]
+    asked = prepared(tmp_path, case)
+    assert asked.data is not None
+    if rows is not None:
+        written(tmp_path / "rows.jsonl", rows)
+    data = {**asked.data.model_dump(exclude_unset=True), **changes}
+    with pytest.raises((DataError, RecipeError)) as caught:
+        dry_run.plan(asked.model_copy(update={"data": type(asked.data).model_validate(data)}))
+    assert words in str(caught.value)
+
+
+def test_a_column_of_another_name_is_the_text(tmp_path: Path) -> None:
+    asked = prepared(tmp_path, "classification")
+    assert asked.data is not None
+    written(tmp_path / "rows.jsonl", [{"body": "a b", "label": "yes"}])
+    data = type(asked.data)(train="rows.jsonl", text="body")
+    assert dry_run.plan(asked.model_copy(update={"data": data})).data == {"format": "classification", "max_length": 512}
+
+
+def test_a_mean_over_sequences_is_no_term_of_packed_windows(tmp_path: Path) -> None:
+    (tmp_path / "term.py").write_text(
+        "def first(logits):\n    return logits[:, 0].square().sum(-1).mean()\n\n\nfirst.reduction = 'sequence_mean'\n"
+    )
+    terms = [{"loss": "model"}, {"loss": "term.py:first"}]
+    dry_run.plan(prepared(tmp_path, "messages", objective=terms))
+    with pytest.raises(RecipeError, match="the term first is a mean over sequences, and a packed window"):
+        dry_run.plan(prepared(tmp_path, "packed messages", objective=terms))

@@ -128,14 +128,14 @@ def data(
     """Shows rows of a recipe's data as the model will read them: which tokens count for the loss, what is cut off."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
-        from solidify.command import rows_view
+        from solidify.command import rows as rows_shown
         from solidify.recipe import showing
 
     shown = showing.show(loaded, rows)
     if as_json:
         _print_json(shown)
         return
-    _print_results(rows_view.rows(shown))
+    _print_results(rows_shown.tell(shown))
 
 
 @app.command()

@@ -42,9 +42,8 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
         with datasets.raised_in(f"data.{part}"):
             if part == "eval":
                 datasets.find_format(recipe, rows, model)
-            few = Dataset.from_list(
-                sources.first(datasets.name_text(recipe, rows, reading.format), datasets.PROBES), rows.features
-            )
+            named = datasets.name_text(recipe, rows, reading.format)
+            few = Dataset.from_list(sources.first(named, datasets.PROBES), named.features)
             made, _ = examples.make(few, reading)
             batch = batch or examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
             _run_on_meta(model, batch)

@@ -14,7 +14,7 @@ _COUNTS, _REST = "bold green", "dim"
 _OPEN, _CLOSE = "⟦", "⟧"  # around what counts, where nobody sees colours
 
 
-def rows(document: Mapping[str, Any]) -> Iterator[RenderableType]:
+def tell(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Shows rows, from the plain values of `showing.show`."""
     about = [document["format"], *(document[key] for key in ("loss",) if key in document)]
     about += [f"at most {document['max_length']:,} tokens"] if "max_length" in document else []
