@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer, chat_template_utils
 from words import CHATS, FORGETFUL, MARKED, UNMARKED, tokenizer
 
 from solidify.errors import DataError
-from solidify.training import chats, examples, formats
+from solidify.training import chats, examples, formats, sources
 from solidify.training.examples import Reading
 
 
@@ -293,3 +293,36 @@ def test_a_head_says_what_it_learns_from() -> None:
         formats.refuse_unlearned("preference", pico.llama())
     with pytest.raises(DataError, match="BertForNextSentencePrediction has a head that no format here teaches"):
         formats.refuse_unlearned("text", bert("BertForNextSentencePrediction"))
+
+
+def test_names_decide_where_data_set_and_model_number_their_classes_otherwise(tmp_path: Path) -> None:
+    for name, colour in (("no", "red"), ("yes", "blue")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "pictures" / name / "a.png")
+    rows = sources.read_directory(tmp_path / "pictures")
+    assert rows["label"][:] == [0, 1]
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    for names, expected in (({0: "yes", 1: "no"}, [1, 0]), ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1])):
+        model = pico.make("ViTForImageClassification", **size, image_size=16, id2label=names)
+        processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        how = reading("image_classification", processor, config=model.config)
+        made, _ = examples.make(rows, how)
+        assert made["labels"][:] == expected
+        assert examples.collator(how)([made[0], made[1]])["pixel_values"].shape == (2, 3, 16, 16)
+    maker = tokenizer(wrapped=True)
+    tagged = datasets.Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[0, 1]]}).cast_column(
+        "tags", datasets.List(datasets.ClassLabel(names=["B", "O"]))
+    )
+    model = bert("BertForTokenClassification", id2label={0: "O", 1: "B"})
+    made, _ = examples.make(tagged, reading("token_classification", maker, config=model.config))
+    assert made["labels"][0] == [-100, 1, 0, -100]
+
+
+def test_conversations_of_from_and_value_are_messages() -> None:
+    maker = tokenizer()
+    how = reading("messages", maker, chat=chats.open_chat(maker, None, "assistant"))
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    shared = [[{"from": names[role], "value": content} for role, content in chat] for chat in CHATS]
+    rows = datasets.Dataset.from_dict({"conversations": shared})
+    assert formats.find(rows.column_names, formats.NEXT_TOKEN, rows[0]) == "messages"
+    assert labels(rows, how) == labels(conversations(), how)

@@ -17,6 +17,8 @@ from solidify.recipe.schema import Recipe
 from solidify.system import foreign
 from solidify.training import examples, packing, sources
 
+FEW = 1000  # rows that a plan reads
+
 
 def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]:
     """Makes one batch of the recipe's first rows and runs a model on the meta device on it; returns what was found.
@@ -43,8 +45,7 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
             if part == "eval":
                 datasets.find_format(recipe, rows, model)
             named = datasets.name_text(recipe, rows, reading.format)
-            few = Dataset.from_list(sources.first(named, datasets.PROBES), named.features)
-            made, _ = examples.make(few, reading)
+            made, _ = examples.make(_take(named), reading)
             batch = batch or examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
             _run_on_meta(model, batch)
     return {
@@ -53,6 +54,13 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
         **({"loss": reading.chat.way} if reading.chat is not None and reading.format == "messages" else {}),
         **({"packing": True} if reading.packing else {}),
     }
+
+
+def _take(rows: Any) -> Any:
+    """Returns all rows where there are few, so that all that is wrong is said; else the first."""
+    if not sources.is_stream(rows) and len(rows) <= FEW:
+        return rows
+    return rows.take(FEW) if not sources.is_stream(rows) else Dataset.from_list(sources.first(rows, FEW), rows.features)
 
 
 def _run_on_meta(model: nn.Module, batch: Mapping[str, Any]) -> None:

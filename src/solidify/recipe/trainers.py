@@ -194,7 +194,7 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
 
 
 def _say_counted(prepared: datasets.Prepared) -> None:
-    for part, counts in prepared.counted.items():
+    for part, counts in prepared.counted.items() if processes.is_first() else ():
         console.words.print(f"data.{part}: {prepared.format}: {counts}")
 
 

@@ -19,6 +19,7 @@ from trl.data_utils import common_prefix_length, maybe_convert_to_chatml
 from solidify.errors import DataError
 from solidify.system import foreign
 
+_ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of from and value call them
 LossOn = Literal["all", "assistant", "last"]
 Labelled = tuple[list[int], list[int]]  # tokens, and for each the token itself if it counts, else -100
 
@@ -91,8 +92,10 @@ def from_messages(row: Mapping[str, Any], chat: Chat) -> Labelled:
     Raises:
         DataError: the template does not render it, or no token is the assistant's.
     """
-    row = maybe_convert_to_chatml(dict(row))
-    messages = [_without_nothing(message) for message in row["messages"]]
+    told = maybe_convert_to_chatml(dict(row))
+    messages = [_without_nothing(message) for message in told["messages"]]
+    if "messages" not in row:
+        messages = [{**each, "role": _ROLES.get(each.get("role", ""), each.get("role"))} for each in messages]
     if chat.loss_on == "all":
         ids = _render(chat, messages, row)["input_ids"]
         return ids, list(ids)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import datasets
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +30,8 @@ _READ = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 class Reading:
     """How rows become examples: their format, the longest example, and what makes tokens or pixels of them.
 
-    `config` is the model's, `accepts` names what its forward pass takes, `names` the classes in their order.
+    `config` is the model's, `accepts` names what its forward pass takes, `names` the classes in their order; `spelled`
+    are those of the data set, where it numbers its own.
     """
 
     format: str
@@ -43,6 +45,7 @@ class Reading:
     mask_probability: float = 0.15
     seed: int = 42
     packing: bool = False
+    spelled: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def make(rows: Any, reading: Reading) -> tuple[Any, Counted | None]:
     Raises:
         DataError: a row is not what its format says, or nothing is left to learn from.
     """
+    reading = replace(reading, spelled=_spell_classes(rows, reading))
     with foreign.calling("the rows cannot be read", DataError):
         made = _make_images(rows, reading) if reading.format == "image_classification" else _map(rows, reading)
         if sources.is_stream(rows):
@@ -128,6 +132,7 @@ def read_one(row: Mapping[str, Any], reading: Reading) -> tuple[dict[str, Any], 
         )
         ids, labels = (part[: reading.max_length] for part in made)
         return {"input_ids": ids, "labels": labels}, len(made[0]) - len(ids)
+    row = {**row, **{name: _spell(row[name], reading.spelled) for name in ("label", "tags") if name in row}}
     whole = _encode(row, reading, {})
     if max(len(whole["input_ids"]), _width(whole, reading)) <= reading.max_length:
         return whole, 0
@@ -225,6 +230,7 @@ def _make_images(rows: Any, reading: Reading) -> Any:
         return kept.map(_number_image, with_indices=True, remove_columns=["label"], fn_kwargs={"reading": reading})
     faults, numbers = [], []
     for index, label in enumerate(kept["label"]):
+        label = _spell(label, reading.spelled)
         read = foreign.attempt(labelling.number_of, label, reading.config, reading.names)
         numbers.append(read.value)
         faults += [f"row {index}: {read.error}"] if read.error is not None else []
@@ -233,7 +239,33 @@ def _make_images(rows: Any, reading: Reading) -> Any:
 
 
 def _number_image(row: dict[str, Any], number: int, *, reading: Reading) -> dict[str, Any]:
-    return {"labels": labelling.number_of(row["label"], reading.config, reading.names)}
+    return {"labels": labelling.number_of(_spell(row["label"], reading.spelled), reading.config, reading.names)}
+
+
+def _spell_classes(rows: Any, reading: Reading) -> tuple[str, ...] | None:
+    """Returns the names by which a data set numbers its classes; None where they need not be those of the model.
+
+    A data set and a model may number the same classes otherwise, so where both have names, names decide.
+    """
+    if reading.config is None or (reading.names is None and _is_nameless(reading.config)):
+        return None
+    features = rows.features or {}
+    for column in ("label", "tags"):
+        feature = features.get(column)
+        feature = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(feature, datasets.ClassLabel):
+            return tuple(feature.names)
+    return None
+
+
+def _is_nameless(config: Any) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in config.id2label.items())
+
+
+def _spell(label: Any, names: tuple[str, ...] | None) -> Any:
+    if names is None:
+        return label
+    return [_spell(each, names) for each in label] if isinstance(label, list) else names[label]
 
 
 def _counts(row: Mapping[str, Any]) -> bool:
