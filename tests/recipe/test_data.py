@@ -6,13 +6,17 @@ from typing import Any
 
 import pico
 import pytest
+import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 from words import CHATS, tokenizer
 
+import solidify
 from solidify.errors import DataError, RecipeError
-from solidify.recipe import datasets, dry_run, stages
+from solidify.recipe import datasets, dry_run, stages, trainers
 from solidify.recipe.schema import Recipe
+from solidify.training import packing
+from solidify.training.collating import Packed
 
 STEP = {"replace": "model.layers.0.mlp", "expect": "LlamaMLP", "with": "x.py:X"}
 
@@ -296,3 +300,51 @@ def test_a_mean_over_sequences_is_no_term_of_packed_windows(tmp_path: Path) -> N
     dry_run.plan(prepared(tmp_path, "messages", objective=terms))
     with pytest.raises(RecipeError, match="the term first is a mean over sequences, and a packed window"):
         dry_run.plan(prepared(tmp_path, "packed messages", objective=terms))
+
+
+def test_trls_trainer_reads_the_same_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that only SFTConfig has chooses it; how conversations are read, `data` says."""
+    pico.unwitnessed(monkeypatch)
+    asked = prepared(tmp_path, "messages")
+    assert asked.data is not None
+    training = {**asked.training, "truncation_mode": "keep_start"}
+    stages.build(asked, tmp_path / "out")
+    model = solidify.attach(
+        solidify.load(tmp_path / "out" / "artifact"), lora={"target_modules": ["**.up_proj.original"]}
+    )
+    rows = {}
+    for name, changes in (("ours", {}), ("trl", {"training": training})):
+        trainer, made = trainers.make_trainer(asked.model_copy(update=changes), tmp_path / name, model, tokenizer())
+        rows[name] = [(row["input_ids"], row["labels"]) for row in made]
+    assert type(trainer).__name__ == "ObjectiveSFTTrainer"
+    assert rows["trl"] == rows["ours"]
+    packed = asked.model_copy(update={"training": training, "data": asked.data.model_copy(update={"packing": True})})
+    with pytest.raises(RecipeError, match=r"write training.packing, or leave TRL's out"):
+        trainers.make_trainer(packed, tmp_path / "packed", model, tokenizer())
+
+
+def test_a_model_in_which_documents_reach_each_other_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pico.unwitnessed(monkeypatch)
+    asked = prepared(tmp_path, "packed messages")
+    stages.build(asked, tmp_path / "out")
+    monkeypatch.setattr(packing, "Packed", Forgetful)
+    with pytest.raises(DataError, match="one document of a window reaches the next"):
+        stages.train(asked, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+class Forgetful(Packed):
+    """Leaves out where documents begin."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+
+def test_an_image_that_is_missing_is_named_in_the_plan(tmp_path: Path) -> None:
+    asked = prepared(tmp_path, "image_classification")
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(DataError, match=r"row 1: there is no image '1.png'"):
+        dry_run.plan(asked)

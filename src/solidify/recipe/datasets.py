@@ -68,10 +68,11 @@ def _read_part(recipe: Recipe, part: Literal["train", "eval"], finish: Callable[
     if not given:
         return None
     streaming = recipe.data.streaming and part == "train"
-    read = [
-        finish(_rename(_read_source(recipe, source, part, streaming), source), recipe.directory / source.path)
-        for source in given
-    ]
+    read = []
+    for source in given:
+        path = recipe.directory / source.path
+        beside = path / "*" if source.path and files.is_directory(path) else path  # a file, beside which images stand
+        read.append(finish(_rename(_read_source(recipe, source, part, streaming), source), beside))
     return sources.mix(read, [source.weight for source in given], seed=recipe.data.seed)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from solidify.adapter import adapters, lookup, storage
+from solidify.adapter import adapters
 from solidify.adapter import plan as planning
 from solidify.artifact import certificate, sources, tensors
 from solidify.artifact.solidify import build as build_artifact
@@ -334,32 +334,6 @@ def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, l
     processes.on_first(lambda: healing.measure_distilled(recipe, directory, report))
 
 
-def _is_merged(directory: Path) -> bool:
-    """Returns whether the merged model of a run is there, whole, and made of its adapter."""
-    try:
-        record = manifest.read(directory / "merged")
-    except ArtifactError:
-        return False
-    return not manifest.faults(directory / "merged", record) and "merged" not in results.misfits(directory)
-
-
-def _after_training(
-    trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
-) -> list[Finding]:
-    """Says what training did; its gradients are looked at once more, which a short training needs."""
-    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size, trainer.data_collator)
-    frozen = trainable.frozen(trainer.model, base)
-    split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
-    return [
-        *trainer.kernel_findings,
-        witness.finding(),
-        frozen,
-        gradients.parts_sum(trainer.history),
-        gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
-        split,
-    ]
-
-
 def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | None:
     """Returns that the adapter of an earlier training is whole, of this recipe and on this artifact, if it is."""
     target = directory / "adapter"
@@ -385,30 +359,3 @@ def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_co
 def _refuse_early(recipe: Recipe) -> None:
     """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
     plan(recipe)
-
-
-def _choose_tolerance(trainer: Any) -> float:
-    """Float32 sums in another order; half precision rounds every product."""
-    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
-    return 5e-2 if half else 1e-4
-
-
-def _measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
-    """Measures the held-out loss with and without the adapter."""
-    prepared = datasets.prepare(recipe, processor, lookup.plain_model(model), parts=("eval",))
-    held_out, collate = prepared.held_out, prepared.collate
-    if held_out is None:
-        return
-    with model.disable_adapter():
-        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
-    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
-    gc.collect()
-
-
-def _made_by(target: Path, document: dict[str, Any], kind: str) -> bool:
-    """Returns whether a directory is whole and was made by this recipe."""
-    try:
-        record = manifest.read(target, kind)
-    except ArtifactError:
-        return False
-    return record.recipe == document and not manifest.faults(target, record)

@@ -177,6 +177,7 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
         _say_counted(prepared)
         if recipe.data.packing:
             packing.refuse_leaking(model)
+            console.words.print("data.packing: no document of a window reaches another, as tried on this model")
     refused = foreign.calling(f"{kind.__name__} does not take the training section", RecipeError)
     with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
         trainer = kind(

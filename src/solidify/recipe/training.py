@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from solidify.adapter import adapters, storage
+from solidify.adapter import adapters, lookup, storage
 from solidify.artifact import loading
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest
@@ -60,7 +60,7 @@ def check_training(
     trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
 ) -> list[Finding]:
     """Says what training did; its gradients are looked at once more, which a short training needs."""
-    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size)
+    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size, trainer.data_collator)
     frozen = trainable.frozen(trainer.model, base)
     split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
     return [
@@ -75,10 +75,10 @@ def check_training(
 
 def measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
     """Measures the held-out loss with and without the adapter."""
-    _, held_out = datasets.make_examples(recipe, processor)
+    prepared = datasets.prepare(recipe, processor, lookup.plain_model(model), parts=("eval",))
+    held_out, collate = prepared.held_out, prepared.collate
     if held_out is None:
         return
-    collate = datasets.make_collator(recipe, processor)
     with model.disable_adapter():
         report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
     report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)

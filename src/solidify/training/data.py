@@ -76,21 +76,17 @@ def _find_images(
 
 
 def locate_images(rows: Any, file: Path) -> Any:
-    """Returns rows whose column `image`, where it names files, says where they are; other rows are as they were.
-
-    Raises:
-        DataError: an image is missing.
-    """
+    """Returns rows whose column `image`, where it names files that exist, says where they are; others as they were."""
     features = rows.features or {}
     if not isinstance(features.get("image"), datasets.Value):
         return rows
-    return rows.map(_find_image, with_indices=True, fn_kwargs={"file": str(file)}, load_from_cache_file=False)
+    options = {} if sources.is_stream(rows) else {"load_from_cache_file": False}  # files come and go
+    return rows.map(_find_image, fn_kwargs={"file": str(file)}, **options)
 
 
-def _find_image(row: dict[str, Any], number: int, *, file: str) -> dict[str, Any]:
+def _find_image(row: dict[str, Any], *, file: str) -> dict[str, Any]:
     path = (Path(file).parent / str(row["image"])).resolve()
-    refuse(DataError, f"{file} names images that do not exist", [] if path.is_file() else [f"row {number}: {path}"])
-    return {"image": str(path)}
+    return {"image": str(path) if row["image"] and path.is_file() else row["image"]}
 
 
 def refuse_untaught(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ no counted token is left has nothing to learn from, and is left out. A stream is
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -234,8 +235,21 @@ def _make_images(rows: Any, reading: Reading) -> Any:
         read = foreign.attempt(labelling.number_of, label, reading.config, reading.names)
         numbers.append(read.value)
         faults += [f"row {index}: {read.error}"] if read.error is not None else []
+    faults += _find_missing(kept)
     refuse(DataError, "the data does not fit", data.few(faults))
     return kept.remove_columns(["label"]).add_column("labels", numbers)
+
+
+def _find_missing(rows: Any) -> list[str]:
+    """Says which rows name an image that is not there; those of the web are looked at when they are opened."""
+    if not isinstance(rows.features["image"], datasets.Value):
+        return []
+    named = enumerate(rows["image"])
+    return [f"row {n}: there is no image {name!r}" for n, name in named if not _is_image(name)]
+
+
+def _is_image(name: Any) -> bool:
+    return isinstance(name, str) and (name.startswith(("http://", "https://")) or os.path.isfile(name))
 
 
 def _number_image(row: dict[str, Any], number: int, *, reading: Reading) -> dict[str, Any]:

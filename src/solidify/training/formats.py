@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from solidify.errors import DataError
 from solidify.objective.internals import shifts_labels
+from solidify.upstream import transformers_training as heads
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ OF_TRAINERS = ("preference", "unpaired_preference", "prompts")  # learned by a t
 _OF_TEXTS = ("classification", "multi_label", "regression")
 LABELLED = (*_OF_TEXTS, "token_classification", "image_classification")
 
-_HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", _OF_TEXTS),
-    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", ("token_classification",)),
-    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", ("image_classification",)),
-    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("seq2seq",)),
-    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", ("masked",)),
+_HEADS: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...] = (
+    (heads.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, _OF_TEXTS),
+    (heads.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ("token_classification",)),
+    (heads.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, ("image_classification",)),
+    (heads.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, ("seq2seq",)),
+    (heads.MODEL_FOR_MASKED_LM_MAPPING_NAMES, ("masked",)),
 )
 
 
@@ -71,8 +71,7 @@ def learned_by(model: nn.Module) -> tuple[str, ...]:
     listed = {kind.__name__ for kind in _families(model)}
     found: tuple[str, ...] = NEXT_TOKEN if learns_next_token(model) else ()
     for mapping, names in _HEADS:
-        heads = vars(modeling_auto)[mapping].values()
-        classes = {name for each in heads for name in ((each,) if isinstance(each, str) else each)}
+        classes = {name for each in mapping.values() for name in ((each,) if isinstance(each, str) else each)}
         found += (names if names != _OF_TEXTS else _narrow(model.config)) if listed & classes else ()
     return tuple(dict.fromkeys(found))
 
@@ -91,8 +90,8 @@ def _narrow(config: Any) -> tuple[str, ...]:
 def learns_next_token(model: nn.Module) -> bool:
     """Returns whether a model learns the next token: by its loss, and, of transformers' own, by its head's lists."""
     listed = {
-        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+        *heads.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *heads.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
     }
     families = _families(model)
     is_listed = not families or any(kind.__name__ in listed for kind in families)

@@ -13,7 +13,22 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
@@ -27,6 +42,11 @@ UNDOCUMENTED = {
     "loss.loss_utils.ForCausalLMLoss": "that plain loss",
     "models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "which classes take text with labels of next tokens",
     "models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "likewise with images",
+    "models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "which classes take images with labels",
+    "models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES": "which classes take text with hidden tokens",
+    "models.auto.modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "which classes take sources and targets",
+    "models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "which classes take texts with labels",
+    "models.auto.modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "which classes take words with tags",
     "trainer.TRAINER_STATE_NAME": "the file that a trainer writes last into a checkpoint",
     "trainer_pt_utils.get_length_grouped_indices": "the order of `group_by_length`, within the batches of a step",
     "trainer_utils.PREFIX_CHECKPOINT_DIR": "how a checkpoint's directory is called",
