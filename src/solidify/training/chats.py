@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
-from trl import maybe_convert_to_chatml
+from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from solidify.errors import DataError
 from solidify.system import foreign
-from solidify.upstream.trl import common_prefix_length, get_training_chat_template, has_generation_markers
+from solidify.upstream.trl import common_prefix_length, has_generation_markers
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of from and value call them
 LossOn = Literal["all", "assistant", "last"]

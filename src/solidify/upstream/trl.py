@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer
-from trl.chat_template_utils import get_training_chat_template as get_training_chat_template
 from trl.chat_template_utils import has_generation_markers as has_generation_markers
 from trl.data_utils import common_prefix_length as common_prefix_length
 from trl.import_utils import suppress_experimental_warning as suppress_experimental_warning
@@ -17,7 +16,6 @@ from trl.models.utils import _ForwardRedirection
 
 TESTED = "1.16"
 UNDOCUMENTED = {
-    "chat_template_utils.get_training_chat_template": "its variants of known templates mark what the assistant says",
     "chat_template_utils.has_generation_markers": "whether a template marks it",
     "data_utils.common_prefix_length": "where a completion begins among the tokens of prompt and completion",
     "import_utils.suppress_experimental_warning": "GKD's home is `trl.experimental`, which the class that we give says",
