@@ -62,9 +62,12 @@ if TYPE_CHECKING:
     from solidify.surgery.replacing import share as share
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
+    from solidify.training.reinforcing import ObjectiveGRPOTrainer as ObjectiveGRPOTrainer
+    from solidify.training.rewarding import ObjectiveRewardTrainer as ObjectiveRewardTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
+    from solidify.training.unpaired import ObjectiveKTOTrainer as ObjectiveKTOTrainer
 
 _WHERE = {
     "AdapterError": "errors",
@@ -86,6 +89,9 @@ _WHERE = {
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
     "ObjectiveGKDTrainer": "training.teaching",
+    "ObjectiveGRPOTrainer": "training.reinforcing",
+    "ObjectiveRewardTrainer": "training.rewarding",
+    "ObjectiveKTOTrainer": "training.unpaired",
     "ObjectiveSFTTrainer": "training.sft",
     "ObjectiveTrainer": "training.trainer",
     "Recipe": "recipe.schema",
