@@ -111,7 +111,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms = None, None, dict[str, int](), list[Term]()
     if recipe.adapter is not None:
-        read = first_batch.rehearse(recipe, base.processor or base.tokenizer, base.model)
+        read = trainers.refuse_unteachable(recipe, base.model, base.processor or base.tokenizer)
         wanted = planning.plan(base.model, recipe.adapter.lora, recipe.adapter.train)
         arguments = trainers.training_arguments(recipe, Path("nowhere"))
         trainers.refuse_unspreadable(arguments, here=False)

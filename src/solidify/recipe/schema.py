@@ -36,6 +36,9 @@ Format = Literal[
     "seq2seq",
 ]
 PARTS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+Trainer = Literal["auto", "sft", "dpo", "kto", "distill", "gkd", "reward", "grpo", "classification"]
+TAUGHT = ("distill", "gkd")  # trainers whose loss is a divergence from the teacher
+COMPARED = ("dpo", "kto")  # trainers whose loss compares with a reference
 
 
 class _Section(BaseModel):
@@ -253,7 +256,10 @@ class Recipe(_Section):
     heal: Heal | None = None
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
+    trainer: Trainer = "auto"
     teacher: Base | None = None
+    reference: Base | None = None
+    rewards: list[str] = []
     parameter_groups: list[ParameterGroup] = []
     data: Data | None = None
     training: dict[str, Any] = {}
@@ -274,6 +280,7 @@ class Recipe(_Section):
             raise ValueError("`training` needs an `adapter` that says what is trained")
         if self.adapter is None and self.parameter_groups:
             raise ValueError("`parameter_groups` needs an `adapter` that says what is trained")
+        self._check_trainer()
         return self
 
     def _check_streaming(self) -> None:
@@ -283,6 +290,25 @@ class Recipe(_Section):
             raise ValueError(
                 "`data.streaming` does not know how many rows there are, so a training must say how long it is: give "
                 "`training.max_steps`"
+            )
+
+    def _check_trainer(self) -> None:
+        if self.adapter is None and (self.trainer != "auto" or self.rewards or self.reference is not None):
+            raise ValueError("`trainer`, `rewards` and `reference` need an `adapter` that says what is trained")
+        if self.trainer in TAUGHT and self.teacher is None:
+            raise ValueError(
+                f"`trainer: {self.trainer}` learns from a second model: say which in `teacher: {{model: ...}}`"
+            )
+        if self.trainer == "grpo" and not self.rewards:
+            raise ValueError(
+                "`trainer: grpo` raises what reward functions return: name them in `rewards: [file.py:function, ...]`"
+            )
+        if self.trainer != "grpo" and self.rewards:
+            raise ValueError(f"`rewards` are what `trainer: grpo` raises, but the trainer is {self.trainer!r}")
+        if self.trainer not in COMPARED and self.reference is not None:
+            raise ValueError(
+                f"`reference` is what {' and '.join(COMPARED)} compare with, but the trainer is {self.trainer!r}; what "
+                "terms compare with is `teacher`, or the base"
             )
 
     @classmethod
@@ -301,9 +327,9 @@ class Recipe(_Section):
 
     def inputs(self) -> list[Path]:
         """Returns what it reads on this machine: models, files of modules and terms, weights, data."""
-        models = [source.model for source in (self.base, self.teacher) if source is not None]
+        models = [source.model for source in (self.base, self.teacher, self.reference) if source is not None]
         references = [name for step in self.surgery for name in step.references()]
-        references += [term.loss for term in self.objective]
+        references += [*(term.loss for term in self.objective), *self.rewards]
         if self.heal is not None and self.heal.distill is not None:
             references += [term.loss for term in self.heal.distill.objective]
         files: list[str | None] = [name.rpartition(":")[0] for name in references]

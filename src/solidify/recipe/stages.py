@@ -22,7 +22,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import healing, models, trainers, training
+from solidify.recipe import evidence, healing, models, trainers, training
 from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -277,9 +277,10 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
             training.check_training(trainer, witness, examples, manifest.read(healing.healed(recipe, directory))),
         )
     report.measured["history"] = trainer.history
+    report.measured |= evidence.evaluate(recipe, trainer)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
-        training.measure_losses(recipe, processor, trainer.model, report)
+        report.measured |= evidence.measure_losses(recipe, processor, trainer.model)
     trained = training.release_model(recipe, directory, trainer)
     del trainer, witness, model, peft_model  # with the optimizer's state
     gc.collect()

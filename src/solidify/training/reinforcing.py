@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 
 from solidify.objective.objective import Objective
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
+from solidify.upstream.transformers_training import has_length
 from solidify.upstream.trl import AnsweringSeams, score_answers
 
 _PARTS = ("prompt", "completion")  # of which a batch of TRL's holds `<part>_ids` and `<part>_mask`

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from trl import KTOTrainer
-from trl.trainer.utils import use_adapter
 
 from solidify.adapter import lookup
 from solidify.objective import window as windowing
@@ -23,7 +22,7 @@ from solidify.objective.window import Counts, Window
 from solidify.training.preference import COPY, complete_copy
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
-from solidify.upstream.trl import DivergenceSeams
+from solidify.upstream.trl import DivergenceSeams, use_adapter
 
 # What TRL's collator and its precomputation put into a batch beside the model's own inputs (TRL 1.16).
 _BESIDE = ("completion_mask", "label", "ref_logps")

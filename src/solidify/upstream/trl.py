@@ -14,12 +14,14 @@ from trl.chat_template_utils import has_generation_markers as has_generation_mar
 from trl.data_utils import common_prefix_length as common_prefix_length
 from trl.import_utils import suppress_experimental_warning as suppress_experimental_warning
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import use_adapter as use_adapter
 
 TESTED = "1.16"
 UNDOCUMENTED = {
     "chat_template_utils.has_generation_markers": "whether a template marks it",
     "data_utils.common_prefix_length": "where a completion begins among the tokens of prompt and completion",
     "import_utils.suppress_experimental_warning": "GKD's home is `trl.experimental`, which the class that we give says",
+    "trainer.utils.use_adapter": "KTO's reference is the model with another adapter, or none, as TRL switches it",
 }
 
 
