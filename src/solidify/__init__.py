@@ -67,9 +67,12 @@ if TYPE_CHECKING:
     from solidify.surgery.vocabulary import add_tokens as add_tokens
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
+    from solidify.training.reinforcing import ObjectiveGRPOTrainer as ObjectiveGRPOTrainer
+    from solidify.training.rewarding import ObjectiveRewardTrainer as ObjectiveRewardTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
+    from solidify.training.unpaired import ObjectiveKTOTrainer as ObjectiveKTOTrainer
     from solidify.wrapping import wrap as wrap
 
 _WHERE = {
@@ -93,6 +96,9 @@ _WHERE = {
     "ObjectiveEngine": "objective.engine",
     "ObjectiveError": "errors",
     "ObjectiveGKDTrainer": "training.teaching",
+    "ObjectiveGRPOTrainer": "training.reinforcing",
+    "ObjectiveRewardTrainer": "training.rewarding",
+    "ObjectiveKTOTrainer": "training.unpaired",
     "ObjectiveSFTTrainer": "training.sft",
     "ObjectiveTrainer": "training.trainer",
     "Recipe": "recipe.schema",

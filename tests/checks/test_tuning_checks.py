@@ -157,11 +157,13 @@ def test_a_loss_that_depends_on_accumulation_is_found(trash_artifact: Path, tmp_
 class SlightlyOff(ObjectiveTrainer):
     """A scale that is wrong by so little that it could be rounding, but is not."""
 
+    wrong = 4e-4
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        return loss * (1 + 4e-4 * (self.current_gradient_accumulation_steps > 1))
+        return loss * (1 + self.wrong * (self.current_gradient_accumulation_steps > 1))
 
 
 @pytest.mark.parametrize(("cls", "tolerance"), [(ObjectiveTrainer, 2e-7), (SlightlyOff, 1e-4)])
@@ -180,6 +182,21 @@ def test_what_is_called_rounding_is_what_rounding_is_measured_to_do(
     finding = gradients.accumulation(trainer, batch, tolerance=tolerance)
     assert finding.passed is (cls is ObjectiveTrainer)
     assert ("moved by a unit in the last place" in finding.evidence) is (cls is ObjectiveTrainer)
+
+
+@pytest.mark.parametrize(("rounding", "verdict"), [(0.12, "measured"), (0.01, "failed")])
+def test_in_half_precision_what_may_be_rounding_is_measured_and_not_proved(
+    trash_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float, verdict: str
+) -> None:
+    """Losses that compare answers cancel: of KTO's on four rows, seven hundredths of the gradient were rounding."""
+    trainer = train(awake(trash_artifact), tmp_path, terms=[Term("model")], cls=SlightlyOff)
+    trainer.wrong = 0.1
+    monkeypatch.setattr(gradients, "_measure_rounding", lambda *_: rounding)
+    finding = gradients.accumulation(trainer, pico.ragged(8), tolerance=5e-2)
+    assert finding.verdict == verdict
+    trainer.wrong = 0.3
+    monkeypatch.setattr(gradients, "_measure_rounding", lambda *_: 1.0)
+    assert gradients.accumulation(trainer, pico.ragged(8), tolerance=5e-2).verdict == "failed"
 
 
 def test_a_term_that_never_had_a_gradient_is_found(

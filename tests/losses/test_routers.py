@@ -13,11 +13,13 @@ import pico
 import pytest
 import torch
 
+import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.losses import routing
 from solidify.objective.capture import Capture, capture
-from solidify.objective.objective import Term
+from solidify.objective.engine import ObjectiveEngine
+from solidify.objective.objective import Objective, Term
 
 MASK = torch.tensor([1] * 15 + [0] * 5)
 
@@ -188,6 +190,75 @@ def mean(rows: list[list[float]]) -> list[float]:
 
 def value(term: Any, **supply: Any) -> torch.Tensor:
     return term.value(term.statistics(mask=MASK, **supply) / 15)
+
+
+class Mixture(torch.nn.Module):
+    """A block of the user's own: a plain linear layer routes, so transformers records nothing."""
+
+    routers: Any = "router"
+
+    def __init__(self, original: Any, top_k: int = 3) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(32, 6, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(6))
+        self.top_k = top_k
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(hidden_states).softmax(-1).topk(self.top_k)
+        weights = hidden_states.new_zeros(*hidden_states.shape[:-1], 6).scatter(-1, chosen.indices, chosen.values)
+        return sum(weights[..., i, None] * expert(hidden_states) for i, expert in enumerate(self.experts))
+
+
+class Undeclared(Mixture):
+    routers = None
+
+
+class Misnamed(Mixture):
+    routers = ("gate",)
+
+
+def with_block(kind: type, *, adapted: bool = False) -> Any:
+    torch.manual_seed(0)
+    model = pico.olmoe()
+    solidify.replace(model, "model.layers.*.mlp", kind)
+    return solidify.attach(model, lora={"r": 2, "target_modules": ["**.router"]}) if adapted else model
+
+
+def balance(model: Any, **arguments: Any) -> float:
+    """Returns the load balance of a batch, as the engine computes it."""
+    engine = ObjectiveEngine(Objective([Term(losses.load_balance, arguments=arguments)]), model)
+    loss = engine.loss({"input_ids": pico.tokens()})
+    assert loss.requires_grad
+    engine.close()
+    return float(loss.detach())
+
+
+def test_a_block_without_recorded_routers_is_balanced_by_name_and_by_declaration() -> None:
+    undeclared, declared = with_block(Undeclared), with_block(Mixture)
+    with capture(declared, {"router": Capture(modules="**.router")}) as seen:
+        declared(input_ids=pico.tokens())
+    expected = 0.0
+    for logits in seen["router"].values():
+        p, top = logits.flatten(0, -2).softmax(-1), logits.flatten(0, -2).topk(3).indices
+        shares = top.flatten().bincount(minlength=6) / top.numel()
+        expected += float(6 * (shares * p.mean(0)).sum().detach()) / 2
+    assert balance(declared) == pytest.approx(expected, rel=1e-5)
+    for word in ("modules", "routers"):
+        assert balance(undeclared, **{word: "**.router"}) == pytest.approx(expected, rel=1e-5)
+    assert balance(with_block(Mixture, adapted=True)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_router_that_nobody_names_is_refused_with_both_ways() -> None:
+    with pytest.raises(
+        ObjectiveError, match=r"`modules` in the term's arguments, or an attribute `routers` of the class"
+    ):
+        balance(with_block(Undeclared))
+    with pytest.raises(ObjectiveError, match=r"Misnamed declares routers = \('gate',\), but there is no .*mlp.gate"):
+        balance(with_block(Misnamed))
+    for term in (losses.load_balance, losses.router_z, losses.router_entropy, losses.router_mutual_information):
+        assert term(modules="**.router").captures["router"].modules == "**.router"
+        with pytest.raises(ObjectiveError, match="`routers` is the older name of `modules`"):
+            term(routers="a", modules="b")
 
 
 @pytest.mark.parametrize("scores", routing.SCORES)

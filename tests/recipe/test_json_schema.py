@@ -43,6 +43,29 @@ MORE: dict[str, dict[str, Any]] = {
         },
         "data": {"train": "x.jsonl"},
     },
+    "a stream": {
+        "base": {"model": "m", "quantization": "nf4"},
+        "adapter": {"train": "a"},
+        "trainer": "distill",
+        "teacher": {"model": "t"},
+        "data": {"train": [{"path": "x", "weight": 2.5, "split": "s"}, "y"], "streaming": True, "packing": False},
+        "training": {"max_steps": 1},
+    },
+    "windows and rewards": {
+        "base": {"model": "m", "quantization": {"load_in_4bit": True}},
+        "adapter": {"lora": {"r": 1}},
+        "trainer": "grpo",
+        "rewards": ["f.py:reward"],
+        "data": {"train": {"path": "x"}, "packing": True, "streaming": False, "group_by": []},
+    },
+    "a reference": {
+        "base": {"model": "m"},
+        "surgery": [{"add_tokens": ["<a>"]}],
+        "adapter": {"train": "a"},
+        "trainer": "dpo",
+        "reference": {"model": "r"},
+        "data": {"train": "x.jsonl", "streaming": False, "group_by": ["length"]},
+    },
 }
 
 

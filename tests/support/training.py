@@ -12,6 +12,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import solidify
@@ -209,6 +210,20 @@ def student() -> torch.nn.Module:
     wide = {"in_features": 32, "out_features": 64}
     solidify.add(model, "projection", torch.nn.Linear, reads="model.norm", arguments=wide)
     return model.requires_grad_(True)
+
+
+def pairs(count: int = 8, *, seed: int = 3) -> Dataset:
+    """Preferences of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(most: int) -> str:
+        length = 1 + int(torch.randint(0, most, (1,), generator=generator))
+        return " ".join(f"w{t}" for t in torch.randint(3, 120, (length,), generator=generator).tolist())
+
+    rows = [
+        {"prompt": words(8), "chosen": f" {words(14)} <eos>", "rejected": f" {words(14)} <eos>"} for _ in range(count)
+    ]
+    return Dataset.from_list(rows)
 
 
 def in_processes(script: str, artifact: Path, directory: Path) -> None:

@@ -144,11 +144,12 @@ def wrong_calls(code: str) -> list[str]:
 
 def wrong_keys(text: str) -> list[str]:
     """Judges keys of a recipe within sentences: `data.image`, `training.fsdp`."""
-    from trl import SFTConfig
+    from trl import DistillationConfig, DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 
     wrong = []
     known = {name: set(section.model_fields) for name, section in sections().items()}
-    known["training"] = {field.name for field in dataclasses.fields(SFTConfig)}
+    kinds = (SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, DistillationConfig)
+    known["training"] = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     for span in spans(text):
         named = re.fullmatch(r"(\w+)\.(\w+)", span)
         if named and named[1] in known and named[2] not in known[named[1]]:

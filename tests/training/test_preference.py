@@ -15,7 +15,6 @@ import contract
 import pico
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
@@ -40,25 +39,12 @@ from training import (
     first_token_norm,
     in_order,
     in_processes,
+    pairs,
     take,
 )
 
 SPLITS = ((1, 8), (4, 2), (8, 1), (3, 3))  # the last with a smaller last micro-batch: 3, 3 and 2 pairs
 TOLERANCE = 5e-6  # float32 sums in another order
-
-
-def pairs(count: int = 8, *, seed: int = 3) -> Dataset:
-    """Preferences of very different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(most: int) -> str:
-        length = 1 + int(torch.randint(0, most, (1,), generator=generator))
-        return " ".join(f"w{t}" for t in torch.randint(3, 120, (length,), generator=generator).tolist())
-
-    rows = [
-        {"prompt": words(8), "chosen": f" {words(14)} <eos>", "rejected": f" {words(14)} <eos>"} for _ in range(count)
-    ]
-    return Dataset.from_list(rows)
 
 
 def step(*args: Any, **more: Any) -> Step:

@@ -8,7 +8,7 @@ from typing import Any
 import installed
 import torch
 from torch import nn
-from trl import DistillationTrainer
+from trl import DistillationTrainer, GRPOTrainer, KTOTrainer
 from trl.models import utils
 
 from solidify.upstream import trl as seams
@@ -28,6 +28,32 @@ def test_the_distillation_trainer_has_these_names_and_goes_through_them() -> Non
         "data_collator=identity",  # so a batch of prompts is a list
     ):
         assert line in whole, f"TRL's DistillationTrainer no longer says {line}: read upstream/trl.py again"
+
+
+def test_the_policy_trainer_has_these_names_and_goes_through_them() -> None:
+    installed.same_parameters(GRPOTrainer, "_prepare_inputs", ("self", "generation_batch"))
+    whole = inspect.getsource(GRPOTrainer)
+    for line in (
+        "if self._step % generate_every == 0 or self._buffered_inputs is None:",
+        "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        "self._step += 1",
+        "data_collator=identity",
+        'elif self.loss_type in ["cispo", "dapo", "vespo"]:',  # these are divided by all tokens of the step
+    ):
+        assert line in whole, f"TRL's GRPOTrainer no longer says {line}: read upstream/trl.py again"
+
+
+def test_the_trainer_of_single_answers_takes_its_divergence_from_one_method() -> None:
+    installed.same_parameters(KTOTrainer, "_compute_kl_logps", ("self", "model", "batch"))
+    whole = inspect.getsource(KTOTrainer._compute_loss)
+    for line in (
+        "KL_logps = self._compute_kl_logps(model, batch)",
+        "ref_KL_logps = self._compute_kl_logps(self.model, batch)",
+        'ref_KL_logps = batch["ref_KL_logps"]',
+        "kl = (KL_logps - ref_KL_logps).mean().detach()",
+    ):
+        assert line in whole, f"TRL's KTOTrainer no longer says {line}: read upstream/trl.py again"
+    assert whole.index("with torch.no_grad(), disable_gradient") < whole.index("ref_KL_logps = self._compute_kl_logps")
 
 
 class Hooked(nn.Module):

@@ -42,6 +42,7 @@ FUNCTIONS = {
     ),
     "transformers.utils.output_capturing.maybe_install_capturing_hooks": ("model",),
     "trl.import_utils.suppress_experimental_warning": (),
+    "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
     "trl.models.utils.unwrap_model_for_generation": (
         *("model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs"),
     ),

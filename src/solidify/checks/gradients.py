@@ -21,7 +21,8 @@ REACHED = "gradients reach what is trained"
 ACCUMULATION = "gradient does not depend on accumulation"
 TERMS = "every term has a gradient"
 PARTS = "loss parts sum to the total"
-_MOST, _ROUNDING = 10, 1e-3  # times the tolerance, and in all: more is never rounding (nor told so in half precision)
+_MOST, _ROUNDING = 10, 1e-3  # times the tolerance, and in all: more is never rounding
+_HALF, _HALF_ROUNDING = 1e-2, 0.2  # tolerances of half precision are above; there so much may be rounding, unproved
 _DRAWS = 3
 FEW = 3  # looks in which a gradient may still be held back by what starts at zero
 
@@ -113,7 +114,8 @@ def accumulation(
     The model is in training mode, with chance taken out (see `chance.py`); its buffers are put back after each
     split. The largest difference of any tensor, relative to that tensor's largest gradient, must stay under `tolerance`
     (sums in another order; a wrong scale is off by a factor) or, where a gradient cancels so far that rounding shows in
-    it, under what rounding is measured to do to this model, which may be ten times as much at most. Where splits differ
+    it, under what rounding is measured to do to this model, which may be ten times as much at most (in half precision,
+    where losses that compare answers cancel, up to a fifth: then it is measured, and not proved). Where splits differ
     by more, one of them is repeated on other random numbers: if it differs from itself, chance is left, and nothing can
     be said. With several processes, all of them take part: one more split deals the examples out to them. `witness`
     gets one more look at the gradients.
@@ -142,13 +144,14 @@ def accumulation(
         evidence = f"splits {shown} of {n} ragged sequences differ by at most {worst:.1e}"
         if worst <= tolerance:
             return _state_agreement(evidence, mode)
-        if worst <= min(_MOST * tolerance, _ROUNDING) and ranks == 1 and not trainer.args.torch_compile:
+        half = tolerance > _HALF
+        if worst <= _bound_rounding(tolerance) and ranks == 1 and not trainer.args.torch_compile:
             rounded = _measure_rounding(trainer, examples, splits[0], reference)
             if worst <= rounded:
                 explained = (
                     f"{evidence}; moved by a unit in the last place, what modules return makes {rounded:.1e} of it"
                 )
-                return _state_agreement(explained, mode)
+                return Finding(ACCUMULATION, None, explained) if half else _state_agreement(explained, mode)
         if (repeated := _measure_repeat(trainer, examples, splits[0], reference)) > tolerance:
             return Finding.unseen(
                 ACCUMULATION,
@@ -156,6 +159,10 @@ def accumulation(
                 "draw, so they could not be switched off",
             )
     return Finding(ACCUMULATION, False, f"{evidence} ({culprit})")
+
+
+def _bound_rounding(tolerance: float) -> float:
+    return _HALF_ROUNDING if tolerance > _HALF else min(_MOST * tolerance, _ROUNDING)
 
 
 def _state_agreement(evidence: str, mode: chance.Chanceless) -> Finding:

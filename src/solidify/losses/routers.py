@@ -14,6 +14,7 @@ from solidify.losses.routing import SCORES, Routing, read_all, scores_of
 from solidify.objective.capture import Capture
 
 ROUTERS = Capture(records="router_logits")
+Names = str | Sequence[str] | None
 
 
 class _OnProbabilities:
@@ -21,14 +22,14 @@ class _OnProbabilities:
 
     `scores` (`softmax`, `sigmoid`, `sqrt_softplus`; default: as the weights show that routers return, else softmax) is
     remembered once shown. P is a token's scores divided by their sum (for sigmoid: DeepSeek-V3, arXiv 2412.19437,
-    eq. 19). `routers` names the routers of a module of your own, by one pattern or several; the others are found by
-    transformers' own record.
+    eq. 19). `modules` names the routers of a module of your own, by one pattern or several (`routers` is its older
+    name); else they are those that transformers records, and those that a class declares by an attribute `routers`.
     """
 
     captures: Mapping[str, Capture] = MappingProxyType({"router": ROUTERS})
 
-    def __init__(self, scores: str | None = None, routers: str | Sequence[str] | None = None) -> None:
-        self.captures = _select_captures(self.captures, routers)
+    def __init__(self, scores: str | None = None, routers: Names = None, modules: Names = None) -> None:
+        self.captures = _select_captures(self.captures, routers, modules)
         if scores is not None and scores not in SCORES:
             raise ObjectiveError(f"a router's scores must be one of {', '.join(SCORES)}, but are {scores!r}")
         self.scores = scores
@@ -63,9 +64,9 @@ class LoadBalance(_OnProbabilities):
     )
 
     def __init__(
-        self, null_experts: int = 0, scores: str | None = None, routers: str | Sequence[str] | None = None
+        self, null_experts: int = 0, scores: str | None = None, routers: Names = None, modules: Names = None
     ) -> None:
-        super().__init__(scores, routers)
+        super().__init__(scores, routers, modules)
         if isinstance(null_experts, bool) or not isinstance(null_experts, int) or null_experts < 0:
             raise ObjectiveError(
                 f"load_balance: null_experts must be a whole number of at least 0, but is {null_experts!r}"
@@ -113,14 +114,14 @@ class LoadBalance(_OnProbabilities):
 class RouterZ:
     """`mean over tokens of logsumexp(router logits)²`, averaged over layers (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    Statistic, linear. Refused for routers that return probabilities, whose logsumexp says nothing. `routers` as in the
+    Statistic, linear. Refused for routers that return probabilities, whose logsumexp says nothing. `modules` as in the
     other terms.
     """
 
     linear = True
 
-    def __init__(self, routers: str | Sequence[str] | None = None) -> None:
-        self.captures = _select_captures({"router": ROUTERS}, routers)
+    def __init__(self, routers: Names = None, modules: Names = None) -> None:
+        self.captures = _select_captures({"router": ROUTERS}, routers, modules)
 
     def statistics(self, router: Mapping[str, Any], mask: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         """Returns, per layer, the sum over attended tokens (layers,)."""
@@ -148,9 +149,13 @@ class RouterEntropy(_OnProbabilities):
     linear = True
 
     def __init__(
-        self, direction: str = "sharpen", scores: str | None = None, routers: str | Sequence[str] | None = None
+        self,
+        direction: str = "sharpen",
+        scores: str | None = None,
+        routers: Names = None,
+        modules: Names = None,
     ) -> None:
-        super().__init__(scores, routers)
+        super().__init__(scores, routers, modules)
         if direction not in ("sharpen", "spread"):
             raise ObjectiveError(f"router_entropy: direction must be sharpen or spread, but is {direction!r}")
         self.direction = direction
@@ -187,9 +192,12 @@ class RouterMutualInformation(_OnProbabilities):
         return total
 
 
-def _select_captures(captures: Mapping[str, Capture], routers: str | Sequence[str] | None) -> dict[str, Capture]:
+def _select_captures(captures: Mapping[str, Capture], routers: Names, modules: Names) -> dict[str, Capture]:
     """Returns captures with the routers found by name, where they are named."""
-    return {**captures, **({"router": Capture(modules=routers)} if routers is not None else {})}
+    if routers is not None and modules is not None:
+        raise ObjectiveError("`routers` is the older name of `modules`; give one of them")
+    named = modules if modules is not None else routers
+    return {**captures, **({"router": Capture(modules=named)} if named is not None else {})}
 
 
 def _stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:

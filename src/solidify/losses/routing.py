@@ -5,8 +5,9 @@ own record (`_can_record_outputs`); the rest is read off the tensors:
 
 - logits: floating, one row a token, one column an expert. Some families (Gemma 4) record probabilities there.
 - chosen experts: an integer tensor (tokens, top_k); or a matrix with one column an expert, zero where it was not chosen
-  (Llama 4, Switch, NLLB); else (DBRX, JetMoE) the `top_k` largest logits, `top_k` being the router's or its
-  configuration's. A slot whose weight is zero goes to no expert (Zaya's skipped tokens, Switch's beyond capacity).
+  (Llama 4, Switch, NLLB); else (DBRX, JetMoE) the `top_k` largest logits, `top_k` being the router's, its
+  holder's or its configuration's. A slot whose weight is zero goes to no expert (Zaya's skipped tokens, Switch's beyond
+  capacity).
 - scores: what the experts are weighed by as a function of their logits: exp (softmax), sigmoid, or sqrt(softplus).
   Weights of one token that are returned beside its experts tell which; where nothing tells, softmax.
 """
@@ -74,7 +75,7 @@ def read(name: str, output: Any, tokens: int, model: nn.Module | None = None) ->
     index = next((t for t in others if not t.is_floating_point() and not t.is_complex()), None)
     dense = next((t for t in others if t.shape == logits.shape and _is_sparse(t)), None)
     if index is None and dense is None:
-        k = _top_k(name, module.inner if module is not None else None, model)
+        k = _top_k(name, model)
         return Routing(logits, logits.detach().topk(min(k, logits.shape[-1]), dim=-1).indices, normal=normal)
     if index is None or (index.shape == logits.shape and dense is index):  # one column an expert
         assert dense is not None
@@ -165,19 +166,24 @@ def _find_index(model: nn.Module | None, router: lookup.Located | None) -> int:
     return next((index for cls, index in indices.items() if isinstance(router.inner, cls)), 0)
 
 
-def _top_k(name: str, router: nn.Module | None, model: nn.Module | None) -> int:
-    """Returns how many experts a token is sent to, where the router did not return which."""
-    own = vars(router).get("top_k") if router is not None else None
-    if isinstance(own, int):
-        return own
+def _top_k(name: str, model: nn.Module | None) -> int:
+    """Returns how many experts a token is sent to, where the router did not return which.
+
+    The router says it (`top_k`), or the module that holds it, or the configuration.
+    """
+    for where in (name, name.rpartition(".")[0]):
+        located = lookup.at(model, where) if where and model is not None else None
+        own = getattr(located.inner, "top_k", None) if located is not None else None
+        if isinstance(own, int):
+            return own
     for config in _list_configs(model):
         for key in _TOP_K:
             value = getattr(config, key, None)
             if isinstance(value, int):
                 return value
     raise ObjectiveError(
-        f"the router {name} returned no indices, and neither it (`top_k`) nor the configuration "
-        f"({', '.join(_TOP_K)}) says how many experts a token is sent to"
+        f"the router {name} returned no indices, and neither it (`top_k`) nor the module that holds it nor the "
+        f"configuration ({', '.join(_TOP_K)}) says how many experts a token is sent to"
     )
 
 

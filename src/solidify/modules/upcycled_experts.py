@@ -18,7 +18,7 @@ replaces. Both, and the router (normal, `router_std`), are drawn from `seed` and
 
 The block has the form of transformers' MoE blocks, a router `gate` that returns logits, weights and indices, and
 `experts` called with (hidden_states, indices, weights): losses on routers read it (in a dense family by name:
-`routers: model.layers.*.mlp.gate`), and a trash can may take its place.
+`modules: model.layers.*.mlp.gate`), and a trash can may take its place.
 
 Shapes: router (num_experts, hidden_size); experts, under the names of the original's projections, (num_experts,
 out_features, in_features), their biases `<name>_bias` (num_experts, out_features).

@@ -22,14 +22,19 @@ from solidify.errors import ObjectiveError
 from solidify.model import anatomy
 from solidify.upstream.transformers import OutputRecorder, recorded_outputs
 
+_ROUTERS = "router_logits"  # how transformers calls what routers return
+_DECLARED = "routers"  # the class attribute by which a module of the user's says which of its parts are routers
+
 
 @dataclass(frozen=True)
 class Capture:
     """Which modules a term looks at: by name pattern (or several), by class name, or as the model itself records them.
 
     Exactly one of `modules`, `class_name` and `records` is given. `records` is a key of the model's
-    `_can_record_outputs` (`router_logits`, `attentions`). `of` says whether their `output` or their `input` (the first
-    argument) is wanted, and `element` which one where it is a tuple; `element=0` also takes a value that is none.
+    `_can_record_outputs` (`router_logits`, `attentions`); to the routers belong those that a class of your own declares
+    by an attribute `routers`, a name inside the module (or several). `of` says whether their `output` or their `input`
+    (the first argument) is wanted, and `element` which one where it is a tuple; `element=0` also takes a value that is
+    none.
     `optional` allows that there are no such modules; `count` says how many there must be.
     """
 
@@ -77,6 +82,8 @@ class Capture:
         elif self.records is not None:
             classes = tuple(recorded(model, self.records))
             names = [name for name, located in by_name.items() if isinstance(located.inner, classes)]
+            names += _find_declared(by_name) if self.records == _ROUTERS else []
+            names = list(dict.fromkeys(names))
         else:
             names = [name for name, located in by_name.items() if type(located.inner).__name__ == self.class_name]
         found = {name: by_name[name].called for name in names}
@@ -98,9 +105,31 @@ class Capture:
         if self.records is None:
             return ""
         return (
-            "; name the modules that return them (routers: `routers` in the term's arguments), because transformers "
-            "records only classes of its own without that"
+            "; name the modules that return them (routers: `modules` in the term's arguments, or an attribute "
+            "`routers` of the class that holds them), because transformers records only classes of its own without that"
         )
+
+
+def _find_declared(by_name: Mapping[str, lookup.Located]) -> list[str]:
+    """Returns the routers that classes declare by an attribute `routers`, a name inside the module or several.
+
+    Raises:
+        ObjectiveError: a class declares one that is not there.
+    """
+    found: list[str] = []
+    for name, located in by_name.items():
+        declared = getattr(type(located.inner), _DECLARED, None)
+        patterns = [declared] if isinstance(declared, str) else declared
+        if not (isinstance(patterns, (list, tuple)) and all(isinstance(each, str) for each in patterns)):
+            continue
+        for inside, hits in anatomy.match([f"{name}.{each}" if name else each for each in patterns], by_name).items():
+            if not hits:
+                raise ObjectiveError(
+                    f"{type(located.inner).__name__} declares {_DECLARED} = {declared!r}, but there is no {inside}; "
+                    f"{anatomy.suggestions(inside, by_name)}"
+                )
+            found += hits
+    return found
 
 
 def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:

@@ -123,7 +123,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
     if recipe.adapter is not None:
-        read = first_batch.rehearse(recipe, preparing, base.model)
+        read = trainers.refuse_unteachable(recipe, base.model, preparing)
         surgery = vars(base.model.config).get("surgery") or []  # of a base that is an artifact
         lora = tokens.with_ids(recipe.adapter.lora, vocabulary.added_tokens([*surgery, *records]))
         wanted = planning.plan(base.model, lora, recipe.adapter.train)

@@ -8,12 +8,13 @@ JSON schema, and none to a recipe.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from solidify.recipe.schema import Recipe
+from solidify.recipe.schema import COMPARED, TAUGHT, Recipe, Trainer
 
+NAMED = tuple(name for name in get_args(Trainer) if name != "auto")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -33,6 +34,16 @@ def _goes(key: str, mask: str) -> dict[str, Any]:
     return {"if": _holds(key, empty=True), "then": {"properties": {"mask": {"const": mask}}}}
 
 
+def _is(key: str, *values: Any) -> dict[str, Any]:
+    """Says that a key is there and has one of some values."""
+    return {"required": [key], "properties": {key: {"enum": list(values)}}}
+
+
+def _within(key: str, rule: dict[str, Any]) -> dict[str, Any]:
+    """Says that a section is there and keeps a rule."""
+    return {"required": [key], "properties": {key: {"type": "object", **rule}}}
+
+
 _BUDGETS = ("layers", "cache_bytes", "flops")
 RULES: dict[str, dict[str, Any]] = {
     "Adapter": {"anyOf": [_holds("lora", empty=True), _holds("train")]},
@@ -47,12 +58,43 @@ RULES: dict[str, dict[str, Any]] = {
             *(_goes(key, kind) for key, kind in (("block", "block_causal"), ("window", "window"), ("sinks", "window"))),
         ]
     },
-    "Recipe": {
+    "Base": {
         "allOf": [
+            {"properties": {"quantization": {"anyOf": [{"enum": ["nf4", "int8", None]}, {"type": "object"}]}}},
+        ]
+    },
+    "Data": {
+        "allOf": [
+            {"if": _is("packing", True), "then": {"not": {"anyOf": [_holds("group_by"), _is("streaming", True)]}}},
+            {"if": _is("streaming", True), "then": {"not": _holds("group_by")}},
+        ]
+    },
+    "Recipe": {
+        "anyOf": [_holds("surgery"), _holds("adapter", empty=True)],
+        "allOf": [
+            {"if": _holds("heal", empty=True), "then": _holds("surgery")},
+            {
+                "if": _within("base", _holds("quantization", empty=True)),
+                "then": {"anyOf": [_holds("adapter", empty=True), _within("heal", _holds("distill", empty=True))]},
+            },
+            {"not": _within("teacher", _holds("quantization", empty=True))},
+            {"if": _within("data", _is("streaming", True)), "then": {"not": _holds("heal", empty=True)}},
+            {
+                "if": {"allOf": [_within("data", _is("streaming", True)), _holds("adapter", empty=True)]},
+                "then": _within("training", _within("max_steps", {"type": "integer", "exclusiveMinimum": 0})),
+            },
+            {
+                "if": {"anyOf": [_is("trainer", *NAMED), _holds("rewards"), _holds("reference", empty=True)]},
+                "then": _holds("adapter", empty=True),
+            },
+            {"if": _is("trainer", *TAUGHT), "then": _holds("teacher", empty=True)},
+            {"if": _is("trainer", "grpo"), "then": _holds("rewards")},
+            {"if": _holds("rewards"), "then": _is("trainer", "grpo")},
+            {"if": _holds("reference", empty=True), "then": _is("trainer", *COMPARED)},
             *(_needs(key, "data", empty=True) for key in ("adapter", "heal")),
             _needs("teacher", "adapter", empty=True),
             *(_needs(key, "adapter") for key in ("training", "parameter_groups")),
-        ]
+        ],
     },
 }
 

@@ -71,6 +71,11 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
     return {"quantization": recipe.base.quantization, "keep": keep}
 
 
+def load_reference(recipe: Recipe, device: str = "cpu") -> PreTrainedModel | None:
+    """Loads the model that a recipe's trainer compares with, if it names one."""
+    return _load_model(recipe, recipe.reference, device).model if recipe.reference is not None else None
+
+
 def _not_kept(recipe: Recipe, model: PreTrainedModel) -> list[str]:
     """Names the tensors of a model (on the meta device) that the surgery renames or drops."""
     names = list(model.state_dict())

@@ -10,7 +10,7 @@ from solidify.directory import manifest
 from solidify.errors import RecipeError
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import models, references
-from solidify.recipe.schema import Recipe
+from solidify.recipe.schema import TAUGHT, Recipe
 
 
 def make_terms(recipe: Recipe) -> list[Term]:
@@ -23,8 +23,13 @@ def make_terms(recipe: Recipe) -> list[Term]:
         name = entry.name or (entry.loss.rpartition(":")[2] if entry.loss != "model" else "model")
         terms.append(Term(loss, entry.weight, name=name, arguments=entry.arguments, statistics=entry.statistics))
     objective = Objective(terms)
-    if recipe.teacher is not None and not objective.asks_reference:
+    if recipe.teacher is not None and recipe.trainer not in TAUGHT and not objective.asks_reference:
         raise RecipeError("teacher: no term of the objective looks at it; add one such as solidify.losses:forward_kl")
+    if recipe.trainer in TAUGHT and not objective.has_model_term and not objective.asks_reference:
+        raise RecipeError(
+            f"teacher: the loss of trainer: {recipe.trainer} is the term `model`, which the objective leaves out, and "
+            "no other term looks at the teacher"
+        )
     return terms
 
 

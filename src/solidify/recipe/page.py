@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from solidify.adapter import lookup
 from solidify.artifact import autos, companions, sources
 from solidify.artifact.inspection import Branch
 from solidify.directory import manifest

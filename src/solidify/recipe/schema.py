@@ -36,6 +36,9 @@ Format = Literal[
     "seq2seq",
 ]
 PARTS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+Trainer = Literal["auto", "sft", "dpo", "kto", "distill", "gkd", "reward", "grpo", "classification"]
+TAUGHT = ("distill", "gkd")  # trainers whose loss is a divergence from the teacher
+COMPARED = ("dpo", "kto")  # trainers whose loss compares with a reference
 
 
 class _Section(BaseModel):
@@ -259,6 +262,10 @@ class Heal(_Section):
         return self
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 class Recipe(_Section):
     """A recipe: what to make, section by section; without `surgery` the base itself is trained.
 
@@ -270,7 +277,10 @@ class Recipe(_Section):
     heal: Heal | None = None
     adapter: Adapter | None = None
     objective: list[Term] = [Term(loss="model")]
+    trainer: Trainer = "auto"
     teacher: Base | None = None
+    reference: Base | None = None
+    rewards: list[str] = []
     parameter_groups: list[ParameterGroup] = []
     data: Data | None = None
     training: dict[str, Any] = {}
@@ -281,9 +291,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_complete(self) -> Recipe:
         if not self.surgery and self.adapter is None:
-            raise ValueError("nothing is to be done: give `surgery`, an `adapter`, or both")
+            raise broken_rule("nothing is to be done: give `surgery`, an `adapter`, or both")
         if not self.surgery and self.heal is not None:
-            raise ValueError("`heal` brings a changed model back to its base: give `surgery`")
+            raise broken_rule("`heal` brings a changed model back to its base: give `surgery`")
         if self.adapter is not None and self.data is None:
             raise broken_rule("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
@@ -304,15 +314,35 @@ class Recipe(_Section):
             raise broken_rule("`training` needs an `adapter` that says what is trained")
         if self.adapter is None and self.parameter_groups:
             raise broken_rule("`parameter_groups` needs an `adapter` that says what is trained")
+        self._check_trainer()
         return self
 
     def _check_streaming(self) -> None:
         if self.heal is not None:
             raise broken_rule("`heal` reads its rows again and again, which `data.streaming` cannot; leave one out")
-        if self.adapter is not None and not int(self.training.get("max_steps") or 0) > 0:
+        if self.adapter is not None and not _is_count(self.training.get("max_steps")):
             raise broken_rule(
                 "`data.streaming` does not know how many rows there are, so a training must say how long it is: give "
                 "`training.max_steps`"
+            )
+
+    def _check_trainer(self) -> None:
+        if self.adapter is None and (self.trainer != "auto" or self.rewards or self.reference is not None):
+            raise broken_rule("`trainer`, `rewards` and `reference` need an `adapter` that says what is trained")
+        if self.trainer in TAUGHT and self.teacher is None:
+            raise broken_rule(
+                f"`trainer: {self.trainer}` learns from a second model: say which in `teacher: {{model: ...}}`"
+            )
+        if self.trainer == "grpo" and not self.rewards:
+            raise broken_rule(
+                "`trainer: grpo` raises what reward functions return: name them in `rewards: [file.py:function, ...]`"
+            )
+        if self.trainer != "grpo" and self.rewards:
+            raise broken_rule(f"`rewards` are what `trainer: grpo` raises, but the trainer is {self.trainer!r}")
+        if self.trainer not in COMPARED and self.reference is not None:
+            raise broken_rule(
+                f"`reference` is what {' and '.join(COMPARED)} compare with, but the trainer is {self.trainer!r}; what "
+                "terms compare with is `teacher`, or the base"
             )
 
     @classmethod
@@ -331,9 +361,9 @@ class Recipe(_Section):
 
     def inputs(self) -> list[Path]:
         """Returns what it reads on this machine: models, files of modules and terms, weights, data."""
-        models = [source.model for source in (self.base, self.teacher) if source is not None]
+        models = [source.model for source in (self.base, self.teacher, self.reference) if source is not None]
         references = [name for step in self.surgery for name in step.references()]
-        references += [term.loss for term in self.objective]
+        references += [*(term.loss for term in self.objective), *self.rewards]
         if self.heal is not None and self.heal.distill is not None:
             references += [term.loss for term in self.heal.distill.objective]
         files: list[str | None] = [name.rpartition(":")[0] for name in references]

@@ -20,7 +20,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import distilling, healing, models, page, reporting, trainers, training
+from solidify.recipe import distilling, evidence, healing, models, page, reporting, trainers, training
 from solidify.recipe.dry_run import Plan, plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -292,9 +292,11 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         base = base_state.with_digests(trainer.model, healed, manifest.read(healed))
         report.add("train", training.check_training(trainer, witness, examples, base))
     report.measured["history"] = trainer.history
+    report.measured |= evidence.evaluate(recipe, trainer)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # takes its autocast off
     if processes.is_first() or processes.is_spread(trainer.model):
-        training.measure_losses(recipe, processor, trainer.model, report)
+        report.measured |= evidence.measure_losses(recipe, processor, trainer.model)
+        report.measured["samples"] = page.take_samples(recipe, processor, trainer.model)
     trained = training.release_model(recipe, directory, trainer)
     del trainer, witness, model, peft_model  # with the optimizer's state
     gc.collect()

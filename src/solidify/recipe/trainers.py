@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import SFTConfig
 
 from solidify.adapter import lookup
 from solidify.directory import trust
 from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
-from solidify.recipe import datasets, objectives
+from solidify.objective.objective import Objective
+from solidify.recipe import datasets, first_batch, kinds, objectives
+from solidify.recipe.kinds import Kind
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import batching, defaults, groups, packing
 from solidify.training.groups import ParameterGroup
-from solidify.training.sft import ObjectiveSFTTrainer
 from solidify.training.trainer import ObjectiveTrainer
+from solidify.upstream.transformers_training import has_length
 
 
 def trainer_class(recipe: Recipe) -> type[Any]:
-    """A field that only SFTConfig has asks for TRL's trainer."""
-    plain = {f.name for f in fields(TrainingArguments)}
-    sft = {f.name for f in fields(SFTConfig)}
-    field_names = plain | sft
-    faults = []
-    for key in recipe.training:
-        if key not in field_names:
-            close = get_close_matches(key, field_names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            faults.append(f"training.{key} is not a field of TrainingArguments or SFTConfig{hint}")
-    refuse(RecipeError, "the training section does not fit", faults)
-    return ObjectiveSFTTrainer if any(key not in plain for key in recipe.training) else ObjectiveTrainer
+    """Returns the trainer that a recipe names; with `auto` a field that only SFTConfig has asks for TRL's."""
+    return kinds.find(recipe).trainer
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
@@ -52,35 +42,28 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         "disable_tqdm": True,  # solidify shows a bar of its own
         **defaults.following(recipe.training),
     }
+    kind = kinds.find(recipe)
     moved = any(group.learning_rate for group in recipe.parameter_groups)
-    faults = defaults.of_another_kind(recipe.training, (TrainingArguments, SFTConfig))
+    faults = defaults.of_another_kind(recipe.training, (TrainingArguments, kind.config))
     faults += defaults.faults(recipe.training, held_out=recipe.data.eval is not None, moved=moved)
     refuse(RecipeError, "the training section does not fit", faults)
     if recipe.data.image is not None:
-        refuse(RecipeError, "images do not go with the training section", _against_images(recipe))
+        refuse(RecipeError, "images do not go with the training section", _against_images(recipe, kind))
         values = {"remove_unused_columns": False, **values}  # a row's images are a column that the model does not take
-    elif trainer_class(recipe) is ObjectiveTrainer:
+    elif kind.trainer is ObjectiveTrainer:
         values = {"remove_unused_columns": False, **values}  # examples hold what is read, and no more
         if recipe.data.packing and values["remove_unused_columns"]:
             raise RecipeError("training.remove_unused_columns would remove where the documents of a window end")
     if not recipe.data.shuffle and not recipe.data.group_by:
         values = {"train_sampling_strategy": "sequential", **values}
-    kind = TrainingArguments
-    if trainer_class(recipe) is ObjectiveSFTTrainer:
-        kind = SFTConfig
-        # TRL would add its own load balance to the loss of every MoE model; here the objective says what is in it.
-        own = {
-            "router_aux_loss_coef": 0.0,
-            "max_length": recipe.data.max_length,
-            "dataset_text_field": recipe.data.text,
-        }
-        values = {**own, **values}
     with foreign.calling("the training section does not fit", RecipeError):
-        return kind(**values)
+        return kind.config(**{**kinds.own_settings(kind, recipe), **values})
 
 
-def _against_images(recipe: Recipe) -> list[str]:
+def _against_images(recipe: Recipe, kind: Kind) -> list[str]:
     plain = {f.name for f in fields(TrainingArguments)}
+    if kind.takes_rows:
+        return [f"trainer: {kind.name} reads text alone in a recipe; leave data.image out"]
     faults = [
         f"training.{key} is TRL's, whose trainer makes its batches itself; leave it out"
         for key in recipe.training
@@ -156,39 +139,46 @@ def parameter_groups(recipe: Recipe) -> list[ParameterGroup]:
         return groups.declared([group.model_dump() for group in recipe.parameter_groups])
 
 
+def refuse_unteachable(recipe: Recipe, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+    """Raises what a training would refuse of a model, its rows and its partners; `model` may be on the meta device.
+
+    Returns how the rows are read.
+    """
+    kind = kinds.find(recipe)
+    kinds.refuse_head(kind, model)
+    if kind.takes_rows:
+        found = kinds.rehearse_rows(kind, recipe, datasets.tokenizer_of(processor))
+    else:
+        with kinds.pointed_out(recipe):
+            found = first_batch.rehearse(recipe, processor, model)
+    kinds.refuse_partners(kind, recipe, model)
+    arguments = training_arguments(recipe, Path("nowhere"))
+    faults = kinds.setting_faults(kind, arguments, Objective(objectives.make_terms(recipe)), recipe)
+    refuse(ObjectiveError, f"{kind.trainer.__name__} cannot train like this", faults)
+    return found
+
+
 def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) -> tuple[Any, Any]:
     """Returns a trainer for a recipe, and the examples it trains on."""
     assert recipe.data is not None
-    arguments = training_arguments(recipe, directory)
+    kind, arguments = kinds.find(recipe), training_arguments(recipe, directory)
     objective = objectives.make_objective(recipe, model.get_base_model())
     plain = lookup.plain_model(model)
     datasets.refuse_unprepared(recipe, processor, plain)
-    kind = trainer_class(recipe)
-    if kind is ObjectiveSFTTrainer:
-        train_texts, eval_texts = datasets.make_sft_rows(recipe, processor, plain)
-        options: dict[str, Any] = {"train_dataset": train_texts, "eval_dataset": eval_texts}
-    else:
-        prepared = datasets.prepare(recipe, processor, plain)
-        options = {
-            "train_dataset": prepared.train,
-            "eval_dataset": prepared.held_out,
-            "data_collator": prepared.collate,
-        }
-        _say_counted(prepared)
-        if recipe.data.packing:
-            packing.refuse_leaking(model)
-            console.words.print("data.packing: no document of a window reaches another, as tried on this model")
-    refused = foreign.calling(f"{kind.__name__} does not take the training section", RecipeError)
+    given, options = _prepare_rows(kind, recipe, processor, model), kinds.options(kind, recipe, objective)
+    refused = foreign.calling(f"{kind.trainer.__name__} does not take the training section", RecipeError)
     with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
-        trainer = kind(
+        trainer = kind.trainer(
             model=model,
             args=arguments,
-            processing_class=datasets.processing_class(recipe, processor, plain),
+            processing_class=_processing_class(kind, recipe, processor, plain),
             objective=objective,
             parameter_groups=parameter_groups(recipe),
             group_by=recipe.data.group_by,
+            **given,
             **options,
         )
+    _say_left_out(given["train_dataset"], trainer.train_dataset, kind)
     if datasets.is_multimodal(recipe, plain) and [term.loss for term in recipe.objective] == ["model"]:
         _refuse_idle_rows(trainer)
     return trainer, trainer.train_dataset
@@ -197,6 +187,38 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
 def _say_counted(prepared: datasets.Prepared) -> None:
     for part, counts in prepared.counted.items() if processes.is_first() else ():
         console.words.print(f"data.{part}: {prepared.format}: {counts}")
+
+
+def _prepare_rows(kind: Kind, recipe: Recipe, processor: Any, model: Any) -> dict[str, Any]:
+    """Returns what a trainer reads, and what makes batches of it where that is not the trainer's."""
+    assert recipe.data is not None
+    plain = lookup.plain_model(model)
+    if kind.takes_rows or kind.name == "sft":
+        read = kinds.read_rows(kind, recipe) if kind.takes_rows else datasets.make_sft_rows(recipe, processor, plain)
+        return {"train_dataset": read[0], "eval_dataset": read[1]}
+    prepared = datasets.prepare(recipe, processor, plain)
+    _say_counted(prepared)
+    if recipe.data.packing:
+        packing.refuse_leaking(model)
+        console.words.print("data.packing: no document of a window reaches another, as tried on this model")
+    return {"train_dataset": prepared.train, "eval_dataset": prepared.held_out, "data_collator": prepared.collate}
+
+
+def _processing_class(kind: Kind, recipe: Recipe, processor: Any, model: Any) -> Any:
+    """Returns what prepares text; TRL's trainers of conversations read it by the recipe's chat template."""
+    if not kind.takes_rows:
+        return datasets.processing_class(recipe, processor, model)
+    return kinds.with_template(recipe, datasets.tokenizer_of(processor))
+
+
+def _say_left_out(given: Any, read: Any, kind: Kind) -> None:
+    """Says how many rows TRL leaves out, as longer than it may be, and refuses a training without any."""
+    if not (kind.takes_rows and has_length(given) and has_length(read)) or len(read) >= len(given):
+        return
+    left = f"{len(given) - len(read)} of {len(given)} rows are longer than max_length and left out"
+    if not len(read):
+        raise DataError(f"{left}, so nothing is left to learn from; give data.max_length more")
+    console.words.print(left)
 
 
 def _refuse_idle_rows(trainer: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from solidify.adapter import adapters, lookup, storage
+from solidify.adapter import adapters, storage
 from solidify.artifact import loading
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest
 from solidify.errors import ObjectiveError
 from solidify.findings import Finding, Report
-from solidify.recipe import datasets, healing, models, page
+from solidify.recipe import evidence, healing, models
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
-from solidify.training import checkpoints, data
+from solidify.training import checkpoints
 from solidify.training.progress import TrainingBar
 from solidify.weights import hashing
 
@@ -60,9 +59,12 @@ def check_training(
     trainer: Any, witness: gradients.GradientWitness, examples: Any, base: manifest.Manifest
 ) -> list[Finding]:
     """Says what training did; its gradients are looked at once more, which a short training needs."""
-    probes = datasets.ragged(examples, trainer.args.per_device_train_batch_size, trainer.data_collator)
     frozen = trainable.frozen(trainer.model, base)
-    split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
+    if trainer.runner.writes_answers:
+        split = Finding.unseen(gradients.ACCUMULATION, "what is trained on is written in training, step by step")
+    else:
+        probes = evidence.probes(trainer, examples)
+        split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
     return [
         *trainer.kernel_findings,
         witness.finding(),
@@ -71,19 +73,6 @@ def check_training(
         gradients.terms(trainer.engine.sanity, steps=trainer.state.global_step),
         split,
     ]
-
-
-def measure_losses(recipe: Recipe, processor: Any, model: Any, report: Report) -> None:
-    """Measures the held-out loss with and without the adapter, and takes samples of both."""
-    report.measured["samples"] = page.take_samples(recipe, processor, model)
-    prepared = datasets.prepare(recipe, processor, lookup.plain_model(model), parts=("eval",))
-    held_out, collate = prepared.held_out, prepared.collate
-    if held_out is None:
-        return
-    with model.disable_adapter():
-        report.measured["heldout_loss_artifact"] = data.mean_loss(model, held_out, collate)
-    report.measured["heldout_loss_trained"] = data.mean_loss(model, held_out, collate)
-    gc.collect()
 
 
 def release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:

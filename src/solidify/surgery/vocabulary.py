@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -42,7 +42,7 @@ class AddTokens(Operation):
     shapes = speaks = True
     folds = False
 
-    add_tokens: str | list[str | dict[str, Any]] = Field(min_length=1)
+    add_tokens: Annotated[str, Field(min_length=1)] | Annotated[list[str | dict[str, Any]], Field(min_length=1)]
     special: bool = False
     start: str | dict[str, str] = "mean"
     pad_to_multiple_of: int | None = Field(default=None, ge=1)

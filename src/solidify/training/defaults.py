@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -99,7 +100,8 @@ def _is_strange(hint: Any, value: Any) -> bool:
 
 
 def _name_declared(hint: Any) -> str:
-    parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    united = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    parts = [part for part in united if part is not type(None)]
     return " or ".join(str(part) if get_args(part) else str(getattr(part, "__name__", part)) for part in parts)
 
 

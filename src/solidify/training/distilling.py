@@ -30,16 +30,22 @@ class DistillationRunner(TrainerRunner):
     """TRL's DistillationTrainer. Prompts are padded on the left, answers on the right; labels are what was written."""
 
     builds_logits = False
+    shows_outputs = False
     extra_inputs = WITHOUT_CACHE
     counts_tokens = True
     ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
     always_shifts = True
 
+    @property
+    def writes_answers(self) -> bool:
+        """Whether answers are written in training."""
+        return True
+
     def faults(self) -> list[str]:
         """Names what TRL's loss would not see (it takes the weight of the head alone), and rows that make no step."""
         args, rows = self.trainer.args, self.trainer.train_dataset
         taken = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        faults = []
+        faults = super().faults()
         if rows is not None and has_length(rows) and len(rows) < taken:
             faults.append(f"a step takes {taken} prompts, and there are {len(rows)}: TRL would train on none of them")
         faults += [
@@ -50,8 +56,6 @@ class DistillationRunner(TrainerRunner):
             and type(head := _find_head(model)) is not nn.Linear
             and self.trainer.objective.has_model_term
         ]
-        if self.trainer.objective.has_model_term and self.trainer.objective.asks_for("outputs"):
-            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
         return faults
 
     def complete(self, model: nn.Module, batches: Sequence[Any]) -> list[Any]:

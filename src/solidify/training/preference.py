@@ -20,6 +20,7 @@ from solidify.adapter import lookup
 from solidify.adapter.adapters import train_parameters
 from solidify.errors import ObjectiveError
 from solidify.objective import window as windowing
+from solidify.objective.objective import Objective
 from solidify.objective.window import Counts, Window
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
 from solidify.training.trainer import ObjectiveMixin
@@ -29,7 +30,7 @@ _BESIDE = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the columns of a pair's tokens
 _OF_TOKENS = "sft"  # the one loss type that is a mean over tokens: those of the chosen answers
 _OF_THE_BATCH = ("aot", "aot_unpaired")  # these sort the pairs of a micro-batch
-_TRAINED, _START = "default", "ref"  # the names that TRL gives an adapter and the copy of it at its start
+TRAINED, COPY = "default", "ref"  # the names that TRL gives an adapter and the copy of it at its start
 
 
 class DPORunner(TrainerRunner):
@@ -39,31 +40,28 @@ class DPORunner(TrainerRunner):
     """
 
     builds_logits = False
+    shows_outputs = False
+    adds_auxiliary = True
     extra_inputs = WITHOUT_CACHE
     chosen_tokens = 0.0
     always_shifts = True
 
-    def faults(self) -> list[str]:
+    @classmethod
+    def judge(cls, args: Any, objective: Objective) -> list[str]:
         """Names parts of TRL's loss that depend on how the pairs are split."""
-        trainer, faults = self.trainer, []
-        if trainer.aux_loss_enabled:
-            faults.append(
-                f"router_aux_loss_coef is {trainer.router_aux_loss_coef}: TRL adds the auxiliary loss of each "
-                "micro-batch by itself; set it to 0.0 and add the term load_balance, which is one over the whole step"
-            )
+        faults = super().judge(args, objective)
+        kinds = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
         faults += [
             f"loss_type {kind!r} sorts the pairs of each micro-batch, so the loss depends on how the batch is "
             "split; choose another"
-            for kind in trainer.loss_types
+            for kind in kinds
             if kind in _OF_THE_BATCH
         ]
-        if _OF_TOKENS in trainer.loss_types and trainer.use_weighting:
+        if _OF_TOKENS in kinds and args.use_weighting:
             faults.append(
                 f"use_weighting weights pairs, but loss_type {_OF_TOKENS!r} is a mean over tokens; leave one of them "
                 "out"
             )
-        if trainer.objective.has_model_term and trainer.objective.asks_for("outputs"):
-            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
         return faults
 
     def lengths(self, rows: Any) -> list[int]:
@@ -135,7 +133,7 @@ class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
         copies = ref_model is None and isinstance(model, PeftModel)
-        with _complete_copy(model) if copies else nullcontext():
+        with complete_copy(model) if copies else nullcontext():
             super().__init__(model, ref_model, *args, objective=objective, **kwargs)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -150,18 +148,18 @@ class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
 
 
 @contextmanager
-def _complete_copy(model: PeftModel) -> Iterator[None]:
+def complete_copy(model: PeftModel) -> Iterator[None]:
     """Lets the adapter that TRL adds as its reference hold all that the trained one does.
 
     TRL (1.16) makes it with `add_adapter` and then copies parameters by name. Buffers of trained modules (a trash can's
     threshold) and parameters that are trained one by one would stay at the base's values.
     """
     active = model.active_adapters
-    if _START in model.peft_config or active != [_TRAINED]:
+    if COPY in model.peft_config or active != [TRAINED]:
         raise ObjectiveError(
-            f"TRL trains the adapter {_TRAINED!r} against a copy {_START!r} of it, but the model has "
+            f"TRL trains the adapter {TRAINED!r} against a copy {COPY!r} of it, but the model has "
             f"{', '.join(model.peft_config)}, active: {', '.join(active)}; attach one adapter under its usual name "
-            f"(and take an older copy off with model.delete_adapter({_START!r}))"
+            f"(and take an older copy off with model.delete_adapter({COPY!r}))"
         )
     add = model.add_adapter
     holder, buffers = lookup.trained_parameters(model), lookup.trained_buffers(model)
@@ -171,16 +169,16 @@ def _complete_copy(model: PeftModel) -> Iterator[None]:
         with lookup.trainable_kept(model):
             add(name, *args, **kwargs)
             if holder is not None:
-                train_parameters(model, holder.names(_TRAINED), name)
-                holder.trained[name].load_state_dict(holder.trained[_TRAINED].state_dict())
-                model.set_adapter(_TRAINED)
+                train_parameters(model, holder.names(TRAINED), name)
+                holder.trained[name].load_state_dict(holder.trained[TRAINED].state_dict())
+                model.set_adapter(TRAINED)
         held = dict(model.named_buffers())
         for path, buffer in held.items():
             parts = path.split(".")
-            if _TRAINED in parts:
-                held[".".join(name if part == _TRAINED else part for part in parts)].copy_(buffer)
+            if TRAINED in parts:
+                held[".".join(name if part == TRAINED else part for part in parts)].copy_(buffer)
         if buffers is not None:
-            buffers.take(name, buffers.versions(_TRAINED))
+            buffers.take(name, buffers.versions(TRAINED))
         if holder is not None:
             holder.trained[name].requires_grad_(False)
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from solidify.model import anatomy
+from solidify.objective.objective import Objective
 from solidify.objective.runner import Runner, Scaling, measure_scaling, nothing, require_labels, share
 from solidify.objective.window import Counts, Window
 from solidify.training import batching
@@ -26,14 +27,20 @@ class TrainerRunner(Runner):
     - `inputs(batch)`: what the model takes of a batch, with `labels`; terms see it, and it is what counts;
     - `own_loss(batch, needs, counts, window)`: one pass with the trainer's own loss, as its share of the step;
     - `complete(model, batches)`: all batches of a step become what is trained on, before any is counted;
-    - `faults()`: which of its settings make its loss another one for every split;
+    - `judge(args, objective)`: which of its settings make its loss another one for every split, and what of the
+      objective it cannot show; `faults()` adds what only the trainer itself can tell;
     - `lengths(rows)`: how many tokens a row has, for `group_by`; `ungrouped` says why its rows cannot be grouped;
-    - `builds_logits`, `extra_inputs`: see `Runner`; `counts_tokens`: the trainer counts the tokens that it has seen.
+    - `builds_logits`, `extra_inputs`: see `Runner`; `counts_tokens`: the trainer counts the tokens that it has seen;
+    - `shows_outputs`: a pass with the trainer's own loss leaves the model's outputs;
+    - `adds_auxiliary`: the trainer adds an MoE's auxiliary loss to every micro-batch, if it is told to;
+    - `writes_answers`: what is trained on is written in training.
 
     `model` and `items` are those that the trainer passes to `compute_loss`.
     """
 
     counts_tokens = False
+    adds_auxiliary = False
+    shows_outputs = True
     ungrouped = ""
 
     def __init__(self, trainer: Any) -> None:
@@ -42,9 +49,29 @@ class TrainerRunner(Runner):
         self.items: torch.Tensor | int | None = None
         self.divides = trainer.model_accepts_loss_kwargs
 
+    @property
+    def writes_answers(self) -> bool:
+        """Whether answers are written in training."""
+        return False
+
+    @classmethod
+    def judge(cls, args: Any, objective: Objective) -> list[str]:
+        """Returns in words what of the settings or of the objective cannot be one over a whole step.
+
+        `args` are those of the trainer's own kind; nothing else is there yet.
+        """
+        faults = _find_auxiliary(args.router_aux_loss_coef) if cls.adds_auxiliary else []
+        if not cls.shows_outputs and objective.has_model_term and objective.asks_for("outputs"):
+            faults.append("a term asks for outputs, which TRL's pass does not build; ask for logits or hidden_states")
+        return faults
+
     def faults(self) -> list[str]:
-        """Returns in words what of the trainer's settings or of the objective cannot be one over a whole step."""
-        return []
+        """Returns what the settings, the objective and the model itself say against it."""
+        trainer = self.trainer
+        faults = self.judge(trainer.args, trainer.objective)
+        if self.adds_auxiliary and trainer.aux_loss_enabled and not trainer.args.router_aux_loss_coef:
+            faults += _find_auxiliary(trainer.router_aux_loss_coef)  # which the model's configuration asks for
+        return faults
 
     def lengths(self, rows: Any) -> list[int]:
         """Returns the number of tokens of every row.
@@ -91,3 +118,12 @@ class TrainerRunner(Runner):
             spread = self.trainer.args.average_tokens_across_devices
             loss = loss + (attended - (window.ranks if spread else 1)) * self.scaling.aux_weight * outputs["aux_loss"]
         return loss
+
+
+def _find_auxiliary(weight: float | None) -> list[str]:
+    if not weight:
+        return []
+    return [
+        f"router_aux_loss_coef is {weight}: TRL adds the auxiliary loss of each micro-batch by itself; set it to 0.0 "
+        "and add the term load_balance, which is one over the whole step"
+    ]

@@ -31,6 +31,11 @@ class GKDRunner(TrainerRunner):
 
     always_shifts = True
 
+    @property
+    def writes_answers(self) -> bool:
+        """Whether answers are written in training."""
+        return bool(self.trainer.lmbda or self.trainer.seq_kd)
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, with `labels`."""
         return {key: batch[key] for key in _OF_THE_MODEL}

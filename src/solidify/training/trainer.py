@@ -195,11 +195,14 @@ class ObjectiveMixin(TrainerSeams):
         """
         if "learning_rate" in logs:
             logs |= self.groups.rates
-        if "loss" in logs and self._steps_since_log:
+        trained = "loss" in logs and self._steps_since_log > 0
+        if trained:
             logs.update({key: value / self._steps_since_log for key, value in self._sums.items()})
             self._sums, self._steps_since_log = {}, 0
-            self.history.append({**logs, "step": self.state.global_step})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        if trained:  # with what the trainer has added
+            figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+            self.history.append({**figures, "step": self.state.global_step})
 
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
