@@ -132,3 +132,19 @@ def test_an_artifact_is_trained_as_it_stands(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         schema.load(write_recipe(tmp_path, tmp_path, **changes))
+
+
+def test_a_plain_base_is_quantised_while_it_is_trained(tmp_path: Path) -> None:
+    """The base stays what it is; that the merged model is not quite the trained one is measured, not proved."""
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", pico.llama(eos_token_id=0, hidden_size=64, intermediate_size=128))
+    lora = {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]}
+    report = solidify.run(
+        write_recipe(tmp_path, base, base={"model": str(base), "quantization": "nf4"}, adapter={"lora": lora})
+    )
+    found = {finding.name: finding.verdict for finding in report.findings}
+    measured = [name for name, verdict in found.items() if verdict == "measured" and "against trained" in name]
+    assert len(measured) == 2 and report.passed
+    packed = solidify.load(tmp_path / "run" / "artifact", tmp_path / "run" / "adapter", quantization="nf4")
+    assert any(type(parameter).__name__ == "Params4bit" for parameter in packed.parameters())
+    assert any("nf4" in finding.name for finding in solidify.check(tmp_path / "run").findings)

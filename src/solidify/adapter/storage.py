@@ -121,7 +121,7 @@ def _quantization(model: nn.Module) -> dict[str, str]:
 def _write_card(staging: Path, draft: Manifest, base: base_state.Base) -> None:
     """Writes the model card of an adapter that is being saved; PEFT's own would name the base by its path."""
     configuration = files.document(staging / CONFIG)
-    auto = autos.own_class(base.directory)
+    auto = autos.auto_class(base.directory)
     (staging / manifest.CARD).write_text(cards.adapter_card(draft, configuration, base.record, auto), encoding="utf-8")
 
 

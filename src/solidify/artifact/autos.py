@@ -63,6 +63,21 @@ def own_class(directory: Path) -> str:
     raise ArtifactError(f"{directory / 'config.json'} names no Auto class for the model's own class ({heads!r})")
 
 
+def auto_class(directory: Path) -> str:
+    """Returns the Auto class by which a model is loaded, an artifact or a plain one; AutoModel where nothing tells."""
+    if (own := foreign.attempt(own_class, directory).value) is not None:
+        return own
+    heads = files.document(directory / "config.json").get("architectures")
+    name = next(iter(heads), None) if isinstance(heads, list) else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return _find_autos(kind)[0] if isinstance(kind, type) and _find_autos(kind) else "AutoModel"
+
+
+def _find_autos(cls: type) -> list[str]:
+    """Returns the Auto classes that lead to a class of transformers, sorted."""
+    return sorted(name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _is_mapping(name, cls))
+
+
 def is_auto_class(name: object) -> bool:
     """Returns whether a name from a file is that of one of transformers' Auto classes for models."""
     found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -100,9 +115,8 @@ def _collect_heads(before: Ancestor) -> list[str]:
     if named:
         return sorted(named)
     for cls in before.head.__mro__:
-        names = [name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _is_mapping(name, cls)]
-        if names:
-            return sorted(names)
+        if names := _find_autos(cls):
+            return names
     raise ArtifactError(f"no Auto class of transformers maps to {before.head.__name__}, so nobody could load it")
 
 

@@ -123,8 +123,9 @@ def _name_base(directory: Path, record: Manifest, base: str, scratch: Path) -> d
     """Writes configuration, card and manifest of an adapter with its base's id of the hub, and returns their paths."""
     configuration = files.document(directory / CONFIG)
     local = Path(str(record.base.get("path", "")))
-    artifact = manifest.read(local, "artifact") if files.is_file(local / manifest.NAME) else Manifest("artifact", {})
-    auto = foreign.attempt(autos.own_class, local).value or "AutoModel"
+    known = files.is_file(local / manifest.NAME)
+    artifact = manifest.read(local, manifest.MODELS) if known else Manifest("artifact", {})
+    auto = autos.auto_class(local) if files.is_file(local / "config.json") else "AutoModel"
     configuration["base_model_name_or_path"] = base
     (scratch / CONFIG).write_text(json.dumps(configuration, indent=2, sort_keys=True), encoding="utf-8")
     card = cards.adapter_card(record, configuration, artifact, auto, base)

@@ -165,7 +165,13 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
     written = write(merged, staging, draft, extent, stored=made.digests)
     findings = [*verify(merged, staging)]
     findings += watched if attached is None else attached.findings(merged, merger)
-    findings += _against_quantized(sources, attached, merged, staging)
+    findings += _against_quantized(
+        sources,
+        attached,
+        merged,
+        lambda options: _load_permitted(sources.base, base, **options),
+        lambda options: _load_staged(staging, **options),
+    )
     ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
     return written, [*findings, _state_counts(ledger, made, merger)]
 
@@ -177,12 +183,18 @@ def _load_permitted(directory: Path, record: Manifest, **options: Any) -> PreTra
 
 
 def _against_quantized(
-    sources: _Sources, attached: _Attached | None, merged: PreTrainedModel, staging: Path
+    sources: _Sources,
+    attached: _Attached | None,
+    merged: PreTrainedModel,
+    load_base: Callable[[dict[str, Any]], PreTrainedModel],
+    load_merged: Callable[[dict[str, Any]], PreTrainedModel],
 ) -> list[Finding]:
-    """Measures how far the merged model is from the one that was trained, where that was quantised."""
-    assert sources.record is not None and sources.base_record is not None
-    base, record = sources.base_record, sources.record
-    if "quantization" not in record.base:
+    """Measures how far the merged model is from the one that was trained, where that was quantised.
+
+    Base and merged model are loaded with options of transformers.
+    """
+    record = sources.record
+    if record is None or "quantization" not in record.base:
         return []
     if attached is None or attached.output is None:
         return quantized.not_looked_at(attached.why if attached is not None else "a model of this size is not run")
@@ -190,10 +202,8 @@ def _against_quantized(
         record.base["quantization"],
         attached.inputs,
         merged,
-        lambda config: storage.load_adapter(
-            _load_permitted(sources.base, base, **quantizing.on_cpu(config)), sources.adapter
-        ),
-        lambda config: _load_staged(staging, **quantizing.on_cpu(config)),
+        lambda config: storage.load_adapter(load_base(quantizing.on_cpu(config)), sources.adapter),
+        lambda config: load_merged(quantizing.on_cpu(config)),
     )
 
 
@@ -323,10 +333,18 @@ def _merge_stock(
     if made.untied:
         _untie_embeddings(staging)
     findings = [_same_keys(sources.base, staging, made)]
+    merged = loading.load_base(str(staging), device="cpu" if extent.whole else "meta", **options).model
     if attached is None:
         findings += watched
     else:
-        findings += attached.findings(loading.load_base(str(staging), **options).model, merger)
+        findings += attached.findings(merged, merger)
+    findings += _against_quantized(
+        sources,
+        attached,
+        merged,
+        lambda more: loading.load_plain(sources.base, **options, **more),
+        lambda more: loading.load_plain(staging, **options, **more),
+    )
     ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)

@@ -114,10 +114,10 @@ def _list_results(directory: Path) -> list[dict[str, Any]]:
     for name in ("merged", "heal/merged", "heal/artifact", "artifact"):
         where = directory / name
         if (where / manifest.NAME).is_file():
-            auto = foreign.attempt(autos.own_class, where).value
+            auto = autos.auto_class(where)
             writes = auto == "AutoModelForCausalLM" and companions.has_tokenizer(where)
             chats = writes and (where / "chat_template.jinja").is_file()
-            found.append({"name": str(where), "auto": auto or "AutoModel", "generates": writes, "chats": chats})
+            found.append({"name": str(where), "auto": auto, "generates": writes, "chats": chats})
     return found
 
 
