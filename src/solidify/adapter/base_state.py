@@ -273,7 +273,7 @@ def packed_faults(model: nn.Module) -> dict[str, bool]:
         base = require(model)
         options = quantizing.as_loaded(plain)
         with torch.random.fork_rng(), console.silence(), trust.permitting(trust.fingerprint(base.record)):
-            fresh = loading.load_artifact(base.directory, dtype=plain.dtype, **options)
+            fresh = stock.load(base.directory, dtype=plain.dtype, **options)
         expected = quantizing.remembered(fresh) or {}
     found = {
         f"{name}.{key}": quantizing.digest(module, key)
