@@ -21,7 +21,7 @@ from solidify.recipe import schema
 
 HERE = Path(__file__).parent
 DOCS, BENCHMARKS = HERE.parents[1] / "docs", HERE.parents[1] / "benchmarks"
-HEADS = {"draft_head", "mtp_head"}  # added to a model, not put in a module's place
+HEADS = {"draft_head", "mtp_head", "wrapped_module"}  # not put in the place of a module
 
 
 @pytest.fixture
