@@ -130,7 +130,15 @@ def _write_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _find_numbers(lineage: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {key: value for step in lineage for key, value in step.get("measured", {}).items()}
+    """Returns the figures that the steps of a lineage have measured; of healing, those after its last stage."""
+    found: dict[str, float] = {}
+    for step in lineage:
+        measured = step.get("measured", {})
+        for healed in measured.get("stages", [])[-1:]:
+            found |= {"KL_from_the_base": healed["kl"], "recovered_share_of_it": healed["recovered"]}
+        numbers = {k: v for k, v in measured.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        found |= {} if step.get("step") == "heal" else numbers
+    return found
 
 
 def _list_measured(lineage: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
