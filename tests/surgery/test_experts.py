@@ -385,10 +385,12 @@ def test_a_record_of_an_unknown_operation_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("operation", [o for o in catalogue.OPERATIONS if o.carried() is not None])
 def test_what_artifacts_carry_of_an_operation_stands_alone(operation: type[catalogue.Operation]) -> None:
-    """The function uses its arguments, builtins and what it imports from torch and transformers itself."""
+    """The function uses its arguments, builtins, what it imports from torch and transformers itself, and functions of
+    model/operations.py, which artifacts carry beside it."""
     function = operation.carried()
     assert function is not None
-    names = set(function.__code__.co_names) & set(function.__globals__)
+    beside = {name for name, value in vars(operations).items() if inspect.getmodule(value) is operations}
+    names = set(function.__code__.co_names) & set(function.__globals__) - beside
     tree = ast.parse(inspect.getsource(function))
     imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
