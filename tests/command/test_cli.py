@@ -466,6 +466,7 @@ def test_the_version_is_told(cli: Solidify) -> None:
     assert (code, out) == (0, "solidify 0.1.0\n")
 
 
+@pytest.mark.slow
 def test_a_block_expansion_trains_only_its_new_layers(cli: Solidify, tmp_path: Path) -> None:
     """The whole loop on a model of another depth: the start is the base's, and only the copies learn."""
     steps = ["--set", "training.max_steps=4", "--set", "training.logging_steps=2"]
@@ -481,6 +482,7 @@ def test_a_block_expansion_trains_only_its_new_layers(cli: Solidify, tmp_path: P
     assert config["num_hidden_layers"] == 6
 
 
+@pytest.mark.slow
 def test_a_shortened_model_learns_from_the_whole_one(cli: Solidify, tmp_path: Path) -> None:
     """Distillation from a teacher of another size, a weight that fades, groups, and no logits of all positions."""
     code, shown, _ = cli("plan", EXAMPLES / "smaller.yaml")

@@ -56,6 +56,7 @@ def test_layers_experts_and_a_merged_adapter_become_the_plain_model(tmp_path: Pa
     assert solidify.check(made.directory).passed
 
 
+@pytest.mark.slow
 def test_added_tokens_and_their_tokenizer_become_the_plain_model(tmp_path: Path) -> None:
     model, tokenizer = pico.llama(tie_word_embeddings=True, eos_token_id=0, bos_token_id=None), words()
     edits = solidify.add_tokens(model, tokenizer, ["<a>", "<b>"], pad_to_multiple_of=8)

@@ -136,6 +136,7 @@ def test_bypass_generates_what_the_original_generates() -> None:
     assert torch.equal(model.generate(**zoo.prompts(14), **asked), base.generate(**zoo.prompts(14), **asked))
 
 
+@pytest.mark.slow
 def test_the_whole_life(tmp_path: Path) -> None:
     model, family = zoo.model("llama"), zoo.FAMILIES["llama"]
     edits = solidify.replace(model, family.attention, LinearAttention, arguments={"window": 3, "chunk": 4})

@@ -190,6 +190,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, str], list[dict[str, Any]]
 }
 
 
+FAST = ("packed messages", "streamed text", "classification")  # the rest take too long to be run each time
+
+
 def prepared(directory: Path, case: str, **changes: Any) -> Recipe:
     """Writes a base with a tokenizer (or what prepares images), rows, and a recipe that wraps modules of it."""
     head, settings, (target, expect), rows, asked = RUNS[case]
@@ -212,7 +215,7 @@ def prepared(directory: Path, case: str, **changes: Any) -> Recipe:
     return Recipe.model_validate({**document, "directory": directory})
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in RUNS])
 def test_a_recipe_trains_on_every_format(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -326,8 +326,8 @@ def ran(recipe: schema.Recipe, directory: Path, **more: Any) -> Report:
     return report
 
 
-# One by one they take too long: those whose rows and answers differ most are run each time.
-FAST = ("dpo", "grpo")
+# One by one they take too long: one is run each time, and the blocks of docs/trainers.md are.
+FAST = ("dpo",)
 
 
 @pytest.mark.parametrize("trainer", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in ASKED])

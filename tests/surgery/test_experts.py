@@ -281,6 +281,7 @@ def test_a_base_that_records_its_router_by_default_is_pruned_too(tmp_path: Path)
     assert torch.isfinite(model(input_ids=ids, labels=ids).aux_loss)
 
 
+@pytest.mark.slow
 def test_blocks_may_keep_different_experts(tmp_path: Path) -> None:
     """A call for each; once all have as many, what counts them says so."""
     model = pico.olmoe()
