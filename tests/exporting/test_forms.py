@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import solidify
+from solidify.artifact import stock
+from solidify.artifact.loading import load_base
 from solidify.errors import ArtifactError
 from solidify.exporting import compared, forms, graph
 from solidify.model import anatomy
@@ -141,6 +143,14 @@ def test_unknown_forms_and_missing_packages_are_said(tmp_path: Path, monkeypatch
     monkeypatch.setattr(graph, "find_spec", lambda name: None)
     with pytest.raises(ArtifactError, match=r"needs onnx, onnxscript, onnxruntime, which are not.*solidify\[onnx\]"):
         solidify.export(base, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_model_needs_no_stock_form(tmp_path: Path) -> None:
+    pico.llama(eos_token_id=0).save_pretrained(tmp_path / "base")
+    plain = stock.build(load_base(str(tmp_path / "base")), tmp_path / "plain")
+    with pytest.raises(ArtifactError, match="is a plain model of its family already: use it as it is"):
+        solidify.export(plain.directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -318,6 +318,30 @@ def test_names_decide_where_data_set_and_model_number_their_classes_otherwise(tm
     assert made["labels"][0] == [-100, 1, 0, -100]
 
 
+def test_a_number_of_a_data_set_that_is_no_class_is_refused() -> None:
+    """-1 says that a row has no label; counted from the end it would be the last class."""
+    kind = datasets.ClassLabel(names=["neg", "mid", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    named = bert("BertForSequenceClassification", id2label=dict(enumerate(kind.names))).config
+    for config in (named, bert("BertForSequenceClassification", num_labels=3).config):
+        how = reading("classification", tokenizer(wrapped=True), config=config)
+        whole = datasets.Dataset.from_dict({"text": ["a b", "c d"], "label": [0, 2]}, features=features)
+        assert list(examples.make(whole, how)[0]["labels"]) == [0, 2]
+        rows = datasets.Dataset.from_dict({"text": ["a b", "c d"], "label": [0, -1]}, features=features)
+        with pytest.raises(DataError, match="its label is -1"):
+            examples.make(rows, how)
+
+
+def test_numbers_of_several_classes_are_numbers_where_the_data_set_says_so() -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(datasets.ClassLabel(names=["x", "y"]))}
+    )
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [[0, 1], [1], [0, 0]]}, features=features)
+    config = bert("BertForSequenceClassification", num_labels=2).config
+    made, _ = examples.make(rows, reading("multi_label", tokenizer(wrapped=True), config=config))
+    assert list(made["labels"]) == [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+
+
 def test_conversations_of_from_and_value_are_messages() -> None:
     maker = tokenizer()
     how = reading("messages", maker, chat=chats.open_chat(maker, None, "assistant"))

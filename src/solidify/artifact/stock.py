@@ -5,7 +5,8 @@ No code of ours goes into it, and it loads as any model of its family does. Its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,18 @@ from solidify.weights import checkpoint, digest_cache, format, hashing, layout, 
 _known: dict[tuple[str, str, str], dict[str, str]] = {}  # by weights, configuration and class
 
 
-def build(base: BaseModel, directory: Path, *, recipe: dict[str, Any] | None = None, link: bool = True) -> Artifact:
+def build(
+    base: BaseModel,
+    directory: Path,
+    *,
+    recipe: dict[str, Any] | None = None,
+    link: bool = True,
+    names: Sequence[str] = (),
+    template: str | None = None,
+) -> Artifact:
     """Writes a loaded base as it stands, verifies that it loads as it is in memory; the model is unchanged.
+
+    `names` of classes go into the configuration, a chat `template` beside the tokenizer.
 
     Files that stay as they are become hard links where that is possible. A base that was loaded in another dtype than
     its files have is saved anew, by transformers. A base that is an artifact itself stays that artifact.
@@ -43,6 +54,7 @@ def build(base: BaseModel, directory: Path, *, recipe: dict[str, Any] | None = N
         if descent.is_solid(base.model):
             return Artifact(directory, *_copy_artifact(Path(base.model.config.name_or_path), staging, recipe, link))
         carried = _fill_staging(base, source, staging, link)
+        _write_told(staging, base.model, names, template)
         record = _describe(staging, base.origin, recipe)
         record.write(staging)
         findings = [*_reload(base.model, staging), *_say_vocabulary(base), *carried.findings()]
@@ -77,6 +89,17 @@ def _fill_staging(base: BaseModel, source: Path | None, staging: Path, link: boo
                 each.save_pretrained(staging)
     preparing: Saveable | None = base.processor or base.tokenizer
     return companions.carry(source, staging, preparing) if source is not None else Carried()
+
+
+def _write_told(staging: Path, model: PreTrainedModel, names: Sequence[str], template: str | None) -> None:
+    """Writes what is known of the classes and the conversations beside what the base says."""
+    if len(names) == getattr(model.config, "num_labels", None):
+        path = staging / "config.json"
+        numbered = {str(number): name for number, name in enumerate(names)}
+        told = {"id2label": numbered, "label2id": {name: number for number, name in enumerate(names)}}
+        path.write_text(json.dumps({**files.document(path), **told}, indent=2) + "\n", encoding="utf-8")
+    if template is not None:
+        (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _stands_in(source: Path, model: PreTrainedModel) -> bool:

@@ -16,12 +16,15 @@ from solidify.weights import hashing
 
 TOGETHER = "the results belong together"
 _BUILT = ("base", "surgery")  # the sections of a recipe that decide what is built
+_TOLD = ("labels", "chat_template")  # of its data, what the model keeps
 
 
 def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a recipe that decides what is built."""
     base = {key: value for key, value in recipe["base"].items() if key != "quantization"}  # of how it is trained
-    return {**{key: recipe[key] for key in _BUILT}, "base": base}
+    data = recipe.get("data") or {}
+    told = {key: data[key] for key in _TOLD if data.get(key)}
+    return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": told} if told else {})}
 
 
 def find_whole(part: Path, kind: str | tuple[str, ...] | None = None) -> Manifest | None:

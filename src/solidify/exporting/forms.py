@@ -55,7 +55,9 @@ def export(
     if form not in FORMS:
         why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"
         raise ArtifactError(f"an artifact cannot be exported as {form!r}: {why}")
-    record = manifest.read(directory, "artifact")
+    record = manifest.read(directory, manifest.MODELS)
+    if record.kind == "stock" and form == "stock":
+        raise ArtifactError(f"{directory} is a plain model of its family already: use it as it is, or copy it")
     writing.refuse_foreign(output, [directory], work="export")
     model = loading.load_artifact(directory, trust_remote_code=trust_remote_code)
     with writing.staged(output, [directory], work="export") as staging:

@@ -20,7 +20,7 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import distilling, evidence, healing, models, page, reporting, trainers, training
+from solidify.recipe import datasets, distilling, evidence, healing, models, page, reporting, trainers, training
 from solidify.recipe.dry_run import Plan, plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -187,6 +187,7 @@ def build(
     with writing.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
         with console.stage("Loading the base"):
             base = models.load_base(recipe, scratch=scratch)
+            datasets.put_carried(recipe, base.model, base.processor or base.tokenizer)
             extent = Extent.of(base.model, scratch)
             before = _outputs_aligned(base.model) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
@@ -243,8 +244,11 @@ def _build_plain(recipe: Recipe, target: Path, report: Report, link: bool) -> Re
     writing.refuse_foreign(target, recipe.inputs())
     with console.stage("Loading the base"):
         base = models.load_base(recipe)
+        names, template = datasets.carried(recipe)
     with console.stage("Writing it as it stands"):
-        made = stock.build(base, target, recipe=results.built_by(recipe.document()), link=link)
+        made = stock.build(
+            base, target, recipe=results.built_by(recipe.document()), link=link, names=names, template=template
+        )
     report.measured |= {"cost": cost(base.model).document(), "extent": str(Extent.of(base.model))}
     report.add("build", made.findings)
     return report

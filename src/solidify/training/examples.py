@@ -261,14 +261,20 @@ def _spell_classes(rows: Any, reading: Reading) -> tuple[str, ...] | None:
 
     A data set and a model may number the same classes otherwise, so where both have names, names decide.
     """
-    if reading.config is None or (reading.names is None and _is_nameless(reading.config)):
+    if reading.config is None:
         return None
+    nameless = reading.names is None and _is_nameless(reading.config)
     features = rows.features or {}
     for column in ("label", "tags"):
         feature = features.get(column)
-        feature = feature.feature if isinstance(feature, datasets.List) else feature
-        if isinstance(feature, datasets.ClassLabel):
-            return tuple(feature.names)
+        kind, listed = feature, False
+        if isinstance(feature, datasets.List):
+            kind, listed = feature.feature, True
+        if isinstance(kind, datasets.ClassLabel):
+            if not nameless:
+                return tuple(kind.names)
+            if listed and column == "label":  # numbers of classes, which a 0 or 1 for each class could be taken for
+                return tuple(f"LABEL_{number}" for number in range(len(kind.names)))
     return None
 
 
@@ -279,7 +285,11 @@ def _is_nameless(config: Any) -> bool:
 def _spell(label: Any, names: tuple[str, ...] | None) -> Any:
     if names is None:
         return label
-    return [_spell(each, names) for each in label] if isinstance(label, list) else names[label]
+    if isinstance(label, list):
+        return [_spell(each, names) for each in label]
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+        return names[label]
+    return label  # -1 of a data set is no class, and Python would count it from the end
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

@@ -76,7 +76,8 @@ def of_text(
 
 
 def of_words(row: Mapping[str, Any], tokenizer: Any, config: Any, names: Names, cut: Mapping[str, Any]) -> Example:
-    """Makes an example of words and their tags: a word's first token has its tag, all others -100.
+    """Makes an example of words and their tags: a word's first token has its tag, all others -100;
+    so has a word whose tag is -100, by which data sets leave words out.
 
     Raises:
         DataError: there are more or fewer tags than words.
@@ -87,7 +88,7 @@ def of_words(row: Mapping[str, Any], tokenizer: Any, config: Any, names: Names, 
     if not tokenizer.is_fast:
         raise DataError("tags need to know which tokens a word became, which the base's slow tokenizer does not say")
     made = tokenizer(list(words), is_split_into_words=True, verbose=False, **cut)
-    numbers = [number_of(tag, config, names) for tag in tags]
+    numbers = [-100 if type(tag) is int and tag == -100 else number_of(tag, config, names) for tag in tags]
     labels, before = [], None
     for index in made.word_ids():
         labels.append(-100 if index is None or index == before else numbers[index])
