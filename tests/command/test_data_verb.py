@@ -80,7 +80,7 @@ SHOWN: dict[str, tuple[str, dict[str, Any], Any, list[str]]] = {
         "LlamaForCausalLM",
         LLAMA,
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        ["preference", "prompt: 1 tokens, 0 count", "chosen: 1 tokens, 1 count", "⟦c⟧"],
+        ["preference", "prompt: 1 tokens, 0 count", "chosen: 2 tokens, 2 count", "⟦c<end>⟧"],
     ),
     "classes": (
         "BertForSequenceClassification",

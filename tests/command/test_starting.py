@@ -117,6 +117,15 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     assert not (tmp_path / "work").exists()
 
 
+def test_data_that_the_model_cannot_learn_from_yet_leaves_a_recipe(base: Path, tmp_path: Path) -> None:
+    """The tokenizer has no chat template: the recipe is there to say one in."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    recipe = made(base, tmp_path / "recipe.yaml", data=str(tmp_path / "talks.jsonl"))
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert recipe.adapter is None and "no chat template; give one with" in text and "talks.jsonl" in text
+
+
 def test_what_is_there_is_not_replaced(base: Path, tmp_path: Path) -> None:
     (tmp_path / "gate.py").write_text("mine")
     with pytest.raises(RecipeError, match=r"gate\.py exists"):

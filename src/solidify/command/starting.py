@@ -53,6 +53,8 @@ def init(
     _write_files(made)
     for path in made:
         console.write(str(path))
+    if drafting_of.untaught:
+        console.words.print(f"the training is commented out, because {drafting_of.untaught}")
     console.words.print(f"Next: solidify plan {output}")
 
 

@@ -84,6 +84,7 @@ class Drafting:
         )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.branches = inspection.tree(self.model)
+        self.untaught = ""  # why the data does not go with the model
 
     def targets(self) -> list[Branch]:
         """Returns what `replace` may name, the likeliest first: what repeats, near the top, by its usual names."""
@@ -115,7 +116,9 @@ class Drafting:
                 except SolidifyError as error:
                     fault = fault or error
                     if asked.data is not None and with_adapter:
-                        raise
+                        if not os.path.exists(asked.data):
+                            raise
+                        self.untaught = str(error)
         assert fault is not None
         raise fault
 
@@ -226,6 +229,7 @@ class Drafting:
             yield from lines
             return
         yield "# Nothing is trained yet. When `data` fits this model, take the marks away:"
+        yield from (f"# ({part})" for part in self.untaught.splitlines())
         yield from (f"# {line}" for line in lines)
 
     def _data_name(self) -> str:

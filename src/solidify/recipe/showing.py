@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,8 @@ from solidify.training import examples, formats, sources
 from solidify.training.examples import Reading
 from solidify.training.formats import NEXT_TOKEN, OF_TRAINERS
 
-_PARTS = ("prompt", "chosen", "rejected", "completion")  # of rows that a trainer compares
+_ANSWERS = ("chosen", "rejected", "completion")
+_PARTS = ("prompt", *_ANSWERS)  # of rows that a trainer compares
 
 
 def show(recipe: Recipe | str, count: int = 3) -> dict[str, Any]:
@@ -134,13 +135,20 @@ def _show_compared(rows: Any, tokenizer: Any, form: str, count: int) -> dict[str
     for number, row in enumerate(sources.first(rows, count)):
         with foreign.calling(f"row {number} cannot be written", DataError):
             told = maybe_extract_prompt(row) if form == "preference" else row
-            texts = apply_chat_template(told, tokenizer) if _is_told(told) else told
+            texts = apply_chat_template(told, tokenizer) if _is_told(told) else _end_answers(told, tokenizer)
         parts = {
             name: tokenizer(str(texts[name]), add_special_tokens=False)["input_ids"] for name in _PARTS if name in texts
         }
         marked = {name: _mark_tokens(tokenizer, ids, [name != "prompt"] * len(ids)) for name, ids in parts.items()}
         shown.append({"row": number, "parts": marked, "cut": 0, **({"label": row["label"]} if "label" in row else {})})
     return {"format": form, "counted": {}, "rows": shown}
+
+
+def _end_answers(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Ends answers that are plain text as TRL's trainers do, with the end token, where they do not end with it."""
+    end = tokenizer.eos_token or ""
+    ended = {name: f"{text.removesuffix(end)}{end}" for name, text in row.items() if name in _ANSWERS and text}
+    return {**row, **ended}
 
 
 def _is_told(row: Any) -> bool:
