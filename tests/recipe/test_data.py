@@ -231,6 +231,8 @@ def test_a_recipe_trains_on_every_format(
     assert not report.failed
     assert verdicts["gradient does not depend on accumulation"] == "proved"
     assert report.measured["heldout_loss_trained"] > 0
+    told = report.measured.get("heldout_accuracy_trained")
+    assert (told is not None and 0 <= told <= 1) == (planned["format"].endswith("classification"))
     if "streamed" not in case:
         assert f"data.train: {planned['format']}: " in capsys.readouterr().err
 

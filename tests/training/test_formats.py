@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer, chat_template_utils
 from words import CHATS, FORGETFUL, MARKED, UNMARKED, tokenizer
 
 from solidify.errors import DataError
-from solidify.training import chats, examples, formats, sources
+from solidify.training import chats, data, examples, formats, sources
 from solidify.training.examples import Reading
 
 
@@ -350,3 +350,23 @@ def test_conversations_of_from_and_value_are_messages() -> None:
     rows = datasets.Dataset.from_dict({"conversations": shared})
     assert formats.find(rows.column_names, formats.NEXT_TOKEN, rows[0]) == "messages"
     assert labels(rows, how) == labels(conversations(), how)
+
+
+def test_accuracy_is_the_share_of_labels_that_the_largest_logit_is() -> None:
+    model = bert("BertForTokenClassification", id2label={0: "O", 1: "B"}).eval()
+    rows = datasets.Dataset.from_dict({"tokens": [["a", "b"], ["c", "d", "a"]], "tags": [[0, 1], [1, 1, 0]]})
+    how = reading("token_classification", tokenizer(wrapped=True), config=model.config)
+    made, _ = examples.make(rows, how)
+    right, count = 0, 0
+    for row in made:
+        ids, wanted = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            found = model(ids).logits[0].double().argmax(-1)
+        right, count = right + int(((found == wanted) & (wanted != -100)).sum()), count + int((wanted != -100).sum())
+    found = data.measure(model, made, examples.collator(how), batch_size=2)
+    assert found["accuracy"] == right / count and found["loss"] > 0
+    assert "accuracy" not in data.measure(pico.llama(), text_examples(), pico.collate)
+
+
+def text_examples() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})

@@ -59,9 +59,10 @@ def measure_losses(recipe: Recipe, processor: Any, model: Any) -> dict[str, floa
     prepared = datasets.prepare(recipe, processor, lookup.plain_model(model), parts=("eval",))
     if prepared.held_out is None:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     for name, switched in zip(_LOSS, (model.disable_adapter(), nullcontext()), strict=True):
         with switched:
-            found[name] = data.mean_loss(model, prepared.held_out, prepared.collate)
+            measured = data.measure(model, prepared.held_out, prepared.collate)
+        found |= {name.replace("loss", key): value for key, value in measured.items()}
     gc.collect()
     return found

@@ -111,7 +111,7 @@ def keep_adapter(
     with console.stage("Saving the adapter and loading it again"):
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
-        figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_loss")}
+        figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_")}
         storage.save_adapter(model, target, recipe=recipe.document(), measured=figures)
         again = storage.load(
             healing.healed(recipe, directory),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
+from solidify.adapter import lookup
 from solidify.errors import DataError, refuse
 from solidify.model import anatomy
 from solidify.objective.internals import shifts_labels
@@ -151,12 +152,19 @@ def collator(tokenizer: Any) -> Any:
 
 
 def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> float:
-    """Returns the model's own loss, a mean over all labels of some examples (tokens, classes, numbers), each once.
+    """Returns the model's own loss, a mean over all labels of some examples (tokens, classes, numbers), each once."""
+    return measure(model, examples, collate, batch_size=batch_size)["loss"]
+
+
+def measure(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> dict[str, float]:
+    """Returns `loss`, as `mean_loss`, and of a model that tells classes `accuracy`: the share of labels (of examples,
+    or of words) for which the largest logit is the label's.
 
     A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
     logits are in memory at once. What takes long shows a bar.
     """
-    total, tokens = 0.0, 0
+    total, tokens, right = 0.0, 0, 0
+    classes = _tells_classes(model)
     rows, shifts = examples, shifts_labels(model)
     longest = max(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else 1
     size = max(1, min(batch_size, TOKENS // longest))
@@ -170,7 +178,19 @@ def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_siz
             }
             labels = batch["labels"][:, 1:] if shifts else batch["labels"]
             count = int((labels != -100).sum())
-            total += model(**batch).loss.item() * count if count else 0.0  # a mean over nothing is no number
+            output = model(**batch)
+            total += output.loss.item() * count if count else 0.0  # a mean over nothing is no number
+            right += int((output.logits.argmax(-1) == labels).sum()) if classes else 0
             tokens += count
             advance(f"loss {total / tokens:.3f}")
-    return total / tokens
+    return {"loss": total / tokens, **({"accuracy": right / tokens} if classes else {})}
+
+
+def _tells_classes(model: Any) -> bool:
+    """Returns whether a model's head chooses one of some classes, for a text, an image or each word."""
+    config: Any = lookup.plain_model(model).config
+    name = type(lookup.plain_model(model)).__name__
+    single: bool = (
+        getattr(config, "problem_type", None) in (None, "single_label_classification") and config.num_labels > 1
+    )
+    return name.endswith(("ForTokenClassification", "ForImageClassification", "ForSequenceClassification")) and single
