@@ -189,6 +189,14 @@ def patch_model(model: Any) -> None:
     model.forward = types.MethodType(hand_patches.swiglu_twice, model)
 
 
+def hook_gradient(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient * 0)
+
+
+def hook_accumulated(model: Any) -> None:
+    model.model.norm.weight.register_post_accumulate_grad_hook(lambda _: None)
+
+
 class Local(nn.Module):
     """Its instances are changed after they were made."""
 
@@ -222,6 +230,8 @@ def change_new_module(model: Any) -> None:
         (drop_layer, r"model.layers.1 \(LlamaDecoderLayer\) is gone: use solidify.remove"),
         (bind_to_another, r"mlp.forward is a method of another object \(LlamaMLP\)"),
         (patch_model, r"the model itself was changed.*write a subclass of LlamaForCausalLM"),
+        (hook_gradient, r"layers.1.mlp.up_proj.weight have hooks of their own .*remove them"),
+        (hook_accumulated, r"model.norm.weight have hooks of their own"),
         (change_new_module, r"model.layers.0.mlp.more is Linear, and nothing when it is made again"),
     ],
 )

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.model import anatomy
 from solidify.system import files
-from solidify.upstream.torch import module_hooks, other_hooks
+from solidify.upstream.torch import TENSOR_HOOKS, module_hooks, other_hooks
 
 _PLAIN = (bool, int, float, str, type(None))
 _SHOWN = 6
@@ -67,7 +68,35 @@ def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedMod
         seen.setdefault(id(module), name)
     here = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found.faults += _list_missing(here, expected, found)
+    found.faults += _list_tensor_hooks(model, original)
     return found
+
+
+def _list_tensor_hooks(model: nn.Module, original: nn.Module) -> Iterator[str]:
+    """Names parameters and buffers that have hooks of their own, more than the base's have."""
+    before = dict(_tensors(original))
+    hooked = [name for name, tensor in _tensors(model) if _hooks(tensor) > _hooks(before.get(name))]
+    if hooked:
+        yield (
+            f"{_join_names(hooked)} have hooks of their own (register_hook or register_post_accumulate_grad_hook), "
+            "which no artifact carries: remove them, and register them where the artifact is trained; to hold a "
+            "parameter still, set requires_grad to False"
+        )
+
+
+def _hooks(tensor: torch.Tensor | None) -> int:
+    return sum(len(getattr(tensor, table, None) or ()) for table in TENSOR_HOOKS)
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
+
+
+def _join_names(names: list[str]) -> str:
+    """Writes names, alike ones of repeated layers as one."""
+    folded = list(dict.fromkeys(anatomy.fold(names))) if len(names) > 1 else names
+    return ", ".join(folded[:_SHOWN]) + (f" and {len(folded) - _SHOWN} more" if len(folded) > _SHOWN else "")
 
 
 def _describe_extra(name: str, module: nn.Module) -> str:
@@ -129,8 +158,7 @@ def _inner_faults(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {key: tuple(tensor.shape) for key, tensor in tensors}
+    return {key: tuple(tensor.shape) for key, tensor in _tensors(module, recurse=False)}
 
 
 def _is_plain(value: Any) -> bool:
