@@ -197,6 +197,14 @@ def hook_accumulated(model: Any) -> None:
     model.model.norm.weight.register_post_accumulate_grad_hook(lambda _: None)
 
 
+def scale_frequencies(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def set_theta(model: Any) -> None:
+    model.config.rope_parameters["rope_theta"] = 5.0
+
+
 class Local(nn.Module):
     """Its instances are changed after they were made."""
 
@@ -232,6 +240,8 @@ def change_new_module(model: Any) -> None:
         (patch_model, r"the model itself was changed.*write a subclass of LlamaForCausalLM"),
         (hook_gradient, r"layers.1.mlp.up_proj.weight have hooks of their own .*remove them"),
         (hook_accumulated, r"model.norm.weight have hooks of their own"),
+        (scale_frequencies, r"rotary_emb.inv_freq have other values .*no file of weights holds"),
+        (set_theta, r"rotary_emb.inv_freq, .*other values than the configuration makes"),
         (change_new_module, r"model.layers.0.mlp.more is Linear, and nothing when it is made again"),
     ],
 )
@@ -253,6 +263,13 @@ def test_what_is_not_kept_may_be_said() -> None:
     assert found.unexplained == [] and "Forgetful(inner, width=32)" in str(found)
     wrong = solidify.from_patched(pico.llama(), model, arguments={"lm_head": {"width": 32}})
     assert any("arguments names 'lm_head'" in each for each in wrong.unexplained)
+
+
+def test_frequencies_that_the_changed_configuration_makes_need_no_edit() -> None:
+    model = pico.llama()
+    set_theta(model)
+    found = solidify.from_patched(pico.llama(), type(model)(model.config).to(torch.bfloat16))
+    assert found.edits == [] and found.unexplained == [] and "rope_theta is 5.0" in str(found)
 
 
 def test_a_plain_model_needs_no_edit(tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.model import anatomy
-from solidify.system import files
-from solidify.upstream.torch import TENSOR_HOOKS, module_hooks, other_hooks
+from solidify.system import console, files
+from solidify.upstream.torch import TENSOR_HOOKS, module_hooks, other_hooks, unsaved_buffers
 
 _PLAIN = (bool, int, float, str, type(None))
 _SHOWN = 6
@@ -69,7 +71,53 @@ def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedMod
     here = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found.faults += _list_missing(here, expected, found)
     found.faults += _list_tensor_hooks(model, original)
+    found.faults += _list_changed_buffers(model, plain, original, found)
     return found
+
+
+def _list_changed_buffers(
+    model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedModel, found: Differences
+) -> Iterator[str]:
+    """Names buffers that no state holds (`persistent=False`), and that are not as the configuration makes them.
+
+    The base's buffers say what that is; those of another configuration are made, for `plain` is on the meta device.
+    """
+    made: nn.Module = original
+    if changed_keys(model, original):
+        with init_empty_weights(include_buffers=False), console.silence():
+            made = type(plain)(deepcopy(model.config))
+    theirs = dict(made.named_modules(remove_duplicate=False))
+    changed = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside_new = any(change.new and f"{name}.".startswith(f"{outer}.") for outer, change in found.changes.items())
+        if name not in theirs or inside_new:
+            continue
+        before = dict(theirs[name].named_buffers(recurse=False))
+        for key, tensor in module.named_buffers(recurse=False):
+            watched = key in unsaved_buffers(module) and key in before and not _moves_by_itself(module, key)
+            if watched and not _has_values(tensor, before[key]):
+                changed.append(f"{name}.{key}" if name else key)
+    if changed:
+        yield (
+            f"{_join_names(changed)} have other values than the configuration makes, and no file of weights holds "
+            "such buffers (persistent=False): change the configuration that they are computed from, or have a module "
+            "of your own compute them"
+        )
+
+
+def _moves_by_itself(module: nn.Module, key: str) -> bool:
+    """Returns whether a buffer is computed anew as the model runs: frequencies of positions that follow the length."""
+    kinds = str(getattr(module, "rope_type", ""))
+    return "original" not in key and any(kind in kinds for kind in ("dynamic", "longrope"))
+
+
+def _has_values(tensor: torch.Tensor, made: torch.Tensor) -> bool:
+    """Returns whether a tensor has the values of another, cast as a model is cast as a whole."""
+    if tensor.is_meta or made.is_meta:
+        return True
+    mine, other = tensor.cpu(), made.cpu()
+    same = torch.equal(mine, other.to(mine.dtype)) or torch.equal(mine.to(other.dtype), other)
+    return tensor.shape == made.shape and same
 
 
 def _list_tensor_hooks(model: nn.Module, original: nn.Module) -> Iterator[str]:
@@ -230,11 +278,16 @@ def _function_fault(function: Any) -> str:
     return ""
 
 
-def noticed(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
-    """Says what differs and is saved anyway: settings of the configuration, and values of the base's tensors."""
+def changed_keys(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
+    """Says which values of the configuration are others than the base's."""
     mine, theirs = (files.flatten(each.config.to_dict()) for each in (model, original))
     keys = [key for key in sorted({**theirs, **mine}) if mine.get(key) != theirs.get(key) and not _is_incidental(key)]
-    words = [f"config.{key} is {mine.get(key)!r}, and {theirs.get(key)!r} in the base" for key in keys[:_SHOWN]]
+    return [f"config.{key} is {mine.get(key)!r}, and {theirs.get(key)!r} in the base" for key in keys]
+
+
+def noticed(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
+    """Says what differs and is saved anyway: settings of the configuration, and values of the base's tensors."""
+    words = changed_keys(model, original)[:_SHOWN]
     state = original.state_dict()
     moved = [
         name
