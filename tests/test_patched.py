@@ -46,6 +46,11 @@ def change_attribute(model: Any) -> None:
     model.model.layers[1].self_attn.scaling = 0.3
 
 
+def change_epsilon(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.1
+
+
 def change_activation(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = nn.GELU()
 
@@ -70,6 +75,7 @@ PATCHES: dict[str, tuple[Callable[[Any], None], str]] = {
     "from config": (swap_from_config, r"model.layers.0.mlp: LlamaMLP -> FromConfig\(config, width=8\)"),
     "forward": (bind_forward, r"model.layers.1.mlp: LlamaMLP -> forward is swiglu_twice of hand_patches"),
     "attribute": (change_attribute, r"model.layers.1.self_attn: LlamaAttention -> scaling=0.3"),
+    "shown attribute": (change_epsilon, r"input_layernorm x 2: LlamaRMSNorm -> variance_epsilon=0.1"),
     "activation": (change_activation, r"act_fn: SiLUActivation -> GELU\(\)"),
     "hook": (hook_layer, r"o_proj: Linear -> hook halve"),
     "sizes": (grow_mlp, r"gate_proj: Linear -> Linear\(in_features=32, out_features=64, bias=False\)"),
@@ -205,6 +211,30 @@ def set_theta(model: Any) -> None:
     model.config.rope_parameters["rope_theta"] = 5.0
 
 
+def resize(model: Any) -> None:
+    model.resize_token_embeddings(131)
+
+
+def set_epsilon(model: Any) -> None:
+    model.config.rms_norm_eps = 0.1
+
+
+def set_dropout(model: Any) -> None:
+    model.config.attention_dropout = 0.4
+
+
+def set_tensor(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = torch.tensor(0.3)
+
+
+def set_parameter(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = nn.Parameter(torch.tensor(0.3))
+
+
+def set_buffer(model: Any) -> None:
+    model.model.layers[0].mlp.gate_proj.register_buffer("scale", torch.ones(3), persistent=False)
+
+
 class Local(nn.Module):
     """Its instances are changed after they were made."""
 
@@ -242,6 +272,12 @@ def change_new_module(model: Any) -> None:
         (hook_accumulated, r"model.norm.weight have hooks of their own"),
         (scale_frequencies, r"rotary_emb.inv_freq have other values .*no file of weights holds"),
         (set_theta, r"rotary_emb.inv_freq, .*other values than the configuration makes"),
+        (resize, r"the vocabulary has 131 rows, and 128 in the base .*solidify.add_tokens"),
+        (set_epsilon, r"config.rms_norm_eps is 0.1, and 1e-06 in the base, but .*model.norm are as the base has them"),
+        (set_dropout, r"config.attention_dropout is 0.4, and 0.0 in the base, but .*self_attn are as the base"),
+        (set_tensor, r"self_attn.scaling is a tensor of shape \(\), which config.json cannot hold"),
+        (set_parameter, r"self_attn.scaling: LlamaAttention makes no such parameter"),
+        (set_buffer, r"gate_proj.scale: Linear makes no such parameter or buffer"),
         (change_new_module, r"model.layers.0.mlp.more is Linear, and nothing when it is made again"),
     ],
 )
@@ -250,6 +286,8 @@ def test_what_cannot_be_solid_is_said_and_not_built(tmp_path: Path, patch: Calla
     patch(model)
     found = solidify.from_patched(pico.llama(), model)
     assert any(re.search(words, each) for each in found.unexplained), found.unexplained
+    once = (resize, set_epsilon, set_dropout, set_tensor, set_parameter, set_buffer, scale_frequencies, set_theta)
+    assert len(found.unexplained) == 1 or patch not in once, found.unexplained
     with pytest.raises(SurgeryError, match="the patched model cannot be made solid"):
         found.build(tmp_path / "made")
     assert not (tmp_path / "made").exists()

@@ -204,7 +204,14 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
                 yield f"{where}.{key} is {value!r}, and {vars(other).get(key)!r}"
     for name in theirs.keys() - mine.keys():
         yield f"{within}.{name} is nothing, and {type(theirs[name]).__name__}"
-    shapes = [{key: tuple(t.shape) for key, t in each.state_dict().items()} for each in (module, again)]
+    shapes = [
+        {
+            key: tuple(tensor.shape)
+            for table in (each.named_parameters, each.named_buffers)  # those too that no state holds
+            for key, tensor in table(remove_duplicate=False)
+        }
+        for each in (module, again)
+    ]
     for key in sorted({**shapes[0], **shapes[1]}):
         if shapes[0].get(key) != shapes[1].get(key):
             yield f"{within}.{key} has shape {shapes[0].get(key)}, and {shapes[1].get(key)}"

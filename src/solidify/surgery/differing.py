@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -45,11 +46,14 @@ class Differences:
 
     changes: dict[str, Change] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    resized: str = ""  # what became of the vocabulary
+    reconfigured: list[str] = field(default_factory=list)  # the values of the configuration that are others
+    stale: list[str] = field(default_factory=list)  # modules that do not follow them
 
 
 def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedModel) -> Differences:
     """Compares a patched model with what its class builds (`plain`), and its attributes with the base's."""
-    found = Differences()
+    found = Differences(resized=_resized(model, plain, original), reconfigured=changed_keys(model, original))
     expected = dict(plain.named_modules(remove_duplicate=False))
     loaded = dict(original.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
@@ -68,6 +72,14 @@ def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedMod
         elif change:
             found.changes[name] = change
         seen.setdefault(id(module), name)
+    if found.resized:
+        found.faults.append(found.resized)
+    if found.stale:
+        found.faults.append(
+            f"{'; '.join(found.reconfigured[:_SHOWN])}, but {_join_names(found.stale)} are as the base has them, for a "
+            "configuration is read when a model is made: load the base with that configuration and patch this, or set "
+            "the configuration back"
+        )
     here = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found.faults += _list_missing(here, expected, found)
     found.faults += _list_tensor_hooks(model, original)
@@ -147,6 +159,25 @@ def _join_names(names: list[str]) -> str:
     return ", ".join(folded[:_SHOWN]) + (f" and {len(folded) - _SHOWN} more" if len(folded) > _SHOWN else "")
 
 
+def _resized(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedModel) -> str:
+    """Says that the vocabulary was resized, embedding and configuration alike; "" where it was not."""
+    rows, expected, before = (_count_rows(each) for each in (model, plain, original))
+    if rows is None or before is None or rows != expected or rows == before or vars(model).get("vocab_size") != rows:
+        return ""
+    return (
+        f"the vocabulary has {rows} rows, and {before} in the base (resize_token_embeddings): add tokens with "
+        "solidify.add_tokens, or take what save_pretrained writes of the resized model as the base"
+    )
+
+
+def _count_rows(model: PreTrainedModel) -> int | None:
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # as of a model without a vocabulary
+        return None
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
+
+
 def _describe_extra(name: str, module: nn.Module) -> str:
     return (
         f"{name} ({type(module).__name__}) is a module that no class puts there: take it away, have a class of your "
@@ -167,15 +198,17 @@ def _list_missing(here: set[str], expected: dict[str, nn.Module], found: Differe
 def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module | None, found: Differences) -> Change:
     """Says what was done to a module that has a name of the base's."""
     change = Change()
-    same = type(module) is type(plain) and module.extra_repr() == plain.extra_repr()
-    if not same or _shapes(module) != _shapes(plain):
+    if added := _added_tensors(module, plain):
+        found.faults.append(
+            f"{_join_names([f'{name}.{key}'.lstrip('.') for key in added])}: {type(plain).__name__} makes no such "
+            "parameter or buffer; write a class of your own that does, and put that there"
+        )
+    elif type(module) is not type(plain) or _shapes(module) != _shapes(plain) or not _is_made_alike(module, plain):
         change.new = True
     if not change.new and loaded is not None and type(loaded) is type(module):
-        change.attributes = {
-            key: value
-            for key, value in vars(module).items()
-            if _is_plain(value) and not _is_incidental(key) and (key not in vars(loaded) or vars(loaded)[key] != value)
-        }
+        _take_attributes(name, module, plain, loaded, change, found)
+        if found.reconfigured and not isinstance(module, PreTrainedModel) and _is_stale(module, plain, loaded):
+            found.stale.append(name)
     for key, value in vars(module).items():
         if isinstance(value, (FunctionType, MethodType)) or (key == "forward" and callable(value)):
             _take_function(name, module, key, value, change, found)
@@ -196,6 +229,89 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module |
         )
         return Change()
     return change
+
+
+def _added_tensors(module: nn.Module, plain: nn.Module) -> list[str]:
+    """Returns parameters and buffers that were set on a module whose class is not even asked for them."""
+    mine, theirs = _shapes(module), _shapes(plain)
+    asked = inspect.signature(type(module).__init__).parameters
+    if type(module) is not type(plain) or any(mine.get(key) != shape for key, shape in theirs.items()):
+        return []
+    added = [key for key in mine if key not in theirs]
+    return [] if any(key in asked for key in added) else added
+
+
+def _is_made_alike(module: nn.Module, plain: nn.Module) -> bool:
+    """Returns whether a module presents itself as another does, once that has its plain attributes."""
+    if module.extra_repr() == plain.extra_repr():
+        return True
+    alike = copy(plain)
+    vars(alike).update({key: value for key, value in vars(module).items() if _is_plain(value)})
+    return module.extra_repr() == alike.extra_repr()
+
+
+def _take_attributes(
+    name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module, change: Change, found: Differences
+) -> None:
+    """Notes attributes that were set to other values than the base has, and than the configuration makes."""
+    before, made = vars(loaded), vars(plain)
+    for key, value in vars(module).items():
+        known = _is_value(value) or (key in before and _is_plain(before[key]) and not callable(value))
+        if (
+            _is_incidental(key)
+            or not known
+            or any(key in each and _equals(each[key], value) for each in (before, made))
+        ):
+            continue
+        if not name and key == "vocab_size" and found.resized:
+            continue
+        if _is_plain(value) or _is_mapping(value):
+            change.attributes[key] = value
+        else:
+            found.faults.append(
+                f"{name}.{key} is {_describe_value(value)}, which config.json cannot hold: set a number, a text or a "
+                "list (of a tensor, `.item()` or `.tolist()`), or have a module of your own make it"
+            )
+
+
+def _describe_value(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _is_value(value: Any) -> bool:
+    """Returns whether an attribute is a value, which can be compared, and no part of how a model runs."""
+    kinds = (torch.Tensor, torch.dtype, np.ndarray, np.generic, dict, set, frozenset, complex, bytes)
+    return _is_plain(value) or isinstance(value, (*kinds, tuple, list))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and (_is_plain(each) or _is_mapping(each)) for key, each in value.items()
+    )
+
+
+def _equals(one: Any, other: Any) -> bool:
+    """Returns whether two values are the same, of one type; what cannot be compared is not."""
+    if type(one) is not type(other):
+        return bool(_is_plain(one) and _is_plain(other) and one == other)
+    if isinstance(one, torch.Tensor):
+        return one.is_meta or other.is_meta or _has_values(one, other)
+    try:
+        return bool(np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other)
+    except (TypeError, ValueError, RuntimeError):  # as of a list of tensors
+        return True
+
+
+def _is_stale(module: nn.Module, plain: nn.Module, loaded: nn.Module) -> bool:
+    """Returns whether a module is still as the base's, and not as the changed configuration makes it."""
+    made, before = vars(plain), vars(loaded)
+    kept = [key for key, value in vars(module).items() if _is_plain(value) and not _is_incidental(key)]
+    stale = [k for k in kept if k in made and k in before and before[k] == vars(module)[k] != made[k]]
+    return bool(stale) and _outline(module) == _outline(loaded)
+
+
+def _outline(module: nn.Module) -> list[tuple[str, type, dict[str, tuple[int, ...]]]]:
+    return [(name, type(each), _shapes(each)) for name, each in module.named_modules()]
 
 
 def _inner_faults(name: str, module: nn.Module) -> Iterator[str]:
