@@ -271,7 +271,7 @@ def change_new_module(model: Any) -> None:
         (hook_gradient, r"layers.1.mlp.up_proj.weight have hooks of their own .*remove them"),
         (hook_accumulated, r"model.norm.weight have hooks of their own"),
         (scale_frequencies, r"rotary_emb.inv_freq have other values .*no file of weights holds"),
-        (set_theta, r"rotary_emb.inv_freq, .*other values than the configuration makes"),
+        (set_theta, r"rope_theta is 5.0, and 10000.0 in the base, but .*rotary_emb.inv_freq"),
         (resize, r"the vocabulary has 131 rows, and 128 in the base .*solidify.add_tokens"),
         (set_epsilon, r"config.rms_norm_eps is 0.1, and 1e-06 in the base, but .*model.norm are as the base has them"),
         (set_dropout, r"config.attention_dropout is 0.4, and 0.0 in the base, but .*self_attn are as the base"),
@@ -308,6 +308,13 @@ def test_frequencies_that_the_changed_configuration_makes_need_no_edit() -> None
     set_theta(model)
     found = solidify.from_patched(pico.llama(), type(model)(model.config).to(torch.bfloat16))
     assert found.edits == [] and found.unexplained == [] and "rope_theta is 5.0" in str(found)
+
+
+def test_a_token_to_pad_with_is_noticed_and_no_fault() -> None:
+    model = pico.llama()
+    model.config.pad_token_id = 7
+    found = solidify.from_patched(pico.llama(), model)
+    assert found.edits == [] and found.unexplained == [] and "pad_token_id is 7" in str(found)
 
 
 def test_a_plain_model_needs_no_edit(tmp_path: Path) -> None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.model import anatomy
-from solidify.system import console, files
+from solidify.surgery import values
+from solidify.system import console
 from solidify.upstream.torch import TENSOR_HOOKS, module_hooks, other_hooks, unsaved_buffers
 
-_PLAIN = (bool, int, float, str, type(None))
 _SHOWN = 6
 # What defines methods of transformers' and torch's classes, by itself or by decorators.
 _LIBRARIES = ("torch", "transformers", "huggingface_hub", "accelerate", "kernels", "functools", "contextlib", "typing")
@@ -53,7 +52,7 @@ class Differences:
 
 def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedModel) -> Differences:
     """Compares a patched model with what its class builds (`plain`), and its attributes with the base's."""
-    found = Differences(resized=_resized(model, plain, original), reconfigured=changed_keys(model, original))
+    found = Differences(resized=_resized(model, plain, original), reconfigured=values.changed_keys(model, original))
     expected = dict(plain.named_modules(remove_duplicate=False))
     loaded = dict(original.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
@@ -74,16 +73,16 @@ def find(model: PreTrainedModel, plain: PreTrainedModel, original: PreTrainedMod
         seen.setdefault(id(module), name)
     if found.resized:
         found.faults.append(found.resized)
+    here = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found.faults += _list_missing(here, expected, found)
+    found.faults += _list_tensor_hooks(model, original)
+    found.faults += _list_changed_buffers(model, plain, original, found)
     if found.stale:
         found.faults.append(
             f"{'; '.join(found.reconfigured[:_SHOWN])}, but {_join_names(found.stale)} are as the base has them, for a "
             "configuration is read when a model is made: load the base with that configuration and patch this, or set "
             "the configuration back"
         )
-    here = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    found.faults += _list_missing(here, expected, found)
-    found.faults += _list_tensor_hooks(model, original)
-    found.faults += _list_changed_buffers(model, plain, original, found)
     return found
 
 
@@ -95,11 +94,12 @@ def _list_changed_buffers(
     The base's buffers say what that is; those of another configuration are made, for `plain` is on the meta device.
     """
     made: nn.Module = original
-    if changed_keys(model, original):
+    if found.reconfigured:
         with init_empty_weights(include_buffers=False), console.silence():
             made = type(plain)(deepcopy(model.config))
     theirs = dict(made.named_modules(remove_duplicate=False))
-    changed = []
+    kept = dict(original.named_buffers(remove_duplicate=False)) if found.reconfigured else {}
+    changed = list[str]()
     for name, module in model.named_modules(remove_duplicate=False):
         inside_new = any(change.new and f"{name}.".startswith(f"{outer}.") for outer, change in found.changes.items())
         if name not in theirs or inside_new:
@@ -107,8 +107,10 @@ def _list_changed_buffers(
         before = dict(theirs[name].named_buffers(recurse=False))
         for key, tensor in module.named_buffers(recurse=False):
             watched = key in unsaved_buffers(module) and key in before and not _moves_by_itself(module, key)
-            if watched and not _has_values(tensor, before[key]):
-                changed.append(f"{name}.{key}" if name else key)
+            if watched and not values.has_values(tensor, before[key]):
+                where = f"{name}.{key}" if name else key
+                stale = where in kept and values.has_values(tensor, kept[where])
+                (found.stale if stale else changed).append(where)
     if changed:
         yield (
             f"{_join_names(changed)} have other values than the configuration makes, and no file of weights holds "
@@ -123,19 +125,10 @@ def _moves_by_itself(module: nn.Module, key: str) -> bool:
     return "original" not in key and any(kind in kinds for kind in ("dynamic", "longrope"))
 
 
-def _has_values(tensor: torch.Tensor, made: torch.Tensor) -> bool:
-    """Returns whether a tensor has the values of another, cast as a model is cast as a whole."""
-    if tensor.is_meta or made.is_meta:
-        return True
-    mine, other = tensor.cpu(), made.cpu()
-    same = torch.equal(mine, other.to(mine.dtype)) or torch.equal(mine.to(other.dtype), other)
-    return tensor.shape == made.shape and same
-
-
 def _list_tensor_hooks(model: nn.Module, original: nn.Module) -> Iterator[str]:
     """Names parameters and buffers that have hooks of their own, more than the base's have."""
-    before = dict(_tensors(original))
-    hooked = [name for name, tensor in _tensors(model) if _hooks(tensor) > _hooks(before.get(name))]
+    before = dict(values.tensors(original))
+    hooked = [name for name, tensor in values.tensors(model) if _hooks(tensor) > _hooks(before.get(name))]
     if hooked:
         yield (
             f"{_join_names(hooked)} have hooks of their own (register_hook or register_post_accumulate_grad_hook), "
@@ -146,11 +139,6 @@ def _list_tensor_hooks(model: nn.Module, original: nn.Module) -> Iterator[str]:
 
 def _hooks(tensor: torch.Tensor | None) -> int:
     return sum(len(getattr(tensor, table, None) or ()) for table in TENSOR_HOOKS)
-
-
-def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
-    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
 
 
 def _join_names(names: list[str]) -> str:
@@ -198,16 +186,20 @@ def _list_missing(here: set[str], expected: dict[str, nn.Module], found: Differe
 def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module | None, found: Differences) -> Change:
     """Says what was done to a module that has a name of the base's."""
     change = Change()
-    if added := _added_tensors(module, plain):
+    if added := values.added_tensors(module, plain):
         found.faults.append(
             f"{_join_names([f'{name}.{key}'.lstrip('.') for key in added])}: {type(plain).__name__} makes no such "
             "parameter or buffer; write a class of your own that does, and put that there"
         )
-    elif type(module) is not type(plain) or _shapes(module) != _shapes(plain) or not _is_made_alike(module, plain):
+    elif (
+        type(module) is not type(plain)
+        or values.shapes(module) != values.shapes(plain)
+        or not values.is_made_alike(module, plain)
+    ):
         change.new = True
     if not change.new and loaded is not None and type(loaded) is type(module):
         _take_attributes(name, module, plain, loaded, change, found)
-        if found.reconfigured and not isinstance(module, PreTrainedModel) and _is_stale(module, plain, loaded):
+        if found.reconfigured and not isinstance(module, PreTrainedModel) and values.is_stale(module, plain, loaded):
             found.stale.append(name)
     for key, value in vars(module).items():
         if isinstance(value, (FunctionType, MethodType)) or (key == "forward" and callable(value)):
@@ -231,87 +223,28 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module |
     return change
 
 
-def _added_tensors(module: nn.Module, plain: nn.Module) -> list[str]:
-    """Returns parameters and buffers that were set on a module whose class is not even asked for them."""
-    mine, theirs = _shapes(module), _shapes(plain)
-    asked = inspect.signature(type(module).__init__).parameters
-    if type(module) is not type(plain) or any(mine.get(key) != shape for key, shape in theirs.items()):
-        return []
-    added = [key for key in mine if key not in theirs]
-    return [] if any(key in asked for key in added) else added
-
-
-def _is_made_alike(module: nn.Module, plain: nn.Module) -> bool:
-    """Returns whether a module presents itself as another does, once that has its plain attributes."""
-    if module.extra_repr() == plain.extra_repr():
-        return True
-    alike = copy(plain)
-    vars(alike).update({key: value for key, value in vars(module).items() if _is_plain(value)})
-    return module.extra_repr() == alike.extra_repr()
-
-
 def _take_attributes(
     name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module, change: Change, found: Differences
 ) -> None:
     """Notes attributes that were set to other values than the base has, and than the configuration makes."""
     before, made = vars(loaded), vars(plain)
     for key, value in vars(module).items():
-        known = _is_value(value) or (key in before and _is_plain(before[key]) and not callable(value))
+        known = values.is_value(value) or (key in before and values.is_plain(before[key]) and not callable(value))
         if (
-            _is_incidental(key)
+            values.is_incidental(key)
             or not known
-            or any(key in each and _equals(each[key], value) for each in (before, made))
+            or any(key in each and values.equals(each[key], value) for each in (before, made))
         ):
             continue
         if not name and key == "vocab_size" and found.resized:
             continue
-        if _is_plain(value) or _is_mapping(value):
+        if values.is_plain(value) or values.is_mapping(value):
             change.attributes[key] = value
         else:
             found.faults.append(
-                f"{name}.{key} is {_describe_value(value)}, which config.json cannot hold: set a number, a text or a "
-                "list (of a tensor, `.item()` or `.tolist()`), or have a module of your own make it"
+                f"{name}.{key} is {values.describe_value(value)}, which config.json cannot hold: set a number, a text "
+                "or a list (of a tensor, `.item()` or `.tolist()`), or have a module of your own make it"
             )
-
-
-def _describe_value(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _is_value(value: Any) -> bool:
-    """Returns whether an attribute is a value, which can be compared, and no part of how a model runs."""
-    kinds = (torch.Tensor, torch.dtype, np.ndarray, np.generic, dict, set, frozenset, complex, bytes)
-    return _is_plain(value) or isinstance(value, (*kinds, tuple, list))
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and (_is_plain(each) or _is_mapping(each)) for key, each in value.items()
-    )
-
-
-def _equals(one: Any, other: Any) -> bool:
-    """Returns whether two values are the same, of one type; what cannot be compared is not."""
-    if type(one) is not type(other):
-        return bool(_is_plain(one) and _is_plain(other) and one == other)
-    if isinstance(one, torch.Tensor):
-        return one.is_meta or other.is_meta or _has_values(one, other)
-    try:
-        return bool(np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other)
-    except (TypeError, ValueError, RuntimeError):  # as of a list of tensors
-        return True
-
-
-def _is_stale(module: nn.Module, plain: nn.Module, loaded: nn.Module) -> bool:
-    """Returns whether a module is still as the base's, and not as the changed configuration makes it."""
-    made, before = vars(plain), vars(loaded)
-    kept = [key for key, value in vars(module).items() if _is_plain(value) and not _is_incidental(key)]
-    stale = [k for k in kept if k in made and k in before and before[k] == vars(module)[k] != made[k]]
-    return bool(stale) and _outline(module) == _outline(loaded)
-
-
-def _outline(module: nn.Module) -> list[tuple[str, type, dict[str, tuple[int, ...]]]]:
-    return [(name, type(each), _shapes(each)) for name, each in module.named_modules()]
 
 
 def _inner_faults(name: str, module: nn.Module) -> Iterator[str]:
@@ -319,19 +252,6 @@ def _inner_faults(name: str, module: nn.Module) -> Iterator[str]:
     for key, value in vars(module).items():
         if isinstance(value, (FunctionType, MethodType)):
             yield f"{name}.{key} was set on an instance within a new module; put it into the module's class"
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in _tensors(module, recurse=False)}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(_is_plain(each) for each in value))
-
-
-def _is_incidental(key: str) -> bool:
-    """Returns whether an attribute is one that loading, training and transformers set."""
-    return key.startswith("_") or key in ("training", "name_or_path", "warnings_issued", "gradient_checkpointing")
 
 
 def _take_function(name: str, module: nn.Module, key: str, value: Any, change: Change, found: Differences) -> None:
@@ -394,16 +314,9 @@ def _function_fault(function: Any) -> str:
     return ""
 
 
-def changed_keys(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
-    """Says which values of the configuration are others than the base's."""
-    mine, theirs = (files.flatten(each.config.to_dict()) for each in (model, original))
-    keys = [key for key in sorted({**theirs, **mine}) if mine.get(key) != theirs.get(key) and not _is_incidental(key)]
-    return [f"config.{key} is {mine.get(key)!r}, and {theirs.get(key)!r} in the base" for key in keys]
-
-
 def noticed(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
     """Says what differs and is saved anyway: settings of the configuration, and values of the base's tensors."""
-    words = changed_keys(model, original)[:_SHOWN]
+    words = values.changed_keys(model, original)[:_SHOWN]
     state = original.state_dict()
     moved = [
         name
