@@ -26,15 +26,18 @@ def changed_keys(model: PreTrainedModel, original: PreTrainedModel) -> list[str]
 
 
 def tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters and buffers by name, shared ones under each name."""
     yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
     yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a module's own parameters and buffers."""
     return {key: tuple(tensor.shape) for key, tensor in tensors(module, recurse=False)}
 
 
 def outline(module: nn.Module) -> list[tuple[str, type, dict[str, tuple[int, ...]]]]:
+    """Returns the names, classes and shapes of a module and of all inside it."""
     return [(name, type(each), shapes(each)) for name, each in module.named_modules()]
 
 
@@ -72,6 +75,7 @@ def is_incidental(key: str) -> bool:
 
 
 def is_plain(value: Any) -> bool:
+    """Returns whether a value is a number, a text, None, or a list of such."""
     return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(is_plain(each) for each in value))
 
 
@@ -82,6 +86,7 @@ def is_value(value: Any) -> bool:
 
 
 def is_mapping(value: Any) -> bool:
+    """Returns whether a value is a mapping from texts to plain values."""
     return isinstance(value, dict) and all(
         isinstance(key, str) and (is_plain(each) or is_mapping(each)) for key, each in value.items()
     )
@@ -109,4 +114,5 @@ def has_values(tensor: torch.Tensor, made: torch.Tensor) -> bool:
 
 
 def describe_value(value: Any) -> str:
+    """Says what a value is, without its content."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
