@@ -39,12 +39,13 @@ ROOMS = (
     "healing",
     "checks",
     "builtin",
+    "on_ramps",
     "recipe",
     "demo",
     "command",
 )
 TOP_BELOW = {"errors", "findings"}  # known to every room
-TOP_ABOVE = {"edits", "building", "wrapping", "patched"}  # what functions of the package are: `build`, `wrap`, ...
+TOP_ABOVE = {"edits", "building"}  # what functions of the package are: `build`, `wrap`, ...
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from solidify.objective.weights import Constraint as Constraint
     from solidify.objective.weights import Schedule as Schedule
     from solidify.objective.window import windows as windows
-    from solidify.patched import from_patched as from_patched
+    from solidify.on_ramps.patched import from_patched as from_patched
+    from solidify.on_ramps.wrapping import wrap as wrap
     from solidify.recipe.dry_run import plan as plan
     from solidify.recipe.schema import Recipe as Recipe
     from solidify.recipe.stages import heal as heal
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from solidify.training.teaching import ObjectiveGKDTrainer as ObjectiveGKDTrainer
     from solidify.training.trainer import ObjectiveTrainer as ObjectiveTrainer
     from solidify.training.unpaired import ObjectiveKTOTrainer as ObjectiveKTOTrainer
-    from solidify.wrapping import wrap as wrap
 
 _WHERE = {
     "AdapterError": "errors",
@@ -118,7 +118,7 @@ _WHERE = {
     "check": "checks.check",
     "distill": "healing.distilling",
     "export": "exporting.forms",
-    "from_patched": "patched",
+    "from_patched": "on_ramps.patched",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
     "load": "adapter.storage",
@@ -138,7 +138,7 @@ _WHERE = {
     "trust": "directory.trust",
     "verify": "directory.signing",
     "windows": "objective.window",
-    "wrap": "wrapping",
+    "wrap": "on_ramps.wrapping",
 }
 
 __all__ = sorted([*_WHERE, "losses"])
