@@ -40,41 +40,46 @@ def pack(examples: Any, max_length: int, *, seed: int | None) -> Any:
     return pack_dataset(kept, max_length, "bfd", {"load_from_cache_file": False})
 
 
-def refuse_unpackable(model: nn.Module) -> None:
-    """Raises DataError for a model that takes no positions, and so cannot know where a document begins."""
+def refuse_unpackable(model: nn.Module, way: str = "packing") -> None:
+    """Raises DataError for a model that takes no positions, and so cannot know where a document begins.
+
+    `way` is the field by which documents share a row.
+    """
     plain = lookup.plain_model(model)
     if "position_ids" not in inspect.signature(plain.forward).parameters:
         raise DataError(
-            f"packing: {type(plain).__name__} takes no position_ids, by which documents in one window are told apart; "
-            "leave packing out"
+            f"{way}: {type(plain).__name__} takes no position_ids, by which documents in one window are told apart; "
+            f"leave {way.rpartition('.')[2]} out"
         )
 
 
-def refuse_leaking(model: nn.Module, collate: Collate | None = None) -> None:
+def refuse_leaking(model: nn.Module, collate: Collate | None = None, way: str = "packing") -> None:
     """Raises DataError for a model in which one document of a packed window reaches another.
 
     It is run as it stands, and with noise in its trainable parameters, whose values are put back. `collate` makes the
-    batch of a training of examples with `input_ids` and `labels` (one row of them all, as `Packed` does).
+    batch of a training of examples with `input_ids` and `labels` (one row of them all, as `Packed` does), `way` is the field by which they share a row.
 
     Raises:
         DataError: the second document is not what it is by itself, or a change of the first one moves it.
     """
-    refuse_unpackable(model)
+    refuse_unpackable(model, way)
     collate = collate or Packed()
-    with foreign.calling("packing: the model does not run on a packed window", DataError):
+    with foreign.calling(f"{way}: the model does not run on a packed window", DataError):
         found = _try_model(model, collate)
-    _refuse_found(model, found, "")
+    _refuse_found(model, found, way, "")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     for scale in _SCALES if trained else ():
         values = {n: (p.detach() + scale * (noise(n, p) - p.detach())).to(p.dtype) for n, p in trained.items()}
         with substitute_values(model, values):
             tried = foreign.attempt(_try_model, model, collate).value
         if tried is not None and all(bool(torch.isfinite(each).all()) for each in tried):
-            _refuse_found(model, tried, " once its trained parameters have moved")
+            _refuse_found(model, tried, way, " once its trained parameters have moved")
             return
 
 
-def _refuse_found(model: nn.Module, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], when: str) -> None:
+def _refuse_found(
+    model: nn.Module, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], way: str, when: str
+) -> None:
     """Raises DataError where outputs of the second document differ; `when` says in which state of the model."""
     together, moved, alone = found
     limit = _LIMITS.get(together.dtype, _HALF) * float(together.abs().max())
@@ -83,15 +88,15 @@ def _refuse_found(model: nn.Module, found: tuple[torch.Tensor, torch.Tensor, tor
     differs = float((together[second] - alone[:_SECOND]).abs().max())
     if not leaked <= limit or not differs <= limit:
         raise DataError(
-            f"packing: in {type(lookup.plain_model(model)).__name__} one document of a window reaches the next{when}: "
+            f"{way}: in {type(lookup.plain_model(model)).__name__} one document of a window reaches the next{when}: "
             f"when a token of the first is changed, outputs of the second move by {leaked:.1e}, and they differ by "
             f"{differs:.1e} from those of the second alone (it keeps a state that no mask ends, or does not read "
-            "position_ids); leave packing out"
+            f"position_ids); leave {way.rpartition('.')[2]} out"
         )
 
 
 def _try_model(model: nn.Module, collate: Collate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the logits of two documents in a row, of the same with another token in the first, of the second alone."""
+    """Returns the logits of two documents in a row, of both with a token of the first changed, of the second."""
     vocabulary = _count_ids(model)
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (_FIRST, _SECOND))
