@@ -101,7 +101,7 @@ def test_a_field_that_would_do_nothing_is_refused(case: str, trainer: str, tiny_
 
 
 def test_two_lengths_of_a_trainer_of_pairs_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="write data.max_length alone"):
+    with pytest.raises(RecipeError, match=r"write data.max_length alone"):
         dry_run.plan(asked(tmp_path, "preference", {"max_length": 16}, trainer="dpo", tokenizer=tiny_base))
 
 

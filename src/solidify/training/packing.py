@@ -57,7 +57,9 @@ def refuse_leaking(model: nn.Module, collate: Collate | None = None, way: str = 
     """Raises DataError for a model in which one document of a packed window reaches another.
 
     It is run as it stands, and with noise in its trainable parameters, whose values are put back. `collate` makes the
-    batch of a training of examples with `input_ids` and `labels` (one row of them all, as `Packed` does), `way` is the field by which they share a row.
+    batch of a training of examples with `input_ids` and `labels` (one row of them all, as `Packed` does);
+    `way` names the field by which they
+    share a row.
 
     Raises:
         DataError: the second document is not what it is by itself, or a change of the first one moves it.
