@@ -140,6 +140,14 @@ def test_a_plan_says_which_trainer_and_what_its_rows_are(tiny_base: Path, tmp_pa
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_healing_that_reads_rows_of_preference_is_what_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    heal = {"align": {"max_steps": 1}}
+    for trainer, form in (("dpo", "preference"), ("distill", "prompts")):
+        with pytest.raises(RecipeError, match=rf"heal: healing reads the rows .* cannot learn from {form}; heal in a"):
+            dry_run.plan(written(tmp_path, tiny_base, trainer, heal=heal))
+    assert dry_run.plan(written(tmp_path, tiny_base, "sft", heal=heal)).heal is not None
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], type[SolidifyError], str]] = {
     "a field of another trainer": (
         *("dpo", {"training": {"num_generations": 2}}, RecipeError),

@@ -8,6 +8,8 @@ import datasets
 import pico
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from solidify.errors import DataError
 from solidify.training import data, packing
@@ -80,6 +82,55 @@ def test_a_model_that_remembers_across_documents_is_refused(head: str) -> None:
     settings, words = LEAKING[head]
     with pytest.raises(DataError, match=words):
         packing.refuse_leaking(pico.make(head, **settings))
+
+
+class Gated(nn.Module):
+    """An MLP beside which runs a branch over the row, whose gate starts at zero."""
+
+    def __init__(self, inner: nn.Module, mixes: bool) -> None:
+        super().__init__()
+        self.inner, self.mixes = inner, mixes
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        beside = hidden_states.cumsum(1) if self.mixes else hidden_states
+        out: torch.Tensor = self.inner(hidden_states) + self.gate * beside
+        return out
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_branch_that_starts_at_zero_is_tried_as_it_will_be(mixes: bool) -> None:
+    model: Any = pico.make("LlamaForCausalLM", **PACKABLE["LlamaForCausalLM"]).requires_grad_(False)
+    model.model.layers[0].mlp = Gated(model.model.layers[0].mlp, mixes)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    if mixes:
+        with pytest.raises(DataError, match="one document of a window reaches the next once its trained parameters"):
+            packing.refuse_leaking(model)
+    else:
+        packing.refuse_leaking(model)
+    after = dict(model.named_parameters())
+    assert all(after[n].data_ptr() == at and torch.equal(after[n], value) for n, (at, value) in before.items())
+    assert isinstance(model.model.layers[0].mlp.gate, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=lambda each: next(iter(each)),
+)
+@pytest.mark.parametrize("head", ["LlamaForCausalLM", "Lfm2ForCausalLM"])
+def test_embeddings_that_peft_has_wrapped_are_counted(around: dict[str, Any], head: str) -> None:
+    sizes = {**(PACKABLE.get(head) or LEAKING[head][0]), "tie_word_embeddings": False}
+    model = get_peft_model(pico.make(head, **sizes), LoraConfig(**{"target_modules": ["q_proj"], **around}))
+    if head in PACKABLE:
+        packing.refuse_leaking(model)
+    else:
+        with pytest.raises(DataError, match="one document of a window reaches the next"):
+            packing.refuse_leaking(model)
 
 
 def test_rows_are_shuffled_by_a_seed_before_they_are_packed() -> None:

@@ -116,7 +116,7 @@ def make_examples(recipe: Recipe, processor: Any, model: nn.Module | None = None
     return prepared.train, prepared.held_out
 
 
-def make_sft_rows(recipe: Recipe, processor: Any, model: nn.Module) -> tuple[Any, Any]:
+def make_sft_rows(recipe: Recipe, processor: Any, model: nn.Module) -> Prepared:
     """Returns what TRL's SFTTrainer reads: text as it stands, or examples of what else teaches the next token.
 
     Raises:
@@ -128,8 +128,8 @@ def make_sft_rows(recipe: Recipe, processor: Any, model: nn.Module) -> tuple[Any
             "data.packing: TRL's trainer packs by its own field; write training.packing, or leave TRL's out"
         )
     if find_format(recipe, read_rows(recipe)[0], model) == "text":
-        return read_texts(recipe)
-    return make_examples(recipe, processor, model)
+        return Prepared("text", *read_texts(recipe), None, {})
+    return prepare(recipe, processor, model)
 
 
 def make_collator(recipe: Recipe, processor: Any, model: nn.Module | None = None) -> Any:

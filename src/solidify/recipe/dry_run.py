@@ -20,13 +20,14 @@ from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import first_batch, healing, models, objectives, trainers
+from solidify.recipe import datasets, first_batch, healing, models, objectives, trainers, trl_rows
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, markup
-from solidify.training import data, groups, kernels
+from solidify.training import data, formats, groups, kernels
+from solidify.training import sources as sources_of_rows
 from solidify.training.trainer import refuse_half_precision
 
 
@@ -114,8 +115,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
     read: dict[str, Any] | None = None
     if recipe.heal is not None:
-        data.refuse_untaught(base.model)
-        read = first_batch.rehearse(recipe, preparing, base.model)
+        read = _rehearse_healing(recipe, base.model, preparing)
     healed = healing.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
@@ -158,6 +158,27 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     )
 
 
+def _rehearse_healing(recipe: Recipe, model: PreTrainedModel, preparing: Any) -> dict[str, Any]:
+    """Looks at the rows that healing learns from, which are those of the trainer.
+
+    Raises:
+        RecipeError: they are no text: healing learns the next token, whatever the trainer learns.
+    """
+    data.refuse_untaught(model)
+    assert recipe.data is not None
+    if not datasets.is_multimodal(recipe, model):
+        rows = datasets.read_rows(recipe)
+        columns = sources_of_rows.columns(rows[0])
+        asked = [recipe.data.format] if recipe.data.format is not None else formats.fitting(columns)
+        if asked and not set(asked) & set(formats.NEXT_TOKEN):
+            raise RecipeError(
+                f"heal: healing reads the rows of `data` as text, as trainer: {recipe.trainer} reads them too, and it "
+                f"cannot learn from {' or '.join(asked)}; heal in a recipe with data of text, and take the model that "
+                "it leaves as the base of this one"
+            )
+    return first_batch.rehearse(recipe, preparing, model)
+
+
 def _forecast(recipe: Recipe, model: PreTrainedModel, edits: Sequence[dict[str, Any]]) -> quantizing.Forecast | None:
     """Says what the artifact would be when it is loaded quantised; None where the recipe does not ask for it."""
     asked = models.quantization(recipe)
@@ -174,10 +195,11 @@ def _forecast(recipe: Recipe, model: PreTrainedModel, edits: Sequence[dict[str, 
 def _refuse_sequences(recipe: Recipe, terms: Sequence[Term]) -> None:
     """Raises RecipeError for a term that is a mean over sequences, where a window holds several."""
     alike = [term.name for term in terms if term.reduction == "sequence_mean"]
-    if recipe.data is not None and recipe.data.packing and alike:
+    way = trl_rows.find_sharing(recipe)
+    if way is not None and alike:
         raise RecipeError(
-            f"data.packing: the term {alike[0]} is a mean over sequences, and a packed window, which holds several, "
-            "would count as one; leave packing out"
+            f"{way}: the term {alike[0]} is a mean over sequences, and a packed window, which holds several, "
+            f"would count as one; leave {way.partition('.')[2]} out"
         )
 
 

@@ -26,7 +26,7 @@ from solidify.adapter import lookup
 from solidify.errors import DataError, RecipeError, refuse
 from solidify.objective.internals import refuse_other_vocabulary
 from solidify.objective.objective import Objective
-from solidify.recipe import datasets, models, references
+from solidify.recipe import datasets, models, references, trl_rows
 from solidify.recipe.schema import PARTS, Recipe
 from solidify.system import foreign
 from solidify.training import chats, data, formats, sources
@@ -231,8 +231,12 @@ def rehearse_rows(kind: Kind, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
         )
     if kind.name == "grpo":
         find_rewards(recipe, sources.columns(read[0]))
-    fitting = [name for name in kind.formats if formats.FORMATS[name].fits(sources.columns(read[0]))]
-    return {"format": fitting[0], **({"max_length": recipe.data.max_length} if kind.lengths else {})}
+    return {"format": name_format(kind, read[0]), **({"max_length": trl_rows.longest(recipe)} if kind.lengths else {})}
+
+
+def name_format(kind: Kind, rows: Any) -> str:
+    """Returns as what a trainer reads rows that have the columns that it needs."""
+    return next(name for name in kind.formats if formats.FORMATS[name].fits(sources.columns(rows)))
 
 
 def with_template(recipe: Recipe, tokenizer: Any) -> Any:

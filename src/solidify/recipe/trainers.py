@@ -16,7 +16,7 @@ from solidify.directory import trust
 from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
-from solidify.recipe import datasets, first_batch, kinds, objectives
+from solidify.recipe import datasets, first_batch, kinds, objectives, trl_rows
 from solidify.recipe.kinds import Kind
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
@@ -46,6 +46,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     moved = any(group.learning_rate for group in recipe.parameter_groups)
     faults = defaults.of_another_kind(recipe.training, (TrainingArguments, kind.config))
     faults += defaults.faults(recipe.training, held_out=recipe.data.eval is not None, moved=moved)
+    faults += trl_rows.length_faults(recipe) if kind.lengths else []
     refuse(RecipeError, "the training section does not fit", faults)
     if recipe.data.image is not None:
         refuse(RecipeError, "images do not go with the training section", _against_images(recipe, kind))
@@ -151,11 +152,21 @@ def refuse_unteachable(recipe: Recipe, model: PreTrainedModel, processor: Any) -
     else:
         with kinds.pointed_out(recipe):
             found = first_batch.rehearse(recipe, processor, model)
+    if kind.name == "sft":
+        _refuse_idle_fields(recipe, found["format"])
+        found = {**found, "max_length": trl_rows.longest(recipe)} if found["format"] == "text" else found
+    if (way := trl_rows.find_sharing(recipe)) is not None:
+        packing.refuse_unpackable(model, way)
     kinds.refuse_partners(kind, recipe, model)
     arguments = training_arguments(recipe, Path("nowhere"))
     faults = kinds.setting_faults(kind, arguments, Objective(objectives.make_terms(recipe)), recipe)
     refuse(ObjectiveError, f"{kind.trainer.__name__} cannot train like this", faults)
     return found
+
+
+def _refuse_idle_fields(recipe: Recipe, form: str) -> None:
+    """Raises RecipeError for fields of SFTConfig that do nothing to the rows of a recipe."""
+    refuse(RecipeError, "the training section does not fit the rows", trl_rows.sft_faults(recipe, form))
 
 
 def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) -> tuple[Any, Any]:
@@ -165,7 +176,8 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
     objective = objectives.make_objective(recipe, model.get_base_model())
     plain = lookup.plain_model(model)
     datasets.refuse_unprepared(recipe, processor, plain)
-    given, options = _prepare_rows(kind, recipe, processor, model), kinds.options(kind, recipe, objective)
+    form, given = _prepare_rows(kind, recipe, processor, model)
+    options = kinds.options(kind, recipe, objective)
     refused = foreign.calling(f"{kind.trainer.__name__} does not take the training section", RecipeError)
     with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
         trainer = kind.trainer(
@@ -179,6 +191,10 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
             **options,
         )
     _say_left_out(given["train_dataset"], trainer.train_dataset, kind)
+    _refuse_sharing(recipe, kind, model, trainer)
+    if kind.takes_rows or (kind.name == "sft" and form == "text"):
+        trl_rows.say_cut("train", form, given["train_dataset"], trainer.train_dataset, trainer)
+        trl_rows.say_cut("eval", form, given["eval_dataset"], trainer.eval_dataset, trainer)
     if datasets.is_multimodal(recipe, plain) and [term.loss for term in recipe.objective] == ["model"]:
         _refuse_idle_rows(trainer)
     return trainer, trainer.train_dataset
@@ -189,19 +205,30 @@ def _say_counted(prepared: datasets.Prepared) -> None:
         console.words.print(f"data.{part}: {prepared.format}: {counts}")
 
 
-def _prepare_rows(kind: Kind, recipe: Recipe, processor: Any, model: Any) -> dict[str, Any]:
-    """Returns what a trainer reads, and what makes batches of it where that is not the trainer's."""
+def _prepare_rows(kind: Kind, recipe: Recipe, processor: Any, model: Any) -> tuple[str, dict[str, Any]]:
+    """Returns the format of what a trainer reads, its rows, and what makes batches where that is not the trainer's."""
     assert recipe.data is not None
     plain = lookup.plain_model(model)
-    if kind.takes_rows or kind.name == "sft":
-        read = kinds.read_rows(kind, recipe) if kind.takes_rows else datasets.make_sft_rows(recipe, processor, plain)
-        return {"train_dataset": read[0], "eval_dataset": read[1]}
-    prepared = datasets.prepare(recipe, processor, plain)
+    if kind.takes_rows:
+        read = kinds.read_rows(kind, recipe)
+        return kinds.name_format(kind, read[0]), {"train_dataset": read[0], "eval_dataset": read[1]}
+    of_trl = kind.name == "sft"
+    prepared = (datasets.make_sft_rows if of_trl else datasets.prepare)(recipe, processor, plain)
+    if of_trl:
+        _refuse_idle_fields(recipe, prepared.format)
     _say_counted(prepared)
-    if recipe.data.packing:
-        packing.refuse_leaking(model)
-        console.words.print("data.packing: no document of a window reaches another, as tried on this model")
-    return {"train_dataset": prepared.train, "eval_dataset": prepared.held_out, "data_collator": prepared.collate}
+    given = {"train_dataset": prepared.train, "eval_dataset": prepared.held_out}
+    return prepared.format, given if of_trl else {**given, "data_collator": prepared.collate}
+
+
+def _refuse_sharing(recipe: Recipe, kind: Kind, model: Any, trainer: Any) -> None:
+    """Raises DataError where several documents stand in one row, and one reaches another in this model."""
+    way = trl_rows.find_sharing(recipe)
+    if way is None:
+        return
+    of_trl = kind.name == "sft" and way != "data.packing"
+    packing.refuse_leaking(model, trainer.data_collator if of_trl else None, way)
+    console.words.print(f"{way}: no document of a window reaches another, as tried on this model")
 
 
 def _processing_class(kind: Kind, recipe: Recipe, processor: Any, model: Any) -> Any:

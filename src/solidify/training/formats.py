@@ -66,6 +66,11 @@ _HEADS: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...] = (
 )
 
 
+def fitting(columns: Sequence[str]) -> list[str]:
+    """Returns the names of all formats as which rows with these columns can be read."""
+    return [name for name, each in FORMATS.items() if each.fits(columns)]
+
+
 def learned_by(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the formats that a model's own loss learns from; none where nothing is known of its head."""
     listed = {kind.__name__ for kind in _families(model)}
@@ -121,13 +126,13 @@ def find(
         if not FORMATS[given].fits(columns):
             raise DataError(f"the format is {FORMATS[given]}, and the rows have: {', '.join(columns)}")
         return given
-    fitting = [name for name, each in FORMATS.items() if each.fits(columns)]
+    fits = fitting(columns)
     labels = _formats_of_label(first.get("label"))
-    chosen = [name for name in fitting if name in learned and (name not in _OF_TEXTS or name in labels)]
+    chosen = [name for name in fits if name in learned and (name not in _OF_TEXTS or name in labels)]
     if chosen:
         return chosen[0]
     raise DataError(
-        f"the rows have the columns {', '.join(columns)}{_say(fitting)}, but {head} learns from {_list(learned)}; "
+        f"the rows have the columns {', '.join(columns)}{_say(fits)}, but {head} learns from {_list(learned)}; "
         "rename columns with `columns`, or take another base"
     )
 
