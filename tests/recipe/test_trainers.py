@@ -143,7 +143,9 @@ def test_a_plan_says_which_trainer_and_what_its_rows_are(tiny_base: Path, tmp_pa
 def test_healing_that_reads_rows_of_preference_is_what_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     heal = {"align": {"max_steps": 1}}
     for trainer, form in (("dpo", "preference"), ("distill", "prompts")):
-        with pytest.raises(RecipeError, match=rf"heal: healing reads the rows .* cannot learn from {form}.*; heal in a"):
+        with pytest.raises(
+            RecipeError, match=rf"heal: healing reads the rows .* cannot learn from {form}.*; heal in a"
+        ):
             dry_run.plan(written(tmp_path, tiny_base, trainer, heal=heal))
     assert dry_run.plan(written(tmp_path, tiny_base, "sft", heal=heal)).heal is not None
 

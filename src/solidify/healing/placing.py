@@ -25,7 +25,7 @@ from solidify.healing.measuring import distance
 from solidify.healing.sources import Batch
 from solidify.model import anatomy, operations
 from solidify.model.cost import flops
-from solidify.surgery import contract
+from solidify.surgery import catalogue, contract
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign
 
@@ -121,7 +121,7 @@ def place(
     if not isinstance(base, PreTrainedModel):
         base = loading.load_base(str(base)).model
     records = [edit.document() if isinstance(edit, Edit) else dict(edit) for edit in edits]
-    candidates = [record["name"] for record in records if record["operation"] == "replace"]
+    candidates = [record["name"] for record in records if (kind := catalogue.of(record)).matched and not kind.spread]
     seen = list(held_out or batches[:4])
     savings, needed = _find_savings(model, base, candidates, budget)
     align(model, base, batches, edits=records, settings=settings, held_out=seen)

@@ -20,6 +20,7 @@ from solidify.healing.ledger import Aligned, Kept, Result
 from solidify.healing.matching import Call, Unit
 from solidify.healing.sources import Batch, order_of_calls
 from solidify.model import anatomy
+from solidify.surgery import catalogue
 from solidify.system import console, foreign
 
 _LOOKED_AT = 4  # batches that the errors before and after are taken from, where none are held out
@@ -124,12 +125,12 @@ def find_units(
         HealingError: the settings are wrong, nothing learns, or a module stands at several names.
     """
     faults = [*settings.faults(), *earlier]
-    replaced = {record["name"]: record for record in records if record["operation"] in ("replace", "share")}
+    replaced = {record["name"]: record for record in records if catalogue.of(record).matched}
     faults += [
         f"{name} is one module that stands at several names (share), which cannot learn from each of them by itself; "
         "leave it to distillation"
         for name, record in replaced.items()
-        if record["operation"] == "share"
+        if catalogue.of(record).spread
     ][:3]
     if not replaced:
         faults.append("no module of the base was replaced, so nothing can be aligned")
@@ -203,7 +204,7 @@ def unlike_base(model: nn.Module, base: nn.Module, records: Sequence[Mapping[str
     modules, faults, seen = dict(base.named_modules(remove_duplicate=False)), [], set[str]()
     for record in records:
         name, wanted = record["name"], record["old_class"]
-        if record["operation"] not in ("replace", "share") or name in seen:
+        if not catalogue.of(record).matched or name in seen:
             continue
         seen.add(name)
         found = type(modules[name]).__name__ if name in modules else None

@@ -27,7 +27,7 @@ class Replace(Operation):
     """
 
     asked = recorded = "replace"
-    puts = runs = switches = True
+    puts = runs = switches = matched = True
 
     replace: str | list[str]
     expect: str
@@ -69,6 +69,7 @@ class Share(Replace):
 
     asked = ""
     recorded = "share"
+    spread = True
     switches = False
 
 

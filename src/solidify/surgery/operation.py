@@ -52,6 +52,8 @@ class Operation(BaseModel):
     asked: ClassVar[str] = ""  # the key of a recipe's step; empty for what another step's field asks for
     recorded: ClassVar[str]  # the name in records and in config.surgery
     puts: ClassVar[bool] = False  # a new module stands where one stood
+    matched: ClassVar[bool] = False  # what it puts there can learn from what stood there
+    spread: ClassVar[bool] = False  # one new module stands at several names
     adds: ClassVar[bool] = False  # a new module stands where nothing stood, and answers in the model's outputs
     shapes: ClassVar[bool] = False  # what stands there is of the old class, in another shape
     runs: ClassVar[bool] = False  # the model calls what stands there: of a bounded model, it is run alone
