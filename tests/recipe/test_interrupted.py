@@ -296,7 +296,7 @@ def test_a_tokenizer_that_the_training_names_runs_no_code(
     asked_of: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked_of.append(prompt) or "y")
     made = load(beside, "g.yaml", document(chat_template_path=str(evil)))
-    with pytest.raises(RecipeError, match="does not take the training section"):
+    with pytest.raises(RecipeError, match="chat_template_path"):
         stages.run(made, tmp_path / "out")
     assert not canary.exists() and not asked_of
 
