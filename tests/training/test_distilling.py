@@ -29,6 +29,7 @@ from training import (
     HIDDEN,
     TWO_STEPS,
     Step,
+    adding,
     arguments,
     assert_alike,
     assert_any_split,
@@ -100,14 +101,8 @@ def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_pat
 
 def test_a_term_of_each_micro_batch_would_depend_on_it(trash_artifact: Path, tmp_path: Path) -> None:
     """What a script's `compute_loss` adds; so the invariance above is not that of terms that are linear anyway."""
-
-    class Script(DistillationTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return loss + sum(p.square().sum() for p in model.parameters() if p.requires_grad)
-
-    whole, _ = step(awake(trash_artifact), tmp_path, 8, 1, None, kind=Script)
-    split, _ = step(awake(trash_artifact), tmp_path, 1, 8, None, kind=Script)
+    whole, _ = step(awake(trash_artifact), tmp_path, 8, 1, None, kind=adding(DistillationTrainer))
+    split, _ = step(awake(trash_artifact), tmp_path, 1, 8, None, kind=adding(DistillationTrainer))
     assert distance(whole, split) > 1
 
 

@@ -21,6 +21,7 @@ from training import (
     DISTILLING,
     TWO_STEPS,
     Step,
+    adding,
     arguments,
     assert_alike,
     assert_any_split,
@@ -105,14 +106,8 @@ def test_a_step_may_read_part_of_what_was_written(trash_artifact: Path, tmp_path
 
 def test_a_script_multiplies_what_it_adds(trash_artifact: Path, tmp_path: Path) -> None:
     """What a script adds in `compute_loss` counts once a micro-batch; so the invariance above is not for nothing."""
-
-    class Script(GRPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return loss + sum(p.square().sum() for p in model.parameters() if p.requires_grad)
-
-    whole, _ = take(prepared(awake(trash_artifact), tmp_path, 8, 1, None, kind=Script))
-    split, _ = take(prepared(awake(trash_artifact), tmp_path, 2, 4, None, kind=Script))
+    whole, _ = take(prepared(awake(trash_artifact), tmp_path, 8, 1, None, kind=adding(GRPOTrainer)))
+    split, _ = take(prepared(awake(trash_artifact), tmp_path, 2, 4, None, kind=adding(GRPOTrainer)))
     assert distance(whole, split) > 1
 
 

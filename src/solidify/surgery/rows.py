@@ -97,6 +97,7 @@ def _build_shapes(model: PreTrainedModel, settings: Mapping[str, int]) -> _Shape
     kind: Any = next(cls for cls in type(model).__mro__ if not hasattr(cls, "changed"))
 
     def build() -> nn.Module:
+        """Builds the model without memory."""
         with torch.device("meta"):
             built: nn.Module = kind(config)
             return built

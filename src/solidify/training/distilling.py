@@ -16,7 +16,7 @@ from trl import DistillationTrainer
 from solidify.adapter import lookup
 from solidify.objective.runner import share
 from solidify.objective.window import Counts, Window
-from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
+from solidify.training.runner import AnsweringRunner
 from solidify.training.trainer import ObjectiveMixin
 from solidify.upstream.transformers_training import has_length
 from solidify.upstream.trl import DistillationSeams, write_answers
@@ -26,20 +26,8 @@ _TAKEN_APART = (*(f"{part}_{what}" for part in _PARTS for what in ("ids", "mask"
 _OF_IMAGES = ("num_images", "num_tiles")  # these say where TRL cuts a batch
 
 
-class DistillationRunner(TrainerRunner):
-    """TRL's DistillationTrainer. Prompts are padded on the left, answers on the right; labels are what was written."""
-
-    builds_logits = False
-    shows_outputs = False
-    extra_inputs = WITHOUT_CACHE
-    counts_tokens = True
-    ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
-    always_shifts = True
-
-    @property
-    def writes_answers(self) -> bool:
-        """Whether answers are written in training."""
-        return True
+class DistillationRunner(AnsweringRunner):
+    """TRL's DistillationTrainer."""
 
     def faults(self) -> list[str]:
         """Names what TRL's loss would not see (it takes the weight of the head alone), and rows that make no step."""

@@ -117,7 +117,26 @@ def _chosen_tokens(batch: Mapping[str, Any]) -> float:
     return float(mask[: len(mask) // 2, 1:].sum())
 
 
-class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
+class ComparingMixin(ObjectiveMixin):
+    """What TRL's trainers share that compare a model with a reference: the copy of an adapter at its start."""
+
+    def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
+        copies = ref_model is None and isinstance(model, PeftModel)
+        with complete_copy(model) if copies else nullcontext():
+            super().__init__(model, ref_model, *args, objective=objective, **kwargs)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Computes the reference's log-probabilities; what is trainable stays as it was."""
+        with lookup.trainable_kept(self.model):
+            return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the scaled objective in training, TRL's loss otherwise; what is trainable stays as it was."""
+        with lookup.trainable_kept(self.model):
+            return super().compute_loss(*args, **kwargs)
+
+
+class ObjectiveDPOTrainer(ComparingMixin, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer, trained on an `Objective`; all other arguments are DPOTrainer's.
 
     TRL's reference of a model with an adapter is the adapter as it stands now, of which a copy is kept; it is complete
@@ -130,21 +149,6 @@ class ObjectiveDPOTrainer(ObjectiveMixin, DPOTrainer):  # type: ignore[misc]
     """
 
     runner_of = DPORunner
-
-    def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
-        copies = ref_model is None and isinstance(model, PeftModel)
-        with complete_copy(model) if copies else nullcontext():
-            super().__init__(model, ref_model, *args, objective=objective, **kwargs)
-
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """Computes the reference's log-probabilities; what is trainable stays as it was."""
-        with lookup.trainable_kept(self.model):
-            return super().compute_ref_log_probs(model, inputs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the scaled objective in training, TRL's loss otherwise; what is trainable stays as it was."""
-        with lookup.trainable_kept(self.model):
-            return super().compute_loss(*args, **kwargs)
 
 
 @contextmanager

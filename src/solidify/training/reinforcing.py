@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from solidify.objective.objective import Objective
 from solidify.objective.window import Counts, Window
-from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
+from solidify.training.runner import AnsweringRunner
 from solidify.training.trainer import ObjectiveMixin
 from solidify.upstream.transformers_training import has_length
 from solidify.upstream.trl import AnsweringSeams, score_answers
@@ -36,21 +36,10 @@ _OF_SEQUENCES = ("grpo", "dr_grpo", "sapo", "luspo")
 _OF_TOKENS = ("bnpo",)
 
 
-class GRPORunner(TrainerRunner):
-    """TRL's GRPOTrainer. Prompts are padded on the left, answers on the right; labels are what was written."""
+class GRPORunner(AnsweringRunner):
+    """TRL's GRPOTrainer."""
 
-    builds_logits = False
-    shows_outputs = False
     adds_auxiliary = True
-    extra_inputs = WITHOUT_CACHE
-    counts_tokens = True
-    ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
-    always_shifts = True
-
-    @property
-    def writes_answers(self) -> bool:
-        """Whether answers are written in training."""
-        return True
 
     @classmethod
     def judge(cls, args: Any, objective: Objective) -> list[str]:

@@ -120,6 +120,23 @@ class TrainerRunner(Runner):
         return loss
 
 
+class AnsweringRunner(TrainerRunner):
+    """What TRL's trainers share whose rows are prompts. Prompts are padded on the left, answers on the right; labels
+    are what was written."""
+
+    builds_logits = False
+    shows_outputs = False
+    extra_inputs = WITHOUT_CACHE
+    counts_tokens = True
+    ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
+    always_shifts = True
+
+    @property
+    def writes_answers(self) -> bool:
+        """Whether answers are written in training."""
+        return True
+
+
 def _find_auxiliary(weight: float | None) -> list[str]:
     if not weight:
         return []

@@ -19,9 +19,8 @@ from trl import KTOTrainer
 from solidify.adapter import lookup
 from solidify.objective import window as windowing
 from solidify.objective.window import Counts, Window
-from solidify.training.preference import COPY, complete_copy
+from solidify.training.preference import COPY, ComparingMixin
 from solidify.training.runner import WITHOUT_CACHE, TrainerRunner
-from solidify.training.trainer import ObjectiveMixin
 from solidify.upstream.trl import DivergenceSeams, use_adapter
 
 # What TRL's collator and its precomputation put into a batch beside the model's own inputs (TRL 1.16).
@@ -88,7 +87,7 @@ class KTORunner(TrainerRunner):
         return loss * window.ranks * counts.sequences / max(window.sequences, 1), None
 
 
-class ObjectiveKTOTrainer(ObjectiveMixin, DivergenceSeams, KTOTrainer):  # type: ignore[misc]
+class ObjectiveKTOTrainer(ComparingMixin, DivergenceSeams, KTOTrainer):  # type: ignore[misc]
     """TRL's KTOTrainer, trained on an `Objective`; all other arguments are KTOTrainer's.
 
     TRL's reference of a model with an adapter is the adapter as it stands now, as in `ObjectiveDPOTrainer`. The
@@ -100,21 +99,6 @@ class ObjectiveKTOTrainer(ObjectiveMixin, DivergenceSeams, KTOTrainer):  # type:
     """
 
     runner_of = KTORunner
-
-    def __init__(self, model: Any, ref_model: Any = None, *args: Any, objective: Any, **kwargs: Any) -> None:
-        copies = ref_model is None and isinstance(model, PeftModel)
-        with complete_copy(model) if copies else nullcontext():
-            super().__init__(model, ref_model, *args, objective=objective, **kwargs)
-
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """Computes the reference's log-probabilities; what is trainable stays as it was."""
-        with lookup.trainable_kept(self.model):
-            return super().compute_ref_log_probs(model, inputs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the scaled objective in training, TRL's loss otherwise; what is trainable stays as it was."""
-        with lookup.trainable_kept(self.model):
-            return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as TRL does, which takes the divergence of each batch."""
