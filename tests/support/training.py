@@ -144,7 +144,7 @@ def take(trainer: Any) -> Step:
 
 
 def adding(kind: Any) -> Any:
-    """Returns a trainer whose `compute_loss` adds a penalty, as scripts do: once a micro-batch, whatever their number."""
+    """Returns a trainer whose `compute_loss` adds a penalty, as scripts do: once in every micro-batch."""
 
     class Script(kind):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
