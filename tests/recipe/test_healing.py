@@ -137,7 +137,7 @@ def test_what_a_recipe_may_say_is_what_python_takes() -> None:
     from solidify.healing import matching
     from solidify.healing.learning import Alignment
     from solidify.healing.placing import METHODS, Budget
-    from solidify.recipe.schema import Align, Place
+    from solidify.recipe.sections import Align, Place
 
     for field, known in (("match", matching.AT), ("distance", matching.DISTANCES), ("inputs", ("base", "healed"))):
         assert get_args(Align.model_fields[field].annotation) == tuple(known)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 import solidify
 from solidify.errors import DataError, ObjectiveError, RecipeError, SolidifyError
 from solidify.findings import Report
-from solidify.recipe import dry_run, kinds, schema, stages, trainers
+from solidify.recipe import dry_run, kinds, schema, sections, stages, trainers
 
 USER = Path(pico.__file__).parent / "user_modules"
 WORDS = (
@@ -394,7 +394,7 @@ def test_rows_that_are_too_long_are_counted(
     model = AutoModelForSequenceClassification.from_pretrained(recipe.base.model)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base.model)
     adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["**.q_proj"]})
-    recipe = recipe.model_copy(update={"objective": [schema.Term(loss="model")]})
+    recipe = recipe.model_copy(update={"objective": [sections.Term(loss="model")]})
     _, examples = trainers.make_trainer(recipe, tmp_path, adapted, tokenizer)
     assert len(examples) == 8
     assert "1 of 9 rows are longer than max_length and left out" in "".join(capsys.readouterr())

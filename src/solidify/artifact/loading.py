@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from huggingface_hub import try_to_load_from_cache
 from peft.utils import CONFIG_NAME
 from transformers import (
     AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from solidify.artifact import autos, conversion, quantizing
 from solidify.artifact.conversion import Scratch
+from solidify.artifact.preparing import has_file, open_artifact, read_processor, read_tokenizer
+from solidify.artifact.preparing import load_processor as load_processor
+from solidify.artifact.preparing import load_tokenizer as load_tokenizer
+from solidify.artifact.preparing import tokenizer_in as tokenizer_in
 from solidify.directory import manifest, private, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, ModelError, SolidifyError, refuse
@@ -121,8 +121,8 @@ def load_base(
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    processor = _load_processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
-    tokenizer = _load_tokenizer(reference, revision, trust_remote_code=trust_remote_code)
+    processor = read_processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
+    tokenizer = read_tokenizer(reference, revision, trust_remote_code=trust_remote_code)
     return BaseModel(model.eval(), tokenizer, origin, processor)
 
 
@@ -137,7 +137,7 @@ def _read_model(
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
-    if _has_file(reference, CONFIG_NAME, options["revision"]):
+    if has_file(reference, CONFIG_NAME, options["revision"]):
         raise ModelError(
             f"the base {reference!r} holds an adapter too ({CONFIG_NAME}), which transformers would put on it; merge "
             "that first (`solidify merge`), or remove the file"
@@ -235,82 +235,13 @@ def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_rem
     options: dict[str, Any] = {"device_map": "meta"} if device == "meta" else {}
     options |= {"dtype": getattr(torch, dtype)} if dtype else {}
     directory = directory.resolve()
-    with _open_artifact(directory, trust_remote_code) as (record, own):
+    with open_artifact(directory, trust_remote_code) as (record, own):
         model = _load_model(directory, record, own, options)
-        processor = _load_processor(str(own), None, trust_remote_code=True, needed=device != "meta")
-        tokenizer = _load_tokenizer(str(own), None, trust_remote_code=True)
+        processor = read_processor(str(own), None, trust_remote_code=True, needed=device != "meta")
+        tokenizer = read_tokenizer(str(own), None, trust_remote_code=True)
         for thing in (processor, tokenizer):
             private.point_back(thing, own, directory)
     return BaseModel(model, tokenizer, record.base, processor)
-
-
-@contextmanager
-def _open_artifact(
-    directory: Path, trust_remote_code: bool, *, weights: bool = True
-) -> Iterator[tuple[Manifest, Path]]:
-    """Yields an artifact's manifest and a private copy of its files, all verified; no code of it has run yet.
-
-    While the block lasts, its weight files stay as they are, or ArtifactError says that they did not.
-    """
-    record = manifest.read(directory, "artifact")
-    with checkpoint.steady([directory / name for name in record.headers]):
-        faults = manifest.faults(directory, record, card=False, weights=weights)
-        refuse(ArtifactError, f"{directory} is not what was written", faults)
-        trust.require(record, directory, trust_remote_code)
-        with private.copy(directory, record) as own, trust.never_asking():
-            yield record, own
-
-
-def _load_tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
-    with foreign.calling(f"the tokenizer of {reference!r} cannot be loaded", ModelError), trust.never_asking():
-        try:
-            return AutoTokenizer.from_pretrained(
-                reference, revision=revision or "main", trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, KeyError, TypeError):  # TypeError: a family's own reader is given no file at all
-            return None  # many models have none, and no stage but training and generation needs it
-
-
-def tokenizer_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Returns the tokenizer that stands in a model's directory, an artifact's or not; None where there is none."""
-    if manifest.kind(directory) == "artifact":
-        with _open_artifact(directory.resolve(), trust_remote_code, weights=False) as (_, own):
-            found = _load_tokenizer(str(own), None, trust_remote_code=True)
-            private.point_back(found, own, directory.resolve())
-            return found
-    return _load_tokenizer(str(directory), None, trust_remote_code=trust_remote_code)
-
-
-def _load_processor(reference: str, revision: str | None, *, trust_remote_code: bool, needed: bool) -> Any:
-    """Returns what prepares images, sound or text with either for a model; None where that is the tokenizer alone.
-
-    Raises:
-        ModelError: there is one, it is needed, and it cannot be loaded (often a package that it needs is missing).
-    """
-    reason, brought = "transformers finds only a tokenizer", [PROCESSOR_NAME]
-    with trust.never_asking():
-        read = foreign.attempt(
-            AutoProcessor.from_pretrained, reference, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    if read.error is not None:
-        reason = " ".join(str(read.error).split())
-        brought = [PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME]  # the latter is also what an image processor is kept in
-    elif not isinstance(read.value, PreTrainedTokenizerBase):
-        return read.value
-    brought = [name for name in brought if _has_file(reference, name, revision)]
-    if brought and needed:
-        raise ModelError(
-            f"{reference!r} has a {brought[0]} that cannot be loaded, so what it prepares inputs with would be lost: "
-            f"{reason}"
-        )
-    return None
-
-
-def _has_file(reference: str, name: str, revision: str | None) -> bool:
-    """Returns whether a model has a file; of one from the hub, whether it is in the cache by now."""
-    if files.is_directory(reference):
-        return files.is_file(Path(reference) / name)
-    return isinstance(try_to_load_from_cache(reference, name, revision=revision or "main"), str)
 
 
 def load_artifact(
@@ -339,7 +270,7 @@ def load_artifact(
         return _load_stock(
             directory, trust_remote_code=trust_remote_code, quantization=quantization, keep=keep, **options
         )
-    with _open_artifact(directory, trust_remote_code) as (record, own):
+    with open_artifact(directory, trust_remote_code) as (record, own):
         kept: dict[str, str] = {}
         if quantization is not None:
             kept, options = _choose_quantized(_build_skeleton(own), record.edits, quantization, keep, options)
@@ -438,41 +369,3 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
 
 def _has_module(model: PreTrainedModel, name: str) -> bool:
     return any(name == module_name for module_name, _ in model.named_modules())
-
-
-def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Returns the tokenizer that stands in an artifact.
-
-    transformers reads the artifact's configuration class for it, which is code of the artifact.
-
-    Raises:
-        ArtifactError: there is none, a file is not what was written, or the artifact's code may not run.
-    """
-    tokenizer = tokenizer_in(_find_artifact(directory), trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        raise ArtifactError(f"{directory} holds no tokenizer; build it with tokenizer=...")
-    return tokenizer
-
-
-def _find_artifact(directory: str | Path) -> Path:
-    """Returns the directory of an artifact."""
-    found = Path(directory).resolve()
-    manifest.read(found, manifest.MODELS)
-    return found
-
-
-def load_processor(directory: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Returns the processor that stands in an artifact (which holds the tokenizer), or else its tokenizer.
-
-    Raises:
-        ArtifactError: there is neither, a file is not what was written, or the artifact's code may not run.
-        ModelError: a package that the processor is made of is not installed.
-    """
-    directory = _find_artifact(directory)
-    if manifest.kind(directory) == "stock":
-        processor = _load_processor(str(directory), None, trust_remote_code=trust_remote_code, needed=True)
-    else:
-        with _open_artifact(directory, trust_remote_code, weights=False) as (_, own):
-            processor = _load_processor(str(own), None, trust_remote_code=True, needed=True)
-            private.point_back(processor, own, directory)
-    return processor if processor is not None else load_tokenizer(directory, trust_remote_code=trust_remote_code)

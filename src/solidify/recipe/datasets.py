@@ -15,7 +15,8 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from solidify.adapter import lookup
 from solidify.builtin import corpus
 from solidify.errors import DataError, RecipeError, raised_as, refuse
-from solidify.recipe.schema import PARTS, Recipe, Source
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import PARTS, Source
 from solidify.system import files
 from solidify.training import (
     batching,

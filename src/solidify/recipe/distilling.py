@@ -15,7 +15,8 @@ from solidify.adapter import adapters
 from solidify.adapter import plan as planning
 from solidify.errors import HealingError, ObjectiveError, RecipeError, SolidifyError, raised_as
 from solidify.recipe import objectives, trainers
-from solidify.recipe.schema import Adapter, Recipe
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import Adapter
 from solidify.system import console
 from solidify.training import groups
 

@@ -31,7 +31,8 @@ from solidify.healing.placing import Budget, Placement
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.recipe import datasets, distilling, models
-from solidify.recipe.schema import Align, Place, Recipe
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import Align, Place
 from solidify.surgery.catalogue import Replace
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, disk, files, processes

@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from solidify.recipe.schema import COMPARED, TAUGHT, Recipe, Trainer
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import COMPARED, TAUGHT, Trainer
 
 NAMED = tuple(name for name in get_args(Trainer) if name != "auto")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

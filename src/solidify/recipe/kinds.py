@@ -27,7 +27,8 @@ from solidify.errors import DataError, RecipeError, refuse
 from solidify.objective.internals import refuse_other_vocabulary
 from solidify.objective.objective import Objective
 from solidify.recipe import datasets, models, references, trl_rows
-from solidify.recipe.schema import PARTS, Recipe
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import PARTS
 from solidify.system import foreign
 from solidify.training import chats, data, formats, sources
 from solidify.training.distilling import ObjectiveDistillationTrainer

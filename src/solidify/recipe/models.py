@@ -16,7 +16,8 @@ from solidify.builtin import bases
 from solidify.errors import ModelError, RecipeError, raised_as
 from solidify.model.extent import Extent
 from solidify.recipe import references
-from solidify.recipe.schema import Base, Recipe
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import Base
 from solidify.surgery import ledger
 from solidify.surgery.edit_record import Edit
 from solidify.system import files

@@ -10,7 +10,8 @@ from solidify.directory import manifest
 from solidify.errors import RecipeError
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import models, references
-from solidify.recipe.schema import TAUGHT, Recipe
+from solidify.recipe.schema import Recipe
+from solidify.recipe.sections import TAUGHT
 
 
 def make_terms(recipe: Recipe) -> list[Term]:
