@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from solidify.command import publishing, starting, trying
+from solidify.command import publishing, starting, trusting, trying
 from solidify.command.quiet import start_verb as _start_verb
 
 
@@ -50,9 +50,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base is now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
-Chain = Annotated[
-    list[Path] | None, typer.Option("--certificate-chain", help="Certificates in PEM, up to the root; repeatable.")
-]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
@@ -317,66 +314,8 @@ def diff(
     _print_results(views.differences(differences))
 
 
-@app.command()
-def adopt(
-    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
-    files: Annotated[list[Path], typer.Argument(help="Names of files inside the directory.", show_default=False)],
-) -> None:
-    """Shows files that were put into a directory on purpose (or edited there), and lists them in its manifest."""
-    with _start_verb():
-        from solidify.command import views
-        from solidify.directory import adopting
-
-    found = adopting.read(directory, files)
-    _print_results(views.adopted(directory, found))
-    adopting.keep(directory.resolve(), found)
-
-
-@app.command()
-def trust(
-    directory: Annotated[Path, typer.Argument(help="An artifact that was built elsewhere; read its code first.")],
-    forget: Annotated[bool, typer.Option("--forget", help="Ask again from now on.")] = False,
-) -> None:
-    """Lets an artifact's code, exactly as it stands, run on this machine from now on, without asking again."""
-    with _start_verb():
-        from solidify.command import views
-        from solidify.directory import trust as trusting
-
-    record = trusting.trust(directory, forget=forget)
-    _print_results(views.trusted(directory, record, forget=forget))
-
-
-@app.command()
-def sign(
-    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
-    key: Annotated[Path, typer.Option("--key", help="A private key in PEM (P-256, P-384, P-521).", show_default=False)],
-    certificate: Annotated[Path | None, typer.Option("--certificate", help="The key's certificate, in PEM.")] = None,
-    certificate_chain: Chain = None,
-) -> None:
-    """Signs a directory, after comparing all of it with its manifest; the signature is written into it (model.sig)."""
-    from solidify.command import views
-    from solidify.directory import signing
-
-    made = signing.sign(directory, key, certificate=certificate, certificate_chain=certificate_chain or ())
-    _print_results(views.signed(directory, made, "is signed by"))
-
-
-@app.command()
-def verify(
-    directory: Annotated[Path, typer.Argument(help="An artifact, an adapter or a merged model.")],
-    key: Annotated[Path | None, typer.Option("--key", help="The public key of who must have signed it.")] = None,
-    certificate_chain: Chain = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The name that the certificate must have been issued to.")
-    ] = None,
-) -> None:
-    """Says whether a directory is what somebody signed, every file of it; runs none of its code; exit code 1 if not."""
-    from solidify.command import views
-    from solidify.directory import signing
-
-    found = signing.verify(directory, key, certificate_chain=certificate_chain or (), name=name)
-    _print_results(views.signed(directory, found, "is as it was signed by"))
-
+for _verb in (trusting.adopt, trusting.trust, trusting.sign, trusting.verify):
+    app.command()(_verb)
 
 app.command()(publishing.push)
 
@@ -434,12 +373,9 @@ def _print_json(document: Any) -> None:
 
 
 def _print_results(shown: Iterable[Any]) -> None:
-    from rich.text import Text
-
     from solidify.system import console
 
-    for each in shown:
-        console.results.print(each, soft_wrap=isinstance(each, (str, Text)))
+    console.print_all(shown)
 
 
 def _read_stamp(path: Path) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ from solidify.model.cost import cost
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, first_batch, healing, models, objectives, trainers, trl_rows
+from solidify.recipe import datasets, first_batch, heal_plan, models, objectives, trainers, trl_rows
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
@@ -109,14 +109,14 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     modules = {"before": inspection.tree(base.model)}
     if not any(step.speaks for step in recipe.surgery):  # else the surgery may give an id its embedding
         vocabulary.refuse_unfit(base.model, preparing, RecipeError)
-    refuse(RecipeError, "the recipe cannot be healed as asked", healing.faults(recipe))
+    refuse(RecipeError, "the recipe cannot be healed as asked", heal_plan.faults(recipe))
     edits = models.operate(recipe, base.model, preparing=preparing)
     records = [edit.document() for edit in edits]
     vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
     read: dict[str, Any] | None = None
     if recipe.heal is not None:
         read = _rehearse_healing(recipe, base.model, preparing)
-    healed = healing.plan(recipe, base.model, edits)
+    healed = heal_plan.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
     modules["after"] = inspection.tree(base.model)

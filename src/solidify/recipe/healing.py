@@ -7,7 +7,6 @@ and `merged` come of distillation, `alignment` holds what each module has learne
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,23 +18,18 @@ from transformers import PreTrainedModel
 
 from solidify.artifact import loading
 from solidify.artifact.solidify import write_again
-from solidify.directory import manifest, ours, results, writing
-from solidify.errors import ArtifactError, HealingError, ObjectiveError, RecipeError, raised_as
+from solidify.directory import manifest, ours, results
+from solidify.errors import ObjectiveError, RecipeError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
-from solidify.healing import measuring, outcome, placing, work
-from solidify.healing.footprint import footprint
+from solidify.healing import measuring, outcome
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned
-from solidify.healing.placing import Budget, Placement
 from solidify.model import anatomy
-from solidify.model.extent import Extent
-from solidify.recipe import datasets, distilling, models
+from solidify.recipe import datasets, models
 from solidify.recipe.schema import Recipe
-from solidify.recipe.sections import Align, Place
-from solidify.surgery.catalogue import Replace
-from solidify.surgery.edit_record import Edit
-from solidify.system import console, disk, files, processes
+from solidify.recipe.sections import Align
+from solidify.system import console, disk, processes
 from solidify.training import groups
 from solidify.weights import hashing
 
@@ -72,20 +66,6 @@ def healed(recipe: Recipe, directory: Path) -> Path:
     return directory_of(directory) / ("merged" if recipe.heal.distill is not None else "artifact")
 
 
-def faults(recipe: Recipe) -> list[str]:
-    """Says what of a recipe's `heal` cannot be, as far as that shows before anything runs."""
-    heal, found = recipe.heal, list[str]()
-    if heal is None:
-        return []
-    if heal.align is not None:
-        found += [f"heal.align: {fault}" for fault in settings_of(heal.align).faults()]
-    if heal.place is not None and not isinstance(_find_step(recipe, heal.place), Replace):
-        found.append(
-            f"heal.place: step {heal.place.step} of the surgery is not a `replace`, and only replacements are placed"
-        )
-    return found
-
-
 def settings_of(align: Align) -> Alignment:
     """Returns how units learn."""
     fields = align.model_dump(exclude={"batch_size", "train", "parameter_groups"})
@@ -113,134 +93,6 @@ def _collate_rows(collate: Any, rows: Any, size: int) -> Batches:
     listed.sort(key=lambda row: -len(row["input_ids"]))  # rows of alike lengths together: little padding
     batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
     return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]
-
-
-def placed_before(recipe: Recipe, directory: Path) -> Recipe:
-    """Returns a recipe with the layers that were chosen for it in an earlier run; as it is, where none were."""
-    if recipe.heal is None or recipe.heal.place is None:
-        return recipe
-    found = _read_placement(directory, recipe)
-    return narrowed(recipe, found["chosen"]) if found is not None else recipe
-
-
-def require_placed(recipe: Recipe, directory: Path) -> Recipe:
-    """Returns a recipe with the layers that were chosen for it.
-
-    Raises:
-        HealingError: it asks for a choice of layers, and none stands in the directory.
-    """
-    found = placed_before(recipe, directory)
-    if found.heal is not None and found.heal.place is not None:
-        raise HealingError(
-            f"the layers of this recipe are not chosen yet: there is no {ours.HEAL}/{ours.PLACEMENT} of it in "
-            f"{directory}; run `solidify build` or `solidify run` with it first"
-        )
-    return found
-
-
-def place(recipe: Recipe, directory: Path, report: Report, *, again: bool = True) -> Recipe:
-    """Chooses the layers of a recipe that asks for it, and returns the recipe with these alone.
-
-    Without `again`, an earlier choice of the same recipe is taken.
-
-    Raises:
-        HealingError: the budget cannot be met.
-    """
-    if recipe.heal is None or recipe.heal.place is None:
-        return recipe
-    found = None if again else _read_placement(directory, recipe)
-    if found is None:
-        found = {"key": _key_of(recipe), **_describe_placement(_choose_layers(recipe, directory))}
-        directory_of(directory).mkdir(parents=True, exist_ok=True)
-        disk.write(directory_of(directory) / ours.PLACEMENT, json.dumps(found, indent=1) + "\n")
-    report.measured["place"] = {name: value for name, value in found.items() if name != "key"}
-    report.add("place", [_judge_placement(found)])
-    return narrowed(recipe, found["chosen"])
-
-
-def narrowed(recipe: Recipe, chosen: Sequence[str]) -> Recipe:
-    """Returns a recipe whose placed step replaces the chosen modules alone."""
-    assert recipe.heal is not None and recipe.heal.place is not None
-    step: Any = _find_step(recipe, recipe.heal.place)
-    narrow = step.model_copy(update={"replace": list(chosen), "count": len(chosen)})
-    surgery = [narrow if other is step else other for other in recipe.surgery]
-    heal = recipe.heal.model_copy(update={"place": None})
-    left = heal if heal.align is not None or heal.distill is not None else None
-    return recipe.model_copy(update={"surgery": surgery, "heal": left})
-
-
-def _find_step(recipe: Recipe, asked: Place) -> Any:
-    return recipe.surgery[asked.step] if asked.step < len(recipe.surgery) else None
-
-
-def _choose_layers(recipe: Recipe, directory: Path) -> Placement:
-    assert recipe.heal is not None and recipe.heal.place is not None
-    asked = recipe.heal.place
-    with writing.scratch(directory_of(directory) / "artifact", recipe.inputs()) as scratch:
-        with console.stage("Replacing every candidate"):
-            loaded, base = (models.load_base(recipe, scratch=scratch) for _ in range(2))
-            extent, preparing = Extent.of(loaded.model, scratch), loaded.processor or loaded.tokenizer
-            edits = models.operate(recipe, loaded.model, extent, preparing=preparing)
-        batches, held_out = make_batches(recipe, loaded.processor or loaded.tokenizer)
-        candidates = _list_candidates(recipe, asked, edits)
-        settings = settings_of(recipe.heal.align or Align())
-        return placing.place(
-            loaded.model,
-            base.model,
-            batches,
-            Budget(asked.layers, asked.cache_bytes, asked.flops, asked.length, asked.method),
-            edits=candidates,
-            settings=_shortened(settings, asked.max_steps),
-            held_out=held_out[:2],
-        )
-
-
-def _list_candidates(recipe: Recipe, asked: Place, edits: Sequence[Edit]) -> list[Edit]:
-    """Returns the edits of the step whose modules are placed."""
-    hits = anatomy.match(_find_step(recipe, asked).replace, [edit.name for edit in edits])
-    return [edit for edit in edits if any(edit.name in found for found in hits.values())]
-
-
-def _shortened(settings: Alignment, steps: int) -> Alignment:
-    return dataclasses.replace(settings, max_steps=steps, inputs="base")
-
-
-def _describe_placement(found: Placement) -> dict[str, Any]:
-    return {
-        "chosen": list(found.chosen),
-        "method": found.method,
-        "scores": dict(found.scores),
-        "savings": dict(found.savings),
-        "curve": list(found.curve),
-        "predicted": found.predicted,
-        "measured": found.measured,
-        "off": found.off,
-    }
-
-
-def _key_of(recipe: Recipe) -> str:
-    document = recipe.document()
-    heal = {key: document["heal"].get(key) for key in ("place", "align")}
-    return hashing.digest_values(
-        {**{key: document[key] for key in ("base", "surgery", "data")}, **heal, "files": _digest_data(recipe)}
-    )
-
-
-def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
-    try:
-        found = files.document(directory_of(directory) / ours.PLACEMENT)
-    except (OSError, ValueError, ArtifactError):
-        return None
-    return found if found.get("key") == _key_of(recipe) else None
-
-
-def _judge_placement(found: Mapping[str, Any]) -> Finding:
-    words = (
-        f"{', '.join(found['chosen'])}: {len(found['chosen'])} of {len(found['scores'])} modules by the "
-        f"{found['method']} choice; divergence {found['measured']:.4g}, by the sum of single scores "
-        f"{found['predicted']:.4g} (off by {found['off']:.0%})"
-    )
-    return Finding("layers chosen", None, words)
 
 
 def align(
@@ -278,11 +130,11 @@ def align(
 def _wanted_step(recipe: Recipe, source: Path) -> dict[str, Any]:
     """Returns what the aligned artifact's last step in its lineage says of how it was made."""
     document = recipe.document()
-    settings = {"align": document["heal"].get("align"), "data": {**document["data"], "files": _digest_data(recipe)}}
+    settings = {"align": document["heal"].get("align"), "data": {**document["data"], "files": digest_data(recipe)}}
     return {"step": "heal", "stage": "align", "settings": settings, "artifact": manifest.read(source).digest()}
 
 
-def _digest_data(recipe: Recipe) -> dict[str, str]:
+def digest_data(recipe: Recipe) -> dict[str, str]:
     """Returns the digests of the data files that stand beside the recipe."""
     assert recipe.data is not None
     found = dict[str, str]()
@@ -393,35 +245,6 @@ def layers_table(aligned: Sequence[Aligned]) -> Any:
 def _write_range(values: Sequence[float], form: str) -> str:
     least, most = (format(value, form) for value in (min(values), max(values)))
     return least if least == most else f"{least} to {most}"
-
-
-def plan(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Edit]) -> dict[str, Any] | None:
-    """Says what healing would take, on the meta device; None without `heal`. Runs nothing.
-
-    Raises:
-        RecipeError: it cannot begin: nothing learns, or a name means nothing.
-    """
-    if recipe.heal is None:
-        return None
-    assert recipe.data is not None
-    records, planned = [edit.document() for edit in edits], dict[str, Any]()
-    asked = recipe.heal.align
-    with raised_as(RecipeError, of=HealingError):
-        if asked is not None:
-            settings = settings_of(asked)
-            units, trained = work.find_units(model, records, settings)
-            more: dict[str, Any] = {"rows": asked.batch_size, "length": recipe.data.max_length}
-            more["stream"] = settings.streams(model)
-            planned["align"] = footprint(model, units, trained, settings, **more).document()
-        inner = distilling.inner_recipe(recipe, model, records)
-    if recipe.heal.place is not None:
-        most, count = recipe.heal.place.layers or 0, len(_list_candidates(recipe, recipe.heal.place, edits))
-        if most > count:
-            raise RecipeError(f"heal.place.layers: {most} are to be changed, but the step names {count} candidates")
-        planned["place"] = {"candidates": count, **recipe.heal.place.model_dump(exclude_none=True)}
-    if inner is not None:
-        planned["distill"] = distilling.plan(inner, model)
-    return planned
 
 
 def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:

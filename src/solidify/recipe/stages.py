@@ -20,7 +20,18 @@ from solidify.merging import export
 from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
-from solidify.recipe import datasets, distilling, evidence, healing, models, page, reporting, trainers, training
+from solidify.recipe import (
+    datasets,
+    distilling,
+    evidence,
+    healing,
+    models,
+    page,
+    placement,
+    reporting,
+    trainers,
+    training,
+)
 from solidify.recipe.dry_run import Plan, plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
@@ -64,14 +75,14 @@ def run(
     whole = given(recipe)
     directory = output_of(whole, output)
     trainers.join(whole, directory)
-    asked = processes.on_first(lambda: healing.placed_before(whole, directory)) if resume else whole
+    asked = processes.on_first(lambda: placement.placed_before(whole, directory)) if resume else whole
     report, finished = processes.on_first(lambda: _begin_report(whole, asked, directory, resume))
     if finished:
         console.words.print(f"{directory} is finished and whole; nothing is repeated")
         return report
     chosen = asked
     try:
-        chosen = processes.on_first(lambda: healing.place(asked, directory, report, again=not resume))
+        chosen = processes.on_first(lambda: placement.place(asked, directory, report, again=not resume))
         report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
         processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
         if chosen.heal is not None:
@@ -174,7 +185,7 @@ def build(
         SolidifyError: as the stages do; nothing is then left at `directory/artifact`.
     """
     report = report or Report(str(directory))
-    recipe = healing.place(recipe, directory, report, again=not resume)
+    recipe = placement.place(recipe, directory, report, again=not resume)
     target = directory / "artifact"
     document = results.built_by(recipe.document())
     if resume and results.is_made_by(target, document, manifest.MODELS):
@@ -273,7 +284,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     report = report or Report(str(directory))
     if recipe.adapter is None:
         raise RecipeError("the recipe has no `adapter`, so there is nothing to train")
-    recipe = healing.require_placed(recipe, directory)
+    recipe = placement.require_placed(recipe, directory)
     assert recipe.adapter is not None
     trainers.join(recipe, directory)
     if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
@@ -331,7 +342,7 @@ def heal(
     whole = given(recipe)
     directory = output_of(whole, output)
     processes.join()
-    loaded = healing.require_placed(whole, directory)
+    loaded = placement.require_placed(whole, directory)
     report = report if report is not None else Report(str(directory))
     if loaded.heal is None:
         raise RecipeError("the recipe has no `heal`, so there is nothing to heal")

@@ -161,6 +161,12 @@ def bytes_progress(description: str, total: int) -> Iterator[Any]:
         yield lambda count: bar.update(task, advance=count)
 
 
+def print_all(shown: Iterable[Any]) -> None:
+    """Prints results, one after the other; text keeps its lines as they are."""
+    for each in shown:
+        results.print(each, soft_wrap=isinstance(each, (str, Text)))
+
+
 def table(
     title: str,
     columns: Sequence[str],
