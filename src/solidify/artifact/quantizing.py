@@ -26,6 +26,7 @@ from solidify.model import anatomy, quantized
 from solidify.model.cost import cost
 from solidify.surgery import ledger
 from solidify.system import foreign
+from solidify.upstream.bitsandbytes import keep_as_quantized
 from solidify.upstream.torch import own_parameters
 from solidify.weights import hashing
 
@@ -238,7 +239,8 @@ def note(model: PreTrainedModel, kept: Iterable[str], where: Any) -> None:
 
 
 def remember(model: nn.Module) -> None:
-    """Remembers what each packed parameter of a model is now."""
+    """Remembers what each packed parameter of a model is now, and has it stay so."""
+    keep_as_quantized(model)
     vars(model)[_DIGESTS] = {name: digest(module, name) for name, module in packed_parameters(model)}
     _say_once()
 
