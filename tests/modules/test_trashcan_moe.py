@@ -6,7 +6,9 @@ Reference: a top-k over N real columns and m copies of one trash column, written
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import families
 import pico
 import pytest
 import torch
@@ -280,28 +282,9 @@ def test_siblings_with_the_same_contract_take_it(family: str, settings: dict[str
 
 
 def test_blocks_of_another_make_are_refused() -> None:
-    model = pico.make(
-        "Qwen2MoeForCausalLM",
-        **pico.SIZES,
-        **pico.EXPERTS,
-        num_key_value_heads=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    )
-    with pytest.raises(solidify.SurgeryError, match="consists of: gate, experts, shared_expert, shared_expert_gate"):
-        solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
-    model = pico.make(
-        "GptOssForCausalLM",
-        **pico.SIZES,
-        num_local_experts=4,
-        head_dim=8,
-        num_key_value_heads=2,
-        intermediate_size=32,
-    )
-    with pytest.raises(
-        solidify.SurgeryError, match=r"the original returns \(float32.* but TrashCanMoE returns float32"
-    ):
-        solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    model = families.tiny("llama4_text")
+    with pytest.raises(solidify.SurgeryError, match="a router that returns logits, weights and indices, and Llama4Rou"):
+        solidify.replace(model, "model.layers.*.feed_forward", TrashCanMoE)
     with pytest.raises(solidify.SurgeryError, match="consists of: gate_proj, up_proj, down_proj, act_fn"):
         solidify.replace(pico.llama(), "model.layers.*.mlp", TrashCanMoE)
 
@@ -324,3 +307,120 @@ def test_compiled_it_is_the_same_function() -> None:
     with torch.no_grad():
         compiled = torch.compile(can, backend="eager")(states())
         assert torch.allclose(compiled, can(states()), atol=1e-6)
+
+
+SHARED = ("qwen2_moe", "deepseek_v3", "ernie4_5_moe")  # of the last two the router is a sigmoid, and has a scaling
+
+
+def shared_block(family: str) -> torch.nn.Module:
+    model = families.tiny(family)
+    return next(module for module in model.modules() if "experts" in dict(module.named_children()))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("name", SHARED)
+def test_beside_shared_experts_only_routed_ones_are_skipped(name: str, weighting: str) -> None:
+    """Asleep it is the block bit for bit, with its scalings; with all trashed the shared part is left."""
+    block = shared_block(name)
+    x = torch.randn(1, 12, block.gate.weight.shape[-1])
+    expected = block(x)
+    can = TrashCanMoE(copy.deepcopy(block), weighting=weighting)
+    assert torch.equal(can(x), expected)
+    can.trash.bias.fill_(1e4)
+    rest = next(child for child in (getattr(block, n, None) for n in ("shared_expert", "shared_experts")) if child)(x)
+    if hasattr(block, "shared_expert_gate"):
+        rest = torch.sigmoid(block.shared_expert_gate(x)) * rest
+    assert torch.allclose(can(x), rest, atol=1e-6) and not torch.allclose(rest, expected, atol=1e-3)
+    rows = record_rows(can)
+    logits, weights, index = block.gate(x[0])
+    can.trash.bias.copy_(logits.log_softmax(-1).gather(-1, index).median())
+    keep = can.trash(x[0], logits, index) >= 0
+    assert 0 < keep.sum() < keep.numel()
+    found = can(x)
+    assert sum(rows) == keep.sum()
+    loop = rest[0].clone()
+    chosen = can._weigh(weights, can.trash(x[0], logits, index), keep, logits, index)
+    for token, slot in keep.nonzero().tolist():
+        loop[token] += block.experts(
+            x[0, token][None], index[token, slot][None, None], chosen[token, slot][None, None]
+        )[0]
+    assert torch.allclose(found[0], loop, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["topk_norm", "real_norm"])
+def test_kept_slots_share_what_the_router_gives_all(weighting: str) -> None:
+    """Of a sigmoid router with a scaling, too: the sum of a token's weights stays, apart from what the trash takes."""
+    can = TrashCanMoE(shared_block("deepseek_v3"), weighting=weighting, threshold=-2.0)
+    x = torch.randn(40, can.gate.weight.shape[-1])
+    logits, weights, index = can.gate(x)
+    scaling = weights.sum(-1)
+    margin = can.trash(x, logits, index)
+    keep = margin >= 0
+    found = (can._weigh(weights, margin, keep, logits, index) * keep).sum(-1)
+    if weighting == "topk_norm":
+        slot = logits.log_softmax(-1).gather(-1, index).argmax(-1, keepdim=True)
+        unit = weights.gather(-1, slot) / logits.softmax(-1).gather(-1, index).gather(-1, slot)
+        trash = (~keep).sum(-1) * torch.exp(torch.tensor(-2.0)) * unit[:, 0]
+        kept = (weights * keep).sum(-1)
+        assert torch.allclose(found, scaling * kept / (kept + trash).clamp(min=1e-30), atol=1e-4)
+    else:
+        assert torch.allclose(found, scaling * keep.any(-1).float(), atol=1e-5)
+
+
+def test_an_adapter_on_a_part_of_the_block_is_heard(tmp_path: Path) -> None:
+    """PEFT puts a module of its own where a child stood: the block's forward must call that one."""
+    model = families.tiny("qwen2_moe")
+    names = [name for name, module in model.named_modules() if "experts" in dict(module.named_children())]
+    edits = solidify.replace(model, names, TrashCanMoE, arguments={"threshold": -2.0})
+    artifact = solidify.build(model, edits, tmp_path / "artifact")
+    loaded = solidify.load(artifact.directory)
+    tuned = solidify.attach(
+        loaded,
+        lora={"r": 2, "target_modules": ["**.shared_expert.up_proj"]},
+        train=["**.trash", "**.shared_expert_gate"],
+    )
+    inputs = {"input_ids": torch.randint(3, model.config.vocab_size, (2, 12))}
+    before = anatomy.run(model, inputs)
+    assert torch.equal(anatomy.run(tuned, inputs), before)
+    tuned(**inputs, labels=inputs["input_ids"]).loss.backward()
+    reached = {n for n, p in tuned.named_parameters() if p.grad is not None and p.grad.any()}
+    for part in ("shared_expert.up_proj.lora_B", "trash", "shared_expert_gate"):
+        assert any(part in name for name in reached), part
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name or "shared_expert_gate" in name:
+                parameter.add_(0.5) if parameter.requires_grad else None
+    assert not torch.equal(anatomy.run(tuned, inputs), before)
+
+
+@pytest.mark.slow
+def test_every_family_with_such_a_block_takes_it() -> None:
+    """Of transformers' families with a router and experts in one block, those that are refused are these."""
+    refused, taken, seen = [], [], set[str]()
+    for model_type, auto in families.cases():
+        if model_type in seen:
+            continue
+        model = families.tiny(model_type, auto)
+        parts = {name: dict(module.named_children()) for name, module in model.named_modules()}
+        names = [name for name, p in parts.items() if "experts" in p and {"gate", "router"} & set(p)]
+        if not names:
+            continue
+        seen.add(model_type)
+        inputs = probing.probe_inputs(model)
+        before = anatomy.run(model, inputs)
+        try:
+            solidify.replace(model, names, TrashCanMoE)
+        except solidify.SurgeryError as error:
+            refused.append(model_type)
+            assert "TrashCanMoE needs a router" in str(error) or "TrashCanMoE reads" in str(error)
+            continue
+        taken.append(model_type)
+        assert torch.equal(anatomy.run(model, inputs), before), model_type
+        for name in names:
+            model.get_submodule(name).trash.bias.fill_(1e4)
+        assert not torch.equal(anatomy.run(model, inputs), before), model_type
+    assert len(taken) >= 50 and {"deepseek_v3", "qwen2_moe", "ernie4_5_moe", "glm4_moe"} <= set(taken)
+    assert sorted(refused) == REFUSED
+
+
+REFUSED = ["dbrx", "inkling_text", "llama4", "llama4_text", "switch_transformers", "zaya"]

@@ -56,23 +56,29 @@ class TrashCan(nn.Module):
 
 
 class TrashCanMoE(nn.Module):
-    """Takes over the router and the experts of an MoE block, under their own names, and adds a `TrashCan`.
+    """Takes over all of an MoE block, under its own names, and adds a `TrashCan`.
 
-    The block must consist of a router (`gate` or `router`, returning logits (tokens, num_experts), weights and indices
-    (tokens, top_k)) and of `experts` called with (hidden_states, indices, weights): the contract that OLMoE shares with
-    Qwen3-MoE, Mixtral, FlexOlmo and their kin in transformers 5. All other blocks are refused.
+    The block has a router (`gate` or `router`) that returns logits (tokens, num_experts), weights and indices (tokens,
+    top_k), and calls `experts` with (hidden_states, indices, weights): what OLMoE, Mixtral, Qwen2- and Qwen3-MoE,
+    DeepSeek-V3, GLM-4, Ernie 4.5 and some fifty more families of transformers 5 agree on. Its own forward runs, so that
+    shared experts, their gates and scalings stay as they are; what is skipped are routed experts. `P` is the softmax
+    over the router's logits, also where the router itself weighs by sigmoids. All other blocks are refused.
 
-    `weighting` says what a kept expert's output is multiplied by:
+    `weighting` says what a kept expert's output is multiplied by (`w` are the router's own weights of a token):
 
-    - `base`: the router's own weight; the trash head learns through a straight-through estimate.
-    - `softmax_all`: the router's weight times `sigmoid(-z - log multiplicity)`, the softmax over all columns.
-    - `topk_norm`: renormalised over kept and trashed slots; for routers that normalise their top-k weights.
-    - `real_norm`: renormalised over kept slots (AdaMoE); the model's loss then gives the trash head no gradient.
+    - `base`: `w`; the trash head learns through a straight-through estimate.
+    - `softmax_all`: `w` times `sigmoid(-z - log multiplicity)`, the softmax over all columns.
+    - `topk_norm`: what trashed slots, of `exp(z)` each, leave of the sum of `w`: `w sum(w) / (sum over kept of w + r
+      sum over trashed of exp(z))`, where `r = w / P` of the likeliest slot makes one of the other. For weights that are
+      a softmax over the top k this is the softmax with `exp(z)` in each trashed slot.
+    - `real_norm`: the sum of `w` goes to the kept slots (AdaMoE); the model's loss then gives the trash head no
+      gradient.
 
     While `bypass` is True the block computes what the original computed, bit for bit.
     """
 
     experts: Any
+    replaced: Any
 
     def __init__(
         self,
@@ -89,35 +95,73 @@ class TrashCanMoE(nn.Module):
             raise ValueError(f"threshold must be finite, but is {threshold}; {ASLEEP} trashes nothing")
         children = dict(original.named_children())
         router = next((name for name in ("gate", "router") if name in children), None)
-        if router is None or set(children) != {router, "experts"}:
+        if router is None or "experts" not in children:
             raise ValueError(
-                "TrashCanMoE takes the place of a block that consists of a router (`gate` or `router`) and `experts`, "
+                "TrashCanMoE takes the place of a block with a router (`gate` or `router`) and `experts`, "
                 f"but {type(original).__name__} consists of: {', '.join(children) or 'no modules'}"
             )
         for name, child in children.items():
             self.add_module(name, child)
-        self.trash = TrashCan(children[router].get_parameter("weight").shape[-1], threshold)
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in original.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name in original.state_dict())
+        widths = [parameter.shape[-1] for parameter in children[router].parameters() if parameter.ndim == 2]
+        if not widths:
+            raise ValueError(
+                "TrashCanMoE reads the width of the hidden states from the router's matrix, and "
+                f"{type(children[router]).__name__} has none"
+            )
+        self.trash = TrashCan(widths[0], threshold)
         self.weighting = weighting
         self.temperature = temperature
         self.multiplicity = multiplicity
         self.bypass = False
         self._router = router
+        self._owned = (*children, *(n for n, _ in original.named_parameters(recurse=False)))
+        self._owned += tuple(n for n, _ in original.named_buffers(recurse=False))
+        # No child: its own are this block's, and it is there for its forward.
+        object.__setattr__(self, "replaced", original)
+        self._routed: tuple[torch.Tensor, ...] | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps (batch_size, sequence_length, hidden_size) to the same shape."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        router_logits, weights, index = self.get_submodule(self._router)(tokens)
-        if self.bypass:
-            original: torch.Tensor = self.experts(tokens, index, weights)
-            return original.reshape(hidden_states.shape)
-        margin = self.trash(tokens, router_logits, index)
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Maps (batch_size, sequence_length, hidden_size) to what the original block returns."""
+        block: nn.Module = self.replaced
+        block.training = self.training
+        for name in self._owned:  # whatever stands there by now, an adapter for one
+            object.__setattr__(block, name, getattr(self, name))
+        if not self.bypass:
+            object.__setattr__(block, self._router, self._route)
+            object.__setattr__(block, "experts", self._run_kept)
+        try:
+            return block(hidden_states, *args, **kwargs)
+        finally:
+            self._routed = None
+
+    def _route(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the router, and remembers which slots are kept for the call of the experts."""
+        routed = self.get_submodule(self._router)(hidden_states, *args, **kwargs)
+        if not isinstance(routed, tuple) or len(routed) != 3 or routed[2].is_floating_point():
+            raise TypeError(
+                "TrashCanMoE needs a router that returns logits, weights and indices, and "
+                f"{type(self.get_submodule(self._router)).__name__} returns {_describe(routed)}"
+            )
+        logits, weights, index = routed
+        margin = self.trash(hidden_states.reshape(-1, hidden_states.shape[-1]), logits, index)
+        self._routed = (logits, margin)
+        return logits, weights, index
+
+    def _run_kept(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Runs the experts where a slot is kept; stands where the original block calls its experts."""
+        if self._routed is None:
+            raise TypeError("TrashCanMoE needs a block that calls its router before its experts")
+        logits, margin = self._routed
         keep = margin >= 0
-        weights = self._weigh(weights, margin, keep, router_logits, index)
+        weights = self._weigh(weights, margin, keep, logits, index)
         if torch.compiler.is_compiling():  # shapes must not depend on data: skipped slots are weighted by zero
             outputs: torch.Tensor = self.experts(tokens, index, weights * keep)
-        else:
-            outputs = self._dispatch(tokens, index, weights, keep)
-        return outputs.reshape(hidden_states.shape)
+            return outputs
+        return self._dispatch(tokens, index, weights, keep)
 
     def _weigh(
         self,
@@ -131,16 +175,18 @@ class TrashCanMoE(nn.Module):
         if self.weighting == "base":
             soft = torch.sigmoid(margin / self.temperature)
             return weights * (keep + (soft - soft.detach())).to(weights.dtype)
-        probabilities = F.softmax(router_logits, dtype=torch.float32, dim=-1).gather(-1, index)
-        kept = (probabilities * keep).sum(-1, keepdim=True)
-        if self.weighting == "real_norm":
-            return (probabilities / kept.clamp(min=torch.finfo(kept.dtype).tiny)).to(weights.dtype)
-        odds = F.log_softmax(router_logits.float(), dim=-1).gather(-1, index) - margin  # z, per slot
+        log_probabilities = F.log_softmax(router_logits.float(), dim=-1).gather(-1, index)
+        odds = log_probabilities - margin  # z, per slot
         if self.weighting == "softmax_all":
             multiplicity = self.multiplicity or index.shape[-1]
             return weights * torch.sigmoid(-odds - math.log(multiplicity)).to(weights.dtype)
-        trashed = ((~keep) * odds.exp()).sum(-1, keepdim=True)
-        return (probabilities / (kept + trashed)).to(weights.dtype)
+        wide = weights.float()
+        total, shared = wide.sum(-1, keepdim=True), (wide * keep).sum(-1, keepdim=True)
+        if self.weighting == "topk_norm":
+            likeliest, slot = log_probabilities.max(-1, keepdim=True)
+            unit = wide.gather(-1, slot).log() - likeliest
+            shared = shared + torch.where(keep, 0.0, (odds + unit).exp()).sum(-1, keepdim=True)
+        return (wide * (total / shared.clamp(min=torch.finfo(shared.dtype).tiny))).to(weights.dtype)
 
     def _dispatch(
         self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, keep: torch.Tensor
@@ -162,3 +208,7 @@ class TrashCanMoE(nn.Module):
         )
         outputs = computed.new_zeros(keep.numel(), tokens.shape[-1]).index_copy(0, slots, computed)
         return outputs.view(-1, top_k, tokens.shape[-1]).sum(dim=1)
+
+
+def _describe(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
