@@ -181,11 +181,11 @@ def assert_any_split(take: Callable[[int, int], Step], splits: Sequence[tuple[in
         assert_alike(steps[0], taken, tolerance)
 
 
-def assert_resumes(fresh: Callable[[Path], Any], directory: Path) -> None:
-    """Trains two steps at once, and in two trainings with a checkpoint between them: the same model results."""
+def assert_resumes(fresh: Callable[[Path], Any], directory: Path, *, step: int = 1) -> None:
+    """Trains at once, and in two trainings with the checkpoint of a step between them: the same model results."""
     whole, resumed = fresh(directory / "whole"), fresh(directory / "resumed")
     whole.train()
-    resumed.train(resume_from_checkpoint=str(directory / "whole" / "checkpoint-1"))
+    resumed.train(resume_from_checkpoint=str(directory / "whole" / f"checkpoint-{step}"))
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert set(expected) == set(found)
     for name, tensor in expected.items():

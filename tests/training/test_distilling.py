@@ -158,6 +158,18 @@ def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Pa
     assert_resumes(fresh, tmp_path)
 
 
+def test_a_training_goes_on_in_a_later_epoch_with_the_prompts_of_that_epoch(
+    trash_artifact: Path, tmp_path: Path
+) -> None:
+    """Two steps are an epoch, each in an order of its own."""
+
+    def fresh(directory: Path) -> Any:
+        more = {"shuffle_dataset": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+        return prepared(awake(trash_artifact), directory, 2, 2, DISTILLING["the divergence"], **more)
+
+    assert_resumes(fresh, tmp_path, step=3)
+
+
 def test_activation_checkpointing_changes_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     terms = DISTILLING["all together"]
     plain = step(awake(trash_artifact), tmp_path, 2, 4, terms)

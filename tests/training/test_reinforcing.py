@@ -120,6 +120,54 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(trash_artifact:
     assert_resumes(fresh, tmp_path)
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_training_goes_on_in_a_later_epoch_with_the_prompts_of_that_epoch(
+    trash_artifact: Path, tmp_path: Path, step: int
+) -> None:
+    """Two steps are an epoch, each in an order of its own: checkpoint 4 stands between two, checkpoint 3 within one."""
+
+    def fresh(directory: Path) -> Any:
+        torch.manual_seed(3)
+        more = {"shuffle_dataset": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+        return prepared(awake(trash_artifact), directory, 4, 2, model_alone, **more)
+
+    assert_resumes(fresh, tmp_path, step=step)
+
+
+def test_a_training_goes_on_where_answers_for_several_steps_begin(trash_artifact: Path, tmp_path: Path) -> None:
+    """Answers to four prompts are written for two steps at once: the third begins new ones, in a new process too.
+
+    Between two such steps they are written again, in another order; the next prompts are those of their own step.
+    """
+
+    def fresh(directory: Path) -> Any:
+        torch.manual_seed(3)
+        more = {"steps_per_generation": 4, "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+        return prepared(awake(trash_artifact), directory, 2, 2, model_alone, **more)
+
+    assert_resumes(fresh, tmp_path, step=2)
+    trainer, prompts = fresh(tmp_path / "middle"), []
+    inner = trainer.runner.complete
+
+    def watch(model: Any, batches: Sequence[Any]) -> list[Any]:
+        found: list[Any] = inner(model, batches)
+        ids = {
+            tuple(row[mask.bool()].tolist())
+            for b in found
+            for row, mask in zip(b["prompt_ids"], b["prompt_mask"], strict=True)
+        }
+        prompts.append(ids)
+        return found
+
+    trainer.runner.complete = watch
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    rows = trainer.train_dataset["prompt"]
+    first, second = (
+        {tuple(trainer.processing_class(text)["input_ids"]) for text in half} for half in (rows[:4], rows[4:])
+    )
+    assert len(prompts) == 2 and prompts[0] <= second and prompts[1] <= first
+
+
 REFUSED = {
     "the entropy of each micro-batch": ({"entropy_coef": 0.1}, "entropy_coef and use_adaptive_entropy take a mean"),
     "the tokens of each micro-batch, sorted": ({"top_entropy_quantile": 0.5}, "sorts the tokens of each micro-batch"),

@@ -43,6 +43,17 @@ def test_the_policy_trainer_has_these_names_and_goes_through_them() -> None:
         assert line in whole, f"TRL's GRPOTrainer no longer says {line}: read upstream/trl.py again"
 
 
+def test_the_sampler_of_prompts_draws_each_epoch_from_a_generator_of_its_own() -> None:
+    """With `set_epoch`, ReplayedSampler would no longer be needed."""
+    sampler = seams.RepeatSampler(range(8), 2, batch_size=4, repeat_count=2, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        order = torch.randperm(8, generator=generator).tolist()
+        expected = [row for half in (order[:4], order[4:]) for _ in range(2) for row in half for _ in range(2)]
+        assert list(sampler) == expected
+    assert not hasattr(sampler, "set_epoch")
+
+
 def test_the_trainer_of_single_answers_takes_its_divergence_from_one_method() -> None:
     installed.same_parameters(KTOTrainer, "_compute_kl_logps", ("self", "model", "batch"))
     whole = inspect.getsource(KTOTrainer._compute_loss)

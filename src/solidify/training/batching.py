@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from solidify.errors import DataError, refuse
 from solidify.upstream.accelerate import DataLoaderShard
 from solidify.upstream.transformers_training import get_length_grouped_indices, has_length
+from solidify.upstream.trl import RepeatSampler
 
 GROUPS = ("modality", "length")
 # Columns that hold something other than text; a row's modality is which of them it fills.
@@ -65,6 +66,30 @@ class GroupedSampler(Sampler[int]):
             return [rows[index] for index in torch.randperm(len(rows), generator=generator)]
         lengths = [self.lengths[row] for row in rows]
         return [rows[index] for index in get_length_grouped_indices(lengths, self.step, generator=generator)]
+
+
+class ReplayedSampler(Sampler[int]):
+    """Yields what a `RepeatSampler` of TRL yields, in the order of any epoch.
+
+    TRL's takes each epoch's order from a generator that starts anew in every process: a training that goes on in a
+    later epoch would read the first one's order again (TRL 1.16, `trl/trainer/utils.py`).
+    """
+
+    def __init__(self, sampler: RepeatSampler) -> None:
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the orders of all epochs before this one."""
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
 
 
 def modalities(rows: Any) -> list[tuple[str, ...]]:

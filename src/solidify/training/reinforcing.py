@@ -99,8 +99,9 @@ class GRPORunner(AnsweringRunner):
 class ObjectiveGRPOTrainer(ObjectiveMixin, AnsweringSeams, GRPOTrainer):  # type: ignore[misc]
     """TRL's GRPOTrainer, trained on an `Objective`; all other arguments are GRPOTrainer's.
 
-    TRL's reference (with `beta`) is the model with its adapter switched off. The reference that terms ask for is the
-    unmodified base, as everywhere.
+    TRL's reference (with `beta`) is the model with its adapter as it is at the start: TRL keeps a copy, named `ref`. Of
+    a model without an adapter TRL loads the reference again, by the name in its configuration. The reference that terms
+    ask for is the unmodified base, as everywhere.
 
     Raises:
         ObjectiveError: a part of TRL's loss depends on how the answers are split, a term asks for `outputs`, which TRL

@@ -15,6 +15,7 @@ from solidify.objective.runner import Runner, Scaling, measure_scaling, nothing,
 from solidify.objective.window import Counts, Window
 from solidify.training import batching
 from solidify.upstream.transformers import prepare_inputs
+from solidify.upstream.trl import count_micro_batches
 
 WITHOUT_CACHE: Mapping[str, Any] = {"use_cache": False}  # `extra_inputs` of trainers that never continue a text
 
@@ -85,6 +86,9 @@ class TrainerRunner(Runner):
         """Returns one step's micro-batches as they will be trained on; called right before the first of them is."""
         return list(batches)
 
+    def go_on(self) -> None:
+        """Takes up what the trainer itself does not keep in a checkpoint; called when that was read."""
+
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Puts a batch where the model is."""
         return prepare_inputs(self.trainer, batch)
@@ -135,6 +139,11 @@ class AnsweringRunner(TrainerRunner):
     def writes_answers(self) -> bool:
         """Whether answers are written in training."""
         return True
+
+    def go_on(self) -> None:
+        """Says how far the training came within the answers that are written at once."""
+        state, args = self.trainer.state, self.trainer.args
+        count_micro_batches(self.trainer, state.global_step * args.gradient_accumulation_steps)
 
 
 def _find_auxiliary(weight: float | None) -> list[str]:

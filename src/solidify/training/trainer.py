@@ -31,6 +31,7 @@ from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
 from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
 from solidify.upstream.transformers_training import rotate_checkpoints
+from solidify.upstream.trl import RepeatSampler
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -82,8 +83,7 @@ class ObjectiveMixin(TrainerSeams):
         self.add_callback(_Steps(self))
         self.group_by = tuple(group_by)
         batching.refuse_ungroupable(self, self.group_by)
-        if self.group_by:
-            self.add_callback(batching.AtEpochs())
+        self.add_callback(batching.AtEpochs())
         self.groups = Groups(self, parameter_groups)
         self.add_callback(self.groups)
 
@@ -134,10 +134,11 @@ class ObjectiveMixin(TrainerSeams):
         return optimizer
 
     def train_sampler(self, train_dataset: Any = None) -> Any:
-        """Returns the sampler that groups."""
-        if not self.group_by:
-            return super().train_sampler(train_dataset)
-        return batching.sampler(self, self.group_by)
+        """Returns the sampler that groups, or the trainer's own, which any epoch can be read from."""
+        if self.group_by:
+            return batching.sampler(self, self.group_by)
+        own = super().train_sampler(train_dataset)
+        return batching.ReplayedSampler(own) if isinstance(own, RepeatSampler) else own
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetches one step's micro-batches, and keeps them until the first of them is to be trained on."""
@@ -251,6 +252,7 @@ class ObjectiveMixin(TrainerSeams):
         super().load_progress(checkpoint)
         if checkpoint is None:
             return
+        self.runner.go_on()
         if checkpoints.is_foreign(Path(checkpoint)):
             console.words.print(
                 f"{checkpoint} was written by another trainer: weights, optimizer and schedule go on from it; on which "

@@ -14,6 +14,7 @@ from trl.chat_template_utils import has_generation_markers as has_generation_mar
 from trl.data_utils import common_prefix_length as common_prefix_length
 from trl.import_utils import suppress_experimental_warning as suppress_experimental_warning
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import RepeatSampler as RepeatSampler
 from trl.trainer.utils import use_adapter as use_adapter
 
 TESTED = "1.16"
@@ -21,6 +22,7 @@ UNDOCUMENTED = {
     "chat_template_utils.has_generation_markers": "whether a template marks it",
     "data_utils.common_prefix_length": "where a completion begins among the tokens of prompt and completion",
     "import_utils.suppress_experimental_warning": "GKD's home is `trl.experimental`, which the class that we give says",
+    "trainer.utils.RepeatSampler": "the order of prompts, which a training that goes on takes up again",
     "trainer.utils.use_adapter": "KTO's reference is the model with another adapter, or none, as TRL switches it",
 }
 
@@ -55,6 +57,14 @@ class DistillationSeams(AnsweringSeams):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._forward_redirection = _Redirection()
+
+
+def count_micro_batches(trainer: Any, number: int) -> None:
+    """Tells a trainer whose rows are prompts how many micro-batches it has trained on before it went on.
+
+    By that TRL finds the one that is next among those that it answers at once; a checkpoint does not hold it.
+    """
+    trainer._step = number
 
 
 def write_answers(trainer: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
