@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pico
 import pytest
+import transformers
 from pico import wrappers
 
 import solidify
-from solidify.artifact import sources
+from solidify.artifact import autos, sources
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import references
 from solidify.surgery.edit_record import Edit
@@ -164,3 +165,26 @@ def test_the_auto_classes_are_all_that_can_hold_the_change(
     assert set(expected) <= set(code.auto_map)
     if name.startswith("Llama"):
         assert set(expected) == set(code.auto_map)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("BartForConditionalGeneration", {"d_model": 32, "vocab_size": 99}, "AutoModelForSeq2SeqLM"),
+        ("T5ForConditionalGeneration", {"d_model": 32, "vocab_size": 99}, "AutoModelForSeq2SeqLM"),
+        ("BertForMaskedLM", {**pico.SIZES, "intermediate_size": 48}, "AutoModelForMaskedLM"),
+        ("BertForPreTraining", {**pico.SIZES, "intermediate_size": 48}, "AutoModelForPreTraining"),
+        ("BertModel", {**pico.SIZES, "intermediate_size": 48}, "AutoModel"),
+        ("GPT2LMHeadModel", {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 4}, "AutoModelForCausalLM"),
+        ("LlavaForConditionalGeneration", {}, "AutoModelForImageTextToText"),
+        ("SpeechT5ForSpeechToText", {}, "AutoModelForSpeechSeq2Seq"),
+    ],
+)
+def test_the_auto_class_of_a_plain_model_says_what_its_head_is_for(
+    name: str, settings: dict[str, object], expected: str, tmp_path: Path
+) -> None:
+    """Many classes stand under several: under the name of the task first, and under that of pre-training last."""
+    config = getattr(transformers, name).config_class(**settings)
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)
+    assert autos.auto_class(tmp_path) == expected

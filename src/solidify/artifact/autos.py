@@ -22,6 +22,17 @@ from solidify.errors import ArtifactError
 from solidify.system import files, foreign
 from solidify.upstream.transformers import classes_by_configuration, is_auto_model, names_by_family
 
+# A class may stand under several Auto classes (BART's is one for conditional generation, and one that fills masks):
+# first what its head is made for. What no one names comes after these, by name, and what was only trained so last.
+_FIRST = (
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForCausalLM",
+    "AutoModelForMultimodalLM",
+    "AutoModelForMaskedLM",
+)
+_LAST = ("AutoModelForPreTraining", "AutoModelWithLMHead")
 OTHER_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 
 
@@ -74,8 +85,10 @@ def auto_class(directory: Path) -> str:
 
 
 def _find_autos(cls: type) -> list[str]:
-    """Returns the Auto classes that lead to a class of transformers, sorted."""
-    return sorted(name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _is_mapping(name, cls))
+    """Returns the Auto classes that lead to a class of transformers: first the one that says most of what it is for."""
+    found = [name for name, auto in vars(modeling_auto).items() if is_auto_model(auto) and _is_mapping(name, cls)]
+    order = {**{name: place for place, name in enumerate(_FIRST)}, **dict.fromkeys(_LAST, len(_FIRST) + 1)}
+    return sorted(found, key=lambda name: (order.get(name, len(_FIRST)), name))
 
 
 def is_auto_class(name: object) -> bool:
