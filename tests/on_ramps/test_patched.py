@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import solidify
-from solidify.errors import SurgeryError
+from solidify.errors import AdapterError, SurgeryError
 
 IDS = pico.tokens()
 
@@ -335,3 +335,15 @@ def test_another_base_is_refused(base: Callable[[Any], PreTrainedModel], words: 
     model = pico.llama()
     with pytest.raises(SurgeryError, match=words):
         solidify.from_patched(base(model), model)
+
+
+def test_lora_does_not_go_beside_a_hook(tmp_path: Path) -> None:
+    """A hook sees the module without what LoRA adds to it, and with it once that is merged: refused before training."""
+    model = pico.llama()
+    hook_layer(model)
+    with pytest.raises(AdapterError, match=r"layers\.\*\.self_attn\.o_proj has a hook on its input or output"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["**.o_proj"]})
+    solidify.attach(model, lora={"r": 2, "target_modules": ["**.q_proj"]})
+    watched = pico.llama(tie_word_embeddings=False)
+    watched.enable_input_require_grads()  # a hook of transformers, which changes no number
+    solidify.attach(watched, lora={"r": 2, "target_modules": ["model.embed_tokens"]})

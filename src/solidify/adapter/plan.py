@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from solidify.adapter import kinds, lookup, patterns, tied, tokens
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy, quantized
+from solidify.surgery.differing import is_library
 from solidify.system import console, foreign
+from solidify.upstream.torch import module_hooks
 
 # LoraConfig's fields that choose what is trained in ways of their own: one door for each thing.
 _ELSEWHERE = {
@@ -93,6 +95,7 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
     ]
     faults += _find_overlaps(lora_modules + lora_parameters, modules, bare)
     faults += tied.faults(model, lora, lora_modules, modules)
+    faults += _hook_faults(named, lora_modules)
     faults += _packed_faults(model, parameters, (*modules, *bare), lora_parameters)
     faults += [
         fault
@@ -120,6 +123,21 @@ def plan(model: nn.Module, lora: Mapping[str, Any] | None, train: str | Sequence
         anatomy.count(parameters[name] for name in full),
         rows,
     )
+
+
+def _hook_faults(named: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str]:
+    """Names targets of LoRA with a hook of the user's: PEFT adds beside the module, and a merged change goes through
+    the hook."""
+    hooked = [
+        name
+        for name in targets
+        if not all(is_library(str(getattr(hook, "__module__", ""))) for _, hook, _ in module_hooks(named[name]))
+    ]
+    return [
+        f"LoRA: {line} has a hook on its input or output, which LoRA beside it does not pass and a merged one would; "
+        "write the hook as a module around it, or target others"
+        for line in anatomy.fold(hooked)
+    ]
 
 
 def dora_fault(lora: Mapping[str, Any] | None, kind: str) -> str | None:

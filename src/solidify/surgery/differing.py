@@ -206,7 +206,7 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, loaded: nn.Module |
             _take_function(name, module, key, value, change, found)
     _take_patched_class(name, module, change, found)
     for register, hook, with_kwargs in module_hooks(module):
-        if hasattr(hook, "solid_mask") or _is_library(str(getattr(hook, "__module__", type(hook).__module__))):
+        if hasattr(hook, "solid_mask") or is_library(str(getattr(hook, "__module__", type(hook).__module__))):
             continue  # by which transformers records outputs, for one
         if fault := _function_fault(hook):
             found.faults.append(f"{name or 'the model'}: a hook {fault}")
@@ -275,7 +275,7 @@ def _take_function(name: str, module: nn.Module, key: str, value: Any, change: C
 def _take_patched_class(name: str, module: nn.Module, change: Change, found: Differences) -> None:
     """Notes methods that were set on a class of a library: a fresh process has the class as it was."""
     for cls in type(module).__mro__:
-        if not _is_library(cls.__module__):
+        if not is_library(cls.__module__):
             continue
         for key, value in vars(cls).items():
             function = inspect.unwrap(value) if callable(value) and isinstance(value, FunctionType) else None
@@ -287,13 +287,14 @@ def _take_patched_class(name: str, module: nn.Module, change: Change, found: Dif
                 change.methods[key] = function
 
 
-def _is_library(module: str) -> bool:
+def is_library(module: str) -> bool:
+    """Returns whether a module is of torch, of transformers or of what they stand on, by its dotted name."""
     return module.split(".")[0] in _LIBRARIES
 
 
 def _belongs_to_libraries(function: FunctionType) -> bool:
     """Returns whether a function comes from where a library's class does, and not from a script that set it there."""
-    return function.__module__ is None or _is_library(function.__module__)
+    return function.__module__ is None or is_library(function.__module__)
 
 
 def _function_fault(function: Any) -> str:
