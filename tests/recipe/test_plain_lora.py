@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import solidify
+from solidify.checks import structure
 from solidify.command import views
 from solidify.errors import AdapterError, RecipeError
-from solidify.recipe import schema
+from solidify.recipe import schema, stages
 
 
 def save_base(directory: Path, model: Any) -> Path:
@@ -148,3 +149,23 @@ def test_a_plain_base_is_quantised_while_it_is_trained(tmp_path: Path) -> None:
     packed = solidify.load(tmp_path / "run" / "artifact", tmp_path / "run" / "adapter", quantization="nf4")
     assert any(type(parameter).__name__ == "Params4bit" for parameter in packed.parameters())
     assert any("nf4" in finding.name for finding in solidify.check(tmp_path / "run").findings)
+
+
+@pytest.mark.parametrize("rows", [102, 104])
+def test_tokens_that_get_the_rows_which_a_base_has_to_spare_start_as_promised(tmp_path: Path, rows: int) -> None:
+    """The tokenizer knows 102 ids. What spare rows computed before is no promise; what all others compute is one."""
+    base = save_base(tmp_path / "base", pico.llama(eos_token_id=0, vocab_size=rows))
+    added = {"surgery": [{"add_tokens": ["<a>", "<b>"]}], "adapter": None, "training": {}}
+    recipe = write_recipe(tmp_path, base, **added)
+    report = stages.build_alone(schema.load(recipe), tmp_path / "out")
+    found = next(finding for finding in report.findings if finding.name == "start identical")
+    assert found.verdict == "proved" and "of 2 new tokens apart" in found.evidence, found.evidence
+
+
+def test_a_head_that_lost_an_old_token_does_not_start_as_promised() -> None:
+    before = {"plain": torch.randn(2, 5, 104)}
+    after = {"plain": before["plain"].clone()}
+    after["plain"][..., 102:] += 1
+    assert structure.start(before, after, promised=True, added={102, 103}).verdict == "proved"
+    after["plain"][..., 7] += 1
+    assert structure.start(before, after, promised=True, added={102, 103}).verdict == "failed"

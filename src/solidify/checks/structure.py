@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,23 +168,26 @@ def start(
     *,
     promised: bool,
     limit: int | None = None,
+    added: Collection[int] = (),
 ) -> Finding:
     """Says how far surgery alone moved the outputs; a check only where the modules promised an identical start.
 
-    With a `limit` (`exact_up_to`), outputs of more positions are no part of the promise, and are measured. Without
-    outputs (of a large model) nothing is proved: it says what the first module of each kind showed.
+    With a `limit` (`exact_up_to`), outputs of more positions are no part of the promise, and are measured. The ids of
+    tokens that were `added` have other logits, also where the base had spare rows for them. Without outputs (of a large
+    model) nothing is proved: it says what the first module of each kind showed.
     """
     if not before:
         if not promised:
             return Finding.unseen(START, "a model of this size is not run as a whole")
         evidence = "the first new module of each kind gives its original's outputs bit for bit; the whole was not run"
         return Finding(START, None, evidence)
-    wider = {k: after[k].shape[-1] - before[k].shape[-1] for k in before}
-    after = {k: after[k][..., : before[k].shape[-1]] for k in before}  # of more tokens, those that the base has
+    shared = {k: _find_shared(before[k].shape[-1], after[k].shape[-1], added) for k in before}
+    apart = max(after[k].shape[-1] - len(shared[k]) for k in before)
+    before, after = ({k: outputs[k][..., shared[k]] for k in before} for outputs in (before, after))
     distance = max(float((after[k].double() - before[k].double()).abs().max()) for k in before)
     moved = {k for k in before if not torch.equal(after[k], before[k])}
     if not moved:
-        more = f", of {max(wider.values())} new tokens apart" if any(wider.values()) else ""
+        more = f", of {apart} new tokens apart" if apart else ""
         return Finding(START, True, f"logits bit-identical to the base{more}")
     beyond = {k for k in before if limit is not None and _count_positions(before[k]) > limit}
     where = (
@@ -194,6 +197,12 @@ def start(
     )
     broken = promised and not moved <= beyond
     return Finding(START, False if broken else None, f"logits differ from the base by up to {distance:.3g}{where}")
+
+
+def _find_shared(before: int, after: int, added: Collection[int]) -> list[int]:
+    """Returns the numbers of the logits that stand for the same before and after: all, or those of no new token."""
+    new = added if added and max(added) < after else ()
+    return [number for number in range(before) if number not in new]
 
 
 def _count_positions(logits: torch.Tensor) -> int:

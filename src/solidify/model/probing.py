@@ -6,7 +6,7 @@ that are in use for one kind of input, the first with which the model runs is ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def probe_inputs(
         f"{type(model).__name__} takes {model.main_input_name!r}, and no inputs could be made up that it accepts"
         + "".join(f"\n  - {line}" for line in tried)
     )
+
+
+def only_known(inputs: Inputs, ids: Collection[int]) -> Inputs:
+    """Returns inputs in which the first known id stands in the place of each that is not among the known `ids`.
+
+    A token that surgery adds may get an id for which the base has a row already, which then is another one.
+    """
+    if not ids:
+        return inputs
+    known = torch.tensor(sorted(ids))
+    return {
+        key: t.masked_fill(~torch.isin(t, known.to(t.device)), int(known[0])) if key.endswith("input_ids") else t
+        for key, t in inputs.items()
+    }
 
 
 def few_inputs(model: PreTrainedModel) -> Inputs:
