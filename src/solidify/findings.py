@@ -76,6 +76,12 @@ class Report:
         """Appends findings to a stage."""
         self.stages.setdefault(stage, []).extend(findings)
 
+    def carry(self, stage: str, findings: Iterable[Finding]) -> None:
+        """Appends what was found of an earlier stage, unless the report holds it."""
+        new = [finding for finding in findings if finding not in self.findings]
+        if new:
+            self.add(stage, new)
+
     @property
     def findings(self) -> list[Finding]:
         """All findings of all stages."""

@@ -78,6 +78,17 @@ def test_a_run_places_aligns_distils_and_resumes(tiny_base: Path, tmp_path: Path
     assert before == {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in before}
 
 
+def test_what_answers_as_its_base_has_nothing_to_learn_from_it(tiny_base: Path, tmp_path: Path) -> None:
+    """A module that starts as its original: the divergence from the base is rounding, and so is its gradient."""
+    shutil.copy(MODULES.with_name("wrappers.py"), tmp_path)
+    path = write(tmp_path, tiny_base, distill=DISTILL)
+    document = yaml.safe_load(path.read_text())
+    document["surgery"][0] |= {"with": "wrappers.py:Scaled", "arguments": {}}
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(HealingError, match=r"heal\.distill: .* which is rounding, so there is nothing to bring back"):
+        solidify.run(path, tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_shares_of_the_command_are_put_together(tiny_base: Path, tmp_path: Path) -> None:
     path, run = write(tmp_path, tiny_base, align=ALIGN), CliRunner()

@@ -18,8 +18,9 @@ import solidify
 from solidify.checks import check
 from solidify.command import cli
 from solidify.directory import manifest, ours, results
-from solidify.errors import ArtifactError, ObjectiveError, RecipeError
+from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError
 from solidify.findings import Finding, Report
+from solidify.merging import export
 from solidify.recipe import schema, stages
 from solidify.training import checkpoints
 
@@ -160,6 +161,57 @@ def test_a_finished_training_is_finished(beside: Path, copied: Path, capsys: pyt
         assert "trained before" in out
         assert "The training is finished: " in err and "nothing is repeated" in err
     assert (copied / "adapter").stat().st_ino == before
+
+
+SUMMED = """
+def summed(logits, labels):
+    kept = labels[:, 1:] != -100
+    return (logits[:, :-1].logsumexp(-1) * kept).sum()
+"""
+
+
+@pytest.mark.parametrize("honest", [False, True])
+def test_what_failed_in_training_is_not_forgotten(beside: Path, tmp_path: Path, honest: bool) -> None:
+    """A sum that passes as a mean: its gradient depends on the split, and no later command says otherwise."""
+    (beside / "losses.py").write_text(SUMMED.replace(".sum()", ".sum() / kept.sum()") if honest else SUMMED)
+    objective = [{"loss": "model"}, {"loss": "losses.py:summed", "weight": 0.1}]
+    made = load(beside, "summed.yaml", {**document(gradient_accumulation_steps=2), "objective": objective})
+    output = tmp_path / "out"
+
+    def failed(again: Any) -> list[str]:
+        try:
+            return [finding.name for finding in again().failed]
+        except CheckFailed as error:
+            return [fault.partition(": ")[0] for fault in error.faults]
+
+    wrong = [] if honest else ["gradient does not depend on accumulation"]
+    assert failed(lambda: stages.run(made, output)) == wrong
+    assert failed(lambda: stages.run(made, output, resume=True)) == wrong
+    assert failed(lambda: stages.train(made, output, resume=True)) == wrong
+    said = check.check(output)
+    assert {finding.name for finding in said.failed} == (set() if honest else {check.MADE})
+    assert all("accumulation" in finding.evidence for finding in said.failed)
+    again = export.merge(output / "adapter", tmp_path / "merged")
+    assert [finding.name for finding in again.findings if finding.passed is False] == wrong
+    assert manifest.read(tmp_path / "merged").failed == manifest.read(output / "adapter").failed
+    code, _ = end("merge", output / "adapter", "-o", tmp_path / "once more")
+    assert code == (0 if honest else 2)
+
+
+@pytest.mark.parametrize("honest", [False, True])
+def test_what_failed_in_surgery_is_not_forgotten(
+    beside: Path, tmp_path: Path, honest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, output = load(beside, "a.yaml", document()), tmp_path / "out"
+    wrong = Finding("start identical", honest, "logits differ from the base by up to 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.structure, "start", lambda *_, **__: wrong)
+        report = stages.build(made, output)
+    expected = [] if honest else [wrong]
+    assert report.failed == expected
+    assert stages.build(made, output, resume=True).failed == expected
+    assert stages.train(made, output).failed == expected, "also where the training itself is right"
+    assert check.check(output).passed is honest
 
 
 def test_two_recipes_are_not_mixed(beside: Path, copied: Path) -> None:

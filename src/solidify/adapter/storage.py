@@ -33,9 +33,10 @@ from solidify.adapter.adapters import train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import autos, cards, loading, quantizing, stock
-from solidify.directory import manifest, writing
+from solidify.directory import manifest, results, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
+from solidify.findings import Finding
 from solidify.model import quantized
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
@@ -54,12 +55,14 @@ def save_adapter(
     name: str = "default",
     recipe: dict[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
+    found: Sequence[Finding] = (),
 ) -> Path:
     """Writes one adapter, with the digests of the artifact it belongs to; plain PEFT can load it too.
 
     Before the directory gets its name, the adapter is loaded again, on a fresh base, and compared with the model: its
     tensors, and the outputs unless the model is large. `recipe` and the numbers `measured` are kept in its manifest,
-    and what the hub reads of them stands in its card (README.md).
+    and what the hub reads of them stands in its card (README.md). Of what was `found` of the training, findings that
+    failed are kept too, and every later command says them.
 
     Raises:
         AdapterError: the model's base is not an artifact that stands where it was loaded from, or is no longer the one
@@ -99,6 +102,7 @@ def save_adapter(
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
+            failed=results.failed_of(found),
         )
         _write_card(staging, draft, base)
         replace(draft, files={name: hashing.digest_file(staging / name) for name in (CONFIG, manifest.CARD)}).write(

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
 from solidify.artifact.certificate import Alone
-from solidify.directory import manifest, private, trust, writing
+from solidify.directory import manifest, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
@@ -68,6 +68,7 @@ def build(
     link: bool = True,
     process: Alone | None = None,
     extent: Extent | None = None,
+    found: Sequence[Finding] = (),
 ) -> Artifact:
     """Writes the edited model as an artifact and verifies it in a fresh process; the model is unchanged.
 
@@ -79,7 +80,7 @@ def build(
 
     Weight files of the base that stay as they are become hard links where the file system allows it; without `link`
     they are copied. Tensors that are mapped from files and unchanged never pass through memory. `process` is the fresh
-    process, where it was started before (`certificate.started`).
+    process, where it was started before (`certificate.started`). What was `found` before is kept where it failed.
 
     Raises:
         ArtifactError: an edit does not stand in the model, the tokenizer has ids without an embedding, a source cannot
@@ -88,7 +89,7 @@ def build(
     directory = Path(directory)
     extent = extent or Extent.of(model)
     with writing.staged(directory, _list_inputs(model, edits)) as staging:
-        written, findings = _fill_staging(model, edits, staging, tokenizer, base, recipe, link, extent)
+        written, findings = _fill_staging(model, edits, staging, tokenizer, base, recipe, link, extent, found)
         with console.stage("Loading it in a fresh process"):
             findings = [*verify(model, staging, process), *findings]
         _remember_built(model, tokenizer, written)  # before it appears: who is killed in between finds nothing, or all
@@ -96,12 +97,19 @@ def build(
 
 
 def write_again(
-    model: PreTrainedModel, source: Path, directory: Path, step: dict[str, Any], *, link: bool = True
+    model: PreTrainedModel,
+    source: Path,
+    directory: Path,
+    step: dict[str, Any],
+    *,
+    link: bool = True,
+    found: Sequence[Finding] = (),
 ) -> Artifact:
     """Writes an artifact that was loaded from `source`, and whose values have changed since, as one of its own.
 
     Code, configuration and tokenizer are those of the source, settings for generation those of the model. Files whose
-    tensors did not change become links, and the lineage ends in `step`. It is verified in a fresh process.
+    tensors did not change become links, and the lineage ends in `step`. It is verified in a fresh process. What was
+    `found` before is kept where it failed, as is what the source keeps.
 
     Raises:
         ArtifactError: as `build`; nothing is left behind.
@@ -112,7 +120,8 @@ def write_again(
             copy_code(own, staging, [*base.code, *(n for n in base.files if not n.startswith(NEVER_COPIED))])
         if _generates_otherwise(model, staging):
             _write_generation(model, staging, "correct model.generation_config")
-        draft = replace(base, lineage=[*base.lineage, step], files={}, tensors={}, headers={})
+        failed = [*base.failed, *results.failed_of(found)]
+        draft = replace(base, lineage=[*base.lineage, step], failed=failed, files={}, tensors={}, headers={})
         written = write(model, staging, draft, Extent.of(model), link=link)
         with console.stage("Loading it in a fresh process"):
             findings = verify(model, staging)
@@ -179,6 +188,7 @@ def _fill_staging(
     recipe: dict[str, Any] | None,
     link: bool,
     extent: Extent,
+    found: Sequence[Finding] = (),
 ) -> tuple[Manifest, list[Finding]]:
     edits = [*describing.made_by(model), *edits]
     refuse(ArtifactError, "the edits do not fit the model", _edit_faults(model, edits))
@@ -189,8 +199,8 @@ def _fill_staging(
         if travelling is None:
             companions.refuse_broken_tokenizer(source)
     records = [edit.document() for edit in edits]
-    origin, lineage, earlier = _trace_descent(model, base)
-    vocabulary.refuse_unfit(model, travelling, edits=[*earlier, *records])
+    before = _trace_descent(model, base)
+    vocabulary.refuse_unfit(model, travelling, edits=[*before.edits, *records])
     code = sources.compile_sources(model, edits)
     for name, text in code.files.items():
         (staging / name).write_text(text, encoding="utf-8")
@@ -200,17 +210,17 @@ def _fill_staging(
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
     carried = companions.Carried() if source is None else companions.carry(source, staging, tokenizer)
-    draft = Manifest(
-        kind="artifact",
-        base=origin,
-        lineage=[*lineage, {"step": "surgery", "edits": records, **_count_figures(model, records)}],
-        edits=[*earlier, *records],
+    findings = [*vocabulary.findings(model, travelling, [*before.edits, *records]), *carried.findings()]
+    draft = replace(
+        before,
+        lineage=[*before.lineage, {"step": "surgery", "edits": records, **_count_figures(model, records)}],
+        edits=[*before.edits, *records],
+        failed=[*before.failed, *results.failed_of([*found, *findings])],
         code={name: hashing.digest_bytes(text.encode()) for name, text in code.files.items()},
         requirements=code.requirements,
         recipe=recipe,
     )
-    written = write(model, staging, draft, extent, link=link)
-    return written, [*vocabulary.findings(model, travelling, written.edits), *carried.findings()]
+    return write(model, staging, draft, extent, link=link), findings
 
 
 def _count_figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -218,18 +228,16 @@ def _count_figures(model: PreTrainedModel, records: Sequence[Mapping[str, Any]])
     return {"tensors": ledger.counts(model.state_dict(), records), "cost": cost(model).document()}
 
 
-def _trace_descent(
-    model: PreTrainedModel, base: dict[str, Any] | None
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns where the model comes from, what was done to it until now, and the edits among that.
+def _trace_descent(model: PreTrainedModel, base: dict[str, Any] | None) -> Manifest:
+    """Returns where the model comes from, what was done to it until now, the edits among that, and what failed.
 
     A model that was loaded from an artifact has the artifact's history.
     """
     if descent.is_solid(model):
         before = manifest.read(Path(model.config.name_or_path), "artifact")
-        return before.base, before.lineage, before.edits
+        return Manifest("artifact", before.base, before.lineage, before.edits, failed=before.failed)
     found = base or {"model": model.config.name_or_path, "class": type(model).__name__}
-    return found, [{"step": "base", **found}], []
+    return Manifest("artifact", found, [{"step": "base", **found}])
 
 
 def write(

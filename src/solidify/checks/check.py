@@ -16,6 +16,7 @@ from solidify.findings import Finding, Report
 from solidify.system import console, files
 
 INTACT = "nothing was changed since it was written"
+MADE = "no check failed when it was made"
 CLOSED = "the run holds what was written"
 
 
@@ -105,7 +106,9 @@ def _check_unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Find
     """
     record = manifest.read(directory, closed=False)
     intact = _check_intact(directory, record)
-    return record, [intact, *signing.findings(directory, record, key, intact=intact.passed is not False)]
+    signed = signing.findings(directory, record, key, intact=intact.passed is not False)
+    made = [Finding(MADE, False, f"{found['name']}: {found['evidence']}") for found in record.failed]
+    return record, [intact, *signed, *made]
 
 
 def _check_intact(directory: Path, record: Manifest) -> Finding:

@@ -271,14 +271,16 @@ def merge(
 ) -> None:
     """Merges an adapter into its base: a new artifact, or a stock model for plain PEFT, that loads without PEFT."""
     with _start_verb():
+        from solidify.findings import Report
         from solidify.merging import export
         from solidify.system import console
 
     again = {"output": output, "base": base, "copy": copy, "trust_remote_code": trust_remote_code}
     with _explain_repeating("merge", adapter, **again), console.stage("Merging"):
         merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
-    found = [finding.document() for finding in merged.findings]
-    _show_report({"subject": str(output), "stages": {"merge": found}, "measured": {}}, verbose)
+    report = Report(str(output), {"merge": merged.findings})
+    _show_report(report.document(), verbose)
+    report.require()
 
 
 @app.command()
@@ -291,9 +293,12 @@ def export(
     """Writes an artifact in a form that other programs read, and compares it with the artifact."""
     with _start_verb():
         from solidify.exporting import forms
+        from solidify.findings import Report
 
     made = forms.export(directory, output, form, trust_remote_code=trust_remote_code)
-    _show_report({"subject": str(output), "stages": {"export": [f.document() for f in made.findings]}, "measured": {}})
+    report = Report(str(output), {"export": made.findings})
+    _show_report(report.document())
+    report.require()
 
 
 @app.command()

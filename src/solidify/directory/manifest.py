@@ -48,7 +48,7 @@ class Manifest:
     For an artifact, `code` and `files` map file names to digests, `tensors` tensor names, and `headers` the names of
     weight files to the digests of what stands before their tensors. For an adapter, `base` holds the three digests of
     the artifact it belongs to and where that stood, and `trained` what it trains. `lineage` lists, oldest first, what
-    was done to get here.
+    was done to get here, and `failed` what was found wrong on the way: findings that no later command may forget.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class Manifest:
     requirements: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    failed: list[dict[str, Any]] = field(default_factory=list)
     algorithm: str = ALGORITHM
     format: int = FORMAT
     sha256 = ""  # of the file that this was read from; no field, since it is not written
@@ -161,14 +162,18 @@ def _form_faults(manifest: Manifest) -> list[str]:
         value = getattr(manifest, key)
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             faults.append(f"`{key}` does not map names to strings")
-    for key in ("lineage", "edits"):
+    for key in ("lineage", "edits", "failed"):
         value = getattr(manifest, key)
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             faults.append(f"`{key}` is not a list of records")
     faults += [
         f"`{key}` is not a record" for key in ("base", "trained") if not isinstance(getattr(manifest, key), dict)
     ]
-    return faults or [*_edit_faults(manifest), *(_adapter_faults(manifest) if manifest.kind == "adapter" else [])]
+    return faults or [
+        *_edit_faults(manifest),
+        *_failed_faults(manifest),
+        *(_adapter_faults(manifest) if manifest.kind == "adapter" else []),
+    ]
 
 
 def _edit_faults(manifest: Manifest) -> list[str]:
@@ -177,6 +182,16 @@ def _edit_faults(manifest: Manifest) -> list[str]:
     wrong = [n for n, edit in enumerate(manifest.edits) if not all(isinstance(edit.get(key), str) for key in texts)]
     return [
         f"the edit {n} does not say in strings what was done to which module (`{'`, `'.join(texts)}`)" for n in wrong
+    ]
+
+
+def _failed_faults(manifest: Manifest) -> list[str]:
+    """Says which findings are not findings that failed."""
+    texts = ("name", "evidence")
+    return [
+        f"the entry {number} of `failed` is no finding that failed"
+        for number, found in enumerate(manifest.failed)
+        if found.get("passed") is not False or not all(isinstance(found.get(key), str) for key in texts)
     ]
 
 

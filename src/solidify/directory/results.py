@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def is_made_by(part: Path, recipe: Mapping[str, Any], kind: str | tuple[str, ...
 def is_merged(directory: Path) -> bool:
     """Returns whether the merged model of a run is whole, and made of the run's adapter."""
     return find_whole(directory / "merged") is not None and "merged" not in misfits(directory)
+
+
+def failures(part: Path) -> list[Finding]:
+    """Returns what was found wrong when a part was made, and when what it was made of was.
+
+    Raises:
+        ArtifactError: as `manifest.read`.
+    """
+    return [Finding.of(found) for found in manifest.read(part, closed=False).failed]
+
+
+def keep_failures(part: Path, findings: Iterable[Finding]) -> None:
+    """Writes into the manifest of a part which of some findings failed, so that no later command forgets it."""
+    record = manifest.read(part, closed=False)
+    failed = [each for each in failed_of(findings) if each not in record.failed]
+    if failed:
+        replace(record, failed=[*record.failed, *failed]).write(part)
+
+
+def failed_of(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """Returns the findings that failed, as a manifest holds them."""
+    return [finding.document() for finding in findings if finding.passed is False]
 
 
 def others(directory: Path, recipe: Mapping[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ def export(
         refuse(ArtifactError, f"the {form} form is not what the artifact is", failed)
         carried = companions.carry(directory, staging)
         written = _write_manifest(record, staging, form, digests)
-    return Exported(output, written, [*findings, *carried.findings()])
+    return Exported(output, written, [*findings, *carried.findings(), *map(Finding.of, record.failed)])
 
 
 def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping[str, str]) -> Manifest:
@@ -86,6 +86,7 @@ def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping
         tensors=dict(digests),
         headers={name: format.header_digest(staging / name) for name in sorted(weights)},
         versions=manifest.current_versions(),
+        failed=record.failed,
     )
     written.write(staging)
     return written

@@ -76,6 +76,7 @@ def merge(
             written, findings = _merge_artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
+    findings = [*findings, *map(Finding.of, written.failed)]  # what went wrong before is no fault of the merge
     if sources.base_record is not None and not plain and trust.known(sources.base_record):
         trust.remember(written)  # a permission (`trust_remote_code`) holds for this command alone
     return Artifact(output, written, findings)
@@ -161,6 +162,7 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
         code=base.code,
         requirements=base.requirements,
         recipe=base.recipe,
+        failed=[*base.failed, *record.failed],
     )
     written = write(merged, staging, draft, extent, stored=made.digests)
     findings = [*verify(merged, staging)]
@@ -408,4 +410,5 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
         headers={path.name: format.header_digest(path) for path in made.files},
         versions=manifest.current_versions(),
         recipe=before.recipe if before is not None else None,
+        failed=[found for made in (before, sources.record) if made is not None for found in made.failed],
     )

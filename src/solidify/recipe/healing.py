@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from solidify.artifact import loading
 from solidify.artifact.solidify import write_again
 from solidify.directory import manifest, ours, results
-from solidify.errors import ObjectiveError, RecipeError, raised_as
+from solidify.errors import HealingError, ObjectiveError, RecipeError, raised_as
 from solidify.findings import Finding, Report
 from solidify.healing import align as aligning
 from solidify.healing import measuring, outcome
@@ -34,6 +34,7 @@ from solidify.training import groups
 from solidify.weights import hashing
 
 MEASURED = 8  # batches at most on which divergences are measured
+_NOTHING = 1e-6  # nats; a divergence of float32 logits from the same ones in another order of sums is less
 _ROWS = 12  # units that the terminal shows one by one
 _DRAWN = 50  # points of a curve that a report keeps
 
@@ -116,6 +117,7 @@ def align(
     wanted = _wanted_step(recipe, source)
     if resume and share is None and processes.on_first(lambda: _is_made(target, wanted)):
         report.add("heal", [Finding("aligned before", True, f"{target} is whole, of this recipe and on this artifact")])
+        report.carry("heal", results.failures(target))
         report.measured["heal"] = manifest.read(target).lineage[-1]["measured"]
         return
     asked = recipe.heal.align if recipe.heal is not None else None
@@ -192,8 +194,11 @@ def _write_aligned(recipe: Recipe, directory: Path, report: Report, wanted: dict
     model, aligned, measured = _align_model(recipe, directory, (0, 1))
     measured |= {"layers": [_describe_unit(each) for each in aligned], "seconds": time.perf_counter() - started}
     with console.stage("Writing the aligned artifact"):
-        artifact = write_again(model, directory / "artifact", target, {**wanted, "measured": measured}, link=link)
-    report.add("heal", [*artifact.findings, *(outcome.judge(measured) if len(measured["stages"]) > 1 else [])])
+        judged = outcome.judge(measured) if len(measured["stages"]) > 1 else []
+        step = {**wanted, "measured": measured}
+        artifact = write_again(model, directory / "artifact", target, step, link=link, found=judged)
+    report.add("heal", [*artifact.findings, *judged])
+    report.carry("build", results.failures(directory / "artifact"))
     report.measured["heal"] = measured
     console.words.print(layers_table(aligned))
     _remove_alignment(directory_of(directory) / ours.ALIGNMENT)
@@ -247,6 +252,16 @@ def _write_range(values: Sequence[float], form: str) -> str:
     return least if least == most else f"{least} to {most}"
 
 
+def refuse_nothing_to_distil(measured: Mapping[str, Any]) -> None:
+    """Raises HealingError where a model answers as its base does: rounding is no gradient, and all else leads away."""
+    found = measured["stages"][-1]
+    if found["kl"] < _NOTHING:
+        raise HealingError(
+            f"heal.distill: after {found['stage']} the model's divergence from its base is {found['kl']:.1e}, which is "
+            "rounding, so there is nothing to bring back; leave heal.distill out, and train it with an `adapter`"
+        )
+
+
 def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:
     """Measures what distillation made against the base, and adds it to what healing measured."""
     target, measured = directory_of(directory) / "merged", report.measured["heal"]
@@ -259,4 +274,6 @@ def measure_distilled(recipe: Recipe, directory: Path, report: Report) -> None:
             found = measuring.distance(model, base, held_out)
             measured |= outcome.measure_more(model, base, held_out)
     measured["stages"] = outcome.add_stage(measured, "distill", found)
-    report.add("distill", outcome.judge(measured))
+    judged = outcome.judge(measured)
+    report.add("distill", judged)
+    results.keep_failures(target, judged)

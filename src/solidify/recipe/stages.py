@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
 from solidify.adapter import adapters, base_state
 from solidify.adapter import plan as planning
-from solidify.artifact import certificate, stock, tensors
+from solidify.artifact import certificate, stock, tensors, vocabulary
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
@@ -190,6 +191,7 @@ def build(
     document = results.built_by(recipe.document())
     if resume and results.is_made_by(target, document, manifest.MODELS):
         report.add("build", _look_again(target))
+        report.carry("build", results.failures(target))
         return report
     if not recipe.surgery:
         return _build_plain(recipe, target, report, link)
@@ -200,7 +202,7 @@ def build(
             base = models.load_base(recipe, scratch=scratch)
             datasets.put_carried(recipe, base.model, base.processor or base.tokenizer)
             extent = Extent.of(base.model, scratch)
-            before = _outputs_aligned(base.model) if extent.whole else {}
+            before = _outputs_aligned(base.model, base.processor or base.tokenizer) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
         with console.stage("Changing the model"):
             edits = models.operate(recipe, base.model, extent, preparing=base.processor or base.tokenizer)
@@ -217,6 +219,7 @@ def build(
                         after,
                         promised=promised,
                         limit=structure.exact_up_to(base.model, records),
+                        added=set(vocabulary.added_tokens(records).values()),
                     ),
                     structure.untouched(base.model, digests, records),
                 ],
@@ -237,6 +240,7 @@ def build(
                 link=link,
                 process=process,
                 extent=extent,
+                found=report.stages["surgery"],
             )
     report.add("build", artifact.findings)
     return report
@@ -262,13 +266,18 @@ def _build_plain(recipe: Recipe, target: Path, report: Report, link: bool) -> Re
         )
     report.measured |= {"cost": cost(base.model).document(), "extent": str(Extent.of(base.model))}
     report.add("build", made.findings)
+    results.keep_failures(target, made.findings)
+    report.carry("build", results.failures(target))
     return report
 
 
-def _outputs_aligned(model: PreTrainedModel) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Aligns a model's matrices and runs it; returns inputs and output of every case."""
+def _outputs_aligned(model: PreTrainedModel, preparing: Any) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Aligns a model's matrices and runs it, on tokens that what prepares its inputs knows, if it tells; returns inputs
+    and output of every case."""
     tensors.align(model)
     cases = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+    if (tokenizer := vocabulary.tokenizer_of(preparing)) is not None:
+        cases = {case: probing.only_known(batch, tokenizer.get_vocab().values()) for case, batch in cases.items()}
     return {case: (batch, anatomy.run(model, batch)) for case, batch in cases.items()}
 
 
@@ -289,8 +298,10 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     trainers.join(recipe, directory)
     if (kept := processes.on_first(lambda: _trained_before(recipe, directory, resume))) is not None:
         report.add("train", [kept])
+        report.carry("train", results.failures(directory / "adapter"))
         console.words.print(f"The training is finished: {kept.evidence}; nothing is repeated")
         return report
+    report.carry("build", results.failures(healing.healed(recipe, directory)))
     set_seed(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
         model, processor = processes.in_turn(lambda: training.load_artifact(recipe, directory))
@@ -365,6 +376,7 @@ def _heal(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link
 def _distill(recipe: Recipe, directory: Path, report: Report, *, resume: bool, link: bool) -> None:
     """Distils the aligned artifact: a training of its own in `heal/`, whose adapter is merged."""
     nested = healing.directory_of(directory)
+    healing.refuse_nothing_to_distil(report.measured["heal"])
     skeleton = models.skeleton(str(nested / "artifact"), trust_remote_code=recipe.base.trust_remote_code)
     inner = distilling.inner_recipe(recipe, skeleton, manifest.read(nested / "artifact").edits)
     assert inner is not None
@@ -398,7 +410,9 @@ def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_co
         merged = export.merge(
             directory / "adapter", directory / "merged", link=link, trust_remote_code=trust_remote_code
         )
-    report.add("merge", merged.findings)
+    before = results.failures(directory / "merged")
+    report.add("merge", [finding for finding in merged.findings if finding not in before])
+    report.carry("merge", before)
 
 
 def _refuse_early(recipe: Recipe) -> Plan:

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from solidify.adapter import adapters, storage
 from solidify.artifact import loading
 from solidify.checks import gradients, roundtrip, trainable
-from solidify.directory import manifest
+from solidify.directory import manifest, results
 from solidify.errors import ObjectiveError
 from solidify.findings import Finding, Report
 from solidify.recipe import evidence, healing, models
@@ -112,20 +112,19 @@ def keep_adapter(
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
         figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_")}
-        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures)
+        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures, found=report.stages["train"])
         again = storage.load(
             healing.healed(recipe, directory),
             target,
             trust_remote_code=recipe.base.trust_remote_code,
             **models.quantization(recipe),
         )
-        report.add(
-            "train",
-            [
-                roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
-                roundtrip.wrong_base_refused(again, manifest.read(target), target),
-            ],
-        )
+        read_back = [
+            roundtrip.adapter_reload(attached, roundtrip.outputs(again, inputs)),
+            roundtrip.wrong_base_refused(again, manifest.read(target), target),
+        ]
+        report.add("train", read_back)
+        results.keep_failures(target, read_back)
 
 
 def history_table(history: list[dict[str, float]]) -> Any:
