@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import solidify
 from solidify.model import anatomy, probing
-from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE
+from solidify.modules.trashcan_moe import ASLEEP, WEIGHTINGS, TrashCan, TrashCanMoE, measure_worth
 
 HIDDEN, EXPERTS, TOP_K, INNER = 32, 8, 2, 16
 
@@ -258,7 +258,7 @@ def test_only_new_keys_appear_in_the_checkpoint() -> None:
     before = set(pico.olmoe().state_dict())
     added = set(awake().state_dict()) - before
     assert before <= set(awake().state_dict())
-    assert {name.rpartition("mlp.")[2] for name in added} == {"trash.weight", "trash.bias", "trash.kept"}
+    assert {name.rpartition("mlp.")[2] for name in added} == {"trash.weight", "trash.bias", "trash.kept", "trash.worth"}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, object]) -> None:
 
 
 def test_the_sleeping_threshold_survives_half_precision() -> None:
-    can = TrashCan(8).bfloat16()
+    can = TrashCan(8, EXPERTS).bfloat16()
     margin = can(torch.randn(4, 8), torch.randn(4, EXPERTS), torch.zeros(4, TOP_K, dtype=torch.long))
     assert float(can.bias) < ASLEEP / 2
     assert (margin > 1000).all()
@@ -391,6 +391,45 @@ def test_an_adapter_on_a_part_of_the_block_is_heard(tmp_path: Path) -> None:
             if "lora_B" in name or "shared_expert_gate" in name:
                 parameter.add_(0.5) if parameter.requires_grad else None
     assert not torch.equal(anatomy.run(tuned, inputs), before)
+
+
+def test_worth_is_the_mean_norm_of_what_an_expert_returns() -> None:
+    """Against a loop in float64; asleep nothing changes, awake the slots that add least are skipped."""
+    model = pico.olmoe(1)
+    rows = [{"input_ids": pico.tokens(3, 20)}, {"input_ids": pico.tokens(2, 11)}]
+    solidify.replace(model, "model.layers.*.mlp", TrashCanMoE)
+    before = anatomy.run(model, rows[0])
+    can = model.model.layers[0].mlp
+    seen: list[torch.Tensor] = []
+    hook = can.gate.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    found = measure_worth(model, rows)["model.layers.0.mlp"]
+    hook.remove()
+    assert torch.equal(anatomy.run(model, rows[0]), before)
+    x = torch.cat(seen).double()
+    logits = x @ can.gate.weight.double().T
+    index = logits.topk(TOP_K, dim=-1).indices
+    norms: dict[int, list[float]] = {}
+    for token in range(len(x)):
+        for expert in index[token].tolist():
+            gate, up = (can.experts.gate_up_proj[expert].double() @ x[token]).chunk(2)
+            returned = can.experts.down_proj[expert].double() @ (F.silu(gate) * up)
+            norms.setdefault(expert, []).append(float(returned.detach().norm()))
+    expected = {expert: torch.tensor(values, dtype=torch.float64).mean().log() for expert, values in norms.items()}
+    mean = torch.stack(list(expected.values())).mean()
+    for expert in range(EXPERTS):
+        wanted = float(expected[expert] - mean) if expert in expected else 0.0
+        assert float(found[expert]) == pytest.approx(wanted, abs=1e-5)
+    tokens = states(1, 30)[0]
+    logits, _, index = can.gate(tokens)
+    margin = can.trash(tokens, logits, index)
+    wanted_margin = logits.log_softmax(-1).gather(-1, index) + found[index] - can.trash.bias
+    assert torch.allclose(margin, wanted_margin) and found.abs().max() > 0.01
+
+
+def test_worth_needs_a_trash_can_and_text() -> None:
+    for model, rows in ((pico.olmoe(1), [{"input_ids": pico.tokens()}]), (awake(1), [])):
+        with pytest.raises(ValueError, match="needs a model with a TrashCanMoE, and at least one batch"):
+            measure_worth(model, rows)
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ Every layer gets one extra expert that returns zero and costs nothing. Its logit
 `l_trash = logsumexp(l) + z`, and it may fill any number of the `top_k` slots, so the routing rule becomes a test on
 log-probabilities: of the experts that the router chose, those with `log P >= z` are computed, the others are skipped.
 `z = u·x + c` is one vector `u` (trainable, starts at 0) and one number `c` (a buffer, starts at -10000: nothing is
-skipped, and the block is the original, bit for bit).
+skipped, and the block is the original, bit for bit). What an expert returns weighs more or less: `measure_worth` adds
+to each `log P` the logarithm of the mean norm of its expert's output, so that what is skipped is what adds least.
 
 Related work: null experts of AdaMoE (arXiv 2406.13233), zero-computation experts of MoE++ (arXiv 2410.07348), zero
 experts of LongCat-Flash (arXiv 2509.01322). The threshold form keeps exactly the slots that a top-k over the real
@@ -16,6 +17,7 @@ This file needs torch only and is copied into artifacts as it stands.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,20 +30,22 @@ WEIGHTINGS = ("base", "softmax_all", "topk_norm", "real_norm")
 
 
 class TrashCan(nn.Module):
-    """Says by how much each chosen expert beats the trash: `margin = log P - z`, kept where it is not negative.
+    """Says by how much each chosen expert beats the trash: `margin = log P + worth - z`, kept where not negative.
 
     `weight` (hidden_size,) is `u`, `bias` () is `c`, `kept` () is a running mean of the kept share that a controller
-    may maintain. Both buffers are saved.
+    may maintain, `worth` (num_experts,) what `measure_worth` found (0 until then). All buffers are saved.
     """
 
     bias: torch.Tensor
     kept: torch.Tensor
+    worth: torch.Tensor
 
-    def __init__(self, hidden_size: int, threshold: float = ASLEEP) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, threshold: float = ASLEEP) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.register_buffer("bias", torch.tensor(float(threshold)))
         self.register_buffer("kept", torch.tensor(1.0))
+        self.register_buffer("worth", torch.zeros(num_experts))
 
     def forward(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor, top_k_index: torch.Tensor
@@ -52,7 +56,7 @@ class TrashCan(nn.Module):
         """
         log_probabilities = F.log_softmax(router_logits.float(), dim=-1).gather(-1, top_k_index)
         odds = F.linear(hidden_states.float(), self.weight.float()[None]) + self.bias.float()
-        return log_probabilities - odds
+        return log_probabilities + self.worth.float()[top_k_index] - odds
 
 
 class TrashCanMoE(nn.Module):
@@ -106,13 +110,13 @@ class TrashCanMoE(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in original.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name in original.state_dict())
-        widths = [parameter.shape[-1] for parameter in children[router].parameters() if parameter.ndim == 2]
-        if not widths:
+        matrix = next((parameter for parameter in children[router].parameters() if parameter.ndim == 2), None)
+        if matrix is None:
             raise ValueError(
                 "TrashCanMoE reads the width of the hidden states from the router's matrix, and "
                 f"{type(children[router]).__name__} has none"
             )
-        self.trash = TrashCan(widths[0], threshold)
+        self.trash = TrashCan(matrix.shape[1], matrix.shape[0], threshold)
         self.weighting = weighting
         self.temperature = temperature
         self.multiplicity = multiplicity
@@ -176,7 +180,7 @@ class TrashCanMoE(nn.Module):
             soft = torch.sigmoid(margin / self.temperature)
             return weights * (keep + (soft - soft.detach())).to(weights.dtype)
         log_probabilities = F.log_softmax(router_logits.float(), dim=-1).gather(-1, index)
-        odds = log_probabilities - margin  # z, per slot
+        odds = log_probabilities + self.trash.worth.float()[index] - margin  # z, per slot
         if self.weighting == "softmax_all":
             multiplicity = self.multiplicity or index.shape[-1]
             return weights * torch.sigmoid(-odds - math.log(multiplicity)).to(weights.dtype)
@@ -212,3 +216,56 @@ class TrashCanMoE(nn.Module):
 
 def _describe(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
+
+
+def measure_worth(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sets every trash can's `worth` by what the experts return on some text; no gradient, nothing else changes.
+
+    `worth` is the logarithm of the mean norm of an expert's output over the tokens that the router sends to it, less
+    the mean of these logarithms over the layer's experts: with it the trash can skips the slots whose product of
+    probability and norm is least (the score by which REAP prunes experts, arXiv 2510.13999, for each slot). An expert
+    that no token is sent to is worth 0. Padding counts, so give batches without. Returns `worth` by the block's name.
+
+    Raises:
+        ValueError: the model holds no TrashCanMoE, or there is no batch.
+    """
+    cans = {name: module for name, module in model.named_modules() if isinstance(module, TrashCanMoE)}
+    sums = {name: (torch.zeros_like(can.trash.worth), torch.zeros_like(can.trash.worth)) for name, can in cans.items()}
+
+    def watch(name: str) -> Any:
+        """Makes a hook that measures each slot by itself."""
+
+        def before(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            """Runs the experts once more, with one slot a row and weights of one."""
+            tokens, index, weights = args
+            rows = tokens.repeat_interleave(index.shape[-1], dim=0)
+            slots = index.reshape(-1, 1)
+            outputs = experts.forward(rows, slots, torch.ones_like(weights).reshape(-1, 1))
+            total, count = sums[name]
+            total.index_add_(0, slots[:, 0], outputs.float().norm(dim=-1).to(total.dtype))
+            count.index_add_(0, slots[:, 0], torch.ones_like(slots[:, 0], dtype=count.dtype))
+
+        return before
+
+    hooks = [can.experts.register_forward_pre_hook(watch(name)) for name, can in cans.items()]
+    before = [(can, can.bypass) for can in cans.values()]
+    ran = 0
+    try:
+        for can in cans.values():
+            can.bypass = True
+        with torch.no_grad():
+            for batch in batches:
+                model(**{key: tensor for key, tensor in batch.items() if key != "labels"})
+                ran += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for can, bypass in before:
+            can.bypass = bypass
+    if not cans or not ran:
+        raise ValueError("measure_worth needs a model with a TrashCanMoE, and at least one batch")
+    for name, (total, count) in sums.items():
+        seen = count > 0
+        worth = (total / count.clamp(min=1)).clamp(min=torch.finfo(torch.float32).tiny).log()
+        cans[name].trash.worth.copy_(torch.where(seen, worth - worth[seen].mean(), 0.0))
+    return {name: can.trash.worth.clone() for name, can in cans.items()}
