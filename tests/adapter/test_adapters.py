@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -331,3 +332,37 @@ def test_saving_leaves_nothing_half_written(saved: Path, wrapped_artifact: Path,
         solidify.save_adapter(model, tmp_path / "theirs")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "theirs"]
     shutil.rmtree(saved)
+
+
+def resident(directory: Path) -> int:
+    """Returns how many kB of an artifact's weight files are in this process's memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(directory) in line and line.endswith(".safetensors")
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux says what is in memory")
+def test_what_is_trained_in_full_is_in_memory_once(trash_artifact: Path, tmp_path: Path) -> None:
+    """The base's own values are given back to their file, and read from there when the adapter is off."""
+    model = solidify.load(trash_artifact)
+    inputs = {"input_ids": pico.tokens()}
+    before = anatomy.run(model, inputs)
+    held = resident(trash_artifact)
+    copied = sum(p.nbytes for p in model.model.layers.parameters()) // 1024
+    tuned = solidify.attach(model, train=["model.layers.*.mlp", "model.layers.*.self_attn.q_norm.weight"])
+    inside = sum(p.nbytes for layer in model.model.layers for p in layer.mlp.parameters()) // 2048  # two of each
+    assert held - resident(trash_artifact) > inside / 2, f"{held} kB before, of {copied} kB"
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert not torch.equal(anatomy.run(tuned, inputs), before)
+    with tuned.disable_adapter():
+        assert torch.equal(anatomy.run(tuned, inputs), before)
+    path = solidify.save_adapter(tuned, tmp_path / "adapter")
+    again = solidify.load(trash_artifact, path)
+    assert torch.equal(anatomy.run(again, inputs), anatomy.run(tuned, inputs))

@@ -23,6 +23,7 @@ from solidify.errors import AdapterError, refuse
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
+from solidify.weights import mapped
 
 
 def attach(
@@ -69,7 +70,18 @@ def attach(
         faults += [*tied.parted(peft_model, lora), *tokens.faults(peft_model, wanted.tokens, name)]
         faults = [*planning.compare(peft_model, wanted), *faults, *trial.faults(peft_model, probe)]
         refuse(AdapterError, "PEFT did not do what was declared", faults)
+    release_originals(peft_model)
     return peft_model
+
+
+def release_originals(model: PeftModel) -> None:
+    """Gives the memory of parameters back of which an adapter trains a version in full, where they stand in a file.
+
+    They are read from there when the adapter is switched off: what is trained in full is in memory once.
+    """
+    wrapped = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    single = [p for m in model.modules() if isinstance(m, TrainedParameters) for p in m.own().values()]
+    mapped.release_tensors([*single, *(parameter for module in wrapped for parameter in module.parameters())])
 
 
 def _frozen_inside(model: PeftModel, wanted: AdapterPlan) -> set[str]:

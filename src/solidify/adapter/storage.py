@@ -29,7 +29,7 @@ from solidify.adapter import (
     verbs,
 )
 from solidify.adapter import plan as planning
-from solidify.adapter.adapters import train_parameters, without_heads
+from solidify.adapter.adapters import release_originals, train_parameters, without_heads
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import autos, cards, loading, quantizing, stock
@@ -278,7 +278,8 @@ def _inject(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
         _fill_adapter(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
         refuse(AdapterError, f"{directory} was not loaded completely", _load_faults(peft_model, state, name, moved))
-        return peft_model.train(trainable)
+    release_originals(peft_model)
+    return peft_model.train(trainable)
 
 
 def _fill_adapter(

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,15 @@ def release(modules: Sequence[nn.Module]) -> None:
 
     They are read again when they are used.
     """
-    if _resident_files() < _MUCH:
-        return
+    if _resident_files() >= _MUCH:
+        release_tensors([parameter for module in modules for parameter in module.parameters()])
+
+
+def release_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives the memory of those of some tensors back that are a part of a file; they are read again when used."""
     maps = Maps()
-    found = {id(p): p for module in modules for p in module.parameters()}
-    _make_releaser([_find_pages(p) for p in found.values() if maps.find_region(p.detach()) is not None])()
+    found = {id(tensor): tensor for tensor in tensors}
+    _make_releaser([_find_pages(t) for t in found.values() if maps.find_region(t.detach()) is not None])()
 
 
 @contextmanager
