@@ -155,7 +155,7 @@ def test_the_controller_converges_on_synthetic_logits(target: float) -> None:
     for step in range(1, 301):
         trash = {}
         for name, can in cans.items():
-            logits = 2 * torch.randn(512, 16, generator=generator)
+            logits = 2 * torch.randn(512, 8, generator=generator)
             trash[name] = can(torch.zeros(512, 32), logits, logits.topk(4).indices)
         controller.after_step(model, controller.statistics(trash, mask) / 512, step, 300)
         kept.append(sum(float((m >= 0).float().mean()) for m in trash.values()) / 2)

@@ -28,6 +28,7 @@ from solidify.losses.prediction import Draft as draft
 from solidify.losses.prediction import NextToken as next_token
 from solidify.losses.prediction import OutputEntropy as output_entropy
 from solidify.losses.preference import DPO as dpo
+from solidify.losses.ramps import Ramp as ramp
 from solidify.losses.routers import ROUTERS as ROUTERS
 from solidify.losses.routers import LoadBalance as load_balance
 from solidify.losses.routers import RouterEntropy as router_entropy
@@ -60,6 +61,7 @@ __all__ = [
     "next_token",
     "orthogonality",
     "output_entropy",
+    "ramp",
     "reverse_kl",
     "router_entropy",
     "router_mutual_information",

@@ -22,9 +22,9 @@ being the median over tokens of their root mean squares (some tokens are larger 
     model(**batch)
     for module in norms: module.calibrating = False
 
-`taper` is a buffer and travels with the weights, and with an adapter. A training loop ramps it, one norm after another
-or all at once; while it is 0 neither alpha nor weight has a gradient. (PEFT keeps what it trains in full twice, and
-`original_module` is the base's.)
+`taper` is a buffer and travels with the weights, and with an adapter. In a recipe the term `solidify.losses:ramp` moves
+it (`buffers: "**.taper"`), one norm after another or all at once, and so does a training loop; while it is 0 neither
+alpha nor weight has a gradient. (PEFT keeps what it trains in full twice, and `original_module` is the base's.)
 
     for name, module in model.named_modules():
         if hasattr(module, "taper") and "original_module" not in name:
