@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError
 from solidify.weights import format
-from solidify.weights.format import Shape, TensorSource
+from solidify.weights.format import Entry, Shape, TensorSource
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -90,3 +92,43 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_noticed(tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="ends within a: it is truncated"):
         entry.read()
+
+
+@pytest.mark.parametrize("fails_after", [None, 0, 1])
+def test_the_kernel_moves_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after: int | None
+) -> None:
+    """Under another name and at another place, bit for bit; where it cannot, the bytes are written."""
+    monkeypatch.setattr(format, "_MOVED", 64)
+    tensor, other = torch.randn(13, 9), torch.randn(5).half()
+    save_file({"a": torch.randn(3), "b": tensor}, tmp_path / "x.safetensors")
+    entry = format.read_header(tmp_path / "x.safetensors")["b"]
+    copied, told = os.copy_file_range, list[int]()
+    calls = []
+
+    def copy(*given: Any) -> int:
+        calls.append(given)
+        if fails_after is not None and len(calls) > fails_after:
+            raise OSError(errno.EXDEV, "not between these")
+        return copied(*given)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(Entry, "pieces", refuse_reading) if fails_after is None else None
+    moved = TensorSource.stored("renamed", entry, tensors.digest(tensor))
+    digests = format.write_file(tmp_path / "y.safetensors", [TensorSource.made("new", other), moved], told.append)
+    found = load_file(tmp_path / "y.safetensors")
+    assert torch.equal(found["renamed"], tensor) and torch.equal(found["new"], other)
+    assert digests == {"new": tensors.digest(other), "renamed": tensors.digest(tensor)}
+    assert sum(told) == tensor.nbytes + other.nbytes and calls
+
+
+def refuse_reading(entry: Entry) -> Any:
+    raise AssertionError(f"{entry.name} was read")
+
+
+def test_a_move_from_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(300)}, tmp_path / "x.safetensors")
+    entry = format.read_header(tmp_path / "x.safetensors")["a"]
+    os.truncate(tmp_path / "x.safetensors", entry.start + 100)
+    with pytest.raises(ArtifactError, match="ends within a: it is truncated"):
+        format.write_file(tmp_path / "y.safetensors", [TensorSource.stored("a", entry, "0")])

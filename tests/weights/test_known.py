@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from solidify.weights import digest_cache, format, transfer
+from solidify.weights import digest_cache, format, store, transfer
 
 
 @pytest.fixture
@@ -124,3 +124,24 @@ def test_a_link_in_the_hubs_cache_leads_to_the_file_itself(weights: Path, tmp_pa
     transfer.link_or_copy(tmp_path / "snapshot.safetensors", tmp_path / "linked", link=True)
     assert not (tmp_path / "linked").is_symlink()
     assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino
+
+
+def test_what_is_known_goes_under_another_name_unread(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state whose tensors stand in a file under other names; a file that was changed since is read."""
+    known = digest_cache.digests([weights])
+    entries = format.read_header(weights)
+    state = {f"inner.{name}": entry.read() for name, entry in entries.items()}
+    origins = {f"inner.{name}": entry for name, entry in entries.items()}
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(format.Entry, "pieces", lambda entry: pytest.fail(f"{entry.name} was read"))
+        found = store.store(state, tmp_path / "out", origins=origins)
+    assert found == {f"inner.{name}": digest for name, digest in known.items()}
+    written = digest_cache.digests(sorted((tmp_path / "out").glob("*.safetensors")), fresh=True)
+    assert written == found
+    assert digest_cache.recall_entries(entries.values()) == {(e.file, e.start): known[e.name] for e in entries.values()}
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert digest_cache.recall_entries(entries.values()) == {}

@@ -292,11 +292,12 @@ class _Writing:
         supplies = [
             self._make_new_source(name, source, change) for name, (source, change) in self._find_added(path).items()
         ]
+        known = digest_cache.recall_entries(entry for key, entry in here.items() if key not in self.units)
         seen: set[int] = set()
         for key, entry in here.items():
             unit = self.units.get(key)
             if unit is None:
-                supplies.append(TensorSource.stored(key, entry))
+                supplies.append(TensorSource.stored(key, entry, known.get((entry.file, entry.start))))
             elif id(unit) not in seen:
                 seen.add(id(unit))
                 keys = [k for k in here if k in set(unit.keys)]

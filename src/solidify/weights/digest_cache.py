@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from solidify.errors import ArtifactError
@@ -75,6 +75,19 @@ def recall(path: Path) -> dict[str, str] | None:
         remember(path, found)
         return found
     return None
+
+
+def recall_entries(entries: Iterable[format.Entry]) -> dict[tuple[Path, int], str]:
+    """Returns the known digests of tensors in files, by the file and where in it each begins; reads headers alone."""
+    wanted = {(entry.file, entry.start): entry.shape for entry in entries}
+    found: dict[tuple[Path, int], str] = {}
+    for path in dict.fromkeys(path for path, _ in wanted):
+        if (known := recall(path)) is None:
+            continue
+        for name, entry in format.read_header(path).items():
+            if wanted.get((path, entry.start)) == entry.shape and name in known:
+                found[path, entry.start] = known[name]
+    return found
 
 
 def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = None) -> None:

@@ -29,6 +29,7 @@ from solidify.weights import hashing
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
 CHUNK = 2**21  # bytes that are read, digested and written at a time; more does not stay in a core's cache
 WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
+_MOVED = 2**26  # bytes that the kernel is asked to copy at a time, so that a bar moves
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
     "F64": torch.float64,
@@ -217,16 +218,19 @@ def header_digest(path: Path) -> str:
 class TensorSource:
     """Where some tensors to be written come from: `pieces` yields their values in order, tensor by tensor or mixed.
 
-    A piece may have any shape; what counts is its bytes.
+    A piece may have any shape; what counts is its bytes. A tensor that is `moved` stands in a file, and its digest is
+    known: the kernel copies its bytes, and they pass through no memory of ours.
     """
 
     shapes: dict[str, Shape]
     pieces: Callable[[], Iterator[Piece]]
+    moved: tuple[Entry, str] | None = None
 
     @classmethod
-    def stored(cls, name: str, entry: Entry) -> TensorSource:
-        """Takes a tensor as it stands in a file, under a name."""
-        return cls({name: entry.shape}, lambda: ((name, piece) for piece in entry.pieces()))
+    def stored(cls, name: str, entry: Entry, digest: str | None = None) -> TensorSource:
+        """Takes a tensor as it stands in a file, under a name; with its `digest`, where that is known."""
+        moved = (entry, digest) if digest is not None else None
+        return cls({name: entry.shape}, lambda: ((name, piece) for piece in entry.pieces()), moved)
 
     @classmethod
     def made(cls, name: str, tensor: torch.Tensor) -> TensorSource:
@@ -248,7 +252,7 @@ def write_file(
 ) -> dict[str, str]:
     """Writes one file from its sources, in their order, and returns the digest of every tensor.
 
-    What is written is digested as it passes; `advance` is told of bytes written.
+    What is written is digested as it passes, unless its digest is known; `advance` is told of bytes written.
 
     Raises:
         ArtifactError: a source gave more or less than it said, or there is no room.
@@ -264,6 +268,8 @@ def write_file(
 
             def work(source: TensorSource) -> dict[str, str]:
                 offsets = {name: len(header) + starts[name] for name in source.shapes}
+                if source.moved is not None and _move_bytes(source.moved[0], file.fileno(), offsets, advance):
+                    return dict.fromkeys(source.shapes, source.moved[1])
                 return _write_tensors(source, file.fileno(), offsets, advance)
 
             for found in in_parallel(work, sources):
@@ -300,6 +306,30 @@ def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text, starts
+
+
+def _move_bytes(entry: Entry, descriptor: int, offsets: Mapping[str, int], advance: Callable[[int], None]) -> bool:
+    """Has the kernel copy a tensor from its file to its offset in another; returns whether it did.
+
+    It shares the blocks where the file system can. Between some file systems, and outside Linux, it does nothing.
+    """
+    (target,) = offsets.values()
+    done = 0
+    with _opened(entry.file) as source:
+        while done < entry.shape.nbytes:
+            count = min(entry.shape.nbytes - done, _MOVED)
+            try:
+                moved = os.copy_file_range(source, descriptor, count, entry.start + done, target + done)
+            except (OSError, AttributeError) as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                advance(-done)  # what was copied is written once more
+                return False
+            if not moved:
+                raise ArtifactError(f"{entry.file} ends within {entry.name}: it is truncated")
+            done += moved
+            advance(moved)
+    return True
 
 
 def _write_tensors(

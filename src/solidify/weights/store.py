@@ -39,10 +39,13 @@ def store(
     stored = _under_one_name({**(origins or {}), **origins_in_memory(kept)})
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
+    left = {name: tensor for name, tensor in kept.items() if name not in linked}
+    known = digest_cache.recall_entries(stored[name] for name in left if name in stored)
     sources = {
-        name: TensorSource.stored(name, stored[name]) if name in stored else TensorSource.made(name, tensor)
-        for name, tensor in kept.items()
-        if name not in linked
+        name: TensorSource.stored(name, entry, known.get((entry.file, entry.start)))
+        if (entry := stored.get(name)) is not None
+        else TensorSource.made(name, tensor)
+        for name, tensor in left.items()
     }
     return write(directory, sources, whole=whole, link=link)
 
