@@ -176,6 +176,16 @@ def test_the_light_parts_stay_light() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize("used", ["merging.export", "checks.check", "artifact.solidify", "exporting.forms"])
+def test_a_verb_without_training_imports_nothing_of_it(used: str) -> None:
+    """TRL brings wandb and datasets, and datasets pandas: a second or two."""
+    names = ["trl", "datasets", "wandb", "pandas", "transformers.trainer"]
+    imported = f"from solidify.command.quiet import start_verb\nwith start_verb():\n    import solidify.{used}"
+    script = f"{imported}\nimport sys; print(*(m for m in {names} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [] and done.stderr == ""
+
+
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "solidify", "--help"], capture_output=True, text=True, check=True)
     for verb in ("demo", "inspect", "plan", "run", "build", "train", "check", "merge", "diff", "generate"):

@@ -73,6 +73,7 @@ def test_the_record_tells_kept_from_new_and_dropped() -> None:
         "model.layers.1.mlp.trash.weight",
         "model.layers.1.mlp.trash.bias",
         "model.layers.1.mlp.trash.kept",
+        "model.layers.1.mlp.trash.worth",
     ]
     assert edits[1].dropped == ()
     assert edits[1].parameters_after - edits[1].parameters_before == 32

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -32,13 +36,15 @@ def _keep_what_is_there() -> None:
 
 
 def _quiet_libraries() -> None:
-    import warnings
+    # PEFT imports bitsandbytes, which says on some CPUs that a kernel from the hub is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when a verb imports it, which not all do
 
-    import datasets
     from transformers import PreTrainedModel  # noqa: F401  # every verb needs it, some only later
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
