@@ -81,3 +81,46 @@ def test_a_command_that_fails_says_so(benchmark: Import) -> None:
     processes = benchmark("processes")
     with pytest.raises(processes.CommandFailed, match=r"exit code 3[^$]*no such luck"):
         processes.measure([sys.executable, "-c", "print('no such luck'); raise SystemExit(3)"])
+
+
+def test_the_trials_page_says_what_was_measured(benchmark: Import) -> None:
+    page = benchmark("trial_page")
+    found, judged = page.read(), page.read(page.JUDGED)
+    assert page.PAGE.read_text(encoding="utf-8") == page.write(found, judged)
+    arms = page.arms(found, 0.75)
+    assert all(
+        len(values) == (5 if name.endswith("trained") else 1) for name, a in arms.items() for values in a.values()
+    )
+    assert all(abs(figures["kept"] - 0.75) < 0.002 for key, figures in found.items() if "kept 0.75" in key)
+
+
+def test_a_verdict_is_as_the_figures_are(benchmark: Import) -> None:
+    """Outside the interval where every seed says so, and not where seeds contradict one another."""
+    page = benchmark("trial_page")
+
+    def found(ours: list[float]) -> dict[str, dict[str, float]]:
+        values = {"trash can": ours, "smaller top-k": [0.02, 0.021, 0.019]}
+        return {
+            f"trained; {arm}; kept 0.75; 100 steps; seed {seed}": {
+                "kl": v,
+                "loss": v,
+                "agreement": v,
+                "log_probability": v,
+            }
+            for arm, each in values.items()
+            for seed, v in enumerate(each)
+        }
+
+    assert ", outside the interval" in page.verdict(found([0.01, 0.0112, 0.0095]), 0.75)
+    assert ", not outside the interval" in page.verdict(found([0.01, 0.03, 0.019]), 0.75)
+    assert page.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-6)
+
+
+def test_arms_keep_the_share_that_is_asked_for(benchmark: Import) -> None:
+    trial = benchmark("trash_trial")
+    scores = torch.randn(40, 4)
+    for kept in (0.25, 0.5, 0.75):
+        assert float((scores >= trial.threshold(scores, kept)).float().mean()) == pytest.approx(kept, abs=0.01)
+    judge = benchmark("trash_judge")
+    assert judge.area(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 1.0
+    assert judge.area(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5
