@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from solidify.findings import Finding as Finding
     from solidify.findings import Report as Report
     from solidify.healing.align import align as align
+    from solidify.healing.calibrating import score_experts as score_experts
     from solidify.healing.distilling import distill as distill
     from solidify.healing.learning import Alignment as Alignment
     from solidify.healing.placing import Budget as Budget
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from solidify.surgery.depth import insert as insert
     from solidify.surgery.depth import remove as remove
     from solidify.surgery.edit_record import Edit as Edit
+    from solidify.surgery.experts import duplicate_experts as duplicate_experts
     from solidify.surgery.experts import rearrange_experts as rearrange_experts
     from solidify.surgery.heads import add as add
     from solidify.surgery.masks import mask as mask
@@ -117,6 +119,7 @@ _WHERE = {
     "build": "building",
     "check": "checks.check",
     "distill": "healing.distilling",
+    "duplicate_experts": "surgery.experts",
     "export": "exporting.forms",
     "from_patched": "on_ramps.patched",
     "heal": "recipe.stages",
@@ -133,6 +136,7 @@ _WHERE = {
     "replace": "surgery.replacing",
     "run": "recipe.stages",
     "save_adapter": "adapter.storage",
+    "score_experts": "healing.calibrating",
     "share": "surgery.replacing",
     "sign": "directory.signing",
     "trust": "directory.trust",

@@ -99,9 +99,18 @@ class Surgery:
         """Removes the layers, as `solidify.remove` does with the same options."""
         return self._keep_edits(depth.remove(self.model, self._pass_patterns(where), **options))
 
-    def rearrange_experts(self, where: Where | Selection, order: Sequence[int], **options: Any) -> list[Edit]:
+    def rearrange_experts(
+        self,
+        where: Where | Selection,
+        order: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        **options: Any,
+    ) -> list[Edit]:
         """Chooses, repeats and reorders the experts of the blocks, as `solidify.rearrange_experts` does."""
         return self._keep_edits(experts.rearrange_experts(self.model, self._pass_patterns(where), order, **options))
+
+    def duplicate_experts(self, where: Where | Selection, copies: int = 2, **options: Any) -> list[Edit]:
+        """Repeats every expert of the blocks, and keeps what they compute, as `solidify.duplicate_experts` does."""
+        return self._keep_edits(experts.duplicate_experts(self.model, self._pass_patterns(where), copies, **options))
 
     def add(self, name: str, module: type[nn.Module], *, reads: str | Sequence[str], **options: Any) -> list[Edit]:
         """Adds a module that reads what others return, as `solidify.add` does with the same options."""

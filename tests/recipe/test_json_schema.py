@@ -27,11 +27,17 @@ MORE: dict[str, dict[str, Any]] = {
             {"insert": "a", "expect": "C", "zero": ["b"], "count": 1},
             {"remove": "a", "expect": "C"},
             {"add": "a", "with": "f.py:X", "reads": ["b"], "arguments": {"a": 1}},
-            {"rearrange_experts": "a", "expect": "C", "order": [0, 1], "count": 1},
+            {"rearrange_experts": "a", "expect": "C", "order": [0, 1], "experts_per_token": 1, "count": 1},
+            {"rearrange_experts": "a", "expect": "C", "copies": 2},
             {"mask": "window", "window": 8, "sinks": 0, "layers": ["a"], "expect": "C"},
             {"mask": "block_causal", "block": 2},
             {"mask": "causal"},
         ],
+    },
+    "chosen experts": {
+        "base": {"model": "m"},
+        "surgery": [{"rearrange_experts": ["a"], "expect": "C", "keep": 2, "by": "frequency", "rows": 4}],
+        "data": {"train": "x.jsonl"},
     },
     "everything of healing": {
         "base": {"model": "m"},

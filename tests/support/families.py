@@ -225,15 +225,20 @@ def cases() -> list[tuple[str, str]]:
 def tiny(model_type: str, auto: str = "AutoModelForCausalLM", *, seed: int = 0) -> PreTrainedModel:
     """Builds the model that `auto` gives for a model type, tiny, in evaluation mode, with weights that differ."""
     config = tiny_config(model_type)
-    head = getattr(transformers, auto)._model_mapping[type(config)]
-    head = head[0] if isinstance(head, tuple) else head
+    head = head_of(config, auto)
     if not isinstance(config, head.config_class):
         parts = [getattr(config, name) for name in config.sub_configs]
         config = next((part for part in parts if isinstance(part, head.config_class)), config)
     torch.manual_seed(seed)
     model = head(config).eval()
-    _give_opinions(model)
+    give_opinions(model)
     return model
+
+
+def head_of(config: PreTrainedConfig, auto: str = "AutoModelForCausalLM") -> Any:
+    """Returns the class that `auto` gives for a configuration."""
+    head = getattr(transformers, auto)._model_mapping[type(config)]
+    return head[0] if isinstance(head, tuple) else head
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -382,7 +387,7 @@ def _per_layer(value: Any, kept: list[int]) -> Any:
 
 
 @torch.no_grad()
-def _give_opinions(model: PreTrainedModel) -> None:
+def give_opinions(model: PreTrainedModel) -> None:
     """Scales matrices up to what keeps a signal's size, and makes constants differ, so that outputs tell apart."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import experts
 import families
 import numpy as np
 import pico
@@ -238,7 +239,7 @@ def test_a_part_that_the_shapes_do_not_show_is_found_out() -> None:
         ("**.mlp", "012", "but it is '012'"),
         ("**.mlp", {0: [1, 2]}, "but it is {0"),
         ("**.mlp", {1, 2}, "but it is {1, 2}"),
-        ("**.mlp", None, "but it is None"),
+        ("**.mlp", None, "nothing is asked for"),
         ("**.mlp", torch.tensor(3), "but it is 3"),
         ("**.mlp", torch.tensor([True, False, True]), "but holds True"),
         ("**.mlp", torch.tensor([3.0, 1.0]), r"but holds 3\.0"),
@@ -397,3 +398,91 @@ def test_what_artifacts_carry_of_an_operation_stands_alone(operation: type[catal
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert not names, f"{function.__name__} uses {names} of its file, which artifacts do not carry"
     assert {name.partition(".")[0] for name in imported} <= {"torch", "transformers", *sys.stdlib_module_names}
+
+
+KEEPING = ("olmoe", "qwen2_moe", "gpt_oss")  # softmax before the choice, divided by its sum, after the choice
+ALSO = ("mixtral", "granitemoe", "glm4_moe", "deepseek_v2", "lfm2_moe")
+
+
+@pytest.mark.parametrize("family", [*KEEPING, *(pytest.param(name, marks=pytest.mark.slow) for name in ALSO)])
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_of_all_experts_keep_what_the_model_computes(family: str, copies: int) -> None:
+    model = families.tiny(family)
+    names, before = experts.blocks(model), logits(model)
+    chosen = model.config.num_experts_per_tok
+    edits = solidify.duplicate_experts(model, names, copies)
+    assert float((logits(model) - before).abs().max()) < 2e-6 * float(before.abs().max())
+    assert model.config.num_experts_per_tok == copies * chosen
+    assert all(len(edit.settings["order"]) == 4 * copies for edit in edits)
+    assert edits[0].arguments["experts_per_token"] == copies * chosen
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin), logits(model))
+
+
+@pytest.mark.parametrize("family", ["dots1", "llama4_text"])
+def test_routers_whose_weights_would_add_up_to_more_keep_their_experts(family: str) -> None:
+    model = families.tiny(family)
+    before = logits(model)
+    with pytest.raises(SurgeryError, match="with 2 copies of each expert the model's output moves by"):
+        solidify.duplicate_experts(model, experts.blocks(model))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_another_number_of_experts_a_token_is_what_the_family_computes_with_it(number: int) -> None:
+    model = pico.olmoe()
+    edits = solidify.rearrange_experts(model, "**.mlp", experts_per_token=number)
+    twin = type(model)(type(model.config)(**{**pico.olmoe().config.to_dict(), "num_experts_per_tok": number}))
+    twin.load_state_dict(model.state_dict())
+    assert model.config.num_experts_per_tok == number and torch.equal(logits(twin.eval()), logits(model))
+    assert not any(edit.dropped for edit in edits) and edits[0].arguments["experts_per_token"] == number
+    finding = structure.structure(model, [edit.document() for edit in edits])
+    assert finding.passed
+    model.model.layers[0].mlp.gate.top_k = 9
+    assert f"gate.top_k is 9, not {number}" in structure.structure(model, [e.document() for e in edits]).evidence
+
+
+def test_blocks_may_give_a_token_different_numbers_of_experts() -> None:
+    model = pico.olmoe()
+    solidify.rearrange_experts(model, "model.layers.0.mlp", experts_per_token=1)
+    assert model.config.num_experts_per_tok == 2 and model.model.layers[0].mlp.gate.top_k == 1
+    solidify.rearrange_experts(model, "model.layers.1.mlp", range(4), experts_per_token=1)
+    assert model.config.num_experts_per_tok == 1 and model.config.num_experts == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"experts_per_token": 9}, "gives each token 9 experts, but the order has 8"),
+        ({"experts_per_token": 0}, "experts_per_token is a whole number of at least 1, but 0 was given"),
+        ({"experts_per_token": True}, "but True was given"),
+        ({"order": {"model.layers.0.mlp": [0, 1]}}, r"there is no order for model\.layers\.1\.mlp"),
+        (
+            {"order": {"model.layers.0.mlp": [0, 1], "model.layers.1.mlp": [0, 1], "other": [1]}},
+            "there is an order for 'other', which is none of the blocks",
+        ),
+    ],
+)
+def test_numbers_and_orders_that_do_not_fit_are_refused(change: dict[str, Any], words: str) -> None:
+    model = pico.olmoe()
+    before = logits(model)
+    with pytest.raises(SurgeryError, match=words):
+        solidify.rearrange_experts(model, "**.mlp", **change)
+    assert torch.equal(logits(model), before) and model.config.num_experts_per_tok == 2
+
+
+def test_a_number_of_copies_that_is_none_is_refused() -> None:
+    with pytest.raises(SurgeryError, match="copies is a whole number of at least 2, but 1 was given"):
+        solidify.duplicate_experts(pico.olmoe(), "**.mlp", 1)
+
+
+@pytest.mark.slow
+def test_copies_and_numbers_are_made_again_in_an_artifact(tmp_path: Path) -> None:
+    surgery = solidify.Surgery(pico.olmoe())
+    surgery.duplicate_experts("**.mlp")
+    surgery.rearrange_experts("model.layers.1.mlp", experts_per_token=3)
+    artifact = surgery.build(tmp_path / "artifact")
+    loaded = solidify.load(artifact.directory)
+    assert [layer.mlp.gate.top_k for layer in loaded.model.layers] == [4, 3]
+    assert torch.equal(logits(loaded), logits(surgery.model))

@@ -81,6 +81,23 @@ def layer_of(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def list_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Returns the layers up to the last that holds one of the modules, in order.
+
+    Raises:
+        HealingError: a module stands in no list of layers, or in another than the rest.
+    """
+    layers = {name: layer_of(model, name) for name in names}
+    faults = [f"{name} stands in no list of layers" for name, layer in layers.items() if layer is None]
+    found = [layer for layer in layers.values() if layer is not None]
+    lists = sorted({layer.rpartition(".")[0] for layer in found})
+    if len(lists) > 1:
+        faults.append(f"the modules stand in several lists of layers ({', '.join(lists)})")
+    refuse(HealingError, "the model cannot be run layer by layer; call with stream=False", faults[:4])
+    last = max((int(layer.rpartition(".")[2]) for layer in found), default=-1)
+    return [f"{lists[0]}.{number}" for number in range(last + 1)]
+
+
 @dataclass
 class Watch:
     """What was seen of one call of a unit."""

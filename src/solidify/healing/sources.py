@@ -106,11 +106,25 @@ class LayerStream:
         ]
         try:
             with self._passing():
-                _run_until_left(self.model, self.batches[index])
+                run_until_left(self.model, self.batches[index])
         finally:
             for hook in hooks:
                 hook.remove()
         return output[0]
+
+    def shape_outputs(self, first: torch.Tensor) -> list[tuple[int, ...]]:
+        """Returns the shape of what the current layer returns for every batch, of what it returned for the first one.
+
+        Raises:
+            HealingError: that is not one row for each token.
+        """
+        tokens = [next(t for t in batch.values() if t.ndim == 2).shape for batch in self.batches]
+        if first.shape[:2] != tokens[0]:
+            raise HealingError(
+                f"{self.layers[self.number]} returns {list(first.shape)} for tokens {list(tokens[0])}; call with "
+                "stream=False"
+            )
+        return [(*shape, *first.shape[2:]) for shape in tokens]
 
     @contextmanager
     def _passing(self) -> Iterator[None]:
@@ -144,7 +158,7 @@ class LayerStream:
         batch = few_tokens(self.batches[0])
         whole = _follow_layers(self.model, self.layers, batch)
         with mapped.released(self.model):  # what layers left for each other is of other tokens now
-            _run_until_left(self.model, {**batch, "input_ids": batch["input_ids"].flip(1)})
+            run_until_left(self.model, {**batch, "input_ids": batch["input_ids"].flip(1)})
         own = LayerStream(self.model, self.layers, [batch], self.at)
         faults = []
         for number, name in reversed(list(enumerate(self.layers))):  # else an earlier layer leaves it anew
@@ -156,7 +170,7 @@ class LayerStream:
                 faults.append(f"{name} is given more by the layers before it than what the last of them returns")
             elif found.error is not None or not contract.are_equal(whole[number].output, found.value):
                 faults.append(f"{name} reads something that the layers before it leave beside what they return")
-        refuse(HealingError, f"{whose} cannot be streamed layer by layer; align it with stream=False", faults[::-1][:3])
+        refuse(HealingError, f"{whose} cannot be streamed layer by layer; call with stream=False", faults[::-1][:3])
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ def _follow_layers(base: PreTrainedModel, layers: Sequence[str], batch: Batch) -
     hooks = [base.get_submodule(name).register_forward_hook(keep, with_kwargs=True) for name in layers]
     try:
         with mapped.released(base):
-            _run_until_left(base, batch)
+            run_until_left(base, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,7 +242,7 @@ def _watch_run(model: nn.Module, batch: Batch, units: Sequence[Unit], at: str) -
             module = model.get_submodule(unit.name)
             seen[unit.name] = stack.enter_context(matching.watching(module, unit.name, at, given=True))
             stack.callback(module.register_forward_hook(called(unit.name)).remove)
-        _run_until_left(model, batch)
+        run_until_left(model, batch)
     return seen
 
 
@@ -244,7 +258,7 @@ def order_of_calls(model: nn.Module, batch: Batch, names: Sequence[str]) -> list
     ]
     try:
         with mapped.released(model):
-            _run_until_left(model, few_tokens(batch))
+            run_until_left(model, few_tokens(batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -264,7 +278,7 @@ def few_tokens(batch: Batch) -> dict[str, torch.Tensor]:
     return {key: tensor[row : row + 1, start : start + 8] for key, tensor in batch.items()}
 
 
-def _run_until_left(model: nn.Module, batch: Batch) -> None:
+def run_until_left(model: nn.Module, batch: Batch) -> None:
     """Runs a model without a cache, without gradients, in evaluation mode, until a hook leaves it or to its end.
 
     What it computes does not depend on earlier calls, which are not the same for the whole model and for a layer.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from solidify.errors import HealingError, refuse
 from solidify.healing import activations, matching, work
 from solidify.healing.activations import Activations
 from solidify.healing.ledger import Kept, Result
@@ -23,7 +20,7 @@ def align(todo: Work, mine: Sequence[Unit], kept: Kept) -> list[Result]:
     Raises:
         HealingError: a unit stands in no list of layers, or in another than the rest; the family cannot be streamed.
     """
-    layers = _find_layers(todo, mine)
+    layers = matching.list_layers(todo.base, [unit.name for unit in mine])
     batches = [*todo.batches, *todo.held_out]
     stream = LayerStream(todo.base, layers, batches, todo.settings.match)
     stream.refuse_unstreamable()
@@ -68,24 +65,12 @@ class _Later:
         return self.stream.calls(self.first + index, units)
 
 
-def _find_layers(todo: Work, mine: Sequence[Unit]) -> list[str]:
-    """Returns the layers up to the last that holds a unit."""
-    names = {unit.name: matching.layer_of(todo.base, unit.name) for unit in mine}
-    faults = [f"{name} stands in no list of layers" for name, layer in names.items() if layer is None]
-    found = [layer for layer in names.values() if layer is not None]
-    lists = sorted({layer.rpartition(".")[0] for layer in found})
-    if len(lists) > 1:
-        faults.append(f"the modules stand in several lists of layers ({', '.join(lists)})")
-    refuse(HealingError, "the modules cannot be aligned layer by layer; align them with stream=False", faults[:4])
-    last = max((int(layer.rpartition(".")[2]) for layer in found), default=-1)
-    return [f"{lists[0]}.{number}" for number in range(last + 1)]
-
-
 def _write_outputs(stream: LayerStream, kept: Kept, whose: str) -> None:
     """Writes what the current layer returns for every batch, and has the stream read it; one that is whole is kept."""
     assert kept.directory is not None
     path = kept.directory / f"{whose}-{stream.number:04d}-{kept.key[:16]}.bin"
-    shapes, dtype = _shape_outputs(stream)
+    first = stream.run(0)
+    shapes, dtype = stream.shape_outputs(first), first.dtype
     found = Activations.open(path, shapes, dtype)
     if found is None:
         making = Activations.create(path, shapes, dtype)
@@ -97,15 +82,3 @@ def _write_outputs(stream: LayerStream, kept: Kept, whose: str) -> None:
     stream.read = found
     earlier = kept.directory / f"{whose}-{stream.number - 1:04d}-{kept.key[:16]}.bin"
     earlier.unlink(missing_ok=True)
-
-
-def _shape_outputs(stream: LayerStream) -> tuple[list[tuple[int, ...]], torch.dtype]:
-    """Returns the shape of what the current layer returns for every batch, and its dtype."""
-    first = stream.run(0)
-    tokens = [next(t for t in batch.values() if t.ndim == 2).shape for batch in stream.batches]
-    if first.shape[:2] != tokens[0]:
-        raise HealingError(
-            f"{stream.layers[stream.number]} returns {list(first.shape)} for tokens {list(tokens[0])}; align with "
-            "stream=False"
-        )
-    return [(*shape, *first.shape[2:]) for shape in tokens], first.dtype

@@ -114,8 +114,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     records = [edit.document() for edit in edits]
     vocabulary.refuse_unfit(base.model, preparing, RecipeError, records)
     read: dict[str, Any] | None = None
-    if recipe.heal is not None:
-        read = _rehearse_healing(recipe, base.model, preparing)
+    if recipe.heal is not None or any(step.calibrates for step in recipe.surgery):
+        read = _rehearse_text(recipe, base.model, preparing)
     healed = heal_plan.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
@@ -158,12 +158,13 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     )
 
 
-def _rehearse_healing(recipe: Recipe, model: PreTrainedModel, preparing: Any) -> dict[str, Any]:
-    """Looks at the rows that healing learns from, which are those of the trainer.
+def _rehearse_text(recipe: Recipe, model: PreTrainedModel, preparing: Any) -> dict[str, Any]:
+    """Looks at the rows that healing learns from, and surgery calibrates on, which are those of the trainer.
 
     Raises:
         RecipeError: they are no text: healing learns the next token, whatever the trainer learns.
     """
+    way = "heal: healing" if recipe.heal is not None else "surgery: calibration"
     data.refuse_untaught(model)
     assert recipe.data is not None
     if not datasets.is_multimodal(recipe, model):
@@ -172,9 +173,9 @@ def _rehearse_healing(recipe: Recipe, model: PreTrainedModel, preparing: Any) ->
         asked = [recipe.data.format] if recipe.data.format is not None else formats.fitting(columns)
         if asked and not set(asked) & set(formats.NEXT_TOKEN):
             raise RecipeError(
-                f"heal: healing reads the rows of `data` as text, as trainer: {recipe.trainer} reads them too, and it "
-                f"cannot learn from {' or '.join(asked)}; heal in a recipe with data of text, and take the model that "
-                "it leaves as the base of this one"
+                f"{way} reads the rows of `data` as text, as trainer: {recipe.trainer} reads them too, and it cannot "
+                f"learn from {' or '.join(asked)}; {'heal' if recipe.heal is not None else 'do it'} in a recipe with "
+                "data of text, and take the model that it leaves as the base of this one"
             )
     return first_batch.rehearse(recipe, preparing, model)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from solidify.artifact import loading
@@ -26,7 +25,7 @@ from solidify.healing import measuring, outcome
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned
 from solidify.model import anatomy
-from solidify.recipe import datasets, models
+from solidify.recipe import calibration, datasets, models
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import Align
 from solidify.system import console, disk, processes
@@ -37,8 +36,6 @@ MEASURED = 8  # batches at most on which divergences are measured
 _NOTHING = 1e-6  # nats; a divergence of float32 logits from the same ones in another order of sums is less
 _ROWS = 12  # units that the terminal shows one by one
 _DRAWN = 50  # points of a curve that a report keeps
-
-Batches = list[dict[str, torch.Tensor]]
 
 
 def read_share(text: str | None) -> tuple[int, int] | None:
@@ -76,24 +73,17 @@ def settings_of(align: Align) -> Alignment:
     return Alignment(**fields, train=train, parameter_groups=own)
 
 
-def make_batches(recipe: Recipe, processor: Any) -> tuple[Batches, Batches]:
+def make_batches(recipe: Recipe, processor: Any) -> tuple[calibration.Batches, calibration.Batches]:
     """Returns training batches, and those on which is measured: of the evaluation text, or else the last ones."""
     assert recipe.heal is not None
     size = recipe.heal.align.batch_size if recipe.heal.align is not None else Align().batch_size
     prepared = datasets.prepare(datasets.unpacked(recipe), processor)
     examples, held_out, collate = prepared.train, prepared.held_out, prepared.collate
-    made = [_collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
+    made = [calibration.collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
     if len(made) == 1:
         kept = min(MEASURED, max(1, len(made[0]) // 10))
         made = [made[0][:-kept] or made[0], made[0][-kept:]]
     return made[0], made[1][:MEASURED]
-
-
-def _collate_rows(collate: Any, rows: Any, size: int) -> Batches:
-    listed = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
-    listed.sort(key=lambda row: -len(row["input_ids"]))  # rows of alike lengths together: little padding
-    batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
-    return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]
 
 
 def align(

@@ -45,6 +45,11 @@ def _within(key: str, rule: dict[str, Any]) -> dict[str, Any]:
     return {"required": [key], "properties": {key: {"type": "object", **rule}}}
 
 
+def _never_both(key: str, other: str) -> dict[str, Any]:
+    """Says that of two keys one is not there."""
+    return {"not": {"allOf": [_holds(key, empty=True), _holds(other, empty=True)]}}
+
+
 _BUDGETS = ("layers", "cache_bytes", "flops")
 RULES: dict[str, dict[str, Any]] = {
     "Adapter": {"anyOf": [_holds("lora", empty=True), _holds("train")]},
@@ -58,6 +63,21 @@ RULES: dict[str, dict[str, Any]] = {
             ),
             *(_goes(key, kind) for key, kind in (("block", "block_causal"), ("window", "window"), ("sinks", "window"))),
         ]
+    },
+    "RearrangeExperts": {
+        "anyOf": [_holds(key, empty=True) for key in ("order", "keep", "copies", "experts_per_token")],
+        "allOf": [
+            *(
+                _never_both(*keys)
+                for keys in (
+                    ("order", "keep"),
+                    ("order", "copies"),
+                    ("keep", "copies"),
+                    ("copies", "experts_per_token"),
+                )
+            ),
+            *({"if": {"required": [key]}, "then": _holds("keep", empty=True)} for key in ("by", "rows")),
+        ],
     },
     "Base": {
         "allOf": [
@@ -93,6 +113,10 @@ RULES: dict[str, dict[str, Any]] = {
             {"if": _holds("rewards"), "then": _is("trainer", "grpo")},
             {"if": _holds("reference", empty=True), "then": _is("trainer", *COMPARED)},
             *(_needs(key, "data", empty=True) for key in ("adapter", "heal")),
+            {
+                "if": {"not": _holds("data", empty=True)},
+                "then": {"properties": {"surgery": {"items": {"not": _holds("keep", empty=True)}}}},
+            },
             _needs("teacher", "adapter", empty=True),
             *(_needs(key, "adapter") for key in ("training", "parameter_groups")),
         ],

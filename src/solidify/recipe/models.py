@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases
 from solidify.errors import ModelError, RecipeError, raised_as
 from solidify.model.extent import Extent
-from solidify.recipe import references
+from solidify.recipe import calibration, references
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import Base
 from solidify.surgery import ledger
 from solidify.surgery.edit_record import Edit
+from solidify.surgery.expert_scores import ExpertScores
 from solidify.system import files
 
 
@@ -95,15 +97,16 @@ def operate(
 
     That may be a processor, which holds one.
     """
-    context = _Beside(recipe.directory, Extent.given(extent, model), vocabulary.tokenizer_of(preparing))
+    context = _Beside(recipe, Extent.given(extent, model), preparing)
     return [edit for step in recipe.surgery for edit in step.apply(model, context)]
 
 
 class _Beside:
     """What the steps of a recipe need beside the model (`operation.Context`)."""
 
-    def __init__(self, directory: Path, extent: Extent, tokenizer: Any) -> None:
-        self.directory, self.extent, self.tokenizer = directory, extent, tokenizer
+    def __init__(self, recipe: Recipe, extent: Extent, preparing: Any) -> None:
+        self.directory, self.extent, self.tokenizer = recipe.directory, extent, vocabulary.tokenizer_of(preparing)
+        self._recipe, self._preparing = recipe, preparing
 
     def module(self, reference: str) -> type[torch.nn.Module]:
         """Returns the class that a reference names."""
@@ -115,6 +118,10 @@ class _Beside:
     def file(self, name: str) -> Path:
         """Returns a file beside the recipe."""
         return self.directory / name
+
+    def scores(self, model: PreTrainedModel, names: Sequence[str], by: str, rows: int) -> ExpertScores:
+        """Scores the experts of blocks on the recipe's data."""
+        return calibration.score_experts(self._recipe, self._preparing, model, names, by, rows)
 
 
 def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -86,6 +86,8 @@ class Recipe(Section):
             raise broken_rule("`adapter` needs something to be trained on: give `data`")
         if self.heal is not None and self.data is None:
             raise broken_rule("`heal` needs something to learn from: give `data`")
+        if self.data is None and any(step.calibrates for step in self.surgery):
+            raise broken_rule("`keep` chooses experts by what they do on data: give `data`")
         distilled = self.heal is not None and self.heal.distill is not None
         if self.base.quantization is not None and self.adapter is None and not distilled:
             raise broken_rule(

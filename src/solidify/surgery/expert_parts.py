@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.model import anatomy, cost, operations
 
@@ -40,20 +41,55 @@ def find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[st
     """Says why a block cannot have the experts of its plan."""
     size, order = plan["size"], plan["order"]
     if not size:
-        return [
-            f"{name} ({type(block).__name__}) has no experts, in a stack or list of the number that it or its "
-            "configuration says; name an MoE block, such as '**.mlp'"
-        ]
+        return [describe_missing(name, block)]
     faults = [
         f"{name} has no expert {expert}: it has {size}, from 0 to {size - 1}"
         for expert in dict.fromkeys(order)
         if not 0 <= expert < size
     ]
-    values = [vars(module).get(key) for module in block.modules() for key in _CHOSEN]
-    chosen = max((value for value in values if type(value) is int), default=1)
-    if len(order) < chosen:
+    chosen = max({**find_choices(block), **plan.get("chosen", {})}.values(), default=1)
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 1:
+        faults.append(f"experts_per_token is a whole number of at least 1, but {chosen!r} was given")
+    elif len(order) < chosen:
         faults.append(f"{name} gives each token {chosen} experts, but the order has {len(order)}")
     return faults
+
+
+def find_choices(block: nn.Module) -> dict[str, int]:
+    """Returns where a block says how many experts a token gets: path of the attribute -> the number."""
+    return {
+        f"{path}.{key}".lstrip("."): value
+        for path, module in block.named_modules()
+        for key, value in vars(module).items()
+        if key in _CHOSEN and type(value) is int
+    }
+
+
+def describe_missing(name: str, block: nn.Module) -> str:
+    """Says that a module has no experts."""
+    return (
+        f"{name} ({type(block).__name__}) has no experts, in a stack or list of the number that it or its "
+        "configuration says; name an MoE block, such as '**.mlp'"
+    )
+
+
+def expert_tensors(block: nn.Module, plan: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, int | None]]:
+    """Returns the tensors that experts compute with, by path: the whole stack, or that of one expert and its number.
+
+    A stack of matrices is the experts', and so is what stands beside it with a row for each; a router's is not.
+    """
+    parameters = dict(block.named_parameters())
+    holders = {path.rpartition(".")[0] for path in plan["tensors"] if path in parameters and parameters[path].ndim == 3}
+    found: dict[str, tuple[torch.Tensor, int | None]] = {
+        path: (parameters[path], None)
+        for path, dim in plan["tensors"].items()
+        if dim == 0 and path in parameters and path.rpartition(".")[0] in holders
+    }
+    for each in plan["lists"]:
+        for path, tensor in parameters.items():
+            if path.startswith(f"{each}."):
+                found[path] = (tensor, int(path.removeprefix(f"{each}.").partition(".")[0]))
+    return found
 
 
 def find_ties(model: PreTrainedModel, names: Sequence[str], plans: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -67,34 +103,65 @@ def find_ties(model: PreTrainedModel, names: Sequence[str], plans: Mapping[str, 
 
 
 def find_configured(
-    model: PreTrainedModel, names: Sequence[str], name: str, plan: Mapping[str, Any]
+    model: PreTrainedModel, plans: Mapping[str, Mapping[str, Any]], name: str
 ) -> dict[str, dict[str, int]]:
-    """Returns what says how many experts there are outside of the blocks, once all blocks have as many.
+    """Returns what says, outside of the blocks, how many experts there are and how many a token gets.
 
     That is the configuration, before and after, and attributes of modules (the head's, by which it balances the load).
     Where some blocks keep another number, nothing is changed.
     """
     config = operations.enclosing_config(model, f"{name}.experts")
-    counts = {key: value for key, value in vars(config).items() if key.endswith(_COUNTS) and type(value) is int}
-    number, size = max(counts.values(), default=0), len(plan["order"])
     path = anatomy.path_in_config(model.config, config)
-    if number in (0, size) or path is None or not _are_alike(model, names, size, number):
-        return {"before": {}, "after": {}, "attributes": {}}
-    keys = [key for key, value in counts.items() if value == number]
-    attributes = [
-        f"{owner}.{key}".lstrip(".")
-        for owner, module in model.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is int
-        and value == number
-        and key.endswith(_COUNTS)
-        and any(not owner or each.startswith(f"{owner}.") for each in names)
-    ]
-    return {
-        "before": dict.fromkeys((path + key for key in keys), number),
-        "after": dict.fromkeys((path + key for key in keys), size),
-        "attributes": dict.fromkeys(attributes, size),
-    }
+    found: dict[str, dict[str, int]] = {"before": {}, "after": {}, "attributes": {}}
+    if path is None:
+        return found
+    for old, new, keys in _list_numbers(model, plans, name, config):
+        values = {key: value for key, value in vars(config).items() if keys(key) and value == old}
+        attributes = [
+            f"{owner}.{key}".lstrip(".")
+            for owner, module in model.named_modules()
+            for key, value in vars(module).items()
+            if type(value) is int and value == old and keys(key)
+            if any(not owner or each.startswith(f"{owner}.") for each in plans)
+        ]
+        found["before"] |= {path + key: old for key in values}
+        found["after"] |= {path + key: new for key in values}
+        found["attributes"] |= dict.fromkeys(attributes, new)
+    return found
+
+
+def is_mixed(block: nn.Module, settings: Mapping[str, Any]) -> bool:
+    """Returns whether a number of a block will be another than the configuration says."""
+    keys = [path.rpartition(".")[2] for path in settings["after"]]
+    counted = len(settings["order"]) == settings["size"] or any(key.endswith(_COUNTS) for key in keys)
+    chosen = settings.get("chosen", {}).items() <= find_choices(block).items() or any(key in _CHOSEN for key in keys)
+    return not (counted and chosen)
+
+
+def _list_numbers(
+    model: PreTrainedModel, plans: Mapping[str, Mapping[str, Any]], name: str, config: PreTrainedConfig
+) -> Iterator[tuple[int, int, Callable[[str], bool]]]:
+    """Yields the numbers of a configuration that all blocks have outgrown: the old one, the new one, and its keys."""
+    counts = {key: value for key, value in vars(config).items() if key.endswith(_COUNTS) and type(value) is int}
+    number, size = max(counts.values(), default=0), len(plans[name]["order"])
+    alike = all(len(plan["order"]) == size for plan in plans.values())
+    if number not in (0, size) and alike and _are_alike(model, list(plans), size, number):
+        yield number, size, lambda key: key.endswith(_COUNTS)
+    chosen = next(iter(plans[name].get("chosen", {}).values()), None)
+    said = {value for key, value in vars(config).items() if key in _CHOSEN and type(value) is int}
+    if chosen is not None and len(said) == 1 and chosen not in said and _choose_alike(model, plans, chosen):
+        yield said.pop(), chosen, lambda key: key in _CHOSEN
+
+
+def _choose_alike(model: PreTrainedModel, plans: Mapping[str, Mapping[str, Any]], chosen: int) -> bool:
+    """Returns whether a token gets as many experts in all blocks, once the named ones have changed."""
+    kinds = {type(model.get_submodule(name)) for name in plans}
+    others = (
+        module
+        for other, module in model.named_modules()
+        if type(module) in kinds and not any(other == name or other.startswith(f"{name}.") for name in plans)
+    )
+    return all(set(find_choices(module).values()) <= {chosen} for module in others)
 
 
 def _find_lists(block: nn.Module) -> dict[str, Any]:
@@ -126,3 +193,10 @@ def _has_stack(module: nn.Module, size: int) -> bool:
     named = any("expert" in key for key, child in module.named_children() if isinstance(child, nn.ModuleList))
     stacks = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
     return size in stacks or (named and any(len(items) == size for items in lists))
+
+
+def get_path(module: nn.Module, path: str) -> Any:
+    """Returns what stands at a dotted path of attributes."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module

@@ -1,73 +1,123 @@
-"""Chooses, repeats and reorders the experts of MoE blocks by a list of numbers, experts and router together.
+"""Chooses, repeats and reorders the experts of MoE blocks by their numbers, experts and router together.
 
-The whole operation: its type, its function, its proof and the code that artifacts carry. Which tensors belong to the
-experts is found by their shapes (`expert_parts.py`) and then proved: with all experts renumbered, a block must compute
-what it computed.
+The whole operation: its type and its functions. Which tensors belong to the experts is found by their shapes
+(`expert_parts.py`) and then proved (`expert_proof.py`): with all experts renumbered, a block must compute what it
+computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from itertools import combinations
 from operator import index
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from solidify.errors import SurgeryError, refuse
-from solidify.surgery.operation import Context, Operation, Record
+from solidify.surgery.expert_scores import ExpertChoice, find_uncountable
+from solidify.surgery.operation import Context, Operation, Record, broken_rule
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
     from solidify.model.extent import Extent
-    from solidify.surgery.contract import Call
     from solidify.surgery.edit_record import Edit
+
+_ORDERS = ("order", "keep", "copies")
+_REFUSED = "the experts cannot be rearranged as asked"
 
 
 class RearrangeExperts(Operation):
-    """One step of surgery: the blocks that `rearrange_experts` names have the experts that `order` lists, so ordered.
+    """One step of surgery: the blocks that `rearrange_experts` names have other experts, or choose more or fewer.
 
-    A number that is left out goes (pruning), one that comes twice is copied.
+    Which ones, `order` lists (a number that is left out goes, one that comes twice is copied); or the `keep` best of
+    each block stay, as `by` scores them on the first `rows` rows of the recipe's data; or all are there `copies` times,
+    and each token gets so many times as many, which keeps the function. `experts_per_token` is how many a token gets.
     """
 
     asked = recorded = "rearrange_experts"
     shapes = runs = True
 
     rearrange_experts: str | list[str]
-    order: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     expect: str
+    order: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    keep: int | None = Field(default=None, ge=1)
+    by: Literal["reap", "frequency"] = "reap"
+    rows: int = Field(default=128, ge=1)
+    copies: int | None = Field(default=None, ge=2)
+    experts_per_token: int | None = Field(default=None, ge=1)
     count: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _check_together(self) -> RearrangeExperts:
+        given = [key for key in _ORDERS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise broken_rule(f"{' and '.join(given)} say each which experts there are; give one of them")
+        if not given and self.experts_per_token is None:
+            raise broken_rule("give `order`, `keep` or `copies`, or `experts_per_token`")
+        if self.keep is None and {"by", "rows"} & self.model_fields_set:
+            raise broken_rule("`by` and `rows` say how the experts that `keep` counts are chosen: give `keep`")
+        if self.copies is not None and self.experts_per_token is not None:
+            raise broken_rule("`copies` says how many experts a token gets too; leave `experts_per_token` out")
+        return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the step needs data."""
+        return self.keep is not None
+
     def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
-        """Rearranges the experts."""
-        return rearrange_experts(
-            model, self.rearrange_experts, self.order, expect=self.expect, count=self.count, extent=context.extent
-        )
+        """Rearranges the experts, which are scored first where `keep` asks for it."""
+        where = self.rearrange_experts
+        common: dict[str, Any] = {"expect": self.expect, "count": self.count, "extent": context.extent}
+        if self.copies is not None:
+            return duplicate_experts(model, where, self.copies, **common)
+        order: Any = self.order if self.keep is None else self._choose(model, context)
+        return rearrange_experts(model, where, order, experts_per_token=self.experts_per_token, **common)
+
+    def _choose(self, model: PreTrainedModel, context: Context) -> ExpertChoice:
+        """Scores the experts; on the meta device, where nothing can be, the first ones stand for the chosen."""
+        from solidify.model import anatomy
+        from solidify.surgery import expert_parts, selection
+
+        assert self.keep is not None
+        names = selection.targets(model, self.rearrange_experts, self.expect, self.count)
+        sizes = {name: int(expert_parts.plan_block(model, name, [])["size"]) for name in names}
+        faults = [expert_parts.describe_missing(name, model.get_submodule(name)) for name in names if not sizes[name]]
+        refuse(SurgeryError, _REFUSED, faults or find_uncountable(self.keep, sizes))
+        if anatomy.is_meta(model):
+            return ExpertChoice(dict.fromkeys(names, range(self.keep)), self.by, {"rows": self.rows}, planned=True)
+        return context.scores(model, names, self.by, self.rows).keep(self.keep)
 
     @classmethod
     def inspect(cls, module: nn.Module, edit: Record) -> tuple[str, list[str]]:
         """Measures the tensors and lists that have one row or item per expert."""
+        from solidify.surgery.expert_parts import get_path
+
         settings = edit["settings"]
         size = len(settings["order"])
-        found = {path: _get_path(module, path).shape[dim] for path, dim in settings["tensors"].items()}
-        found |= {path: len(_get_path(module, path)) for path in settings["lists"]}
+        found = {path: get_path(module, path).shape[dim] for path, dim in settings["tensors"].items()}
+        found |= {path: len(get_path(module, path)) for path in settings["lists"]}
         wrong = [f"{path} has {rows} experts, not {size}" for path, rows in found.items() if rows != size]
+        chosen = {path: (get_path(module, path), number) for path, number in settings.get("chosen", {}).items()}
+        wrong += [f"{path} is {now}, not {number}" for path, (now, number) in chosen.items() if now != number]
         return f"has {size} experts", wrong
 
     @classmethod
     def carried(cls) -> Callable[..., list[str] | None]:
         """Returns what an artifact does when its constructor has built the blocks as they were."""
+        from solidify.surgery.expert_taking import take_experts
+
         return take_experts
 
 
 def rearrange_experts(
     model: PreTrainedModel,
     target: str | Sequence[str],
-    order: Sequence[int],
+    order: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     *,
+    experts_per_token: int | None = None,
     expect: str | None = None,
     count: int | None = None,
     extent: Extent | None = None,
@@ -75,70 +125,66 @@ def rearrange_experts(
     """Gives the MoE blocks that `target` names the experts that `order` lists, and returns the edits.
 
     Expert `order[i]` (counted from 0) becomes expert `i`, with its column of the router: a number that is left out goes
-    with the tokens that it would have had, one that comes twice is copied, and both copies are chosen among. Once all
-    blocks of a configuration have as many experts, in one call or in several, the configuration and the modules that
-    count them say so too, and the family's own class can hold the result. Until then router logits are not recorded.
+    with the tokens that it would have had, one that comes twice is copied, and both copies are chosen among. A mapping
+    has an order for each block, by its name, as `ExpertScores.keep` chooses them. With `experts_per_token`, a token
+    gets so many; without an order, the experts then stay as they are. Once all blocks of a configuration have as many
+    experts, in one call or in several, the configuration and the modules that count them say so too, and the family's
+    own class can hold the result. Until then router logits are not recorded.
 
     Raises:
         SurgeryError: what is named has no experts or others than its router chooses from; `order` names an expert that
             is not there, or fewer than a token gets; the changed model does not run, or behaves otherwise than before
             (with and without a cache, beside other rows). The model is then as it was.
     """
-    import dataclasses
+    from solidify.surgery import expert_change, selection
 
-    from solidify.model.extent import Extent
-    from solidify.surgery import control, expert_parts, selection
-    from solidify.surgery.transaction import transaction
-
-    extent = Extent.given(extent, model)
     names = selection.targets(model, target, expect, count)
-    numbers = _read_order(order)
-    plans = {name: expert_parts.plan_block(model, name, numbers) for name in names}
-    blocks = {name: model.get_submodule(name) for name in names}
-    faults = [f for name, plan in plans.items() for f in expert_parts.find_faults(blocks[name], name, plan)]
-    faults += expert_parts.find_ties(model, names, plans)
-    refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
-    before = control.take_whole(model, extent)
-    if before.inputs is not None:
-        _refuse_unproved(model, plans, before.inputs, extent)
-    settings = {
-        name: {**plan, **expert_parts.find_configured(model, names, name, plan)} for name, plan in plans.items()
-    }
-    with transaction(model, extent):
-        edits = [_rearrange_one(model, name, settings[name], extent) for name in names]
-        mixed = any(len(numbers) != plan["size"] and not settings[name]["after"] for name, plan in plans.items())
-        unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
-        identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
-    probed = before.inputs is not None
-    return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
+    if order is None and experts_per_token is None:
+        raise SurgeryError(f"{_REFUSED}: nothing is asked for; give an order, experts_per_token, or both")
+    orders = _read_orders(order, names) if order is not None else expert_change.present_orders(model, names)
+    chosen = None if experts_per_token is None else dict.fromkeys(names, experts_per_token)
+    choice = order if isinstance(order, ExpertChoice) else None
+    return expert_change.change(model, orders, chosen, choice=choice, extent=extent)
 
 
-def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:
-    """Takes rows of tensors and items of lists, in a new order; a repeated one is copied."""
-    from copy import deepcopy
+def duplicate_experts(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    copies: int = 2,
+    *,
+    expect: str | None = None,
+    count: int | None = None,
+    extent: Extent | None = None,
+) -> list[Edit]:
+    """Gives the MoE blocks every expert `copies` times, side by side, and each token so many times as many experts.
 
-    import torch
-    from torch import nn
+    A token then gets all copies of the experts that it had. Where the router divides their weights by their sum, or
+    takes a softmax over all experts, each copy has an equal part of the weight, and the model computes what it
+    computed, up to rounding; that it does is measured.
 
-    order = edit["order"]
-    for name in names:
-        block = model.get_submodule(name)
-        for path, dim in edit["tensors"].items():
-            owner, _, key = path.rpartition(".")
-            holder = block.get_submodule(owner)
-            old = getattr(holder, key)
-            rows = old.detach().index_select(dim, torch.tensor(order, device=old.device))
-            if isinstance(old, nn.Parameter):
-                holder.register_parameter(key, nn.Parameter(rows, requires_grad=old.requires_grad))
-            else:
-                setattr(holder, key, rows)
-        for path in edit["lists"]:
-            items = block.get_submodule(path)
-            taken = [deepcopy(items[e]) if e in order[:index] else items[e] for index, e in enumerate(order)]
-            block.set_submodule(path, type(items)(taken), strict=True)
-        for path in edit["numbers"]:
-            owner, _, key = path.rpartition(".")
-            setattr(block.get_submodule(owner), key, len(order))
+    Raises:
+        SurgeryError: as `rearrange_experts`; or the model computes something else, as with a router whose weights do
+            not depend on how many are chosen. It is then as it was.
+    """
+    from solidify.surgery import expert_change, selection
+
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 2:
+        raise SurgeryError(f"{_REFUSED}: copies is a whole number of at least 2, but {copies!r} was given")
+    names = selection.targets(model, target, expect, count)
+    present = expert_change.present_orders(model, names)
+    orders = {name: [expert for expert in order for _ in range(copies)] for name, order in present.items()}
+    chosen = {name: copies * number for name, number in expert_change.present_choices(model, names).items()}
+    return expert_change.change(model, orders, chosen, extent=extent, same=f"{copies} copies of each expert")
+
+
+def _read_orders(order: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the order of every block, from one for all or one for each."""
+    if not isinstance(order, Mapping) or not all(isinstance(key, str) for key in order):
+        return dict.fromkeys(names, _read_order(order))
+    faults = [f"there is no order for {name}" for name in names if name not in order]
+    faults += [f"there is an order for {name!r}, which is none of the blocks" for name in order if name not in names]
+    refuse(SurgeryError, _REFUSED, faults)
+    return {name: _read_order(order[name]) for name in names}
 
 
 def _read_order(order: Any) -> list[int]:
@@ -152,152 +198,3 @@ def _read_order(order: Any) -> list[int]:
     if wrong:
         raise SurgeryError(f"`order` lists experts by their numbers, as in [5, 2, 0], but holds {wrong[0]!r}")
     return [index(each) for each in listed]
-
-
-def _get_path(module: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
-
-
-def _refuse_unproved(
-    model: PreTrainedModel, plans: Mapping[str, dict[str, Any]], inputs: Mapping[str, Any], extent: Extent
-) -> None:
-    """Renumbers experts in a copy of each block (of a bounded model, of the first of each kind).
-
-    With all experts renumbered its output must stay, and with a part of what was found it must move: else that part is
-    about something else that has as many rows (other experts, slots of a memory).
-
-    Raises:
-        SurgeryError: it is not so, as where a router first chooses among groups of experts; or a block is not called.
-    """
-    from solidify.surgery import contract, control
-
-    tried = extent.sample(list(plans), list(control.first_of_each_kind(model, list(plans))))
-    calls = contract.record(model, tried, inputs, partly=not extent.whole)
-    faults = [f"{name} is not called by the model" for name in tried if name not in calls]
-    for name, call in calls.items():
-        proof = _Renumbering(model.get_submodule(name), plans[name], call, wide=extent.whole)
-        faults += [f"{name}: {fault}" for fault in proof.find_faults()]
-    refuse(SurgeryError, "the experts cannot be rearranged as asked", faults)
-
-
-class _Renumbering:
-    """A copy of a block whose experts are reordered; `wide` in float32 where it is in half precision."""
-
-    def __init__(self, block: nn.Module, plan: Mapping[str, Any], call: Call, *, wide: bool) -> None:
-        import torch
-
-        from solidify.model import operations
-        from solidify.surgery import contract
-
-        self.block, self.plan = operations.twin(block), plan
-        self.args, self.kwargs = contract.copied(call.args), contract.copied(call.kwargs)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in block.parameters())
-        if half and wide:
-            self.block.float()
-            self.args, self.kwargs = contract.widened(self.args), contract.widened(self.kwargs)
-        self.allowed = 5e-2 if half and not wide else 2e-5  # sums in another order
-        self.expected = self._run(self.block)
-
-    def _run(self, block: nn.Module) -> torch.Tensor:
-        import torch
-
-        from solidify.model import anatomy
-        from solidify.surgery import contract
-
-        with torch.no_grad(), anatomy.evaluation(block):
-            return contract.tensors_in(block(*contract.copied(self.args), **contract.copied(self.kwargs)))[0].double()
-
-    def find_faults(self) -> list[str]:
-        """Says what is not as it must be: all together change nothing, and no part of them does alone."""
-        parts = [*self.plan["tensors"], *self.plan["lists"]]
-        moved = self._renumber(parts)
-        if moved > self.allowed:
-            return [
-                f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so the "
-                "experts are not interchangeable (a router that chooses among groups, or a part that knows them by "
-                "number), or their router lies outside: name the block that holds both"
-            ]
-        parts = [part for part in parts if self._tells_apart(part)]
-        for count in range(1, len(parts) // 2 + 1):
-            for some in combinations(parts, count):
-                if self._renumber(some) <= self.allowed:
-                    others = [part for part in parts if part not in some]
-                    return [
-                        f"which of {', '.join(some)} and {', '.join(others)} belong to the experts cannot be told: "
-                        f"each has {self.plan['size']}, and either can be reordered without the other"
-                    ]
-        return []
-
-    def _tells_apart(self, part: str) -> bool:
-        """Returns whether rows differ, and are more than a number each, which may move no choice of these inputs."""
-        if part in self.plan["lists"]:
-            states = [list(item.state_dict().values()) for item in _get_path(self.block, part)]
-            return any(not a.equal(b) for state in states[1:] for a, b in zip(states[0], state, strict=True))
-        tensor = _get_path(self.block, part)
-        rows = tensor.movedim(self.plan["tensors"][part], 0)  # (number of experts, ...)
-        scores = tensor.is_floating_point() and tensor.numel() == len(rows)
-        return not scores and bool((rows != rows[:1]).any())
-
-    def _renumber(self, parts: Iterable[str]) -> float:
-        """Returns by how much the output moves, of its largest value, when experts are reordered in some parts."""
-        import torch
-
-        from solidify.model import operations
-
-        some = set(parts)
-        holder = torch.nn.Module()
-        holder.add_module("block", operations.twin(self.block))
-        order = [*range(1, self.plan["size"]), 0]  # no group of experts stays one
-        tensors = {path: dim for path, dim in self.plan["tensors"].items() if path in some}
-        lists = [path for path in self.plan["lists"] if path in some]
-        take_experts(holder, ["block"], {"order": order, "tensors": tensors, "lists": lists, "numbers": []}, {})
-        found = self._run(holder.get_submodule("block"))
-        if found.shape != self.expected.shape:
-            return float("inf")
-        return float((found - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30))
-
-
-def _rearrange_one(model: PreTrainedModel, name: str, settings: dict[str, Any], extent: Extent) -> Edit:
-    """Rearranges one block and writes the record."""
-    from solidify.model import anatomy, operations
-    from solidify.surgery.edit_record import Edit
-    from solidify.weights import spilling
-
-    block = model.get_submodule(name)
-    old_keys, parameters = list(block.state_dict()), anatomy.count(block.parameters())
-    order, size = settings["order"], settings.pop("size")
-    kept = [*block.parameters(), *block.buffers()]
-    take_experts(model, [name], settings, {})
-    if not extent.whole:
-        spilling.spill(name, block, kept, extent.spill)
-    operations.assign(model.config, settings["after"])
-    operations.set_attributes(model, settings["attributes"])
-    same = order == list(range(size))
-    tensors: dict[str, str | None] = {}
-    for key in block.state_dict():
-        inside = next((each for each in settings["lists"] if key.startswith(f"{each}.")), None)
-        if inside is not None:
-            number, _, rest = key.removeprefix(f"{inside}.").partition(".")
-            tensors[f"{name}.{key}"] = f"{name}.{inside}.{order[int(number)]}.{rest}"
-        else:
-            tensors[f"{name}.{key}"] = f"{name}.{key}" if same or key not in settings["tensors"] else None
-    lives = set(tensors.values())
-    return Edit(
-        name=name,
-        old_class=type(block).__name__,
-        module_class=None,
-        arguments={"order": order},
-        supplied=(),
-        tensors=tensors,
-        dropped=tuple(f"{name}.{key}" for key in old_keys if f"{name}.{key}" not in lives),
-        frozen=(),
-        parameters_before=parameters,
-        parameters_after=anatomy.count(block.parameters()),
-        probed=False,
-        identical=False,
-        bypass=False,
-        operation=RearrangeExperts.recorded,
-        settings=settings,
-    )

@@ -5,7 +5,7 @@ Reading a recipe needs no torch, so this file and the types import it where they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from solidify.model.extent import Extent
     from solidify.surgery.edit_record import Edit
+    from solidify.surgery.expert_scores import ExpertScores
 
 Record = Mapping[str, Any]
 RULE = "rule"  # pydantic's type of an error that `broken_rule` made
@@ -40,6 +41,9 @@ class Context(Protocol):
     def file(self, name: str) -> Path:
         """Returns the path of a file that stands beside the recipe."""
 
+    def scores(self, model: PreTrainedModel, names: Sequence[str], by: str, rows: int) -> ExpertScores:
+        """Scores the experts of MoE blocks on the first rows of the recipe's data."""
+
 
 class Operation(BaseModel):
     """One kind of change. Its fields are what a step of a recipe gives; its class attributes say what a record means.
@@ -60,6 +64,11 @@ class Operation(BaseModel):
     folds: ClassVar[bool] = True  # alike records, one after the other, are one entry of config.surgery
     speaks: ClassVar[bool] = False  # it needs the tokenizer of the model
     switches: ClassVar[bool] = False  # with every new module switched off, the model is the one before
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the step runs the model on the recipe's data before it changes it."""
+        return False
 
     def apply(self, model: PreTrainedModel, context: Context) -> list[Edit]:
         """Changes the model in place, all or nothing, and returns one record per module.

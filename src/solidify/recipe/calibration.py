@@ -1,0 +1,41 @@
+"""What surgery reads of a recipe's data before it changes anything: rows as batches, and scores of experts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from solidify.healing import calibrating
+from solidify.recipe import datasets
+from solidify.recipe.schema import Recipe
+from solidify.surgery.expert_scores import ExpertScores
+
+_TOGETHER = 4  # rows of a batch
+
+Batches = list[dict[str, torch.Tensor]]
+
+
+def score_experts(
+    recipe: Recipe, processor: Any, model: PreTrainedModel, names: Sequence[str], by: str, rows: int
+) -> ExpertScores:
+    """Scores the experts of blocks on the first rows of the recipe's training data.
+
+    Raises:
+        DataError: the rows cannot be read, or are no text.
+        HealingError: the model does not run on them.
+    """
+    prepared = datasets.prepare(datasets.unpacked(recipe), processor, parts=("train",))
+    batches = collate_rows(prepared.collate, islice(prepared.train, rows), _TOGETHER)
+    return calibrating.score_experts(model, names, batches, by=by)
+
+
+def collate_rows(collate: Any, rows: Any, size: int) -> Batches:
+    """Makes batches of so many rows, rows of alike lengths together, so that there is little padding."""
+    listed = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+    listed.sort(key=lambda row: -len(row["input_ids"]))
+    batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
+    return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]

@@ -1,0 +1,172 @@
+"""A change of the experts of MoE blocks, made and recorded: all blocks or none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from solidify.behaviour import properties
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy, operations
+from solidify.model.extent import Extent
+from solidify.surgery import control, expert_parts, expert_proof, expert_taking
+from solidify.surgery.control import Control
+from solidify.surgery.edit_record import Edit
+from solidify.surgery.expert_scores import ExpertChoice
+from solidify.surgery.transaction import transaction
+from solidify.weights import spilling
+
+_REFUSED = "the experts cannot be rearranged as asked"
+
+
+def present_orders(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the order that changes nothing, of each block."""
+    return {name: list(range(expert_parts.plan_block(model, name, [])["size"])) for name in names}
+
+
+def present_choices(model: PreTrainedModel, names: Sequence[str]) -> dict[str, int]:
+    """Returns how many experts a token gets in each block.
+
+    Raises:
+        SurgeryError: a block does not say it.
+    """
+    found = {name: set(expert_parts.find_choices(model.get_submodule(name)).values()) for name in names}
+    refuse(SurgeryError, _REFUSED, [_describe_silent(name) for name, said in found.items() if not said])
+    return {name: max(said) for name, said in found.items()}
+
+
+def change(
+    model: PreTrainedModel,
+    orders: Mapping[str, list[int]],
+    chosen: Mapping[str, int] | None = None,
+    *,
+    choice: ExpertChoice | None = None,
+    extent: Extent | None = None,
+    same: str = "",
+) -> list[Edit]:
+    """Gives blocks the experts of their `orders`, and each token as many as are `chosen`; returns the edits.
+
+    `choice` says how the orders came about. With `same`, the words for what is done, the model must compute what it
+    computed.
+
+    Raises:
+        SurgeryError: a block cannot have these experts, or the changed model behaves otherwise than before.
+    """
+    extent = Extent.given(extent, model)
+    plans = {name: _plan_one(model, name, order, chosen) for name, order in orders.items()}
+    blocks = {name: model.get_submodule(name) for name in orders}
+    faults = [f for name, plan in plans.items() for f in expert_parts.find_faults(blocks[name], name, plan)]
+    faults += expert_parts.find_ties(model, list(orders), plans)
+    refuse(SurgeryError, _REFUSED, faults)
+    before = control.take_whole(model, extent)
+    if before.inputs is not None:
+        expert_proof.refuse_unproved(model, plans, before.inputs, extent)
+    settings = {name: {**plan, **expert_parts.find_configured(model, plans, name)} for name, plan in plans.items()}
+    mixed = any(expert_parts.is_mixed(blocks[name], settings[name]) for name in plans)
+    with transaction(model, extent):
+        edits = [_change_one(model, name, settings[name], choice, extent) for name in orders]
+        unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
+        identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
+        if same:
+            _refuse_moved(model, before, same)
+    probed = before.inputs is not None
+    return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
+
+
+def _plan_one(model: PreTrainedModel, name: str, order: list[int], chosen: Mapping[str, int] | None) -> dict[str, Any]:
+    plan = expert_parts.plan_block(model, name, order)
+    if chosen is None or not plan["size"]:
+        return plan
+    said = expert_parts.find_choices(model.get_submodule(name))
+    refuse(SurgeryError, _REFUSED, [] if said else [_describe_silent(name)])
+    return {**plan, "chosen": dict.fromkeys(said, chosen[name])}
+
+
+def _describe_silent(name: str) -> str:
+    return f"{name} says nowhere how many experts a token gets, so the number cannot be changed"
+
+
+def _refuse_moved(model: PreTrainedModel, before: Control, what: str) -> None:
+    """Raises SurgeryError when the model does not compute what it did, up to rounding."""
+    if before.inputs is None or before.output is None:
+        return
+    output = anatomy.run(model, before.inputs)
+    moved, allowed = properties.distance(output, before.output), properties.allowed("", 0.0, output.dtype)
+    if moved > allowed:
+        raise SurgeryError(
+            f"{_REFUSED}: with {what} the model's output moves by {moved:.1e} (rounding: {allowed:.1e}), because its "
+            "router weighs or chooses copies otherwise; choose experts by an order instead"
+        )
+
+
+def _change_one(
+    model: PreTrainedModel, name: str, settings: dict[str, Any], choice: ExpertChoice | None, extent: Extent
+) -> Edit:
+    """Changes one block and writes the record."""
+    block = model.get_submodule(name)
+    old_keys, parameters = list(block.state_dict()), anatomy.count(block.parameters())
+    order, size = settings["order"], settings.pop("size")
+    kept = [*block.parameters(), *block.buffers()]
+    expert_taking.take_experts(model, [name], settings, {})
+    if not extent.whole:
+        spilling.spill(name, block, kept, extent.spill)
+    operations.assign(model.config, settings["after"])
+    operations.set_attributes(model, settings["attributes"])
+    planned = choice is not None and choice.planned
+    tensors = _follow_tensors(name, block.state_dict(), settings, same=order == list(range(size)), planned=planned)
+    lives = set(tensors.values())
+    return Edit(
+        name=name,
+        old_class=type(block).__name__,
+        module_class=None,
+        arguments=_describe_change(settings, choice),
+        supplied=(),
+        tensors=tensors,
+        dropped=tuple(f"{name}.{key}" for key in old_keys if f"{name}.{key}" not in lives),
+        frozen=(),
+        parameters_before=parameters,
+        parameters_after=anatomy.count(block.parameters()),
+        probed=False,
+        identical=False,
+        bypass=False,
+        operation="rearrange_experts",
+        settings=settings,
+        unknown=tuple(_list_items(tensors, name, settings["lists"])) if planned else (),
+    )
+
+
+def _follow_tensors(
+    name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], *, same: bool, planned: bool
+) -> dict[str, str | None]:
+    """Returns which old tensor each tensor of a block is now; which items of lists they are, a plan does not know."""
+    order = settings["order"]
+    tensors: dict[str, str | None] = {}
+    for key in state:
+        inside = next((each for each in settings["lists"] if key.startswith(f"{each}.")), None)
+        if inside is not None:
+            number, _, rest = key.removeprefix(f"{inside}.").partition(".")
+            tensors[f"{name}.{key}"] = None if planned and not same else f"{name}.{inside}.{order[int(number)]}.{rest}"
+        else:
+            tensors[f"{name}.{key}"] = None if key in settings["tensors"] and not same else f"{name}.{key}"
+    return tensors
+
+
+def _list_items(tensors: Mapping[str, str | None], name: str, lists: Sequence[str]) -> Iterator[str]:
+    """Yields the new tensors that stand in lists: only with the order is it known which old ones they are."""
+    for key, origin in tensors.items():
+        if origin is None and any(key.startswith(f"{name}.{each}.") for each in lists):
+            yield key
+
+
+def _describe_change(settings: Mapping[str, Any], choice: ExpertChoice | None) -> dict[str, Any]:
+    """Says what was done: which experts a block has, and by what they were chosen; or, in a plan, how they would be."""
+    chosen = settings.get("chosen", {})
+    per_token = {"experts_per_token": next(iter(chosen.values()))} if chosen else {}
+    if choice is None:
+        return {"order": settings["order"], **per_token}
+    experts = {"keep": len(settings["order"])} if choice.planned else {"order": settings["order"]}
+    return {**experts, "by": choice.by, **choice.evidence, **per_token}

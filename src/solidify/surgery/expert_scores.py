@@ -1,0 +1,120 @@
+"""What calibration says of the experts of MoE blocks, as values: a table of scores, and the experts chosen by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from solidify.errors import SurgeryError, refuse
+from solidify.system import markup
+
+METHODS = {
+    "reap": "mean over the tokens that an expert gets of its gate times the norm of its output (arXiv 2510.13999)",
+    "frequency": "the share of the tokens that an expert gets",
+}
+
+
+@dataclass(frozen=True)
+class ExpertChoice(Mapping[str, Sequence[int]]):
+    """Which experts each block keeps, in order: block -> numbers; `by` says how they were chosen.
+
+    `evidence` is what records say of that: the digest of the table of scores and its tokens. A `planned` choice stands
+    for one that is made later.
+    """
+
+    orders: Mapping[str, Sequence[int]]
+    by: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    planned: bool = False
+
+    def __getitem__(self, name: str) -> Sequence[int]:
+        return self.orders[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.orders)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+
+@dataclass(frozen=True, repr=False)
+class ExpertScores:
+    """Scores of experts, by the name of their block, each list in the order of the experts' numbers.
+
+    `scores` are what `by` means (`METHODS`), `counts` how many of the `tokens` (padding left out) each expert got. An
+    expert that got no token has the score 0.
+    """
+
+    by: str
+    scores: Mapping[str, Sequence[float]]
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> ExpertScores:
+        """Returns the table that `document` has written as plain values."""
+        blocks = document["blocks"]
+        return cls(
+            document["by"],
+            {name: list(block["scores"]) for name, block in blocks.items()},
+            {name: list(block["counts"]) for name, block in blocks.items()},
+            document["tokens"],
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Returns the table as plain values, for JSON."""
+        blocks = {
+            name: {"scores": list(scores), "counts": list(self.counts.get(name, ()))}
+            for name, scores in self.scores.items()
+        }
+        return {"by": self.by, "tokens": self.tokens, "blocks": blocks}
+
+    def digest(self) -> str:
+        """Returns the digest of the table."""
+        from solidify.weights import hashing
+
+        return hashing.digest_values(self.document())
+
+    def keep(self, count: int) -> ExpertChoice:
+        """Chooses, in every block, the `count` experts with the highest scores, in the order of their numbers.
+
+        Of equal scores the lower number wins.
+
+        Raises:
+            SurgeryError: a block has not so many experts.
+        """
+        refuse(SurgeryError, "the experts cannot be chosen as asked", find_uncountable(count, self._sizes()))
+        orders = {
+            name: sorted(sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[:count])
+            for name, scores in self.scores.items()
+        }
+        return ExpertChoice(orders, self.by, {"scores": self.digest(), "tokens": self.tokens})
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(scores) for name, scores in self.scores.items()}
+
+    def __repr__(self) -> str:
+        return f"ExpertScores(by {self.by}; {len(self.scores)} blocks; {self.tokens:,} tokens)"
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        for name, scores in self.scores.items():
+            ranked = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
+            lines.append(f"  {name}: " + ", ".join(f"{expert} ({scores[expert]:.4g})" for expert in ranked))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, expert, f"{score:.6g}", count)
+            for name, scores in self.scores.items()
+            for expert, (score, count) in enumerate(zip(scores, self.counts[name], strict=True))
+        ]
+        return markup.table(repr(self), ("block", "expert", self.by, "tokens"), rows)
+
+
+def find_uncountable(count: Any, sizes: Mapping[str, int]) -> list[str]:
+    """Says in which blocks so many experts cannot be kept."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        return [f"the number of experts to keep is a whole number of at least 1, but {count!r} was given"]
+    return [f"{name} has {size} experts, so {count} cannot be kept" for name, size in sizes.items() if count > size]
