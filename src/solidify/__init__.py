@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from solidify.surgery.depth import insert as insert
     from solidify.surgery.depth import remove as remove
     from solidify.surgery.edit_record import Edit as Edit
+    from solidify.surgery.expert_clusters import cluster_experts as cluster_experts
+    from solidify.surgery.expert_merging import merge_experts as merge_experts
     from solidify.surgery.experts import duplicate_experts as duplicate_experts
     from solidify.surgery.experts import rearrange_experts as rearrange_experts
     from solidify.surgery.heads import add as add
@@ -118,6 +120,7 @@ _WHERE = {
     "attach": "adapter.adapters",
     "build": "building",
     "check": "checks.check",
+    "cluster_experts": "surgery.expert_clusters",
     "distill": "healing.distilling",
     "duplicate_experts": "surgery.experts",
     "export": "exporting.forms",
@@ -128,6 +131,7 @@ _WHERE = {
     "load_adapter": "adapter.storage",
     "mask": "surgery.masks",
     "merge": "merging.export",
+    "merge_experts": "surgery.expert_merging",
     "place": "healing.placing",
     "plan": "recipe.dry_run",
     "push": "artifact.pushing",

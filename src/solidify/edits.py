@@ -18,7 +18,7 @@ from solidify.artifact.solidify import Artifact, Saveable
 from solidify.builtin import bases
 from solidify.errors import SurgeryError
 from solidify.model import anatomy
-from solidify.surgery import depth, experts, heads, masks, replacing, selection, vocabulary
+from solidify.surgery import depth, expert_merging, experts, heads, masks, replacing, selection, vocabulary
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.masks import Kind
 from solidify.surgery.selection import Selection, Where
@@ -111,6 +111,16 @@ class Surgery:
     def duplicate_experts(self, where: Where | Selection, copies: int = 2, **options: Any) -> list[Edit]:
         """Repeats every expert of the blocks, and keeps what they compute, as `solidify.duplicate_experts` does."""
         return self._keep_edits(experts.duplicate_experts(self.model, self._pass_patterns(where), copies, **options))
+
+    def merge_experts(
+        self,
+        where: Where | Selection,
+        clusters: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]],
+        **options: Any,
+    ) -> list[Edit]:
+        """Makes one expert of each cluster in the blocks, as `solidify.merge_experts` does."""
+        target = self._pass_patterns(where)
+        return self._keep_edits(expert_merging.merge_experts(self.model, target, clusters, **options))
 
     def add(self, name: str, module: type[nn.Module], *, reads: str | Sequence[str], **options: Any) -> list[Edit]:
         """Adds a module that reads what others return, as `solidify.add` does with the same options."""

@@ -62,7 +62,7 @@ def test_a_recipe_keeps_the_best_experts_by_its_data(tiny_base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ({"keep": 2, "data": False}, "`keep` chooses experts by what they do on data: give `data`"),
+        ({"keep": 2, "data": False}, "`keep` and `weights: frequency` are about what experts do on data: give `data`"),
         ({"keep": 2, "order": [0, 1]}, "order and keep say each which experts there are; give one of them"),
         ({"keep": 2, "copies": 2}, "keep and copies say each"),
         ({}, "give `order`, `keep` or `copies`, or `experts_per_token`"),
@@ -86,3 +86,18 @@ def test_data_that_is_no_text_is_said_before_anything_runs(tiny_base: Path, tmp_
     (tmp_path / "train.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
     with pytest.raises(RecipeError, match="surgery: calibration reads the rows of `data` as text"):
         solidify.plan(path)
+
+
+def test_a_recipe_merges_alike_experts_by_how_often_they_are_chosen(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_base, order=[0])
+    document = yaml.safe_load(path.read_text())
+    step = {"merge_experts": "model.layers.*.mlp", "expect": "OlmoeSparseMoeBlock", "into": 6}
+    path.write_text(yaml.safe_dump({**document, "surgery": [{**step, "weights": "frequency", "rows": 8}]}))
+    planned = solidify.plan(path)
+    assert planned.after["parameters"] < planned.before["parameters"]
+    artifact = solidify.build(path, directory=tmp_path / "out")
+    expected = solidify.cluster_experts(AutoModelForCausalLM.from_pretrained(tiny_base), step["merge_experts"], 6)
+    edits = manifest.read(artifact.directory, "artifact").edits
+    assert {edit["name"]: edit["arguments"]["clusters"] for edit in edits} == expected
+    assert {edit["operation"] for edit in edits} == {"merge_experts"}
+    assert solidify.load(artifact.directory).config.num_experts == 6

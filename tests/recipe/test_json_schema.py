@@ -29,6 +29,7 @@ MORE: dict[str, dict[str, Any]] = {
             {"add": "a", "with": "f.py:X", "reads": ["b"], "arguments": {"a": 1}},
             {"rearrange_experts": "a", "expect": "C", "order": [0, 1], "experts_per_token": 1, "count": 1},
             {"rearrange_experts": "a", "expect": "C", "copies": 2},
+            {"merge_experts": "a", "expect": "C", "clusters": [[0, 1], [2]], "experts_per_token": 1},
             {"mask": "window", "window": 8, "sinks": 0, "layers": ["a"], "expect": "C"},
             {"mask": "block_causal", "block": 2},
             {"mask": "causal"},
@@ -36,7 +37,10 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "chosen experts": {
         "base": {"model": "m"},
-        "surgery": [{"rearrange_experts": ["a"], "expect": "C", "keep": 2, "by": "frequency", "rows": 4}],
+        "surgery": [
+            {"rearrange_experts": ["a"], "expect": "C", "keep": 2, "by": "frequency", "rows": 4},
+            {"merge_experts": "a", "expect": "C", "into": 2, "weights": "frequency", "rows": 8},
+        ],
         "data": {"train": "x.jsonl"},
     },
     "everything of healing": {

@@ -50,6 +50,12 @@ def _never_both(key: str, other: str) -> dict[str, Any]:
     return {"not": {"allOf": [_holds(key, empty=True), _holds(other, empty=True)]}}
 
 
+_CALIBRATED = {
+    "anyOf": [
+        _holds("keep", empty=True),
+        {"allOf": [_holds("merge_experts", empty=True), _is("weights", "frequency")]},
+    ]
+}
 _BUDGETS = ("layers", "cache_bytes", "flops")
 RULES: dict[str, dict[str, Any]] = {
     "Adapter": {"anyOf": [_holds("lora", empty=True), _holds("train")]},
@@ -78,6 +84,10 @@ RULES: dict[str, dict[str, Any]] = {
             ),
             *({"if": {"required": [key]}, "then": _holds("keep", empty=True)} for key in ("by", "rows")),
         ],
+    },
+    "MergeExperts": {
+        "oneOf": [_holds("clusters", empty=True), _holds("into", empty=True)],
+        "allOf": [{"if": {"required": ["rows"]}, "then": _is("weights", "frequency")}],
     },
     "Base": {
         "allOf": [
@@ -115,7 +125,7 @@ RULES: dict[str, dict[str, Any]] = {
             *(_needs(key, "data", empty=True) for key in ("adapter", "heal")),
             {
                 "if": {"not": _holds("data", empty=True)},
-                "then": {"properties": {"surgery": {"items": {"not": _holds("keep", empty=True)}}}},
+                "then": {"properties": {"surgery": {"items": {"not": _CALIBRATED}}}},
             },
             _needs("teacher", "adapter", empty=True),
             *(_needs(key, "adapter") for key in ("training", "parameter_groups")),

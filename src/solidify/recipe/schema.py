@@ -87,7 +87,7 @@ class Recipe(Section):
         if self.heal is not None and self.data is None:
             raise broken_rule("`heal` needs something to learn from: give `data`")
         if self.data is None and any(step.calibrates for step in self.surgery):
-            raise broken_rule("`keep` chooses experts by what they do on data: give `data`")
+            raise broken_rule("`keep` and `weights: frequency` are about what experts do on data: give `data`")
         distilled = self.heal is not None and self.heal.distill is not None
         if self.base.quantization is not None and self.adapter is None and not distilled:
             raise broken_rule(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from solidify.errors import ArtifactError
+from solidify.surgery.expert_merging import MergeExperts
 from solidify.surgery.experts import RearrangeExperts
 from solidify.surgery.masks import Mask
 from solidify.surgery.operation import Context, Operation, Record
@@ -203,6 +204,7 @@ OPERATIONS: tuple[type[Operation], ...] = (
     Remove,
     Add,
     RearrangeExperts,
+    MergeExperts,
     Mask,
     AddTokens,
     Wrap,

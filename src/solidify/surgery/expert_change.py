@@ -13,9 +13,10 @@ from solidify.behaviour import properties
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, expert_parts, expert_proof, expert_taking
+from solidify.surgery import control, expert_averages, expert_parts, expert_proof, expert_taking
 from solidify.surgery.control import Control
 from solidify.surgery.edit_record import Edit
+from solidify.surgery.expert_averages import Merging
 from solidify.surgery.expert_scores import ExpertChoice
 from solidify.surgery.transaction import transaction
 from solidify.weights import spilling
@@ -45,13 +46,14 @@ def change(
     chosen: Mapping[str, int] | None = None,
     *,
     choice: ExpertChoice | None = None,
+    merging: Merging | None = None,
     extent: Extent | None = None,
     same: str = "",
 ) -> list[Edit]:
     """Gives blocks the experts of their `orders`, and each token as many as are `chosen`; returns the edits.
 
-    `choice` says how the orders came about. With `same`, the words for what is done, the model must compute what it
-    computed.
+    `choice` says how the orders came about; with a `merging`, they name the heaviest expert of each of its clusters.
+    With `same`, the words for what is done, the model must compute what it computed.
 
     Raises:
         SurgeryError: a block cannot have these experts, or the changed model behaves otherwise than before.
@@ -67,8 +69,12 @@ def change(
         expert_proof.refuse_unproved(model, plans, before.inputs, extent)
     settings = {name: {**plan, **expert_parts.find_configured(model, plans, name)} for name, plan in plans.items()}
     mixed = any(expert_parts.is_mixed(blocks[name], settings[name]) for name in plans)
+    layouts = merging.find_layouts(model, plans, before.inputs, extent) if merging and before.inputs else None
     with transaction(model, extent):
-        edits = [_change_one(model, name, settings[name], choice, extent) for name in orders]
+        edits = []
+        for name in orders:
+            new = merging.average(name, blocks[name], plans[name], layouts[name]) if merging and layouts else None
+            edits.append(_change_one(model, name, settings[name], choice or merging, new, extent))
         unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
         identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
         if same:
@@ -104,26 +110,34 @@ def _refuse_moved(model: PreTrainedModel, before: Control, what: str) -> None:
 
 
 def _change_one(
-    model: PreTrainedModel, name: str, settings: dict[str, Any], choice: ExpertChoice | None, extent: Extent
+    model: PreTrainedModel,
+    name: str,
+    settings: dict[str, Any],
+    reason: ExpertChoice | Merging | None,
+    new: Mapping[str, torch.Tensor] | None,
+    extent: Extent,
 ) -> Edit:
-    """Changes one block and writes the record."""
+    """Changes one block, gives it its `new` tensors, and writes the record."""
     block = model.get_submodule(name)
     old_keys, parameters = list(block.state_dict()), anatomy.count(block.parameters())
     order, size = settings["order"], settings.pop("size")
     kept = [*block.parameters(), *block.buffers()]
     expert_taking.take_experts(model, [name], settings, {})
+    expert_averages.put_tensors(block, new or {})
     if not extent.whole:
         spilling.spill(name, block, kept, extent.spill)
     operations.assign(model.config, settings["after"])
     operations.set_attributes(model, settings["attributes"])
-    planned = choice is not None and choice.planned
-    tensors = _follow_tensors(name, block.state_dict(), settings, same=order == list(range(size)), planned=planned)
+    planned = isinstance(reason, ExpertChoice) and reason.planned
+    merged = isinstance(reason, Merging)
+    same = order == list(range(size))
+    tensors = _follow_tensors(name, block.state_dict(), settings, same=same, known=not (planned or merged))
     lives = set(tensors.values())
     return Edit(
         name=name,
         old_class=type(block).__name__,
         module_class=None,
-        arguments=_describe_change(settings, choice),
+        arguments=_describe_change(name, settings, reason),
         supplied=(),
         tensors=tensors,
         dropped=tuple(f"{name}.{key}" for key in old_keys if f"{name}.{key}" not in lives),
@@ -133,23 +147,25 @@ def _change_one(
         probed=False,
         identical=False,
         bypass=False,
-        operation="rearrange_experts",
+        operation="merge_experts" if merged else "rearrange_experts",
         settings=settings,
         unknown=tuple(_list_items(tensors, name, settings["lists"])) if planned else (),
     )
 
 
 def _follow_tensors(
-    name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], *, same: bool, planned: bool
+    name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], *, same: bool, known: bool
 ) -> dict[str, str | None]:
-    """Returns which old tensor each tensor of a block is now; which items of lists they are, a plan does not know."""
+    """Returns which old tensor each tensor of a block is now; which items of lists they are, may not be known."""
     order = settings["order"]
     tensors: dict[str, str | None] = {}
     for key in state:
         inside = next((each for each in settings["lists"] if key.startswith(f"{each}.")), None)
         if inside is not None:
             number, _, rest = key.removeprefix(f"{inside}.").partition(".")
-            tensors[f"{name}.{key}"] = None if planned and not same else f"{name}.{inside}.{order[int(number)]}.{rest}"
+            tensors[f"{name}.{key}"] = (
+                None if not known and not same else f"{name}.{inside}.{order[int(number)]}.{rest}"
+            )
         else:
             tensors[f"{name}.{key}"] = None if key in settings["tensors"] and not same else f"{name}.{key}"
     return tensors
@@ -162,10 +178,13 @@ def _list_items(tensors: Mapping[str, str | None], name: str, lists: Sequence[st
             yield key
 
 
-def _describe_change(settings: Mapping[str, Any], choice: ExpertChoice | None) -> dict[str, Any]:
+def _describe_change(name: str, settings: Mapping[str, Any], reason: ExpertChoice | Merging | None) -> dict[str, Any]:
     """Says what was done: which experts a block has, and by what they were chosen; or, in a plan, how they would be."""
     chosen = settings.get("chosen", {})
     per_token = {"experts_per_token": next(iter(chosen.values()))} if chosen else {}
+    if isinstance(reason, Merging):
+        return {"clusters": [list(part) for part in reason.parts[name]], "weights": reason.weights, **per_token}
+    choice = reason
     if choice is None:
         return {"order": settings["order"], **per_token}
     experts = {"keep": len(settings["order"])} if choice.planned else {"order": settings["order"]}

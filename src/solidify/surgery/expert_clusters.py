@@ -1,0 +1,55 @@
+"""cluster_experts: which experts of a block are alike, by the rows of its router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from solidify.errors import SurgeryError, refuse
+from solidify.model import anatomy
+from solidify.surgery import expert_parts, selection
+from solidify.surgery.expert_scores import find_uncountable
+
+
+def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, list[list[int]]]:
+    """Returns, for each MoE block that `where` names, its experts in `into` clusters; the model is unchanged.
+
+    The two clusters whose experts' router rows are most alike (the mean of all pairs' cosines) become one, until there
+    are so many. On the meta device the first experts stand alone, and the last cluster has the rest.
+
+    Raises:
+        SurgeryError: a name means nothing, a block has no experts or not so many, or its router has no rows for them.
+    """
+    names = selection.targets(model, where, None, None)
+    blocks = {name: model.get_submodule(name) for name in names}
+    plans = {name: expert_parts.plan_block(model, name, []) for name in names}
+    faults = [expert_parts.describe_missing(name, blocks[name]) for name, plan in plans.items() if not plan["size"]]
+    faults = faults or find_uncountable(into, {name: plan["size"] for name, plan in plans.items()})
+    refuse(SurgeryError, "the experts cannot be clustered as asked", faults)
+    found = {}
+    for name, plan in plans.items():
+        own = expert_parts.expert_tensors(blocks[name], plan)
+        routers = [path for path in plan["tensors"] if path not in own]
+        rows = [expert_parts.get_path(blocks[name], p).movedim(plan["tensors"][p], 0).flatten(1) for p in routers]
+        wide = [each.detach() for each in rows if each.shape[1] > 1 and each.is_floating_point()]
+        if not wide:
+            raise SurgeryError(f"{name}: its router has no rows of weights for its experts, so none are alike by them")
+        if anatomy.is_meta(model):
+            found[name] = [*([expert] for expert in range(into - 1)), list(range(into - 1, plan["size"]))]
+        else:
+            found[name] = _cluster(torch.cat(wide, dim=1).double(), into)
+    return found
+
+
+def _cluster(rows: torch.Tensor, into: int) -> list[list[int]]:
+    """Returns clusters of rows by average linkage, in the order of their first members."""
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    alike = unit @ unit.T
+    clusters = [[number] for number in range(len(rows))]
+    while len(clusters) > into:
+        pairs = [(i, j) for i in range(len(clusters)) for j in range(i + 1, len(clusters))]
+        first, second = max(pairs, key=lambda pair: float(alike[clusters[pair[0]]][:, clusters[pair[1]]].mean()))
+        clusters[first] += clusters.pop(second)
+    return sorted(sorted(cluster) for cluster in clusters)
