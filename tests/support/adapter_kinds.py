@@ -211,10 +211,7 @@ layer lacks, as Whisper's does of its convolutions).
 
 ## Experts as others lay them out
 
-PEFT stores the columns of a stacked expert's `lora_B` by rank first (`rank_major`). unsloth-zoo before September 2026
-trained them by expert first; since then it says so in `adapter_config.json` (`lora_B_layout`). An adapter that is
-marked by another order, in its configuration or in the header of its weights, is refused. An adapter of that trainer
-that carries no mark cannot be told from PEFT's.
+Adapters of other trainers are read in their own layout of experts, or refused: [LoRA on experts](expert_lora.md).
 """
 
 

@@ -28,7 +28,11 @@ NO_TARGETS = DUMMY_TARGET_MODULES
 _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred thousand layers is less
 # unsloth-zoo marks in adapter_config.json how the columns of an expert's `lora_B` are ordered (since September 2026,
 # https://github.com/unslothai/unsloth-zoo/pull/1232): `rank_major` is PEFT's own order, `grouped_by_expert` another.
+# The rows of `lora_A` are grouped by expert in both. vLLM calls PEFT's fused layout `is_3d_lora_weight`.
 _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
+_DETAILS = "unsloth_fused_expert_lora"
+OF_PARAMETER = _DETAILS + ".parameters.{}.lora_B_layout"
+IN_HEADER = "lora_B_layout in the header of the weights"
 # A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, and with points that are escaped
 # or not; `.*` may stand for a part of it, at most `_WILD` times, so that matching takes no time.
 _NAME = re.compile(r"(\^|\\A)?(\w|\.\*?|-|\\\.|\\-)+(\$|\\Z)?")
@@ -36,32 +40,35 @@ _WILD, _WILD_KEYS, _KEYS = 2, 8, 2**12
 _RANK = 2**10  # up to here a rank that no tensor has, for example where a pattern gives each its own, does no harm
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 _OWN_LAYOUT = ("rank_major", False, None, "", "peft")
+_OTHER_LAYOUT = "grouped_by_expert"
 
 
-def read(directory: Path, model: nn.Module | None = None) -> LoraConfig:
+def read(directory: Path, model: nn.Module | None = None, *, marked: bool = False) -> LoraConfig:
     """Reads the configuration of the LoRA adapter in a directory.
 
-    One that is to be put on a `model` names modules of it, where the file has a regular expression.
+    One that is to be put on a `model` names modules of it, where the file has a regular expression. With `marked` it
+    may say that its experts have another layout than ours: for who rewrites them (`expert_files.py`).
 
     Raises:
         AdapterError: there is none that can be read, it is of another kind than LoRA, or it says something that is not
             offered. All faults together.
     """
-    document = _read_document(directory / CONFIG_NAME)
+    found = document(directory)
     title = f"the adapter {directory} cannot be used"
-    kind = document.get("peft_type")
+    kind = found.get("peft_type")
     fault = f"its {CONFIG_NAME} does not name its kind (`peft_type`)" if not kind else kinds.kind_fault(kind)
     refuse(AdapterError, title, [fault] if fault is not None else [])
     with foreign.calling(f"{title}: its {CONFIG_NAME} does not have the form that PEFT writes", AdapterError):
-        faults = [*_layout_faults(document), *_find_unknown_fields(document), *kinds.configuration_faults(document)]
-        refuse(AdapterError, title, faults or _expression_faults(document))
+        faults = unknown_marks(marks(found, {})) if marked else _layout_faults(marks(found, {}))
+        faults += [*_find_unknown_fields(found), *kinds.configuration_faults(found)]
+        refuse(AdapterError, title, faults or _expression_faults(found))
     if model is not None:
         header = format.read_header(directory / WEIGHTS)
-        refuse(AdapterError, title, _rank_faults(document, header))
-        document = _with_names(document, header, model)
+        refuse(AdapterError, title, _rank_faults(found, header))
+        found = _with_names(found, header, model)
     field_names = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
     with foreign.calling(f"{title}: PEFT does not accept its {CONFIG_NAME}", AdapterError):
-        return LoraConfig(**{key: value for key, value in document.items() if key in field_names})
+        return LoraConfig(**{key: value for key, value in found.items() if key in field_names})
 
 
 def _expression_faults(document: Mapping[str, Any]) -> list[str]:
@@ -86,8 +93,8 @@ def _expression_faults(document: Mapping[str, Any]) -> list[str]:
 
 def expressions(directory: Path) -> list[str]:
     """Names the fields of an adapter that say by a regular expression what is adapted: none of a file is run."""
-    document = _read_document(directory / CONFIG_NAME)
-    fields = {key: document.get(key) for key in ("target_modules", "exclude_modules")}
+    held = document(directory)
+    fields = {key: held.get(key) for key in ("target_modules", "exclude_modules")}
     return [key for key, value in fields.items() if isinstance(value, str) and value != NO_TARGETS]
 
 
@@ -120,34 +127,65 @@ def refuse_marked(weights: Path) -> None:
     Raises:
         AdapterError: it is marked so, or its header cannot be read.
     """
+    found = marks({}, metadata(weights))
+    refuse(AdapterError, f"the adapter {weights.parent} cannot be used", _layout_faults(found))
+
+
+def metadata(weights: Path) -> dict[str, str]:
+    """Returns the words that stand in the header of a file of weights beside the tensors.
+
+    Raises:
+        AdapterError: its header cannot be read.
+    """
     with foreign.calling(f"the header of {weights} cannot be read", AdapterError), safe_open(weights, "pt") as file:
-        metadata = file.metadata() or {}
-    refuse(AdapterError, f"the adapter {weights.parent} cannot be used", _layout_faults(metadata))
+        return dict(file.metadata() or {})
 
 
-def layout_hint(keys: list[str]) -> str:
-    """Says which other layout of experts the names of an adapter's tensors speak of; empty when they speak of none."""
-    if any(re.search(r"experts\.\d+\.", key) for key in keys):
-        return (
-            "; it stores its experts one by one, as transformers 4 and vLLM do, and solidify reads only PEFT's fused "
-            "form"
-        )
-    return ""
+def document(directory: Path) -> dict[str, Any]:
+    """Reads an adapter's configuration, whatever it holds, as a mapping.
+
+    Raises:
+        AdapterError: there is none, or it is none.
+    """
+    if not (directory / CONFIG_NAME).is_file():
+        raise AdapterError(f"{directory} holds no {CONFIG_NAME}, so it is not an adapter")
+    return files.document(directory / CONFIG_NAME, AdapterError, largest=_LARGEST)
 
 
-def _read_document(path: Path) -> dict[str, Any]:
-    """Reads the file, whatever it holds, as a mapping."""
-    if not path.is_file():
-        raise AdapterError(f"{path.parent} holds no {CONFIG_NAME}, so it is not an adapter")
-    return files.document(path, AdapterError, largest=_LARGEST)
+def marks(document: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what a configuration and the header of the weights say of a layout, by where they say it.
+
+    What unsloth-zoo says of single parameters stands under `OF_PARAMETER`, what the header says of `lora_B` under
+    `IN_HEADER`.
+    """
+    found = {key: value for key, value in document.items() if _LAYOUT.search(key)}
+    details = document.get(_DETAILS)
+    if isinstance(details, Mapping):
+        flat = files.flatten(details, f"{_DETAILS}.")
+        found |= {key: value for key, value in flat.items() if _LAYOUT.search(key)}
+    in_header = {key: value for key, value in header.items() if _LAYOUT.search(key)}
+    return found | {IN_HEADER if key == "lora_B_layout" else key: value for key, value in in_header.items()}
 
 
-def _layout_faults(document: Mapping[str, Any]) -> list[str]:
+def unmarked(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without what it says of a layout."""
+    return {key: value for key, value in document.items() if key != _DETAILS and not _LAYOUT.search(key)}
+
+
+def unknown_marks(found: Mapping[str, Any]) -> list[str]:
+    """Names marks of a layout that nobody here knows."""
+    return _layout_faults({key: v for key, v in found.items() if not ("lora_B_layout" in key and v == _OTHER_LAYOUT)})
+
+
+def _layout_faults(found: Mapping[str, Any]) -> list[str]:
+    """Names marks of another layout than ours; the rows of `lora_A` are grouped by expert in ours too."""
     return [
-        f"its experts are in the order of another trainer ({key}: {value!r}), and solidify reads only PEFT's order "
-        "(rank_major); save it again in PEFT's order with the trainer that wrote it"
-        for key, value in document.items()
-        if _LAYOUT.search(key) and value not in _OWN_LAYOUT
+        f"its experts are in the order of another trainer ({key}: {value!r}), and here PEFT's order (rank_major) is "
+        "read; save it again in that order with the trainer that wrote it"
+        for key, value in found.items()
+        if value not in _OWN_LAYOUT
+        and not ("lora_A_layout" in key and value == _OTHER_LAYOUT)
+        and not ("is_3d" in key and value is True)
     ]
 
 
@@ -158,5 +196,5 @@ def _find_unknown_fields(document: Mapping[str, Any]) -> list[str]:
         f"its {CONFIG_NAME} says {key}={value!r}, which the installed PEFT does not know and would ignore; install "
         "the version of PEFT that wrote it, or remove the field if it changes nothing"
         for key, value in document.items()
-        if key not in field_names and value and not _LAYOUT.search(key)
+        if key not in field_names and value and key != _DETAILS and not _LAYOUT.search(key)
     ]

@@ -30,14 +30,24 @@ def describe(directory: Path) -> Manifest:
     Raises:
         AdapterError: its tensors are pickled, or in a layout that is not PEFT's.
     """
-    weights = directory / configured.WEIGHTS
-    if not files.is_file(weights):
-        raise AdapterError(f"{directory} holds no {configured.WEIGHTS}; pickled adapters are not read")
+    weights = require_weights(directory)
     header = format.read_header(weights)
     configured.refuse_marked(weights)
     names = {found["name"] for key in header if (found := _FACTOR.fullmatch(key))}
     full = sorted(key.removeprefix("base_model.model.") for key in header if not _FACTOR.fullmatch(key))
     return Manifest(kind="adapter", base={}, trained={"lora": sorted(names), "full": full, "parameters": []})
+
+
+def require_weights(directory: Path) -> Path:
+    """Returns the file of an adapter's tensors.
+
+    Raises:
+        AdapterError: there is none that is read.
+    """
+    weights: Path = directory / configured.WEIGHTS
+    if not files.is_file(weights):
+        raise AdapterError(f"{directory} holds no {configured.WEIGHTS}; pickled adapters are not read")
+    return weights
 
 
 def unverified(directory: Path, model: nn.Module) -> str:

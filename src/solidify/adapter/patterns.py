@@ -8,12 +8,17 @@ another value, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from peft import LoraConfig
 
 from solidify.model import anatomy
 
 FIELDS = ("rank_pattern", "alpha_pattern")
+_ALARMS = tuple(f"The following {field} keys did not match" for field in FIELDS)
 
 
 def faults(lora: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
@@ -47,17 +52,33 @@ def resolved(lora: Mapping[str, Any] | None, targets: Sequence[str]) -> dict[str
     for field in FIELDS:
         values: Mapping[str, Any] = (lora or {}).get(field) or {}
         hits = anatomy.match(list(values), targets)
-        result[field] = {_match_exactly(name): values[pattern] for pattern, names in hits.items() for name in names}
+        result[field] = {exactly(name): values[pattern] for pattern, names in hits.items() for name in names}
     return {field: values for field, values in result.items() if values}
 
 
 def is_false_alarm(warning: str, modules: Sequence[str]) -> bool:
     """Returns whether PEFT (0.21.2) warns of patterns only because it looks for them among modules, not parameters."""
-    return warning.startswith(tuple(f"The following {field} keys did not match" for field in FIELDS)) and not any(
-        repr(_match_exactly(name)) in warning for name in modules
-    )
+    return warning.startswith(_ALARMS) and not any(repr(exactly(name)) in warning for name in modules)
 
 
-def _match_exactly(name: str) -> str:
+@contextmanager
+def without_false_alarms(configuration: LoraConfig) -> Iterator[None]:
+    """While PEFT puts an adapter on a model, its warnings of patterns for parameters are left out; all others are told.
+
+    PEFT (0.21.2) looks for the keys of patterns among modules alone, and warns of those that parameters have.
+    """
+    parameters = [str(name) for name in configuration.target_parameters or ()]
+    keys = [str(key) for field in FIELDS for key in getattr(configuration, field) or ()]
+    others = [key for key in keys if not any(re.search(rf"(^|\.|\\A)({key})$", name) for name in parameters)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message="The following .*_pattern keys did not match")
+        yield
+    for warning in caught:
+        told = str(warning.message)
+        if not told.startswith(_ALARMS) or any(repr(key) in told for key in others):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def exactly(name: str) -> str:
     """Returns an expression that only the whole name fits: PEFT (0.21.2) allows any beginning before it."""
     return r"\A" + re.escape(name)

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from solidify.adapter import (
     base_state,
     configured,
+    expert_files,
     foreign_adapter,
     kinds,
     lookup,
+    patterns,
     readback,
     together,
     tokens,
@@ -205,22 +207,30 @@ def _plain_name(name: str) -> str:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, *, name: str = "default", trainable: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    layout: str | None = None,
 ) -> PeftModel:
     """Puts a trained adapter on its base, in place, and makes it the active one.
 
     `model` is the artifact's model, or a PeftModel that already carries other adapters of the same base.
 
     An adapter that plain PEFT wrote (a trainer's `checkpoint-500`, too) is put on any model that all its tensors fit.
-    Nothing tells on which weights it was trained; that this was not looked at is printed.
+    Nothing tells on which weights it was trained; that this was not looked at is printed. Its experts may have the
+    layout of another trainer (docs/expert_lora.md); which one was found is printed too. `layout` says it (`peft`,
+    `grouped`) where the files do not tell.
 
     Raises:
         AdapterError: the adapter was trained on another base (the message says what differs), is incomplete or was
-            changed, or `name` is taken. The model is then as it was.
+            changed, `name` is taken, or the layout of its experts is not known. The model is then as it was.
     """
     directory = Path(directory).resolve()
     if foreign_adapter.is_one(directory):
-        return _put_plain(model, directory, name, trainable=trainable)
+        return _put_plain(model, directory, name, trainable=trainable, layout=layout)
+    expert_files.refuse_layout(directory, layout)
     record = manifest.read(directory, "adapter", closed=False)
     with checkpoint.steady([directory / file for file in record.listed()]):
         refuse(AdapterError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
@@ -241,19 +251,26 @@ def _refuse_taken(model: nn.Module, name: str) -> None:
         raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
 
 
-def _put_plain(model: nn.Module, directory: Path, name: str, *, trainable: bool) -> PeftModel:
+def _put_plain(model: nn.Module, directory: Path, name: str, *, trainable: bool, layout: str | None) -> PeftModel:
     """Puts an adapter that plain PEFT wrote on a model, and says what nothing tells of it."""
-    record = foreign_adapter.describe(directory)
+    foreign_adapter.require_weights(directory)
     _refuse_taken(model, name)
     if (base := base_state.find(model)) is not None:
         base_state.refuse_changed(model, base)
-    found = _inject(model, directory, record, name, trainable=trainable)
+    with expert_files.in_own_layout(directory, model, layout) as own:
+        record = foreign_adapter.describe(own.directory)
+        found = _inject(model, own.directory, record, name, trainable=trainable, named=directory)
     console.words.print(foreign_adapter.unverified(directory, lookup.plain_model(model)))
+    if own.words:
+        console.words.print(f"{directory}: {own.words}")
     return found
 
 
-def _inject(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
-    """Has PEFT put an adapter on a model, fills it, and compares; all or nothing."""
+def _inject(
+    model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool, named: Path | None = None
+) -> PeftModel:
+    """Has PEFT put an adapter on a model, fills it, and compares; all or nothing. `named` is what errors call it."""
+    named = named or directory
     existing = lookup.peft_model(model)
     configuration = configured.read(directory, model)
     base = base_state.find(model) if record.base else None  # by digests; PEFT would warn that its path is another
@@ -262,7 +279,8 @@ def _inject(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
     with transaction(existing if existing is not None else model, Extent.of(model)):
-        with foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError):
+        puts = foreign.calling(f"PEFT refuses the adapter {named}", AdapterError)
+        with puts, patterns.without_false_alarms(configuration):
             if existing is None:
                 peft_model = get_peft_model(model, configuration, adapter_name=name)
             else:
@@ -274,10 +292,10 @@ def _inject(model: nn.Module, directory: Path, record: Manifest, name: str, *, t
         verbs.take_over(peft_model, frozen=planning.frozen_at_surgery(peft_model))
         state = safetensors.torch.load_file(directory / WEIGHTS)
         train_parameters(peft_model, bare, name)
-        refuse(AdapterError, f"{directory} does not fit the model", _key_faults(held(peft_model, name, moved), state))
+        refuse(AdapterError, f"{named} does not fit the model", _key_faults(held(peft_model, name, moved), state))
         _fill_adapter(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
-        refuse(AdapterError, f"{directory} was not loaded completely", _load_faults(peft_model, state, name, moved))
+        refuse(AdapterError, f"{named} was not loaded completely", _load_faults(peft_model, state, name, moved))
     release_originals(peft_model)
     return peft_model.train(trainable)
 
@@ -352,6 +370,7 @@ def load(
     trust_remote_code: bool = False,
     quantization: quantizing.Asked | None = None,
     keep: str | Sequence[str] = (),
+    layout: str | None = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads an artifact, and an adapter on it when one is named; digests are verified before any code runs.
@@ -362,7 +381,7 @@ def load(
     trained.
 
     With an adapter, the directory may hold a plain model that has no manifest: it is compared with what the adapter
-    says of its base.
+    says of its base. `layout` is that of the adapter's experts, as in `load_adapter`.
 
     Raises:
         ArtifactError, AdapterError: as `load_artifact` and `load_adapter`.
@@ -373,7 +392,7 @@ def load(
     asked: dict[str, Any] = {"trust_remote_code": trust_remote_code, "quantization": quantization, "keep": keep}
     if adapter is None:
         return loading.load_artifact(directory, **asked, **options)
-    return load_adapter(stock.load(directory, **asked, **options), adapter)
+    return load_adapter(stock.load(directory, **asked, **options), adapter, layout=layout)
 
 
 def _trained_apart(adapter: Path) -> list[str]:

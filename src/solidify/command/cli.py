@@ -50,6 +50,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base is now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", help="How an adapter of others lays out experts, where nothing tells: peft, grouped."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
@@ -266,6 +270,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the new model goes.")],
     base: Base = None,
     copy: Copy = False,
+    layout: Layout = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
 ) -> None:
@@ -275,9 +280,17 @@ def merge(
         from solidify.merging import export
         from solidify.system import console
 
-    again = {"output": output, "base": base, "copy": copy, "trust_remote_code": trust_remote_code}
+    again = {
+        "output": output,
+        "base": base,
+        "copy": copy,
+        "layout": layout,
+        "trust_remote_code": trust_remote_code,
+    }
     with _explain_repeating("merge", adapter, **again), console.stage("Merging"):
-        merged = export.merge(adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code)
+        merged = export.merge(
+            adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code, layout=layout
+        )
     report = Report(str(output), {"merge": merged.findings})
     _show_report(report.document(), verbose)
     report.require()

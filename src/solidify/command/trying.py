@@ -31,6 +31,10 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="The largest number of tokens to write.")
     ] = 64,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="How adapters of others lay out experts, where nothing tells: peft, grouped."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")
     ] = False,
@@ -45,7 +49,7 @@ def generate(
     if system is not None and not chat:
         raise DataError("--system is the first message of a chat; give --chat too")
     loaded, tokenizer = _load(model, trust_remote_code)
-    loaded, speakers = _put_on(loaded, adapter or [])
+    loaded, speakers = _put_on(loaded, adapter or [], layout)
     if not chat:
         assert prompt is not None
         _hint_at_chat(tokenizer)
@@ -80,7 +84,7 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
     return base.model, base.tokenizer
 
 
-def _put_on(model: Any, adapters: list[Path]) -> tuple[Any, Speakers]:
+def _put_on(model: Any, adapters: list[Path], layout: str | None) -> tuple[Any, Speakers]:
     """Puts adapters on a model; returns it, and who speaks: each adapter, and the model without any beside several."""
     from solidify.adapter import storage
     from solidify.directory import manifest
@@ -90,7 +94,8 @@ def _put_on(model: Any, adapters: list[Path]) -> tuple[Any, Speakers]:
     solid = manifest.kind(Path(str(model.config.name_or_path))) == "artifact"
     names = _name_apart(adapters)
     for name, directory in zip(names, adapters, strict=True):
-        model = storage.load_adapter(model, directory, name=name) if solid else _put_plain(model, directory, name)
+        put = storage.load_adapter if solid else _put_plain
+        model = put(model, directory, name=name, layout=layout)
     if len(names) == 1:
         return model, {names[0]: nullcontext}
 
@@ -100,21 +105,23 @@ def _put_on(model: Any, adapters: list[Path]) -> tuple[Any, Speakers]:
     return model, {"without an adapter": model.disable_adapter, **{name: switched(name) for name in names}}
 
 
-def _put_plain(model: Any, directory: Path, name: str) -> Any:
+def _put_plain(model: Any, directory: Path, *, name: str, layout: str | None) -> Any:
     """Puts an adapter of plain PEFT on a stock model, after its configuration was judged."""
     from peft import PeftModel
 
-    from solidify.adapter import configured, lookup
+    from solidify.adapter import configured, expert_files, lookup, patterns
     from solidify.errors import AdapterError
     from solidify.system import foreign
 
     existing = lookup.peft_model(model)
-    configured.read(directory, model)
-    with foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError):
-        if existing is None:
-            return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()
-        existing.load_adapter(str(directory), adapter_name=name)
-        return existing.eval()
+    with expert_files.in_own_layout(directory, model, layout) as own:
+        asked = configured.read(own.directory, model)
+        puts = foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError)
+        with puts, patterns.without_false_alarms(asked):
+            if existing is None:
+                return PeftModel.from_pretrained(model, str(own.directory), adapter_name=name).eval()
+            existing.load_adapter(str(own.directory), adapter_name=name)
+            return existing.eval()
 
 
 def _name_apart(adapters: list[Path]) -> list[str]:

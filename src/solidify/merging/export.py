@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
-from solidify.adapter import configured, storage
+from solidify.adapter import configured, expert_files, patterns, storage
 from solidify.artifact import autos, certificate, companions, loading, quantizing, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, private, trust, writing
@@ -50,6 +50,7 @@ def merge(
     base: str | Path | None = None,
     link: bool = True,
     trust_remote_code: bool = False,
+    layout: str | None = None,
 ) -> Artifact:
     """Folds an adapter into the model it was trained on and writes a new one; both inputs are unchanged.
 
@@ -57,21 +58,24 @@ def merge(
     digests, and the result is an artifact, verified in a fresh process without solidify and peft. For a plain PEFT
     adapter, the base is a plain model directory (or one in the hub's cache), and the result has its layout and files.
     Small models are run: the outputs of base + adapter are compared with those of the result. Weight files that stay
-    as they are become hard links to the base's, unless `link` is false.
+    as they are become hard links to the base's, unless `link` is false. The experts of a plain adapter may have the
+    layout of another trainer; `layout` says it where the files do not tell (docs/expert_lora.md).
 
     Raises:
-        AdapterError: the base is not found or is another, a tensor of the adapter fits nowhere, or a merged tensor is
-            not finite.
+        AdapterError: the base is not found or is another, a tensor of the adapter fits nowhere, a merged tensor is not
+            finite, or the layout of its experts is not known.
         ArtifactError: `output` exists and is not ours, the base was changed, or the merged model does not hold.
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     writing.refuse_foreign(output, [adapter], work="merge")
     plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
+    if not plain:
+        expert_files.refuse_layout(adapter, layout)
     sources = _stock_sources(adapter, base) if plain else _read_sources(adapter, base, trust_remote_code)
     plain = plain or (sources.base_record is not None and sources.base_record.kind == "stock")
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
         if plain:
-            written, findings = _merge_stock(sources, staging, link, trust_remote_code)
+            written, findings = _merge_stock(sources, staging, link, trust_remote_code, layout)
         else:
             written, findings = _merge_artifact(sources, staging, link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
@@ -270,11 +274,11 @@ def _untie_embeddings(directory: Path) -> None:
 
 def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
     """Finds a plain PEFT adapter and the plain model that it belongs to."""
-    configuration = configured.read(adapter)  # first its kind: other kinds have other files, and need none of LoRA's
+    # First its kind: other kinds have other files, and need none of LoRA's.
+    configuration = configured.read(adapter, marked=True)
     if not (adapter / storage.WEIGHTS).is_file():
         raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
     format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
-    configured.refuse_marked(adapter / storage.WEIGHTS)
     where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
     if disk.leads_out(where, "config.json"):
         raise ArtifactError(
@@ -315,14 +319,26 @@ def _stock_base(reference: str | Path | None, revision: str | None, adapter: Pat
 
 
 def _merge_stock(
-    sources: _Sources, staging: Path, link: bool, trust_remote_code: bool
+    sources: _Sources, staging: Path, link: bool, trust_remote_code: bool, layout: str | None
 ) -> tuple[Manifest, list[Finding]]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     skeleton = loading.load_base(str(sources.base), device="meta", **options).model
-    bare: list[str] = []
     if sources.record is not None:
         storage.refuse_wrong_base(skeleton, sources.record, sources.adapter)
-        bare = sources.record.trained["parameters"]
+        written, findings = _merge_onto(skeleton, sources, staging, link, options)
+        return written, findings + _state_unread(sources.adapter)
+    with expert_files.in_own_layout(sources.adapter, skeleton, layout) as own:
+        configured.refuse_marked(own.directory / storage.WEIGHTS)
+        written, findings = _merge_onto(skeleton, replace(sources, adapter=own.directory), staging, link, options)
+    found = [Finding(expert_files.FINDING, True if own.sure else None, own.words)] if own.words else []
+    return written, [*findings, *_state_unread(sources.adapter), *found]
+
+
+def _merge_onto(
+    skeleton: PreTrainedModel, sources: _Sources, staging: Path, link: bool, options: dict[str, Any]
+) -> tuple[Manifest, list[Finding]]:
+    """Merges an adapter in our layout into a plain model, of which `skeleton` has the names and shapes."""
+    bare = sources.record.trained["parameters"] if sources.record is not None else []
     extent = Extent.of(skeleton)
     prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)  # its words say more than PEFT's
     attached = None
@@ -350,12 +366,7 @@ def _merge_stock(
     ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
     written = _stock_manifest(sources, staging, made, merger)
     written.write(staging)
-    return written, [
-        *findings,
-        *_state_unread(sources.adapter),
-        *carried.findings(),
-        _state_counts(ledger, made, merger),
-    ]
+    return written, [*findings, *carried.findings(), _state_counts(ledger, made, merger)]
 
 
 def _state_unread(adapter: Path) -> list[Finding]:
@@ -369,7 +380,8 @@ def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
         return storage.load_adapter(model, sources.adapter)
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
         asked = configured.read(sources.adapter, model)  # without regular expressions of the file
-        return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
+        with patterns.without_false_alarms(asked):
+            return PeftModel.from_pretrained(model, str(sources.adapter), config=asked).eval()
 
 
 def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:

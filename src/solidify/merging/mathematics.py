@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import configured, kinds, lookup, storage, tokens
+from solidify.adapter import kinds, lookup, patterns, storage, tokens
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -204,7 +204,8 @@ def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[
     fault = kinds.model_fault(configuration)
     refuse(AdapterError, "the adapter cannot be merged", [fault] if fault is not None else [])
     configuration.inference_mode, configuration.init_lora_weights = True, True
-    with foreign.calling("PEFT cannot put the adapter on its base", AdapterError):
+    puts = foreign.calling("PEFT cannot put the adapter on its base", AdapterError)
+    with puts, patterns.without_false_alarms(configuration):
         model = get_peft_model(skeleton, configuration, adapter_name=NAME)
     train_parameters(model, bare, NAME)
     return model
@@ -235,8 +236,7 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
     changes, strange = _sort_changes(model, tensors)
     faults += strange
     faults += [f"the base holds no {name}, which the adapter changes" for name in changes if name not in shapes]
-    hint = configured.layout_hint([key for key in entries if key not in tensors])
-    refuse(AdapterError, f"the adapter does not fit the base{hint}", faults)
+    refuse(AdapterError, "the adapter does not fit the base", faults)
     parts = {
         key: owner for key, tensor in tensors.items() if (owner := _find_owners(model).get(id(tensor))) is not None
     }

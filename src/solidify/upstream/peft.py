@@ -14,12 +14,14 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import BlockDiagonalLinear as BlockDiagonalLinear
 from peft.utils.constants import DUMMY_TARGET_MODULES as DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key as get_pattern_key
 from torch import nn
 
 TESTED = "0.21"
 UNDOCUMENTED = {
     "tuners.lora.layer.Conv1d": "a layer whose changes a merge computes; of its kind it alone is not exported",
     "tuners.lora.variants.BlockDiagonalLinear": "a factor whose matrix is larger than what is stored",
+    "utils.other.get_pattern_key": "which key of `alpha_pattern` counts for a module of an adapter of others",
     "utils.constants.DUMMY_TARGET_MODULES": "without this word PEFT refuses an adapter without low-rank targets",
 }
 
