@@ -79,6 +79,7 @@ bench: install
 	$(BIN)/python benchmarks/objective.py
 	$(BIN)/python benchmarks/training_step.py --rounds 3
 	$(BIN)/python benchmarks/trash_can.py
+	$(BIN)/python benchmarks/expert_lora.py --rounds 3
 	$(BIN)/python benchmarks/scale.py --size small --rounds 1
 
 bench-full: install

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from solidify import losses as losses
     from solidify.adapter.adapters import attach as attach
+    from solidify.adapter.expert_factors import factor_experts as factor_experts
     from solidify.adapter.storage import load as load
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
@@ -124,6 +125,7 @@ _WHERE = {
     "distill": "healing.distilling",
     "duplicate_experts": "surgery.experts",
     "export": "exporting.forms",
+    "factor_experts": "adapter.expert_factors",
     "from_patched": "on_ramps.patched",
     "heal": "recipe.stages",
     "insert": "surgery.depth",

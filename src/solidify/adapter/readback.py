@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from solidify.adapter import lookup
+from solidify.adapter import expert_factors, lookup
 from solidify.adapter.base_state import Base
 from solidify.artifact import certificate, quantizing, stock, tensors
 from solidify.behaviour import calling
@@ -56,7 +56,8 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
     fresh = lookup.plain_model(again.to(plain.device))
-    with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
+    # Experts run by their factors are compared as PEFT runs them, as the fresh ones do: then equal means equal bits.
+    with expert_factors.built(), active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
         _align_matrices(plain, fresh)
         faults = _output_faults(plain, fresh)
     if faults:

@@ -104,6 +104,21 @@ def set_conversions(model: Any, rules: Sequence[Any]) -> None:
     model._weight_conversions = list(rules)
 
 
+def is_split_by_experts(module: Any) -> bool:
+    """Returns whether a module's class follows the interface of experts implementations, on one machine.
+
+    `use_experts_implementation` (`integrations/moe.py`), which is documented, notes so on every instance.
+    """
+    noted = vars(module)
+    words = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+    return all(word in noted for word in words) and not noted.get("_is_expert_parallel", True)
+
+
+def apply_gate(experts: Any, gate_up: Any) -> Any:
+    """Joins what gate and up of experts give: the family's own way, which has no public name."""
+    return experts._apply_gate(gate_up)
+
+
 def optional_keys(model: Any) -> tuple[str, ...]:
     """Returns patterns of names that a checkpoint may lack; the loading report is made with them and keeps none."""
     return tuple(model._keys_to_ignore_on_load_missing or ())
