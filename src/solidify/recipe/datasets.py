@@ -187,9 +187,9 @@ def prepare(recipe: Recipe, processor: Any, model: nn.Module | None = None, part
         made["train"] = packing.pack(
             made["train"], reading.max_length, seed=recipe.data.seed if recipe.data.shuffle else None
         )
-    if reading.format == "masked" and made["eval"] is not None:  # the same tokens are hidden in every evaluation
-        kept = made["eval"].map(collate.hide, load_from_cache_file=False)
-        made["eval"] = kept.remove_columns([name for name in kept.column_names if name == "special_tokens_mask"])
+    if reading.format == "masked" and made["eval"] is not None:
+        with raised_in("data.eval"):
+            made["eval"] = examples.hide(made["eval"], collate)
     return Prepared(reading.format, made["train"], made["eval"], collate, counted)
 
 

@@ -43,6 +43,7 @@ class Masking:
     """
 
     def __init__(self, tokenizer: Any, probability: float, seed: int) -> None:
+        self.probability = probability
         with foreign.calling("no tokens can be hidden", DataError):
             self._make = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability, seed=seed)
         self._pad = padding("token_classification", tokenizer)

@@ -21,6 +21,7 @@ from solidify.training import formats, sources
 
 TOKENS = 2048  # in one forward pass of a measurement
 IMAGES = "images"  # the column that lists the images of a row
+_HEADS = ("ForTokenClassification", "ForImageClassification", "ForSequenceClassification")  # what chooses classes
 
 
 def read(path: Path, text: str, image: str | None = None) -> datasets.Dataset:
@@ -157,14 +158,16 @@ def mean_loss(model: Any, examples: datasets.Dataset, collate: Any, *, batch_siz
 
 
 def measure(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size: int = 16) -> dict[str, float]:
-    """Returns `loss`, as `mean_loss`, and of a model that tells classes `accuracy`: the share of labels (of examples,
-    or of words) for which the largest logit is the label's.
+    """Returns `loss`, as `mean_loss`, and of labels that are classes `accuracy`: the share of labels (of examples, or
+    of words) for which the largest logit is the label's.
 
     A batch holds at most `batch_size` examples, and no more than two thousand tokens unless one example does: their
     logits are in memory at once. What takes long shows a bar.
+
+    Raises:
+        DataError: no label counts (all are -100), so there is nothing to measure.
     """
-    total, tokens, right = 0.0, 0, 0
-    classes = _tells_classes(model)
+    total, counted, right, classes = 0.0, 0, 0, 0
     rows, shifts = examples, shifts_labels(model)
     longest = max(map(len, rows["input_ids"])) if "input_ids" in rows.column_names else 1
     size = max(1, min(batch_size, TOKENS // longest))
@@ -177,20 +180,30 @@ def measure(model: Any, examples: datasets.Dataset, collate: Any, *, batch_size:
                 key: each.to(model.device) if isinstance(each, torch.Tensor) else each for key, each in batch.items()
             }
             labels = batch["labels"][:, 1:] if shifts else batch["labels"]
-            count = int((labels != -100).sum())
+            count = _count_labels(labels)
             output = model(**batch)
             total += output.loss.item() * count if count else 0.0  # a mean over nothing is no number
-            right += int((output.logits.argmax(-1) == labels).sum()) if classes else 0
-            tokens += count
-            advance(f"loss {total / tokens:.3f}")
-    return {"loss": total / tokens, **({"accuracy": right / tokens} if classes else {})}
+            if _are_classes(labels, output, model):
+                right += int((output.logits.argmax(-1) == labels).sum())
+                classes += count
+            counted += count
+            advance(f"loss {total / counted:.3f}" if counted else "no label counts yet")
+    if not counted:
+        raise DataError(
+            f"no label of the {len(rows)} examples counts (all are -100), so there is no loss to measure; give "
+            "examples with labels"
+        )
+    return {"loss": total / counted, **({"accuracy": right / classes} if classes else {})}
 
 
-def _tells_classes(model: Any) -> bool:
-    """Returns whether a model's head chooses one of some classes, for a text, an image or each word."""
-    config: Any = lookup.plain_model(model).config
+def _count_labels(labels: torch.Tensor) -> int:
+    """Returns how many labels count: of numbers all of them, as no loss of transformers leaves out one."""
+    return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
+
+
+def _are_classes(labels: torch.Tensor, output: Any, model: Any) -> bool:
+    """Returns whether the labels of a batch are numbers of classes, one for a text, an image or each word."""
     name = type(lookup.plain_model(model)).__name__
-    single: bool = (
-        getattr(config, "problem_type", None) in (None, "single_label_classification") and config.num_labels > 1
-    )
-    return name.endswith(("ForTokenClassification", "ForImageClassification", "ForSequenceClassification")) and single
+    if labels.is_floating_point() or not name.endswith(_HEADS):
+        return False
+    return bool(output.logits.shape[:-1] == labels.shape and output.logits.shape[-1] > 1)

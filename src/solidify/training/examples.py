@@ -119,6 +119,22 @@ def collator(reading: Reading) -> Any:
     return collating.padding(reading.format, reading.processor)
 
 
+def hide(made: Any, collate: collating.Masking) -> Any:
+    """Returns examples with tokens hidden once and for all, so that every evaluation hides the same.
+
+    Raises:
+        DataError: no token is hidden, so that there is nothing to measure.
+    """
+    kept = made.map(collate.hide, load_from_cache_file=False)
+    if not any(label != -100 for row in kept["labels"] for label in row):
+        tokens = sum(not mark for row in made["special_tokens_mask"] for mark in row)
+        raise DataError(
+            f"none of the {tokens} tokens is hidden at mask_probability {collate.probability}, so there is nothing to "
+            "measure; give more text, or a higher mask_probability"
+        )
+    return kept.remove_columns([name for name in kept.column_names if name == "special_tokens_mask"])
+
+
 def read_one(row: Mapping[str, Any], reading: Reading) -> tuple[dict[str, Any], int]:
     """Makes an example of one row; returns it, and how many tokens were cut off.
 
