@@ -89,6 +89,27 @@ def test_a_stream_is_shuffled_by_its_seed_and_needs_a_length(tmp_path: Path) -> 
     recipe(tmp_path, {"train": "a.jsonl", "streaming": True}, adapter={"train": "x"}, training={"max_steps": 2})
 
 
+def test_a_stream_whose_columns_its_rows_alone_tell_is_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    train, _ = datasets.read_texts(recipe(tmp_path, {"train": "a.txt", "streaming": True, "shuffle": False}))
+    assert list(train) == [{"text": "one"}, {"text": "two"}]
+    with pytest.raises(DataError, match=r"has no column 'body'; it has: text$"):
+        datasets.read_texts(recipe(tmp_path, {"train": "a.txt", "streaming": True, "text": "body"}))
+
+
+def test_a_directory_of_images_is_streamed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / "x.png")
+    train, _ = datasets.read_rows(recipe(tmp_path, {"train": "images", "streaming": True}))
+    assert sorted(row["label"] for row in train) == [0, 1]
+
+
+def test_images_among_text_are_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`image` opens what all rows name, and `streaming` has none before they come"):
+        recipe(tmp_path, {"train": "a.jsonl", "image": "picture", "streaming": True})
+
+
 @pytest.mark.parametrize(
     ("source", "kind", "words"),
     [

@@ -170,6 +170,10 @@ class Data(Section):
             )
         if self.streaming and self.group_by:
             raise broken_rule("`group_by` looks at all rows first, and `streaming` has none before they come")
+        if self.streaming and self.image is not None:
+            raise broken_rule(
+                "`image` opens what all rows name, and `streaming` has none before they come; leave one out"
+            )
         return self
 
 

@@ -45,12 +45,13 @@ def select(data: datasets.Dataset, text: str, image: str | None, file: Path) -> 
     Raises:
         DataError: there is no such column, or an image is missing.
     """
+    found = sources.columns(data)
     for column in (text, image):
-        if column is not None and column not in data.column_names:
-            raise DataError(f"{file} has no column {column!r}; it has: {', '.join(data.column_names)}")
+        if column is not None and column not in found:
+            raise DataError(f"{file} has no column {column!r}; it has: {', '.join(found)}")
     if image is None:
         return data.select_columns([text])
-    found = data.select_columns([text, image]).map(
+    located = data.select_columns([text, image]).map(
         _find_images,
         batched=True,
         with_indices=True,
@@ -59,7 +60,7 @@ def select(data: datasets.Dataset, text: str, image: str | None, file: Path) -> 
         load_from_cache_file=False,  # files come and go
         fn_kwargs={"image": image, "file": str(file)},
     )
-    return found.select_columns([text, IMAGES])
+    return located.select_columns([text, IMAGES])
 
 
 def _find_images(
@@ -79,10 +80,14 @@ def _find_images(
 
 def locate_images(rows: Any, file: Path) -> Any:
     """Returns rows whose column `image`, where it names files that exist, says where they are; others as they were."""
-    features = rows.features or {}
-    if not isinstance(features.get("image"), datasets.Value):
+    if rows.features is None:  # of a stream nothing else says what a column holds
+        named = isinstance(sources.first(rows, 1)[0].get("image"), str)
+    else:
+        named = isinstance(rows.features.get("image"), datasets.Value)
+    if not named:
         return rows
-    options = {} if sources.is_stream(rows) else {"load_from_cache_file": False}  # files come and go
+    # Files come and go; and a stream forgets by which names it numbers its classes, if nothing says it again.
+    options = {"features": rows.features} if sources.is_stream(rows) else {"load_from_cache_file": False}
     return rows.map(_find_image, fn_kwargs={"file": str(file)}, **options)
 
 

@@ -61,7 +61,9 @@ def read_directory(path: Path, *, streaming: bool = False) -> Any:
         return _require_rows(_load(f"{path} cannot be read as {kind}", kind, listed, streaming), path)
     if any(each.suffix.lower() in _PICTURES for each in found):
         words = f"{path} cannot be read as a directory of images"
-        return _require_rows(_attempt(words, "imagefolder", data_dir=str(path.resolve()), split="train"), path)
+        return _require_rows(
+            _attempt(words, "imagefolder", data_dir=str(path.resolve()), split="train", streaming=streaming), path
+        )
     raise DataError(f"the directory {path} holds no data file of a known kind ({', '.join(KINDS)}) and no image")
 
 
