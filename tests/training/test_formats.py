@@ -17,6 +17,7 @@ from words import CHATS, FORGETFUL, MARKED, UNMARKED, tokenizer
 from solidify.errors import DataError
 from solidify.training import chats, data, examples, formats, sources
 from solidify.training.examples import Reading
+from solidify.training.numbering import decide
 
 
 def conversations() -> datasets.Dataset:
@@ -305,7 +306,7 @@ def test_names_decide_where_data_set_and_model_number_their_classes_otherwise(tm
     for names, expected in (({0: "yes", 1: "no"}, [1, 0]), ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1])):
         model = pico.make("ViTForImageClassification", **size, image_size=16, id2label=names)
         processor = ViTImageProcessor(size={"height": 16, "width": 16})
-        how = reading("image_classification", processor, config=model.config)
+        how = reading("image_classification", processor, config=model.config, names=decide(rows, model.config))
         made, _ = examples.make(rows, how)
         assert made["labels"][:] == expected
         assert examples.collator(how)([made[0], made[1]])["pixel_values"].shape == (2, 3, 16, 16)
@@ -314,7 +315,8 @@ def test_names_decide_where_data_set_and_model_number_their_classes_otherwise(tm
         "tags", datasets.List(datasets.ClassLabel(names=["B", "O"]))
     )
     model = bert("BertForTokenClassification", id2label={0: "O", 1: "B"})
-    made, _ = examples.make(tagged, reading("token_classification", maker, config=model.config))
+    named = decide(tagged, model.config)
+    made, _ = examples.make(tagged, reading("token_classification", maker, config=model.config, names=named))
     assert made["labels"][0] == [-100, 1, 0, -100]
 
 
@@ -324,8 +326,8 @@ def test_a_number_of_a_data_set_that_is_no_class_is_refused() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": kind})
     named = bert("BertForSequenceClassification", id2label=dict(enumerate(kind.names))).config
     for config in (named, bert("BertForSequenceClassification", num_labels=3).config):
-        how = reading("classification", tokenizer(wrapped=True), config=config)
         whole = datasets.Dataset.from_dict({"text": ["a b", "c d"], "label": [0, 2]}, features=features)
+        how = reading("classification", tokenizer(wrapped=True), config=config, names=decide(whole, config))
         assert list(examples.make(whole, how)[0]["labels"]) == [0, 2]
         rows = datasets.Dataset.from_dict({"text": ["a b", "c d"], "label": [0, -1]}, features=features)
         with pytest.raises(DataError, match="its label is -1"):
@@ -338,7 +340,8 @@ def test_numbers_of_several_classes_are_numbers_where_the_data_set_says_so() -> 
     )
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [[0, 1], [1], [0, 0]]}, features=features)
     config = bert("BertForSequenceClassification", num_labels=2).config
-    made, _ = examples.make(rows, reading("multi_label", tokenizer(wrapped=True), config=config))
+    how = reading("multi_label", tokenizer(wrapped=True), config=config, names=decide(rows, config))
+    made, _ = examples.make(rows, how)
     assert list(made["labels"]) == [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
 
 

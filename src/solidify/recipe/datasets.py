@@ -26,6 +26,7 @@ from solidify.training import (
     formats,
     images,
     labelling,
+    numbering,
     packing,
     sources,
 )
@@ -235,7 +236,7 @@ def open_reading(recipe: Recipe, rows: Any, processor: Any, model: nn.Module | N
             config=config,
             accepts=examples.accepted(model) if model is not None else (),
             chat=_open_chat(recipe, form, rows, maker),
-            names=names,
+            names=numbering.decide(rows, config, names) if config is not None and form in formats.CLASSES else names,
             mask_probability=asked.mask_probability,
             seed=asked.seed,
             packing=asked.packing,

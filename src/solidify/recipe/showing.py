@@ -60,6 +60,7 @@ def _show_read(recipe: Recipe, train: Any, processor: Any, model: nn.Module, cou
     reading = datasets.open_reading(recipe, train, processor, model)
     prepared = datasets.prepare(datasets.unpacked(recipe), processor, model)
     named = datasets.name_text(recipe, train, reading.format)
+    reading = examples.of_rows(named, reading)
     rows = [_show_row(row, reading, number) for number, row in enumerate(_pick(named, prepared.train, reading, count))]
     packed = datasets.prepare(recipe, processor, model, ("train",)).train if reading.packing else None
     return {

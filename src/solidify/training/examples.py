@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from solidify.adapter import lookup
 from solidify.errors import DataError, refuse
 from solidify.system import foreign
-from solidify.training import chats, collating, data, labelling, sources
+from solidify.training import chats, collating, data, labelling, numbering, sources
 from solidify.training.chats import Chat
-from solidify.training.formats import NEXT_TOKEN
+from solidify.training.formats import CLASSES, NEXT_TOKEN
 
 _LOST, _KEPT = "lost_tokens", "counted_tokens"  # columns of what `make` counts
 _READ = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
@@ -31,8 +31,8 @@ _READ = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 class Reading:
     """How rows become examples: their format, the longest example, and what makes tokens or pixels of them.
 
-    `config` is the model's, `accepts` names what its forward pass takes, `names` the classes in their order; `spelled`
-    are those of the data set, where it numbers its own.
+    `config` is the model's, `accepts` names what its forward pass takes, `names` the classes in their order (None where
+    rows have numbers alone); `spelled` are those of the data set, where it numbers its own.
     """
 
     format: str
@@ -41,7 +41,7 @@ class Reading:
     config: Any = None
     accepts: tuple[str, ...] = ()
     chat: Chat | None = None
-    names: Sequence[str] | None = None
+    names: tuple[str, ...] | None = None
     text: str = "text"
     mask_probability: float = 0.15
     seed: int = 42
@@ -87,13 +87,24 @@ def accepted(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(lookup.plain_model(model).forward).parameters)
 
 
+def of_rows(rows: Any, reading: Reading) -> Reading:
+    """Returns how some rows are read, which may number their classes in a way of their own.
+
+    Raises:
+        DataError: nothing says which number each of their names has.
+    """
+    if reading.format not in CLASSES:
+        return reading
+    return replace(reading, spelled=numbering.spelled_by(rows, reading.names))
+
+
 def make(rows: Any, reading: Reading) -> tuple[Any, Counted | None]:
     """Returns the examples of rows, and what was counted (None of a stream).
 
     Raises:
         DataError: a row is not what its format says, or nothing is left to learn from.
     """
-    reading = replace(reading, spelled=_spell_classes(rows, reading))
+    reading = of_rows(rows, reading)
     with foreign.calling("the rows cannot be read", DataError):
         made = _make_images(rows, reading) if reading.format == "image_classification" else _map(rows, reading)
         if sources.is_stream(rows):
@@ -149,7 +160,7 @@ def read_one(row: Mapping[str, Any], reading: Reading) -> tuple[dict[str, Any], 
         )
         ids, labels = (part[: reading.max_length] for part in made)
         return {"input_ids": ids, "labels": labels}, len(made[0]) - len(ids)
-    row = {**row, **{name: _spell(row[name], reading.spelled) for name in ("label", "tags") if name in row}}
+    row = {**row, **{name: numbering.spell(row[name], reading.spelled) for name in numbering.COLUMNS if name in row}}
     whole = _encode(row, reading, {})
     if max(len(whole["input_ids"]), _width(whole, reading)) <= reading.max_length:
         return whole, 0
@@ -247,7 +258,7 @@ def _make_images(rows: Any, reading: Reading) -> Any:
         return kept.map(_number_image, with_indices=True, remove_columns=["label"], fn_kwargs={"reading": reading})
     faults, numbers = [], []
     for index, label in enumerate(kept["label"]):
-        label = _spell(label, reading.spelled)
+        label = numbering.spell(label, reading.spelled)
         read = foreign.attempt(labelling.number_of, label, reading.config, reading.names)
         numbers.append(read.value)
         faults += [f"row {index}: {read.error}"] if read.error is not None else []
@@ -269,43 +280,9 @@ def _is_image(name: Any) -> bool:
 
 
 def _number_image(row: dict[str, Any], number: int, *, reading: Reading) -> dict[str, Any]:
-    return {"labels": labelling.number_of(_spell(row["label"], reading.spelled), reading.config, reading.names)}
-
-
-def _spell_classes(rows: Any, reading: Reading) -> tuple[str, ...] | None:
-    """Returns the names by which a data set numbers its classes; None where they need not be those of the model.
-
-    A data set and a model may number the same classes otherwise, so where both have names, names decide.
-    """
-    if reading.config is None:
-        return None
-    nameless = reading.names is None and _is_nameless(reading.config)
-    features = rows.features or {}
-    for column in ("label", "tags"):
-        feature = features.get(column)
-        kind, listed = feature, False
-        if isinstance(feature, datasets.List):
-            kind, listed = feature.feature, True
-        if isinstance(kind, datasets.ClassLabel):
-            if not nameless:
-                return tuple(kind.names)
-            if listed and column == "label":  # numbers of classes, which a 0 or 1 for each class could be taken for
-                return tuple(f"LABEL_{number}" for number in range(len(kind.names)))
-    return None
-
-
-def _is_nameless(config: Any) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in config.id2label.items())
-
-
-def _spell(label: Any, names: tuple[str, ...] | None) -> Any:
-    if names is None:
-        return label
-    if isinstance(label, list):
-        return [_spell(each, names) for each in label]
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return names[label]
-    return label  # -1 of a data set is no class, and Python would count it from the end
+    return {
+        "labels": labelling.number_of(numbering.spell(row["label"], reading.spelled), reading.config, reading.names)
+    }
 
 
 def _counts(row: Mapping[str, Any]) -> bool:

@@ -55,6 +55,7 @@ FORMATS = {
 NEXT_TOKEN = ("text", "messages", "prompt_completion")
 OF_TRAINERS = ("preference", "unpaired_preference", "prompts")  # learned by a trainer's own loss, not by a model's
 _OF_TEXTS = ("classification", "multi_label", "regression")
+CLASSES = ("classification", "multi_label", "token_classification", "image_classification")
 LABELLED = (*_OF_TEXTS, "token_classification", "image_classification")
 
 _HEADS: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...] = (

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solidify.errors import DataError
+from solidify.training import numbering
 
 Names = Sequence[str] | None
 Example = dict[str, Any]
@@ -21,12 +22,13 @@ def number_of(label: Any, config: Any, names: Names) -> int:
         DataError: there is no such class.
     """
     known = list(names) if names is not None else [str(config.id2label[n]) for n in sorted(config.id2label)]
+    nameless = names is None and numbering.is_nameless(config)
     if isinstance(label, str):
         if label in known:
             return known.index(label)
         raise DataError(
-            f"its label is {label!r}, and the classes are {', '.join(known[:20])}; say with `labels` what each class "
-            "is called, in their order"
+            f"its label is {label!r}, and the classes are {', '.join(known[:20])}; "
+            + ("say with `labels` what each class is called, in their order" if nameless else "call it one of these")
         )
     if isinstance(label, bool) or (isinstance(label, int) and 0 <= label < config.num_labels):
         return int(label)

@@ -16,6 +16,7 @@ import datasets
 
 from solidify.errors import DataError
 from solidify.system import files, foreign
+from solidify.training import numbering
 
 Rows = datasets.Dataset | datasets.IterableDataset
 
@@ -88,7 +89,7 @@ def mix(parts: Sequence[Any], weights: Sequence[float | None], *, seed: int) -> 
 
     Without weights one after the other (streams take turns). With weights, the next row comes from a source with a
     probability like its weight, until every row of every source was there once (`datasets.interleave_datasets`): rows
-    of a source that is soon used up come again.
+    of a source that is soon used up come again. Classes that the sources number differently get one numbering.
 
     Raises:
         DataError: no column is common to all.
@@ -99,7 +100,7 @@ def mix(parts: Sequence[Any], weights: Sequence[float | None], *, seed: int) -> 
     if not common:
         listed = "; ".join(", ".join(columns(part)) for part in parts)
         raise DataError(f"the sources have no column in common ({listed}); rename them with `columns`")
-    alike = [part.select_columns(common) for part in parts]
+    alike = numbering.unite([part.select_columns(common) for part in parts])
     weighted = any(weight is not None for weight in weights)
     with foreign.calling("the sources cannot be put together; are their columns of one kind?", DataError):
         if not weighted and all(isinstance(part, datasets.Dataset) for part in alike):
