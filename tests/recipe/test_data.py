@@ -8,15 +8,13 @@ import pico
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, ViTImageProcessor
+from transformers import ViTImageProcessor
 from words import CHATS, tokenizer
 
 import solidify
-from solidify.directory import manifest, results
 from solidify.errors import DataError, RecipeError
 from solidify.recipe import datasets, dry_run, stages, trainers
 from solidify.recipe.schema import Recipe
-from solidify.system import files
 from solidify.training import packing
 from solidify.training.collating import Packed
 
@@ -376,26 +374,3 @@ def test_an_image_that_is_missing_is_named_in_the_plan(tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     with pytest.raises(DataError, match=r"row 1: there is no image '1.png'"):
         dry_run.plan(asked)
-
-
-@pytest.mark.parametrize("surgery", [True, False], ids=["changed", "plain"])
-def test_what_a_recipe_says_of_its_data_is_carried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surgery: bool
-) -> None:
-    """Whoever loads the result gets the names of the classes, and can chat by the template that it learned from."""
-    pico.unwitnessed(monkeypatch)
-    more: dict[str, Any] = (
-        {} if surgery else {"surgery": [], "adapter": {"lora": {"r": 2, "target_modules": ["**.query"]}}}
-    )
-    recipe = prepared(tmp_path, "classification", **more)
-    assert recipe.data is not None
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    told = recipe.data.model_copy(update={"labels": ["yes", "no"], "chat_template": template})
-    named = recipe.model_copy(update={"data": told})
-    built = solidify.build(named, directory=tmp_path / "out")
-    config = AutoConfig.from_pretrained(built.directory, trust_remote_code=True)
-    assert config.id2label == {0: "yes", 1: "no"} and config.label2id == {"yes": 0, "no": 1}
-    assert AutoTokenizer.from_pretrained(built.directory).chat_template == template
-    assert results.is_made_by(built.directory, results.built_by(named.document()), manifest.MODELS)
-    assert not results.is_made_by(built.directory, results.built_by(recipe.document()), manifest.MODELS)
-    assert files.document(tmp_path / "base" / "config.json")["id2label"] == {"0": "no", "1": "yes"}

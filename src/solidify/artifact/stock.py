@@ -5,8 +5,7 @@ No code of ours goes into it, and it loads as any model of its family does. Its 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import certificate, companions, descent, loading, tensors, vocabulary
+from solidify.artifact import certificate, companions, descent, loading, tensors, told, vocabulary
 from solidify.artifact.companions import Carried
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
-from solidify.directory import manifest, writing
+from solidify.artifact.told import Told
+from solidify.directory import manifest, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -27,6 +27,7 @@ from solidify.model.extent import Extent
 from solidify.system import files, foreign
 from solidify.weights import checkpoint, digest_cache, format, hashing, layout, transfer
 
+_NOTHING = Told()
 _known: dict[tuple[str, str, str], dict[str, str]] = {}  # by weights, configuration and class
 
 
@@ -36,15 +37,15 @@ def build(
     *,
     recipe: dict[str, Any] | None = None,
     link: bool = True,
-    names: Sequence[str] = (),
-    template: str | None = None,
+    kept: Told = _NOTHING,
 ) -> Artifact:
     """Writes a loaded base as it stands, verifies that it loads as it is in memory; the model is unchanged.
 
-    `names` of classes go into the configuration, a chat `template` beside the tokenizer.
+    What is `kept` of the data goes into the configuration, and beside the tokenizer.
 
     Files that stay as they are become hard links where that is possible. A base that was loaded in another dtype than
-    its files have is saved anew, by transformers. A base that is an artifact itself stays that artifact.
+    its files have is saved anew, by transformers. A base that is an artifact itself stays that artifact, beside what is
+    kept.
 
     Raises:
         ArtifactError: `directory` exists and is not ours, or what was written does not load as it is in memory.
@@ -52,9 +53,9 @@ def build(
     source = companions.directory_of(base.model.config)
     with writing.staged(directory, [source] if source is not None else []) as staging:
         if descent.is_solid(base.model):
-            return Artifact(directory, *_copy_artifact(Path(base.model.config.name_or_path), staging, recipe, link))
+            return Artifact(directory, *_copy_artifact(base, staging, recipe, link, kept))
         carried = _fill_staging(base, source, staging, link)
-        _write_told(staging, base.model, names, template)
+        told.write(kept, staging, base.processor or base.tokenizer)
         record = _describe(staging, base.origin, recipe)
         record.write(staging)
         findings = [*_reload(base.model, staging), *_say_vocabulary(base), *carried.findings()]
@@ -62,9 +63,10 @@ def build(
 
 
 def _copy_artifact(
-    source: Path, staging: Path, recipe: dict[str, Any] | None, link: bool
+    base: BaseModel, staging: Path, recipe: dict[str, Any] | None, link: bool, kept: Told
 ) -> tuple[Manifest, list[Finding]]:
     """Puts an artifact into another directory, file by file, and has a fresh process load it there."""
+    source = Path(base.model.config.name_or_path)
     record = manifest.read(source, "artifact")
     for name in record.listed():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,22 @@ def _copy_artifact(
     replace(record, recipe=recipe).write(staging)
     record = manifest.read(staging, "artifact")
     refuse(ArtifactError, f"{source} changed while it was read", manifest.faults(staging, record))
+    if kept != _NOTHING:
+        record = _list_again(record, staging, base, kept)
     return record, certificate.witness(staging)
+
+
+def _list_again(record: Manifest, staging: Path, base: BaseModel, kept: Told) -> Manifest:
+    """Puts what is kept into the copy of an artifact, which may run if the artifact may; returns its new manifest."""
+    told.write(kept, staging, base.processor or base.tokenizer)
+    found = [path for path in staging.rglob("*") if path.is_file()]
+    names = {path.relative_to(staging).as_posix(): path for path in sorted(found)}
+    others = {name: path for name, path in names.items() if name not in {*record.code, *record.headers, manifest.NAME}}
+    made = replace(record, files={name: hashing.digest_file(path) for name, path in others.items()})
+    made.write(staging)
+    if trust.known(record):
+        trust.remember(made)
+    return manifest.read(staging, "artifact")
 
 
 def _fill_staging(base: BaseModel, source: Path | None, staging: Path, link: bool) -> Carried:
@@ -89,17 +106,6 @@ def _fill_staging(base: BaseModel, source: Path | None, staging: Path, link: boo
                 each.save_pretrained(staging)
     preparing: Saveable | None = base.processor or base.tokenizer
     return companions.carry(source, staging, preparing) if source is not None else Carried()
-
-
-def _write_told(staging: Path, model: PreTrainedModel, names: Sequence[str], template: str | None) -> None:
-    """Writes what is known of the classes and the conversations beside what the base says."""
-    if len(names) == getattr(model.config, "num_labels", None):
-        path = staging / "config.json"
-        numbered = {str(number): name for number, name in enumerate(names)}
-        told = {"id2label": numbered, "label2id": {name: number for number, name in enumerate(names)}}
-        path.write_text(json.dumps({**files.document(path), **told}, indent=2) + "\n", encoding="utf-8")
-    if template is not None:
-        (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _stands_in(source: Path, model: PreTrainedModel) -> bool:

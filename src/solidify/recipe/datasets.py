@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from solidify.adapter import lookup
 from solidify.builtin import corpus
@@ -265,29 +265,6 @@ def find_format(recipe: Recipe, rows: Any, model: nn.Module | None = None) -> st
     if asked.packing and form not in formats.NEXT_TOKEN:
         raise DataError(f"packing puts texts into one window, and the rows are {form}; leave packing out")
     return form
-
-
-def carried(recipe: Recipe) -> tuple[list[str], str | None]:
-    """Returns what a recipe says of its data that the model keeps: the names of its classes, and the chat template.
-
-    Raises:
-        RecipeError: the template cannot be read.
-    """
-    if recipe.data is None:
-        return [], None
-    with raised_in("data"):
-        template = chats.read_template(recipe.directory, recipe.data.chat_template)
-    return list(recipe.data.labels or ()), template
-
-
-def put_carried(recipe: Recipe, model: PreTrainedModel, processor: Any) -> None:
-    """Gives the model's configuration and its tokenizer what `carried` returns."""
-    names, template = carried(recipe)
-    if len(names) == getattr(model.config, "num_labels", None):
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: number for number, name in enumerate(names)}
-    if template is not None:
-        tokenizer_of(processor).chat_template = template
 
 
 def name_text(recipe: Recipe, rows: Any, form: str) -> Any:
