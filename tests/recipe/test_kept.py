@@ -8,7 +8,7 @@ from typing import Any
 
 import pico
 import pytest
-from transformers import AutoConfig, AutoTokenizer, ViTImageProcessor
+from transformers import AutoConfig, AutoTokenizer, ViTImageProcessor, pipeline
 from words import MARKED, UNMARKED, tokenizer
 
 import solidify
@@ -122,6 +122,59 @@ def test_the_other_templates_of_a_base_stay(
     found = AutoTokenizer.from_pretrained(built).chat_template
     assert found == ({"default": TEMPLATE, **others} if others else TEMPLATE)
     assert "chat_template" not in files.document(built / "tokenizer_config.json")
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], list[Any], str | None]] = {
+    "multi_label": ({"num_labels": 3}, [[0, 1, 1], [1, 0, 0]], "multi_label_classification"),
+    "regression": ({"num_labels": 1}, [0.5, 2.0], "regression"),
+    "classification": ({"num_labels": 3}, [2, 0], None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_what_a_head_learns_stands_in_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, way: str
+) -> None:
+    """Without it, whoever loads the result takes several labels that hold for one that does, and a number for a
+    probability."""
+    pico.unwitnessed(monkeypatch)
+    settings, labels, expected = PROBLEMS[problem]
+    base = save_base(tmp_path / "base", **settings)
+    rows = [{"text": "a b", "label": label} for label in labels]
+    if way == "artifact":  # which was built of rows that say nothing of it
+        first = recipe_of(tmp_path, base, {"rows": rows}, changed=True, adapter=None, training={})
+        base = solidify.build(first, directory=tmp_path / "first").directory
+        assert AutoConfig.from_pretrained(base, trust_remote_code=True).problem_type is None
+    asked = recipe_of(tmp_path, base, {"rows": rows}, changed=way == "changed")
+    built = solidify.build(asked, directory=tmp_path / "out").directory
+    assert AutoConfig.from_pretrained(built, trust_remote_code=True).problem_type == expected
+
+
+def test_a_format_that_the_recipe_names_is_kept_without_a_look_at_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pico.unwitnessed(monkeypatch)
+    base, more = save_base(tmp_path / "base", num_labels=3), {"changed": True, "adapter": None, "training": {}}
+    plain, asked = (recipe_of(tmp_path, base, data, **more) for data in ({}, {"format": "multi_label"}))
+    built = solidify.build(asked, directory=tmp_path / "out").directory
+    assert AutoConfig.from_pretrained(built, trust_remote_code=True).problem_type == "multi_label_classification"
+    assert results.is_made_by(built, results.built_by(asked.document()), manifest.MODELS)
+    assert not results.is_made_by(built, results.built_by(plain.document()), manifest.MODELS)
+
+
+def test_several_labels_come_out_of_a_merged_model_as_they_were_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pico.unwitnessed(monkeypatch)
+    rows = [{"text": "a b", "label": ["x", "z"]}, {"text": "c", "label": []}]
+    base = save_base(tmp_path / "base", num_labels=3)
+    report = solidify.run(recipe_of(tmp_path, base, {"rows": rows, "labels": ["x", "y", "z"]}), tmp_path / "run")
+    assert report.passed
+    made = pipeline("text-classification", str(tmp_path / "run" / "merged"), device="cpu")
+    scores = made(["a b"], top_k=None)[0]
+    assert {each["label"] for each in scores} == {"x", "y", "z"}
+    assert sum(each["score"] for each in scores) != pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_template_needs_a_tokenizer_to_stand_beside(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from solidify.weights import hashing
 TOGETHER = "the results belong together"
 _BUILT = ("base", "surgery")  # the sections of a recipe that decide what is built
 _TOLD = ("labels", "chat_template")  # of its data, what the model keeps
+_PROBLEMS = ("multi_label", "regression")  # formats that the model's configuration keeps
 
 
 def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     base = {key: value for key, value in recipe["base"].items() if key != "quantization"}  # of how it is trained
     data = recipe.get("data") or {}
     told = {key: data[key] for key in _TOLD if data.get(key)}
+    told |= {"format": data["format"]} if data.get("format") in _PROBLEMS else {}
     return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": told} if told else {})}
 
 

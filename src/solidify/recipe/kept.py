@@ -1,14 +1,18 @@
-"""What of a recipe's data stays with the model that is built: the names of classes, the chat template."""
+"""What of a recipe's data stays with the model that is built: classes, the kind of problem, the chat template."""
 
 from __future__ import annotations
+
+from transformers import PreTrainedModel
 
 from solidify.artifact import vocabulary
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.told import Told
 from solidify.errors import DataError, refuse
-from solidify.recipe import datasets
+from solidify.recipe import datasets, kinds
 from solidify.recipe.schema import Recipe
-from solidify.training import chats, labelling
+from solidify.training import chats, formats, labelling
+
+_PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}  # what no head is taken for else
 
 
 def of_base(recipe: Recipe, base: BaseModel) -> Told:
@@ -16,7 +20,8 @@ def of_base(recipe: Recipe, base: BaseModel) -> Told:
 
     Raises:
         DataError: the labels do not fit the base's head, the template cannot be read, or there is no tokenizer to keep
-            it.
+            it; or the rows, which say what the head learns, cannot be read.
+        RecipeError: the head does not learn from the rows.
     """
     if recipe.data is None:
         return Told()
@@ -27,4 +32,15 @@ def of_base(recipe: Recipe, base: BaseModel) -> Told:
             refuse(DataError, "the labels do not fit the head", labelling.find_faults(base.model.config, names))
         if template is not None and vocabulary.tokenizer_of(base.processor or base.tokenizer) is None:
             raise DataError(f"chat_template is kept beside a tokenizer, and {recipe.base.model} has none; leave it out")
-        return Told(names, template=template)
+        return Told(names, _find_problem(recipe, base.model), template)
+
+
+def _find_problem(recipe: Recipe, model: PreTrainedModel) -> str | None:
+    """Returns what a head for texts learns, where its configuration does not say it and is not taken to mean it."""
+    assert recipe.data is not None
+    if not set(formats.learned_by(model)) & set(_PROBLEMS) or model.config.problem_type is not None:
+        return None
+    form: str | None = recipe.data.format
+    if form is None and recipe.adapter is not None and not kinds.find(recipe).takes_rows:
+        form = datasets.find_format(recipe, datasets.read_rows(recipe)[0], model)
+    return _PROBLEMS.get(form or "")
