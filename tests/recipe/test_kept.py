@@ -177,6 +177,17 @@ def test_several_labels_come_out_of_a_merged_model_as_they_were_learned(
     assert sum(each["score"] for each in scores) != pytest.approx(1.0, abs=1e-3)
 
 
+def test_labels_are_judged_where_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of surgery alone wrote names over those of the base, or dropped those of another number."""
+    pico.unwitnessed(monkeypatch)
+    base = save_base(tmp_path / "base", id2label={0: "no", 1: "yes"})
+    for labels, words in ((["yes", "no"], "class 0 is 'yes'"), (["a"], "names 1 classes"), (["a", "a"], "'a' twice")):
+        asked = recipe_of(tmp_path, base, {"labels": labels}, changed=True, adapter=None, training={})
+        with pytest.raises(DataError, match=words):
+            solidify.build(asked, directory=tmp_path / "out")
+    assert not (tmp_path / "out" / "artifact").exists()
+
+
 def test_a_template_needs_a_tokenizer_to_stand_beside(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
     pico.make("ViTForImageClassification", **sizes, image_size=16).save_pretrained(tmp_path / "base")

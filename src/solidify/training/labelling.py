@@ -37,9 +37,23 @@ def number_of(label: Any, config: Any, names: Names) -> int:
 
 def find_faults(config: Any, names: Names) -> list[str]:
     """Says why a head with this configuration cannot learn classes of these names."""
-    if names is None or len(names) == config.num_labels:
+    if names is None:
         return []
-    return [f"`labels` names {len(names)} classes, and the model has {config.num_labels}"]
+    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if twice:
+        return [f"`labels` names {', '.join(map(repr, twice))} twice; each class has a name of its own"]
+    if len(names) != config.num_labels:
+        return [f"`labels` names {len(names)} classes, and the model has {config.num_labels}"]
+    own = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    apart = [n for n, (said, known) in enumerate(zip(names, own, strict=True)) if known not in (said, f"LABEL_{n}")]
+    if not apart:
+        return []
+    number, listed = apart[0], ", ".join(own[:20])
+    return [
+        f"`labels` says that class {number} is {names[number]!r}, and the base's configuration (id2label) that it is "
+        f"{own[number]!r}; leave `labels` out, as the base's classes are {listed}, or, for others, give a base whose "
+        "configuration has these names"
+    ]
 
 
 def label_of(form: str, label: Any, config: Any, names: Names) -> Any:
