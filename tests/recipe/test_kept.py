@@ -14,8 +14,8 @@ from words import MARKED, UNMARKED, tokenizer
 import solidify
 from solidify.checks import check
 from solidify.directory import manifest, results
-from solidify.errors import DataError
-from solidify.recipe import kept, models
+from solidify.errors import ArtifactError, DataError
+from solidify.recipe import kept, models, stages
 from solidify.recipe.schema import Recipe
 from solidify.system import files
 
@@ -81,6 +81,31 @@ def test_an_artifact_with_other_names_loads_in_a_fresh_process_and_trains(tmp_pa
     asked = recipe_of(tmp_path, tmp_path / "first" / "artifact", {"labels": ["bad", "good"], "chat_template": TEMPLATE})
     assert solidify.run(asked, tmp_path / "run").passed
     assert AutoConfig.from_pretrained(tmp_path / "run" / "merged", trust_remote_code=True).id2label[1] == "good"
+
+
+def test_a_template_that_changes_is_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the same name says something else: what was built and trained with it is not of this recipe."""
+    pico.unwitnessed(monkeypatch)
+    base = save_base(tmp_path / "base")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    asked = recipe_of(tmp_path, base, {"chat_template": "chat.jinja"})
+    assert solidify.run(asked, tmp_path / "run").passed
+    before = asked.document()
+    assert stages.run(asked, tmp_path / "run", resume=True).passed
+    changed = TEMPLATE + "\n"
+    (tmp_path / "chat.jinja").write_text(changed)
+    assert asked.document() != before
+    artifact, adapter = (tmp_path / "run" / part for part in ("artifact", "adapter"))
+    assert not results.is_made_by(artifact, results.built_by(asked.document()), manifest.MODELS)
+    assert not results.is_made_by(adapter, asked.document(), "adapter")
+    with pytest.raises(ArtifactError, match="holds results of another recipe"):
+        stages.train(asked, tmp_path / "run")
+    assert solidify.run(asked, tmp_path / "run", resume=True).passed
+    for part in ("artifact", "merged"):
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / part).chat_template == changed
+    inline = recipe_of(tmp_path, base, {"chat_template": changed})
+    assert results.is_made_by(adapter, inline.document(), "adapter")  # the same words, wherever they stand
+    assert tmp_path / "chat.jinja" in asked.inputs()  # nothing is written over it
 
 
 def test_an_artifact_of_which_nothing_is_said_stays_byte_for_byte(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from solidify.errors import RecipeError
+from solidify.errors import DataError, RecipeError
 from solidify.recipe import schema
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trash_can.yaml"
@@ -26,6 +26,20 @@ def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
     again = schema.load(written(tmp_path, loaded.document()))
     assert again.document() == loaded.document()
     assert loaded.directory == EXAMPLE.parent
+
+
+def test_a_chat_template_is_a_file_beside_the_recipe_or_stands_in_it(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_bytes(b"{{ messages }}\r\n")
+    loaded = {}
+    for given in ("chat.jinja", "{{ messages }}\n", "none.jinja"):
+        data = {"train": "rows.jsonl", "chat_template": given}
+        loaded[given] = schema.load(written(tmp_path, {**MINIMAL, "data": data}))
+    assert loaded["chat.jinja"].chat_template() == loaded["{{ messages }}\n"].chat_template() == "{{ messages }}\n"
+    assert loaded["chat.jinja"].document() == loaded["{{ messages }}\n"].document()
+    assert schema.load(written(tmp_path, loaded["chat.jinja"].document())).chat_template() == "{{ messages }}\n"
+    assert loaded["none.jinja"].document()["data"]["chat_template"] == "none.jinja"
+    with pytest.raises(DataError, match=r"none.jinja cannot be read, and 'none.jinja' is no template itself"):
+        loaded["none.jinja"].chat_template()
 
 
 def test_the_example_in_the_design_is_understood(tmp_path: Path) -> None:

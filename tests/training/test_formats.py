@@ -80,18 +80,14 @@ def test_a_template_that_forgets_earlier_turns_is_refused() -> None:
     assert everything[1] == maker.apply_chat_template(conversations()[1]["messages"])["input_ids"]
 
 
-def test_a_template_of_the_recipe_goes_over_the_tokenizers(tmp_path: Path) -> None:
-    (tmp_path / "chat.jinja").write_text(MARKED)
+def test_a_template_that_is_given_goes_over_the_tokenizers() -> None:
     bare = tokenizer(None)
     with pytest.raises(DataError, match="has no chat template; give one with `chat_template`"):
         chats.open_chat(bare, None, "assistant")
-    given = chats.read_template(tmp_path, "chat.jinja")
-    chat = chats.open_chat(bare, given, "assistant")
+    chat = chats.open_chat(bare, MARKED, "assistant")
     marked = tokenizer()
     expected = labels(conversations(), reading("messages", marked, chat=chats.open_chat(marked, None, "assistant")))
     assert labels(conversations(), reading("messages", bare, chat=chat)) == expected
-    with pytest.raises(DataError, match=r"none.jinja cannot be read, and 'none.jinja' is no template itself"):
-        chats.read_template(tmp_path, "none.jinja")
 
 
 def test_known_templates_are_read_with_trls_marks(tmp_path: Path, tiny_base: Path) -> None:

@@ -281,7 +281,7 @@ def name_text(recipe: Recipe, rows: Any, form: str) -> Any:
 
 def _open_chat(recipe: Recipe, form: str, rows: Any, tokenizer: Any) -> chats.Chat | None:
     assert recipe.data is not None
-    template = chats.read_template(recipe.directory, recipe.data.chat_template)
+    template = recipe.chat_template()
     told = form == "prompt_completion" and isinstance(sources.first(rows, 1)[0]["prompt"], list)
     if form != "messages" and not told:
         return None

@@ -10,7 +10,7 @@ from solidify.artifact.told import Told
 from solidify.errors import DataError, refuse
 from solidify.recipe import datasets, kinds
 from solidify.recipe.schema import Recipe
-from solidify.training import chats, formats, labelling
+from solidify.training import formats, labelling
 
 _PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}  # what no head is taken for else
 
@@ -27,7 +27,7 @@ def of_base(recipe: Recipe, base: BaseModel) -> Told:
         return Told()
     names = tuple(recipe.data.labels) if recipe.data.labels is not None else ()
     with datasets.raised_in("data"):
-        template = chats.read_template(recipe.directory, recipe.data.chat_template)
+        template = recipe.chat_template()
         if names:
             refuse(DataError, "the labels do not fit the head", labelling.find_faults(base.model.config, names))
         if template is not None and vocabulary.tokenizer_of(base.processor or base.tokenizer) is None:

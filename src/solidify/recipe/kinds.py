@@ -30,7 +30,7 @@ from solidify.recipe import datasets, models, references, trl_rows
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import PARTS
 from solidify.system import foreign
-from solidify.training import chats, data, formats, sources
+from solidify.training import data, formats, sources
 from solidify.training.distilling import ObjectiveDistillationTrainer
 from solidify.training.preference import ObjectiveDPOTrainer
 from solidify.training.reinforcing import ObjectiveGRPOTrainer
@@ -243,7 +243,7 @@ def name_format(kind: Kind, rows: Any) -> str:
 def with_template(recipe: Recipe, tokenizer: Any) -> Any:
     """Returns a tokenizer that writes conversations as the recipe says, if it says so."""
     assert recipe.data is not None
-    template = chats.read_template(recipe.directory, recipe.data.chat_template)
+    template = recipe.chat_template()
     if template is None:
         return tokenizer
     given = deepcopy(tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
-from solidify.errors import RecipeError, refuse
+from solidify.errors import DataError, RecipeError, refuse
 from solidify.recipe.sections import (
     COMPARED,
     DESCRIBED,
@@ -146,8 +147,31 @@ class Recipe(Section):
         return load(path, list(overrides))
 
     def document(self) -> dict[str, Any]:
-        """Returns the recipe as plain values, with the keys of the YAML file."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        """Returns the recipe as plain values, with the keys of the YAML file.
+
+        A chat template stands there itself: results are compared by what it says, and not by what its file is called.
+        """
+        found = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if self.data is not None and self.data.chat_template is not None:
+            with suppress(DataError):  # which says a plan
+                found["data"]["chat_template"] = self.chat_template()
+        return found
+
+    def chat_template(self) -> str | None:
+        """Returns the chat template that `data` gives as the name of a file beside the recipe, or as it stands.
+
+        Raises:
+            DataError: it is neither.
+        """
+        given = self.data.chat_template if self.data is not None else None
+        if given is None or "{" in given:
+            return given
+        try:
+            return files.text(self.directory / given, DataError).replace("\r\n", "\n")
+        except DataError as error:
+            raise DataError(
+                f"chat_template: {self.directory / given} cannot be read, and {given!r} is no template itself"
+            ) from error
 
     def inputs(self) -> list[Path]:
         """Returns what it reads on this machine: models, files of modules and terms, weights, data."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -70,20 +69,6 @@ def open_chat(tokenizer: PreTrainedTokenizerBase, given: str | None, loss_on: Lo
             "`chat_template` with marks, or loss_on: all"
         )
     return Chat(tokenizer, template, marked, loss_on)
-
-
-def read_template(directory: Path, given: str | None) -> str | None:
-    """Returns a chat template that is given as the name of a file in a directory, or as it stands.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if given is None or "{" in given:
-        return given
-    read = foreign.attempt((directory / given).read_text, encoding="utf-8")
-    if read.value is None:
-        raise DataError(f"chat_template: {directory / given} cannot be read, and {given!r} is no template itself")
-    return read.value
 
 
 def from_messages(row: Mapping[str, Any], chat: Chat) -> Labelled:
