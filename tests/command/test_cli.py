@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -275,7 +276,10 @@ def test_plan_says_everything_and_writes_nothing(cli: Solidify, tiny_base: Path,
     assert "model.layers.*.self_attn.o_proj" in out
     assert "SidePath(width=16)" in out
     assert "4,612" in out  # what is trained, all together
-    assert document["files"]["modeling_solid_olmoe.py"] in out  # shown before it is written
+    generated = document["files"]["modeling_solid_olmoe.py"]
+    row = rf"modeling_solid_olmoe\.py +│ generated +│ +{len(generated.splitlines())} │"
+    assert re.search(row, out) and generated not in out and "(--verbose shows what is generated)" in out
+    assert generated in cli("plan", path, "--verbose")[1]  # shown before it is written
     after = sorted(p.name for p in path.parent.iterdir() if p.suffix != ".pyc" and p.name != "__pycache__")
     assert after == before
 

@@ -54,7 +54,7 @@ Layout = Annotated[
     str | None,
     typer.Option("--layout", help="How an adapter of others lays out experts, where nothing tells: peft, grouped."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof; else those of a stage are one line.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show each proof, each generated file; else one line.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished stages and go on from the last checkpoint.")]
 
 
@@ -113,7 +113,7 @@ app.command()(starting.schema)
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
+def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Shows what a recipe would do: edits, the exact trainable set, costs, the code to be written. Writes nothing."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
@@ -124,7 +124,7 @@ def plan(recipe: RecipeFile, set_: Set = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(planned)
         return
-    _print_results(views.plan(planned))
+    _print_results(views.plan(planned, verbose=verbose))
 
 
 @app.command()

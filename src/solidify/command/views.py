@@ -91,8 +91,8 @@ def _write_kind(branch: Branch) -> Text:
     return kind
 
 
-def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Shows what a recipe would do, from the plain values of a plan."""
+def plan(document: Mapping[str, Any], *, verbose: bool = False) -> Iterator[RenderableType]:
+    """Shows what a recipe would do, from the plain values of a plan; the code that it writes only if `verbose`."""
     if document["edits"]:
         yield _show_surgery(document["edits"])
     else:
@@ -120,7 +120,7 @@ def plan(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
     if document["files"]:
-        yield from _show_files(document["files"], document["generated"])
+        yield from _show_files(document["files"], document["generated"], verbose)
 
 
 def _show_quantization(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -294,14 +294,16 @@ def _write_numbers(names: Sequence[str]) -> str:
     return str(len(names))
 
 
-def _show_files(files: Mapping[str, str], generated: Sequence[str]) -> Iterator[RenderableType]:
-    """Lists the code of the artifact and shows what of it solidify writes."""
+def _show_files(files: Mapping[str, str], generated: Sequence[str], verbose: bool) -> Iterator[RenderableType]:
+    """Lists the code of the artifact; if `verbose`, shows what of it solidify writes."""
     rows = [
         (name, "generated" if name in generated else "copied", str(len(text.splitlines())), _count_bytes(text))
         for name, text in files.items()
     ]
     yield console.table("Code of the artifact", ("file", "", "lines", "bytes"), rows, numbers=(2, 3))
-    for name in sorted(generated, key=lambda name: not name.startswith("modeling")):
+    if not verbose:
+        yield console.line(("(--verbose shows what is generated)", "dim"))
+    for name in sorted(generated if verbose else (), key=lambda name: not name.startswith("modeling")):
         yield console.line((f"\n{name}", "bold"))
         yield console.source(files[name], "python")
 
