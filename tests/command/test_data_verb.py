@@ -11,7 +11,9 @@ from typing import Any
 import pico
 import pytest
 import yaml
+from PIL import Image
 from rich.console import Console
+from transformers import ViTImageProcessorPil
 from words import CHATS, tokenizer
 
 from solidify.__main__ import main
@@ -45,6 +47,35 @@ def run(*words: str) -> int:
         except SystemExit as end:
             return int(end.code or 0)
     return 0
+
+
+def test_images_are_images_and_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {key: value for key, value in pico.SIZES.items() if key not in ("vocab_size", "pad_token_id")}
+    pico.make("ViTForImageClassification", **sizes, image_size=16, patch_size=4).save_pretrained(tmp_path / "base")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
+    for n in range(8):
+        Image.new("RGB", (16, 16), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": f"{n}.png", "label": n % 2}) for n in range(8)))
+    document = {
+        "base": {"model": str(tmp_path / "base")},
+        "adapter": {"lora": {"r": 2, "target_modules": ["vit.layers.*.attention.q_proj"]}},
+        "data": {"train": "rows.jsonl"},
+        "training": {"max_steps": 1, "learning_rate": 1e-3},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert run("data", str(path)) == 0
+    shown = capsys.readouterr().out
+    assert "train: 8 rows, 8 images, 8 count" in shown and "token" not in shown
+    assert run("plan", str(path)) == 0
+    shown = capsys.readouterr().out
+    assert "Data: image_classification\n" in shown and "matrix FLOPs per patch" in shown
+    assert run("inspect", str(tmp_path / "base")) == 0
+    assert "matrix FLOPs per patch" in capsys.readouterr().out
+    assert run("run", str(path), "--output", str(tmp_path / "out")) == 0
+    told = capsys.readouterr()
+    assert "images/s" in told.err and "tokens" not in told.out + told.err
+    assert "per patch" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_conversation_is_shown_with_what_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

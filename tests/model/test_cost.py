@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import families
 import pico
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +20,21 @@ served: Any = import_module("served")  # tests/support/user_modules, which pico 
 def test_every_matrix_counts_twice_its_numbers_and_embeddings_nothing() -> None:
     layer = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 48 * 32
     assert cost(pico.llama()).flops_per_token == 2 * (2 * layer + 128 * 32)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "unit"),
+    [
+        ("llava", "AutoModelForImageTextToText", "token"),
+        ("whisper", "AutoModelForSpeechSeq2Seq", "token"),
+        ("bert", "AutoModelForSequenceClassification", "token"),
+        ("vit", "AutoModelForImageClassification", "patch"),
+        ("resnet", "AutoModelForImageClassification", "position"),
+        ("wav2vec2", "AutoModelForCTC", "frame"),
+    ],
+)
+def test_flops_are_said_of_what_the_model_reads(family: str, head: str, unit: str) -> None:
+    assert cost(families.tiny(family, head)).unit == unit
 
 
 def test_experts_count_as_the_router_picks_them() -> None:

@@ -10,7 +10,7 @@ from solidify.errors import ObjectiveError
 from solidify.objective.capture import Capture
 from solidify.objective.objective import Objective, Term
 from solidify.objective.observation import Observation
-from solidify.objective.window import Counts, Window
+from solidify.objective.window import Counts, Window, count
 
 
 def constant(model: torch.nn.Module, scale: float = 1.0) -> torch.Tensor:
@@ -51,6 +51,11 @@ def test_what_a_term_asks_for_says_what_it_is() -> None:
     assert Term(losses.trash_budget, arguments={"target": 0.5}).reduction == "statistic"
     assert Term(losses.trash_controller, arguments={"target": 0.5}).reduction == "none"
     assert Term(losses.weight_penalty).reduction == "constant"
+
+
+def test_an_image_is_one_whatever_its_channels() -> None:
+    counts = count({"pixel_values": torch.zeros(4, 3, 8, 8), "labels": torch.zeros(4)}, shifts=False)
+    assert counts == Counts(target_tokens=4, attended_tokens=4, sequences=4)
 
 
 def test_shares_are_those_of_the_kind() -> None:

@@ -26,7 +26,7 @@ _COSTS = {
     "parameters": ("parameters", console.amount),
     "bytes": ("on disk", console.size),
     "memory": ("in memory, loaded", console.size),
-    "flops_per_token": ("matrix FLOPs per token", console.amount),
+    "flops_per_token": ("matrix FLOPs per {unit}", console.amount),
 }
 
 
@@ -62,10 +62,10 @@ def inspection(name: str, branches: Sequence[Branch], total: Cost) -> Iterator[R
     same = f", all {dtypes.pop()}" if len(dtypes) == 1 else ""
     yield (
         f"{total.parameters:,} parameters{same}; {console.size(total.bytes)} on disk, {console.size(total.memory)} in "
-        f"memory; {total.flops_per_token:,} matrix FLOPs per token"
+        f"memory; {total.flops_per_token:,} matrix FLOPs per {total.unit}"
     )
     yield from _show_uncertain(total.document())
-    hint = "● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per token."
+    hint = f"● `replace` may name it: its full name, with * for numbers. x: how many. FLOPs: share per {total.unit}."
     yield console.line((hint, "dim"))
 
 
@@ -111,7 +111,7 @@ def plan(document: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Rend
     before, after = document["before"], document["after"]
     rows = [
         (label, show(before[key]), show(after[key]), _write_difference(before[key], after[key], show))
-        for key, (label, show) in _COSTS.items()
+        for key, (label, show) in _name_costs(after["unit"])
     ]
     yield console.table("Cost", ("", "before", "after", "difference"), rows, numbers=(1, 2, 3))
     yield from _show_uncertain(after)
@@ -143,7 +143,8 @@ def _write_data(read: Mapping[str, Any]) -> str:
     details += [f"at most {read['max_length']:,} tokens"] if "max_length" in read else []
     details += ["packed into windows"] if read.get("packing") else []
     details += ["with images"] if read.get("images") else []
-    return f"Data: {read['format']} ({'; '.join(details)})\n"
+    more = f" ({'; '.join(details)})" if details else ""
+    return f"Data: {read['format']}{more}\n"
 
 
 def _show_healing(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -173,7 +174,11 @@ def _show_uncertain(cost: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Says of which experts it is not known how many a token uses."""
     if cost["uncertain"]:
         names = ", ".join(f"{_write_pattern(each)}{_write_times(each)}" for each in _fold_names(cost["uncertain"]))
-        yield f"FLOPs are an upper bound: nothing says how many of {names} a token uses; all are counted."
+        yield f"FLOPs are an upper bound: nothing says how many of {names} a {cost['unit']} uses; all are counted."
+
+
+def _name_costs(unit: str) -> list[tuple[str, tuple[str, Any]]]:
+    return [(key, (label.format(unit=unit), show)) for key, (label, show) in _COSTS.items()]
 
 
 def _write_difference(before: float, after: float, show: Any) -> str:

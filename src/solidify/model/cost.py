@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from solidify.behaviour import calling
 from solidify.model import operations, quantized
 
 # How modules call the number of experts that a token is sent to.
@@ -27,7 +28,8 @@ class Cost:
     trash can) is not known before running, so what is counted is the most.
 
     `uncertain` names stacks of matrices in modules of the user's of which nothing says how many a token uses: all are
-    counted, and `flops_per_token` is then the most that it can be.
+    counted, and `flops_per_token` is then the most that it can be. `unit` is what goes that way in place of a token
+    where the model reads none: a `patch` or `position` of an image, a `frame` of sound.
     """
 
     parameters: int
@@ -35,6 +37,7 @@ class Cost:
     memory: int
     flops_per_token: int
     uncertain: tuple[str, ...] = ()
+    unit: str = "token"
 
     def document(self) -> dict[str, Any]:
         """Returns the figures as plain values."""
@@ -53,7 +56,17 @@ def cost(model: PreTrainedModel) -> Cost:
         size + sum(buffer.nbytes for buffer in buffers.values()),
         sum(flops(model).values()),
         tuple(dict.fromkeys(name for name, stack in _find_stacks(model).items() if stack.picked is None)),
+        _name_unit(model),
     )
+
+
+def _name_unit(model: PreTrainedModel) -> str:
+    """Names what a model reads one of after the other, by its main input."""
+    if calling.takes(model) & {"input_ids", "decoder_input_ids"}:
+        return "token"
+    if model.main_input_name == "pixel_values":
+        return "patch" if getattr(model.config, "patch_size", None) is not None else "position"
+    return "frame" if model.main_input_name in ("input_values", "input_features") else "token"
 
 
 def flops(model: PreTrainedModel) -> dict[str, int]:

@@ -60,17 +60,19 @@ class Window:
 
 def count(batch: Mapping[str, Any], *, shifts: bool) -> Counts:
     """Counts a micro-batch: labels other than -100 (all but the first where they are shifted), attended tokens, rows.
+    Where nothing but images goes in, each is one.
 
     Raises:
         ObjectiveError: it holds no inputs that could be counted.
     """
     labels = batch.get("labels")
-    main = next((batch[key] for key in _INPUTS if batch.get(key) is not None), labels)
+    name = next((key for key in _INPUTS if batch.get(key) is not None), "labels")
+    main = batch.get(name)
     if main is None:
         raise ObjectiveError(f"the batch holds no inputs that could be counted, only: {', '.join(batch)}")
     targets = labels[..., 1:] if labels is not None and labels.ndim > 1 and shifts else labels
     mask = batch.get("attention_mask")
-    tokens = main.shape[0] * (main.shape[1] if main.ndim > 1 else 1)
+    tokens = main.shape[0] * (main.shape[1] if main.ndim > 1 and name != "pixel_values" else 1)
     return Counts(
         float((targets != -100).sum()) if targets is not None else float(tokens),
         float(mask.sum()) if mask is not None and mask.ndim == 2 else float(tokens),

@@ -50,7 +50,7 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
             _run_on_meta(model, batch)
     return {
         "format": reading.format,
-        "max_length": reading.max_length,
+        **reading.limits,
         **({"loss": reading.chat.way} if reading.chat is not None and reading.format == "messages" else {}),
         **({"packing": True} if reading.packing else {}),
     }

@@ -24,7 +24,7 @@ _COSTS = {
     "parameters": ("parameters", console.amount),
     "bytes": ("on disk", console.size),
     "memory": ("in memory, loaded", console.size),
-    "flops_per_token": ("matrix FLOPs per token", console.amount),
+    "flops_per_token": ("matrix FLOPs per {unit}", console.amount),
 }
 _PROMPT_TOKENS, _NEW_TOKENS, _LARGEST = 16, 32, 2**31  # of a sample; bytes of a model that is asked for one
 _SAMPLES = 2
@@ -65,7 +65,7 @@ def _list_costs(model: Mapping[str, Any] | None) -> list[tuple[str, str, str, st
         return []
     before, after = model["before"], model["after"]
     return [
-        (label, show(before[key]), show(after[key]), _write_change(before[key], after[key]))
+        (label.format(unit=after["unit"]), show(before[key]), show(after[key]), _write_change(before[key], after[key]))
         for key, (label, show) in _COSTS.items()
     ]
 

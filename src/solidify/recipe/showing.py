@@ -65,7 +65,7 @@ def _show_read(recipe: Recipe, train: Any, processor: Any, model: nn.Module, cou
     packed = datasets.prepare(recipe, processor, model, ("train",)).train if reading.packing else None
     return {
         "format": reading.format,
-        "max_length": reading.max_length,
+        **reading.limits,
         **({"loss": reading.chat.way} if reading.chat is not None and reading.format == "messages" else {}),
         **({"windows": len(packed)} if packed is not None else {}),
         "counted": {part: {**each.document(), "words": str(each)} for part, each in prepared.counted.items()},

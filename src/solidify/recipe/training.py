@@ -19,6 +19,7 @@ from solidify.recipe import evidence, healing, models
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import checkpoints
+from solidify.training.collating import Pictures
 from solidify.training.progress import TrainingBar
 from solidify.weights import hashing
 
@@ -38,7 +39,8 @@ def train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -
     trainer.add_callback(witness)
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(TrainingBar())
+        unit = "images" if isinstance(trainer.data_collator, Pictures) else "tokens"
+        trainer.add_callback(TrainingBar(unit))
     base = manifest.read(healing.healed(recipe, directory))
     made_by = [recipe.document(), base.digest(), processes.count()]
     trainer.fingerprint = hashing.digest_values(made_by)

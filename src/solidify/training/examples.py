@@ -29,7 +29,7 @@ _READ = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become examples: their format, the longest example, and what makes tokens or pixels of them.
+    """How rows become examples: their format, the longest example (of text), and what makes tokens or pixels of them.
 
     `config` is the model's, `accepts` names what its forward pass takes, `names` the classes in their order (None where
     rows have numbers alone); `spelled` are those of the data set, where it numbers its own.
@@ -48,13 +48,18 @@ class Reading:
     packing: bool = False
     spelled: tuple[str, ...] | None = None
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """Returns the longest example by its name, where examples have a length."""
+        return {} if self.format == "image_classification" else {"max_length": self.max_length}
+
 
 @dataclass(frozen=True)
 class Counted:
     """What became of rows: how many there were, how many were cut and what of them is gone.
 
     `silent` rows have lost every token that counts, and are left out; `windows` says that text was cut into several
-    examples, which loses nothing. `counted` of all `tokens` count for the loss.
+    examples, which loses nothing. `counted` of all `tokens` count for the loss; of `images`, each does.
     """
 
     rows: int
@@ -65,12 +70,15 @@ class Counted:
     lost: int = 0
     silent: int = 0
     windows: bool = False
+    images: int = 0
 
     def document(self) -> dict[str, Any]:
         """Returns the numbers as plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.images:
+            return f"{self.rows:,} rows, {self.images:,} images, {self.counted:,} count"
         made = f"{self.rows:,} rows, {self.examples:,} examples of {self.tokens:,} tokens, {self.counted:,} count"
         if self.windows:
             return f"{made}; longer texts were cut into windows"
@@ -290,10 +298,12 @@ def _counts(row: Mapping[str, Any]) -> bool:
 
 
 def _count(rows: Any, made: Any, reading: Reading) -> Counted:
-    tokens = sum(map(len, made["input_ids"])) if "input_ids" in made.column_names else 0
+    if reading.format == "image_classification":
+        return Counted(len(rows), len(made), 0, len(made), images=len(made))
+    tokens = sum(map(len, made["input_ids"]))
     if not _is_counted(reading):
-        counted = tokens - len(made) if reading.format == "text" else tokens or len(made)
-        return Counted(len(rows), len(made), tokens, counted, windows=bool(tokens))
+        counted = tokens - len(made) if reading.format == "text" else tokens
+        return Counted(len(rows), len(made), tokens, counted, windows=True)
     lost, kept = made[_LOST], made[_KEPT]
     return Counted(
         rows=len(rows),

@@ -1,4 +1,4 @@
-"""A progress bar for training: steps, loss, tokens per second."""
+"""A progress bar for training: steps, loss, tokens or images per second."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from solidify.system import console
 
 
 class TrainingBar(TrainerCallback):  # type: ignore[misc]
-    """Shows one bar for the whole training on the first process."""
+    """Shows one bar for the whole training on the first process; `unit` is what is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tokens") -> None:
+        self._unit = unit
         self._stack = ExitStack()
         self._advance: Any = None
         self._note = ""
@@ -33,9 +34,9 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         """Moves it by a step."""
         if self._advance is not None:
             elapsed = max(time.monotonic() - self._start, 1e-9)
-            steps, tokens = state.global_step - self._began_at[0], state.num_input_tokens_seen - self._began_at[1]
-            rate = console.amount(float(f"{tokens / elapsed:.3g}"))
-            self._advance(f"{self._note}{steps / elapsed:.3g} steps/s, {rate} tokens/s")
+            steps, seen = state.global_step - self._began_at[0], state.num_input_tokens_seen - self._began_at[1]
+            rate = console.amount(float(f"{seen / elapsed:.3g}"))
+            self._advance(f"{self._note}{steps / elapsed:.3g} steps/s, {rate} {self._unit}/s")
 
     def on_log(
         self,
