@@ -52,6 +52,7 @@ def test_layers_experts_and_a_merged_adapter_become_the_plain_model(tmp_path: Pa
     assert not {"surgery", "auto_map"} & set(config) and not list(made.directory.glob("*.py"))
     read = [made.directory / name for name in ("config.json", "generation_config.json", "README.md")]
     assert not any(str(tmp_path) in path.read_text() for path in read)
+    assert "pipeline_tag: text-generation\ntags: [solidify]\n" in read[-1].read_text()
     plain = AutoModelForCausalLM.from_pretrained(made.directory).eval()
     assert torch.equal(logits(plain), logits(solidify.load(merged)))
     assert "model.layers.0.mlp.experts.4.up_proj.weight" in checkpoint.read(made.directory).entries  # the hub's layout

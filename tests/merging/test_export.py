@@ -163,7 +163,7 @@ def test_a_stock_model_stays_one(stock: Path, tmp_path: Path, kind: str) -> None
     }
     names = {str(p.relative_to(stock)) for p in stock.rglob("*") if p.is_file()}
     there = {str(p.relative_to(tmp_path / "merged")) for p in (tmp_path / "merged").rglob("*") if p.is_file()}
-    assert there == (names - {"pytorch_model.bin"}) | {manifest.NAME}
+    assert there == (names - {"pytorch_model.bin"}) | {manifest.NAME, manifest.CARD}
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (stock / name).read_bytes()
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stock), adapter).eval().merge_and_unload()

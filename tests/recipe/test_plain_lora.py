@@ -74,7 +74,25 @@ def test_it_runs_and_stays_a_plain_model(runs: Mapping[str, Path], name: str) ->
         torch.testing.assert_close(merged(ids).logits, attached, rtol=0, atol=1e-4)
         assert not torch.equal(attached, before)
     base, made = (sorted(p.name for p in (runs[name] / part).iterdir()) for part in ("base", "run/artifact"))
-    assert made == sorted([*base, "solidify.json"])
+    assert made == sorted([*base, "README.md", "solidify.json"])
+
+
+@pytest.mark.parametrize("part", ["artifact", "adapter", "merged"])
+def test_its_cards_say_what_it_is_and_name_no_path(runs: Mapping[str, Path], part: str) -> None:
+    card = (runs["olmoe"] / "run" / part / "README.md").read_text()
+    assert str(runs["olmoe"]) not in card
+    values = yaml.safe_load(card.split("---")[1])
+    tags = {"library_name": "peft", "tags": ["solidify", "lora"]}
+    expected = tags if part == "adapter" else {"library_name": "transformers", "tags": ["solidify"]}
+    assert values == {"pipeline_tag": "text-generation", **expected}
+    words = {
+        "artifact": "nothing was trained",
+        "adapter": "LoRA adapter of Olmoe",
+        "merged": "another model than its base",
+    }
+    assert words[part] in card
+    for stock in {"artifact", "merged"} - {part}:
+        assert words[stock] not in card
 
 
 def test_all_of_it_is_checked(runs: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Model cards: README.md of an artifact, of an adapter and of a checkpoint, with the fields that the hub reads.
+"""Model cards: README.md of artifacts, plain models, adapters and checkpoints, with the fields that the hub reads.
 
 A card names a base by its id of the hub, and never by where it stands on this machine.
 """
@@ -37,6 +37,7 @@ TASKS = {
     "AutoModelForSemanticSegmentation": "image-segmentation",
     "AutoModel": "feature-extraction",
 }
+_READS_TEXT = ("text-generation", "text2text-generation", "fill-mask", "image-text-to-text")  # a loss has a perplexity
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow", ".py", ".gz", ".zst")
 TRAINED = "training"  # the step of a lineage that says on what, and with what result
@@ -75,10 +76,36 @@ def artifact_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str
     parameters = anatomy.count(model.parameters())
     values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
     values["tokenizer"] = companions.has_tokenizer(staging)
-    values["metadata"] = metadata("transformers", ["solidify", "custom_code"], draft.base.get("model"), auto, draft)
-    values["measured"] = _list_measured(draft.lineage)
+    values["metadata"] = metadata("transformers", ["solidify", "custom_code"], draft.base, auto, draft)
+    values["measured"] = _list_measured(draft.lineage, auto)
     kept = {edit["name"]: kind for edit in draft.edits if (kind := edit.get("settings", {}).get("layer_type"))}
     return sources.render("README.md.jinja", stateful=bool(kept), kept=kept, **values)
+
+
+def stock_card(directory: Path, draft: Manifest, parameters: int) -> str:
+    """Writes the card of a plain model, a base as it stands or one that was trained and merged: what it is, and of what
+    it was made."""
+    auto, merges = autos.auto_class(directory), [step for step in draft.lineage if step["step"] == "merge"]
+    prepared = "AutoProcessor" if companions.has_processor(directory) else "AutoTokenizer"
+    origin, last = draft.base.get("model"), merges[-1].get("trained", {}) if merges else {}
+    return sources.render(
+        "stock.md.jinja",
+        metadata=metadata("transformers", ["solidify"], draft.base, auto, draft),
+        head=next(iter(files.document(directory / "config.json").get("architectures") or [auto])),
+        merged=bool(merges),
+        origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
+        revision=draft.base.get("revision"),
+        dtype=draft.base.get("dtype"),
+        parameters=parameters,
+        auto=auto,
+        preparing=prepared if companions.has_tokenizer(directory) or prepared == "AutoProcessor" else "",
+        code=", trust_remote_code=True" if any(directory.glob("*.py")) else "",
+        trained={key: fold_names(last.get(key, [])) for key in ("lora", "full")},
+        measured=_list_measured(draft.lineage, auto),
+        lineage=draft.lineage,
+        told=manifest.told,
+        versions=draft.versions,
+    )
 
 
 def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manifest, auto: str, model: str = "") -> str:
@@ -90,15 +117,17 @@ def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manif
     kind = str(configuration.get("peft_type") or "LORA")
     return sources.render(
         "adapter.md.jinja",
-        metadata=metadata("peft", ["solidify", kind.lower()], model or origin, auto, record),
+        metadata=metadata("peft", ["solidify", kind.lower()], {**base.base, "model": model or origin}, auto, record),
         kind=kind.replace("LORA", "LoRA"),
         model=model,
         origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
         head=base.base.get("class", "model"),
+        changed=base.kind == "artifact" and "class" in base.base,
+        code=bool(base.code) or base.kind == "artifact",
         auto=auto,
         trained={key: fold_names(record.trained.get(key, [])) for key in ("lora", "full")},
         settings={key: configuration[key] for key in ("r", "lora_alpha", "lora_dropout") if key in configuration},
-        measured=_list_measured(record.lineage),
+        measured=_list_measured(record.lineage, auto),
         versions=record.versions,
     )
 
@@ -110,17 +139,23 @@ def checkpoint_card(step: int, origin: Any) -> str:
     return sources.render("checkpoint.md.jinja", metadata=_write_yaml(values), step=step, origin=told)
 
 
-def metadata(library: str, tags: Sequence[str], base: Any, auto: str, record: Manifest) -> str:
-    """Writes the fields that the hub reads of a card, as YAML; what is not known is left out."""
+def metadata(library: str, tags: Sequence[str], origin: Mapping[str, Any], auto: str, record: Manifest) -> str:
+    """Writes the fields that the hub reads of a card, as YAML; what is not known is left out.
+
+    Of the base, `origin` says its `model`, and as `rights` what its own card says of its licence.
+    """
     steps = [step for step in record.lineage if step.get("step") == TRAINED or step.get("datasets")]
     datasets = sorted({name for step in steps for name in step.get("datasets", [])})
+    numbers, task = _find_numbers(record.lineage), TASKS.get(auto)
+    metrics = {"perplexity": "loss" if task in _READS_TEXT else None, "accuracy": "accuracy"}
     values: dict[str, Any] = {
         "library_name": library,
-        "base_model": base if on_hub(base) else None,
-        "pipeline_tag": TASKS.get(auto),
+        "base_model": origin.get("model") if on_hub(origin.get("model")) else None,
+        **origin.get("rights", {}),
+        "pipeline_tag": task,
         "tags": list(tags),
         "datasets": datasets,
-        "metrics": ["perplexity"] if any("loss" in name for name in _find_numbers(record.lineage)) else [],
+        "metrics": [name for name, word in metrics.items() if word and any(word in number for number in numbers)],
     }
     return _write_yaml({key: value for key, value in values.items() if value})
 
@@ -141,11 +176,11 @@ def _find_numbers(lineage: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _list_measured(lineage: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Returns what the last training measured, in words; a loss with its perplexity."""
-    rows = []
+def _list_measured(lineage: Sequence[Mapping[str, Any]], auto: str) -> list[tuple[str, str]]:
+    """Returns what the last training measured, in words; a loss with its perplexity, where it is one of tokens."""
+    rows, of_text = [], TASKS.get(auto) in _READS_TEXT
     for key, value in _find_numbers(lineage).items():
-        more = f" (perplexity {math.exp(value):.4g})" if "loss" in key and value < 50 else ""
+        more = f" (perplexity {math.exp(value):.4g})" if of_text and "loss" in key and value < 50 else ""
         rows.append((key.replace("_", " "), f"{value:.4g}{more}"))
     return rows
 

@@ -40,6 +40,7 @@ _TOKENIZER = re.compile(
     r"|(spiece|tokenizer|sentencepiece)\.model|chat_template\.(jinja|json)|additional_chat_templates/.+"
 )
 _PROCESSOR = re.compile(r"(pre)?processor_config\.json|video_preprocessor_config\.json")
+_RIGHTS = ("license", "license_name", "license_link")  # as the hub calls them
 _SHOWN = 6
 
 
@@ -79,6 +80,39 @@ def has_tokenizer(base: Path) -> bool:
     return any(_TOKENIZER.fullmatch(path.name) for path in base.iterdir())
 
 
+def has_processor(base: Path) -> bool:
+    """Returns whether something that prepares images or sound stands among the files of a base."""
+    return any(_PROCESSOR.fullmatch(path.name) for path in base.iterdir())
+
+
+def origin(directory: Path) -> dict[str, Any]:
+    """Returns what a plain model without a manifest is called: by its id where it stands in the hub's cache."""
+    named = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and named.startswith("models--"):
+        name = {"model": named.removeprefix("models--").replace("--", "/"), "revision": directory.name}
+    else:
+        name = {"model": str(directory)}
+    return {**name, **rights_in(directory)}
+
+
+def rights(config: Any) -> dict[str, Any]:
+    """Returns what the card of a loaded model's base says of its licence, as `rights`; nothing where it is silent."""
+    directory = directory_of(config)
+    return rights_in(directory) if directory is not None else {}
+
+
+def rights_in(directory: Path) -> dict[str, Any]:
+    """Returns the same of a directory. What holds of a base's use holds of what is made of it."""
+    read = foreign.attempt(files.text, directory / manifest.CARD, largest=files.LARGEST_RECIPE)
+    parts = (read.value or "").split("---\n", 2)
+    said = foreign.attempt(files.parse_yaml, parts[1]).value if len(parts) == 3 and not parts[0].strip() else None
+    named = said if isinstance(said, dict) else {}
+    found = {
+        key: named[key] for key in _RIGHTS if isinstance(named.get(key), str) and not Path(named[key]).is_absolute()
+    }
+    return {"rights": found} if found else {}
+
+
 def refuse_broken_tokenizer(base: Path) -> None:
     """Raises ArtifactError when files of a base's tokenizer are there and cannot be read: it would be lost unsaid."""
     faults = []
@@ -113,11 +147,11 @@ def carry(base: Path, target: Path, preparing: Any = None) -> Carried:
     return carried
 
 
-def copy_all(base: Path, target: Path) -> Carried:
-    """Copies the files of a plain model that keeps its layout, code and card included; otherwise as `carry`."""
-    carried = Carried()
+def copy_all(base: Path, target: Path, *, card: bool = True) -> Carried:
+    """Copies the files of a plain model that keeps its layout: code too, and the `card`; else as `carry`."""
+    carried, own = Carried(), {manifest.NAME, *(() if card else (manifest.CARD,))}
     for name, path in _walk_files(base, carried.left):
-        if name != manifest.NAME:
+        if name not in own:
             _copy_file(path, target, name, carried)
     return carried
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from solidify.artifact import autos, conversion, quantizing
+from solidify.artifact import autos, companions, conversion, quantizing
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.preparing import has_file, open_artifact, read_processor, read_tokenizer
 from solidify.artifact.preparing import load_processor as load_processor
@@ -120,6 +120,7 @@ def load_base(
         "revision": _find_commit(reference, revision) or revision,
         "class": name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **companions.rights(model.config),
     }
     processor = read_processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
     tokenizer = read_tokenizer(reference, revision, trust_remote_code=trust_remote_code)

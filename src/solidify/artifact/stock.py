@@ -1,6 +1,7 @@
 """A plain model in the place of an artifact: a base as it stands, with a manifest, to train and to merge on.
 
-No code of ours goes into it, and it loads as any model of its family does. Its files keep the layout of the base.
+No code of ours goes into it, and it loads as any model of its family does. Its files keep the layout of the base, and a
+card that the base brings stays: it is that model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import certificate, companions, descent, loading, tensors, told, vocabulary
+from solidify.artifact import cards, certificate, companions, descent, loading, tensors, told, vocabulary
 from solidify.artifact.companions import Carried
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
@@ -56,7 +57,7 @@ def build(
             return Artifact(directory, *_copy_artifact(base, staging, recipe, link, kept))
         carried = _fill_staging(base, source, staging, link)
         told.write(kept, staging, base.processor or base.tokenizer)
-        record = _describe(staging, base.origin, recipe)
+        record = _describe(staging, base, recipe)
         record.write(staging)
         findings = [*_reload(base.model, staging), *_say_vocabulary(base), *carried.findings()]
     return Artifact(directory, record, findings)
@@ -126,22 +127,36 @@ def _list_weights(source: Path) -> list[Path]:
     return [*checkpoint.weight_files(source), *([index] if index.is_file() else [])]
 
 
-def _describe(staging: Path, origin: dict[str, Any], recipe: dict[str, Any] | None) -> Manifest:
-    """Lists what was written."""
-    weights = checkpoint.weight_files(staging)
-    names = {path.name for path in weights}
-    found = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
-    others = {name: hashing.digest_file(path) for name, path in found.items() if name not in {*names, manifest.NAME}}
-    return Manifest(
+def _describe(staging: Path, base: BaseModel, recipe: dict[str, Any] | None) -> Manifest:
+    """Lists what was written, after the card where the base has none."""
+    origin, weights = base.origin, checkpoint.weight_files(staging)
+    draft = Manifest(
         kind="stock",
         base=origin,
         lineage=[{"step": "base", **origin}],
-        code={name: digest for name, digest in others.items() if name.endswith(".py")},
-        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
         tensors=digest_cache.digests(weights),
         headers={path.name: format.header_digest(path) for path in weights},
         versions=manifest.current_versions(),
         recipe=recipe,
+    )
+    if not (staging / manifest.CARD).is_file():
+        write_card(staging, draft, anatomy.count(base.model.parameters()))
+    return list_files(staging, draft)
+
+
+def write_card(staging: Path, draft: Manifest, parameters: int) -> None:
+    """Writes the card of a plain model beside its files, in the place of what stands there."""
+    (staging / manifest.CARD).write_text(cards.stock_card(staging, draft, parameters), encoding="utf-8")
+
+
+def list_files(staging: Path, draft: Manifest) -> Manifest:
+    """Returns a manifest that knows its weight files, with all others."""
+    found = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+    others = {n: hashing.digest_file(path) for n, path in found.items() if n not in {*draft.headers, manifest.NAME}}
+    return replace(
+        draft,
+        code={name: digest for name, digest in others.items() if name.endswith(".py")},
+        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
     )
 
 
@@ -190,8 +205,8 @@ def described(directory: Path) -> Manifest:
     code = {path.name: hashing.digest_file(path) for path in sorted(directory.glob("*.py"))}
     return Manifest(
         kind="stock",
-        base={"model": str(directory)},
-        lineage=[{"step": "base", "model": str(directory)}],
+        base=(origin := companions.origin(directory)),
+        lineage=[{"step": "base", **origin}],
         code=code,
         files={"config.json": hashing.digest_file(directory / "config.json")},
         tensors=digest_cache.digests(weights),

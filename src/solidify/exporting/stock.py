@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.artifact import autos, certificate, descent, loading
+from solidify.artifact import autos, cards, certificate, descent, loading
 from solidify.directory import private
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -48,7 +48,7 @@ def write(
     digests: dict[str, str] = {}
     for path in checkpoint.weight_files(staging):
         digests |= _align(path)
-    (staging / "README.md").write_text(_write_card(plain, record), encoding="utf-8")
+    (staging / "README.md").write_text(_write_card(plain, record, staging), encoding="utf-8")
     return digests, _compare(directory, record, staging, plain, Extent.of(model))
 
 
@@ -160,13 +160,14 @@ def _compare(directory: Path, record: Manifest, staging: Path, plain: PreTrained
     return [state, Finding("stock form computes what the artifact does", not far and bool(answer["outputs"]), evidence)]
 
 
-def _write_card(plain: PreTrainedModel, record: Manifest) -> str:
+def _write_card(plain: PreTrainedModel, record: Manifest, staging: Path) -> str:
     """Says what the model is made of, and how it is loaded."""
+    told = cards.metadata("transformers", ["solidify"], record.base, autos.auto_class(staging), record)
     base = Path(str(record.base.get("model", ""))).name or "a base"
     steps = ", ".join(dict.fromkeys(edit["operation"] for edit in record.edits)) or "none"
     name = type(plain).__name__
     return (
-        f"---\nlibrary_name: transformers\n---\n\n# {base}, changed\n\nThe plain {name} of transformers, made of "
+        f"---\n{told}\n---\n\n# {base}, changed\n\nThe plain {name} of transformers, made of "
         f"{base} by surgery ({steps}). It needs no code of its own:\n\n```python\nfrom transformers import {name}\n\n"
         f'model = {name}.from_pretrained(".")\n```\n'
     )

@@ -156,8 +156,8 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
     if made.untied:
         _untie_embeddings(staging)
     merged = _load_staged(staging)
-    told = {key: value for step in record.lineage[:1] for key, value in step.items() if key != "step"}
-    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), "trained": record.trained, **told}
+    trained = {"trained": record.trained, **_told(record)}
+    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), **trained}
     draft = Manifest(
         kind="artifact",
         base=base.base,
@@ -346,7 +346,7 @@ def _merge_onto(
         attached = _Attached.of(
             lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
         )
-    carried = companions.copy_all(sources.base, staging)
+    carried = companions.copy_all(sources.base, staging, card=False)
     made, watched, merger = _rewrite_tensors(sources, prepared, staging, link)
     if made.untied:
         _untie_embeddings(staging)
@@ -364,7 +364,7 @@ def _merge_onto(
         lambda more: loading.load_plain(staging, **options, **more),
     )
     ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
-    written = _stock_manifest(sources, staging, made, merger)
+    written = _stock_manifest(sources, staging, made, merger, anatomy.count(skeleton.parameters()))
     written.write(staging)
     return written, [*findings, *carried.findings(), _state_counts(ledger, made, merger)]
 
@@ -400,27 +400,31 @@ def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
     return Finding("layout is the base's", not faults, "; ".join(faults[:4]) or evidence)
 
 
-def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger) -> Manifest:
+def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger, parameters: int) -> Manifest:
+    """Lists what was merged, with a card: that of the base says what the base is."""
     before = sources.base_record
-    origin = before.base if before is not None else {"model": str(sources.base)}
+    origin = before.base if before is not None else companions.origin(sources.base)
     step = {
         "step": "merge",
+        **(_told(sources.record) if sources.record is not None else {}),
         "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
         **({"trained": sources.record.trained} if sources.record is not None else {}),
         "ledger": made.counts(merger),
     }
-    names = {path.name for path in made.files}  # at the top; a further module's weights may have the same name
-    found = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
-    others = {name: hashing.digest_file(path) for name, path in found.items() if name not in names}
-    return Manifest(
+    draft = Manifest(
         kind="stock",
         base=origin,
         lineage=[*(before.lineage if before is not None else [{"step": "base", **origin}]), step],
-        code={name: digest for name, digest in others.items() if name.endswith(".py")},
-        files={name: digest for name, digest in others.items() if not name.endswith(".py")},
         tensors=made.digests,
         headers={path.name: format.header_digest(path) for path in made.files},
         versions=manifest.current_versions(),
         recipe=before.recipe if before is not None else None,
         failed=[found for made in (before, sources.record) if made is not None for found in made.failed],
     )
+    stock.write_card(staging, draft, parameters)
+    return stock.list_files(staging, draft)
+
+
+def _told(record: Manifest) -> dict[str, Any]:
+    """Returns what the training of an adapter says of itself: its data on the hub, and its figures."""
+    return {key: value for step in record.lineage[:1] for key, value in step.items() if key != "step"}
