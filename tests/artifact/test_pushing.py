@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants, snapshot_download
+from transformers import AutoModelForCausalLM
 
 import solidify
 from solidify.__main__ import main
+from solidify.artifact import loading, stock
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
 
@@ -61,7 +63,7 @@ def adapter(artifact: Path) -> Path:
     return solidify.save_adapter(
         peft_model,
         artifact.parent / "adapter",
-        recipe={"data": {"train": "owner/chats", "eval": "rows.jsonl"}},
+        recipe={"base": {"model": str(artifact)}, "data": {"train": "owner/chats", "eval": "rows.jsonl"}},
         measured={"heldout_loss_trained": 2.0},
     )
 
@@ -79,7 +81,7 @@ def test_an_artifact_comes_down_as_it_was(server: hub.Hub, artifact: Path, tmp_p
     assert repository.private and found.url.startswith(server.url) and len(repository.commits) == 1
     record = manifest.read(artifact)
     assert set(repository.files) - {".gitattributes"} == {manifest.NAME, *record.listed()} == set(found.files)
-    assert all((artifact / name).read_bytes() == repository.files[name] for name in found.files)
+    assert all((artifact / name).read_bytes() == repository.files[name] for name in record.listed())
     down = Path(snapshot_download("owner/solid", local_dir=tmp_path / "down"))
     assert manifest.faults(down, manifest.read(down)) == []
     tokens = pico.tokens()
@@ -115,6 +117,52 @@ def test_an_adapter_names_its_base_by_its_id(server: hub.Hub, artifact: Path, ad
         "library_name": "peft", "base_model": "owner/solid", "pipeline_tag": "text-generation",
         "tags": ["solidify", "lora"], "datasets": ["owner/chats"], "metrics": ["perplexity"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["artifact", "stock", "merged stock"])
+def test_a_manifest_tells_nobody_where_it_was_made(
+    server: hub.Hub, artifact: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is here keeps where base and data stand: a run that goes on compares the recipe, word by word."""
+    base, made = artifact.parent / "base", tmp_path / "made"
+    recipe: dict[str, Any] = {
+        "base": {"model": str(base)},
+        "data": {"train": [{"path": str(tmp_path / "data" / "rows.jsonl")}, "../more.jsonl", "~/rest.jsonl"]},
+        "objective": [{"loss": f"{tmp_path}/terms.py:term", "arguments": {"prefix": "/no_think"}}],
+    }
+    if kind == "artifact":
+        model = AutoModelForCausalLM.from_pretrained(base)
+        pico.artifact(model, solidify.replace(model, "**.mlp", pico.wrappers.Scaled), made, recipe=recipe)
+    else:
+        stock.build(loading.load_base(str(base)), tmp_path / "plain", recipe=recipe)
+        made = tmp_path / "plain"
+    if kind == "merged stock":
+        peft_model = solidify.attach(solidify.load(made), lora={"r": 2, "target_modules": ["**.q_proj"]})
+        torch.nn.init.ones_(next(p for n, p in peft_model.named_parameters() if "lora_B" in n))
+        solidify.save_adapter(peft_model, tmp_path / "adapter", recipe=recipe)
+        made = solidify.merge(tmp_path / "adapter", tmp_path / "made").directory
+    before = (made / manifest.NAME).read_bytes()
+    assert str(base).encode() in before
+    found = solidify.push(made, "owner/solid")
+    files = server.repositories["owner/solid"].files
+    assert found.paths == []
+    for place in (artifact.parent, tmp_path):
+        assert not [name for name, content in files.items() if str(place).encode() in content]
+    assert (made / manifest.NAME).read_bytes() == before
+    down = manifest.read(Path(snapshot_download("owner/solid", local_dir=tmp_path / "down")))
+    assert manifest.faults(tmp_path / "down", down) == [] and down.digest() == manifest.read(made).digest()
+    assert down.base["model"] == "base" and down.lineage[0]["model"] == "base"
+    assert down.recipe is not None
+    assert down.recipe["data"]["train"] == [{"path": "rows.jsonl"}, "more.jsonl", "rest.jsonl"]
+    assert down.recipe["objective"] == [{"loss": "terms.py:term", "arguments": {"prefix": "/no_think"}}]
+
+
+def test_what_is_signed_is_not_written_anew(server: hub.Hub, copied: Path) -> None:
+    (copied / manifest.SIGNATURE).write_text("{}")
+    with pytest.raises(
+        ArtifactError, match=r"signed, and its manifest names a path of this machine \(base\.model is /"
+    ):
+        solidify.push(copied, "owner/solid", dry_run=True)
 
 
 def test_cards_name_no_path_of_this_machine(

@@ -1,6 +1,7 @@
 """To the hub: exactly the files that a manifest lists, after all of them were compared with it.
 
-An adapter names its base by a path of this machine; what is uploaded names it by its id of the hub instead.
+Manifests say where bases and data stand on this machine; what is uploaded names them by their last part, and the base
+of an adapter by its id of the hub.
 """
 
 from __future__ import annotations
@@ -99,10 +100,16 @@ def _prepared(directory: Path, record: Manifest, base: str | None) -> Iterator[d
     names = [manifest.NAME, *record.listed()]
     names += [manifest.SIGNATURE] if files.is_file(directory / manifest.SIGNATURE) else []
     sources = {name: directory / name for name in names}
+    told = _without_paths(record)
     if record.kind != "adapter":
         if base is not None:
             raise ArtifactError(f"{directory} is {manifest.name_kind(record.kind)}; --base goes with an adapter")
-        yield sources
+        with tempfile.TemporaryDirectory() as scratch:
+            if told != record:
+                _refuse_signed(directory, record, told)
+                told.write(Path(scratch))
+                sources[manifest.NAME] = Path(scratch) / manifest.NAME
+            yield sources
         return
     if base is None:
         raise ArtifactError(
@@ -116,7 +123,39 @@ def _prepared(directory: Path, record: Manifest, base: str | None) -> Iterator[d
         )
     _refuse_name(base)
     with tempfile.TemporaryDirectory() as scratch:
-        yield sources | _name_base(directory, record, base, Path(scratch))
+        yield sources | _name_base(directory, told, base, Path(scratch))
+
+
+def _without_paths(record: Manifest) -> Manifest:
+    """Returns a manifest whose bases, data and code have the names by which others know them, and not where they stand.
+
+    What surgery recorded stays as it is: the configuration holds the same.
+    """
+    base = record.base if record.kind == "adapter" else _tell(record.base)
+    lineage = [{k: v if k == "edits" else _tell(v, k) for k, v in step.items()} for step in record.lineage]
+    return replace(record, base=base, lineage=lineage, recipe=_tell(record.recipe))
+
+
+def _tell(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _tell(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_tell(inner, key) for inner in value]
+    away = isinstance(value, str) and (key == "model" or _is_path(value) or value.startswith(("../", "~/")))
+    return manifest.told(value) if away else value
+
+
+def _refuse_signed(directory: Path, record: Manifest, told: Manifest) -> None:
+    """Raises ArtifactError when a signature would not hold of the manifest that is uploaded."""
+    if not files.is_file(directory / manifest.SIGNATURE):
+        return
+    parts = ("base", "lineage", "recipe")
+    here, there = (dict(_walk_values({part: getattr(each, part) for part in parts})) for each in (record, told))
+    key, text = next((key, text) for key, text in here.items() if there[key] != text)
+    raise ArtifactError(
+        f"{directory} is signed, and its manifest names a path of this machine ({key} is {text}), which is not "
+        f"uploaded; remove {manifest.SIGNATURE}, push it, and sign what is downloaded"
+    )
 
 
 def _name_base(directory: Path, record: Manifest, base: str, scratch: Path) -> dict[str, Path]:
