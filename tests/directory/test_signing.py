@@ -435,7 +435,7 @@ def test_a_signature_of_a_base_does_not_travel(signed: Path, tmp_path: Path) -> 
 
 
 CHECKED: dict[str, tuple[Callable[[Path], object], bool, str | None, str]] = {
-    "unsigned": (lambda d: (d / "model.sig").unlink(), False, "not looked at", "there is none"),
+    "unsigned": (lambda d: (d / "model.sig").unlink(), False, "not looked at", "there is none to verify"),
     "signed": (lambda d: None, False, "not looked at", "it names the key sha256:"),
     "signed, with the key": (lambda d: None, True, "proved", "files are as the key sha256:"),
     "unsigned, with a key": (lambda d: (d / "model.sig").unlink(), True, "failed", "has no signature"),

@@ -21,7 +21,7 @@ def measured(last: float, **more: Any) -> dict[str, Any]:
 def test_a_model_that_is_farther_from_its_base_fails(last: float, verdict: str) -> None:
     found = {each.name: each for each in outcome.judge(measured(last))}
     assert found["nearer to the base"].verdict == verdict
-    assert found["new branches are used"].verdict == "not looked at"
+    assert "new branches are used" not in found, "no new module has a branch that can be switched off"
 
 
 def test_the_recovered_share_is_of_the_first_stage() -> None:

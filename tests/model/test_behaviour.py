@@ -375,6 +375,25 @@ def test_a_forward_that_takes_more_words_than_keywords_is_called_as_it_takes() -
     assert {"past_key_values", "use_cache"} <= calling.takes(Handed(plain.config))
 
 
+APPLIES = {
+    "llama": ("AutoModelForCausalLM", "model.layers.*.mlp", {"causal", "cache", "crop", "padding"}),
+    "bert": ("AutoModelForSequenceClassification", "bert.encoder.layer.*.intermediate", {"padding"}),
+    "vit": ("AutoModelForImageClassification", "vit.layers.*.mlp", set[str]()),
+}
+
+
+@pytest.mark.parametrize("family", APPLIES)
+def test_a_property_that_says_nothing_of_a_model_is_no_finding(family: str, tmp_path: Path) -> None:
+    """An encoder has no cache and looks ahead, a picture has no padding: nothing is left out, and nothing is proved."""
+    head, target, applies = APPLIES[family]
+    model = families.tiny(family, head)
+    edits = solidify.replace(model, target, behaving.Scaled)
+    found = {f.name: f for f in solidify.build(model, edits, tmp_path / "out").findings if "behaviour: " in f.name}
+    always = {"rows", "stateless", "deterministic", "hidden_states"}
+    assert {name.removeprefix("behaviour: ") for name in found} == applies | always
+    assert {finding.verdict for finding in found.values()} == {"proved"}
+
+
 @pytest.mark.parametrize("shape", ["token", "row"])
 def test_a_head_without_features_is_watched_or_said_not_to_be(shape: str, tmp_path: Path) -> None:
     class Score(nn.Module):

@@ -148,6 +148,7 @@ def _measure_contract(
         **found,
         "tried": [watched.rows, watched.positions],
         "unwatched": [name for name in heads if name not in reading.plain],
+        "lacking": watched.list_lacking(),
         "packed": reading.packed,
         "padded": reading.padded,
         "way": reading.way,
@@ -266,7 +267,7 @@ def _judge_all(directory: Path, answer: dict[str, Any]) -> list[Finding]:
 
 
 def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | None) -> list[Finding]:
-    """Turns what the fresh process measured of the contract into findings, one a property."""
+    """Turns what the fresh process measured of the contract into findings, one a property that says something of it."""
     if contract is None or found is None or "error" in {**contract, **found}:
         why = (contract or {}).get("error") or (found or {}).get("error") or "the certificate does not record it"
         return [Finding.unseen("behaviour kept", why)]
@@ -277,6 +278,8 @@ def _judge_behaviour(contract: dict[str, Any] | None, found: dict[str, Any] | No
     faults = {fault.property: fault.words for fault in reversed(properties.faults(kept, measured))}
     findings = []
     for key, words in properties.PROPERTIES.items():
+        if key in contract.get("lacking", ()) or not properties.asks(key, before.get(key, 0.0), dtype):
+            continue
         parts = [name for name in contract["distances"] if properties.property_of(name) == key]
         if key in contract["declared"]:
             findings.append(Finding(f"behaviour: {key}", None, f"declared as not kept: {words}"))

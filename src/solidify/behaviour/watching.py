@@ -65,6 +65,17 @@ class Watched:
         self.positions = int(tokens.shape[1]) if self.stream is not None else 0
         self.decoder = self.stream is not None and not model.config.is_encoder_decoder
 
+    def list_lacking(self) -> list[str]:
+        """Returns the properties that say nothing of this model: it reads no tokens, has no cache, or no padding.
+
+        Pictures have none, unless a mask of their pixels says so.
+        """
+        pictures = self.stream is None and "pixel_values" in self.inputs
+        padded = "pixel_mask" in self.takes or ("attention_mask" in self.takes and not pictures)
+        found = ["causal"] if self.stream is None else []
+        found += ["cache"] if self.stream is None or not self.takes & {*CACHES} else []
+        return [*found, *(["padding"] if not padded else [])]
+
     def with_other_tokens(self, seed: int) -> Watched:
         """Watches the same model with the same tokens in another order."""
         assert self.stream is not None

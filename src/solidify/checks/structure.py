@@ -65,7 +65,7 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]], extent: E
     """
     declared = ledger.new_modules(edits)
     if not declared:
-        return Finding.unseen(IN_USE, "no new module was put in")
+        return Finding.unseen(IN_USE, "no new module was put in, so there is nothing to try")
     if not extent.whole:
         return _check_called(model, declared)
     inputs = probing.probe_inputs(model)

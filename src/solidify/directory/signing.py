@@ -146,7 +146,7 @@ def findings(directory: Path, record: Manifest, key: Path | None, *, intact: boo
             return [Finding(SIGNED, False, str(error))]
         return [Finding(SIGNED, True, f"{len(found.files)} files are as {found.signer} signed them")]
     if not os.path.lexists(directory / SIGNATURE):
-        return [Finding.unseen(SIGNED, f"there is none: no {SIGNATURE}")] if intact else []
+        return [Finding.unseen(SIGNED, f"there is none to verify: no {SIGNATURE}")] if intact else []
     try:
         found = signature.read(directory)
     except ArtifactError as error:
