@@ -15,9 +15,11 @@ import families
 import pico
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
 
+import solidify
 from solidify.command import starting
 from solidify.errors import RecipeError, SolidifyError
 from solidify.recipe import dry_run, json_schema
@@ -81,7 +83,7 @@ def test_a_draft_for_any_family_is_planned_as_it_is(family: str, tmp_path: Path)
     recipe = made(tmp_path / "base", tmp_path / "recipe.yaml")
     plan = dry_run.plan(recipe)
     assert plan.edits and all(edit.new_class == "Gate" for edit in plan.edits)
-    if family != "gemma3":  # which gets an empty tokenizer of its family from transformers
+    if family not in ("gemma3", "bert"):  # which get an empty tokenizer of their family from transformers
         assert (recipe.adapter is not None) == (FAMILIES[family] == "AutoModelForCausalLM")
     text = (tmp_path / "recipe.yaml").read_text()
     assert ("# Nothing is trained yet" in text) == (recipe.adapter is None)
@@ -98,6 +100,73 @@ def test_what_is_asked_for_stands_in_it(base: Path, tmp_path: Path, monkeypatch:
     assert recipe.base.model == "../base" and recipe.base.dtype == "bfloat16"
     assert recipe.data is not None and recipe.data.train == "../rows.jsonl" and recipe.data.eval is None
     assert not Path("work/gate.py").exists()
+
+
+def save_classified(directory: Path, kind: str) -> tuple[Path, Path]:
+    """Writes a base that classifies, what prepares its inputs, and rows for it."""
+    head = {"bert": "SequenceClassification", "distilbert": "SequenceClassification"}.get(kind, "ImageClassification")
+    base = directory / "base"
+    families.tiny(kind, f"AutoModelFor{head}").save_pretrained(base)
+    rows = [{"text": "a b a", "label": n % 2} for n in range(8)]
+    if "Image" in head:
+        size = AutoConfig.from_pretrained(base).to_dict().get("image_size", 32)
+        ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(base)
+        Image.new("RGB", (16, 16)).save(directory / "0.png")
+        rows = [{"image": "0.png", "label": n % 2} for n in range(8)]
+    else:
+        save_tokenizer(base)
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return base, directory / "rows.jsonl"
+
+
+def test_a_causal_model_is_trained_as_it_is(base: Path, tmp_path: Path) -> None:
+    recipe = made(base, tmp_path / "work" / "plain.yaml", replace="none")
+    assert not recipe.surgery and os.listdir(tmp_path / "work") == ["plain.yaml"]
+    assert recipe.adapter is not None and recipe.adapter.train == []
+    assert recipe.data is not None and recipe.data.eval == "builtin:pydoc-heldout"
+    assert set(dry_run.plan(recipe).trainable) == {
+        f"lora model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qv"
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "full"),
+    [
+        ("bert", "bert.encoder.layer.0.attention.self.query", {"classifier.weight", "classifier.bias"}),
+        ("distilbert", "distilbert.transformer.layer.0.attention.q_lin", {"pre_classifier.weight", "classifier.bias"}),
+        ("vit", "vit.layers.0.attention.q_proj", {"classifier.weight", "classifier.bias"}),
+        ("resnet", "", {"classifier.1.weight"}),
+    ],
+)
+def test_a_head_is_trained_on_labelled_rows(kind: str, lora: str, full: set[str], tmp_path: Path) -> None:
+    base, rows = save_classified(tmp_path, kind)
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"does not learn from the text that is built in, but from .* \(--data\)"):
+        made(base, path, replace="none")
+    recipe = made(base, path, replace="none", data=str(rows))
+    plan = dry_run.plan(recipe)
+    assert not recipe.surgery and "max_length" not in path.read_text()
+    assert {f"full {name}" for name in full} <= set(plan.trainable)
+    assert (f"lora {lora}" in plan.trainable) if lora else not any(name.startswith("lora") for name in plan.trainable)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_what_is_drafted_for_labelled_rows_runs(kind: str, tmp_path: Path) -> None:
+    base, rows = save_classified(tmp_path, kind)
+    recipe = made(base, tmp_path / "recipe.yaml", replace="none", data=str(rows))
+    report = solidify.run(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert report.passed and recipe.adapter is not None and recipe.adapter.train == ["classifier"]
+
+
+def test_labelled_rows_are_trained_on_with_surgery_too(tmp_path: Path) -> None:
+    base, rows = save_classified(tmp_path, "bert")
+    recipe = made(base, tmp_path / "recipe.yaml", data=str(rows))
+    assert recipe.surgery and recipe.adapter is not None and recipe.adapter.train == ["**.scale", "classifier"]
+
+
+def test_nothing_is_put_in_the_place_of_nothing(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--with says by what modules are replaced, and --replace none that none is"):
+        made(base, tmp_path / "recipe.yaml", replace="none", module="gate.py:Gate")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +203,6 @@ def test_what_is_there_is_not_replaced(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_gate_starts_as_what_it_holds(base: Path, tmp_path: Path) -> None:
-    import solidify
     from solidify.recipe import models
 
     recipe = made(base, tmp_path / "recipe.yaml")
@@ -169,6 +237,18 @@ def test_on_a_terminal_what_no_option_says_is_asked(base: Path, tmp_path: Path) 
     assert process.wait(300) == 0, shown
     assert "Which modules are replaced" in shown and "By which class" in shown and "File to train on" not in shown
     assert Recipe.load(tmp_path / "recipe.yaml").surgery[0].replace == "model.layers.*.self_attn"  # type: ignore[attr-defined]
+
+
+def test_nothing_is_an_answer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(words: str, **_: Any) -> str:
+        asked.append(words)
+        return "none" if "replaced" in words else ""
+
+    monkeypatch.setattr(starting.typer, "prompt", answer)
+    found = starting._ask(Drafting(Asked(str(base), tmp_path / "recipe.yaml")))
+    assert found.plain and len(asked) == 2, "by which class is not asked"
 
 
 def _read_all(terminal: int) -> str:

@@ -23,7 +23,10 @@ def init(
     model: Annotated[str, typer.Argument(help="A hub id, a directory, an artifact, or builtin:NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     replace: Annotated[
-        str | None, typer.Option("--replace", help="What to replace: a module name, * for numbers.")
+        str | None,
+        typer.Option(
+            "--replace", help="What to replace: a module name, * for numbers; none for LoRA on the base as it is."
+        ),
     ] = None,
     with_: Annotated[
         str | None, typer.Option("--with", help="By what: file.py:Name, or package.module:Name; left out, a gate.py.")
@@ -43,7 +46,7 @@ def init(
         from solidify.system import console
 
     asked = drafting.Asked(model, output, revision, dtype, trust_remote_code, replace, with_, data)
-    _refuse_standing([output, *([output.with_name("gate.py")] if with_ is None else [])])
+    _refuse_standing(asked.files)
     with console.stage(f"Reading {model}"):
         drafting_of = drafting.Drafting(asked)
     if sys.stdin.isatty() and sys.stderr.isatty():
@@ -97,6 +100,7 @@ def _write_files(made: dict[Path, str]) -> None:
 
 def _ask(drafting: Drafting) -> Asked:
     """Asks for what no option said, with what is suggested as the answer to an empty line."""
+    from solidify.recipe.drafting import NONE
     from solidify.system import console
 
     asked: Asked = drafting.asked
@@ -105,10 +109,11 @@ def _ask(drafting: Drafting) -> Asked:
         for number, branch in enumerate(targets[:_OFFERED], 1):
             console.words.print(f"{number:3} {branch.name}  {branch.kind} x {branch.times}")
         suggested = console.printable(targets[0].name)
-        answer = typer.prompt("Which modules are replaced (a number or a name)", default=suggested, err=True)
+        words = "Which modules are replaced (a number, a name, or none)"
+        answer = typer.prompt(words, default=suggested, err=True)
         chosen = int(answer) - 1 if answer.isdecimal() else -1
         answers["replace"] = targets[chosen].name if 0 <= chosen < len(targets) else answer
-    if asked.module is None:
+    if asked.module is None and NONE not in (asked.replace, answers.get("replace")):
         words = "By which class (file.py:Name, package.module:Name; empty: a gate.py is written)"
         answers["module"] = typer.prompt(words, default="", show_default=False, err=True) or None
     if asked.data is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from solidify.model import anatomy
 from solidify.recipe import dry_run, schema
 from solidify.surgery import selection
 from solidify.system import console, files
+from solidify.training import formats
 
 _SUGGESTED = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "intermediate", "attention", "self_attn", "attn")
 _LINEAR = ("Linear", "Conv1D")
 _SHOWN, _TRIED, _ADAPTED = 16, 4, 2
+_OF_TEXT = ("text", "masked")
+NONE = "none"  # what `replace` says where nothing is replaced
 MODULE = "Gate"
 _GATE = '''\
 """A module to start from: what stood there before, times a number that starts at one and is learned."""
@@ -52,7 +55,8 @@ class Gate(nn.Module):
 class Asked:
     """What a recipe shall say: the base, what is replaced (None: chosen here) by what (None: a gate), and the data.
 
-    `path` is where it will stand. `data` may be a file, relative to the current directory, or a `builtin:` name.
+    With `replace` as `none` there is no surgery: LoRA on the base as it is, and its head where data has labels. `path`
+    is where the recipe will stand. `data` may be a file, relative to the current directory, or a `builtin:` name.
     """
 
     model: str
@@ -63,6 +67,17 @@ class Asked:
     replace: str | None = None
     module: str | None = None
     data: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is replaced."""
+        return self.replace == NONE
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are written: the recipe, and a module where one is needed and none was named."""
+        gate = [self.path.with_name("gate.py")] if self.module is None and not self.plain else []
+        return [self.path, *gate]
 
 
 class Drafting:
@@ -104,10 +119,12 @@ class Drafting:
             SolidifyError: what was asked for does not fit the model, or nothing of it could be suggested.
         """
         asked = self.asked
+        if asked.plain:
+            return self._write_plain()
         wanted = [asked.replace] if asked.replace is not None else [each.name for each in self.targets()[:_TRIED]]
         if not wanted:
             raise RecipeError(f"{asked.model} has no module that could be replaced")
-        trains = [True, False] if self._is_taught_text() else [False]
+        trains = [True, False] if asked.data is not None or self._is_taught_text() else [False]
         fault: SolidifyError | None = None
         for target in wanted:
             for with_adapter in trains:
@@ -122,9 +139,41 @@ class Drafting:
         assert fault is not None
         raise fault
 
+    def _write_plain(self) -> dict[Path, str]:
+        """Returns a recipe that trains the base as it is.
+
+        Raises:
+            SolidifyError: nothing of it can be trained, or what its head learns from was not named or does not fit.
+        """
+        asked = self.asked
+        if asked.module is not None:
+            raise RecipeError(
+                f"--with says by what modules are replaced, and --replace {NONE} that none is: leave one out"
+            )
+        learned = formats.learned_by(self.model)
+        if asked.data is None and not {*_OF_TEXT} & {*learned}:
+            rows = " or ".join(str(formats.FORMATS[name]) for name in learned) or "rows that no format here has"
+            raise RecipeError(
+                f"{type(self.model).__name__} does not learn from the text that is built in, but from {rows}; name a "
+                "file of such rows (--data)"
+            )
+        lines = [
+            *self._write_head(),
+            "# Nothing of it is replaced: what is trained stands beside it, and is merged into it at the end.",
+            "# A section `surgery` would change it first (docs/surgery.md); solidify inspect shows the tree.",
+            "",
+            *self._write_training("", commented=False),
+            *self._write_output(),
+        ]
+        written = {asked.path: _join_lines(lines)}
+        with console.silence():
+            dry_run.plan(schema.judge(files.parse_yaml(written[asked.path]), asked.path))
+        return written
+
     def _is_taught_text(self) -> bool:
-        """Returns whether the model learns from plain text: it writes, and has a tokenizer."""
-        return isinstance(self.tokenizer, PreTrainedTokenizerBase) and bool(self.model.can_generate())
+        """Returns whether the model learns from plain text: it writes, or fills gaps, and has a tokenizer."""
+        learned = {*_OF_TEXT} & {*formats.learned_by(self.model)}
+        return isinstance(self.tokenizer, PreTrainedTokenizerBase) and bool(learned)
 
     def _try(self, target: str, with_adapter: bool) -> dict[Path, str]:
         """Writes the files for a target in a directory that is removed again, and has them planned."""
@@ -146,16 +195,10 @@ class Drafting:
         return written
 
     def _write_recipe(self, target: str, found: Any, with_adapter: bool) -> str:
-        (kind, count), path = next(iter(found.classes.items())), self.asked.path
+        kind, count = next(iter(found.classes.items()))
         module = self.asked.module or f"gate.py:{MODULE}"
         lines = [
-            f"# solidify plan {path.name}    what it would do; writes nothing",
-            f"# solidify run {path.name}     all of it; results go to `output`",
-            "# solidify schema --output recipe.schema.json gives an editor the keys; docs/recipe.md explains them.",
-            "",
-            f"# {type(self.model).__name__}: {anatomy.count(self.model.parameters()):,} parameters.",
-            self._write_base(),
-            "",
+            *self._write_head(),
             "# What can be replaced here (`*` stands for numbers; solidify inspect shows the whole tree):",
             *self._list_targets(),
             "surgery:",
@@ -167,8 +210,22 @@ class Drafting:
             "",
         ]
         lines += self._write_training(target, commented=not with_adapter)
-        lines += [f"output: {_quote(f'build/{path.stem}')}", ""]
-        return "\n".join(line.rstrip() for line in lines)
+        return _join_lines([*lines, *self._write_output()])
+
+    def _write_head(self) -> list[str]:
+        path = self.asked.path
+        return [
+            f"# solidify plan {path.name}    what it would do; writes nothing",
+            f"# solidify run {path.name}     all of it; results go to `output`",
+            "# solidify schema --output recipe.schema.json gives an editor the keys; docs/recipe.md explains them.",
+            "",
+            f"# {type(self.model).__name__}: {anatomy.count(self.model.parameters()):,} parameters.",
+            self._write_base(),
+            "",
+        ]
+
+    def _write_output(self) -> list[str]:
+        return [f"output: {_quote(f'build/{self.asked.path.stem}')}", ""]
 
     def _write_base(self) -> str:
         asked, name = self.asked, self.asked.model
@@ -191,7 +248,7 @@ class Drafting:
 
     def _adapted(self, target: str) -> list[str]:
         """Returns linear layers that repeat and are not within the target, those of attention first."""
-        inside = f"{anatomy.fold([target])[0]}."
+        inside = f"{anatomy.fold([target])[0]}." if target else "."  # of no target, nothing is within
         names = [branch.name for branch in self.branches if branch.kind in _LINEAR and ".*." in branch.name]
         free = [name for name in names if not f"{name}.".startswith(inside)]
         attention = [name for name in free if "att" in name]
@@ -204,21 +261,21 @@ class Drafting:
         layers = self._adapted(target)
         chosen = [name for name in layers if name.rpartition(".")[2] in ("q_proj", "v_proj", "query", "value")]
         chosen = (chosen or layers)[:_ADAPTED]
-        new = "[]" if self.asked.module is not None else '["**.scale"]'
+        full = [] if self.asked.module is not None or self.asked.plain else ["**.scale"]
+        full += self._list_heads() if self.asked.data is not None else []
         turned = ", fan_in_fan_out: true" if self._kinds(chosen) == {"Conv1D"} else ""
         named = ", ".join(map(_quote, chosen))
+        hint = "" if full else " # names of modules or parameters that are trained in full"
         lora = f"{{r: 8, lora_alpha: 16, target_modules: [{named}]{turned}}}" if chosen else "null"
-        held_out = self.asked.data is None
-        train = _quote(self._data_name())
         lines = [
             "# What is trained: LoRA's own fields, and names of modules or parameters that are trained in full.",
             *([f"# LoRA can go on: {', '.join(layers[:_SHOWN])}"] if layers else []),
             "adapter:",
             f"  lora: {lora}",
-            f"  train: {new}" + (" # the new modules' parameters, for example" if new == "[]" else ""),
+            f"  train: [{', '.join(map(_quote, full))}]{hint}",
             "objective:",
             "  - {loss: model} # the model's own loss; docs/losses.md has more terms",
-            f"data: {{train: {train}{', eval: builtin:pydoc-heldout' if held_out else ''}, max_length: 256}}",
+            self._write_data(),
             "training: # fields of TrainingArguments, or of TRL's SFTConfig",
             "  max_steps: 20",
             "  per_device_train_batch_size: 2",
@@ -232,6 +289,21 @@ class Drafting:
         yield from (f"# ({part})" for part in self.untaught.splitlines())
         yield from (f"# {line}" for line in lines)
 
+    def _list_heads(self) -> list[str]:
+        """Returns the modules of a head that learns from labels: what stands beside the model's body. It may be new."""
+        labelled = set(formats.learned_by(self.model)) & set(formats.LABELLED)
+        if not labelled or self.model.base_model is self.model:
+            return []
+        beside = [(name, part) for name, part in self.model.named_children() if part is not self.model.base_model]
+        return [name for name, part in beside if any(True for _ in part.parameters())]
+
+    def _write_data(self) -> str:
+        """Writes where rows are read. What is built in has a part that is held out; an encoder says itself how long its
+        rows may be, and pictures have no length."""
+        more = ", eval: builtin:pydoc-heldout" if self.asked.data is None else ""
+        more += ", max_length: 256" if set(formats.NEXT_TOKEN) & set(formats.learned_by(self.model)) else ""
+        return f"data: {{train: {_quote(self._data_name())}{more}}}"
+
     def _data_name(self) -> str:
         name = self.asked.data
         if name is None:
@@ -239,6 +311,10 @@ class Drafting:
         if name.startswith("builtin:") or os.path.isabs(name) or not files.is_file(name):
             return name
         return os.path.relpath(name, self.asked.path.resolve().parent)
+
+
+def _join_lines(lines: Iterable[str]) -> str:
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _quote(value: Any) -> str:
