@@ -463,3 +463,27 @@ def test_every_family_with_such_a_block_takes_it() -> None:
 
 
 REFUSED = ["dbrx", "inkling_text", "llama4", "llama4_text", "switch_transformers", "zaya"]
+
+
+def test_worth_is_counted_in_float32_and_in_an_artifacts_own_class(tmp_path: Path) -> None:
+    """In bfloat16 a count stops at 256, and an artifact's class is another than this one."""
+    rows = [{"input_ids": pico.tokens(4, 500, seed=seed)} for seed in range(2)]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = pico.olmoe(1, dtype=dtype)
+        solidify.replace(model, "model.layers.0.mlp", TrashCanMoE)
+        found[dtype] = measure_worth(model, rows)["model.layers.0.mlp"].float()
+    assert torch.allclose(found[torch.bfloat16], found[torch.float32], atol=5e-3)
+    model = pico.olmoe(1)
+    edits = solidify.replace(model, "model.layers.0.mlp", TrashCanMoE)
+    pico.artifact(model, edits, tmp_path / "artifact")
+    loaded = measure_worth(solidify.load(tmp_path / "artifact"), rows)["model.layers.0.mlp"]
+    assert torch.allclose(loaded, found[torch.float32], atol=1e-5)
+
+
+def test_experts_are_scored_by_token_where_slots_are_skipped() -> None:
+    model = awake(2)
+    for layer in model.model.layers:
+        layer.mlp.trash.bias.fill_(-1.9)
+    scores = solidify.score_experts(model, "model.layers.*.mlp", ({"input_ids": pico.tokens(2, 12)} for _ in range(2)))
+    assert scores.tokens == 48

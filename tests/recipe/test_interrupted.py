@@ -10,6 +10,7 @@ from typing import Any
 
 import pico
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -384,3 +385,40 @@ def test_no_card_of_a_run_names_where_it_ran(beside: Path, trained: Path) -> Non
     assert {path.parent.name for path in found} >= {"artifact", "adapter", "merged", "checkpoint-2"}
     for path in found:
         assert str(beside) not in path.read_text() and str(trained) not in path.read_text(), path
+
+
+def test_what_failed_follows_a_model_wherever_it_goes(trash_artifact: Path, tmp_path: Path) -> None:
+    """Loaded and saved again, as the base of another artifact, merged into a plain model and changed: it is kept."""
+    wrong = Finding("a check", False, "it does not hold")
+    tuned = solidify.attach(solidify.load(trash_artifact), lora={"r": 2, "target_modules": ["**.q_proj"]})
+    first = solidify.save_adapter(tuned, tmp_path / "first", found=[wrong])
+    again = solidify.load_adapter(solidify.load(trash_artifact), first, trainable=True)
+    second = solidify.save_adapter(again, tmp_path / "second")
+    assert manifest.read(second).failed == [wrong.document()]
+    base = Path(shutil.copytree(trash_artifact, tmp_path / "base"))
+    results.keep_failures(base, [wrong])
+    beside = solidify.attach(solidify.load(base), lora={"r": 2, "target_modules": ["**.q_proj"]})
+    with torch.no_grad():
+        for name, parameter in beside.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    third = solidify.save_adapter(beside, tmp_path / "third")
+    assert manifest.read(third).failed == [wrong.document()]
+    assert check.MADE in {finding.name for finding in check.check(third).failed}
+    merged = export.merge(third, tmp_path / "merged")
+    assert merged.manifest.failed == [wrong.document()], "once, though base and adapter keep it"
+
+
+def test_what_failed_of_a_plain_model_is_kept_by_what_is_built_on_it(beside: Path, tmp_path: Path) -> None:
+    plain = {**document(), "surgery": [], "adapter": {"train": ["model.norm"]}}
+    del plain["objective"]
+    made = load(beside, "plain.yaml", plain)
+    stages.build_alone(made, tmp_path / "run")
+    wrong = Finding("a check", False, "it does not hold")
+    results.keep_failures(tmp_path / "run" / "artifact", [wrong])
+    for name, surgery in (("changed", document()["surgery"]), ("copied", [])):
+        other = {**document(), "base": {"model": str(tmp_path / "run" / "artifact")}, "surgery": surgery}
+        other["adapter"] = {"train": ["model.norm"]}
+        report = stages.build(load(beside, f"{name}.yaml", other), tmp_path / name)
+        assert manifest.read(tmp_path / name / "artifact").failed == [wrong.document()], name
+        assert wrong in report.failed, name

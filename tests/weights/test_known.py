@@ -145,3 +145,19 @@ def test_what_is_known_goes_under_another_name_unread(
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert digest_cache.recall_entries(entries.values()) == {}
+
+
+def test_an_empty_tensor_keeps_its_own_digest(tmp_path: Path) -> None:
+    """It begins where the next one does."""
+    state = {"x": torch.randn(4, 8), "empty": torch.zeros(0, 3), "y": torch.randn(8, 8)}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    store.store(state, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    time.sleep(0.1)
+    known, entries = digest_cache.digests([file]), format.read_header(file)
+    for kept in (("y", "empty"), ("empty", "x")):
+        found = store.store({n: state[n] for n in kept}, tmp_path / "b", origins={n: entries[n] for n in kept})
+        assert found == {name: known[name] for name in kept}
+        written = tmp_path / "b" / "model.safetensors"
+        assert digest_cache.digests([written]) == digest_cache.digests([written], fresh=True) == found

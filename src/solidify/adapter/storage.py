@@ -48,6 +48,7 @@ from solidify.weights.format import TensorSource
 
 WEIGHTS = configured.WEIGHTS
 CONFIG = "adapter_config.json"
+_FAILED = "_solidify_failed"  # attribute of a PeftModel: by adapter, what the manifest that it was loaded with keeps
 
 
 def save_adapter(
@@ -104,7 +105,7 @@ def save_adapter(
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
             versions=manifest.current_versions(),
             recipe=recipe,
-            failed=results.failed_of(found),
+            failed=_collect_failed(model, name, base.record, found),
         )
         _write_card(staging, draft, base)
         replace(draft, files={name: hashing.digest_file(staging / name) for name in (CONFIG, manifest.CARD)}).write(
@@ -114,6 +115,13 @@ def save_adapter(
             model, name, staging, base, load_adapter, lambda m: _named_held(m, name, trained["buffers"])
         )
     return directory
+
+
+def _collect_failed(model: PeftModel, name: str, base: Manifest, found: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Returns what failed of the base, of the adapter that was loaded under this name, and now; each once."""
+    loaded: dict[str, list[dict[str, Any]]] = vars(model).get(_FAILED, {})
+    every = [*base.failed, *loaded.get(name, []), *results.failed_of(found)]
+    return [each for place, each in enumerate(every) if each not in every[:place]]
 
 
 def _quantization(model: nn.Module) -> dict[str, str]:
@@ -296,6 +304,7 @@ def _inject(
         _fill_adapter(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
         refuse(AdapterError, f"{named} was not loaded completely", _load_faults(peft_model, state, name, moved))
+    vars(peft_model).setdefault(_FAILED, {})[name] = record.failed
     release_originals(peft_model)
     return peft_model.train(trainable)
 

@@ -236,12 +236,13 @@ def _trace_descent(model: PreTrainedModel, base: dict[str, Any] | None) -> Manif
     if descent.is_solid(model):
         before = manifest.read(Path(model.config.name_or_path), "artifact")
         return Manifest("artifact", before.base, before.lineage, before.edits, failed=before.failed)
+    earlier = results.failed_of_base(companions.directory_of(model.config))
     found = base or {
         "model": model.config.name_or_path,
         "class": type(model).__name__,
         **companions.rights(model.config),
     }
-    return Manifest("artifact", found, [{"step": "base", **found}])
+    return Manifest("artifact", found, [{"step": "base", **found}], failed=earlier)
 
 
 def write(

@@ -19,7 +19,7 @@ from solidify.artifact.companions import Carried
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.artifact.told import Told
-from solidify.directory import manifest, trust, writing
+from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -138,6 +138,7 @@ def _describe(staging: Path, base: BaseModel, recipe: dict[str, Any] | None) -> 
         headers={path.name: format.header_digest(path) for path in weights},
         versions=manifest.current_versions(),
         recipe=recipe,
+        failed=results.failed_of_base(companions.directory_of(base.model.config)),
     )
     if not (staging / manifest.CARD).is_file():
         write_card(staging, draft, anatomy.count(base.model.parameters()))

@@ -12,7 +12,7 @@ from solidify.directory import manifest, ours, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
-from solidify.system import console
+from solidify.system import console, files
 from solidify.weights import hashing
 
 TOGETHER = "the results belong together"
@@ -68,6 +68,13 @@ def keep_failures(part: Path, findings: Iterable[Finding]) -> None:
     failed = [each for each in failed_of(findings) if each not in record.failed]
     if failed:
         replace(record, failed=[*record.failed, *failed]).write(part)
+
+
+def failed_of_base(base: Path | None) -> list[dict[str, Any]]:
+    """Returns what the manifest of a base keeps of what failed; nothing where it has none."""
+    if base is None or not files.is_file(base / manifest.NAME):
+        return []
+    return manifest.read(base, closed=False).failed
 
 
 def failed_of(findings: Iterable[Finding]) -> list[dict[str, Any]]:

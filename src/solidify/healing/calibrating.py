@@ -6,7 +6,7 @@ same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from solidify.weights import mapped
 def score_experts(
     model: PreTrainedModel | str | Path,
     where: str | Sequence[str],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     by: str = "reap",
     stream: bool | None = None,
@@ -48,6 +48,7 @@ def score_experts(
         SurgeryError: a name means nothing, or what it names has no experts.
         HealingError: `by` is unknown, there are no batches, the model does not run on them or cannot be streamed.
     """
+    batches = list(batches)
     faults = [] if by in METHODS else [f"by is one of {', '.join(METHODS)}, but {by!r} was given"]
     faults += [] if len(batches) else ["there are no batches"]
     refuse(HealingError, "the experts cannot be scored as asked", faults)

@@ -297,7 +297,8 @@ class _Writing:
         for key, entry in here.items():
             unit = self.units.get(key)
             if unit is None:
-                supplies.append(TensorSource.stored(key, entry, known.get((entry.file, entry.start))))
+                digest = known.get((entry.file, entry.start)) if entry.shape.nbytes else None
+                supplies.append(TensorSource.stored(key, entry, digest))
             elif id(unit) not in seen:
                 seen.add(id(unit))
                 keys = [k for k in here if k in set(unit.keys)]

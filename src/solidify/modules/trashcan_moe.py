@@ -229,8 +229,10 @@ def measure_worth(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]
     Raises:
         ValueError: the model holds no TrashCanMoE, or there is no batch.
     """
-    cans = {name: module for name, module in model.named_modules() if isinstance(module, TrashCanMoE)}
-    sums = {name: (torch.zeros_like(can.trash.worth), torch.zeros_like(can.trash.worth)) for name, can in cans.items()}
+    # By name: an artifact has a class of its own, from its copy of this file.
+    cans: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m).__name__ == TrashCanMoE.__name__}
+    zeros = {name: torch.zeros_like(can.trash.worth, dtype=torch.float32) for name, can in cans.items()}
+    sums = {name: (zero, zero.clone()) for name, zero in zeros.items()}  # half precision counts to 256
 
     def watch(name: str) -> Any:
         """Makes a hook that measures each slot by itself."""

@@ -243,6 +243,7 @@ def build(
                 found=report.stages["surgery"],
             )
     report.add("build", artifact.findings)
+    report.carry("build", results.failures(target))
     return report
 
 

@@ -101,12 +101,15 @@ class BlockScorer:
             return
         self._busy, parts, self._parts = True, self._parts, []
         try:
-            if self._apart is None:
-                self._apart = len(parts) == 1 and _adds_up(parts[0], self.size)
-            if self._apart:
+            whole = contract.tensors_in(output)[0]
+            # A block that skips slots calls its experts with a row a slot, and not one a token.
+            by_token = len(parts) == 1 and len(parts[0].given("index")) == whole.numel() // whole.shape[-1]
+            if self._apart is None and by_token:
+                self._apart = _adds_up(parts[0], self.size)
+            if self._apart and by_token:
                 self._add_pairs(parts[0])
             else:
-                self._add_alone(args, kwargs, contract.tensors_in(output)[0])
+                self._add_alone(args, kwargs, whole)
         finally:
             self._busy = False
 

@@ -325,8 +325,9 @@ def _move_bytes(entry: Entry, descriptor: int, offsets: Mapping[str, int], advan
                     raise
                 advance(-done)  # what was copied is written once more
                 return False
-            if not moved:
-                raise ArtifactError(f"{entry.file} ends within {entry.name}: it is truncated")
+            if not moved:  # the end of the file, or a file system that cannot: reading tells
+                advance(-done)
+                return False
             done += moved
             advance(moved)
     return True
