@@ -108,6 +108,29 @@ def test_a_template_that_changes_is_another_recipe(tmp_path: Path, monkeypatch: 
     assert tmp_path / "chat.jinja" in asked.inputs()  # nothing is written over it
 
 
+def test_a_module_that_changes_is_built_anew_by_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pico.unwitnessed(monkeypatch)
+    source = (
+        "from torch import nn\n\n\nclass Passing(nn.Module):\n    def __init__(self, original):\n"
+        "        super().__init__()\n        self.original = original\n\n"
+        "    def forward(self, x):\n        return self.original(x)\n"
+    )
+    (tmp_path / "gate.py").write_text(source)
+    step = {**STEP, "with": "gate.py:Passing"}
+    asked = recipe_of(tmp_path, save_base(tmp_path / "base"), {}, surgery=[step])
+    assert solidify.run(asked, tmp_path / "run").passed
+    parts = [tmp_path / "run" / part for part in ("artifact", "adapter", "merged")]
+    before = [manifest.read(part) for part in parts]
+    assert solidify.run(asked, tmp_path / "run", resume=True).passed
+    assert [manifest.read(part) for part in parts] == before  # nothing is repeated
+    (tmp_path / "gate.py").write_text(source.replace("self.original(x)", "1.0 * self.original(x)"))
+    assert solidify.run(asked, tmp_path / "run", resume=True).passed
+    assert "1.0 *" in (tmp_path / "run" / "artifact" / "gate.py").read_text()
+    after = [manifest.read(part) for part in parts]
+    assert after[1].base["code"] == after[0].digest()["code"] != before[0].digest()["code"]
+    assert not results.misfits(tmp_path / "run")
+
+
 def test_an_artifact_of_which_nothing_is_said_stays_byte_for_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

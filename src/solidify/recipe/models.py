@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import companions, loading, vocabulary
+from solidify.artifact import companions, loading, sources, vocabulary
 from solidify.artifact.conversion import Scratch
 from solidify.artifact.loading import BaseModel
 from solidify.builtin import bases
+from solidify.directory import manifest, results
 from solidify.errors import ModelError, RecipeError, raised_as
 from solidify.model.extent import Extent
 from solidify.recipe import calibration, references
@@ -22,7 +23,8 @@ from solidify.recipe.sections import Base
 from solidify.surgery import ledger
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_scores import ExpertScores
-from solidify.system import files
+from solidify.system import console, files
+from solidify.weights import hashing
 
 
 def load_base(recipe: Recipe, device: str = "cpu", scratch: Path | None = None) -> BaseModel:
@@ -99,6 +101,32 @@ def operate(
     """
     context = _Beside(recipe, Extent.given(extent, model), preparing)
     return [edit for step in recipe.surgery for edit in step.apply(model, context)]
+
+
+def is_built(recipe: Recipe, artifact: Path) -> bool:
+    """Returns whether an artifact is whole, of this recipe, and of its modules' code as that stands now."""
+    if not results.is_made_by(artifact, results.built_by(recipe.document()), manifest.MODELS):
+        return False
+    if other := carries_other_code(recipe, artifact):
+        console.words.print(f"{artifact} was built of other code than the recipe's modules are now: it is built anew")
+    return not other
+
+
+def carries_other_code(recipe: Recipe, artifact: Path) -> bool:
+    """Returns whether an artifact carries other code of the user's than the recipe's modules are made of now.
+
+    Raises:
+        SolidifyError: there is no such base, module or artifact any more.
+    """
+    if not recipe.surgery:
+        return False
+    base = load_base(recipe, device="meta")
+    edits = operate(recipe, base.model, preparing=base.processor or base.tokenizer)
+    made = sources.compile_sources(base.model, edits)
+    generated = {sources.OPERATIONS, *(f"{reference.rpartition('.')[0]}.py" for reference in made.auto_map.values())}
+    own = {name: text for name, text in made.files.items() if name not in generated}
+    record = manifest.read(artifact)
+    return any(record.code.get(name) != hashing.digest_bytes(text.encode()) for name, text in own.items())
 
 
 class _Beside:

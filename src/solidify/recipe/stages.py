@@ -36,7 +36,7 @@ from solidify.recipe import (
 from solidify.recipe.dry_run import Plan, plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
-from solidify.system import console, processes
+from solidify.system import console, foreign, processes
 
 SEED = 42  # transformers' own default
 
@@ -148,6 +148,8 @@ def _find_finished(whole: Recipe, placed: Recipe, directory: Path) -> Report | N
     parts += [f"{ours.HEAL}/{part}" for part in ("adapter", "merged") if heal is not None and heal.distill is not None]
     if any(results.find_whole(directory / name) is None for name in parts) or results.misfits(directory):
         return None
+    if foreign.attempt(models.carries_other_code, placed, directory / "artifact").value:  # if it can be compared
+        return None
     stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
     return Report(found["subject"], stages, found["measured"])
 
@@ -189,7 +191,7 @@ def build(
     recipe = placement.place(recipe, directory, report, again=not resume)
     target = directory / "artifact"
     document = results.built_by(recipe.document())
-    if resume and results.is_made_by(target, document, manifest.MODELS):
+    if resume and models.is_built(recipe, target):
         report.add("build", _look_again(target))
         report.carry("build", results.failures(target))
         return report
