@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 import solidify
-from solidify.errors import ModelError
+from solidify.errors import ModelError, SolidifyError
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 PLAN = [8, "M", 16, "M"]
@@ -137,6 +137,24 @@ def test_lora_on_convolutions_learns_labels_and_merges(vgg: Path, tmp_path: Path
     solidify.merge(tmp_path / "adapter", tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(solidify.load(tmp_path / "merged")(IMAGES).logits, attached, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", ["auto", "classification", "sft"])
+def test_a_recipe_that_would_train_it_says_what_to_do(vgg: Path, tmp_path: Path, trainer: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "label": 0}\n')
+    document = {
+        "base": {"model": str(vgg)},
+        "adapter": {"train": ["module.head"]},
+        "data": {"train": "rows.jsonl"},
+        "trainer": trainer,
+        "training": {"max_steps": 1},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(document))
+    with pytest.raises(SolidifyError) as caught:
+        solidify.plan(tmp_path / "r.yaml")
+    said = str(caught.value)
+    assert "is a module that solidify.wrap made a model of, which no rows of a recipe teach; train it from" in said
+    assert "give solidify.ObjectiveTrainer a data set of `pixel_values` and `labels`" in said
 
 
 def patch_forward(module: nn.Module) -> nn.Module:

@@ -174,6 +174,8 @@ def refuse_head(kind: Kind, model: PreTrainedModel) -> None:
             f"trainer: reward teaches a model that gives a text one score, and {type(plain).__name__} gives "
             f"{labels or 'none'}; take a base with a head for sequence classification and num_labels: 1"
         )
+    if kind.head == "classes" and not learned:
+        raise DataError(f"trainer: classification: {formats.explain_untaught(plain)}")
     if kind.head == "classes" and not set(learned) & set(formats.LABELLED):
         raise DataError(
             f"trainer: classification teaches heads that classify texts, tokens or images, and {type(plain).__name__} "

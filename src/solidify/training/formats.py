@@ -155,6 +155,23 @@ def _formats_of_label(label: Any) -> tuple[str, ...]:
     return ("classification", "regression")
 
 
+def explain_untaught(model: nn.Module) -> str:
+    """Says of a model that learns from no format what can be done with it."""
+    kind = type(model).__name__
+    taken = getattr(model.config, "example_inputs", None)
+    if isinstance(taken, Mapping) and "name" in taken:
+        return (
+            f"{kind} is a module that solidify.wrap made a model of, which no rows of a recipe teach; train it from "
+            "Python: solidify.load it, solidify.attach an adapter, give solidify.ObjectiveTrainer a data set of "
+            f"`{taken['name']}` and `labels`, and solidify.merge what it learned (a recipe of `base` and `surgery` "
+            "alone changes it)"
+        )
+    return (
+        f"{kind} has a head that no format here teaches; train it from Python with solidify.ObjectiveTrainer and data "
+        "of your own (a recipe of `base` and `surgery` alone changes it)"
+    )
+
+
 def refuse_unlearned(name: str, model: nn.Module) -> None:
     """Raises DataError for a format that a model's own loss cannot learn from, with those that it can."""
     learned = learned_by(model)
@@ -167,9 +184,5 @@ def refuse_unlearned(name: str, model: nn.Module) -> None:
             f"own, which learns from {_list(learned)}"
         )
     if not learned:
-        raise DataError(
-            f"{kind} has a head that no format here teaches (its rows would be {name}); train it from Python with "
-            "solidify.ObjectiveTrainer and data of your own, and give the recipe's `base` and `surgery` alone to "
-            "build it"
-        )
+        raise DataError(explain_untaught(model))
     raise DataError(f"the rows are {name} ({FORMATS[name].words}), but {kind} learns from {_list(learned)}")
