@@ -124,7 +124,7 @@ def test_a_killed_training_resumes_to_the_same_bits(
     # A checkpoint holds what is trained and not the base, and a finished training is left alone.
     held = set(load_file(checkpoints / "checkpoint-6" / "adapter_model.safetensors"))
     buffers = {name for name in held if "trained_buffers" in name}
-    assert {name.rpartition(".trash.")[2] for name in buffers} == {"bias", "kept"}
+    assert {name.rpartition(".trash.")[2] for name in buffers} == {"bias", "kept", "worth"}
     assert held - buffers == {
         name.replace("base_model.model.model", "base_model.model.trained_parameters.model")
         if "q_norm" in name
