@@ -22,6 +22,7 @@ from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError, ModelError, SurgeryError
 from solidify.model.cost import cost
 from solidify.modules.gated_attention import GatedAttention
+from solidify.upstream.bitsandbytes import keep_as_quantized
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'solidify[quantized]'")
 pytestmark = [
@@ -54,6 +55,8 @@ def trained(model: Any, **options: Any) -> Any:
 
 
 def logits(model: Any) -> torch.Tensor:
+    """Also of a model that transformers loaded by itself, on a CPU on which bitsandbytes packs weights anew."""
+    keep_as_quantized(model)
     with torch.no_grad():
         found: torch.Tensor = model(pico.tokens()).logits
     return found

@@ -23,6 +23,7 @@ from solidify.errors import AdapterError, refuse
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
+from solidify.upstream.bitsandbytes import keep_as_quantized
 from solidify.weights import mapped
 
 
@@ -43,6 +44,7 @@ def attach(
         AdapterError: the declaration does not fit the model (see `solidify.adapter.plan`), or PEFT made something else
             trainable than was declared. The model is then as it was, as after any other exception.
     """
+    keep_as_quantized(model)
     existing = lookup.peft_model(model)
     if existing is not None and name in existing.peft_config:
         raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")

@@ -43,6 +43,7 @@ from solidify.model import quantized
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, files, foreign
+from solidify.upstream.bitsandbytes import keep_as_quantized
 from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import TensorSource
 
@@ -236,6 +237,7 @@ def load_adapter(
             changed, `name` is taken, or the layout of its experts is not known. The model is then as it was.
     """
     directory = Path(directory).resolve()
+    keep_as_quantized(model)
     if foreign_adapter.is_one(directory):
         return _put_plain(model, directory, name, trainable=trainable, layout=layout)
     expert_files.refuse_layout(directory, layout)

@@ -33,6 +33,7 @@ from solidify.errors import ArtifactError, ModelError, SolidifyError, refuse
 from solidify.source import ownership
 from solidify.surgery import ledger
 from solidify.system import files, foreign
+from solidify.upstream.bitsandbytes import keep_as_quantized
 from solidify.upstream.transformers import implementations, without_conversion
 from solidify.weights import checkpoint
 from solidify.weights.hashing import digest_bytes
@@ -124,6 +125,8 @@ def load_base(
     }
     processor = read_processor(reference, revision, trust_remote_code=trust_remote_code, needed=device != "meta")
     tokenizer = read_tokenizer(reference, revision, trust_remote_code=trust_remote_code)
+    if quantized:
+        keep_as_quantized(model)
     return BaseModel(model.eval(), tokenizer, origin, processor)
 
 
