@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from solidify.__main__ import main
 from solidify.artifact import loading, stock
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
+from solidify.findings import Finding
 
 
 @pytest.fixture
@@ -133,6 +135,8 @@ def test_a_manifest_tells_nobody_where_it_was_made(
     if kind == "artifact":
         model = AutoModelForCausalLM.from_pretrained(base)
         pico.artifact(model, solidify.replace(model, "**.mlp", pico.wrappers.Scaled), made, recipe=recipe)
+        wrong = Finding("start identical", False, f"{base} differs by 1/2").document()
+        replace(manifest.read(made), failed=[wrong]).write(made)
     else:
         stock.build(loading.load_base(str(base)), tmp_path / "plain", recipe=recipe)
         made = tmp_path / "plain"
@@ -152,6 +156,8 @@ def test_a_manifest_tells_nobody_where_it_was_made(
     down = manifest.read(Path(snapshot_download("owner/solid", local_dir=tmp_path / "down")))
     assert manifest.faults(tmp_path / "down", down) == [] and down.digest() == manifest.read(made).digest()
     assert down.base["model"] == "base" and down.lineage[0]["model"] == "base"
+    assert [each["evidence"] for each in down.failed] == ["base differs by 1/2"][: len(down.failed)]
+    assert bool(down.failed) == (kind == "artifact")
     assert down.recipe is not None
     assert down.recipe["data"]["train"] == [{"path": "rows.jsonl"}, "more.jsonl", "rest.jsonl"]
     assert down.recipe["objective"] == [{"loss": "terms.py:term", "arguments": {"prefix": "/no_think"}}]

@@ -133,7 +133,8 @@ def _without_paths(record: Manifest) -> Manifest:
     """
     base = record.base if record.kind == "adapter" else _tell(record.base)
     lineage = [{k: v if k == "edits" else _tell(v, k) for k, v in step.items()} for step in record.lineage]
-    return replace(record, base=base, lineage=lineage, recipe=_tell(record.recipe))
+    failed = [{**found, "evidence": _tell_words(found["evidence"])} for found in record.failed]
+    return replace(record, base=base, lineage=lineage, recipe=_tell(record.recipe), failed=failed)
 
 
 def _tell(value: Any, key: str = "") -> Any:
@@ -145,11 +146,16 @@ def _tell(value: Any, key: str = "") -> Any:
     return manifest.told(value) if away else value
 
 
+def _tell_words(evidence: str) -> str:
+    """Names paths within a sentence by their last part."""
+    return " ".join(manifest.told(word) if _is_path(word) else word for word in evidence.split(" "))
+
+
 def _refuse_signed(directory: Path, record: Manifest, told: Manifest) -> None:
     """Raises ArtifactError when a signature would not hold of the manifest that is uploaded."""
     if not files.is_file(directory / manifest.SIGNATURE):
         return
-    parts = ("base", "lineage", "recipe")
+    parts = ("base", "lineage", "recipe", "failed")
     here, there = (dict(_walk_values({part: getattr(each, part) for part in parts})) for each in (record, told))
     key, text = next((key, text) for key, text in here.items() if there[key] != text)
     raise ArtifactError(
