@@ -76,7 +76,7 @@ def asleep(tokens: int = 64) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor
     generator = torch.Generator().manual_seed(1)
     trash = {}
     for i, layer in enumerate(model.model.layers):
-        logits = 2 * torch.randn(tokens, 16, generator=generator)
+        logits = 2 * torch.randn(tokens, 8, generator=generator)
         trash[f"model.layers.{i}.mlp.trash"] = layer.mlp.trash(torch.zeros(tokens, 32), logits, logits.topk(4).indices)
     return model, trash, torch.arange(tokens) % 7 != 0
 
