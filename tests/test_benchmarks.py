@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +128,86 @@ def test_arms_keep_the_share_that_is_asked_for(benchmark: Import) -> None:
     judge = benchmark("trash_judge")
     assert judge.area(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 1.0
     assert judge.area(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5
+
+
+MEASURED: dict[str, Any] = {
+    "machine": {"card": "one NVIDIA H100", "versions": {"torch": "2.13.0"}},
+    "shape": "Llama",
+    "rows": {
+        "lora": {
+            "missing": "",
+            "plain": [{"seconds": s, "memory": 2e9, "loss": 3.0} for s in (0.1, 0.2, 0.9)],
+            "ours": [{"seconds": s, "memory": 3e9, "loss": 3.5} for s in (0.3, 0.1, 0.2)],
+        },
+        "liger": {"missing": "liger_kernel is not installed", "plain": [], "ours": []},
+    },
+}
+
+
+def test_the_table_of_the_gpu_has_medians_and_says_what_is_missing(benchmark: Import) -> None:
+    gpu = benchmark("gpu")
+    section = gpu.write_section(MEASURED)
+    assert "On one NVIDIA H100, in bfloat16: Llama; medians of up to 3 processes" in section
+    assert "| LoRA, transformers' Trainer | 200 | 200 | 1.000 | 2 | 3 | 1.500 |" in section
+    assert "| LoRA with Liger's kernels | not measured: liger_kernel is not installed |" in section
+    assert "differ by at most 0.5" in section and "With torch 2.13.0." in section
+    page = gpu.write_page(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n", MEASURED)
+    assert page == f"before\n{gpu.BEGIN}\n\n{section}\n\n{gpu.END}\nafter\n"
+
+
+def test_the_page_says_what_the_gpu_measured(benchmark: Import) -> None:
+    gpu = benchmark("gpu")
+    page = gpu.PAGE.read_text(encoding="utf-8")
+    assert page == gpu.write_page(page, gpu.read_figures()), "python benchmarks/gpu.py writes both"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_nothing_is_measured(benchmark: Import, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert benchmark("gpu").main() == 2
+    assert "there is no CUDA device to measure; --dry-run" in capsys.readouterr().err
+
+
+def test_ways_take_turns_and_a_failure_is_a_row(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which processes are started, in which order, is all that is tried here; the slow test starts them."""
+    gpu, started = benchmark("gpu"), []
+
+    def run(script: str, *words: Any) -> None:
+        started.append(script)
+        if "changed" in words and script == "gpu_ours.py":
+            raise subprocess.CalledProcessError(1, script, stderr="Traceback\nValueError: no luck\n")
+        if script == "gpu_plain.py" or words[0] == "train":
+            Path(words[-1]).write_text(json.dumps({"seconds": 1.0, "memory": 1, "loss": 1.0}))
+
+    monkeypatch.setattr(gpu, "_run", run)
+    found = gpu.measure(["lora", "liger", "changed"], "tiny", 1)
+    plain, ours = "gpu_plain.py", "gpu_ours.py"
+    assert started[2:] == [plain, ours, plain, ours, ours, plain, plain, ours, ours, plain, plain, ours]
+    assert found["changed"]["missing"] == "ours failed: ValueError: no luck" and len(found["lora"]["ours"]) == 5
+    assert found["liger"]["missing"] in ("needs a GPU", "liger_kernel is not installed")
+
+
+@pytest.mark.slow
+def test_the_dry_run_trains_both_ways_and_writes_nothing() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--rows", "lora", "sft", "liger", "changed"]
+    files = [BENCHMARKS / "gpu.json", BENCHMARKS.parent / "docs" / "benchmarks.md"]
+    before = [path.exists() and path.read_bytes() for path in files]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| LoRA")]
+    assert [len([c for c in row.split("|") if c.strip()]) for row in rows] == [7, 7, 2, 7]
+    assert "not measured: needs a GPU" in rows[2]
+    assert [path.exists() and path.read_bytes() for path in files] == before
+
+
+@pytest.mark.slow
+def test_what_a_cpu_can_do_of_the_tests_for_a_gpu_passes() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "tests/gpu"]
+    more = {"SOLIDIFY_GPU_TESTS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=BENCHMARKS.parent, env={**os.environ, **more}
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed, " in done.stdout and " failed" not in done.stdout
