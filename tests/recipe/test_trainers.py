@@ -42,7 +42,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 REWARDS = """
 def brevity(completion_ids, answer, **kwargs):
-    return [-float(len(set(ids))) for ids in completion_ids]
+    # By the tokens too: a base may write answers of one length alone, and then nothing is to be learned.
+    return [-float(len(set(ids))) + sum(ids) % 7 / 7 for ids in completion_ids]
 
 
 def forgetful(completions):
