@@ -201,7 +201,7 @@ def write_recipe(directory: Path, base: Path, **training: Any) -> Path:
     document = {
         "base": {"model": str(base)},
         "surgery": [{"replace": "model.layers.*.mlp", "expect": "LlamaMLP", "with": f"{wrappers}:Scaled"}],
-        "adapter": {"lora": LORA, "train": ["**.scale"]},
+        "adapter": {"lora": LORA, "train": ["model.norm"]},  # a module: fsdp shards no single parameter
         "data": {"train": "rows.jsonl", "max_length": 16},
         "training": {
             "max_steps": 3,
