@@ -4,7 +4,8 @@
 
 Each step is compared with the same step by hand, in float32 on a CPU. How far off rounding may lead is not known before
 a device was seen, so the plain Trainer under the same settings says it: ours is at most twice as far from it,
-or within `FLOORS`, which are what a CPU shows, with room.
+or within `FLOORS`, with room for what a CPU shows: float32 2e-7 and bfloat16 5e-3 of the largest gradient, as the plain
+Trainer; all terms, split two ways, 3e-7 and 2e-3.
 """
 
 from __future__ import annotations
@@ -107,7 +108,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bf16": {"bf16": True},
     "fp16": {"fp16": True, "max_grad_norm": 1e9},  # which divides gradients by their scale, and cuts none
-    "compiled, float32": {"torch_compile": True},
     "compiled, bf16": {"torch_compile": True, "bf16": True},
 }
 
@@ -133,7 +133,7 @@ def test_all_terms_have_one_gradient_whatever_the_split(name: str, tmp_path: Pat
         found, _ = step(awake(trash), tmp_path / str(size), size, steps, everything, **settings)
         taken.append({name: gradient.float().cpu() for name, gradient in found.items()})
     assert set(taken[0]) == set(taken[1])
-    assert distance(*taken) <= {"float32": 1e-4, "bf16": 1e-1}[name]
+    assert distance(*taken) <= FLOORS[name]
 
 
 def make_trash(directory: Path) -> Path:
