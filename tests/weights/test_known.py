@@ -141,7 +141,9 @@ def test_what_is_known_goes_under_another_name_unread(
     assert found == {f"inner.{name}": digest for name, digest in known.items()}
     written = digest_cache.digests(sorted((tmp_path / "out").glob("*.safetensors")), fresh=True)
     assert written == found
-    assert digest_cache.recall_entries(entries.values()) == {(e.file, e.start): known[e.name] for e in entries.values()}
+    assert digest_cache.recall_entries(entries.values()) == {
+        entry.place: known[entry.name] for entry in entries.values()
+    }
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert digest_cache.recall_entries(entries.values()) == {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.errors import ObjectiveError, refuse
-from solidify.losses.arguments import number, share
+from solidify.losses.arguments import number, positive, share
 from solidify.model import anatomy
 from solidify.objective.weights import Schedule
 from solidify.upstream.torch import unsaved_buffers
@@ -44,7 +44,8 @@ class Ramp:
         self.patterns = [buffers] if isinstance(buffers, str) else list(buffers)
         self.stagger = share("ramp", "stagger", stagger)
         ends = number("ramp", "start", start), number("ramp", "end", end)
-        self.schedule = Schedule(*ends, shape, begin, length)
+        self.length = positive("ramp", "length", length)
+        self.schedule = Schedule(*ends, shape, begin, self.length)
 
     def bind(self, model: nn.Module) -> None:
         """Refuses buffers that could not be moved so that they are saved."""
@@ -74,8 +75,7 @@ class Ramp:
         """Moves the buffers to where they are after `step`."""
         found = _list_buffers(model)
         names = [name for name in found if any(anatomy.match_within(pattern, [name]) for pattern in self.patterns)]
-        length = self.schedule.length or 0.0
-        span = length * steps if length < 1 else length
+        span = self.length * steps if self.length < 1 else self.length
         for place, name in enumerate(names):
             later = round(self.stagger * place / len(names) * span)
             with torch.no_grad():

@@ -297,8 +297,7 @@ class _Writing:
         for key, entry in here.items():
             unit = self.units.get(key)
             if unit is None:
-                digest = known.get((entry.file, entry.start)) if entry.shape.nbytes else None
-                supplies.append(TensorSource.stored(key, entry, digest))
+                supplies.append(TensorSource.stored(key, entry, known.get(entry.place)))
             elif id(unit) not in seen:
                 seen.add(id(unit))
                 keys = [k for k in here if k in set(unit.keys)]

@@ -77,19 +77,15 @@ def recall(path: Path) -> dict[str, str] | None:
     return None
 
 
-def recall_entries(entries: Iterable[format.Entry]) -> dict[tuple[Path, int], str]:
-    """Returns the known digests of tensors in files, by the file and where in it each begins; reads headers alone.
-
-    Empty tensors, which begin where the next one does, are left out.
-    """
-    wanted = {(entry.file, entry.start): entry.shape for entry in entries if entry.shape.nbytes}
-    found: dict[tuple[Path, int], str] = {}
-    for path in dict.fromkeys(path for path, _ in wanted):
+def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:
+    """Returns the known digests of tensors in files, by their places; of the files, headers alone are read."""
+    wanted = {entry.place for entry in entries}
+    found: dict[format.Place, str] = {}
+    for path in dict.fromkeys(path for path, _, _ in wanted):
         if (known := recall(path)) is None:
             continue
-        for name, entry in format.read_header(path).items():
-            if entry.shape.nbytes and wanted.get((path, entry.start)) == entry.shape and name in known:
-                found[path, entry.start] = known[name]
+        here = {entry.place: name for name, entry in format.read_header(path).items()}
+        found |= {place: known[name] for place, name in here.items() if place in wanted and name in known}
     return found
 
 

@@ -52,6 +52,7 @@ DTYPES = {
 }
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
+Place = tuple[Path, int, "Shape"]
 Piece = tuple[str, torch.Tensor]  # a tensor's name and its next values, in order
 
 
@@ -81,6 +82,11 @@ class Entry:
     name: str
     shape: Shape
     start: int
+
+    @property
+    def place(self) -> Place:
+        """Which part of which file the tensor is; an empty one begins where the next does, and differs in shape."""
+        return self.file, self.start, self.shape
 
     def read(self) -> torch.Tensor:
         """Reads the tensor into memory of its own.
@@ -267,6 +273,7 @@ def write_file(
             os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
 
             def work(source: TensorSource) -> dict[str, str]:
+                """Puts the tensors of one source where they belong."""
                 offsets = {name: len(header) + starts[name] for name in source.shapes}
                 if source.moved is not None and _move_bytes(source.moved[0], file.fileno(), offsets, advance):
                     return dict.fromkeys(source.shapes, source.moved[1])

@@ -42,7 +42,7 @@ def store(
     left = {name: tensor for name, tensor in kept.items() if name not in linked}
     known = digest_cache.recall_entries(stored[name] for name in left if name in stored)
     sources = {
-        name: TensorSource.stored(name, entry, known.get((entry.file, entry.start)) if entry.shape.nbytes else None)
+        name: TensorSource.stored(name, entry, known.get(entry.place))
         if (entry := stored.get(name)) is not None
         else TensorSource.made(name, tensor)
         for name, tensor in left.items()
