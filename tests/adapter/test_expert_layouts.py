@@ -57,12 +57,13 @@ def test_an_order_is_its_definition_and_comes_back(order: str, sizes: tuple[int,
 def test_one_order_read_as_the_other_is_wrong(sizes: tuple[int, int, int, int, int]) -> None:
     """The two have the same shapes: a wrong reading is off by the size of the update, and no shape tells of it."""
     experts, rank, wide, tall, seed = sizes
+    assume(min(wide, tall) >= 6)  # two columns of few numbers may be alike by chance
     a, b = drawn(experts, rank, wide, tall, seed)
     right, wrong = (deltas(layouts.unpack(a, b, experts, order)) for order in layouts.ORDERS)
     if rank == 1:
         assert np.array_equal(right, wrong)
     else:
-        assert np.linalg.norm(right - wrong) > 1e-3 * np.linalg.norm(right)
+        assert np.linalg.norm(right - wrong) > 0.1 * np.linalg.norm(right)
 
 
 @given(sizes=SIZES)
