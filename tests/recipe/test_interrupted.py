@@ -22,7 +22,7 @@ from solidify.directory import manifest, ours, results
 from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError
 from solidify.findings import Finding, Report
 from solidify.merging import export
-from solidify.recipe import schema, stages
+from solidify.recipe import schema, stages, training
 from solidify.training import checkpoints
 
 
@@ -422,3 +422,20 @@ def test_what_failed_of_a_plain_model_is_kept_by_what_is_built_on_it(beside: Pat
         report = stages.build(load(beside, f"{name}.yaml", other), tmp_path / name)
         assert manifest.read(tmp_path / name / "artifact").failed == [wrong.document()], name
         assert wrong in report.failed, name
+
+
+def test_an_adapter_that_was_not_loaded_again_is_not_finished(
+    beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends a training after its adapter got its name: --resume looks again, and nothing calls it finished."""
+    made, output = load(beside, "a.yaml", document()), tmp_path / "out"
+    stages.build(made, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.storage, "load", lambda *_, **__: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            stages.train(made, output)
+    assert check.check(output).failed[0].name == check.MADE
+    again = stages.train(made, output, resume=True)
+    assert again.passed and "trained before" not in {finding.name for finding in again.findings}
+    assert manifest.read(output / "adapter").failed == [] and check.check(output).passed
+    assert stages.train(made, output, resume=True).findings[-1].name == "trained before"

@@ -121,8 +121,7 @@ def save_adapter(
 def _collect_failed(model: PeftModel, name: str, base: Manifest, found: Sequence[Finding]) -> list[dict[str, Any]]:
     """Returns what failed of the base, of the adapter that was loaded under this name, and now; each once."""
     loaded: dict[str, list[dict[str, Any]]] = vars(model).get(_FAILED, {})
-    every = [*base.failed, *loaded.get(name, []), *results.failed_of(found)]
-    return [each for place, each in enumerate(every) if each not in every[:place]]
+    return results.join_failed(base.failed, loaded.get(name, []), results.failed_of(found))
 
 
 def _quantization(model: nn.Module) -> dict[str, str]:

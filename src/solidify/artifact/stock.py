@@ -57,9 +57,10 @@ def build(
             return Artifact(directory, *_copy_artifact(base, staging, recipe, link, kept))
         carried = _fill_staging(base, source, staging, link)
         told.write(kept, staging, base.processor or base.tokenizer)
-        record = _describe(staging, base, recipe)
-        record.write(staging)
+        _describe(staging, base, recipe).write(staging)
         findings = [*_reload(base.model, staging), *_say_vocabulary(base), *carried.findings()]
+        results.keep_failures(staging, findings)
+        record = manifest.read(staging, closed=False)
     return Artifact(directory, record, findings)
 
 

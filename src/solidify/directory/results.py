@@ -62,12 +62,22 @@ def failures(part: Path) -> list[Finding]:
     return [Finding.of(found) for found in manifest.read(part, closed=False).failed]
 
 
-def keep_failures(part: Path, findings: Iterable[Finding]) -> None:
-    """Writes into the manifest of a part which of some findings failed, so that no later command forgets it."""
+def keep_failures(part: Path, findings: Iterable[Finding], *, instead_of: Finding | None = None) -> None:
+    """Writes into the manifest of a part which of some findings failed, so that no later command forgets it.
+
+    `instead_of` is a finding that was kept until these were there.
+    """
     record = manifest.read(part, closed=False)
-    failed = [each for each in failed_of(findings) if each not in record.failed]
-    if failed:
-        replace(record, failed=[*record.failed, *failed]).write(part)
+    left = [each for each in record.failed if instead_of is None or each != instead_of.document()]
+    failed = join_failed(left, failed_of(findings))
+    if failed != record.failed:
+        replace(record, failed=failed).write(part)
+
+
+def join_failed(*lists: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what several lists of failed findings hold, each once."""
+    every = [each for failed in lists for each in failed]
+    return [each for place, each in enumerate(every) if each not in every[:place]]
 
 
 def failed_of_base(base: Path | None) -> list[dict[str, Any]]:

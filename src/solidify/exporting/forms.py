@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from solidify.artifact import companions, loading
-from solidify.directory import manifest, trust, writing
+from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.exporting import graph, stock
@@ -65,9 +65,10 @@ def export(
             digests, findings = FORMS[form](model, directory, record, staging)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, f"the {form} form is not what the artifact is", failed)
-        carried = companions.carry(directory, staging)
-        written = _write_manifest(record, staging, form, digests)
-    return Exported(output, written, [*findings, *carried.findings(), *map(Finding.of, record.failed)])
+        findings = [*findings, *companions.carry(directory, staging).findings()]
+        kept = replace(record, failed=results.join_failed(record.failed, results.failed_of(findings)))
+        written = _write_manifest(kept, staging, form, digests)
+    return Exported(output, written, [*findings, *map(Finding.of, record.failed)])
 
 
 def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping[str, str]) -> Manifest:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from solidify.adapter import configured, expert_files, patterns, storage
 from solidify.artifact import autos, certificate, companions, loading, quantizing, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
-from solidify.directory import manifest, private, trust, writing
+from solidify.directory import manifest, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
@@ -166,7 +166,7 @@ def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manif
         code=base.code,
         requirements=base.requirements,
         recipe=base.recipe,
-        failed=_merge_failed(base, record),
+        failed=results.join_failed(base.failed, record.failed),
     )
     written = write(merged, staging, draft, extent, stored=made.digests)
     findings = [*verify(merged, staging)]
@@ -400,12 +400,6 @@ def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
     return Finding("layout is the base's", not faults, "; ".join(faults[:4]) or evidence)
 
 
-def _merge_failed(*records: Manifest | None) -> list[dict[str, Any]]:
-    """Returns what some manifests keep of what failed, each once."""
-    every = [found for record in records if record is not None for found in record.failed]
-    return [each for place, each in enumerate(every) if each not in every[:place]]
-
-
 def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger, parameters: int) -> Manifest:
     """Lists what was merged, with a card: that of the base says what the base is."""
     before = sources.base_record
@@ -425,7 +419,7 @@ def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: M
         headers={path.name: format.header_digest(path) for path in made.files},
         versions=manifest.current_versions(),
         recipe=before.recipe if before is not None else None,
-        failed=_merge_failed(before, sources.record),
+        failed=results.join_failed(*(made.failed for made in (before, sources.record) if made is not None)),
     )
     stock.write_card(staging, draft, parameters)
     return stock.list_files(staging, draft)

@@ -267,7 +267,6 @@ def _build_plain(recipe: Recipe, target: Path, report: Report, link: bool) -> Re
         made = stock.build(base, target, recipe=results.built_by(recipe.document()), link=link, kept=carried)
     report.measured |= {"cost": cost(base.model).document(), "extent": str(Extent.of(base.model))}
     report.add("build", made.findings)
-    results.keep_failures(target, made.findings)
     report.carry("build", results.failures(target))
     return report
 
@@ -400,7 +399,7 @@ def _trained_before(recipe: Recipe, directory: Path, resume: bool) -> Finding | 
     _refuse_foreign_checkpoints(recipe, directory)
     results.refuse_others(directory, recipe.document(), "artifact")
     made = resume and results.is_made_by(target, recipe.document(), "adapter")
-    if not made or "adapter" in results.misfits(directory):
+    if not made or "adapter" in results.misfits(directory) or training.UNFINISHED in results.failures(target):
         return None
     return Finding("trained before", True, f"{target} is whole, of this recipe and on this artifact")
 

@@ -23,6 +23,10 @@ from solidify.training.collating import Pictures
 from solidify.training.progress import TrainingBar
 from solidify.weights import hashing
 
+UNFINISHED = Finding(
+    "adapter reload exact", False, "the training ended before its adapter was loaded again; train with --resume"
+)
+
 
 def load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any]:
     """Returns what the adapter is trained on, surgery's artifact or the healed one, and its processor."""
@@ -114,7 +118,8 @@ def keep_adapter(
         report.add("train", roundtrip.adapter_effect(model, before, inputs))
         attached = roundtrip.outputs(model, inputs)
         figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_")}
-        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures, found=report.stages["train"])
+        found = [*report.stages["train"], UNFINISHED]  # until the rest is looked at, whatever ends this
+        storage.save_adapter(model, target, recipe=recipe.document(), measured=figures, found=found)
         again = storage.load(
             healing.healed(recipe, directory),
             target,
@@ -126,7 +131,7 @@ def keep_adapter(
             roundtrip.wrong_base_refused(again, manifest.read(target), target),
         ]
         report.add("train", read_back)
-        results.keep_failures(target, read_back)
+        results.keep_failures(target, read_back, instead_of=UNFINISHED)
 
 
 def history_table(history: list[dict[str, float]]) -> Any:
