@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from solidify.adapter import expert_files
 from solidify.artifact import companions, inspection
 from solidify.directory import manifest
 from solidify.errors import AdapterError, ArtifactError
-from solidify.merging import export
+from solidify.merging import export, mathematics
 from solidify.model import anatomy
 from solidify.weights import checkpoint
 from training import awake
@@ -90,8 +90,59 @@ def test_a_large_artifact_is_not_run(
     merged = solidify.merge(everything, tmp_path / "merged")
     verdicts = {finding.name: finding.verdict for finding in merged.findings}
     assert verdicts.pop("merged equals attached") == "not looked at"
-    assert verdicts.pop("merged weights are the sum") == "measured"  # what is trained in full is not in the sample
-    assert verdicts["only what was trained changed"] == "proved" and "failed" not in verdicts.values()
+    assert verdicts.pop("merged weights are the sum") == verdicts["only what was trained changed"] == "proved"
+    assert "failed" not in verdicts.values()
+
+
+@pytest.mark.parametrize("what", ["model.norm.weight", "lm_head.weight"])
+def test_what_a_large_artifact_holds_of_what_was_trained_in_full_is_read_back(
+    wrapped_artifact: Path, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A merge that writes something else there is refused, by the tensor's name."""
+    monkeypatch.setattr(anatomy, "LARGE", 1)
+    honest = mathematics.Merger.pieces
+
+    def wrong(self: Any, change: Any, shape: Any) -> Iterator[torch.Tensor]:
+        for made in honest(self, change, shape):
+            yield torch.nextafter(made, made + 1) if change.name == what else made
+
+    monkeypatch.setattr(mathematics.Merger, "pieces", wrong)
+    with pytest.raises(ArtifactError, match=f"{what} is off by inf"):
+        solidify.merge(everything, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("moved", [None, 3, 4])
+def test_rows_of_a_large_model_that_were_trained_alone_are_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int | None
+) -> None:
+    """A row that was trained, or one beside it, is another: refused."""
+    model = pico.llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    adapted = solidify.attach(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        lora={"trainable_token_indices": {"model.embed_tokens": [3, 5]}},
+    )
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    adapter = solidify.save_adapter(adapted.eval(), tmp_path / "adapter")
+    monkeypatch.setattr(anatomy, "LARGE", 1)
+    honest = mathematics.Merger.merged
+
+    def wrong(self: Any, change: Any, *rest: Any) -> torch.Tensor:
+        made = honest(self, change, *rest)
+        if moved is not None:
+            made[moved] *= 1.5
+        return made
+
+    monkeypatch.setattr(mathematics.Merger, "merged", wrong)
+    if moved is None:
+        found = {finding.name: finding.verdict for finding in solidify.merge(adapter, tmp_path / "merged").findings}
+        assert found["merged weights are the sum"] == "proved"
+        return
+    with pytest.raises(ArtifactError, match="model.embed_tokens.weight is off by inf"):
+        solidify.merge(adapter, tmp_path / "merged")
 
 
 def test_a_base_with_one_other_byte_is_refused(

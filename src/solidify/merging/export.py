@@ -24,7 +24,7 @@ from solidify.directory import manifest, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.merging import agreement, changes, mathematics, quantized, rewriting, sums
+from solidify.merging import agreement, changes, in_full, mathematics, quantized, rewriting, sums
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
 from solidify.model import anatomy, probing
@@ -225,6 +225,7 @@ def _rewrite_tensors(
     merger.watch = watch
     expected = sources.base_record.tensors if sources.base_record is not None else {}
     made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
+    watch.found |= in_full.read_back(prepared, staging)
     unseen = agreement.not_looked_at("a model of this size is not run as a whole")
     return made, [watch.finding(list(merger.changes)), unseen], merger
 
