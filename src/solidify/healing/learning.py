@@ -106,10 +106,16 @@ class Alignment:
             found += [f"{words}: {foreign.said(error)}"] if error else []
         return found
 
+    def arguments(self, kind: Any) -> dict[str, Any]:
+        """Returns what an optimizer's class is given: Adam's fused step makes no copies of what learns."""
+        ways = ("fused", "foreach", "differentiable", "capturable")
+        fused = kind in (torch.optim.Adam, torch.optim.AdamW) and not any(way in self.optim_args for way in ways)
+        return {**({"fused": True} if fused else {}), **self.optim_args}
+
     def _try_optimizer(self, kind: Any) -> None:
         """Makes one step of a parameter of nobody's, with the optimizer and the schedule."""
         parameter = nn.Parameter(torch.zeros(2, 2))
-        optimizer = kind([parameter], lr=self.learning_rate, **self.optim_args)
+        optimizer = kind([parameter], lr=self.learning_rate, **self.arguments(kind))
         schedule = get_scheduler(self.lr_scheduler_type, optimizer, self.warmup_steps, self.max_steps)
         parameter.grad = torch.ones(2, 2)
         optimizer.step()
@@ -141,7 +147,7 @@ class Learner:
         parameters = [p for p in self.rooted.parameters() if p.requires_grad]
         kind: Any = getattr(torch.optim, settings.optim)
         with foreign.calling(f"{self.unit.name} cannot learn by {settings.optim}", HealingError):
-            optimizer = kind(parameters, lr=settings.learning_rate, **settings.optim_args)
+            optimizer = kind(parameters, lr=settings.learning_rate, **settings.arguments(kind))
         own = _groups_within(self.rooted, settings.parameter_groups)
         if own:
             with raised_as(HealingError, of=ObjectiveError):

@@ -10,7 +10,7 @@ from solidify.healing.ledger import Kept, Result
 from solidify.healing.matching import Call, Unit
 from solidify.healing.sources import LayerStream
 from solidify.healing.work import Work
-from solidify.system import console
+from solidify.system import console, heap
 from solidify.weights import mapped
 
 
@@ -20,6 +20,7 @@ def align(todo: Work, mine: Sequence[Unit], kept: Kept) -> list[Result]:
     Raises:
         HealingError: a unit stands in no list of layers, or in another than the rest; the family cannot be streamed.
     """
+    heap.map_large()  # else pieces that nobody uses are a twentieth of the peak
     layers = matching.list_layers(todo.base, [unit.name for unit in mine])
     batches = [*todo.batches, *todo.held_out]
     stream = LayerStream(todo.base, layers, batches, todo.settings.match)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from solidify.adapter import configured, storage
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.merging import mathematics
 from solidify.merging.mathematics import Change, Merger
-from solidify.system import console, foreign
+from solidify.system import console, foreign, heap
 from solidify.weights import checkpoint, digest_cache, format, hashing, store, transfer
 from solidify.weights.format import Entry, Piece, Shape, TensorSource
 from solidify.weights.reverting import Stored, Unit
@@ -159,12 +157,6 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         [directory / path.name for path in kept],
         plan.untied,
     )
-
-
-def _give_back() -> None:
-    """Has the C library return what was freed to the system; left to itself it keeps some pieces of every size."""
-    with suppress(OSError, AttributeError):  # a word of glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _not_finite(merger: Merger) -> list[str]:
@@ -331,7 +323,7 @@ class _Writing:
             yield from ((unit.entry.name, piece) for piece in self.merger.pieces(change, unit.shapes[name]))
         else:
             yield from self._yield_parts(unit, keys, changes)
-            _give_back()
+            heap.trim()
         for key in keys - set(self.base):
             self.base[key] = self.stored.checkpoint.entries[key].digest()
 
