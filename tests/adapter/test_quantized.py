@@ -10,8 +10,10 @@ from typing import Any
 import pico
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import solidify
 from solidify.adapter import base_state
@@ -206,6 +208,33 @@ def test_what_is_trained_in_full_is_kept_out(gated: Path, tmp_path: Path) -> Non
     adapter = solidify.save_adapter(attached, tmp_path / "adapter")
     again = solidify.load(gated, adapter, quantization="nf4")  # knows itself what the adapter trains
     assert torch.equal(logits(again), logits(attached))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_adapter_of_plain_peft_is_loaded_on_a_quantised_base(tmp_path: Path, marked: bool) -> None:
+    """Its files tell what it trains in full, and which weights it changes themselves: those are not packed."""
+    pico.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    asked = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["k_proj.weight"],
+        modules_to_save=["down_proj"],
+        trainable_token_indices=[5, 6],
+    )
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), asked)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) / 4)
+    plain.save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", **({"lora_B_layout": "rank_major"} if marked else {})})
+    model = solidify.load(tmp_path / "base", adapter=tmp_path / "adapter", quantization="nf4")
+    packed = {name for name, _ in quantizing.packed_parameters(model.get_base_model())}
+    assert len(packed) == 2 * 5, "of seven projections a layer: not k_proj, and not down_proj"
+    assert not [name for name in packed if "k_proj" in name or "down_proj" in name]
+    distance = (logits(model) - logits(plain)).norm() / logits(plain).norm()
+    assert 0 < distance < 0.3
 
 
 def test_a_model_that_transformers_quantised_alone_is_compared_with_its_artifact(gated: Path) -> None:

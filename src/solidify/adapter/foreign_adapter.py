@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from solidify.errors import AdapterError
 from solidify.system import files
 from solidify.weights import format
 
+_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.(lora_(embedding_)?[AB]|lora_magnitude_vector)(\.weight)?")
+_ROWS = re.compile(r"base_model\.model\.(?P<name>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 
 
 def is_one(directory: Path) -> bool:
@@ -33,9 +36,33 @@ def describe(directory: Path) -> Manifest:
     weights = require_weights(directory)
     header = format.read_header(weights)
     configured.refuse_marked(weights)
-    names = {found["name"] for key in header if (found := _FACTOR.fullmatch(key))}
-    full = sorted(key.removeprefix("base_model.model.") for key in header if not _FACTOR.fullmatch(key))
-    return Manifest(kind="adapter", base={}, trained={"lora": sorted(names), "full": full, "parameters": []})
+    return Manifest(kind="adapter", base={}, trained=_list_trained(header))
+
+
+def _list_trained(header: Iterable[str]) -> dict[str, list[str]]:
+    """Names what a file of tensors trains, by the keys of its tensors."""
+    lora = {found["name"] for key in header if (found := _FACTOR.fullmatch(key))}
+    rows = {found["name"] for key in header if (found := _ROWS.fullmatch(key))}
+    full = [key.removeprefix(_PREFIX) for key in header if not (_FACTOR.fullmatch(key) or _ROWS.fullmatch(key))]
+    return {
+        "lora": sorted(lora),
+        "full": sorted(full),
+        "parameters": [],
+        **({"tokens": sorted(rows)} if rows else {}),
+    }
+
+
+def list_apart(directory: Path) -> list[str]:
+    """Names the parameters of linear layers that such an adapter replaces, or changes themselves, in any layout.
+
+    Raises:
+        AdapterError: its tensors are pickled, or its configuration cannot be read.
+    """
+    trained = _list_trained(format.read_header(require_weights(directory)))
+    words = configured.document(directory).get("target_parameters")
+    ends = tuple(f".{word}" for word in words) if isinstance(words, list) else ()
+    updated = [f"{name}.{own}" for name in trained["lora"] for own in ("weight", "bias")]
+    return [*trained["full"], *(name for name in updated if ends and f".{name}".endswith(ends))]
 
 
 def require_weights(directory: Path) -> Path:

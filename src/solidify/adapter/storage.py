@@ -407,6 +407,8 @@ def load(
 
 def _trained_apart(adapter: Path) -> list[str]:
     """Names the parameters of the base that an adapter replaces, or changes itself: no packed one can stand there."""
+    if foreign_adapter.is_one(adapter):
+        return foreign_adapter.list_apart(adapter)
     trained = manifest.read(adapter.resolve(), "adapter", closed=False).trained
     updated = [name for name in trained["lora"] if name.rpartition(".")[2] in ("weight", "bias")]
     return [name for name in (*trained["full"], *updated) if name not in trained.get("buffers", [])]
