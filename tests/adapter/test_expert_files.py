@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RANK, ALPHA = 3, 5
 Deltas = dict[str, torch.Tensor]  # by the parameter's name; (experts, out_features, in_features)
-UNSLOTH = {"lora_B_layout": "grouped_by_expert"}
+GROUPED = "grouped_by_expert"
+UNSLOTH = {"lora_B_layout": GROUPED}
 
 
 def olmoe() -> PreTrainedModel:
@@ -234,11 +235,28 @@ def test_a_mark_in_the_header_is_obeyed(tmp_path: Path) -> None:
     torch.testing.assert_close(found, outputs(moved(olmoe(), deltas)), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("fields", [{}, {"lora_B_layout": "rank_major"}, {"is_3d_lora_weight": True}])
+def of_parameters(mark: Any) -> dict[str, Any]:
+    single = {name: {"lora_B_layout": mark} for name in ("gate_up_proj", "down_proj")}
+    return {"unsloth_fused_expert_lora": {"parameters": single}}
+
+
+EMPTY = (None, "", False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"is_3d_lora_weight": True},
+        *({"lora_B_layout": mark} for mark in ("rank_major", "peft", *EMPTY)),
+        *(of_parameters(mark) for mark in ("rank_major", "peft", *EMPTY)),
+        {"lora_B_layout": None, "lora_A_layout": "grouped_by_expert"},
+    ],
+)
 def test_peft_s_own_layout_is_read_as_it_stands(
     tmp_path: Path, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unmarked, marked so by Unsloth, and by vLLM's word for it."""
+    """Unmarked, with marks that are empty, marked so by Unsloth, by PEFT's name, and by vLLM's word for it."""
     state, deltas = fused(mixtral(), rank_major)
     assert_is_defined(mixtral, written(mixtral(), tmp_path / "a", state, **TARGETS, **fields), deltas)
     assert "its experts have PEFT's fused layout" in " ".join(capsys.readouterr().err.split())
@@ -259,6 +277,24 @@ def test_in_and_out_were_exchanged_until_peft_0_19_0(tmp_path: Path) -> None:
     adapter = written(square(), tmp_path / "c", state, **targets)
     with pytest.raises(AdapterError, match=r"its experts are square .gate_up_proj: .32, 32.. and its .* no `peft_vers"):
         solidify.load_adapter(square(), adapter)
+
+
+def test_an_empty_mark_is_none(tmp_path: Path) -> None:
+    """What stands elsewhere, or is said, counts beside it; and without either the order is not known."""
+    state, deltas = fused(olmoe(), by_expert)
+    expected = outputs(moved(olmoe(), deltas))
+    for number, mark in enumerate(EMPTY):
+        for place, fields in (("a", {"lora_B_layout": mark}), ("b", of_parameters(mark))):
+            adapter = written(olmoe(), tmp_path / f"{place}{number}", state, **TARGETS, **fields)
+            found = outputs(solidify.load_adapter(olmoe(), adapter, layout="grouped"))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+            config = json.loads((adapter / CONFIG).read_text())
+            (adapter / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "unsloth/x"}))
+            with pytest.raises(AdapterError, match="the order of its experts is not known: it comes from Unsloth"):
+                solidify.load_adapter(olmoe(), adapter)
+            save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, {"format": "pt", **UNSLOTH})
+            found = outputs(solidify.load_adapter(olmoe(), adapter))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -360,6 +396,22 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
         lambda path: written(olmoe(), path, fused(olmoe(), rank_major)[0], **TARGETS, lora_B_layout="by_rank"),
         {},
         "in the order of another trainer .lora_B_layout: 'by_rank'",
+    ),
+    "a mark in an unknown place": (
+        lambda path: written(olmoe(), path, fused(olmoe(), rank_major)[0], **TARGETS, my_lora_B_layout=GROUPED),
+        {},
+        "in the order of another trainer .my_lora_B_layout: 'grouped_by_expert'",
+    ),
+    "a mark of a parameter that is not there": (
+        lambda path: written(
+            olmoe(),
+            path,
+            fused(olmoe(), rank_major)[0],
+            **TARGETS,
+            unsloth_fused_expert_lora={"parameters": {"up_proj": UNSLOTH}},
+        ),
+        {},
+        "it marks the order of parameters of which it holds no update .*up_proj.lora_B_layout",
     ),
     "a mark, and another is said": (
         lambda path: written(olmoe(), path, fused(olmoe(), rank_major)[0], **TARGETS, **UNSLOTH),

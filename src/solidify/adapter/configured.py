@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 
+from solidify.adapter import expert_layouts as layouts
 from solidify.adapter import kinds, patterns
 from solidify.errors import AdapterError, refuse
 from solidify.system import files, foreign
@@ -31,16 +32,17 @@ _LARGEST = 2**24  # bytes: a name of a hundred letters for each of a hundred tho
 # The rows of `lora_A` are grouped by expert in both. vLLM calls PEFT's fused layout `is_3d_lora_weight`.
 _LAYOUT = re.compile("layout|is_3d", re.IGNORECASE)
 _DETAILS = "unsloth_fused_expert_lora"
-OF_PARAMETER = _DETAILS + ".parameters.{}.lora_B_layout"
-IN_HEADER = "lora_B_layout in the header of the weights"
+_IN_HEADER = "lora_B_layout in the header of the weights"
+_GENERAL = ("lora_B_layout", _IN_HEADER)
+_OF_PARAMETER = re.compile(re.escape(_DETAILS) + r"\.parameters\.(.+)\.lora_B_layout")
 # A name, or its end, as PEFT itself, its users and `re.escape` write it: with anchors, and with points that are escaped
 # or not; `.*` may stand for a part of it, at most `_WILD` times, so that matching takes no time.
 _NAME = re.compile(r"(\^|\\A)?(\w|\.\*?|-|\\\.|\\-)+(\$|\\Z)?")
 _WILD, _WILD_KEYS, _KEYS = 2, 8, 2**12
 _RANK = 2**10  # up to here a rank that no tensor has, for example where a pattern gives each its own, does no harm
 _ADAPTED = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
-_OWN_LAYOUT = ("rank_major", False, None, "", "peft")
-_OTHER_LAYOUT = "grouped_by_expert"
+_ORDER_OF = {"rank_major": layouts.PEFT, "peft": layouts.PEFT, "grouped_by_expert": layouts.GROUPED}  # by its mark
+_UNMARKED = (False, None, "")
 
 
 def read(directory: Path, model: nn.Module | None = None, *, marked: bool = False) -> LoraConfig:
@@ -155,8 +157,7 @@ def document(directory: Path) -> dict[str, Any]:
 def marks(document: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Any]:
     """Returns what a configuration and the header of the weights say of a layout, by where they say it.
 
-    What unsloth-zoo says of single parameters stands under `OF_PARAMETER`, what the header says of `lora_B` under
-    `IN_HEADER`.
+    `orders` reads those of the columns of `lora_B`.
     """
     found = {key: value for key, value in document.items() if _LAYOUT.search(key)}
     details = document.get(_DETAILS)
@@ -164,7 +165,21 @@ def marks(document: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, A
         flat = files.flatten(details, f"{_DETAILS}.")
         found |= {key: value for key, value in flat.items() if _LAYOUT.search(key)}
     in_header = {key: value for key, value in header.items() if _LAYOUT.search(key)}
-    return found | {IN_HEADER if key == "lora_B_layout" else key: value for key, value in in_header.items()}
+    return found | {_IN_HEADER if key == "lora_B_layout" else key: value for key, value in in_header.items()}
+
+
+def orders(found: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the orders of `lora_B`'s columns that marks say: of all experts, by where it stands, and by parameter.
+
+    The orders are those of `expert_layouts`; a mark that is empty says none.
+    """
+    said = {key: order for key, value in found.items() if (order := _read_order(value)) is not None}
+    single = {match[1]: order for key, order in said.items() if (match := _OF_PARAMETER.fullmatch(key))}
+    return {key: order for key, order in said.items() if key in _GENERAL}, single
+
+
+def _read_order(mark: Any) -> str | None:
+    return _ORDER_OF.get(mark) if isinstance(mark, str) else None
 
 
 def unmarked(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +189,9 @@ def unmarked(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown_marks(found: Mapping[str, Any]) -> list[str]:
     """Names marks of a layout that nobody here knows."""
-    return _layout_faults({key: v for key, v in found.items() if not ("lora_B_layout" in key and v == _OTHER_LAYOUT)})
+    return _layout_faults(
+        {k: v for k, v in found.items() if not (_read_order(v) and (k in _GENERAL or _OF_PARAMETER.fullmatch(k)))}
+    )
 
 
 def _layout_faults(found: Mapping[str, Any]) -> list[str]:
@@ -183,8 +200,9 @@ def _layout_faults(found: Mapping[str, Any]) -> list[str]:
         f"its experts are in the order of another trainer ({key}: {value!r}), and here PEFT's order (rank_major) is "
         "read; save it again in that order with the trainer that wrote it"
         for key, value in found.items()
-        if value not in _OWN_LAYOUT
-        and not ("lora_A_layout" in key and value == _OTHER_LAYOUT)
+        if value not in _UNMARKED
+        and _read_order(value) != layouts.PEFT
+        and not ("lora_A_layout" in key and _read_order(value) == layouts.GROUPED)
         and not ("is_3d" in key and value is True)
     ]
 

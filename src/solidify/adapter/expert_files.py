@@ -33,7 +33,6 @@ LAYOUTS = {
     "stacked": "stacked by expert, as vLLM's adapters with shared factors have them",
 }
 FINDING = "layout of the experts"
-_ORDER_OF = {"rank_major": layouts.PEFT, "grouped_by_expert": layouts.GROUPED}
 _GRANTED = "nothing marks another, and nothing speaks of another trainer"
 _LAST_TURNED = (0, 19, 0)  # until then, PEFT took the in_features of most experts for their out_features
 
@@ -149,16 +148,18 @@ def _orders(
     """Returns the order of each pair's columns, by the key of its A, and how that is known."""
     marks = configured.marks(document, configured.metadata(directory / configured.WEIGHTS))
     refuse(AdapterError, title, configured.unknown_marks(marks))
-    general = {key: _ORDER_OF[v] for key, v in marks.items() if key in ("lora_B_layout", configured.IN_HEADER)}
+    general, single = configured.orders(marks)
     if len(set(general.values())) > 1:
         raise AdapterError(
             f"{title}: its marks contradict each other ({', '.join(f'{k}: {marks[k]}' for k in general)})"
         )
+    if lost := {key for key, order in single.items() if order != layouts.PEFT} - {pair.name for pair in pairs}:
+        raise AdapterError(
+            f"{title}: it marks the order of parameters of which it holds no update "
+            f"({', '.join(f'{name}.lora_B_layout' for name in sorted(lost))}); correct the marks in its {CONFIG_NAME}"
+        )
     whole = next(iter(general.values()), None)
-    orders = {}
-    for pair in pairs:
-        own = marks.get(configured.OF_PARAMETER.format(pair.name))
-        orders[pair.a] = _ORDER_OF[own] if own is not None else whole
+    orders = {pair.a: single.get(pair.name, whole) for pair in pairs}
     marked = {order for order in orders.values() if order is not None}
     if marked:
         if layout is not None and {layout} != marked:
