@@ -11,6 +11,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+import typer
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -97,25 +98,35 @@ def end(*words: Any) -> tuple[int, str]:
     return 0, ""
 
 
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
+    """With every option that the command had: without --share, the whole would be aligned, without --copy linked."""
     load(beside, "a.yaml", document())
-    monkeypatch.setattr(stages, "run", interrupted)
-    monkeypatch.setattr(stages, "train", interrupted)
-    for verb in ("run", "train"):
-        code, _ = end(verb, beside / "a.yaml", "--output", copied, "--set", "training.seed=1")
-        out, err = capsys.readouterr()
-        assert code == 130
-        assert out == ""
-        (line,) = err.strip().splitlines()
-        assert line.startswith("solidify: interrupted; kept: artifact, adapter, merged, checkpoints/checkpoint-2 in")
-        assert line.endswith(
-            f"go on with: solidify {verb} {beside / 'a.yaml'} --output {copied} --set training.seed=1 --resume"
-        )
+    for verb in ("run", "train", "heal"):
+        monkeypatch.setattr(stages, verb, interrupted)
+    given = ("--output", copied, "--set", "training.seed=1", "--set", "training.max_steps=3")
+    more = {
+        "run": ((), ("--copy", "--verbose")),
+        "train": ((), ("--verbose",)),
+        "heal": ((), ("--copy", "--share", "1/4", "--verbose")),
+    }
+    for verb, options in ((verb, options) for verb, each in more.items() for options in each):
+        for resumes in ((), ("--resume",)):
+            code, _ = end(verb, *options, beside / "a.yaml", *resumes, *given)
+            out, err = capsys.readouterr()
+            assert code == 130
+            assert out == ""
+            (line,) = err.strip().splitlines()
+            assert line.startswith(
+                "solidify: interrupted; kept: artifact, adapter, merged, checkpoints/checkpoint-2 in"
+            )
+            again = " ".join(map(str, ("solidify", verb, beside / "a.yaml", *given, "--resume", *options)))
+            assert line.endswith(f"; go on with: {again}")
     monkeypatch.setattr("solidify.checks.check.check", interrupted)
     assert end("check", copied)[0] == 130
     assert capsys.readouterr().err == "solidify: interrupted; nothing half-written is left\n"
@@ -124,20 +135,40 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
 def test_ctrl_c_says_how_to_start_again_what_leaves_all_or_nothing(
     beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     load(beside, "a.yaml", document())
     monkeypatch.setattr(stages, "build", interrupted)
     monkeypatch.setattr("solidify.merging.export.merge", interrupted)
+    merged = ("merge", copied / "adapter", "--output", tmp_path / "merged")
     for words in (
-        ("build", beside / "a.yaml", "--output", tmp_path / "new", "--set", "training.seed=1", "--copy"),
-        ("merge", copied / "adapter", "--output", tmp_path / "merged"),
+        ("build", beside / "a.yaml", "--output", tmp_path / "new", "--set", "training.seed=1", "--copy", "--verbose"),
+        merged,
+        (*merged, "--base", copied, "--copy", "--layout", "peft", "--trust-remote-code", "--verbose"),
     ):
         assert end(*words)[0] == 130
         again = " ".join(map(str, ("solidify", *words)))
         told = f"solidify: interrupted; nothing half-written is left; start it again with: {again}"
         assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_the_command_that_is_printed_is_the_one_that_was_given(
+    beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever options a verb has, now or later: what was said of each is said again."""
+    load(beside, "a.yaml", document())
+    values = {"set_": "training.seed=1", "share": "1/4"}
+    monkeypatch.setattr("solidify.merging.export.merge", interrupted)
+    for name in ("run", "build_alone", "train", "heal"):
+        monkeypatch.setattr(stages, name, interrupted)
+    verbs: Any = typer.main.get_command(cli.app)
+    for verb, subject in (*((v, beside / "a.yaml") for v in ("run", "build", "train", "heal")), ("merge", copied)):
+        options = [p for p in verbs.commands[verb].params if p.param_type_name == "option" and p.name != "help"]
+        assert len(options) >= 4
+        words = []
+        for option in options:
+            words += [max(option.opts, key=len), *([] if option.is_flag else [values.get(option.name, str(copied))])]
+        assert end(verb, subject, *words)[0] == 130, verb
+        again = " ".join(map(str, ("solidify", verb, subject, *words)))
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f" with: {again}")
 
 
 def test_a_training_that_was_stopped_before_its_adapter_was_saved_is_finished_by_resume(

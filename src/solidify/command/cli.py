@@ -149,6 +149,7 @@ def data(
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: RecipeFile,
     output: Output = None,
     set_: Set = None,
@@ -163,7 +164,7 @@ def run(
         from solidify.recipe import stages
 
     directory = stages.output_of(loaded, output)
-    with _explain_resuming(directory, "run", recipe, output, set_):
+    with _explain_resuming(context, directory):
         report = directory / "report.json"
         before = _read_stamp(report)
         try:
@@ -177,7 +178,12 @@ def run(
 
 @app.command()
 def build(
-    recipe: RecipeFile, output: Output = None, set_: Set = None, copy: Copy = False, verbose: Verbose = False
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    copy: Copy = False,
+    verbose: Verbose = False,
 ) -> None:
     """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
@@ -185,7 +191,7 @@ def build(
         from solidify.recipe import stages
 
     directory = stages.output_of(loaded, output)
-    with _explain_repeating("build", recipe, output=output, set_=set_, copy=copy):
+    with _explain_repeating(context):
         report = stages.build_alone(loaded, directory, link=not copy)
     _show_report(report.document(), verbose)
     report.require()
@@ -193,7 +199,12 @@ def build(
 
 @app.command()
 def train(
-    recipe: RecipeFile, output: Output = None, set_: Set = None, resume: Resume = False, verbose: Verbose = False
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Output = None,
+    set_: Set = None,
+    resume: Resume = False,
+    verbose: Verbose = False,
 ) -> None:
     """Trains an adapter on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
     loaded = _load_recipe(recipe, set_)
@@ -201,7 +212,7 @@ def train(
         from solidify.recipe import stages
 
     directory = stages.output_of(loaded, output)
-    with _explain_resuming(directory, "train", recipe, output, set_):
+    with _explain_resuming(context, directory):
         report = stages.train(loaded, directory, resume=resume)
     _show_report(report.document(), verbose)
     report.require()
@@ -209,6 +220,7 @@ def train(
 
 @app.command()
 def heal(
+    context: typer.Context,
     recipe: RecipeFile,
     output: Output = None,
     set_: Set = None,
@@ -227,7 +239,7 @@ def heal(
 
     directory = stages.output_of(loaded, output)
     part = healing.read_share(share)
-    with _explain_resuming(directory, "heal", recipe, output, set_):
+    with _explain_resuming(context, directory):
         report = stages.heal(loaded, directory, resume=resume, link=not copy, share=part)
     if part is None:
         _show_report(report.document(), verbose)
@@ -266,6 +278,7 @@ def check(
 
 @app.command()
 def merge(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Argument(help="A trained adapter, of solidify or of plain PEFT.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the new model goes.")],
     base: Base = None,
@@ -280,14 +293,7 @@ def merge(
         from solidify.merging import export
         from solidify.system import console
 
-    again = {
-        "output": output,
-        "base": base,
-        "copy": copy,
-        "layout": layout,
-        "trust_remote_code": trust_remote_code,
-    }
-    with _explain_repeating("merge", adapter, **again), console.stage("Merging"):
+    with _explain_repeating(context), console.stage("Merging"):
         merged = export.merge(
             adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code, layout=layout
         )
@@ -342,40 +348,39 @@ app.command()(trying.generate)
 
 
 @contextmanager
-def _explain_resuming(
-    directory: Path, verb: str, recipe: Path, output: Path | None, overrides: list[str] | None
-) -> Iterator[None]:
+def _explain_resuming(context: typer.Context, directory: Path) -> Iterator[None]:
     """Has an interruption say what is kept and how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
         from solidify.directory import results
 
-        again = _write_command(verb, recipe, output=output, set_=overrides, resume=True)
+        again = _write_command(context, resume=True)
         raise KeyboardInterrupt(f"kept: {results.kept(directory)}; go on with: {again}") from error
 
 
 @contextmanager
-def _explain_repeating(verb: str, subject: Path, **options: Any) -> Iterator[None]:
+def _explain_repeating(context: typer.Context) -> Iterator[None]:
     """Has an interruption of what is done wholly or not at all say how to do it again."""
     try:
         yield
     except KeyboardInterrupt as error:
-        again = _write_command(verb, subject, **options)
+        again = _write_command(context)
         raise KeyboardInterrupt(f"nothing half-written is left; start it again with: {again}") from error
 
 
-def _write_command(verb: str, subject: Path, **options: Any) -> str:
-    """Writes a command line with the options that were given."""
-    words = ["solidify", verb, str(subject)]
-    for name, value in options.items():
-        option = f"--{name.strip('_').replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif value not in (None, False):
-            for each in value if isinstance(value, list) else [value]:
-                words += [option, str(each)]
-    return shlex.join(words)
+def _write_command(context: typer.Context, **changed: Any) -> str:
+    """Writes the command line that a verb was called with, every argument and option of it, and what is `changed`."""
+    arguments, options = [], []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        value = changed.get(name, context.params.get(name))
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if parameter.param_type_name == "argument":
+                arguments.append(str(each))
+            elif each not in (None, False):
+                options += [max(parameter.opts, key=len), *([] if each is True else [str(each)])]
+    return shlex.join(["solidify", str(context.info_name), *arguments, *options])
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
