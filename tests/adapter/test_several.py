@@ -14,7 +14,9 @@ from torch import nn
 
 import solidify
 from solidify.adapter import base_state, lookup
+from solidify.directory import manifest
 from solidify.errors import AdapterError
+from solidify.findings import Finding
 from solidify.model import anatomy
 
 Q, V = "model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"
@@ -264,3 +266,33 @@ def test_switching_trains_and_freezes_as_before(wrapped_artifact: Path, tmp_path
     with model.disable_adapter():
         logits(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_failed_of_an_adapter_is_its_own(wrapped_artifact: Path, tmp_path: Path) -> None:
+    """It goes with the adapter, and into what is made of it; another one of its name has none of it."""
+    found = {name: Finding(f"a check of {name}", False, "it does not hold") for name in ("one", "two")}
+    lora = {"r": 4, "target_modules": [Q]}
+    model: Any = None
+    for seed, name in enumerate(found):
+        alone = perturb(solidify.attach(solidify.load(wrapped_artifact), lora=lora), seed)
+        solidify.save_adapter(alone, tmp_path / name, found=[found[name]])
+        model = solidify.load_adapter(model or solidify.load(wrapped_artifact), tmp_path / name, name=name)
+
+    def failed(name: str, of: Any = None) -> list[str]:
+        solidify.save_adapter(of or model, tmp_path / "saved", name=name)
+        return [each["name"] for each in manifest.read(tmp_path / "saved").failed]
+
+    assert failed("one", deepcopy(model)) == ["a check of one"]
+    for names, expected in ((["two", "one"], ["a check of two", "a check of one"]), (["two"], ["a check of two"])):
+        mixed = " and ".join(names)
+        model.add_weighted_adapter(names, [0.5] * len(names), mixed, combination_type="linear")
+        assert failed(mixed) == expected
+    model.add_weighted_adapter(["two"], [1.0], "one", combination_type="linear")  # which PEFT passes over: it is there
+    assert failed("one") == ["a check of one"]
+    model.delete_adapter("one")
+    assert failed("two and one") == ["a check of two", "a check of one"]
+    model = perturb(solidify.attach(model, lora=lora, name="one"), 3)
+    assert failed("one") == []
+    assert failed("two") == ["a check of two"]
+    model.add_weighted_adapter(["one", "two and one"], [0.5, 0.5], "again", combination_type="linear")
+    assert failed("again") == ["a check of two", "a check of one"]

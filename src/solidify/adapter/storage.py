@@ -49,7 +49,6 @@ from solidify.weights.format import TensorSource
 
 WEIGHTS = configured.WEIGHTS
 CONFIG = "adapter_config.json"
-_FAILED = "_solidify_failed"  # attribute of a PeftModel: by adapter, what the manifest that it was loaded with keeps
 
 
 def save_adapter(
@@ -120,8 +119,9 @@ def save_adapter(
 
 def _collect_failed(model: PeftModel, name: str, base: Manifest, found: Sequence[Finding]) -> list[dict[str, Any]]:
     """Returns what failed of the base, of the adapter that was loaded under this name, and now; each once."""
-    loaded: dict[str, list[dict[str, Any]]] = vars(model).get(_FAILED, {})
-    return results.join_failed(base.failed, loaded.get(name, []), results.failed_of(found))
+    tuner = model.base_model
+    loaded = tuner.failed(name) if isinstance(tuner, verbs.LoraVerbs) else []
+    return results.join_failed(base.failed, loaded, results.failed_of(found))
 
 
 def _quantization(model: nn.Module) -> dict[str, str]:
@@ -305,7 +305,7 @@ def _inject(
         _fill_adapter(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
         refuse(AdapterError, f"{named} was not loaded completely", _load_faults(peft_model, state, name, moved))
-    vars(peft_model).setdefault(_FAILED, {})[name] = record.failed
+    peft_model.base_model.note_failed(name, record.failed)
     release_originals(peft_model)
     return peft_model.train(trainable)
 

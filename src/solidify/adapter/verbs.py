@@ -9,8 +9,9 @@ weights, looked after.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from solidify.adapter import lookup, tokens
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
+from solidify.directory import results
 from solidify.errors import AdapterError
 from solidify.upstream.peft import LoraTuner
 from solidify.upstream.torch import own_buffers, own_modules, own_parameters, unsaved_buffers
@@ -53,6 +55,15 @@ class LoraVerbs(LoraTuner):
     _added: str = ""  # the adapter that was added last
     _bare: bool = False  # an adapter is being added: the plain model stands without any other's parts
     _unmerged: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()  # parameters and what they held before a merge
+    _failed: Mapping[str, Sequence[dict[str, Any]]] = MappingProxyType({})  # by adapter
+
+    def failed(self, adapter: str) -> list[dict[str, Any]]:
+        """Returns what failed of an adapter before it was put here: what the manifests say that it was made from."""
+        return list(self._failed.get(adapter, ()))
+
+    def note_failed(self, adapter: str, failed: Sequence[dict[str, Any]]) -> None:
+        """Keeps what failed of an adapter, instead of what was kept under its name."""
+        self._failed = {**self._failed, adapter: list(failed)}
 
     def hold_buffers(self, adapter: str) -> None:
         """Gives an adapter a version of every persistent buffer of the plain model."""
@@ -78,6 +89,7 @@ class LoraVerbs(LoraTuner):
         """Adds an adapter as PEFT does, to the plain model as it is without any, so that copies are the base's."""
         self._restore_unmerged()
         self._added, self._bare = adapter_name, True
+        self.note_failed(adapter_name, [])
         try:
             self._hold_adapters([])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -236,9 +248,10 @@ class LoraVerbs(LoraTuner):
             self.set_adapter(left[:1])  # PEFT hands no more than one on to copies of modules
             super().delete_adapter(adapter_name)
             self.set_adapter(left)
+        self.note_failed(adapter_name, [])
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
-        """Adds a weighted sum of low-rank adapters.
+        """Adds a weighted sum of low-rank adapters, which keeps what failed of each.
 
         Raises:
             AdapterError: one of them trained something in full, of which PEFT makes no sum.
@@ -246,7 +259,11 @@ class LoraVerbs(LoraTuner):
         self._refuse_in_full(
             "add_weighted_adapter", adapters, "PEFT can sum low-rank updates only; merge one adapter after the other"
         )
+        failed = results.join_failed(*map(self.failed, adapters))
+        is_new = adapter_name not in self.peft_config  # PEFT passes over one that is there
         super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        if is_new:
+            self.note_failed(adapter_name, failed)
 
     def _refuse_in_full(self, verb: str, adapters: Sequence[str], remedy: str) -> None:
         found = {name: parts for name in adapters if name in self.peft_config and (parts := self._in_full(name))}
