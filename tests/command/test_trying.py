@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -124,3 +127,63 @@ def test_what_cannot_be_said_is_refused(made: Path, run: Run, tmp_path: Path) ->
     assert code == 2 and "has no chat template" in err
     code, _, err = run(made / "base", "--prompt", "w7", "--adapter", made / "nowhere")
     assert code == 2 and "nowhere" in err
+
+
+def test_an_adapter_of_a_plain_run_speaks_on_its_base_alone(made: Path, run: Run, tmp_path: Path) -> None:
+    """It is ours: its files are compared with its manifest, and its base with the one that it was trained on."""
+    peft_model = solidify.attach(
+        AutoModelForCausalLM.from_pretrained(made / "base"), lora={"r": 2, "target_modules": ["**.q_proj"]}
+    )
+    moved(peft_model, 1)
+    adapter = solidify.save_adapter(peft_model, tmp_path / "adapter")
+    code, out, err = run(made / "base", "--prompt", "w7 w8", "--adapter", adapter)
+    assert code == 0, err
+    assert out != run(made / "base", "--prompt", "w7 w8")[1]
+    other = AutoModelForCausalLM.from_pretrained(made / "base")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    shutil.copytree(made / "base", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    code, out, err = run(tmp_path / "other", "--prompt", "w7 w8", "--adapter", adapter)
+    assert (code, out) == (2, "")
+    assert "was trained on another base than" in err and "the weights differ" in err
+    weights = adapter / "adapter_model.safetensors"
+    save_file({key: tensor * 2 for key, tensor in load_file(weights).items()}, weights)
+    code, out, err = run(made / "base", "--prompt", "w7 w8", "--adapter", adapter)
+    assert (code, out) == (2, "") and "is not what was written" in " ".join(err.split())
+
+
+def test_no_regular_expression_of_an_adapter_s_file_is_run(
+    made: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes the names of what the file has tensors for, before PEFT sees it; the answer is the same."""
+    shutil.copytree(made / "plain_one", tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    config["target_modules"] = r".*\.(q)_proj"
+    (tmp_path / "plain" / "adapter_config.json").write_text(json.dumps(config))
+    expected = run(made / "base", "--prompt", "w7 w8", "--adapter", made / "plain_one")
+    seen: list[object] = []
+    inject = LoraModel.inject_adapter
+
+    def watched(self: LoraModel, model: torch.nn.Module, name: str, *args: object, **kwargs: object) -> None:
+        seen.append(self.peft_config[name].target_modules)
+        inject(self, model, name, *args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "inject_adapter", watched)
+    code, out, err = run(made / "base", "--prompt", "w7 w8", "--adapter", tmp_path / "plain")
+    assert (code, out) == (0, expected[1]), err
+    assert seen == [{f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}]
+    assert "whether it was trained on these weights was not looked at" in " ".join(err.split())
+
+
+def test_the_layout_of_experts_that_was_found_is_printed(made: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(made / "base", tmp_path / "base")
+    base = pico.olmoe(eos_token_id=2)
+    base.save_pretrained(tmp_path / "base")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=[], target_parameters=targets))
+    moved(model, 1)
+    model.save_pretrained(tmp_path / "experts")
+    for words, layout in (((), "PEFT's fused layout (nothing marks"), (("--layout", "grouped"), "grouped by expert")):
+        code, _, err = run(tmp_path / "base", "--prompt", "w7", "--adapter", tmp_path / "experts", *words)
+        assert code == 0 and "its experts have" in err and layout in " ".join(err.split()), err

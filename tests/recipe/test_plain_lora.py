@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import solidify
 from solidify.checks import structure
-from solidify.command import views
+from solidify.command import cli, views
 from solidify.errors import AdapterError, RecipeError
 from solidify.recipe import schema, stages
 
@@ -122,6 +122,12 @@ def test_another_base_is_refused(runs: Mapping[str, Path], tmp_path: Path) -> No
     solidify.build(write_recipe(tmp_path, other))
     with pytest.raises(AdapterError, match="the weights differ"):
         solidify.load(tmp_path / "run" / "artifact", adapter=runs["llama"] / "run" / "adapter")
+    for base in (tmp_path / "run" / "artifact", other):  # as an artifact of kind `stock`, and as it stood
+        words = ["generate", str(base), "-p", "w1 w2", "--adapter", str(runs["llama"] / "run" / "adapter")]
+        with pytest.raises(AdapterError, match="the weights differ"):
+            cli.app(words, standalone_mode=False)
+    right = ["generate", str(runs["llama"] / "run" / "artifact"), *words[2:]]
+    assert not cli.app(right, standalone_mode=False)
 
 
 def test_another_dtype_is_written_as_it_is_loaded(runs: Mapping[str, Path], tmp_path: Path) -> None:

@@ -87,15 +87,12 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
 def _put_on(model: Any, adapters: list[Path], layout: str | None) -> tuple[Any, Speakers]:
     """Puts adapters on a model; returns it, and who speaks: each adapter, and the model without any beside several."""
     from solidify.adapter import storage
-    from solidify.directory import manifest
 
     if not adapters:
         return model, {"": nullcontext}
-    solid = manifest.kind(Path(str(model.config.name_or_path))) == "artifact"
     names = _name_apart(adapters)
     for name, directory in zip(names, adapters, strict=True):
-        put = storage.load_adapter if solid else _put_plain
-        model = put(model, directory, name=name, layout=layout)
+        model = storage.load_adapter(model, directory, name=name, layout=layout)
     if len(names) == 1:
         return model, {names[0]: nullcontext}
 
@@ -103,25 +100,6 @@ def _put_on(model: Any, adapters: list[Path], layout: str | None) -> tuple[Any, 
         return lambda: nullcontext(model.set_adapter(name, inference_mode=True))
 
     return model, {"without an adapter": model.disable_adapter, **{name: switched(name) for name in names}}
-
-
-def _put_plain(model: Any, directory: Path, *, name: str, layout: str | None) -> Any:
-    """Puts an adapter of plain PEFT on a stock model, after its configuration was judged."""
-    from peft import PeftModel
-
-    from solidify.adapter import configured, expert_files, lookup, patterns
-    from solidify.errors import AdapterError
-    from solidify.system import foreign
-
-    existing = lookup.peft_model(model)
-    with expert_files.in_own_layout(directory, model, layout) as own:
-        asked = configured.read(own.directory, model)
-        puts = foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError)
-        with puts, patterns.without_false_alarms(asked):
-            if existing is None:
-                return PeftModel.from_pretrained(model, str(own.directory), adapter_name=name).eval()
-            existing.load_adapter(str(own.directory), adapter_name=name)
-            return existing.eval()
 
 
 def _name_apart(adapters: list[Path]) -> list[str]:
