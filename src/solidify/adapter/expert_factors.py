@@ -157,7 +157,9 @@ def _run_experts(
 class _ExpertLinear(torch.autograd.Function):
     """`y = x W' + sum of s (x A') B'`, with the W, A and B of each row's expert; rows are sorted by expert.
 
-    Of the weights nothing is built, in neither direction: a gradient of W is made only where W is trained.
+    Of the weights nothing is built, in neither direction: a gradient of W is made only where W is trained. Products are
+    computed in the dtype of W, under autocast too: PEFT updates W in that dtype, and autocast leaves grouped products,
+    transformers' default for experts, alone (its `eager` and `batched_mm` would round W to autocast's dtype).
     """
 
     @staticmethod
@@ -171,14 +173,8 @@ class _ExpertLinear(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         """Maps (rows, in_features) to (rows, out_features); rows behind the last end, of no expert, become 0."""
-        rows = x.to(weight.dtype)
-        stacks = _stacked(factors, len(weight), weight.dtype)
-        out = rows.new_zeros(len(rows), weight.shape[2 if transposed else 1])
-        for expert, part in _parts(ends):
-            w = weight[expert] if transposed else weight[expert].T  # (in_features, out_features)
-            torch.mm(rows[part], w, out=out[part])
-            for (a, b), scale in zip(stacks, scales, strict=True):
-                out[part].addmm_(rows[part] @ a[expert].T, b[expert].T, alpha=scale)
+        with torch.autocast(x.device.type, enabled=False):
+            rows, out = _multiply(x, weight, ends, transposed, scales, factors)
         ctx.save_for_backward(rows, weight, *factors)
         ctx.ends, ctx.transposed, ctx.scales, ctx.dtype = ends, transposed, scales, x.dtype
         return out
@@ -188,27 +184,54 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of `x`, of the weight where it is trained, and of the factors."""
         rows, weight, *factors = ctx.saved_tensors
-        stacks = _stacked(factors, len(weight), weight.dtype)
-        grad = grad.to(weight.dtype).contiguous()
-        to_x, to_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_x = torch.zeros_like(rows) if to_x else None
-        grad_weight = torch.zeros_like(weight) if to_weight else None
-        made = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in stacks]
-        for expert, part in _parts(ctx.ends):
-            w = weight[expert] if ctx.transposed else weight[expert].T
-            if grad_x is not None:
-                torch.mm(grad[part], w.T, out=grad_x[part])
-            if grad_weight is not None:
-                full = rows[part].T @ grad[part]
-                grad_weight[expert] = full if ctx.transposed else full.T
-            for (a, b), (grad_a, grad_b), scale in zip(stacks, made, ctx.scales, strict=True):
-                back = scale * (grad[part] @ b[expert])  # (rows of the expert, rank)
-                if grad_x is not None:
-                    grad_x[part].addmm_(back, a[expert])
-                torch.mm(back.T, rows[part], out=grad_a[expert])
-                grad_b[expert] = scale * (grad[part].T @ (rows[part] @ a[expert].T))
+        with torch.autocast(rows.device.type, enabled=False):
+            grad_x, grad_weight, made = _multiply_back(ctx, grad.to(weight.dtype).contiguous(), rows, weight, factors)
         flat = _flattened(made, factors)
         return (None if grad_x is None else grad_x.to(ctx.dtype), grad_weight, None, None, None, *flat)
+
+
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: Sequence[int],
+    transposed: bool,
+    scales: Sequence[float],
+    factors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `x` in the dtype of the weight, and the products: (rows, in_features) and (rows, out_features)."""
+    rows = x.to(weight.dtype)
+    stacks = _stacked(factors, len(weight), weight.dtype)
+    out = rows.new_zeros(len(rows), weight.shape[2 if transposed else 1])
+    for expert, part in _parts(ends):
+        w = weight[expert] if transposed else weight[expert].T  # (in_features, out_features)
+        torch.mm(rows[part], w, out=out[part])
+        for (a, b), scale in zip(stacks, scales, strict=True):
+            out[part].addmm_(rows[part] @ a[expert].T, b[expert].T, alpha=scale)
+    return rows, out
+
+
+def _multiply_back(
+    ctx: Any, grad: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Returns the gradients of the rows and of the weight, where they are asked for, and of each A and B by expert."""
+    stacks = _stacked(factors, len(weight), weight.dtype)
+    grad_x = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+    made = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in stacks]
+    for expert, part in _parts(ctx.ends):
+        w = weight[expert] if ctx.transposed else weight[expert].T
+        if grad_x is not None:
+            torch.mm(grad[part], w.T, out=grad_x[part])
+        if grad_weight is not None:
+            full = rows[part].T @ grad[part]
+            grad_weight[expert] = full if ctx.transposed else full.T
+        for (a, b), (grad_a, grad_b), scale in zip(stacks, made, ctx.scales, strict=True):
+            back = scale * (grad[part] @ b[expert])  # (rows of the expert, rank)
+            if grad_x is not None:
+                grad_x[part].addmm_(back, a[expert])
+            torch.mm(back.T, rows[part], out=grad_a[expert])
+            grad_b[expert] = scale * (grad[part].T @ (rows[part] @ a[expert].T))
+    return grad_x, grad_weight, made
 
 
 def _parts(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
