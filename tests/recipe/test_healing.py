@@ -16,8 +16,9 @@ from solidify.command.cli import app
 from solidify.directory import manifest, ours
 from solidify.errors import ArtifactError, HealingError, RecipeError
 from solidify.findings import Report
+from solidify.healing import placing
 from solidify.healing.ledger import Aligned
-from solidify.recipe import stages
+from solidify.recipe import placement, stages
 from solidify.recipe.schema import Recipe
 
 MODULES = Path(__file__).parents[1] / "support" / "user_modules" / "healing_modules.py"
@@ -199,6 +200,48 @@ def test_build_chooses_and_heal_takes_the_choice(tiny_base: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match=r"report\.html is not the page that a run wrote"):
         solidify.heal(path, out)
     assert (out / "heal" / "report.html").read_text() == "mine"
+
+
+def test_a_resumed_run_reports_the_layers_that_were_chosen_before(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 2}, align={"max_steps": 2})
+    out = tmp_path / "out"
+
+    def stop(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_heal", stop)
+        with pytest.raises(KeyboardInterrupt):
+            solidify.run(path, out)
+    chosen = json.loads((out / "heal" / "placement.json").read_text())
+    report = solidify.run(path, out, resume=True)
+    assert report.measured["place"] == {key: chosen[key] for key in report.measured["place"]}
+    assert [edit["name"] for edit in manifest.read(out / "artifact").edits] == chosen["chosen"]
+    for written in (out, out / "heal"):
+        found = Report.read(written / "report.json")
+        assert found["finished"] and [each["name"] for each in found["stages"]["place"]] == ["layers chosen"]
+        page = (written / "report.html").read_text()
+        assert "Divergence of the base with one module changed" in page and "Smallest sum of scores" in page
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_layers_are_chosen_anew_for_other_code(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: bool
+) -> None:
+    path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 2}, align={"max_steps": 2})
+    recipe, out, chosen = Recipe.load(path), tmp_path / "out", []
+    choose = placing.place
+    monkeypatch.setattr(placing, "place", lambda *args, **given: chosen.append(1) or choose(*args, **given))
+    stages.build(recipe, out)
+    if edited:
+        source = (tmp_path / "healing_modules.py").read_text()
+        (tmp_path / "healing_modules.py").write_text(source.replace("torch.tanh", "torch.sigmoid"))
+    assert (placement.placed_before(recipe, out) == recipe) is edited
+    assert placement.require_placed(recipe, out) != recipe  # what healing goes on with is the artifact
+    stages.build(recipe, out, resume=True)
+    assert len(chosen) == (2 if edited else 1)
 
 
 def test_a_healing_that_is_stopped_leaves_a_report_that_says_so(

@@ -20,6 +20,7 @@ from solidify.model.extent import Extent
 from solidify.recipe import calibration, references
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import Base
+from solidify.source import closure
 from solidify.surgery import ledger
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_scores import ExpertScores
@@ -129,6 +130,29 @@ def carries_other_code(recipe: Recipe, artifact: Path) -> bool:
     return any(record.code.get(name) != hashing.digest_bytes(text.encode()) for name, text in own.items())
 
 
+def digest_code(recipe: Recipe) -> str:
+    """Returns the digest of the user's code that the modules of a recipe's surgery are made of, as it stands now.
+
+    Raises:
+        RecipeError: there is no such module.
+        ArtifactError: its source cannot be carried.
+    """
+    names = sorted({name for step in recipe.surgery for name in step.references()})
+    return hashing.digest_values(closure.collect([resolve_module(recipe, name) for name in names]).files)
+
+
+def resolve_module(recipe: Recipe, reference: str) -> type[torch.nn.Module]:
+    """Returns the class of a module that a recipe's surgery names.
+
+    Raises:
+        RecipeError: there is none, or it is no module.
+    """
+    module = references.resolve(reference, recipe.directory)
+    if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+        raise RecipeError(f"surgery: {reference} is not a class of torch.nn.Module")
+    return module
+
+
 class _Beside:
     """What the steps of a recipe need beside the model (`operation.Context`)."""
 
@@ -138,10 +162,7 @@ class _Beside:
 
     def module(self, reference: str) -> type[torch.nn.Module]:
         """Returns the class that a reference names."""
-        module = references.resolve(reference, self.directory)
-        if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
-            raise RecipeError(f"surgery: {reference} is not a class of torch.nn.Module")
-        return module
+        return resolve_module(self._recipe, reference)
 
     def file(self, name: str) -> Path:
         """Returns a file beside the recipe."""

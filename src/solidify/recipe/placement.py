@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from solidify.directory import ours, writing
 from solidify.errors import ArtifactError, HealingError
@@ -23,34 +23,38 @@ from solidify.surgery.edit_record import Edit
 from solidify.system import console, disk, files
 from solidify.weights import hashing
 
+_MARKS = ("key", "code")  # of a placement that is kept: the recipe and the modules' code that it was chosen for
+
 
 def placed_before(recipe: Recipe, directory: Path) -> Recipe:
-    """Returns a recipe with the layers that were chosen for it in an earlier run; as it is, where none were."""
+    """Returns a recipe with the layers that an earlier run chose for it and for its modules' code; else as it is."""
     if recipe.heal is None or recipe.heal.place is None:
         return recipe
     found = _read_placement(directory, recipe)
-    return narrowed(recipe, found["chosen"]) if found is not None else recipe
+    return narrowed(recipe, found["chosen"]) if _is_current(found, recipe) else recipe
 
 
 def require_placed(recipe: Recipe, directory: Path) -> Recipe:
-    """Returns a recipe with the layers that were chosen for it.
+    """Returns a recipe with the layers that were chosen for it, when the artifact beside them was built.
 
     Raises:
         HealingError: it asks for a choice of layers, and none stands in the directory.
     """
-    found = placed_before(recipe, directory)
-    if found.heal is not None and found.heal.place is not None:
+    if recipe.heal is None or recipe.heal.place is None:
+        return recipe
+    found = _read_placement(directory, recipe)
+    if found is None:
         raise HealingError(
             f"the layers of this recipe are not chosen yet: there is no {ours.HEAL}/{ours.PLACEMENT} of it in "
             f"{directory}; run `solidify build` or `solidify run` with it first"
         )
-    return found
+    return narrowed(recipe, found["chosen"])
 
 
 def place(recipe: Recipe, directory: Path, report: Report, *, again: bool = True) -> Recipe:
     """Chooses the layers of a recipe that asks for it, and returns the recipe with these alone.
 
-    Without `again`, an earlier choice of the same recipe is taken.
+    Without `again`, an earlier choice of the same recipe, by the same code of its modules, is taken.
 
     Raises:
         HealingError: the budget cannot be met.
@@ -58,11 +62,12 @@ def place(recipe: Recipe, directory: Path, report: Report, *, again: bool = True
     if recipe.heal is None or recipe.heal.place is None:
         return recipe
     found = None if again else _read_placement(directory, recipe)
-    if found is None:
-        found = {"key": _key_of(recipe), **_describe_placement(_choose_layers(recipe, directory))}
+    if found is None or not _is_current(found, recipe):
+        marks = {"key": _key_of(recipe), "code": models.digest_code(recipe)}
+        found = {**marks, **_describe_placement(_choose_layers(recipe, directory))}
         healing.directory_of(directory).mkdir(parents=True, exist_ok=True)
         disk.write(healing.directory_of(directory) / ours.PLACEMENT, json.dumps(found, indent=1) + "\n")
-    report.measured["place"] = {name: value for name, value in found.items() if name != "key"}
+    report.measured["place"] = {name: value for name, value in found.items() if name not in _MARKS}
     report.add("place", [_judge_placement(found)])
     return narrowed(recipe, found["chosen"])
 
@@ -142,6 +147,11 @@ def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
     except (OSError, ValueError, ArtifactError):
         return None
     return found if found.get("key") == _key_of(recipe) else None
+
+
+def _is_current(found: Mapping[str, Any] | None, recipe: Recipe) -> TypeGuard[Mapping[str, Any]]:
+    """Returns whether a placement was chosen with the modules' code as it stands now."""
+    return found is not None and found.get("code") == models.digest_code(recipe)
 
 
 def _judge_placement(found: Mapping[str, Any]) -> Finding:

@@ -83,7 +83,7 @@ def run(
         return report
     chosen = asked
     try:
-        chosen = processes.on_first(lambda: placement.place(asked, directory, report, again=not resume))
+        chosen = processes.on_first(lambda: placement.place(whole, directory, report, again=not resume))
         report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
         processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
         if chosen.heal is not None:
