@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import solidify
+from solidify.artifact import certificate
 from solidify.checks import check
 from solidify.command import cli
 from solidify.directory import manifest, ours, results
@@ -244,6 +245,20 @@ def test_what_failed_in_surgery_is_not_forgotten(
     assert stages.build(made, output, resume=True).failed == expected
     assert stages.train(made, output).failed == expected, "also where the training itself is right"
     assert check.check(output).passed is honest
+
+
+@pytest.mark.parametrize("honest", [False, True])
+def test_what_a_fresh_process_finds_later_is_not_forgotten(
+    beside: Path, tmp_path: Path, honest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, output = load(beside, "a.yaml", document()), tmp_path / "out"
+    assert not stages.build(made, output).failed
+    found = Finding("outputs identical", honest, "short differs by up to 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(certificate, "witness", lambda *_: [found])
+        assert stages.build(made, output, resume=True).failed == ([] if honest else [found])
+    assert stages.train(made, output).failed == ([] if honest else [found])
+    assert manifest.read(output / "artifact").failed == ([] if honest else [found.document()])
 
 
 def test_two_recipes_are_not_mixed(beside: Path, copied: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import torch
 import yaml
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import solidify
 from solidify.checks import structure
 from solidify.command import cli, views
-from solidify.errors import AdapterError, RecipeError
+from solidify.directory import manifest, trust
+from solidify.errors import AdapterError, ArtifactError, RecipeError
 from solidify.recipe import schema, stages
+from solidify.weights import hashing
 
 
 def save_base(directory: Path, model: Any) -> Path:
@@ -145,6 +149,23 @@ def test_an_artifact_is_trained_as_it_stands(tmp_path: Path) -> None:
     assert all(finding.passed is not False for finding in report.findings)
     digests = [json.loads((tmp_path / d / "solidify.json").read_text()) for d in ("built", "run/artifact")]
     assert digests[0]["tensors"] == digests[1]["tensors"] and digests[0]["code"] == digests[1]["code"]
+
+
+def test_an_artifact_that_does_not_reload_is_not_copied(tmp_path: Path) -> None:
+    """What it says that it computes is not what it computes: no training stands on it."""
+    model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", pico.llama(eos_token_id=0)))
+    edits = solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
+    built = pico.artifact(model, edits, tmp_path / "built")
+    expected = built / "certificate" / "outputs.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(expected).items()}, expected)
+    record = manifest.read(built, "artifact")
+    listed = {**record.files, "certificate/outputs.safetensors": hashing.digest_file(expected)}
+    changed = replace(record, files=listed)
+    changed.write(built)
+    trust.remember(changed)
+    with pytest.raises(ArtifactError, match=r"does not reload as it was in memory:\s.*outputs identical"):
+        stages.build(schema.load(write_recipe(tmp_path, built)), tmp_path / "run")
+    assert not (tmp_path / "run" / "artifact").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from solidify.artifact import cards, certificate, companions, descent, loading, tensors, told, vocabulary
 from solidify.artifact.companions import Carried
 from solidify.artifact.loading import BaseModel
-from solidify.artifact.solidify import Artifact, Saveable
+from solidify.artifact.solidify import Artifact, Saveable, verify
 from solidify.artifact.told import Told
 from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
@@ -67,7 +67,11 @@ def build(
 def _copy_artifact(
     base: BaseModel, staging: Path, recipe: dict[str, Any] | None, link: bool, kept: Told
 ) -> tuple[Manifest, list[Finding]]:
-    """Puts an artifact into another directory, file by file, and has a fresh process load it there."""
+    """Puts an artifact into another directory, file by file, and has a fresh process load it there.
+
+    Raises:
+        ArtifactError: the source changed meanwhile, or the fresh process found a difference.
+    """
     source = Path(base.model.config.name_or_path)
     record = manifest.read(source, "artifact")
     for name in record.listed():
@@ -78,7 +82,7 @@ def _copy_artifact(
     refuse(ArtifactError, f"{source} changed while it was read", manifest.faults(staging, record))
     if kept != _NOTHING:
         record = _list_again(record, staging, base, kept)
-    return record, certificate.witness(staging)
+    return record, verify(base.model, staging)
 
 
 def _list_again(record: Manifest, staging: Path, base: BaseModel, kept: Told) -> Manifest:

@@ -192,7 +192,9 @@ def build(
     target = directory / "artifact"
     document = results.built_by(recipe.document())
     if resume and models.is_built(recipe, target):
-        report.add("build", _look_again(target))
+        found = _look_again(target)
+        report.add("build", found)
+        results.keep_failures(target, found)
         report.carry("build", results.failures(target))
         return report
     if not recipe.surgery:
