@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solidify
+from solidify.command import views
 from solidify.directory import manifest
 from solidify.errors import RecipeError, SurgeryError
 from solidify.healing import calibrating
@@ -86,6 +90,41 @@ def test_data_that_is_no_text_is_said_before_anything_runs(tiny_base: Path, tmp_
     (tmp_path / "train.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
     with pytest.raises(RecipeError, match="surgery: calibration reads the rows of `data` as text"):
         solidify.plan(path)
+
+
+CLUSTERS = [[0, 3], [1, 2], *([number] for number in range(4, 16))]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"into": 6}, {"into": 6, "weights": "equal"}),
+        ({"into": 6, "weights": "frequency"}, {"into": 6, "weights": "frequency"}),
+        ({"into": 6, "experts_per_token": 1}, {"into": 6, "weights": "equal", "experts_per_token": 1}),
+        ({"clusters": CLUSTERS}, {"clusters": CLUSTERS, "weights": "equal"}),
+        ({"clusters": CLUSTERS, "weights": "frequency"}, {"clusters": CLUSTERS, "weights": "frequency"}),
+    ],
+)
+def test_a_plan_says_which_merge_is_asked_for_and_makes_none_up(
+    tiny_base: Path, tmp_path: Path, asked: dict[str, Any], said: dict[str, Any]
+) -> None:
+    """Which experts are alike, and how often each is chosen, is known once there are weights."""
+    path = write(tmp_path, tiny_base, order=[0])
+    step = {"merge_experts": "model.layers.*.mlp", "expect": "OlmoeSparseMoeBlock", **asked}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "surgery": [step]}))
+    plan = solidify.plan(path)
+    assert [edit.arguments for edit in plan.edits] == [said] * len(plan.edits)
+    out = StringIO()
+    for each in views.plan(plan.document()):
+        Console(file=out, width=400).print(each)
+    assert f"({', '.join(f'{key}={value!r}' for key, value in said.items())})" in out.getvalue()
+
+
+def test_experts_without_values_are_not_said_to_be_alike() -> None:
+    with torch.device("meta"):
+        model = pico.olmoe()
+    with pytest.raises(SurgeryError, match="the meta device"):
+        solidify.cluster_experts(model, "**.mlp", 4)
 
 
 def test_a_recipe_merges_alike_experts_by_how_often_they_are_chosen(tiny_base: Path, tmp_path: Path) -> None:

@@ -20,10 +20,20 @@ _Parts = Sequence[Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Merging:
-    """What becomes one: for each block, each new expert's old ones with their shares; and where the shares are from."""
+    """What becomes one: for each block, each new expert's old ones with their shares; and where the shares are from.
+
+    A `planned` merging has stand-ins for clusters that are found later.
+    """
 
     parts: Mapping[str, _Parts]
     weights: str
+    planned: bool = False
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Says of one block what becomes one; of a planned merging, how many experts are left."""
+        clusters = [list(part) for part in self.parts[name]]
+        experts = {"into": len(clusters)} if self.planned else {"clusters": clusters}
+        return {**experts, "weights": self.weights}
 
     def find_layouts(
         self,

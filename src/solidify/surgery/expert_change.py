@@ -183,7 +183,7 @@ def _describe_change(name: str, settings: Mapping[str, Any], reason: ExpertChoic
     chosen = settings.get("chosen", {})
     per_token = {"experts_per_token": next(iter(chosen.values()))} if chosen else {}
     if isinstance(reason, Merging):
-        return {"clusters": [list(part) for part in reason.parts[name]], "weights": reason.weights, **per_token}
+        return {**reason.describe(name), **per_token}
     choice = reason
     if choice is None:
         return {"order": settings["order"], **per_token}

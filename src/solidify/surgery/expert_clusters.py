@@ -12,22 +12,46 @@ from solidify.model import anatomy
 from solidify.surgery import expert_parts, selection
 from solidify.surgery.expert_scores import find_uncountable
 
+_REFUSED = "the experts cannot be clustered as asked"
+
 
 def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, list[list[int]]]:
     """Returns, for each MoE block that `where` names, its experts in `into` clusters; the model is unchanged.
 
     The two clusters whose experts' router rows are most alike (the mean of all pairs' cosines) become one, until there
-    are so many. On the meta device the first experts stand alone, and the last cluster has the rest.
+    are so many.
 
     Raises:
-        SurgeryError: a name means nothing, a block has no experts or not so many, or its router has no rows for them.
+        SurgeryError: a name means nothing, a block has no experts or not so many, its router has no rows for them, or
+            the model is on the meta device, where rows have no values.
     """
+    rows = _read_rows(model, where, into)
+    if anatomy.is_meta(model):
+        raise SurgeryError(f"{_REFUSED}: the model is on the meta device, so it has no weights to be alike by; load it")
+    return {name: _cluster(each, into) for name, each in rows.items()}
+
+
+def stand_in(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, list[list[int]]]:
+    """Returns clusters of the right number in the place of those that are found once there are weights.
+
+    Raises:
+        SurgeryError: none could be found then, as `cluster_experts` says.
+    """
+    rows = _read_rows(model, where, into)
+    return {
+        name: [*([expert] for expert in range(into - 1)), list(range(into - 1, len(each)))]
+        for name, each in rows.items()
+    }
+
+
+def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, torch.Tensor]:
+    """Returns the router's rows (number of experts, hidden_size) of each block, in float64."""
     names = selection.targets(model, where, None, None)
     blocks = {name: model.get_submodule(name) for name in names}
     plans = {name: expert_parts.plan_block(model, name, []) for name in names}
     faults = [expert_parts.describe_missing(name, blocks[name]) for name, plan in plans.items() if not plan["size"]]
     faults = faults or find_uncountable(into, {name: plan["size"] for name, plan in plans.items()})
-    refuse(SurgeryError, "the experts cannot be clustered as asked", faults)
+    refuse(SurgeryError, _REFUSED, faults)
     found = {}
     for name, plan in plans.items():
         own = expert_parts.expert_tensors(blocks[name], plan)
@@ -36,10 +60,7 @@ def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: in
         wide = [each.detach() for each in rows if each.shape[1] > 1 and each.is_floating_point()]
         if not wide:
             raise SurgeryError(f"{name}: its router has no rows of weights for its experts, so none are alike by them")
-        if anatomy.is_meta(model):
-            found[name] = [*([expert] for expert in range(into - 1)), list(range(into - 1, plan["size"]))]
-        else:
-            found[name] = _cluster(torch.cat(wide, dim=1).double(), into)
+        found[name] = torch.cat(wide, dim=1).double()
     return found
 
 

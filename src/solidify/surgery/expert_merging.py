@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from solidify.model.extent import Extent
     from solidify.surgery.edit_record import Edit
+    from solidify.surgery.expert_averages import Merging
 
 Clusters = Sequence[Sequence[int]]
 _REFUSED = "the experts cannot be merged as asked"
@@ -64,13 +66,16 @@ class MergeExperts(Operation):
 
         names = selection.targets(model, self.merge_experts, self.expect, self.count)
         clusters: Any = self.clusters
-        if self.into is not None:
-            clusters = expert_clusters.cluster_experts(model, names, self.into)
-        counted = self.calibrates and not anatomy.is_meta(model)
-        weights = context.scores(model, names, "frequency", self.rows) if counted else None
-        return merge_experts(
-            model, names, clusters, weights=weights, experts_per_token=self.experts_per_token, extent=context.extent
-        )
+        if anatomy.is_meta(model):
+            clusters = expert_clusters.stand_in(model, names, self.into) if self.into is not None else clusters
+            merging = _plan_merging(model, names, clusters, None)
+            merging = dataclasses.replace(merging, weights=self.weights, planned=self.into is not None)
+        else:
+            if self.into is not None:
+                clusters = expert_clusters.cluster_experts(model, names, self.into)
+            counted = context.scores(model, names, "frequency", self.rows) if self.calibrates else None
+            merging = _plan_merging(model, names, clusters, counted)
+        return _merge_as_planned(model, merging, self.experts_per_token, context.extent)
 
     @classmethod
     def inspect(cls, module: nn.Module, edit: Record) -> tuple[str, list[str]]:
@@ -106,16 +111,35 @@ def merge_experts(
         SurgeryError: an expert is in no cluster, or in two; where its neurons stand is not found; or as
             `rearrange_experts`. The model is then as it was.
     """
-    from solidify.surgery import expert_averages, expert_change, selection
+    from solidify.surgery import selection
 
     names = selection.targets(model, target, expect, count)
+    return _merge_as_planned(model, _plan_merging(model, names, clusters, weights), experts_per_token, extent)
+
+
+def _plan_merging(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    clusters: Clusters | Mapping[str, Clusters],
+    weights: ExpertScores | None,
+) -> Merging:
+    """Returns what becomes one in each block, and with which shares."""
+    from solidify.surgery import expert_averages, expert_change
+
     sizes = {name: len(order) for name, order in expert_change.present_orders(model, names).items()}
     given = clusters if isinstance(clusters, Mapping) else dict.fromkeys(names, clusters)
     refuse(SurgeryError, _REFUSED, _find_faults(names, given, sizes, weights))
     parts = {name: _weigh(given[name], weights.counts[name] if weights is not None else None) for name in names}
-    orders = {name: [max(part, key=lambda expert: part[expert]) for part in parts[name]] for name in names}
-    chosen = None if experts_per_token is None else dict.fromkeys(names, experts_per_token)
-    merging = expert_averages.Merging(parts, "equal" if weights is None else weights.digest())
+    return expert_averages.Merging(parts, "equal" if weights is None else weights.digest())
+
+
+def _merge_as_planned(
+    model: PreTrainedModel, merging: Merging, experts_per_token: int | None, extent: Extent | None
+) -> list[Edit]:
+    from solidify.surgery import expert_change
+
+    orders = {name: [max(part, key=lambda e: part[e]) for part in parts] for name, parts in merging.parts.items()}
+    chosen = None if experts_per_token is None else dict.fromkeys(orders, experts_per_token)
     return expert_change.change(model, orders, chosen, merging=merging, extent=extent)
 
 
