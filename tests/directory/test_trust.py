@@ -395,4 +395,4 @@ def test_a_card_names_a_base_and_not_where_it_stands(tmp_path: Path) -> None:
     assert "Base model: `base`" in card
     assert "secret" not in card
     assert "base_model:" not in card
-    assert manifest.told("owner/name") == "owner/name"
+    assert manifest.public_name("owner/name") == "owner/name"

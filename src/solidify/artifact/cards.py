@@ -74,7 +74,13 @@ def artifact_card(model: PreTrainedModel, staging: Path, draft: Manifest) -> str
     declared = {key for edit in draft.edits for key, kept in edit.get("declares", {}).items() if not kept}
     lost = {key: words for key, words in PROPERTIES.items() if key in declared}
     parameters = anatomy.count(model.parameters())
-    values = {"manifest": draft, "told": manifest.told, "parameters": parameters, "auto": auto, "lost": lost}
+    values = {
+        "manifest": draft,
+        "public_name": manifest.public_name,
+        "parameters": parameters,
+        "auto": auto,
+        "lost": lost,
+    }
     values["tokenizer"] = companions.has_tokenizer(staging)
     values["metadata"] = metadata("transformers", ["solidify", "custom_code"], draft.base, auto, draft)
     values["measured"] = _list_measured(draft.lineage, auto)
@@ -93,7 +99,7 @@ def stock_card(directory: Path, draft: Manifest, parameters: int) -> str:
         metadata=metadata("transformers", ["solidify"], draft.base, auto, draft),
         head=next(iter(files.document(directory / "config.json").get("architectures") or [auto])),
         merged=bool(merges),
-        origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
+        origin=manifest.public_name(origin) if isinstance(origin, str) else "unknown",
         revision=draft.base.get("revision"),
         dtype=draft.base.get("dtype"),
         parameters=parameters,
@@ -103,7 +109,7 @@ def stock_card(directory: Path, draft: Manifest, parameters: int) -> str:
         trained={key: fold_names(last.get(key, [])) for key in ("lora", "full")},
         measured=_list_measured(draft.lineage, auto),
         lineage=draft.lineage,
-        told=manifest.told,
+        public_name=manifest.public_name,
         versions=draft.versions,
     )
 
@@ -120,7 +126,7 @@ def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manif
         metadata=metadata("peft", ["solidify", kind.lower()], {**base.base, "model": model or origin}, auto, record),
         kind=kind.replace("LORA", "LoRA"),
         model=model,
-        origin=manifest.told(origin) if isinstance(origin, str) else "unknown",
+        origin=manifest.public_name(origin) if isinstance(origin, str) else "unknown",
         head=base.base.get("class", "model"),
         changed=base.kind == "artifact" and "class" in base.base,
         code=bool(base.code) or base.kind == "artifact",
@@ -134,9 +140,9 @@ def adapter_card(record: Manifest, configuration: Mapping[str, Any], base: Manif
 
 def checkpoint_card(step: int, origin: Any) -> str:
     """Writes the card of a checkpoint of a training, in place of PEFT's, which names the base by where it stands."""
-    told = manifest.told(origin) if isinstance(origin, str) and origin else "unknown"
+    name = manifest.public_name(origin) if isinstance(origin, str) and origin else "unknown"
     values = {"library_name": "peft", "tags": ["solidify", "checkpoint"]}
-    return sources.render("checkpoint.md.jinja", metadata=_write_yaml(values), step=step, origin=told)
+    return sources.render("checkpoint.md.jinja", metadata=_write_yaml(values), step=step, origin=name)
 
 
 def metadata(library: str, tags: Sequence[str], origin: Mapping[str, Any], auto: str, record: Manifest) -> str:

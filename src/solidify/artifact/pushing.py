@@ -100,14 +100,14 @@ def _prepared(directory: Path, record: Manifest, base: str | None) -> Iterator[d
     names = [manifest.NAME, *record.listed()]
     names += [manifest.SIGNATURE] if files.is_file(directory / manifest.SIGNATURE) else []
     sources = {name: directory / name for name in names}
-    told = _without_paths(record)
+    public = _without_paths(record)
     if record.kind != "adapter":
         if base is not None:
             raise ArtifactError(f"{directory} is {manifest.name_kind(record.kind)}; --base goes with an adapter")
         with tempfile.TemporaryDirectory() as scratch:
-            if told != record:
-                _refuse_signed(directory, record, told)
-                told.write(Path(scratch))
+            if public != record:
+                _refuse_signed(directory, record, public)
+                public.write(Path(scratch))
                 sources[manifest.NAME] = Path(scratch) / manifest.NAME
             yield sources
         return
@@ -123,7 +123,7 @@ def _prepared(directory: Path, record: Manifest, base: str | None) -> Iterator[d
         )
     _refuse_name(base)
     with tempfile.TemporaryDirectory() as scratch:
-        yield sources | _name_base(directory, told, base, Path(scratch))
+        yield sources | _name_base(directory, public, base, Path(scratch))
 
 
 def _without_paths(record: Manifest) -> Manifest:
@@ -143,20 +143,20 @@ def _tell(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [_tell(inner, key) for inner in value]
     away = isinstance(value, str) and (key == "model" or _is_path(value) or value.startswith(("../", "~/")))
-    return manifest.told(value) if away else value
+    return manifest.public_name(value) if away else value
 
 
 def _tell_words(evidence: str) -> str:
     """Names paths within a sentence by their last part."""
-    return " ".join(manifest.told(word) if _is_path(word) else word for word in evidence.split(" "))
+    return " ".join(manifest.public_name(word) if _is_path(word) else word for word in evidence.split(" "))
 
 
-def _refuse_signed(directory: Path, record: Manifest, told: Manifest) -> None:
+def _refuse_signed(directory: Path, record: Manifest, public: Manifest) -> None:
     """Raises ArtifactError when a signature would not hold of the manifest that is uploaded."""
     if not files.is_file(directory / manifest.SIGNATURE):
         return
     parts = ("base", "lineage", "recipe", "failed")
-    here, there = (dict(_walk_values({part: getattr(each, part) for part in parts})) for each in (record, told))
+    here, there = (dict(_walk_values({part: getattr(each, part) for part in parts})) for each in (record, public))
     key, text = next((key, text) for key, text in here.items() if there[key] != text)
     raise ArtifactError(
         f"{directory} is signed, and its manifest names a path of this machine ({key} is {text}), which is not "

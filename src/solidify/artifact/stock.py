@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from solidify.artifact import cards, certificate, companions, descent, loading, tensors, told, vocabulary
+from solidify.artifact import cards, certificate, companions, descent, loading, tensors, vocabulary
 from solidify.artifact.companions import Carried
+from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable, verify
-from solidify.artifact.told import Told
 from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -28,7 +28,7 @@ from solidify.model.extent import Extent
 from solidify.system import files, foreign
 from solidify.weights import checkpoint, digest_cache, format, hashing, layout, transfer
 
-_NOTHING = Told()
+_NOTHING = DataFacts()
 _known: dict[tuple[str, str, str], dict[str, str]] = {}  # by weights, configuration and class
 
 
@@ -38,15 +38,15 @@ def build(
     *,
     recipe: dict[str, Any] | None = None,
     link: bool = True,
-    kept: Told = _NOTHING,
+    facts: DataFacts = _NOTHING,
 ) -> Artifact:
     """Writes a loaded base as it stands, verifies that it loads as it is in memory; the model is unchanged.
 
-    What is `kept` of the data goes into the configuration, and beside the tokenizer.
+    The `facts` of its data go into the configuration, and beside the tokenizer.
 
     Files that stay as they are become hard links where that is possible. A base that was loaded in another dtype than
-    its files have is saved anew, by transformers. A base that is an artifact itself stays that artifact, beside what is
-    kept.
+    its files have is saved anew, by transformers. A base that is an artifact itself stays that artifact, beside these
+    facts.
 
     Raises:
         ArtifactError: `directory` exists and is not ours, or what was written does not load as it is in memory.
@@ -54,9 +54,9 @@ def build(
     source = companions.directory_of(base.model.config)
     with writing.staged(directory, [source] if source is not None else []) as staging:
         if descent.is_solid(base.model):
-            return Artifact(directory, *_copy_artifact(base, staging, recipe, link, kept))
+            return Artifact(directory, *_copy_artifact(base, staging, recipe, link, facts))
         carried = _fill_staging(base, source, staging, link)
-        told.write(kept, staging, base.processor or base.tokenizer)
+        facts.write(staging, base.processor or base.tokenizer)
         _describe(staging, base, recipe).write(staging)
         findings = [*_reload(base.model, staging), *_say_vocabulary(base), *carried.findings()]
         results.keep_failures(staging, findings)
@@ -65,7 +65,7 @@ def build(
 
 
 def _copy_artifact(
-    base: BaseModel, staging: Path, recipe: dict[str, Any] | None, link: bool, kept: Told
+    base: BaseModel, staging: Path, recipe: dict[str, Any] | None, link: bool, facts: DataFacts
 ) -> tuple[Manifest, list[Finding]]:
     """Puts an artifact into another directory, file by file, and has a fresh process load it there.
 
@@ -80,14 +80,14 @@ def _copy_artifact(
     replace(record, recipe=recipe).write(staging)
     record = manifest.read(staging, "artifact")
     refuse(ArtifactError, f"{source} changed while it was read", manifest.faults(staging, record))
-    if kept != _NOTHING:
-        record = _list_again(record, staging, base, kept)
+    if facts != _NOTHING:
+        record = _list_again(record, staging, base, facts)
     return record, verify(base.model, staging)
 
 
-def _list_again(record: Manifest, staging: Path, base: BaseModel, kept: Told) -> Manifest:
-    """Puts what is kept into the copy of an artifact, which may run if the artifact may; returns its new manifest."""
-    told.write(kept, staging, base.processor or base.tokenizer)
+def _list_again(record: Manifest, staging: Path, base: BaseModel, facts: DataFacts) -> Manifest:
+    """Puts the facts into the copy of an artifact, which may run if the artifact may; returns its new manifest."""
+    facts.write(staging, base.processor or base.tokenizer)
     found = [path for path in staging.rglob("*") if path.is_file()]
     names = {path.relative_to(staging).as_posix(): path for path in sorted(found)}
     others = {name: path for name, path in names.items() if name not in {*record.code, *record.headers, manifest.NAME}}

@@ -331,7 +331,7 @@ def _walk_entries(directory: Path, folders: set[str], prefix: str = "") -> Itera
             yield name, "file" if entry.is_file(follow_symlinks=False) else "a pipe, a socket or a device"
 
 
-def told(reference: str) -> str:
+def public_name(reference: str) -> str:
     """Returns how a base is named to others: by its id of the hub; a directory by its last part, not by where it is."""
     path = Path(reference)
     local = path.is_absolute() or PureWindowsPath(reference).is_absolute() or path.parts[:1] in (("..",), ("~",))

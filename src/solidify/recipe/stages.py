@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from solidify.adapter import adapters, base_state
 from solidify.adapter import plan as planning
-from solidify.artifact import certificate, stock, tensors, told, vocabulary
+from solidify.artifact import certificate, stock, tensors, vocabulary
 from solidify.artifact.solidify import build as build_artifact
 from solidify.checks import roundtrip, structure, trainable
 from solidify.directory import manifest, ours, results, writing
@@ -22,10 +22,10 @@ from solidify.model import anatomy, probing
 from solidify.model.cost import cost
 from solidify.model.extent import Extent
 from solidify.recipe import (
+    data_facts,
     distilling,
     evidence,
     healing,
-    kept,
     models,
     page,
     placement,
@@ -204,7 +204,7 @@ def build(
     with writing.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
         with console.stage("Loading the base"):
             base = models.load_base(recipe, scratch=scratch)
-            told.put(kept.of_base(recipe, base), base.model, base.processor or base.tokenizer)
+            data_facts.of_base(recipe, base).put(base.model, base.processor or base.tokenizer)
             extent = Extent.of(base.model, scratch)
             before = _outputs_aligned(base.model, base.processor or base.tokenizer) if extent.whole else {}
             digests = tensors.digests_where_they_stand(base.model.state_dict())
@@ -264,9 +264,9 @@ def _build_plain(recipe: Recipe, target: Path, report: Report, link: bool) -> Re
     writing.refuse_foreign(target, recipe.inputs())
     with console.stage("Loading the base"):
         base = models.load_base(recipe)
-        carried = kept.of_base(recipe, base)
+        facts = data_facts.of_base(recipe, base)
     with console.stage("Writing it as it stands"):
-        made = stock.build(base, target, recipe=results.built_by(recipe.document()), link=link, kept=carried)
+        made = stock.build(base, target, recipe=results.built_by(recipe.document()), link=link, facts=facts)
     report.measured |= {"cost": cost(base.model).document(), "extent": str(Extent.of(base.model))}
     report.add("build", made.findings)
     report.carry("build", results.failures(target))

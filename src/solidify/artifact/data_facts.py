@@ -21,7 +21,7 @@ _DEFAULT = "default"  # the template that is used where none is named
 
 
 @dataclass(frozen=True)
-class Told:
+class DataFacts:
     """What is said of classes (`names` in their order), of the `problem` (as `config.problem_type` says it), and of
     conversations (a chat `template`); nothing, where it is left out."""
 
@@ -35,41 +35,41 @@ class Told:
         named = {"id2label": {str(n): name for name, n in numbers.items()}, "label2id": numbers} if numbers else {}
         return {**named, **({"problem_type": self.problem} if self.problem is not None else {})}
 
+    def put(self, model: PreTrainedModel, preparing: Any) -> None:
+        """Gives them to a loaded model, and to the tokenizer or processor that prepares its inputs."""
+        if self.names:
+            model.config.id2label = dict(enumerate(self.names))
+            model.config.label2id = {name: number for number, name in enumerate(self.names)}
+        if self.problem is not None:
+            model.config.problem_type = self.problem
+        if self.template is not None:
+            for holder in _find_holders(preparing):
+                holder.chat_template = _replace_default(holder.chat_template, self.template)
 
-def put(told: Told, model: PreTrainedModel, preparing: Any) -> None:
-    """Gives it to a loaded model, and to the tokenizer or processor that prepares its inputs."""
-    if told.names:
-        model.config.id2label = dict(enumerate(told.names))
-        model.config.label2id = {name: number for number, name in enumerate(told.names)}
-    if told.problem is not None:
-        model.config.problem_type = told.problem
-    if told.template is not None:
-        for holder in _find_holders(preparing):
-            holder.chat_template = _replace_default(holder.chat_template, told.template)
+    def write(self, directory: Path, preparing: Any) -> None:
+        """Puts them into the files of a model; `preparing` is the tokenizer or processor that was read from them.
 
-
-def write(told: Told, directory: Path, preparing: Any) -> None:
-    """Puts it into the files of a model; `preparing` is the tokenizer or processor that was read from them.
-
-    Raises:
-        ArtifactError: another template has a name that no file can have.
-    """
-    if settings := told.settings():
-        path = directory / "config.json"
-        _write_json(path, {**files.document(path), **settings})
-    if told.template is None:
-        return
-    for name, template in _find_others(preparing).items():
-        if Path(name).name != name:
-            raise ArtifactError(f"the chat template {name!r} of the base has a name that no file can have; rename it")
-        (directory / OTHERS).mkdir(exist_ok=True)
-        (directory / OTHERS / f"{name}.jinja").write_text(template, encoding="utf-8")
-    (directory / TEMPLATE).write_text(told.template, encoding="utf-8")
-    (directory / LEGACY).unlink(missing_ok=True)  # transformers would read it first
-    for name in _CONFIGURED:
-        path = directory / name
-        if files.is_file(path) and "chat_template" in (held := files.document(path)):
-            _write_json(path, {key: value for key, value in held.items() if key != "chat_template"})
+        Raises:
+            ArtifactError: another template has a name that no file can have.
+        """
+        if settings := self.settings():
+            path = directory / "config.json"
+            _write_json(path, {**files.document(path), **settings})
+        if self.template is None:
+            return
+        for name, template in _find_others(preparing).items():
+            if Path(name).name != name:
+                raise ArtifactError(
+                    f"the chat template {name!r} of the base has a name that no file can have; rename it"
+                )
+            (directory / OTHERS).mkdir(exist_ok=True)
+            (directory / OTHERS / f"{name}.jinja").write_text(template, encoding="utf-8")
+        (directory / TEMPLATE).write_text(self.template, encoding="utf-8")
+        (directory / LEGACY).unlink(missing_ok=True)  # transformers would read it first
+        for name in _CONFIGURED:
+            path = directory / name
+            if files.is_file(path) and "chat_template" in (held := files.document(path)):
+                _write_json(path, {key: value for key, value in held.items() if key != "chat_template"})
 
 
 def _find_holders(preparing: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import solidify
 from solidify.checks import check
 from solidify.directory import manifest, results
 from solidify.errors import ArtifactError, DataError
-from solidify.recipe import kept, models, stages
+from solidify.recipe import data_facts, models, stages
 from solidify.recipe.schema import Recipe
 from solidify.system import files
 
@@ -242,4 +242,4 @@ def test_a_template_needs_a_tokenizer_to_stand_beside(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
     asked = recipe_of(tmp_path, tmp_path / "base", {"chat_template": TEMPLATE})
     with pytest.raises(DataError, match=r"data: chat_template is kept beside a tokenizer, and .* has none"):
-        kept.of_base(asked, models.load_base(asked, device="meta"))
+        data_facts.of_base(asked, models.load_base(asked, device="meta"))

@@ -11,8 +11,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from words import MARKED, UNMARKED, tokenizer
 
-from solidify.artifact import told
-from solidify.artifact.told import Told
+from solidify.artifact.data_facts import DataFacts
 from solidify.errors import ArtifactError
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -42,9 +41,9 @@ def test_a_processors_template_is_that_of_the_recipe(tmp_path: Path, kept: str, 
     processor = save_processor(tmp_path / "base", KEPT[kept])
     target = tmp_path / "base"
     if way == "files":
-        told.write(Told(template=TEMPLATE), target, processor)
+        DataFacts(template=TEMPLATE).write(target, processor)
     else:
-        told.put(Told(template=TEMPLATE), pico.llama(), processor)
+        DataFacts(template=TEMPLATE).put(pico.llama(), processor)
         target = tmp_path / "made"
         processor.save_pretrained(target)
     expected = {"default": TEMPLATE, "tool_use": MARKED} if kept == "several files" else TEMPLATE
@@ -56,5 +55,5 @@ def test_a_template_whose_name_leads_elsewhere_is_refused(tmp_path: Path) -> Non
     maker = tokenizer()
     maker.chat_template = {"default": MARKED, "../../x": UNMARKED}
     with pytest.raises(ArtifactError, match=r"'../../x' of the base has a name that no file can have"):
-        told.write(Told(template=TEMPLATE), tmp_path, maker)
+        DataFacts(template=TEMPLATE).write(tmp_path, maker)
     assert not list(tmp_path.iterdir())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from solidify.artifact import vocabulary
+from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
-from solidify.artifact.told import Told
 from solidify.errors import DataError, refuse
 from solidify.recipe import datasets, kinds
 from solidify.recipe.schema import Recipe
@@ -15,7 +15,7 @@ from solidify.training import formats, labelling
 _PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}  # what no head is taken for else
 
 
-def of_base(recipe: Recipe, base: BaseModel) -> Told:
+def of_base(recipe: Recipe, base: BaseModel) -> DataFacts:
     """Returns what a recipe says of its data that a model built of this base keeps.
 
     Raises:
@@ -24,7 +24,7 @@ def of_base(recipe: Recipe, base: BaseModel) -> Told:
         RecipeError: the head does not learn from the rows.
     """
     if recipe.data is None:
-        return Told()
+        return DataFacts()
     names = tuple(recipe.data.labels) if recipe.data.labels is not None else ()
     with datasets.raised_in("data"):
         template = recipe.chat_template()
@@ -32,7 +32,7 @@ def of_base(recipe: Recipe, base: BaseModel) -> Told:
             refuse(DataError, "the labels do not fit the head", labelling.find_faults(base.model.config, names))
         if template is not None and vocabulary.tokenizer_of(base.processor or base.tokenizer) is None:
             raise DataError(f"chat_template is kept beside a tokenizer, and {recipe.base.model} has none; leave it out")
-        return Told(names, _find_problem(recipe, base.model), template)
+        return DataFacts(names, _find_problem(recipe, base.model), template)
 
 
 def _find_problem(recipe: Recipe, model: PreTrainedModel) -> str | None:
