@@ -29,6 +29,7 @@ def align(todo: Work, mine: Sequence[Unit], kept: Kept) -> list[Result]:
         stream.behind = LayerStream(todo.model, layers, batches, todo.settings.match)
         stream.behind.refuse_unstreamable("the changed model")
     results: list[Result] = []
+    mapped.release([todo.base, todo.model])  # what comparing the two has read of every layer
     for number, layer in enumerate(layers):
         stream.number = number
         here = [unit for unit in mine if unit.name == layer or unit.name.startswith(f"{layer}.")]
