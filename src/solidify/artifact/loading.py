@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -310,19 +311,27 @@ def load_plain(
     trust_remote_code: bool,
     quantization: quantizing.Asked | None = None,
     keep: str | Sequence[str] = (),
+    packed: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Loads a plain model of transformers; quantised as `load_artifact` says.
+    """Loads a plain model of transformers; quantised as `load_artifact` says, or `packed` as its files are.
 
     Raises:
         ModelError: as `load_base`; or it cannot be quantised as asked.
     """
     quantizing.refuse_contradictory(quantization, keep, options)
+    if packed:
+        given = options.pop("quantization_config", None)
+        stored = files.document(directory / "config.json", ModelError).get("quantization_config")
+        if quantization is not None or (given is not None and json.loads(quantizing.record(given)) != stored):
+            raise ModelError(f"the weights of {directory} are packed as they stand; leave out how to quantise them")
     kept: dict[str, str] = {}
     if quantization is not None:
         skeleton = load_base(str(directory), device="meta", trust_remote_code=trust_remote_code).model
         kept, options = _choose_quantized(skeleton, (), quantization, keep, options)
-    model = load_base(str(directory), trust_remote_code=trust_remote_code, options=options).model
+    model = load_base(str(directory), trust_remote_code=trust_remote_code, quantized=packed, options=options).model
+    if packed:
+        quantizing.remember(model)
     if "quantization_config" in options:
         quantizing.note(model, kept, directory)
     return model
@@ -333,7 +342,8 @@ def _load_stock(directory: Path, **asked: Any) -> PreTrainedModel:
     record = manifest.read(directory, "stock")
     with checkpoint.steady([directory / name for name in record.headers]):
         refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
-        model = load_plain(directory, **asked)
+        packed = bool(record.lineage) and record.lineage[-1].get("form") in quantizing.WORDS
+        model = load_plain(directory, packed=packed, **asked)
     vars(model)[ORIGIN] = record.digest()
     return model
 

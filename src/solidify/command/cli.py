@@ -306,7 +306,9 @@ def merge(
 def export(
     directory: Annotated[Path, typer.Argument(help="An artifact, merged or not.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the other form goes.")],
-    form: Annotated[str, typer.Option("--as", help="stock: the plain model of the family; onnx: a graph.")] = "stock",
+    form: Annotated[
+        str, typer.Option("--as", help="stock: the plain model of the family; onnx; nf4 or int8: packed.")
+    ] = "stock",
     trust_remote_code: Trust = False,
 ) -> None:
     """Writes an artifact in a form that other programs read, and compares it with the artifact."""

@@ -1,4 +1,6 @@
-"""Run as a script in a process of its own: loads an artifact and its stock form, and prints in what they differ.
+"""Run as a script in a process of its own: loads an artifact and another form of it, and prints in what they differ.
+
+An artifact is loaded quantised where the request says how.
 
 It does not import solidify, and makes the packages that its arguments name impossible to import.
 """
@@ -23,8 +25,23 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    artifact: Any = getattr(transformers, request["auto"]).from_pretrained(request["artifact"], trust_remote_code=True)
-    stock, info = getattr(transformers, request["head"]).from_pretrained(request["stock"], output_loading_info=True)
+    options: dict[str, Any] = {}
+    if "quantization" in request:
+        from transformers.quantizers import AutoQuantizationConfig
+
+        config = AutoQuantizationConfig.from_dict(json.loads(request["quantization"]))
+        options = {"quantization_config": config, "device_map": {"": "cpu"}}
+    artifact: Any = getattr(transformers, request["auto"]).from_pretrained(
+        request["artifact"], trust_remote_code=True, **options
+    )
+    placed = {"device_map": options["device_map"]} if options else {}
+    code = {"trust_remote_code": True} if request.get("code") else {}
+    stock, info = getattr(transformers, request["head"]).from_pretrained(
+        request["stock"], output_loading_info=True, **placed, **code
+    )
+    for module in (*artifact.modules(), *stock.modules()):
+        if getattr(module, request.get("repacks", ""), False):  # an evaluation on a CPU would round scales anew
+            setattr(module, request["repacks"], False)
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:4])}" for kind, names in info.items() if names]
     found, wrong = compare_state(artifact.eval(), stock.eval())
     outputs = {} if request["inputs"] is None else compare_outputs(artifact, stock, request["inputs"])
@@ -32,11 +49,16 @@ def main() -> None:
 
 
 def compare_state(artifact: Any, stock: Any) -> tuple[int, list[str]]:
-    """Compares every parameter and buffer; returns how many there are, and what differs."""
+    """Compares every parameter and buffer, and scales beside them; returns how many there are, and what differs."""
     import torch
 
     mine, theirs = (
-        dict((*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)))
+        {
+            name: tensor
+            for table in (m.state_dict().items(), m.named_parameters(remove_duplicate=False), m.named_buffers())
+            for name, tensor in table
+            if isinstance(tensor, torch.Tensor)
+        }
         for m in (artifact, stock)
     )
     faults = [f"{name} is in one of them only" for name in sorted(set(mine) ^ set(theirs))]

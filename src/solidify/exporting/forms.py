@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from solidify.artifact import companions, loading
+from solidify.artifact import companions, loading, quantizing
 from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
-from solidify.exporting import graph, stock
+from solidify.exporting import graph, packed, stock
 from solidify.findings import Finding
 from solidify.system import console
 from solidify.weights import checkpoint, format, hashing
@@ -24,7 +25,11 @@ GGUF = (
 
 # What a form writes into a directory, of a loaded artifact; the digests of its tensors, and what was compared.
 Write = Callable[[PreTrainedModel, Path, Manifest, Path], tuple[dict[str, str], list[Finding]]]
-FORMS: Mapping[str, Write] = {"stock": stock.write, "onnx": graph.write}
+FORMS: Mapping[str, Write] = {
+    "stock": stock.write,
+    "onnx": graph.write,
+    **{word: partial(packed.write, word=word) for word in quantizing.WORDS},
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ def export(
     `stock` is the plain model of the family, which loads without any code of the artifact: for results that the
     family's own configuration and classes can express (layers removed or repeated, experts pruned or repeated, tokens
     added, adapters merged). A fresh process loads both; every tensor and output must be bit-identical. `onnx` is a
-    graph for ONNX Runtime, of any artifact, whose outputs are compared with the artifact's.
+    graph for ONNX Runtime, of any artifact, whose outputs are compared with the artifact's. `nf4` and `int8` have
+    linear layers packed by bitsandbytes, of a plain model too: what was not packed keeps its bits, a fresh process
+    compares all with the artifact quantised on loading, and what packing does to the outputs is measured.
 
     Raises:
         ArtifactError: the form is unknown; the family cannot build what the surgery has made (the modules are named);
@@ -77,10 +84,11 @@ def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping
     files = {
         path.relative_to(staging).as_posix(): hashing.digest_file(path)
         for path in sorted(staging.rglob("*"))
-        if path.is_file() and path.name not in weights
+        if path.is_file() and path.name not in weights and path.suffix != ".py"
     }
     written = Manifest(
         kind="stock",
+        code=record.code if (staging / next(iter(record.code), ".")).is_file() else {},
         base=record.base,
         lineage=[*record.lineage, {"step": "export", "form": form, "artifact": record.digest()}],
         files=files,

@@ -47,7 +47,7 @@ def write(
         plain.save_pretrained(staging)
     digests: dict[str, str] = {}
     for path in checkpoint.weight_files(staging):
-        digests |= _align(path)
+        digests |= align(path)
     (staging / "README.md").write_text(_write_card(plain, record, staging), encoding="utf-8")
     return digests, _compare(directory, record, staging, plain, Extent.of(model))
 
@@ -120,7 +120,7 @@ def _describe_hooks(module: nn.Module) -> list[str]:
     return ["a mask of its own" if hasattr(hook, "solid_mask") else "a hook that surgery put there" for hook in hooks]
 
 
-def _align(path: Path) -> dict[str, str]:
+def align(path: Path) -> dict[str, str]:
     """Writes a file of weights once more, its tensors aligned as artifacts have them; returns their digests.
 
     Kernels give other last bits for other alignments, and files are mapped as they stand.

@@ -1,0 +1,97 @@
+"""Weights that are packed on disk: what an artifact is when it is quantised on loading, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import solidify
+from solidify.errors import ArtifactError, ModelError
+from solidify.exporting import forms, packed
+from solidify.model import anatomy
+from solidify.modules.gated_attention import GatedAttention
+from solidify.upstream.bitsandbytes import keep_as_quantized
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast from:UserWarning")
+
+
+def logits(model: Any) -> torch.Tensor:
+    keep_as_quantized(model)
+    return anatomy.run(model, {"input_ids": pico.tokens()})
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = pico.llama()
+    edits = solidify.replace(model, "model.layers.*.self_attn", GatedAttention)
+    return pico.artifact(model, edits, tmp_path_factory.mktemp("packed") / "gated")
+
+
+@pytest.mark.parametrize("word", ["nf4", "int8"])
+def test_a_packed_artifact_loads_by_transformers_as_it_stands(gated: Path, tmp_path: Path, word: str) -> None:
+    made = solidify.export(gated, tmp_path / word, word)
+    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    model = AutoModelForCausalLM.from_pretrained(made.directory, trust_remote_code=True).eval()
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.dtype in (torch.uint8, torch.int8)
+    assert attention.output_gate.weight.dtype == torch.float32  # new modules are not packed
+    assert torch.equal(logits(model), logits(solidify.load(gated, quantization=word)))
+    assert solidify.check(made.directory).passed
+    again = solidify.load(made.directory, trust_remote_code=True)
+    assert torch.equal(logits(model), logits(again))
+    with pytest.raises(ModelError, match="are packed as they stand"):
+        solidify.load(made.directory, trust_remote_code=True, quantization=word)
+
+
+def test_a_merged_plain_model_is_packed_and_no_base_to_merge_into(tmp_path: Path) -> None:
+    pico.llama().save_pretrained(tmp_path / "base")
+    adapted = solidify.attach(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora={"r": 2, "target_modules": "**.q_proj"}
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapter = solidify.save_adapter(adapted.eval(), tmp_path / "adapter")
+    merged = solidify.merge(adapter, tmp_path / "merged").directory
+    made = solidify.export(merged, tmp_path / "nf4", "nf4")
+    assert "3 cases bit-identical" in made.findings[0].evidence
+    found = AutoModelForCausalLM.from_pretrained(made.directory).eval()
+    assert torch.equal(logits(found), logits(solidify.load(merged, quantization="nf4")))
+    again = solidify.attach(solidify.load(made.directory), lora={"r": 2, "target_modules": "**.v_proj"})
+    saved = solidify.save_adapter(again.eval(), tmp_path / "second")
+    with pytest.raises(ModelError, match=r"stored quantised \(bitsandbytes\)"):
+        solidify.merge(saved, tmp_path / "twice")
+
+
+@pytest.mark.parametrize("key", ["absmax", "q_proj.weight", "output_gate.weight"])
+def test_packed_weights_that_are_not_the_artifacts_do_not_appear(
+    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """One number of the packed weights, of the scales beside them, or of what is not packed."""
+    honest = packed.stock.align
+
+    def wrong(path: Path) -> dict[str, str]:
+        held = load_file(path)
+        name = next(name for name in held if name.endswith(key))
+        flat = held[name].flatten()
+        flat[0] = flat[0] + 1
+        save_file(held, path, metadata={"format": "pt"})
+        return honest(path)
+
+    monkeypatch.setattr(packed.stock, "align", wrong)
+    with pytest.raises(ArtifactError, match="the nf4 form is not what the artifact is: packed weights are"):
+        solidify.export(gated, tmp_path / "nf4", "nf4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_form_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    assert set(forms.FORMS) == {"stock", "onnx", "nf4", "int8"}
+    with pytest.raises(ArtifactError, match="there are stock, onnx, nf4, int8"):
+        solidify.export(tmp_path, tmp_path / "out", "int4")
