@@ -44,15 +44,21 @@ def factor_experts(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: no low-rank update of the model is one of fused experts.
     """
-    found = [module for module in model.modules() if type(module) in (PeftParamWrapper, ParamWrapper)]
-    if not any(_can_run(_chain(module)) for module in found):
+    if not factor_if_any(model):
         raise AdapterError(
             "no low-rank update of the model is one of fused experts that can be run by their factors; attach LoRA "
             "with `target_parameters` that name them (`**.experts.gate_up_proj`)"
         )
-    for module in found:
-        module.__class__ = ParamWrapper
     return model
+
+
+def factor_if_any(model: nn.Module) -> int:
+    """Does what `factor_experts` does, where there is something to run so; returns how many updates there are."""
+    found = [module for module in model.modules() if type(module) in (PeftParamWrapper, ParamWrapper)]
+    count = sum(_can_run(_chain(module)) for module in found)
+    for module in found if count else ():
+        module.__class__ = ParamWrapper
+    return count
 
 
 @contextmanager

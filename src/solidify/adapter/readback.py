@@ -56,8 +56,7 @@ def refuse_lossy(model: PeftModel, name: str, directory: Path, base: Base, load:
     if not Extent.of(plain).whole or len({p.device for p in plain.parameters()}) != 1:
         return
     fresh = lookup.plain_model(again.to(plain.device))
-    # Experts run by their factors are compared as PEFT runs them, as the fresh ones do: then equal means equal bits.
-    with expert_factors.built(), active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
+    with active_alone(model, name), alike(plain), alike(fresh), _as_stored(mine, theirs):
         _align_matrices(plain, fresh)
         faults = _output_faults(plain, fresh)
     if faults:
@@ -91,14 +90,15 @@ def alike(model: nn.Module) -> Iterator[None]:
     """While the block lasts, a model is in the state in which models are compared; it gets its own back.
 
     Evaluation mode, no parameter that asks for gradients (which PyTorch folds matrices by), and buffers that come
-    back as they were, though a module may move them.
+    back as they were, though a module may move them. Experts that run by their factors run as PEFT runs them, as those
+    of a model that was just loaded do.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with buffers_kept(model):
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            with anatomy.evaluation(model), torch.no_grad():
+            with expert_factors.built(), anatomy.evaluation(model), torch.no_grad():
                 yield
         finally:
             for parameter, flag in flags:

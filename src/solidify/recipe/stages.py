@@ -311,6 +311,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
+    training.factor_experts(peft_model)
     report.add("train", [trainable.trainable(peft_model, wanted)])
     trainer, examples = trainers.make_trainer(recipe, directory, peft_model, processor)
     witness = training.train_adapter(recipe, directory, trainer, resume)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from solidify.adapter import adapters, storage
+from solidify.adapter import adapters, expert_factors, storage
 from solidify.artifact import loading
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest, results
@@ -35,6 +35,12 @@ def load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any
         loading.load_artifact(source, trust_remote_code=allowed, **models.quantization(recipe)),
         loading.load_processor(source, trust_remote_code=allowed),
     )
+
+
+def factor_experts(model: Any) -> None:
+    """Has LoRA on fused experts run through its factors, where there is some, and says so."""
+    if (count := expert_factors.factor_if_any(model)) and processes.is_first():
+        console.words.print(f"{count} LoRA updates of fused experts are trained through their factors")
 
 
 def train_adapter(recipe: Recipe, directory: Path, trainer: Any, resume: bool) -> gradients.GradientWitness:
