@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,6 +245,16 @@ def test_the_witness_sees_every_kind_of_fault(trash_artifact: Path, copy_of: Cal
     assert changed["outputs identical (AutoModelForCausalLM)"] is False
     assert findings(import_us, "imports")["reload (AutoModelForCausalLM)"] is False
     assert findings(drop_a_tensor, "tensor")["state identical (AutoModelForCausalLM)"] is False
+
+
+@pytest.mark.parametrize(("distances", "passed"), [([1e-6, 1e-5], None), ([1e-6, math.nan], False)])
+def test_on_another_machine_what_is_no_number_is_no_rounding(distances: list[float], passed: bool | None) -> None:
+    outputs = {str(n): {"equal": False, "distance": far, "scale": 1.0} for n, far in enumerate(distances)}
+    same = {"equal": 1, "absent": [], "additional": [], "different": []}
+    state = {**dict.fromkeys(("state", "attributes", "values"), same), "loading_info": {}, "meta": [], "seconds": 0.1}
+    load = {**state, "outputs": outputs, "sampled": False}
+    findings = certificate._judge_load("AutoModel", load, "cpu AVX2 -> AVX512")
+    assert [finding.passed for finding in findings if finding.name.startswith("outputs")] == [passed]
 
 
 def test_an_artifact_of_several_files_is_written_again_when_all_of_it_changed(tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_a_server_whose_head_was_drawn_anew_fails() -> None:
     assert "are others, by up to" in finding.evidence
 
 
+@pytest.mark.parametrize("whose", ["model", "server"])
+def test_numbers_that_are_none_agree_with_nothing(whose: str) -> None:
+    trained, said = model(), answer(model())
+    if whose == "model":
+        trained.lm_head.weight.data[said["tokens"][0][3]] = torch.nan
+    else:
+        said["logprobs"][0][3] = float("nan")
+    assert judged(trained, said)[1].passed is False
+
+
 def test_one_other_token_among_many_is_enough() -> None:
     said = answer(model())
     said["tokens"][1][-1] = (said["tokens"][1][-1] + 1) % 128

@@ -268,6 +268,18 @@ def test_an_artifact_that_offers_no_backbone_is_for_neither() -> None:
     assert broken(found) == {"auto_map names AutoModel"}
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1.0])
+def test_a_position_that_becomes_no_number_has_moved(value: float, kept: bool) -> None:
+    """Also where it was of no size before, as in a mask; what stays what it was has not moved."""
+    before = torch.arange(15.0).view(1, 5, 3)
+    before[0, 2, 0] = value
+    after = before.clone()
+    if not kept:
+        after[0, 1, 1] = torch.nan
+    assert served_call._has_moved(before, after, [0, 1, 2, 3]) is not kept
+
+
 def test_looking_changes_nothing() -> None:
     model = pico.olmoe().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

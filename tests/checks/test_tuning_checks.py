@@ -211,6 +211,13 @@ def test_a_term_that_never_had_a_gradient_is_found(
     assert finding.passed and "2 terms" in finding.evidence
 
 
+def test_a_gradient_that_is_no_number_agrees_with_nothing(trash_artifact: Path, tmp_path: Path) -> None:
+    trainer = train(awake(trash_artifact), tmp_path)
+    next(each for each in trainer.model.parameters() if each.requires_grad).register_hook(lambda g: g * torch.nan)
+    finding = gradients.accumulation(trainer, pico.ragged(8))
+    assert finding.passed is False and "is NaN or infinite" in finding.evidence
+
+
 def test_accumulation_of_nothing_proves_nothing(trash_artifact: Path, tmp_path: Path) -> None:
     trainer = train(awake(trash_artifact), tmp_path)
     assert not gradients.accumulation(trainer, pico.ragged(1)).passed

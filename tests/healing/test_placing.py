@@ -37,6 +37,16 @@ def six() -> tuple[torch.nn.Module, torch.nn.Module, list]:
     return base, copy.deepcopy(model), edits
 
 
+def test_a_divergence_that_is_no_number_is_no_score() -> None:
+    base, model, edits = six()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down.weight.fill_(torch.nan)
+    choice = Choice(model, base, [edit.name for edit in edits], rows())
+    assert choice.divergence(["model.layers.1.mlp"]) > 0
+    with pytest.raises(HealingError, match=r"with model\.layers\.2\.mlp changed is nan, so no layers can be chosen"):
+        choice.divergence(["model.layers.2.mlp"])
+
+
 def rows(count: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(3, 60, (1, 8), generator=generator)} for _ in range(count)]

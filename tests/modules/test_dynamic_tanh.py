@@ -187,6 +187,10 @@ class Gain(nn.Module):
 def test_what_it_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="is no norm: a token four times as large"):
         adopted(Gain())
+    broken = Gain()
+    broken.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="is no norm: a token four times as large"):
+        adopted(broken)
     with pytest.raises(SurgeryError, match="takes the place of a norm with a weight for each feature"):
         solidify.replace(zoo.model("llama"), "model.layers.*.mlp", DynamicTanh)
     with pytest.raises(ValueError, match="function must be one of tanh, identity"):

@@ -23,7 +23,7 @@ import solidify
 from solidify.checks import structure
 from solidify.errors import ArtifactError, SurgeryError
 from solidify.model import anatomy, operations
-from solidify.surgery import catalogue
+from solidify.surgery import catalogue, expert_proof
 
 BLOCK = "OlmoeSparseMoeBlock"
 
@@ -202,6 +202,14 @@ def test_in_half_precision_the_proof_is_made_in_float32() -> None:
         model.model.layers[1].mlp.shared_experts.down_proj.weight.mul_(40)
     with pytest.raises(SurgeryError, match="when its experts are only renumbered"):
         solidify.rearrange_experts(model, "model.layers.1.mlp", [1, 2, 3, 0])
+
+
+def test_experts_that_compute_no_number_are_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that is NaN is no small one."""
+    model = pico.olmoe()
+    monkeypatch.setattr(expert_proof._Renumbering, "_renumber", lambda *_: float("nan"))
+    with pytest.raises(SurgeryError, match="when its experts are only renumbered, the output moves by nan"):
+        solidify.rearrange_experts(model, "**.mlp", [0, 1, 2, 3])
 
 
 def test_tied_experts_are_not_parted() -> None:

@@ -6,6 +6,7 @@ It stands in the artifact's directory `certificate/`, so that anybody can repeat
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -334,16 +335,19 @@ def _judge_load(auto: str, load: dict[str, Any], moved: str) -> list[Finding]:
             )
             held = None  # all but one pass were; that is no proof
         return [state, Finding(f"outputs identical ({auto})", held, evidence)]
-    worst = max(
-        (o["distance"] / max(o["scale"], 1e-12) if o["distance"] is not None else float("inf"))
-        for o in different.values()
-    )
+    worst = max(_measure_apart(each) for each in different.values())
     evidence = f"{', '.join(different)} differ, by {worst:.1e} of the largest output"
     # Elsewhere (another processor, thread count or version) kernels sum in another order; that far may it move.
     passed = None if moved and worst < 1e-3 else False  # within rounding, and yet not identical
     if moved:
         evidence += f"; the environment differs ({moved})"
     return [state, Finding(f"outputs identical ({auto})", passed, evidence)]
+
+
+def _measure_apart(output: Mapping[str, Any]) -> float:
+    """Returns how far an output is off, of its largest value; by inf, where it is of another shape or no number."""
+    far = output["distance"] / max(output["scale"], 1e-12) if output["distance"] is not None else math.inf
+    return far if math.isfinite(far) else math.inf
 
 
 def started() -> Alone:

@@ -133,6 +133,8 @@ def accumulation(
         reference = _compute_gradient(trainer, examples, *splits[0])
         if witness is not None:
             witness.look_again(reference)
+        if lost := [name for name, gradient in reference.items() if not bool(gradient.isfinite().all())]:
+            return Finding(ACCUMULATION, False, f"the gradient of {', '.join(lost[:4])} is NaN or infinite")
         if not any(bool(gradient.any()) for gradient in reference.values()):
             return Finding.unseen(ACCUMULATION, "no gradient is left to compare, all are zero")
         far = [_find_furthest(reference, _compute_gradient(trainer, examples, *split)) for split in splits[1:]]

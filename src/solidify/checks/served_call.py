@@ -232,8 +232,11 @@ def _has_moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> 
     if not a.is_floating_point() or not a.numel():
         return not torch.equal(a, b)
     # Within one module kernels may sum in another order; to look ahead or back moves more than that.
-    rounding = max(1e-4, 4 * torch.finfo(a.dtype).eps) * max(float(a.float().abs().max()), 1e-6)
-    return bool(((a.float() - b.float()).abs() > rounding).any())
+    eps, (a, b) = torch.finfo(a.dtype).eps, (a.float(), b.float())
+    size = float(a.where(a.isfinite(), 0.0).abs().max())
+    rounding = max(1e-4, 4 * eps) * max(size, 1e-6)
+    near = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= rounding)
+    return not bool(near.all())
 
 
 def _put_back(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> torch.Tensor:

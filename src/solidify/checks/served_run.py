@@ -9,6 +9,7 @@ by running it in the next wider type.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def judged(found: Compared, answer: dict[str, Any]) -> Finding:
     if found.others:
         evidence += f"; {found.others} are others, by up to {found.margin:.1e} in the logits"
     evidence += f"; log-probabilities differ by at most {found.logprob:.1e}"
-    return Finding(NAME, not found.others, evidence)
+    return Finding(NAME, not found.others and math.isfinite(found.logprob), evidence)
 
 
 def run(
@@ -159,11 +160,11 @@ def compare(
     mine = logits.gather(-1, chosen[:, None]).squeeze(-1)
     margins = logits.amax(-1) - mine
     logprob = float((logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1) - said).abs().max())
-    apart = margins[margins > 0]
+    apart = margins[~(margins <= 0)]  # also those that are NaN
     if not apart.numel():
         return Compared(len(chosen), 0, 0, logprob, 0.0)
     noise = _measure_rounding(model, prompts, tokens, logits)
-    others = apart[apart > 2 * noise]  # each side is off by up to that much
+    others = apart[~(apart <= 2 * noise)]  # each side is off by up to that much
     return Compared(
         len(chosen) - apart.numel(),
         apart.numel() - others.numel(),

@@ -7,6 +7,7 @@ the set that is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,9 +155,19 @@ class Choice:
         self.model, self.base, self.candidates, self.batches = model, base, candidates, batches
 
     def divergence(self, changed: Iterable[str]) -> float:
-        """Returns `KL(base ‖ base with these changed)` in nats a token."""
-        with self.only(changed):
-            return distance(self.model, self.base, self.batches).kl
+        """Returns `KL(base ‖ base with these changed)` in nats a token.
+
+        Raises:
+            HealingError: it is NaN or infinite.
+        """
+        with self.only(names := list(changed)):
+            found = distance(self.model, self.base, self.batches).kl
+        if not math.isfinite(found):
+            raise HealingError(
+                f"the divergence from the base with {', '.join(names)} changed is {found}, so no layers can be chosen; "
+                "a smaller learning rate of the alignment may keep it finite"
+            )
+        return found
 
     @contextmanager
     def only(self, changed: Iterable[str]) -> Iterator[None]:
@@ -176,7 +187,7 @@ class Choice:
         inputs = {key: tensor[:1] for key, tensor in self.batches[0].items()}
         with self.only(()):
             ours, theirs = (anatomy.run(model, inputs) for model in (self.model, self.base))
-        if ours.shape != theirs.shape or properties.distance(ours, theirs) > properties.allowed("", 0.0, ours.dtype):
+        if ours.shape != theirs.shape or not _is_rounding(ours, theirs):
             raise HealingError(
                 "with the base's own modules at all candidates the model is not its base, so something else was "
                 "changed too; choose layers before other changes are made"
@@ -213,6 +224,10 @@ def _find_savings(
     if most < needed:
         raise HealingError(f"the budget asks for {needed:g} {unit}, but all candidates together give {most:g}")
     return savings, needed
+
+
+def _is_rounding(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return properties.distance(ours, theirs) <= properties.allowed("", 0.0, ours.dtype)
 
 
 def _sum_within(costs: Mapping[str, int], name: str) -> int:

@@ -154,7 +154,7 @@ def measure(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     except Exception as error:
         raise ValueError(f"{type(norm).__name__} is not called as a norm: {error}") from error
     difference = float((larger - plus).double().norm())
-    if plus.shape != token.shape or difference > 0.02 * float(plus.double().norm()):
+    if plus.shape != token.shape or not difference <= 0.02 * float(plus.double().norm()):
         raise ValueError(f"{type(norm).__name__} is no norm: a token four times as large gives something else")
     plus, minus = (made[0, 0].to(torch.promote_types(weight.dtype, torch.float32)) for made in (plus, minus))
     return (plus - minus) / 2 * signs, (plus + minus) / 2

@@ -208,7 +208,7 @@ class UpcycledExperts(nn.Module):
             raise ValueError(f"{type(original).__name__} does not return one tensor of the shape that it is given")
         difference, size = (expected[0] - found).double().norm(), expected.double().norm()
         allowed = max(1e-4, 20 * torch.finfo(weight.dtype).eps) * max(float(size), 1e-9)
-        if bool(size.isfinite()) and float(difference) > allowed:
+        if bool(size.isfinite()) and not float(difference) <= allowed:
             raise ValueError(
                 f"{type(original).__name__} has the parts of a {stack.kind} feed-forward "
                 f"({', '.join(stack.names)}), but computes something else"

@@ -102,7 +102,7 @@ def _refuse_moved(model: PreTrainedModel, before: Control, what: str) -> None:
         return
     output = anatomy.run(model, before.inputs)
     moved, allowed = properties.distance(output, before.output), properties.allowed("", 0.0, output.dtype)
-    if moved > allowed:
+    if not moved <= allowed:
         raise SurgeryError(
             f"{_REFUSED}: with {what} the model's output moves by {moved:.1e} (rounding: {allowed:.1e}), because its "
             "router weighs or chooses copies otherwise; choose experts by an order instead"

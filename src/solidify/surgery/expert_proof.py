@@ -58,7 +58,7 @@ class _Renumbering:
         """Says what is not as it must be: all together change nothing, and no part of them does alone."""
         parts = [*self.plan["tensors"], *self.plan["lists"]]
         moved = self._renumber(parts)
-        if moved > self.allowed:
+        if not moved <= self.allowed:
             return [
                 f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so the "
                 "experts are not interchangeable (a router that chooses among groups, or a part that knows them by "
