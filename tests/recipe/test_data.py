@@ -12,8 +12,9 @@ from transformers import ViTImageProcessor
 from words import CHATS, tokenizer
 
 import solidify
+from solidify.artifact import loading
 from solidify.errors import DataError, RecipeError
-from solidify.recipe import datasets, dry_run, stages, trainers
+from solidify.recipe import datasets, dry_run, first_batch, stages, trainers
 from solidify.recipe.schema import Recipe
 from solidify.training import packing
 from solidify.training.collating import Packed
@@ -44,6 +45,18 @@ def test_rows_keep_their_columns_and_get_the_recipes_names(tmp_path: Path) -> No
     assert held_out.to_list() == [{"prompt": "2+2", "completion": "4", "level": 1}]
     with pytest.raises(DataError, match=r"a.jsonl has no column 'question'; it has: q, a, level"):
         datasets.read_rows(recipe(tmp_path, {"train": "a.jsonl", "columns": {"prompt": "question"}}))
+
+
+def test_a_plan_tries_a_batch_of_each_part(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("train.jsonl", "the sum of a train"), ("eval.jsonl", "another cat is held out")):
+        written(tmp_path / name, [{"text": text}] * 3)
+    data = {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 8}
+    loaded = loading.load_base(str(tiny_base))
+    made, tried = recipe(tmp_path, data, adapter={"train": ["**.norm"]}), []
+    monkeypatch.setattr(first_batch, "_run_on_meta", lambda _, batch: tried.append(batch["input_ids"][0].tolist()))
+    first_batch.rehearse(made, loaded.tokenizer, loaded.model)
+    texts = [loaded.tokenizer.decode(ids) for ids in tried]
+    assert len(texts) == 2 and "train" in texts[0] and "another" in texts[1]
 
 
 def test_weights_say_how_often_a_source_is_read_and_no_row_is_left_out(tmp_path: Path) -> None:

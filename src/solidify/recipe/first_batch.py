@@ -37,7 +37,6 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
     if reading.packing:
         with datasets.raised_in("data"):
             packing.refuse_unpackable(model)
-    batch: Any = None
     for part, rows in (("train", train), ("eval", held_out)):
         if rows is None:
             continue
@@ -46,7 +45,7 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
                 datasets.find_format(recipe, rows, model)
             named = datasets.name_text(recipe, rows, reading.format)
             made, _ = examples.make(_take(named), reading)
-            batch = batch or examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
+            batch = examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
             _run_on_meta(model, batch)
     return {
         "format": reading.format,
