@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import solidify
 from solidify.errors import SurgeryError
+from solidify.surgery import expert_clusters
 from solidify.surgery.expert_scores import ExpertScores
 
 Permute = Callable[[Any, int, torch.Tensor], None]
@@ -131,6 +133,44 @@ def test_experts_with_alike_routers_are_put_together() -> None:
     assert all(clusters == [[0, 7], [1], [2, 4, 6], [3], [5]] for clusters in found.values())
     solidify.merge_experts(model, "**.mlp", found)
     assert model.config.num_experts == 5
+
+
+def clustered_by_hand(rows: torch.Tensor, into: int) -> list[list[int]]:
+    """Average linkage as it is defined: every mean over all pairs, anew for each merge."""
+    unit = nn.functional.normalize(rows, dim=1)
+    clusters = [[number] for number in range(len(rows))]
+    while len(clusters) > into:
+        means = {
+            (i, j): sum(float(unit[a] @ unit[b]) for a in clusters[i] for b in clusters[j])
+            / (len(clusters[i]) * len(clusters[j]))
+            for i in range(len(clusters))
+            for j in range(i + 1, len(clusters))
+        }
+        first, second = max(means, key=lambda pair: means[pair])
+        clusters[first] += clusters.pop(second)
+    return sorted(sorted(cluster) for cluster in clusters)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("into", [1, 3, 8, 23, 24])
+def test_clusters_are_those_of_average_linkage(seed: int, into: int) -> None:
+    rows = torch.randn(24, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert expert_clusters._cluster(rows, into) == clustered_by_hand(rows, into)
+
+
+def test_many_experts_are_clustered_in_no_time() -> None:
+    """A mean over all pairs at every merge took over a minute."""
+    rows = torch.randn(256, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    started = time.perf_counter()
+    assert len(expert_clusters._cluster(rows, 64)) == 64
+    assert time.perf_counter() - started < 10
+
+
+def test_experts_whose_router_has_no_numbers_are_not_alike() -> None:
+    model = pico.olmoe()
+    model.model.layers[1].mlp.gate.weight.data[2, 3] = torch.nan
+    with pytest.raises(SurgeryError, match=r"layers\.1\.mlp: its router has weights that are NaN or infinite"):
+        solidify.cluster_experts(model, "**.mlp", 4)
 
 
 class Single(nn.Module):

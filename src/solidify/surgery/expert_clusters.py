@@ -22,13 +22,15 @@ def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: in
     are so many.
 
     Raises:
-        SurgeryError: a name means nothing, a block has no experts or not so many, its router has no rows for them, or
-            the model is on the meta device, where rows have no values.
+        SurgeryError: a name means nothing, a block has no experts or not so many, its router has no rows for them or
+            such as are NaN or infinite, or the model is on the meta device, where rows have no values.
     """
     rows = _read_rows(model, where, into)
     if anatomy.is_meta(model):
         raise SurgeryError(f"{_REFUSED}: the model is on the meta device, so it has no weights to be alike by; load it")
-    return {name: _cluster(each, into) for name, each in rows.items()}
+    lost = [name for name, each in rows.items() if not bool(each.isfinite().all())]
+    refuse(SurgeryError, _REFUSED, [f"{name}: its router has weights that are NaN or infinite" for name in lost])
+    return {name: _cluster(each.cpu(), into) for name, each in rows.items()}
 
 
 def stand_in(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, list[list[int]]]:
@@ -67,10 +69,16 @@ def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) ->
 def _cluster(rows: torch.Tensor, into: int) -> list[list[int]]:
     """Returns clusters of rows by average linkage, in the order of their first members."""
     unit = torch.nn.functional.normalize(rows, dim=1)
-    alike = unit @ unit.T
-    clusters = [[number] for number in range(len(rows))]
+    sums = unit @ unit.T  # over all pairs of two clusters' members; where a cluster was joined to another, no more
+    sizes = torch.ones(len(rows), dtype=rows.dtype)
+    apart = torch.ones_like(sums, dtype=torch.bool).triu(1)  # each pair of clusters once
+    clusters = {number: [number] for number in range(len(rows))}
     while len(clusters) > into:
-        pairs = [(i, j) for i in range(len(clusters)) for j in range(i + 1, len(clusters))]
-        first, second = max(pairs, key=lambda pair: float(alike[clusters[pair[0]]][:, clusters[pair[1]]].mean()))
+        means = (sums / torch.outer(sizes, sizes)).where(apart, -torch.inf)
+        first, second = (means == means.max()).nonzero()[0].tolist()
+        sums[first] += sums[second]
+        sums[:, first] += sums[:, second]
+        sizes[first] += sizes[second]
+        apart[second] = apart[:, second] = False
         clusters[first] += clusters.pop(second)
-    return sorted(sorted(cluster) for cluster in clusters)
+    return sorted(sorted(cluster) for cluster in clusters.values())
