@@ -64,6 +64,19 @@ def artifact(base: Path) -> Path:
     return pico.artifact(read.model, edits, base.parent / "artifact", tokenizer=read.tokenizer)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_experts_are_scored_on_the_device(masked: bool) -> None:
+    model, ids = pico.olmoe(), pico.tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    batch = {"input_ids": ids, **({"attention_mask": mask} if masked else {})}
+    expected = solidify.score_experts(model, "**.mlp", [batch])
+    found = solidify.score_experts(model.to(DEVICE), "**.mlp", [{key: each.to(DEVICE) for key, each in batch.items()}])
+    assert found.counts == expected.counts and found.tokens == expected.tokens
+    for name, scores in expected.scores.items():
+        assert torch.allclose(torch.tensor(found.scores[name]), torch.tensor(scores), rtol=1e-3)
+
+
 def plain(base: Path, **options: Any) -> Any:
     """The script's model: transformers' own, and PEFT's LoRA."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])

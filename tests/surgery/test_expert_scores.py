@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import experts
 import pico
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 import solidify
 from solidify.errors import HealingError, SurgeryError
 from solidify.surgery import expert_calls
-from solidify.surgery.expert_scores import ExpertScores
+from solidify.surgery.expert_scores import METHODS, ExpertScores
+from solidify.surgery.experts import RearrangeExperts
 
 Router = Callable[[nn.Module, torch.Tensor], dict[int, float]]
 
@@ -158,6 +159,23 @@ def test_the_best_are_kept_and_the_table_is_plain_values() -> None:
     for count in (0, 5, True, 2.0):
         with pytest.raises(SurgeryError, match="cannot be chosen as asked"):
             scores.keep(count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("counts", [{}, {"a": []}, {"a": [7, 0]}])
+def test_a_table_is_shown_with_its_counts_and_without(counts: dict[str, list[int]]) -> None:
+    shown = ExpertScores("reap", {"a": [0.5, 0.25]}, counts, 9)._repr_html_()
+    assert "0.5" in shown and "0.25" in shown and (">7<" in shown) is bool(counts.get("a"))
+
+
+def test_a_recipe_knows_every_score_that_there_is() -> None:
+    assert get_args(RearrangeExperts.model_fields["by"].annotation) == tuple(METHODS)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_which_rows_are_tokens_is_found_where_the_block_runs(masked: bool) -> None:
+    scorer = expert_calls.BlockScorer(pico.olmoe(), "model.layers.0.mlp")
+    scorer.mask = torch.ones(2, 3) if masked else None
+    assert scorer._find_tokens(6, torch.device("meta")).is_meta
 
 
 def test_blocks_are_pruned_by_their_own_scores(tmp_path: Any) -> None:

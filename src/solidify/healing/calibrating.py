@@ -40,7 +40,7 @@ def score_experts(
         model: a model, its hub id, or its directory.
         where: module names of MoE blocks, or patterns.
         batches: what the model is called with: `input_ids` (batch_size, sequence_length), `attention_mask`.
-        by: `reap` (arXiv 2510.13999, equation 9) or `frequency`.
+        by: a score of `METHODS`: `reap` (arXiv 2510.13999, equation 9) or `frequency`.
         stream: whether one layer is in memory at a time, and every layer runs over all batches before the next; left
             out, that is so where the model is larger than the free memory.
 
@@ -64,16 +64,10 @@ def score_experts(
     refuse(HealingError, "the experts cannot be scored as asked", idle)
     return ExpertScores(
         by,
-        {name: _score(scorer, by) for name, scorer in scorers.items()},
+        {name: METHODS[by](each.sums, each.counts, each.tokens).tolist() for name, each in scorers.items()},
         {name: scorer.counts.tolist() for name, scorer in scorers.items()},
         next(iter(scorers.values())).tokens,
     )
-
-
-def _score(scorer: BlockScorer, by: str) -> list[float]:
-    shares = scorer.counts.double() / scorer.tokens
-    found: list[float] = (shares if by == "frequency" else scorer.sums / scorer.counts.clamp(min=1)).tolist()
-    return found
 
 
 def _score_whole(model: PreTrainedModel, scorers: Mapping[str, BlockScorer], batches: Sequence[Batch]) -> None:

@@ -117,9 +117,10 @@ class BlockScorer:
         """Adds the pairs of token and expert of one call."""
         index, weights = seen.given("index"), seen.given("weights")
         top_k = index.shape[1]
-        counted = self._find_tokens(len(index))[:, None].expand_as(index) & (index < self.size)
+        tokens = self._find_tokens(len(index), index.device)
+        counted = tokens[:, None].expand_as(index) & (index < self.size)
         pairs = counted.reshape(-1).nonzero()[:, 0]
-        self.tokens += int(self._find_tokens(len(index)).sum())
+        self.tokens += int(tokens.sum())
         for some in torch.split(pairs, _ROWS):
             experts = index.reshape(-1)[some]
             norms = _run_pairs(seen, some // top_k, experts).double().norm(dim=-1)
@@ -130,7 +131,7 @@ class BlockScorer:
         own = expert_parts.expert_tensors(self.block, self._plan)
         none = {path: torch.zeros_like(tensor) for path, (tensor, _) in own.items()}
         rest = self._run_with(none, args, kwargs)
-        counted = self._find_tokens(output.numel() // output.shape[-1])
+        counted = self._find_tokens(output.numel() // output.shape[-1], output.device)
         self.tokens += int(counted.sum())
         for expert in range(self.size):
             alone = {path: _leave_alone(tensor, number, expert) for path, (tensor, number) in own.items()}
@@ -145,11 +146,11 @@ class BlockScorer:
         )
         return contract.tensors_in(output)[0]
 
-    def _find_tokens(self, count: int) -> torch.Tensor:
-        """Returns which of the rows of a call are tokens."""
+    def _find_tokens(self, count: int, device: torch.device) -> torch.Tensor:
+        """Returns which of the rows of a call are tokens, on its device."""
         if self.mask is None or self.mask.numel() != count:
-            return torch.ones(count, dtype=torch.bool)
-        return self.mask.reshape(-1).bool()
+            return torch.ones(count, dtype=torch.bool, device=device)
+        return self.mask.reshape(-1).bool().to(device)
 
     def _add(self, experts: torch.Tensor, norms: torch.Tensor) -> None:
         self.sums.index_add_(0, experts.cpu(), norms.double().cpu())

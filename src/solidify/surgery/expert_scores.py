@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from solidify.errors import SurgeryError, refuse
 from solidify.system import markup
 
-METHODS = {
-    "reap": "mean over the tokens that an expert gets of its gate times the norm of its output (arXiv 2510.13999)",
-    "frequency": "the share of the tokens that an expert gets",
+if TYPE_CHECKING:
+    import torch
+
+
+def _mean_gain(sums: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns the mean over the tokens that an expert gets of its gate times the norm of its output.
+
+    REAP, arXiv 2510.13999, equation 9.
+    """
+    return sums / counts.clamp(min=1)
+
+
+def _share_of_tokens(sums: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns the share of the tokens that an expert gets."""
+    return counts.double() / tokens
+
+
+# Scores by their names in recipes. Each gets, of one block, the sums over tokens of gate times norm of the output, the
+# number of tokens of each expert (number of experts,), and of all.
+METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "reap": _mean_gain,
+    "frequency": _share_of_tokens,
 }
+if TYPE_CHECKING:
+    By = str
+else:
+    By = Literal[tuple(METHODS)]
 
 
 @dataclass(frozen=True)
@@ -105,10 +128,13 @@ class ExpertScores:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        unknown: list[Any] = [""]
         rows = [
             (name, expert, f"{score:.6g}", count)
             for name, scores in self.scores.items()
-            for expert, (score, count) in enumerate(zip(scores, self.counts[name], strict=True))
+            for expert, (score, count) in enumerate(
+                zip(scores, self.counts.get(name) or unknown * len(scores), strict=True)
+            )
         ]
         return markup.table(repr(self), ("block", "expert", self.by, "tokens"), rows)
 

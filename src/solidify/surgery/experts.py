@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from operator import index
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
 from solidify.errors import SurgeryError, refuse
-from solidify.surgery.expert_scores import ExpertChoice, find_uncountable
+from solidify.surgery.expert_scores import By, ExpertChoice, find_uncountable
 from solidify.surgery.operation import Context, Operation, Record, broken_rule
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RearrangeExperts(Operation):
     expect: str
     order: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     keep: int | None = Field(default=None, ge=1)
-    by: Literal["reap", "frequency"] = "reap"
+    by: By = "reap"
     rows: int = Field(default=128, ge=1)
     copies: int | None = Field(default=None, ge=2)
     experts_per_token: int | None = Field(default=None, ge=1)
