@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -12,9 +11,6 @@ from rich.text import Text
 
 from solidify.artifact.inspection import Branch, ranges
 from solidify.behaviour.properties import PROPERTIES
-from solidify.directory.adopting import Adopted
-from solidify.directory.manifest import SIGNATURE, Manifest
-from solidify.directory.signature import Signature
 from solidify.findings import PROVED, VERDICTS, Finding, tell
 from solidify.model import anatomy
 from solidify.model.cost import Cost
@@ -413,37 +409,3 @@ def _make_rows(stage: str, found: Sequence[Finding], verbose: bool) -> Iterator[
     for each in found:
         if not folds or each.verdict != PROVED:
             yield stage, each.name, console.verdict(each.verdict), each.evidence
-
-
-def adopted(directory: Path, files: Sequence[Adopted]) -> Iterator[RenderableType]:
-    """Shows what files hold, letter by letter, before they are listed, and what follows when they are."""
-    for file in files:
-        how = "no text" if file.text is None else "as follows"
-        if file.text is not None and len(file.text.encode()) < file.size:
-            how = f"its first {len(file.text.encode())} bytes as follows"
-        change = "" if file.before is None else " (listed with other contents until now)"
-        yield console.line((f"{file.name}: {file.size} bytes, {how}{change}", "bold"))
-        yield from (Text(f"  {_make_printable(line)}") for line in (file.text or "").splitlines())
-        yield console.line((f"  blake3 {file.digest}", "dim"))
-    if (directory / SIGNATURE).is_file():
-        yield f"{SIGNATURE} signs the manifest as it was before, and does not hold any more; sign {directory} again"
-    if any(file.name.endswith(".py") for file in files):
-        yield "This is code: where the code of the directory was trusted, it runs from now on."
-
-
-def trusted(directory: Path, record: Manifest, *, forget: bool) -> Iterator[RenderableType]:
-    """Shows which code was trusted, or is no more."""
-    yield console.line(
-        f"{directory}: its code {'asks again' if forget else 'runs here from now on, exactly as it stands'}"
-    )
-    yield from (console.line((f"  {name}  blake3 {digest}", "dim")) for name, digest in sorted(record.code.items()))
-
-
-def signed(directory: Path, found: Signature, how: str) -> Iterator[RenderableType]:
-    """Shows whom a signature is by, and of how many files it is."""
-    yield console.line(f"{directory} {how} {found.signer}: {len(found.files)} files")
-
-
-def _make_printable(line: str) -> str:
-    """Returns a line of a file with everything in it visible, whatever a terminal would make of it."""
-    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
