@@ -33,7 +33,7 @@ from solidify.recipe import (
     trainers,
     training,
 )
-from solidify.recipe.dry_run import Plan, plan
+from solidify.recipe.dry_run import plan
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import ledger
 from solidify.system import console, foreign, processes
@@ -111,7 +111,7 @@ def _begin_report(whole: Recipe, placed: Recipe, directory: Path, resume: bool) 
     _refuse_foreign(placed, directory)
     if resume and (earlier := _find_finished(whole, placed, directory)) is not None:
         return earlier, True
-    planned = _refuse_early(placed)
+    planned = plan(placed)  # what is wrong is found before anything is computed or written
     results.announce(directory, placed.document(), resume=resume)
     report = Report(str(directory))
     if placed.heal is None or placed.heal.place is None:  # else what is changed is chosen later
@@ -416,8 +416,3 @@ def merge(directory: Path, *, report: Report, link: bool = True, trust_remote_co
     before = results.failures(directory / "merged")
     report.add("merge", [finding for finding in merged.findings if finding not in before])
     report.carry("merge", before)
-
-
-def _refuse_early(recipe: Recipe) -> Plan:
-    """Finds what is wrong with a recipe before anything is computed or written: it is planned first."""
-    return plan(recipe)
