@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from solidify.healing import calibrating
@@ -15,8 +14,6 @@ from solidify.recipe.schema import Recipe
 from solidify.surgery.expert_scores import ExpertScores
 
 _TOGETHER = 4  # rows of a batch
-
-Batches = list[dict[str, torch.Tensor]]
 
 
 def score_experts(
@@ -29,13 +26,5 @@ def score_experts(
         HealingError: the model does not run on them.
     """
     prepared = datasets.prepare(datasets.unpacked(recipe), processor, parts=("train",))
-    batches = collate_rows(prepared.collate, islice(prepared.train, rows), _TOGETHER)
+    batches = datasets.collate_rows(prepared.collate, islice(prepared.train, rows), _TOGETHER)
     return calibrating.score_experts(model, names, batches, by=by)
-
-
-def collate_rows(collate: Any, rows: Any, size: int) -> Batches:
-    """Makes batches of so many rows, rows of alike lengths together, so that there is little padding."""
-    listed = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
-    listed.sort(key=lambda row: -len(row["input_ids"]))
-    batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
-    return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]

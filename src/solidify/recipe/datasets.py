@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -34,6 +35,8 @@ from solidify.training.collating import Masking
 from solidify.training.examples import Counted, Reading
 
 PROBES = 8  # sequences on which the independence of accumulation is shown
+
+Batches = list[dict[str, torch.Tensor]]
 
 
 def read_rows(recipe: Recipe) -> tuple[Any, Any]:
@@ -349,6 +352,14 @@ def refuse_unprepared(recipe: Recipe, processor: Any, model: nn.Module | None = 
             f"data.image: {recipe.base.model} has no processor that can be loaded, and a processor says how many "
             "tokens an image takes (it needs processor_config.json beside the model, and the package pillow)"
         )
+
+
+def collate_rows(collate: Any, rows: Any, size: int) -> Batches:
+    """Makes batches of so many rows, rows of alike lengths together, so that there is little padding."""
+    listed = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+    listed.sort(key=lambda row: -len(row["input_ids"]))
+    batches = [dict(collate(listed[start : start + size])) for start in range(0, len(listed), size)]
+    return [{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} for batch in batches]
 
 
 def ragged(rows: Any, batch_size: int, collate: Any = None) -> list[dict[str, Any]]:

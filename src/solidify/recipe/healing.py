@@ -25,7 +25,7 @@ from solidify.healing import measuring, outcome
 from solidify.healing.learning import Alignment
 from solidify.healing.ledger import Aligned
 from solidify.model import anatomy
-from solidify.recipe import calibration, datasets, models
+from solidify.recipe import datasets, models
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import Align
 from solidify.system import console, disk, processes
@@ -73,13 +73,13 @@ def settings_of(align: Align) -> Alignment:
     return Alignment(**fields, train=train, parameter_groups=own)
 
 
-def make_batches(recipe: Recipe, processor: Any) -> tuple[calibration.Batches, calibration.Batches]:
+def make_batches(recipe: Recipe, processor: Any) -> tuple[datasets.Batches, datasets.Batches]:
     """Returns training batches, and those on which is measured: of the evaluation text, or else the last ones."""
     assert recipe.heal is not None
     size = recipe.heal.align.batch_size if recipe.heal.align is not None else Align().batch_size
     prepared = datasets.prepare(datasets.unpacked(recipe), processor)
     examples, held_out, collate = prepared.train, prepared.held_out, prepared.collate
-    made = [calibration.collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
+    made = [datasets.collate_rows(collate, rows, size) for rows in (examples, held_out) if rows is not None]
     if len(made) == 1:
         kept = min(MEASURED, max(1, len(made[0]) // 10))
         made = [made[0][:-kept] or made[0], made[0][-kept:]]
