@@ -49,7 +49,10 @@ TOP_ABOVE = {"edits", "building"}  # what functions of the package are: `build`,
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {
-    *(PACKAGE / name for name in ("model/operations.py", "model/cache_layers.py", "artifact/witness.py")),
+    *(
+        PACKAGE / name
+        for name in ("model/operations.py", "model/assembling.py", "model/cache_layers.py", "artifact/witness.py")
+    ),
     *(PACKAGE / "behaviour").glob("*.py"),
     PACKAGE / "surgery" / "masking.py",
     PACKAGE / "exporting" / "compared.py",

@@ -21,27 +21,6 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 PLAN = [8, "M", 16, "M"]
 
 
-class Doubling(nn.Module):
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4 * times, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
-
-
-class Unkept(nn.Module):
-    """Its constructor is given something that changes what it returns, and that it keeps under another name."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 2)
-        self.factor = torch.tensor(scale)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) * self.factor
-
-
 def make_sequential() -> nn.Module:
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
     return nn.Sequential(*layers)
@@ -167,20 +146,11 @@ def add_hook(module: nn.Module) -> nn.Module:
     return module
 
 
-def grow(module: nn.Module) -> nn.Module:
-    module.extra = nn.Linear(2, 2)
-    return module
-
-
 @pytest.mark.parametrize(
     ("module", "example", "words"),
     [
-        (lambda: Doubling(2), torch.randn(2, 8), "was made with 'times', which it does not keep as an attribute"),
-        (lambda: plain_nets.AlexNet(dropout=0.2), IMAGES, "module.classifier.0 is p=0.2, inplace=False, and p=0.5"),
-        (lambda: Unkept(3.0), torch.randn(2, 4), "it returns something else on example_inputs"),
         (lambda: patch_forward(nn.Linear(4, 4)), torch.randn(2, 4), "module has a forward of its own"),
         (lambda: add_hook(nn.Linear(4, 4)), torch.randn(2, 4), "module has hooks"),
-        (lambda: grow(plain_nets.Words(9, 4)), torch.zeros(2, 3, dtype=torch.long), "module.extra is Linear, and noth"),
         (lambda: nn.LSTM(4, 4), torch.randn(2, 3, 4), "LSTM returns tuple; a module that is wrapped returns one"),
         (lambda: nn.Linear(4, 4), torch.randn(2, 5), "does not run on example_inputs"),
         (lambda: nn.Linear(4, 4), {"a": torch.randn(2, 4)}, "wrap takes one of pixel_values, input_ids, inputs"),
@@ -190,6 +160,13 @@ def grow(module: nn.Module) -> nn.Module:
 def test_what_would_not_come_back_is_refused(module: Callable[[], nn.Module], example: Any, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         solidify.wrap(module(), example)
+
+
+def test_told_arguments_that_make_another_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"with the arguments that were told(.|\n)*module.classifier.0 is p=0.2, inplace"
+    ):
+        solidify.wrap(plain_nets.AlexNet(dropout=0.2), IMAGES, arguments={"dropout": 0.5})
 
 
 def test_labels_of_what_is_no_classifier_are_refused() -> None:

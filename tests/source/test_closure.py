@@ -258,6 +258,31 @@ def test_a_package_of_an_installed_class_is_carried_and_of_others_required(tmp_p
     assert found.requirements == {"my-ops": "1.2"}
 
 
+@pytest.mark.parametrize("origin", ["index", "archive", "conda", "directory"])
+def test_an_installed_class_that_cannot_be_carried_is_required(tmp_path: Path, origin: str) -> None:
+    """Where others can install its package by name; one that was installed from a directory is refused, as a file."""
+    information = tmp_path / "my_blocks-1.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-blocks\nVersion: 1.2\n")
+    (information / "RECORD").write_text("blocks_of_mine/__init__.py,,\n")
+    (information / "INSTALLER").write_text("conda" if origin == "conda" else "pip")
+    if origin != "index":
+        kind = "archive_info" if origin == "archive" else "dir_info"
+        (information / "direct_url.json").write_text(json.dumps({"url": "file:///somewhere", kind: {}}))
+    files = {
+        "blocks_of_mine/__init__.py": "",
+        "blocks_of_mine/gate.py": gate("import importlib\nM = importlib.import_module('ma' + 'th')", "M.pi"),
+    }
+    cls = project(tmp_path, files, name="blocks_of_mine.gate")
+    if origin == "directory":
+        with pytest.raises(ArtifactError, match="imports what is computed at run time"):
+            closure.collect([cls])
+        return
+    found = closure.collect([cls])
+    assert (found.files, found.modules) == ({}, {cls: "blocks_of_mine.gate"})
+    assert found.requirements == {"my-blocks": "1.2"}
+
+
 def test_what_an_optional_file_needs_is_optional(tmp_path: Path) -> None:
     text = gate("try:\n    from .fast import F\nexcept (ImportError, OSError):\n    F = 1.0", "F")
     found = closure.collect([project(tmp_path, {"proj/gate.py": text, "proj/fast.py": "import no_such_kernel\nF = 2"})])

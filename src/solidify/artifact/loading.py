@@ -369,7 +369,7 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     edited = set(ledger.new_modules(record.edits))
     classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _has_module(model, name)}
     for cls in classes:
-        if cls is not type(model) and cls.__module__.split(".")[0] in ownership.ALWAYS:
+        if cls is not type(model) and _comes_from_outside(cls, record):
             continue  # the artifact's code imports it from there
         path = Path(inspect.getsourcefile(cls) or "")
         text = path.read_bytes() if path.is_file() else b""
@@ -379,6 +379,14 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
                 "registered or cached under its name: load it in a process of its own"
             )
     return faults
+
+
+def _comes_from_outside(cls: type, record: Manifest) -> bool:
+    """Returns whether a class is one of torch's, of transformers', or of a package that the artifact requires."""
+    if cls.__module__.split(".")[0] in ownership.ALWAYS:
+        return True
+    owner = ownership.outside(cls.__module__, ownership.surroundings(()))
+    return owner is not None and owner[0] in record.requirements
 
 
 def _has_module(model: PreTrainedModel, name: str) -> bool:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import jinja2
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from solidify.artifact import autos, descent
 from solidify.artifact.autos import Family
 from solidify.artifact.descent import Ancestor
-from solidify.model import cache_layers, operations
+from solidify.model import assembling, cache_layers, operations
 from solidify.source import closure
 from solidify.surgery import catalogue, layer_types
 from solidify.surgery.edit_record import Edit
@@ -59,8 +58,8 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     bases = list(dict.fromkeys([before.head, *family.classes, model_class]))
     entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
-    functions = [each for each in classes.values() if isinstance(each, FunctionType)]
-    kinds = [each for each in classes.values() if not isinstance(each, FunctionType)]
+    functions = [each for each in classes.values() if not isinstance(each, type)]
+    kinds = [each for each in classes.values() if isinstance(each, type)]
     carried = closure.collect([*kinds, *bases, type(before.config)], functions=functions, reserved=reserved)
     stateful = any(layer_types.kind_of(cls) is not None for cls in kinds)
     files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
@@ -109,8 +108,10 @@ def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> s
 
     Modules that keep state in the cache bring the code that gives them their layers of it.
     """
-    text = inspect.getsource(operations)
-    for operation in dict.fromkeys(catalogue.of(entry) for entry in entries):
+    text, made = inspect.getsource(operations), dict.fromkeys(catalogue.of(entry) for entry in entries)
+    if any(operation.builds for operation in made):
+        text += f"\n\n{inspect.getsource(assembling)}"
+    for operation in made:
         if (function := operation.carried()) is not None:
             text += f'\n\n{inspect.getsource(function)}\n\nOPERATIONS["{operation.recorded}"] = {function.__name__}\n'
     return text + (f"\n\n{inspect.getsource(cache_layers)}\n\nSETTLING.append(settle)\n" if stateful else "")

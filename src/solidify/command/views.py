@@ -14,6 +14,7 @@ from solidify.behaviour.properties import PROPERTIES
 from solidify.findings import PROVED, VERDICTS, Finding, tell
 from solidify.model import anatomy
 from solidify.model.cost import Cost
+from solidify.surgery import catalogue
 from solidify.system import console
 
 _MARKS = {"removed": ("-", "red"), "added": ("+", "green"), "changed": ("~", "yellow")}
@@ -187,7 +188,8 @@ def _show_surgery(edits: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Shows the changes, equal ones folded."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for edit in edits:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in edit["arguments"].items())
+        described = catalogue.of(edit).builds  # then they are a whole tree
+        arguments = "" if described else ", ".join(f"{key}={value!r}" for key, value in edit["arguments"].items())
         becomes = f"{edit['new_class']}({arguments})" if arguments else edit["new_class"]
         key = (edit["operation"], anatomy.fold([edit["name"]])[0], edit["old_class"], becomes)
         groups.setdefault(key, []).append(edit)

@@ -1,12 +1,12 @@
 """`solidify.wrap`: a module of plain torch (or timm, or torchvision) becomes a model of transformers.
 
 What its class is made with is read off the module, or given, and tried: the module is built again, and must be the same
-in its parts and in what it returns. The artifact builds it so too; it carries the classes' source.
+in its parts and in what it returns. Where that is not to be known, it is built part by part. The artifact builds it so
+too; it carries the classes' source, or requires the package that they come from.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.modules import wrapped_module
-from solidify.surgery.describing import WRAPPING, Classes, assemble, describe, part_faults
+from solidify.surgery.constructing import frozen
+from solidify.surgery.describing import WRAPPING, assemble, describe, part_faults
+from solidify.surgery.dissecting import dissect, keep_tensors, unsaved_tensors
 from solidify.surgery.edit_record import Edit
+from solidify.surgery.encoding import Classes
 from solidify.system import foreign
 
 NAME = "module"  # where it stands in the model
@@ -45,24 +48,23 @@ def wrap(
 
     `example_inputs` is one batch of what the module takes: (batch_size, channels, height, width) floats are images
     (`pixel_values`), (batch_size, sequence_length) integers are tokens (`input_ids`), all else is `inputs`; a mapping
-    of one name says which. `arguments` are those of the module's constructor where they cannot be read off its
-    attributes; classes among them are allowed, and for a `nn.Sequential` they are given by the child's name.
+    of one name says which. A constructor's arguments are read off the module's attributes. Where those do not make the
+    same, it is recorded part by part: classes, shapes of tensors, attributes; tensors that its state leaves out are
+    saved then, and become buffers, in place. `arguments` says what its constructor was given instead; classes are
+    allowed, and for a `nn.Sequential` they are given by the child's name.
     `problem_type` says which loss labels have, as transformers' classifiers do (left out, it follows from the labels).
 
     `solidify.build(model, edits, directory)` writes it, with or without edits. Surgery names what is inside `module.`.
 
     Raises:
-        ModelError: the module takes several inputs or returns no tensor, what its constructor was given is not known,
-            or, built again, it is not the same. All reasons together.
+        ModelError: the module takes several inputs or returns no tensor, or, built again by its constructor and part by
+            part, it is not the same (hooks, functions without a name). All reasons together.
     """
     if isinstance(module, PreTrainedModel):
         raise ModelError(f"{type(module).__name__} is a model of transformers already; use it as it is")
     name, given = _read_example(example_inputs)
-    classes = Classes()
-    tree = describe(NAME, module, arguments, classes)
-    refuse(ModelError, f"{type(module).__name__} cannot be wrapped", classes.faults)
     before = _call(module, given)
-    _refuse_unlike(module, tree, classes, given, before)
+    tree, classes, note = _describe(module, given, before, arguments)
     config = wrapped_module.WrappedConfig(
         example_inputs=_describe_input(name, given),
         num_labels=before.shape[-1] if before.ndim == 2 else 1,
@@ -73,7 +75,7 @@ def wrap(
     config.auto_map = {auto: f"wrapped_module.{kind.__name__}" for auto in dict.fromkeys(("AutoModel", _AUTOS[name]))}
     model: Any = kind(config)
     model.module = module
-    vars(model)[WRAPPING] = _record(module, tree, classes)
+    vars(model)[WRAPPING] = _record(module, tree, classes, note)
     found: PreTrainedModel = model.eval()
     return found
 
@@ -124,32 +126,68 @@ def _call(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
     return outcome.value
 
 
-def _refuse_unlike(
+def _describe(
+    module: nn.Module, given: torch.Tensor, before: torch.Tensor, arguments: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Classes, str]:
+    """Says how the module is made again: by its constructor, or else part by part, and then why so."""
+    kind = type(module).__name__
+    classes = Classes()
+    tree = describe(NAME, module, arguments, classes)
+    faults = classes.faults or _unlike(module, tree, classes, given, before)
+    unsaved = unsaved_tensors(module)
+    if not faults and not unsaved:
+        return tree, classes, ""
+    if arguments is not None and faults:
+        told = "made by its class with the arguments that were told, it is not the same"
+        refuse(ModelError, f"{kind} cannot be wrapped: {told}", faults[:8])
+    classes = Classes(exact=True)
+    with anatomy.evaluation(module):
+        module.train().eval()  # what is kept from one call to the next in evaluation alone is let go
+        tree = dissect(NAME, module, classes)
+    unfit = classes.faults
+    if not unfit:
+        keep_tensors(module)
+        unfit = _unlike(module, tree, classes, given, before)
+    lost = [f"{NAME}.{key} is a tensor that its state does not hold" for key in unsaved]
+    said = (faults or lost)[0].partition("; say")[0]
+    refuse(ModelError, f"{kind} cannot be wrapped, neither by its constructor ({said}) nor part by part", unfit[:8])
+    return tree, classes, f"It is built part by part, and not by its constructor: {said}"
+
+
+def _unlike(
     module: nn.Module, tree: dict[str, Any], classes: Classes, given: torch.Tensor, before: torch.Tensor
-) -> None:
-    """Builds the module once more, and compares parts, state, and what it returns."""
-    title = f"{type(module).__name__} cannot be wrapped: built again by its class, it is not the same"
+) -> list[str]:
+    """Builds the module once more, and returns where its parts, or what it returns, are not the same."""
     with torch.random.fork_rng([]):
         holder = nn.Module()
         holder.add_module(NAME, nn.Identity())
         entry = {"classes": [str(n) for n in range(len(classes.found))], "arguments": tree}
         kinds = {str(number): cls for number, cls in enumerate(classes.found)}
         built = foreign.attempt(assemble, holder, [NAME], entry, kinds)
-    remedy = "; say with arguments={...} what its constructor was given, or put the change into the class"
     if built.error is not None:
-        raise ModelError(f"{title}: {foreign.said(built.error)}{remedy}")
+        return [foreign.said(built.error)]
     again = holder.get_submodule(NAME)
-    faults = list(part_faults(module, again, NAME))
-    if not faults:
-        again.to(next((p.dtype for p in module.parameters()), torch.float32))
-        again.load_state_dict(copy.deepcopy(module.state_dict()))
-        after = _call(again, given)
-        if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-4, atol=1e-5, equal_nan=True):
-            faults.append("with the same weights, it returns something else on example_inputs")
-    refuse(ModelError, title + remedy, faults[:8])
+    if faults := list(part_faults(module, again, NAME)):
+        return faults
+    again.to(next((p.dtype for p in module.parameters()), torch.float32))
+    _take_state(again, module)
+    after = foreign.attempt(_call, again, given)
+    if after.value is None:
+        return [foreign.said(after.error)] if after.error is not None else []
+    if before.shape != after.value.shape or not torch.allclose(before, after.value, 1e-4, 1e-5, equal_nan=True):
+        return ["with the same weights, it returns something else on example_inputs"]
+    return []
 
 
-def _record(module: nn.Module, tree: dict[str, Any], classes: Classes) -> Edit:
+def _take_state(again: nn.Module, module: nn.Module) -> None:
+    """Gives a module the values that another's state holds, as loading does: not by what its class makes of a state."""
+    held = {**dict(again.named_parameters(remove_duplicate=False)), **dict(again.named_buffers(remove_duplicate=False))}
+    for key, tensor in module.state_dict().items():
+        if key in held:
+            held[key].data = tensor.clone()
+
+
+def _record(module: nn.Module, tree: dict[str, Any], classes: Classes, note: str) -> Edit:
     names = [f"{NAME}.{key}" for key in module.state_dict()]
     count = anatomy.count(module.parameters())
     return Edit(
@@ -160,12 +198,13 @@ def _record(module: nn.Module, tree: dict[str, Any], classes: Classes) -> Edit:
         supplied=(),
         tensors={name: name for name in names},
         dropped=(),
-        frozen=(),
+        frozen=frozen(module),
         parameters_before=count,
         parameters_after=count,
         probed=True,
         identical=True,
         bypass=False,
         operation="wrap",
+        settings={"note": note} if note else {},
         further=tuple(classes.found),
     )

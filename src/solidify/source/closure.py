@@ -9,9 +9,8 @@ from __future__ import annotations
 import keyword
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 from solidify.errors import ArtifactError, refuse
@@ -20,7 +19,7 @@ from solidify.source.cycles import Circles
 from solidify.source.flatten import Binding, Import, Target
 from solidify.source.imports import Fault, Library, circumstances
 from solidify.source.origin import MAIN, Origins
-from solidify.source.ownership import import_root, surroundings
+from solidify.source.ownership import ALWAYS, import_root, is_published, outside, surroundings
 from solidify.source.syntax import SourceFile
 from solidify.source.traversal import Walk
 
@@ -45,19 +44,34 @@ class Closure:
 
 
 def collect(
-    classes: Sequence[type], *, functions: Sequence[FunctionType] = (), reserved: Collection[str] = ()
+    classes: Sequence[type], *, functions: Sequence[Callable[..., Any]] = (), reserved: Collection[str] = ()
 ) -> Closure:
     """Collects the source of `classes` and `functions` and, recursively, of all that they import of the user's own.
 
     File names in `reserved` are not used. A class of torch or transformers is imported from where it is; all others
-    are carried, also from packages that are installed.
+    are carried, also from packages that are installed. Where such a package cannot be carried, and comes from an index,
+    whoever loads the artifact needs it installed, as they need what the files import.
 
     Raises:
         ArtifactError: a class has no source that could be carried, or a file imports or reads what would not travel;
             every fault is listed with its file and line.
     """
     asked: list[Any] = [*(c for c in classes if isinstance(c, type)), *functions]
-    library = Library(surroundings({each.__module__.split(".")[0] for each in asked}))
+    tops = {(each.__module__ or "torch").split(".")[0] for each in asked}
+    try:
+        return _collect(classes, functions, reserved, tops)
+    except ArtifactError:
+        published = {top for top in tops if top not in ALWAYS and is_published(top, surroundings(()))}
+        if not published:
+            raise
+    return _collect(classes, functions, reserved, tops - published)
+
+
+def _collect(
+    classes: Sequence[type], functions: Sequence[Callable[..., Any]], reserved: Collection[str], tops: set[str]
+) -> Closure:
+    """Collects as `collect` does, with the top-level packages `tops` as one's own."""
+    library = Library(surroundings(tops))
     origins, walk = Origins(library), Walk(library)
     homes = {cls: origins.of(cls) for cls in classes} | {each: origins.of_function(each) for each in functions}
     for found in homes.values():
@@ -66,6 +80,8 @@ def collect(
         elif found.source is not None:
             walk.roots.add(found.source)
             walk.demand(found)
+        elif (owner := outside(found.module, library.here)) is not None:
+            walk.requirements.update([owner])
     walk.run()
     for main in origins.mains.values():
         if isinstance(main, SourceFile) and main in walk.extracts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -31,8 +32,10 @@ class Origins:
             return Fault(_not_a_class(cls))
         return self._find_home(cls)
 
-    def of_function(self, function: FunctionType) -> Target | Fault:
-        """Returns the same of a function that a file defines at its top level."""
+    def of_function(self, function: Callable[..., Any]) -> Target | Fault:
+        """Returns the same of a function that a file defines at its top level, or that torch has."""
+        if not isinstance(function, FunctionType):
+            return self._find_home(function)
         if function.__name__ == "<lambda>":
             code = function.__code__
             where = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
@@ -40,21 +43,23 @@ class Origins:
         return self._find_home(function)
 
     def _find_home(self, cls: Any) -> Target | Fault:
-        module = sys.modules.get(cls.__module__)
+        name = cls.__module__ or "torch"  # which its own functions do not say
+        module = sys.modules.get(name)
         if module is None:
-            return Fault(f"{cls.__name__} has no source file (module {cls.__module__}); define it in a .py file")
-        if cls.__module__ in MAIN:
+            return Fault(f"{cls.__name__} has no source file (module {name}); define it in a .py file")
+        if name in MAIN:
             found = self._in_main(cls, module)
-        elif self._always_there(module, cls.__module__):
-            found = Target(None, cls.__module__, cls.__name__)
+        elif self._stays_outside(module, name):
+            found = Target(None, name, cls.__name__)
         else:
             found = self._in_module(cls, module)
         if isinstance(found, Fault):
             return found
         return _find_fault(cls, module, found) or Target(found.source, found.module, cls.__name__)
 
-    def _always_there(self, module: ModuleType, name: str) -> bool:
-        return name.split(".")[0] in ALWAYS or judge(name, module.__spec__, self.index.here).owner == "always"
+    def _stays_outside(self, module: ModuleType, name: str) -> bool:
+        owner = judge(name, module.__spec__, self.index.here).owner
+        return name.split(".")[0] in ALWAYS or owner in ("always", "installed")
 
     def _in_module(self, cls: Any, module: ModuleType) -> Target | Fault:
         names = vars(module)

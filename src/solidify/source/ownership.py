@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import site
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import distribution, packages_distributions, version
+from importlib.metadata import Distribution, distribution, packages_distributions, version
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +85,30 @@ def requirement(name: str, here: Surroundings) -> tuple[str, str]:
         held = {d: [str(f) for f in distribution(d).files or [] if str(f).startswith(start)] for d in candidates}
         best = max(sorted(candidates), key=lambda d: len(held[d]))
     return best, version(best)
+
+
+def outside(name: str, here: Surroundings) -> tuple[str, str] | None:
+    """Returns the distribution (and its version) of a module that was imported; None for what is always there."""
+    judged = judge(name, sys.modules[name].__spec__, here)
+    return requirement(name, here) if name.split(".")[0] not in ALWAYS and judged.owner == "installed" else None
+
+
+def is_published(top: str, here: Surroundings) -> bool:
+    """Returns whether a top-level package was installed from an index or an archive, as others can by its name.
+
+    What was installed from a directory or a repository says where from (PEP 610); conda, which builds its packages in a
+    directory, does so of all.
+    """
+    found = [distribution(name) for name in here.distributions.get(top, [])]
+    return bool(found) and all(map(_is_of_an_index, found))
+
+
+def _is_of_an_index(found: Distribution) -> bool:
+    text = found.read_text("direct_url.json")
+    elsewhere = text is not None and bool({"dir_info", "vcs_info"} & json.loads(text).keys())
+    return found.read_text("RECORD") is not None and (
+        not elsewhere or (found.read_text("INSTALLER") or "").strip() == "conda"
+    )
 
 
 def import_root(path: Path, package: str) -> Path:

@@ -179,7 +179,7 @@ class Wrap(Operation):
     """What `solidify.wrap` has done: a module of plain torch stands in a model of transformers."""
 
     recorded = "wrap"
-    puts = True
+    puts = builds = True
     folds = False
 
     @classmethod

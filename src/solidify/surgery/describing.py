@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from solidify.model.assembling import Maker
 from solidify.model.operations import enclosing_config, layer_index, put_module
+from solidify.surgery import encoding
 from solidify.surgery.constructing import SUPPLIED
 from solidify.surgery.edit_record import Edit
+from solidify.surgery.encoding import PLAIN, Classes
 from solidify.upstream.torch import module_hooks
 
 WRAPPING = "_wrapping"  # attribute of a wrapped model: its record
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def made_by(model: nn.Module) -> list[Edit]:
@@ -33,56 +35,10 @@ def assemble(model: Any, names: list[str], edit: dict[str, Any], classes: dict[s
     """Builds modules as `arguments` describes them, and puts them at their names. Returns the names."""
     kinds = [classes[key] for key in edit.get("classes", [])]
     sources = {"original": type(model).get_submodule, "config": enclosing_config, "layer_idx": layer_index}
-
-    def make(value: Any, name: str) -> Any:
-        """Makes what a value stands for: a module, a class, or itself."""
-        if isinstance(value, list):
-            return [make(each, name) for each in value]
-        if not isinstance(value, dict):
-            return value
-        if "mapping" in value:
-            return {key: make(each, name) for key, each in value["mapping"].items()}
-        if set(value) == {"class"}:
-            return kinds[value["class"]]
-        if "supplied" in value:
-            made = sources[value["supplied"]](model, name)
-        else:
-            arguments = value.get("arguments", {}).items()
-            made = kinds[value["class"]](**{key: make(each, name) for key, each in arguments})
-        for key, child in value.get("children", {}).items():
-            made.add_module(key, make(child, name))
-        for key, each in value.get("attributes", {}).items():
-            setattr(made, key, make(each, name))
-        for key, number in value.get("methods", {}).items():
-            setattr(made, key, kinds[number].__get__(made))
-        for key, number in value.get("functions", {}).items():
-            setattr(made, key, kinds[number])
-        for hook in value.get("hooks", []):
-            getattr(made, hook["register"])(kinds[hook["function"]], with_kwargs=hook["with_kwargs"])
-        return made
-
     for name in names:
-        put_module(model, name, make(edit["arguments"], name))
+        supplied = {key: partial(source, model, name) for key, source in sources.items()}
+        put_module(model, name, Maker(kinds, supplied).build(edit["arguments"]))
     return names
-
-
-@dataclass
-class Classes:
-    """The classes and functions that a description speaks of by number, and what could not be described."""
-
-    found: list[Any] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    nested: bool = False  # whether arguments are given by the module's name
-
-    def ask(self, name: str, key: str) -> str:
-        """Writes how an argument of a module's constructor is given."""
-        return f"{{{name!r}: {{{key!r}: ...}}}}" if self.nested else f"{{{key!r}: ...}}"
-
-    def number(self, cls: Any) -> int:
-        """Returns the number of a class, or of a function."""
-        if cls not in self.found:
-            self.found.append(cls)
-        return self.found.index(cls)
 
 
 def describe(
@@ -94,10 +50,10 @@ def describe(
     """
     number = classes.number(type(module))
     if type(module) is nn.Sequential:
-        children = {
-            key: describe(f"{name}.{key}", child, (given or {}).get(key), classes)
+        children = [  # not a mapping, whose keys transformers sorts when it writes a configuration ("10" before "2")
+            [key, describe(f"{name}.{key}", child, (given or {}).get(key), classes)]
             for key, child in module.named_children()
-        }
+        ]
         return {"class": number, "children": children}
     if given is None:
         found = _infer_arguments(name, module, classes, original)
@@ -165,22 +121,8 @@ def _look_up(module: nn.Module, key: str, default: Any) -> Any:
 
 
 def encode(where: str, value: Any, classes: Classes) -> Any:
-    """Writes a value for a configuration: plain ones, lists and mappings of them, modules, classes."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [encode(where, each, classes) for each in value]
-    if isinstance(value, nn.Module):
-        return describe(where, value, None, classes)
-    if isinstance(value, type):
-        return {"class": classes.number(value)}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"mapping": {key: encode(where, each, classes) for key, each in value.items()}}
-    classes.faults.append(
-        f"{where} is {type(value).__name__}, which config.json cannot hold: only numbers, texts, lists, modules and "
-        "classes; have the class make it from such"
-    )
-    return None
+    """Writes a value for a configuration; modules as their constructors make them."""
+    return encoding.encode(where, value, classes, lambda name, module: describe(name, module, None, classes))
 
 
 def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[str]:
@@ -199,7 +141,7 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
         if len(module_hooks(part)) != len(module_hooks(other)):
             yield f"{where} has hooks, which its class does not register"
         for key, value in vars(part).items():
-            plain = isinstance(value, _PLAIN) and key != "training" and not key.startswith("_")
+            plain = isinstance(value, PLAIN) and key != "training" and not key.startswith("_")
             if plain and vars(other).get(key) != value:
                 yield f"{where}.{key} is {value!r}, and {vars(other).get(key)!r}"
     for name in theirs.keys() - mine.keys():

@@ -63,6 +63,7 @@ class Operation(BaseModel):
     runs: ClassVar[bool] = False  # the model calls what stands there: of a bounded model, it is run alone
     folds: ClassVar[bool] = True  # alike records, one after the other, are one entry of config.surgery
     speaks: ClassVar[bool] = False  # it needs the tokenizer of the model
+    builds: ClassVar[bool] = False  # what it carries builds modules by descriptions (`model/assembling.py`)
     switches: ClassVar[bool] = False  # with every new module switched off, the model is the one before
 
     @property

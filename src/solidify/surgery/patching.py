@@ -15,9 +15,10 @@ from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import control
 from solidify.surgery.constructing import frozen
-from solidify.surgery.describing import Classes, assemble, describe, encode, part_faults
+from solidify.surgery.describing import assemble, describe, encode, part_faults
 from solidify.surgery.differing import Change, Differences
 from solidify.surgery.edit_record import Edit
+from solidify.surgery.encoding import Classes
 from solidify.surgery.provenance import Original
 from solidify.system import foreign
 

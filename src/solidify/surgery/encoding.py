@@ -1,0 +1,121 @@
+"""Values as a configuration holds them: plain ones, and forms that `model/assembling.py` makes others of.
+
+Classes and functions are numbers in a list beside the description, which the artifact's code imports.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+PLAIN = (bool, int, float, str, type(None))
+_MADE_IN_PYTHON = 1 << 9  # `Py_TPFLAGS_HEAPTYPE` of the C interface: https://docs.python.org/3/c-api/typeobj.html
+
+
+@dataclass
+class Classes:
+    """The classes and functions that a description speaks of by number, and what could not be described."""
+
+    found: list[Any] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    nested: bool = False  # whether arguments are given by the module's name
+    exact: bool = False  # whether tuples are told from lists, which constructors take alike
+
+    def ask(self, name: str, key: str) -> str:
+        """Writes how an argument of a module's constructor is given."""
+        return f"{{{name!r}: {{{key!r}: ...}}}}" if self.nested else f"{{{key!r}: ...}}"
+
+    def number(self, cls: Any) -> int:
+        """Returns the number of a class, or of a function."""
+        if not any(cls is each for each in self.found):
+            self.found.append(cls)
+        return next(number for number, each in enumerate(self.found) if each is cls)
+
+
+Describe = Callable[[str, nn.Module], Any]
+
+
+def encode(where: str, value: Any, classes: Classes, describe: Describe) -> Any:
+    """Writes a value for a configuration; of modules, what `describe` says. What cannot be written is a fault."""
+
+    def inner(each: Any) -> Any:
+        return encode(where, each, classes, describe)
+
+    if isinstance(value, enum.Enum):
+        return {"class": classes.number(type(value)), "enum": value.name}
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, nn.Module):
+        return describe(where, value)
+    if isinstance(value, (list, tuple)):
+        return _encode_row(value, classes, inner)
+    if isinstance(value, type):
+        return {"class": classes.number(value)}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, classes, inner)
+    if type(value) is set:
+        return {"set": [inner(each) for each in value]}
+    if isinstance(value, functools.partial):
+        given, named = [inner(each) for each in value.args], {k: inner(each) for k, each in value.keywords.items()}
+        return {"partial": inner(value.func), "given": given, "named": {"mapping": named}}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {"of_torch": str(value).removeprefix("torch.")}
+    if _is_importable(value):
+        return {"class": classes.number(value)}
+    if _is_plain_object(value):
+        return {"class": classes.number(type(value)), "object": {k: inner(each) for k, each in vars(value).items()}}
+    classes.faults.append(_refusal(where, value))
+    return None
+
+
+def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> Any:
+    row = [inner(each) for each in value]
+    if isinstance(value, list) or not classes.exact:
+        return row
+    if type(value) is tuple:
+        return {"tuple": row}
+    named = {"named": True} if hasattr(value, "_fields") else {}  # a named tuple takes its items one by one
+    return {"class": classes.number(type(value)), "tuple": row, **named}
+
+
+def _encode_mapping(value: Mapping[Any, Any], classes: Classes, inner: Callable[[Any], Any]) -> Any:
+    plain = type(value) is dict
+    ordered = all(isinstance(key, str) for key in value) and (not classes.exact or list(value) == sorted(value))
+    if plain and ordered:  # files sort the keys of a mapping
+        return {"mapping": {key: inner(each) for key, each in value.items()}}
+    pairs = {"pairs": [[inner(key), inner(each)] for key, each in value.items()]}
+    return pairs if plain else {"class": classes.number(type(value)), **pairs}
+
+
+def _is_importable(value: Any) -> bool:
+    """Returns whether a function can be imported by its name from its module (torch's own functions name none)."""
+    home = sys.modules.get(getattr(value, "__module__", None) or "torch")
+    name = getattr(value, "__name__", None)
+    return callable(value) and home is not None and name is not None and vars(home).get(name) is value
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Returns whether an object is what its attributes are: of a class of Python that has no state besides."""
+    kinds = type(value).__mro__[:-1]
+    simple = all(kind.__flags__ & _MADE_IN_PYTHON and not vars(kind).get("__slots__") for kind in kinds)
+    return (
+        simple
+        and hasattr(value, "__dict__")
+        and not any("__reduce_ex__" in vars(kind) or "__reduce__" in vars(kind) for kind in kinds)
+    )
+
+
+def _refusal(where: str, value: Any) -> str:
+    if callable(value) and (name := getattr(value, "__qualname__", "")) and ("<lambda>" in name or "<locals>" in name):
+        return f"{where} is {name}, which no file can be asked for; write it as a function (`def`) at module level"
+    return (
+        f"{where} is {type(value).__name__}, which config.json cannot hold: only numbers, texts, lists, modules, "
+        "classes, functions of a file and what is made of such; have the class make it from them"
+    )
