@@ -163,9 +163,7 @@ def test_what_would_not_come_back_is_refused(module: Callable[[], nn.Module], ex
 
 
 def test_told_arguments_that_make_another_are_refused() -> None:
-    with pytest.raises(
-        ModelError, match=r"with the arguments that were told(.|\n)*module.classifier.0 is p=0.2, inplace"
-    ):
+    with pytest.raises(ModelError, match=r"with the arguments that were told(.|\n)*module.classifier.0 is p=0.2, in"):
         solidify.wrap(plain_nets.AlexNet(dropout=0.2), IMAGES, arguments={"dropout": 0.5})
 
 
