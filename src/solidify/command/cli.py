@@ -307,7 +307,8 @@ def export(
     directory: Annotated[Path, typer.Argument(help="An artifact, merged or not.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the other form goes.")],
     form: Annotated[
-        str, typer.Option("--as", help="stock: the plain model of the family; onnx; nf4 or int8: packed.")
+        str,
+        typer.Option("--as", help="stock: the plain model of the family; onnx; a dtype (bfloat16); nf4, int8: packed."),
     ] = "stock",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """Run as a script in a process of its own: loads an artifact and another form of it, and prints in what they differ.
 
-An artifact is loaded quantised where the request says how.
+An artifact is loaded quantised, or in another dtype, where the request says how.
 
 It does not import solidify, and makes the packages that its arguments name impossible to import.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": request["dtype"]} if "dtype" in request else {}
     if "quantization" in request:
         from transformers.quantizers import AutoQuantizationConfig
 
@@ -34,7 +34,7 @@ def main() -> None:
     artifact: Any = getattr(transformers, request["auto"]).from_pretrained(
         request["artifact"], trust_remote_code=True, **options
     )
-    placed = {"device_map": options["device_map"]} if options else {}
+    placed = {"device_map": options["device_map"]} if "device_map" in options else {}
     code = {"trust_remote_code": True} if request.get("code") else {}
     stock, info = getattr(transformers, request["head"]).from_pretrained(
         request["stock"], output_loading_info=True, **placed, **code

@@ -13,7 +13,7 @@ from solidify.artifact import companions, loading, quantizing
 from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
-from solidify.exporting import graph, packed, stock
+from solidify.exporting import graph, precision, stock
 from solidify.findings import Finding
 from solidify.system import console
 from solidify.weights import checkpoint, format, hashing
@@ -28,7 +28,7 @@ Write = Callable[[PreTrainedModel, Path, Manifest, Path], tuple[dict[str, str], 
 FORMS: Mapping[str, Write] = {
     "stock": stock.write,
     "onnx": graph.write,
-    **{word: partial(packed.write, word=word) for word in quantizing.WORDS},
+    **{word: partial(precision.write, word=word) for word in (*precision.DTYPES, *quantizing.WORDS)},
 }
 
 
@@ -49,9 +49,9 @@ def export(
     `stock` is the plain model of the family, which loads without any code of the artifact: for results that the
     family's own configuration and classes can express (layers removed or repeated, experts pruned or repeated, tokens
     added, adapters merged). A fresh process loads both; every tensor and output must be bit-identical. `onnx` is a
-    graph for ONNX Runtime, of any artifact, whose outputs are compared with the artifact's. `nf4` and `int8` have
-    linear layers packed by bitsandbytes, of a plain model too: what was not packed keeps its bits, a fresh process
-    compares all with the artifact quantised on loading, and what packing does to the outputs is measured.
+    graph for ONNX Runtime, of any artifact, whose outputs are compared with the artifact's. `float32`,
+    `bfloat16`, `float16` write another dtype, `nf4` and `int8` linear layers packed by bitsandbytes, of a plain model
+    too: a fresh process compares all with the artifact, loaded so, and what it does to the outputs is measured.
 
     Raises:
         ArtifactError: the form is unknown; the family cannot build what the surgery has made (the modules are named);

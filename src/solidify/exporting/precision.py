@@ -1,6 +1,7 @@
-"""An artifact, or a plain model, with weights that are packed on disk: loaded in four or eight bits as it stands.
+"""An artifact, or a plain model, in another precision on disk: in another dtype, or packed in four or eight bits.
 
-Packed is what the same word packs when the artifact is loaded; new modules, the head and norms keep their dtype.
+What is written is what transformers makes when it loads the artifact so. Packed are linear layers of the base; new
+modules, the head and norms keep their dtype.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -27,42 +29,48 @@ from solidify.upstream.bitsandbytes import REPACKS
 from solidify.weights import checkpoint
 
 _SCRIPT = Path(__file__).with_name("compared.py")
-_HELD = "packed weights are the artifact's, quantised on loading"
-_ERROR = "packed against full weights"
+DTYPES = ("float32", "bfloat16", "float16")
+_HELD = "weights are the artifact's, loaded so"
+_ERROR = "against the artifact's own precision"
 
 
 def write(
     model: PreTrainedModel, directory: Path, record: Manifest, staging: Path, word: str
 ) -> tuple[dict[str, str], list[Finding]]:
-    """Writes the model as `word` (`nf4`, `int8`) packs it, with its code, and measures what packing does to it.
+    """Writes the model with its code as `word` says (`nf4`, `int8`, or a dtype), and measures what that does to it.
 
     Raises:
-        ArtifactError: bitsandbytes is missing, or nothing of the model is of a kind that it packs.
+        ArtifactError: bitsandbytes is missing, nothing of the model is of a kind that it packs, or all of the model is
+            of that dtype.
     """
+    if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
+        raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
+    packs = word in quantizing.WORDS
+    asked: dict[str, Any] = {"quantization": word, "device_map": {"": "cpu"}} if packs else {"dtype": _dtype(word)}
     with raised_as(ArtifactError, of=ModelError):
-        packed = loading.load_artifact(directory, trust_remote_code=True, quantization=word, device_map={"": "cpu"})
+        made = loading.load_artifact(directory, trust_remote_code=True, **asked)
     with foreign.calling(f"transformers cannot write the model as {word}", ArtifactError):
-        packed.save_pretrained(staging)
+        made.save_pretrained(staging)
     digests: dict[str, str] = {}
     for path in checkpoint.weight_files(staging):
         digests |= stock.align(path)
     inputs = {case: dict(probing.probe_inputs(model, **settings)) for case, settings in certificate.CASES.items()}
     with private.copy(directory, record) as own:
         copy_code(own, staging, list(record.code))
-        answer = _ask_alone(packed, own, record, staging, inputs if Extent.of(model).whole else {})
-    (staging / "README.md").write_text(_write_card(packed, record, staging, word), encoding="utf-8")
-    return digests, [_state(answer), _measure(model, packed, word, inputs)]
+        answer = _ask_alone(made, word, own, record, staging, inputs if Extent.of(model).whole else {})
+    (staging / "README.md").write_text(_write_card(made, record, staging, word), encoding="utf-8")
+    return digests, [_state(answer), _measure(model, made, word, inputs)]
 
 
 def _ask_alone(
-    packed: PreTrainedModel, own: Path, record: Manifest, staging: Path, inputs: Mapping[str, probing.Inputs]
+    made: PreTrainedModel, word: str, own: Path, record: Manifest, staging: Path, inputs: Mapping[str, probing.Inputs]
 ) -> dict[str, Any]:
-    """Has a process without solidify quantise the artifact, load what was written, and compare both."""
-    auto = autos.own_class(own) if record.code else type(packed).__name__
+    """Has a process without solidify load the artifact so, load what was written, and compare both."""
+    auto = autos.own_class(own) if record.code else type(made).__name__
     request = {
         "artifact": str(own),
         "auto": auto,
-        "quantization": quantizing.record(packed.config.quantization_config),
+        **({"dtype": word} if word in DTYPES else {"quantization": quantizing.record(made.config.quantization_config)}),
         "stock": str(staging),
         "head": auto,
         "code": bool(record.code),
@@ -84,27 +92,35 @@ def _state(answer: Mapping[str, Any]) -> Finding:
     return Finding(_HELD, not faults, "; ".join(faults[:4]) or words)
 
 
-def _measure(
-    model: PreTrainedModel, packed: PreTrainedModel, word: str, inputs: Mapping[str, probing.Inputs]
-) -> Finding:
-    """Says by how much packing moves what the model returns."""
+def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: Mapping[str, probing.Inputs]) -> Finding:
+    """Says by how much the other precision moves what the model returns."""
     if not Extent.of(model).whole:
         return Finding.unseen(_ERROR, "a model of this size is not run as a whole")
-    full, found = (agreement.answers(each, inputs).tensors for each in (model, packed))
+    full, found = (agreement.answers(each, inputs).tensors for each in (model, made))
     off = {key: agreement.distance(tensor, found[key]) for key, tensor in full.items() if key in found}
     worst = max(off, key=lambda key: off[key])
     evidence = f"as {word}: of {len(off)} outputs {worst} differs most, by {off[worst]:.1e} of its size"
     return Finding(_ERROR, None, evidence)
 
 
-def _write_card(packed: PreTrainedModel, record: Manifest, staging: Path, word: str) -> str:
-    """Says what the model is made of, how it is packed, and how it is loaded."""
+def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: str) -> str:
+    """Says what the model is made of, in which precision, and how it is loaded."""
     auto = autos.auto_class(staging)
-    told = cards.metadata("transformers", ["solidify", "bitsandbytes"], record.base, auto, record)
+    packs = word in quantizing.WORDS
+    tags = ["solidify", *(["bitsandbytes"] if packs else [])]
+    told = cards.metadata("transformers", tags, record.base, auto, record)
+    how = f", in {word}:\n\n"
+    if packs:
+        how = f", its linear layers packed by bitsandbytes ({word}):\n\n```sh\npip install bitsandbytes\n```\n\n"
     base = Path(str(record.base.get("model", ""))).name or "a base"
     code = ", trust_remote_code=True" if record.code else ""
     return (
-        f"---\n{told}\n---\n\n# {base}, changed, as {word}\n\n{type(packed).__name__}, made of {base}, its linear "
-        f"layers packed by bitsandbytes ({word}):\n\n```sh\npip install bitsandbytes\n```\n\n```python\n"
+        f"---\n{told}\n---\n\n# {base}, changed, as {word}\n\n{type(made).__name__}, made of {base}{how}"
+        "```python\n"
         f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("."{code})\n```\n'
     )
+
+
+def _dtype(word: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, word)
+    return found

@@ -1,4 +1,4 @@
-"""Weights that are packed on disk: what an artifact is when it is quantised on loading, and nothing else."""
+"""Weights in another precision on disk: what an artifact is when it is loaded so, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import solidify
 from solidify.errors import ArtifactError, ModelError
-from solidify.exporting import forms, packed
+from solidify.exporting import forms, precision
 from solidify.model import anatomy
 from solidify.modules.gated_attention import GatedAttention
 from solidify.upstream.bitsandbytes import keep_as_quantized
 
-pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast from:UserWarning")
 
 
@@ -70,12 +69,25 @@ def test_a_merged_plain_model_is_packed_and_no_base_to_merge_into(tmp_path: Path
         solidify.merge(saved, tmp_path / "twice")
 
 
+@pytest.mark.parametrize("word", ["bfloat16", "float16"])
+def test_another_dtype_is_every_number_rounded_once(gated: Path, tmp_path: Path, word: str) -> None:
+    made = solidify.export(gated, tmp_path / word, word)
+    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    dtype = getattr(torch, word)
+    full, half = solidify.load(gated).state_dict(), solidify.load(made.directory, trust_remote_code=True).state_dict()
+    assert full.keys() == half.keys()
+    assert all(torch.equal(half[name], tensor.to(dtype)) for name, tensor in full.items())
+    assert solidify.check(made.directory).passed
+    with pytest.raises(ArtifactError, match="the model is in float32 already"):
+        solidify.export(gated, tmp_path / "same", "float32")
+
+
 @pytest.mark.parametrize("key", ["absmax", "q_proj.weight", "output_gate.weight"])
 def test_packed_weights_that_are_not_the_artifacts_do_not_appear(
     gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     """One number of the packed weights, of the scales beside them, or of what is not packed."""
-    honest = packed.stock.align
+    honest = precision.stock.align
 
     def wrong(path: Path) -> dict[str, str]:
         held = load_file(path)
@@ -85,13 +97,14 @@ def test_packed_weights_that_are_not_the_artifacts_do_not_appear(
         save_file(held, path, metadata={"format": "pt"})
         return honest(path)
 
-    monkeypatch.setattr(packed.stock, "align", wrong)
-    with pytest.raises(ArtifactError, match="the nf4 form is not what the artifact is: packed weights are"):
+    monkeypatch.setattr(precision.stock, "align", wrong)
+    with pytest.raises(ArtifactError, match="the nf4 form is not what the artifact is: weights are"):
         solidify.export(gated, tmp_path / "nf4", "nf4")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_form_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    assert set(forms.FORMS) == {"stock", "onnx", "nf4", "int8"}
-    with pytest.raises(ArtifactError, match="there are stock, onnx, nf4, int8"):
+    words = ["stock", "onnx", "float32", "bfloat16", "float16", "nf4", "int8"]
+    assert list(forms.FORMS) == words
+    with pytest.raises(ArtifactError, match=f"there are {', '.join(words)}"):
         solidify.export(tmp_path, tmp_path / "out", "int4")
