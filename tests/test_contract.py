@@ -22,6 +22,7 @@ PAGE = Path(solidify.__file__).parents[2] / "docs" / "contract.md"
 pytestmark = [pytest.mark.filterwarnings(line) for line in LIGHTNING]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_ours_is_exact_where_the_script_is_not(way: str, tmp_path: Path) -> None:
     ours, script = contract.errors(way, "load_balance", CASES["8 x 1"], tmp_path)

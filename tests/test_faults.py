@@ -212,6 +212,7 @@ def test_a_build_is_killed(world: World, every: bool) -> None:
     kill_everywhere(lambda **o: world.build("hub", output.parent, **o), output, [base], every=every, last=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", EVERY)
 def test_a_build_over_an_older_one_is_killed(world: World, every: bool) -> None:
     """Files of the base are linked; the older result stands until the new one does."""
@@ -255,6 +256,7 @@ def plain(world: World) -> Path:
     return world.root / "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", EVERY)
 def test_a_merge_is_killed(world: World, artifact: Path, adapter: Path, every: bool) -> None:
     """Over an older result."""
@@ -269,6 +271,7 @@ def test_a_merge_is_killed(world: World, artifact: Path, adapter: Path, every: b
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", EVERY)
 def test_a_merge_into_a_stock_model_is_killed(world: World, plain: Path, every: bool) -> None:
     output, base = world.root / "stock" / "merged", world.root / "hub"
@@ -304,6 +307,7 @@ def test_the_disk_becomes_full(world: World, base: str) -> None:
     assert contents(world.root / base) == before
 
 
+@pytest.mark.slow
 def test_a_small_disk(world: World, plain: Path) -> None:
     """A real one, of growing size: what is needed and what is free is said as soon as it is known."""
     disk = world.root / "disk"
@@ -421,6 +425,7 @@ def test_an_artifact_or_an_adapter_that_is_not_whole_is_refused(
                 solidify.load(*((spoilt,) if source is artifact else (artifact, spoilt)))
 
 
+@pytest.mark.slow
 def test_one_builds_and_another_waits(world: World) -> None:
     """Two builds into one place at once, whatever it is called there; two into different places."""
     output = world.root / "one" / "artifact"
@@ -438,6 +443,7 @@ def test_one_builds_and_another_waits(world: World) -> None:
     whole(output)
 
 
+@pytest.mark.slow
 def test_the_base_is_on_another_file_system_or_cannot_be_written_to(world: World, artifact: Path) -> None:
     """What cannot be linked is copied; the result is the same."""
     before, base = contents(world.root / "memory"), world.root / "memory"
@@ -542,6 +548,7 @@ certificate.Alone.ask = asking
 """
 
 
+@pytest.mark.slow
 def test_the_fresh_process_ends_with_the_one_that_started_it(world: World) -> None:
     """Before it is asked, and while it is at work."""
     (world.root / "slow.py").write_text(SLOW)

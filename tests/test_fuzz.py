@@ -194,6 +194,7 @@ def test_many_more_directories_are_read_or_refused(place: Path, file: tuple[str,
     look(place, *file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recipe.yaml", "base/config.json"])
 def test_what_is_no_file_is_not_opened(place: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(place / "base", tmp_path / "base")

@@ -31,6 +31,8 @@ from solidify.training import batching, data, images
 from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "llava.yaml"
 LORA = {"r": 2, "target_modules": [QUERIES]}
@@ -454,7 +456,6 @@ def test_a_step_on_text_alone_leaves_what_looks_at_images_as_it_is(rows: Path, t
     assert moved == set(before)
 
 
-@pytest.mark.slow
 def test_two_processes_share_rows_with_and_without_images(tmp_path: Path) -> None:
     """One has images in its batch and the other none; the step is that of one process. Cut, they go on as if not."""
     llava.data(tmp_path)

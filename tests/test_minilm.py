@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 import solidify
 from clients import embeddings, gated, strangers
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = [
     "The cat sat on the mat.",
     "A feline was resting on a rug.",

@@ -71,6 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_running_statistics_come_back_switch_and_merge(normed: Path, tmp_path: Path, way: str) -> None:
     base = logits(solidify.load(normed))
@@ -94,6 +95,7 @@ def test_running_statistics_come_back_switch_and_merge(normed: Path, tmp_path: P
     assert set(in_memory.state_dict()) == set(solidify.load(normed).state_dict())
 
 
+@pytest.mark.slow
 def test_buffers_without_parameters_beside_them_come_back_and_merge(unscaled: Path, tmp_path: Path) -> None:
     for name, way in {"lora": {"lora": LORA}, "full": {"train": [MLP]}}.items():
         model = trained(solidify.attach(solidify.load(unscaled), **way))
@@ -199,6 +201,7 @@ def test_the_base_in_memory_stays_the_artifact(normed: Path) -> None:
     assert {"base", "full"} == {k for k, n, _ in lookup.named_buffers(model) if "running_mean" in n}
 
 
+@pytest.mark.slow
 def test_accuracy_in_memory_is_accuracy_in_a_fresh_process(normed: Path, tmp_path: Path) -> None:
     model = trained(solidify.attach(solidify.load(normed), lora=LORA), 6)
     solidify.save_adapter(model, tmp_path / "adapter")

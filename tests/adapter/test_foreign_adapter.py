@@ -57,6 +57,7 @@ def test_a_checkpoint_is_loaded_and_the_unknown_is_said(trained: Path, capsys: p
     assert "whether it was trained on these weights was not looked at" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_it_is_trained_on_saved_checked_and_merged(trained: Path, tmp_path: Path) -> None:
     """Saved by us, on a plain base, the adapter knows its base from now on."""
     model = solidify.load_adapter(load_base(trained), trained / "out" / "checkpoint-2", trainable=True)

@@ -56,6 +56,7 @@ def two(artifact: Path, way: dict[str, Any], other: dict[str, Any] = OTHER) -> t
     return model, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_switching_saving_and_deleting(wrapped_artifact: Path, tmp_path: Path, way: str) -> None:
     model, expected = two(wrapped_artifact, WAYS[way])

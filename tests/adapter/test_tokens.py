@@ -119,6 +119,7 @@ def test_training_goes_on_where_it_was_left(tmp_path: Path) -> None:
     assert torch.equal(logits(plain), logits(solidify.load(base, tmp_path / "adapter")))
 
 
+@pytest.mark.slow
 def test_beside_low_rank_updates_and_by_name(tmp_path: Path) -> None:
     model = solidify.load(artifact(llama(), tmp_path / "base"))
     asked = {"r": 2, "target_modules": "**.q_proj", "trainable_token_indices": {"model.embed_tokens": ["<b>", 5]}}

@@ -92,6 +92,7 @@ def test_a_second_surgery_adds_to_the_first(everything: Path, tmp_path: Path) ->
     assert structure.structure(again, artifact.manifest.edits).passed
 
 
+@pytest.mark.slow
 def test_an_artifact_is_a_base_in_a_recipe(everything: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -53,6 +53,7 @@ def plain(directory: Path, files: dict[str, str]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_what_may_not_travel_is_named_and_the_rest_is_there(tmp_path: Path) -> None:
     base = plain(tmp_path / "base", EXTRA)
     (base / "adapter_config.json").unlink()  # transformers would apply it when the base is loaded
@@ -171,6 +172,7 @@ def identity(model: PreTrainedModel) -> list[solidify.Edit]:
     return solidify.replace(model, "encoder.layer.*.output.dense", pico.wrappers.Scaled, count=6)
 
 
+@pytest.mark.slow
 def test_a_sentence_transformer_embeds_as_before(embedder: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 

@@ -134,6 +134,7 @@ def test_it_is_the_artifact_that_is_built_in_memory(
         torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_files_that_stay_as_they_are_are_linked(
     tmp_path: Path, size: str, unwitnessed: None, request: pytest.FixtureRequest
@@ -198,6 +199,7 @@ def test_python_has_the_memory_of_a_recipe(base: Path, large: None, unwitnessed:
     assert not any(Path(region[0]).exists() for region in kept if base not in Path(region[0]).parents)
 
 
+@pytest.mark.slow
 def test_its_certificate_says_what_was_compared(large: None, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "hub")
     report = stages.build(recipe(base, TRASH), tmp_path)
@@ -248,6 +250,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
 }
 
 
+@pytest.mark.slow
 def test_its_witness_sees_faults(large: None, unwitnessed: None, tmp_path: Path) -> None:
     model = pico.olmoe()
     edits = solidify.replace(model, "model.layers.*.mlp", pico_trash())
@@ -352,6 +355,7 @@ def test_only_the_first_of_each_kind_is_called(large: None, monkeypatch: pytest.
     assert all(edit.bypass for edit in edits)
 
 
+@pytest.mark.slow
 def test_findings_of_small_models_are_those_of_the_whole(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "hub")
     report = stages.build(recipe(base, TRASH), tmp_path)

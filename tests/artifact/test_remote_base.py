@@ -62,6 +62,7 @@ def test_its_code_runs_only_when_it_may(remote: Path) -> None:
         loading.load_base(str(remote))
 
 
+@pytest.mark.slow
 def test_its_code_travels_with_the_artifact(remote: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

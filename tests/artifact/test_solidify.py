@@ -25,6 +25,7 @@ def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_it_in_a_process_that_cannot_import_us(trash_artifact: Path) -> None:
     script = """
 import json, sys
@@ -161,6 +162,7 @@ def test_a_model_that_was_cast_after_loading_is_refused_with_the_remedy(tmp_path
         solidify.build(model, edits, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["buffer", "attribute"])
 def test_state_that_a_reload_would_lose_is_refused_with_the_remedy(tmp_path: Path, how: str) -> None:
     model = pico.olmoe()
@@ -257,6 +259,7 @@ def test_on_another_machine_what_is_no_number_is_no_rounding(distances: list[flo
     assert [finding.passed for finding in findings if finding.name.startswith("outputs")] == [passed]
 
 
+@pytest.mark.slow
 def test_an_artifact_of_several_files_is_written_again_when_all_of_it_changed(tmp_path: Path) -> None:
     """Its index names files that are not there then."""
     from solidify.artifact.solidify import write_again
@@ -276,6 +279,7 @@ def test_an_artifact_of_several_files_is_written_again_when_all_of_it_changed(tm
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_is_written_again_generates_as_the_model_does(tmp_path: Path) -> None:
     """Settings that were changed in memory are written; of others the file stays as it is, byte for byte."""
     from solidify.artifact.solidify import write_again

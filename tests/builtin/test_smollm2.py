@@ -17,6 +17,8 @@ from solidify.builtin import bases, corpus, smollm2, tiny_olmoe
 from solidify.errors import ModelError
 from solidify.recipe import schema
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,7 +78,6 @@ def test_its_tokenizer_splits_digits(base: Path) -> None:
 
 
 @real.needed
-@pytest.mark.slow
 def test_its_held_out_loss_is_far_below_the_tiny_models(base: Path, model: PreTrainedModel, tiny_base: Path) -> None:
     losses = {}
     for name, directory in (("smollm2", base), ("tiny", tiny_base)):
@@ -140,7 +141,6 @@ def test_the_example_plans(base: Path) -> None:
 
 
 @real.needed
-@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ["--set", "training.max_steps=2", "--set", "training.logging_steps=1", "--set", "data.max_length=64"]
     steps += ["--set", "data.eval=null"]

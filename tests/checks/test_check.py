@@ -258,6 +258,7 @@ def test_what_is_none_of_ours_is_named(tmp_path: Path) -> None:
         solidify.check(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stray_file_in_a_part_fails_the_check_of_the_run(finished: Path, copy_of: Callable[[Path], Path]) -> None:
     directory = copy_of(finished)
     (directory / "adapter" / "stray.py").write_text("x")
@@ -265,6 +266,7 @@ def test_a_stray_file_in_a_part_fails_the_check_of_the_run(finished: Path, copy_
     assert any("stray.py" in finding.evidence for finding in report.failed)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_copied_run_is_tried_on_the_copy(whole: Path, copy_of: Callable[[Path], Path]) -> None:
     """The manifest says where the base stood, and there it still stands; the run that is checked is another."""
     directory = copy_of(whole)
@@ -281,6 +283,7 @@ def test_an_edited_report_does_not_make_its_page_wrong(finished: Path, copy_of: 
     assert "report.json is not the report" in found.evidence and "report.html" not in found.evidence
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     whole: Path, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_attention_that_is_wrapped_is_reached_by_the_choice(
     torch.testing.assert_close(outputs.logits, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_artifact_compiles_into_one_graph(artifact: Path, stranger: Callable[..., PreTrainedModel]) -> None:
     """The tolerance is rounding: compiled, a trash can computes skipped slots too and weighs them with zero."""
     torch._dynamo.reset()

@@ -437,6 +437,7 @@ def test_resume_keeps_what_is_finished(
     assert after["merged"] == before["merged"]
 
 
+@pytest.mark.slow
 def test_a_local_base_in_bfloat16_goes_all_the_way(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
     """Another family, from a directory beside the recipe, tied embeddings, half precision, the plain Trainer."""
     import pico

@@ -150,6 +150,7 @@ def test_a_head_is_trained_on_labelled_rows(kind: str, lora: str, full: set[str]
     assert (f"lora {lora}" in plan.trainable) if lora else not any(name.startswith("lora") for name in plan.trainable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_what_is_drafted_for_labelled_rows_runs(kind: str, tmp_path: Path) -> None:
     base, rows = save_classified(tmp_path, kind)
@@ -217,6 +218,7 @@ def command(directory: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "solidify", *words, "--output", str(directory / "recipe.yaml")]
 
 
+@pytest.mark.slow
 def test_without_a_terminal_nothing_is_asked(base: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command(tmp_path, "init", str(base)), stdin=subprocess.PIPE, capture_output=True, text=True, timeout=300
@@ -226,6 +228,7 @@ def test_without_a_terminal_nothing_is_asked(base: Path, tmp_path: Path) -> None
     assert "Which modules" not in done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_terminal_what_no_option_says_is_asked(base: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -213,6 +213,7 @@ def started(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
@@ -408,6 +409,7 @@ def test_a_home_that_is_a_file_is_told(place: Path, tmp_path: Path, monkeypatch:
     says("SOLIDIFY_HOME", "trust", "--forget", str(place / "artifact"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HF_HOME", "HF_MODULES_CACHE"])
 def test_a_cache_of_the_hub_that_is_a_file_is_told(place: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
@@ -422,6 +424,7 @@ def test_inspect_says_what_it_takes(place: Path, tmp_path: Path) -> None:
     says("is an adapter, not a model; name a hub id", "inspect", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_who_reads_one_line_ends_nothing_in_a_failure(trash_artifact: Path) -> None:
     """A closed pipe is no failed check; with `| head -1` the exit code is that of the command."""
     command = f"{sys.executable} -m solidify inspect {trash_artifact} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"

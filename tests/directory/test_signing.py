@@ -504,6 +504,7 @@ def test_what_check_runs_is_what_it_verified(
     assert f"signs another {manifest.NAME}" in report.failed[0].evidence
 
 
+@pytest.mark.slow
 def test_what_check_verified_and_then_is_exchanged_does_not_run(
     signed: Path, mine: Pair, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

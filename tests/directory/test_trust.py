@@ -129,6 +129,7 @@ def test_an_auto_map_may_lead_to_the_artifacts_own_files(trash_artifact: Path) -
     assert trust.leads(trash_artifact, manifest.read(trash_artifact)) == []
 
 
+@pytest.mark.slow
 def test_a_permission_is_for_one_command(trash_artifact: Path, copy_of: Copy, tmp_path: Path, elsewhere: None) -> None:
     """Neither a load, nor a merge, nor a build of what came from elsewhere lets it run a second time."""
     foreign = copy_of(trash_artifact)
@@ -155,6 +156,7 @@ def awake_with_permission(directory: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_trust_for_good_is_said_by_name(trash_artifact: Path, copy_of: Copy, tmp_path: Path, elsewhere: None) -> None:
     directory = copy_of(trash_artifact)
     solidify.trust(directory)
@@ -333,6 +335,7 @@ for _ in range(8):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_load_at_once(trash_artifact: Path, copy_of: Copy) -> None:
     directory = copy_of(trash_artifact)
     command = [sys.executable, "-c", LOAD, str(directory)]

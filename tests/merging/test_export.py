@@ -61,6 +61,7 @@ def everything(wrapped_artifact: Path, tmp_path_factory: pytest.TempPathFactory)
     return solidify.save_adapter(model.eval(), tmp_path_factory.mktemp("adapters") / "everything")
 
 
+@pytest.mark.slow
 def test_an_artifact_is_merged_with_all_its_promises(wrapped_artifact: Path, everything: Path, tmp_path: Path) -> None:
     before = {**contents(wrapped_artifact), **contents(everything)}
     merged = solidify.merge(everything, tmp_path / "merged")

@@ -96,6 +96,7 @@ def test_it_carries_its_code_and_says_how_it_is_made(vgg: Path) -> None:
     assert found(IMAGES, labels=torch.tensor([1, 2, 3, 4])).loss > 0
 
 
+@pytest.mark.slow
 def test_lora_on_convolutions_learns_labels_and_merges(vgg: Path, tmp_path: Path) -> None:
     model = solidify.load(vgg)
     peft_model = solidify.attach(model, lora={"r": 4, "target_modules": ["module.features.0", "module.head"]})

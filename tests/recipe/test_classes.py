@@ -165,6 +165,7 @@ def test_a_number_that_a_head_of_one_output_learns_is_no_class(tmp_path: Path) -
     assert made["labels"][:] == [2.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_stream_of_named_images_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "cat", "dog")
     kinds = {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=["dog", "cat"])}

@@ -74,6 +74,7 @@ def test_names_and_template_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not results.is_made_by(built, other, manifest.MODELS)
 
 
+@pytest.mark.slow
 def test_an_artifact_with_other_names_loads_in_a_fresh_process_and_trains(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     built = build(tmp_path, base, "artifact", {"labels": ["bad", "good"], "chat_template": TEMPLATE})
@@ -83,6 +84,7 @@ def test_an_artifact_with_other_names_loads_in_a_fresh_process_and_trains(tmp_pa
     assert AutoConfig.from_pretrained(tmp_path / "run" / "merged", trust_remote_code=True).id2label[1] == "good"
 
 
+@pytest.mark.slow
 def test_a_template_that_changes_is_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the same name says something else: what was built and trained with it is not of this recipe."""
     pico.unwitnessed(monkeypatch)

@@ -79,6 +79,7 @@ def test_a_run_places_aligns_distils_and_resumes(tiny_base: Path, tmp_path: Path
     assert before == {name: (out / "heal" / name / "solidify.json").stat().st_mtime_ns for name in before}
 
 
+@pytest.mark.slow
 def test_what_answers_as_its_base_has_nothing_to_learn_from_it(tiny_base: Path, tmp_path: Path) -> None:
     """A module that starts as its original: the divergence from the base is rounding, and so is its gradient."""
     shutil.copy(MODULES.with_name("wrappers.py"), tmp_path)
@@ -184,6 +185,7 @@ def test_a_verb_that_needs_a_choice_of_layers_asks_for_it(tiny_base: Path, tmp_p
     assert isinstance(found.exception, HealingError) and "are not chosen yet" in str(found.exception)
 
 
+@pytest.mark.slow
 def test_build_chooses_and_heal_takes_the_choice(tiny_base: Path, tmp_path: Path) -> None:
     path = write(tmp_path, tiny_base, place={"layers": 1, "max_steps": 2}, align={"max_steps": 2})
     out = tmp_path / "out"
@@ -244,6 +246,7 @@ def test_layers_are_chosen_anew_for_other_code(
     assert len(chosen) == (2 if edited else 1)
 
 
+@pytest.mark.slow
 def test_a_healing_that_is_stopped_leaves_a_report_that_says_so(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

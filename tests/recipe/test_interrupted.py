@@ -231,6 +231,7 @@ def test_what_failed_in_training_is_not_forgotten(beside: Path, tmp_path: Path, 
     assert code == (0 if honest else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [False, True])
 def test_what_failed_in_surgery_is_not_forgotten(
     beside: Path, tmp_path: Path, honest: bool, monkeypatch: pytest.MonkeyPatch
@@ -289,6 +290,7 @@ def test_a_run_over_another_recipes_results_says_so_and_leaves_its_own(
     assert {path.name for path in copied.iterdir()} == {"artifact", "checkpoints", "report.json", "report.html"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["artifact", "adapter", "merged"])
 def test_check_finds_results_of_two_recipes(
     beside: Path, copied: Path, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch

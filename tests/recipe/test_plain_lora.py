@@ -99,6 +99,7 @@ def test_its_cards_say_what_it_is_and_name_no_path(runs: Mapping[str, Path], par
         assert words[stock] not in card
 
 
+@pytest.mark.slow
 def test_all_of_it_is_checked(runs: Mapping[str, Path]) -> None:
     report = solidify.check(runs["olmoe"] / "run")
     assert report.passed, report.failure()
@@ -141,6 +142,7 @@ def test_another_dtype_is_written_as_it_is_loaded(runs: Mapping[str, Path], tmp_
     assert solidify.load(tmp_path / "run" / "artifact").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_an_artifact_is_trained_as_it_stands(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base", pico.llama(eos_token_id=0)))
     edits = solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)
@@ -180,6 +182,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any],
         schema.load(write_recipe(tmp_path, tmp_path, **changes))
 
 
+@pytest.mark.slow
 def test_a_plain_base_is_quantised_while_it_is_trained(tmp_path: Path) -> None:
     """The base stays what it is; that the merged model is not quite the trained one is measured, not proved."""
     pytest.importorskip("bitsandbytes")

@@ -110,6 +110,7 @@ class OwnMoE(nn.Module):
 '''
 
 
+@pytest.mark.slow
 def test_plan_run_card_and_diff_say_the_same_numbers(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "own_moe.py").write_text(ADOPTING)
     made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled")

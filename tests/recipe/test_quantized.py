@@ -96,6 +96,7 @@ def test_the_plan_says_what_it_takes_and_what_is_left_out(beside: Path) -> None:
     assert "not quantised, left out by transformers: lm_head.weight" in text
 
 
+@pytest.mark.slow
 def test_one_line_makes_it_a_training_on_four_bits(
     beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,7 @@ def test_of_a_large_model_the_first_block_is_run(tmp_path: Path, monkeypatch: py
     assert "behaviour: stateless" in found
 
 
+@pytest.mark.slow
 def test_an_artifact_of_it_loads_anywhere_and_goes_on(tmp_path: Path) -> None:
     """One block of two, then all, then layers in another order: read by plain transformers in a fresh process."""
     model = pico.olmoe(layers=3)
@@ -360,6 +361,7 @@ print([layer.mlp.experts.num_experts for layer in model.model.layers])
     assert torch.equal(torch.load(tmp_path / "logits.pt"), solidify_run(model, torch.arange(12)[None]))
 
 
+@pytest.mark.slow
 def test_a_recipe_prunes_and_its_result_is_a_stock_model(tmp_path: Path) -> None:
     """The tensors and the configuration are those of the family: its own class loads them."""
     pico.olmoe().save_pretrained(tmp_path / "base")

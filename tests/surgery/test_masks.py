@@ -328,6 +328,7 @@ for directory in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_artifacts_obey_in_a_fresh_process_and_go_on(tmp_path: Path) -> None:
     """Two by the carried function, one by the configuration; one of them is operated on again after it was loaded."""
     made = {}
@@ -366,6 +367,7 @@ def test_build_witnesses_it_and_the_card_says_what_is_declared(tmp_path: Path) -
     assert len(entry) == 1 and entry[0]["block"] == 32 and len(entry[0]["modules"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bidirectional", "block_causal"])
 def test_lora_trains_on_it_also_with_checkpointing_and_is_merged(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -188,6 +188,7 @@ print(json.dumps(ids + tokenizer("w4 <copy>").input_ids))
 """
 
 
+@pytest.mark.slow
 def test_an_artifact_carries_the_tokens_and_a_second_surgery_adds_more(tmp_path: Path) -> None:
     model, tokenizer = llama(tie_word_embeddings=True), words()
     edits = solidify.add_tokens(model, tokenizer, ASKED, pad_to_multiple_of=8)

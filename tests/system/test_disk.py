@@ -95,6 +95,7 @@ def small(directory: Path) -> Path:
     return pico.artifact(model, edits, directory)
 
 
+@pytest.mark.slow
 def test_results_survive_a_power_cut(tmp_path: Path) -> None:
     """Of a build, of one over an earlier one, of an adapter and of a merge."""
     for _ in range(2):

@@ -216,6 +216,7 @@ def test_no_process_waits_for_one_that_is_gone(alone: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_process_is_heard_by_the_others(alone: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "somebody's.txt").write_text("not ours")
     done = solidify("run", alone[0], "--output", tmp_path, launcher=TORCHRUN)

@@ -141,6 +141,7 @@ def test_what_the_student_writes_is_counted(trash_artifact: Path, tmp_path: Path
     assert distance(reference, found) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_term_reads_the_teacher_as_its_reference(trash_artifact: Path, tmp_path: Path) -> None:
     """The forward divergence from it is TRL's at `beta` 0, whether the hidden states are projected by TRL or by us."""
     theirs, _ = step(awake(trash_artifact), tmp_path, 2, 4, DISTILLING["the divergence"], beta=0.0)
@@ -150,6 +151,7 @@ def test_a_term_reads_the_teacher_as_its_reference(trash_artifact: Path, tmp_pat
         assert distance(theirs, ours) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Path, tmp_path: Path) -> None:
     def fresh(directory: Path) -> Any:
         more = {**TWO_STEPS, "learning_rate": 0.01}
@@ -158,6 +160,7 @@ def test_a_resumed_training_writes_what_it_would_have_written(trash_artifact: Pa
     assert_resumes(fresh, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_a_later_epoch_with_the_prompts_of_that_epoch(
     trash_artifact: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +211,7 @@ def test_a_head_of_which_trl_would_read_the_weight_alone_is_refused(tmp_path: Pa
     assert trainer.history[0]["loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lm_head", "lm_head.weight"])
 def test_a_head_that_is_trained_in_full_is_the_one_that_learns(tmp_path: Path, what: str) -> None:
     def attached() -> Any:

@@ -156,6 +156,7 @@ def test_the_loss_is_that_of_the_paper(trash_artifact: Path, tmp_path: Path) -> 
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_the_plain_trainer_is_off_where_the_last_micro_batch_is_smaller(trash_artifact: Path, tmp_path: Path) -> None:
     declared = {"lora": LORA}
     whole, _ = step(awake(trash_artifact, **declared), tmp_path, 8, 1, None, kind=DPOTrainer)
@@ -167,6 +168,7 @@ def test_the_plain_trainer_is_off_where_the_last_micro_batch_is_smaller(trash_ar
     assert distance(whole, ours) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_loss_begins_at_log_2_where_trls_copy_of_the_adapter_is_incomplete(
     trash_artifact: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 TESTS = Path(__file__).parents[1] / "support"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(trash_artifact: Path, tmp_path: Path) -> None:
     """Two gloo processes with two ragged micro-batches each, against one process with one batch."""
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

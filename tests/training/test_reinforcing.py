@@ -104,6 +104,7 @@ def test_a_step_may_read_part_of_what_was_written(trash_artifact: Path, tmp_path
     assert_alike(theirs, ours, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_script_multiplies_what_it_adds(trash_artifact: Path, tmp_path: Path) -> None:
     """What a script adds in `compute_loss` counts once a micro-batch; so the invariance above is not for nothing."""
     whole, _ = take(prepared(awake(trash_artifact), tmp_path, 8, 1, None, kind=adding(GRPOTrainer)))
@@ -111,6 +112,7 @@ def test_a_script_multiplies_what_it_adds(trash_artifact: Path, tmp_path: Path) 
     assert distance(whole, split) > 1
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(trash_artifact: Path, tmp_path: Path) -> None:
     def fresh(directory: Path) -> Any:
         torch.manual_seed(3)
@@ -120,6 +122,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(trash_artifact:
     assert_resumes(fresh, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_training_goes_on_in_a_later_epoch_with_the_prompts_of_that_epoch(
     trash_artifact: Path, tmp_path: Path, step: int
@@ -134,6 +137,7 @@ def test_a_training_goes_on_in_a_later_epoch_with_the_prompts_of_that_epoch(
     assert_resumes(fresh, tmp_path, step=step)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_where_answers_for_several_steps_begin(trash_artifact: Path, tmp_path: Path) -> None:
     """Answers to four prompts are written for two steps at once: the third begins new ones, in a new process too.
 

@@ -77,6 +77,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(found, logged)
 
 
+@pytest.mark.slow
 def test_trackio(tmp_path: Path) -> None:
     if importlib.util.find_spec("trackio") is None:
         pytest.skip("trackio is not installed")

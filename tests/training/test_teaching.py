@@ -276,6 +276,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     assert trainer.history[0]["term/HiddenMatch"] > 0
 
 
+@pytest.mark.slow
 def test_the_other_trainers_do_not_load_what_is_experimental() -> None:
     script = """
 import sys, warnings

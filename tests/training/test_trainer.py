@@ -62,6 +62,7 @@ def test_the_gradient_does_not_depend_on_the_split(trash_artifact: Path, tmp_pat
         assert distance(found[8], found[size]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_every_term_has_a_gradient_of_its_own(trash_artifact: Path, tmp_path: Path) -> None:
     """A split-invariance of zeros would prove nothing."""
     plain, _ = step(awake(trash_artifact), tmp_path, 8, 1, TERMS["the model's loss"])

@@ -23,6 +23,8 @@ from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
 from training import awake
 
+pytestmark = pytest.mark.slow
+
 Q = "model.layers.*.self_attn.q_proj"
 QS = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 

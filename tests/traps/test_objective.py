@@ -33,6 +33,8 @@ from solidify.training.sft import ObjectiveSFTTrainer
 from solidify.training.trainer import ObjectiveTrainer
 from training import Gradients, arguments, in_order
 
+pytestmark = pytest.mark.slow
+
 Gradient = dict[str, torch.Tensor]
 Examples = Sequence[dict[str, list[int]]]
 EXACT = 1e-6  # TRL computes parts of its losses in float32
@@ -443,7 +445,6 @@ def test_what_is_wrong_in_one_trainer_is_right_in_another(tmp_path: Path) -> Non
     assert error_of_trainer(added(SFTTrainer), "penalty", "even", 4, tmp_path) > 2
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(*LIGHTNING)
 def test_the_table(tmp_path: Path) -> None:
     found = table(tmp_path)

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import plain_models as plain
 
+pytestmark = pytest.mark.slow
+
 DROPPED = ("model_type", "architectures", "transformers_version")
 
 

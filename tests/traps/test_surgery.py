@@ -13,6 +13,8 @@ from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.modules.trashcan_moe import TrashCanMoE
 
+pytestmark = pytest.mark.slow
+
 MLP = "model.layers.*.mlp"
 
 

@@ -23,6 +23,8 @@ from solidify.objective.objective import Objective, Term
 from solidify.training.sft import ObjectiveSFTTrainer
 from training import LORA, Gradients, arguments, awake, distance, in_order, step
 
+pytestmark = pytest.mark.slow
+
 
 def penalty(model: nn.Module) -> torch.Tensor:
     return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
