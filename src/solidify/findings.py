@@ -8,8 +8,9 @@ that was read). `not looked at`: nothing was, and the evidence says why. What wa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from blake3 import blake3
 from solidify.errors import CheckFailed
 from solidify.system import disk, files, markup
 
+_OF_CLASS = re.compile(r"(.+) \(Auto\w+\)")
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
 
 
@@ -62,6 +64,23 @@ class Finding:
         """Makes a finding of its document again; one without a verdict (of an older report) was looked at."""
         looked = document.get("verdict") != NOT_LOOKED_AT
         return cls(document["name"], document["passed"], document["evidence"], looked)
+
+
+def fold(findings: Iterable[Finding]) -> list[Finding]:
+    """Makes one finding of those that differ in the Auto class that is named last, in the order of the first of each.
+
+    The evidence is that of the first; a failure stays by itself.
+    """
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for number, finding in enumerate(findings):
+        found = _OF_CLASS.fullmatch(finding.name)
+        alone = found is None or finding.passed is False
+        key = (str(number), "") if alone or found is None else (found[1], finding.verdict)
+        groups.setdefault(key, []).append(finding)
+    return [
+        group[0] if len(group) == 1 else replace(group[0], name=f"{name} ({len(group)} Auto classes)")
+        for (name, _), group in groups.items()
+    ]
 
 
 @dataclass(repr=False)

@@ -15,7 +15,7 @@ from solidify import findings
 from solidify.artifact import sources
 from solidify.checks import check, gradients, roundtrip, structure
 from solidify.command import cli
-from solidify.findings import Finding, Report
+from solidify.findings import Finding, Report, fold
 from solidify.merging import agreement, sums
 from solidify.model.extent import Extent
 from solidify.objective.objective import Objective, Term
@@ -129,6 +129,15 @@ def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
         *roundtrip.adapter_effect(model, {}, {}),
     ]
     assert {finding.verdict for finding in nothing} == {"not looked at"}
+
+
+def test_what_is_said_of_every_auto_class_is_one_line_and_a_failure_its_own() -> None:
+    names = ["state (AutoModel)", "outputs (AutoModel)", "state (AutoModelForCausalLM)", "behaviour: cache (sdpa)"]
+    found = [Finding(name, None, name) for name in names]
+    wrong = Finding("state (AutoModelForTokenClassification)", False, "other")
+    folded = fold([*found, wrong])
+    assert [each.name for each in folded] == ["state (2 Auto classes)", *names[1:2], names[3], wrong.name]
+    assert [each.verdict for each in folded] == ["measured"] * 3 + ["failed"]
 
 
 def test_a_sample_is_measured_and_a_fault_in_it_failed() -> None:

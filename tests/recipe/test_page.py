@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from solidify.findings import Finding, Report
+from solidify.healing import plots
 from solidify.losses.compute import TrashBudget, TrashController
 from solidify.recipe import charts, page
 from solidify.recipe.schema import Recipe
@@ -83,6 +84,41 @@ def test_a_tree_shows_what_went_came_and_grew() -> None:
     ]
 
 
+def test_layers_that_a_change_regroups_are_neither_gone_nor_new() -> None:
+    before = [["layers.*", "Layer", "4", 40], ["layers.*.attn", "Attention", "4", 16], ["layers.*.mlp", "MLP", "4", 24]]
+    after = [
+        ["layers.*", "Layer", "3 (0-2)", 30],
+        ["layers.*.attn", "Attention", "3 (0-2)", 12],
+        ["layers.*.mlp", "MLP", "3 (0-2)", 18],
+        ["layers.*", "Layer", "1 (3)", 11],
+        ["layers.*.attn", "Linear", "1 (3)", 5],
+        ["layers.*.mlp", "MLP", "1 (3)", 6],
+    ]
+    rows = page._compare_trees({"trees": {"before": before, "after": after}})
+    assert [(row["kind"], row["times"], row["change"]) for row in rows] == [
+        ("Layer", "3 (0-2)", ""),
+        ("Attention", "4 → 3 (0-2)", ""),
+        ("MLP", "3 (0-2)", ""),
+        ("Layer", "1 (3)", "new"),
+        ("Linear", "1 (3)", "new"),
+        ("MLP", "1 (3)", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["model.layers.6.self_attn", "model.layers.12.self_attn"], ["6", "12"]),
+        (["layers.0.attn", "layers.0.mlp"], ["attn", "mlp"]),
+        (["a.b.c"], ["c"]),
+        (["x", "y.z"], ["x", "y.z"]),
+        ([], []),
+    ],
+)
+def test_plots_name_modules_by_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+    assert plots._shorten(names) == short
+
+
 @pytest.mark.parametrize(
     "measured", [{}, {"history": HISTORY, "samples": [{"prompt": "<i>", "before": "a", "after": "b"}]}]
 )
@@ -92,8 +128,13 @@ def test_a_page_is_whole_and_needs_nothing_beside_it(measured: dict[str, Any], t
     well_formed(made)
     assert "<i>" not in made and "<u>" not in made
     assert not re.findall(r"(?:src|href)=|@import|url\(", made)
-    listed = made[made.index("<h2>not proved</h2>") : made.index("<details")]
-    assert ["bad" in listed, "far" in listed, "good" in listed] == [True, True, False]
+    failed, after = made.index('<h2 class="no">failed</h2>'), made.index("<h2>not proved</h2>")
+    listed = [made[failed : made.index("</section>", failed)], made[after : made.index("<details")]]
+    assert [[word in part for word in ("bad", "far", "good")] for part in listed] == [
+        [True, False, False],
+        [False, True, False],
+    ]
+    assert failed < (made.index("<h2>samples</h2>") if measured else after) <= after
     assert 'name="viewport"' in made and "prefers-color-scheme: dark" in made
     assert ("<h2>samples</h2>" in made) == bool(measured)
 

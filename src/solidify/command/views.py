@@ -11,7 +11,7 @@ from rich.text import Text
 
 from solidify.artifact.inspection import Branch, ranges
 from solidify.behaviour.properties import PROPERTIES
-from solidify.findings import PROVED, VERDICTS, Finding, tell
+from solidify.findings import PROVED, VERDICTS, Finding, fold, tell
 from solidify.model import anatomy
 from solidify.model.cost import Cost
 from solidify.surgery import catalogue
@@ -408,6 +408,6 @@ def _make_rows(stage: str, found: Sequence[Finding], verbose: bool) -> Iterator[
     if folds:
         names = textwrap.shorten(_join_names(proved), _NAMED, placeholder=" …")
         yield stage, f"{len(proved)} promises", console.verdict(PROVED), names
-    for each in found:
+    for each in found if verbose else fold(found):
         if not folds or each.verdict != PROVED:
             yield stage, each.name, console.verdict(each.verdict), each.evidence

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 260, 56, 28, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 260, 64, 28, 34
+_LETTER = 6  # the width of a letter, about
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 
 
@@ -16,12 +17,18 @@ def of(measured: Mapping[str, Any]) -> list[str]:
     made = []
     placed, healed = measured.get("place"), measured.get("heal")
     if placed:
-        made.append(bars("Divergence of the base with one module changed", placed["scores"]))
+        scores = dict(zip(_shorten(list(placed["scores"])), placed["scores"].values(), strict=True))
+        made.append(bars("Divergence of the base with one module changed", scores))
         made.append(lines("Smallest sum of scores by number of changed modules", {"sum": placed["curve"]}, log=False))
     if healed and healed.get("layers"):
         errors = {each["name"]: each["errors"] for each in healed["layers"]}
         made.append(lines("Alignment: relative error of each module over its steps", errors))
-        changes = {f"{each['name']} {when}": each[when] for each in healed["layers"] for when in ("before", "after")}
+        short = _shorten([each["name"] for each in healed["layers"]])
+        changes = {
+            f"{name} {when}": each[when]
+            for name, each in zip(short, healed["layers"], strict=True)
+            for when in ("before", "after")
+        }
         made.append(bars("Relative error before and after alignment", changes))
     if healed and healed.get("stages"):
         made.append(bars("KL from the base after each stage", _list_stages(healed)))
@@ -29,6 +36,15 @@ def of(measured: Mapping[str, Any]) -> list[str]:
     if history:
         made.append(lines("Distillation: loss over its steps", {"loss": [each["loss"] for each in history]}))
     return made
+
+
+def _shorten(names: Sequence[str]) -> list[str]:
+    """Leaves out what the names of modules have in common at both ends: of layers, the numbers are left."""
+    parts = [name.split(".") for name in names]
+    most = min(map(len, parts), default=1) - 1
+    first = next((n for n in range(most) if len({part[n] for part in parts}) > 1), most)
+    last = next((n for n in range(most - first) if len({part[-1 - n] for part in parts}) > 1), most - first)
+    return [".".join(part[first : len(part) - last]) for part in parts]
 
 
 def _list_stages(healed: Mapping[str, Any]) -> dict[str, float]:
@@ -74,7 +90,7 @@ def bars(title: str, values: Mapping[str, float]) -> str:
             f'height="{max(0.0, _HEIGHT - _BOTTOM - top):.1f}" fill="{_COLOURS[0]}">'
             f"<title>{label}: {value:.4g}</title></rect>"
         )
-        if step > 60:
+        if step > len(name) * _LETTER:
             middle = left + step / 2
             body.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{label}</text>')
             body.append(f'<text x="{middle:.1f}" y="{top - 4:.1f}" text-anchor="middle">{value:.3g}</text>')

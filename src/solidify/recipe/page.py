@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from solidify.adapter import lookup
 from solidify.artifact import autos, companions, sources
 from solidify.artifact.inspection import Branch
 from solidify.directory import manifest
-from solidify.findings import PROVED, Report
+from solidify.findings import PROVED, Report, fold
 from solidify.healing import plots
 from solidify.recipe import charts, datasets
 from solidify.recipe.dry_run import Plan
@@ -43,7 +44,7 @@ def write(recipe: Recipe, directory: Path, report: Report) -> str:
         costs=_list_costs(measured.get("model")),
         tree=_compare_trees(measured.get("model")),
         samples=measured.get("samples") or [],
-        unproved=[(stage, each) for stage, found in report.stages.items() for each in found if each.verdict != PROVED],
+        unproved=[(s, each) for s, found in report.stages.items() for each in fold(found) if each.verdict != PROVED],
         results=_list_results(directory),
     )
 
@@ -77,20 +78,39 @@ def _write_change(before: float, after: float) -> str:
 
 
 def _compare_trees(model: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the rows of both trees in one, in order: what is only before, only after, or in both."""
+    """Returns the rows of both trees in one, in order: what is only before, only after, or in both.
+
+    Equal layers are one row, so a change of some regroups the rest: a module that stood there before is not new.
+    """
     if not model or not model.get("trees"):
         return []
     before, after = ({tuple(row[:3]): row[3] for row in model["trees"][when]} for when in ("before", "after"))
+    known, standing = {_each(row, size) for row, size in before.items()}, {row[:2] for row in after}
+    alone = [Counter(row[:2] for row in tree) for tree in (before, after)]
+    former = {row[:2]: row[2] for row in before}
+
+    def make_later(row: tuple[Any, ...]) -> dict[str, Any]:
+        """Makes a row of the tree after, of modules that stand otherwise, or not at all, in the one before."""
+        if _each(row, after[row]) not in known:
+            return _make_row(row, "new", after[row])
+        only = all(count[row[:2]] == 1 for count in alone)
+        return _make_row((*row[:2], f"{former[row[:2]]} → {row[2]}" if only else row[2]), "", after[row])
+
     names, rows, seen = list(after), list[dict[str, Any]](), 0
     for row, parameters in before.items():
         if row in after:
             upto = names.index(row)
-            rows += [_make_row(new, "new", after[new]) for new in names[seen:upto] if new not in before]
+            rows += [make_later(new) for new in names[seen:upto] if new not in before]
             seen = max(seen, upto + 1)
             rows.append(_make_row(row, "", parameters, after[row]))
-        else:
+        elif row[:2] not in standing:
             rows.append(_make_row(row, "gone", parameters))
-    return rows + [_make_row(new, "new", after[new]) for new in names[seen:] if new not in before]
+    return rows + [make_later(new) for new in names[seen:] if new not in before]
+
+
+def _each(row: tuple[Any, ...], parameters: int) -> tuple[Any, ...]:
+    """Returns the name and class of a row, and the parameters of one of its modules."""
+    return (*row[:2], parameters / int(row[2].split()[0]))
 
 
 def _make_row(row: tuple[Any, ...], change: str, *parameters: int) -> dict[str, Any]:
