@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 import solidify
-from solidify.adapter import lookup, readback, storage
+from solidify.adapter import adapter_tensors, lookup, readback
 from solidify.errors import AdapterError
 from solidify.model import anatomy
 
@@ -109,7 +109,7 @@ def test_what_is_written_otherwise_is_found_before_it_is_called_saved(
 ) -> None:
     """The fault is put where the file is written: a tensor less, or other numbers."""
     model = noise(solidify.attach(solidify.load(wrapped_artifact), lora=LORA, train=["model.norm"]))
-    held = storage.held
+    held = adapter_tensors.held
 
     def spoilt(*args: Any) -> dict[str, torch.Tensor]:
         found = held(*args)
@@ -122,7 +122,7 @@ def test_what_is_written_otherwise_is_found_before_it_is_called_saved(
 
     for fault, words in ((spoilt, "has other values"), (lacking, "the file lacks")):
         calls = iter([fault])
-        monkeypatch.setattr(storage, "held", lambda *args, calls=calls: next(calls, held)(*args))
+        monkeypatch.setattr(adapter_tensors, "held", lambda *args, calls=calls: next(calls, held)(*args))
         with pytest.raises(AdapterError, match=words):
             solidify.save_adapter(model, tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()

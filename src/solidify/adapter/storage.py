@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.adapter import (
+    adapter_tensors,
     base_state,
     configured,
     expert_files,
@@ -27,13 +26,10 @@ from solidify.adapter import (
     patterns,
     readback,
     together,
-    tokens,
     verbs,
 )
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import release_originals, train_parameters, without_heads
-from solidify.adapter.buffers import NAME as BUFFERS
-from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.artifact import autos, cards, loading, quantizing, stock
 from solidify.directory import manifest, results, writing
 from solidify.directory.manifest import Manifest
@@ -80,10 +76,14 @@ def save_adapter(
         raise AdapterError(f"the adapter {name!r} cannot be saved: {fault}")
     base = base_state.require(model)
     base_state.refuse_changed(model, base)
-    trained = _list_trained(model, name)
-    state = _in_base_dtype(held(model, name, trained["buffers"]), base_state.base_tensors(model))
+    trained = adapter_tensors.list_trained(model, name)
+    state = adapter_tensors.in_base_dtype(
+        adapter_tensors.held(model, name, trained["buffers"]), base_state.base_tensors(model)
+    )
     refuse(
-        AdapterError, "the adapter is not saved: training has diverged", _not_finite(model, name, trained["buffers"])
+        AdapterError,
+        "the adapter is not saved: training has diverged",
+        adapter_tensors.find_not_finite(model, name, trained["buffers"]),
     )
     with writing.staged(directory, [base.directory]) as staging:
         digests = format.write_file(
@@ -148,70 +148,6 @@ def _make_configuration(model: PeftModel, name: str, base: Path) -> PeftConfig:
         head = type(lookup.plain_model(model))
         configuration.auto_mapping = {"base_model_class": head.__name__, "parent_library": head.__module__}
     return configuration
-
-
-def _not_finite(model: PeftModel, name: str, buffers: Sequence[str]) -> list[str]:
-    """Names every tensor of an adapter that holds NaN or infinity, and how many of its numbers are."""
-    faults = []
-    for key, tensor in held(model, name, buffers).items():
-        bad = int((~torch.isfinite(tensor.detach())).sum()) if tensor.is_floating_point() else 0
-        if bad:
-            what = key.removeprefix("base_model.model.")
-            faults.append(f"{what} holds NaN or infinity ({bad} of {tensor.numel()} numbers)")
-    return faults
-
-
-def _list_trained(model: PeftModel, adapter: str) -> dict[str, list[str]]:
-    """Names what one adapter trains: LoRA targets, everything trained in full, and the bare parameters among those.
-
-    `tokens` are modules of which single rows are trained: adapter_config.json has the ids.
-    """
-    holder = lookup.trained_parameters(model)
-    bare = holder.names(adapter) if holder is not None else []
-    copies = {
-        lookup.canonical(model, path) + "." + key
-        for path, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
-        for key in _of_copy(module.modules_to_save[adapter], module.original_module)
-    }
-    versions = lookup.trained_buffers(model)
-    moved = list(versions.moved(adapter)) if versions is not None else []
-    return {
-        "lora": together.targets(model, adapter),
-        "full": sorted({*copies, *bare, *moved}),
-        "parameters": sorted(bare),
-        "buffers": sorted(moved),
-        **({"tokens": sorted(rows)} if (rows := tokens.trained(model, adapter)) else {}),
-    }
-
-
-def _of_copy(copy: nn.Module, original: nn.Module) -> Iterator[str]:
-    """Yields the names of a trained copy's parameters, and of the buffers that moved."""
-    yield from (name for name, _ in copy.named_parameters())
-    saved, own = set(copy.state_dict()), dict(original.named_buffers())
-    yield from (n for n, b in copy.named_buffers() if n in saved and n in own and not torch.equal(b, own[n]))
-
-
-def _keys_on_disk(model: PeftModel, names: Sequence[str], holder: str, adapter: str) -> dict[str, str]:
-    """Maps a holder's keys of parameters or buffers to where PEFT's tree has them; plain PEFT then loads them too."""
-    result = {}
-    for name in names:
-        owner, _, attribute = name.rpartition(".")
-        result[f"base_model.model.{holder}.{name}"] = f"{lookup.path_alone(model, owner, adapter)}.{attribute}"
-    return result
-
-
-def _in_base_dtype(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stores what is trained in full in the dtype of what it replaces (training may use float32 for bfloat16)."""
-    result = {}
-    for key, tensor in state.items():
-        base = own.get(_plain_name(key.removeprefix("base_model.model.")))
-        result[key] = tensor.detach() if base is None else tensor.detach().to(base.dtype)
-    return result
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"\.(original_module|base_layer)(?=\.)", "", name)
 
 
 def load_adapter(
@@ -301,62 +237,26 @@ def _inject(
         verbs.take_over(peft_model, frozen=planning.frozen_at_surgery(peft_model))
         state = safetensors.torch.load_file(directory / WEIGHTS)
         train_parameters(peft_model, bare, name)
-        refuse(AdapterError, f"{named} does not fit the model", _key_faults(held(peft_model, name, moved), state))
-        _fill_adapter(peft_model, state, name, bare, moved)
+        refuse(
+            AdapterError,
+            f"{named} does not fit the model",
+            adapter_tensors.key_faults(adapter_tensors.held(peft_model, name, moved), state),
+        )
+        adapter_tensors.fill(peft_model, state, name, bare, moved)
         peft_model.set_adapter(name, inference_mode=not trainable)
-        refuse(AdapterError, f"{named} was not loaded completely", _load_faults(peft_model, state, name, moved))
+        refuse(
+            AdapterError,
+            f"{named} was not loaded completely",
+            adapter_tensors.load_faults(peft_model, state, name, moved),
+        )
     peft_model.base_model.note_failed(name, record.failed)
     release_originals(peft_model)
     return peft_model.train(trainable)
 
 
-def _fill_adapter(
-    model: PeftModel, state: Mapping[str, torch.Tensor], name: str, bare: Sequence[str], moved: Sequence[str]
-) -> None:
-    """Puts the tensors of a file into an adapter; buffers that the file does not hold stay the base's."""
-    keys = {disk: held for held, disk in _keys_on_disk(model, bare, PARAMETERS, name).items()}
-    keys |= {disk: held for held, disk in _keys_on_disk(model, moved, BUFFERS, name).items()}
-    values = {keys.get(key, key): tensor for key, tensor in state.items()}
-    set_peft_model_state_dict(model, values, adapter_name=name)
-
-
-def _load_faults(model: PeftModel, state: Mapping[str, torch.Tensor], name: str, buffers: Sequence[str]) -> list[str]:
-    """Compares what the model now holds for this adapter, tensor by tensor, with what the file holds."""
-    tensors = held(model, name, buffers)
-    changed = [key for key, tensor in state.items() if not torch.equal(tensors[key].to(tensor.dtype).cpu(), tensor)]
-    return [f"{key} differs after loading" for key in changed]
-
-
-def held(model: PeftModel, name: str, buffers: Sequence[str] = ()) -> dict[str, torch.Tensor]:
-    """Returns the adapter's tensors in the model, the very ones, by their keys on disk.
-
-    `buffers` names those of the plain model's buffers of which the adapter's version counts.
-    """
-    state = model.state_dict(keep_vars=True)
-    found = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
-    holder = lookup.trained_parameters(model)
-    keys = _keys_on_disk(model, holder.names(name) if holder is not None else [], PARAMETERS, name)
-    keys |= _keys_on_disk(model, buffers, BUFFERS, name)
-    own = f"base_model.model.{BUFFERS}."
-    return {keys.get(key, key): t for key, t in found.items() if key in keys or not key.startswith(own)}
-
-
 def _named_held(model: PeftModel, name: str, buffers: Sequence[str]) -> dict[str, torch.Tensor]:
     """Returns the tensors of an adapter in the model that it is from, or in the one on which it was loaded alone."""
-    return held(model, name if name in model.peft_config else "default", buffers)
-
-
-def _key_faults(held: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Compares names and shapes: PEFT passes over additional tensors and only warns of missing ones."""
-    return [
-        *(f"the file lacks {key}" for key in held if key not in state),
-        *(f"the file holds {key}, which the model does not have" for key in state if key not in held),
-        *(
-            f"{key} has shape {list(tensor.shape)} in the file and {list(held[key].shape)} in the model"
-            for key, tensor in state.items()
-            if key in held and held[key].shape != tensor.shape
-        ),
-    ]
+    return adapter_tensors.held(model, name if name in model.peft_config else "default", buffers)
 
 
 def refuse_wrong_base(model: nn.Module, record: Manifest, directory: Path) -> None:

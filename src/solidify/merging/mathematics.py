@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import kinds, lookup, patterns, storage, tokens
+from solidify.adapter import adapter_tensors, kinds, lookup, patterns, tokens
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
@@ -218,7 +218,7 @@ def read(model: PeftModel, entries: Mapping[str, Entry], shapes: Mapping[str, Sh
         AdapterError: a tensor is missing, fits nowhere, has another shape, or gives what another gives too; or a layer
             is of a kind that cannot be merged. All faults together.
     """
-    held, state = storage.held(model, NAME), model.state_dict(keep_vars=True)
+    held, state = adapter_tensors.held(model, NAME), model.state_dict(keep_vars=True)
     tensors = {key: held[key] if key in held else state[key] for key in entries if key in held or key in state}
     faults = [f"the file lacks {key}" for key in held if key not in entries]
     faults += [f"the file holds {key}, which the model does not have" for key in entries if key not in tensors]
