@@ -17,17 +17,18 @@ from solidify.weights import hashing
 
 TOGETHER = "the results belong together"
 _BUILT = ("base", "surgery")  # the sections of a recipe that decide what is built
-_TOLD = ("labels", "chat_template")  # of its data, what the model keeps
-_PROBLEMS = ("multi_label", "regression")  # formats that the model's configuration keeps
+_FACTS = ("labels", "chat_template")  # of its data, what the model keeps
+# Formats that the model's configuration keeps, as its `problem_type`: no head is taken for these else.
+PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}
 
 
 def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a recipe that decides what is built."""
     base = {key: value for key, value in recipe["base"].items() if key != "quantization"}  # of how it is trained
     data = recipe.get("data") or {}
-    told = {key: data[key] for key in _TOLD if data.get(key)}
-    told |= {"format": data["format"]} if data.get("format") in _PROBLEMS else {}
-    return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": told} if told else {})}
+    facts = {key: data[key] for key in _FACTS if data.get(key)}
+    facts |= {"format": data["format"]} if data.get("format") in PROBLEMS else {}
+    return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": facts} if facts else {})}
 
 
 def find_whole(part: Path, kind: str | tuple[str, ...] | None = None) -> Manifest | None:

@@ -7,12 +7,11 @@ from transformers import PreTrainedModel
 from solidify.artifact import vocabulary
 from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
+from solidify.directory.results import PROBLEMS
 from solidify.errors import DataError, refuse
 from solidify.recipe import datasets, kinds
 from solidify.recipe.schema import Recipe
 from solidify.training import formats, labelling
-
-_PROBLEMS = {"multi_label": "multi_label_classification", "regression": "regression"}  # what no head is taken for else
 
 
 def of_base(recipe: Recipe, base: BaseModel) -> DataFacts:
@@ -38,9 +37,9 @@ def of_base(recipe: Recipe, base: BaseModel) -> DataFacts:
 def _find_problem(recipe: Recipe, model: PreTrainedModel) -> str | None:
     """Returns what a head for texts learns, where its configuration does not say it and is not taken to mean it."""
     assert recipe.data is not None
-    if not set(formats.learned_by(model)) & set(_PROBLEMS) or model.config.problem_type is not None:
+    if not set(formats.learned_by(model)) & set(PROBLEMS) or model.config.problem_type is not None:
         return None
     form: str | None = recipe.data.format
     if form is None and recipe.adapter is not None and not kinds.find(recipe).takes_rows:
         form = datasets.find_format(recipe, datasets.read_rows(recipe)[0], model)
-    return _PROBLEMS.get(form or "")
+    return PROBLEMS.get(form or "")
