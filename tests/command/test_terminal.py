@@ -31,7 +31,7 @@ from solidify.command import cli
 from solidify.directory import manifest, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, ModelError, RecipeError, SolidifyError
-from solidify.merging import export
+from solidify.merging import inputs
 from solidify.recipe import schema
 from solidify.surgery import replacing
 from solidify.system import console, files
@@ -273,7 +273,7 @@ def test_an_odd_field_of_an_adapter_is_named(place: Path, tmp_path: Path, odd: d
 def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
     assert not files.is_directory(name) and not files.is_file(name)
     with pytest.raises(AdapterError, match="neither a model directory nor in the hub's cache"):
-        export._stock_base(name, None, Path("adapter"))
+        inputs.find_plain_base(name, None, Path("adapter"))
     with pytest.raises(ModelError, match="cannot be loaded"):
         loading.load_base(name)
     with pytest.raises(ArtifactError, match="cannot be written to"):

@@ -270,7 +270,7 @@ def test_a_stock_base_is_found_where_the_adapter_says(
 ) -> None:
     """A directory, the hub's cache, or a sentence."""
     cache = tmp_path / "models--someone--something/snapshots/1"
-    monkeypatch.setattr("solidify.merging.export.snapshot_download", lambda name, **options: str(cache))
+    monkeypatch.setattr("solidify.merging.inputs.snapshot_download", lambda name, **options: str(cache))
     adapter = plain_adapter(stock, tmp_path / "adapter")
     solidify.merge(adapter, tmp_path / "one")
 

@@ -6,14 +6,13 @@ Tensor by tensor, in bounded memory. What no change touches is linked or copied;
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
@@ -24,23 +23,14 @@ from solidify.directory import manifest, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.merging import agreement, changes, in_full, mathematics, quantized, rewriting, sums
+from solidify.merging import agreement, changes, in_full, inputs, mathematics, quantized, rewriting, sums
+from solidify.merging.inputs import Sources
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
-from solidify.system import disk, files, foreign
+from solidify.system import files, foreign
 from solidify.weights import checkpoint, format, hashing
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """What is merged. `record` and `base_record` are the manifests, None for what solidify did not make."""
-
-    adapter: Path
-    record: Manifest | None
-    base: Path
-    base_record: Manifest | None
 
 
 def merge(
@@ -71,13 +61,13 @@ def merge(
     plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
     if not plain:
         expert_files.refuse_layout(adapter, layout)
-    sources = _stock_sources(adapter, base) if plain else _read_sources(adapter, base, trust_remote_code)
+    sources = inputs.read_plain(adapter, base) if plain else inputs.read(adapter, base, trust_remote_code)
     plain = plain or (sources.base_record is not None and sources.base_record.kind == "stock")
     with writing.staged(output, [adapter, sources.base], work="merge") as staging:
         if plain:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code, layout)
         else:
-            written, findings = _merge_artifact(sources, staging, link)
+            written, findings = _merge(_OfArtifact.begin(sources, staging), link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
     findings = [*findings, *map(Finding.of, written.failed)]  # what went wrong before is no fault of the merge
@@ -123,83 +113,104 @@ class _Attached:
         return [*found, agreement.merged_equals_attached(self.output, merged, self.base, self.inputs, expected)]
 
 
-def _read_sources(adapter: Path, base: str | Path | None, trust_remote_code: bool) -> _Sources:
-    """Reads and verifies an adapter of ours, and all of its base but the tensors, before any code runs."""
-    record = manifest.read(adapter, "adapter", closed=False)
-    where = Path(base).resolve() if base is not None else storage.find_base(record, adapter)
-    base_record = stock.read(where)
-    refuse(AdapterError, f"{adapter} is not what was written", manifest.faults(adapter, record, card=False))
-    if not stock.is_plain(where):
-        faults = manifest.faults(where, base_record, card=False, weights=False)  # these are compared when they pass
-        refuse(ArtifactError, f"{where} is not what was written", faults)
-    trust.require(base_record, where, trust_remote_code)
-    return _Sources(adapter, record, where, base_record)
+@dataclass(frozen=True)
+class _Form(ABC):
+    """What a merge does in its own way by the kind of its base; `skeleton` has the names and shapes of the base."""
+
+    sources: Sources
+    staging: Path
+    skeleton: PreTrainedModel
+
+    @abstractmethod
+    def load_base(self, **options: Any) -> PreTrainedModel:
+        """Loads the base; `options` are transformers' own."""
+
+    @abstractmethod
+    def load_merged(self, **options: Any) -> PreTrainedModel:
+        """Loads what is staged, code and configuration and weights, on the meta device where that is enough."""
+
+    @abstractmethod
+    def write(self, merged: PreTrainedModel, made: Rewritten, merger: Merger) -> tuple[Manifest, list[Finding]]:
+        """Writes all that is beside the tensors, the manifest last."""
+
+    @abstractmethod
+    def ledger(self, made: Rewritten) -> Finding:
+        """Compares the digests of all tensors with the base's."""
 
 
-def _merge_artifact(sources: _Sources, staging: Path, link: bool) -> tuple[Manifest, list[Finding]]:
-    assert sources.record is not None and sources.base_record is not None
-    record, base = sources.record, sources.base_record
-    with private.copy(sources.base, base) as own:
-        skeleton = _build_skeleton(own, sources.base)
-        kept = [name for name in base.files if not name.startswith(NEVER_COPIED)]
-        copy_code(own, staging, [*base.code, *kept])
-    storage.refuse_wrong_base(skeleton, record, sources.adapter)
-    extent = Extent.of(skeleton)
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, record.trained["parameters"])
+def _merge(form: _Form, link: bool) -> tuple[Manifest, list[Finding]]:
+    """Merges an adapter in our layout into its base, and compares the result with the two."""
+    sources, record = form.sources, form.sources.record
+    if record is not None:
+        storage.refuse_wrong_base(form.skeleton, record, sources.adapter)
+    bare = record.trained["parameters"] if record is not None else []
+    prepared = rewriting.prepare(form.skeleton, sources.base, sources.adapter, bare)  # its words say more than PEFT's
     attached = None
-    if extent.whole:
-        attached = _Attached.of(
-            lambda: _load_permitted(sources.base, base),
-            lambda model: storage.load_adapter(model, sources.adapter),
-        )
-    made, watched, merger = _rewrite_tensors(sources, prepared, staging, link)
+    if Extent.of(form.skeleton).whole:
+        attached = _Attached.of(form.load_base, lambda model: _put_on(model, sources))
+    made, watched, merger = _rewrite_tensors(sources, prepared, form.staging, link)
     if made.untied:
-        _untie_embeddings(staging)
-    merged = _load_staged(staging)
-    trained = {"trained": record.trained, **_told(record)}
-    step = {"step": "merge", "adapter": hashing.digest_values(record.tensors), **trained}
-    draft = Manifest(
-        kind="artifact",
-        base=base.base,
-        lineage=[*base.lineage, {**step, "ledger": made.counts(merger)}],
-        edits=base.edits,
-        code=base.code,
-        requirements=base.requirements,
-        recipe=base.recipe,
-        failed=results.join_failed(base.failed, record.failed),
-    )
-    written = write(merged, staging, draft, extent, stored=made.digests)
-    findings = [*verify(merged, staging)]
+        _untie_embeddings(form.staging)
+    merged = form.load_merged()
+    written, findings = form.write(merged, made, merger)
     findings += watched if attached is None else attached.findings(merged, merger)
-    findings += _against_quantized(
-        sources,
-        attached,
-        merged,
-        lambda options: _load_permitted(sources.base, base, **options),
-        lambda options: _load_staged(staging, **options),
-    )
-    ledger = changes.merge_ledger(_with_added(base, made, skeleton), made.digests, record)
-    return written, [*findings, _state_counts(ledger, made, merger)]
+    findings += _against_quantized(form, attached, merged)
+    return written, [*findings, _state_counts(form.ledger(made), made, merger)]
 
 
-def _load_permitted(directory: Path, record: Manifest, **options: Any) -> PreTrainedModel:
-    """Loads an artifact that `_read_sources` has asked about: that very one, and no other that stands there by now."""
-    with trust.permitting(trust.fingerprint(record)):
-        return loading.load_artifact(directory, **options)
+class _OfArtifact(_Form):
+    """An artifact becomes another one, with the same code."""
+
+    @classmethod
+    def begin(cls, sources: Sources, staging: Path) -> _OfArtifact:
+        """Copies the code of an artifact, and builds its model of that, on the meta device."""
+        base = sources.base_record
+        assert base is not None
+        with private.copy(sources.base, base) as own:
+            kept = [name for name in base.files if not name.startswith(NEVER_COPIED)]
+            copy_code(own, staging, [*base.code, *kept])
+            return cls(sources, staging, _build_skeleton(own, sources.base))
+
+    @property
+    def records(self) -> tuple[Manifest, Manifest]:
+        """The manifests of the base and of the adapter."""
+        assert self.sources.base_record is not None and self.sources.record is not None
+        return self.sources.base_record, self.sources.record
+
+    def load_base(self, **options: Any) -> PreTrainedModel:
+        """Loads the artifact that `inputs.read` has asked about, and no other that stands there by now."""
+        with trust.permitting(trust.fingerprint(self.records[0])):
+            return loading.load_artifact(self.sources.base, **options)
+
+    def load_merged(self, **options: Any) -> PreTrainedModel:
+        """Loads it with code that was verified where it was copied from; it has no manifest yet."""
+        return _load_staged(self.staging, **options)
+
+    def write(self, merged: PreTrainedModel, made: Rewritten, merger: Merger) -> tuple[Manifest, list[Finding]]:
+        """Writes certificate, card and manifest; a fresh process looks at it."""
+        base, record = self.records
+        draft = Manifest(
+            kind="artifact",
+            base=base.base,
+            lineage=[*base.lineage, _step(record, made, merger)],
+            edits=base.edits,
+            code=base.code,
+            requirements=base.requirements,
+            recipe=base.recipe,
+            failed=results.join_failed(base.failed, record.failed),
+        )
+        written = write(merged, self.staging, draft, Extent.of(self.skeleton), stored=made.digests)
+        return written, [*verify(merged, self.staging)]
+
+    def ledger(self, made: Rewritten) -> Finding:
+        """Compares them with what the adapter says that it trains."""
+        base, record = self.records
+        return changes.merge_ledger(_with_added(base, made, self.skeleton), made.digests, record)
 
 
-def _against_quantized(
-    sources: _Sources,
-    attached: _Attached | None,
-    merged: PreTrainedModel,
-    load_base: Callable[[dict[str, Any]], PreTrainedModel],
-    load_merged: Callable[[dict[str, Any]], PreTrainedModel],
-) -> list[Finding]:
-    """Measures how far the merged model is from the one that was trained, where that was quantised.
-
-    Base and merged model are loaded with options of transformers.
-    """
-    record = sources.record
+def _against_quantized(form: _Form, attached: _Attached | None, merged: PreTrainedModel) -> list[Finding]:
+    """Measures how far the merged model is from the one that was trained, where that was quantised."""
+    record = form.sources.record
     if record is None or "quantization" not in record.base:
         return []
     if attached is None or attached.output is None:
@@ -208,13 +219,13 @@ def _against_quantized(
         record.base["quantization"],
         attached.inputs,
         merged,
-        lambda config: storage.load_adapter(load_base(quantizing.on_cpu(config)), sources.adapter),
-        lambda config: load_merged(quantizing.on_cpu(config)),
+        lambda config: storage.load_adapter(form.load_base(**quantizing.on_cpu(config)), form.sources.adapter),
+        lambda config: form.load_merged(**quantizing.on_cpu(config)),
     )
 
 
 def _rewrite_tensors(
-    sources: _Sources, prepared: rewriting.Prepared, staging: Path, link: bool
+    sources: Sources, prepared: rewriting.Prepared, staging: Path, link: bool
 ) -> tuple[Rewritten, list[Finding], Merger]:
     """Merges every tensor that the adapter changes into the files of the staged directory.
 
@@ -273,101 +284,63 @@ def _untie_embeddings(directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stock_sources(adapter: Path, base: str | Path | None) -> _Sources:
-    """Finds a plain PEFT adapter and the plain model that it belongs to."""
-    # First its kind: other kinds have other files, and need none of LoRA's.
-    configuration = configured.read(adapter, marked=True)
-    if not (adapter / storage.WEIGHTS).is_file():
-        raise AdapterError(f"{adapter} holds no {storage.WEIGHTS}; pickled adapters are not read")
-    format.read_header(adapter / storage.WEIGHTS)  # refuses what is not whole, as `checkpoint.read` does below
-    where = _stock_base(base or configuration.base_model_name_or_path, configuration.revision, adapter)
-    if disk.leads_out(where, "config.json"):
-        raise ArtifactError(
-            f"config.json of the base {where} is a link that leads out of the base; put the file itself there"
-        )
-    checkpoint.read(where)
-    record = manifest.read(where) if (where / manifest.NAME).is_file() else None
-    if record is not None:
-        faults = manifest.faults(where, record, card=False, weights=False)
-        refuse(ArtifactError, f"{where} is not what was written", faults)
-    if record is not None and record.kind != "stock":
-        raise AdapterError(
-            f"{adapter} was not saved by solidify, so nothing tells that it was trained on the {record.kind} {where}; "
-            "load both and save it with solidify.save_adapter, or name a plain model (--base)"
-        )
-    if (where / storage.CONFIG).is_file():
-        raise ArtifactError(
-            f"{where} holds an adapter too, which would be applied when it is loaded; remove that first"
-        )
-    config = files.document(where / "config.json")
-    if config.get("quantization_config"):
-        raise ArtifactError(f"{where} is quantized; merge into the model that it was made from")
-    return _Sources(adapter, None, where, record)
-
-
-def _stock_base(reference: str | Path | None, revision: str | None, adapter: Path) -> Path:
-    if not reference:
-        raise AdapterError(f"{adapter} does not name its base; say where it is (--base)")
-    if files.is_file(Path(reference) / "config.json"):
-        return Path(reference).resolve()
-    try:
-        return Path(snapshot_download(str(reference), revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"the base of {adapter} is {str(reference)[:200]!r}, which is neither a model directory nor in the hub's "
-            "cache; say where it is (--base)"
-        ) from error
-
-
 def _merge_stock(
-    sources: _Sources, staging: Path, link: bool, trust_remote_code: bool, layout: str | None
+    sources: Sources, staging: Path, link: bool, trust_remote_code: bool, layout: str | None
 ) -> tuple[Manifest, list[Finding]]:
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    skeleton = loading.load_base(str(sources.base), device="meta", **options).model
+    skeleton = loading.load_base(str(sources.base), device="meta", trust_remote_code=trust_remote_code).model
+    more = [*companions.copy_all(sources.base, staging, card=False).findings(), *_state_unread(sources.adapter)]
     if sources.record is not None:
-        storage.refuse_wrong_base(skeleton, sources.record, sources.adapter)
-        written, findings = _merge_onto(skeleton, sources, staging, link, options)
-        return written, findings + _state_unread(sources.adapter)
+        written, findings = _merge(_OfStock(sources, staging, skeleton, trust_remote_code), link)
+        return written, [*findings, *more]
     with expert_files.in_own_layout(sources.adapter, skeleton, layout) as own:
         configured.refuse_marked(own.directory / storage.WEIGHTS)
-        written, findings = _merge_onto(skeleton, replace(sources, adapter=own.directory), staging, link, options)
+        form = _OfStock(replace(sources, adapter=own.directory), staging, skeleton, trust_remote_code)
+        written, findings = _merge(form, link)
     found = [Finding(expert_files.FINDING, True if own.sure else None, own.words)] if own.words else []
-    return written, [*findings, *_state_unread(sources.adapter), *found]
+    return written, [*findings, *more, *found]
 
 
-def _merge_onto(
-    skeleton: PreTrainedModel, sources: _Sources, staging: Path, link: bool, options: dict[str, Any]
-) -> tuple[Manifest, list[Finding]]:
-    """Merges an adapter in our layout into a plain model, of which `skeleton` has the names and shapes."""
-    bare = sources.record.trained["parameters"] if sources.record is not None else []
-    extent = Extent.of(skeleton)
-    prepared = rewriting.prepare(skeleton, sources.base, sources.adapter, bare)  # its words say more than PEFT's
-    attached = None
-    if extent.whole:
-        attached = _Attached.of(
-            lambda: loading.load_base(str(sources.base), **options).model, lambda model: _by_peft(model, sources)
+@dataclass(frozen=True)
+class _OfStock(_Form):
+    """A plain model becomes another one, with the base's layout and files."""
+
+    trust_remote_code: bool
+
+    def load_base(self, **options: Any) -> PreTrainedModel:
+        """Loads the plain model as transformers does."""
+        return loading.load_plain(self.sources.base, trust_remote_code=self.trust_remote_code, **options)
+
+    def load_merged(self, **options: Any) -> PreTrainedModel:
+        """Loads it as transformers does; a large one on the meta device."""
+        if not Extent.of(self.skeleton).whole:
+            return loading.load_base(str(self.staging), device="meta", trust_remote_code=self.trust_remote_code).model
+        return loading.load_plain(self.staging, trust_remote_code=self.trust_remote_code, **options)
+
+    def write(self, merged: PreTrainedModel, made: Rewritten, merger: Merger) -> tuple[Manifest, list[Finding]]:
+        """Lists what was merged, with a card: that of the base says what the base is."""
+        before, record = self.sources.base_record, self.sources.record
+        origin = before.base if before is not None else companions.origin(self.sources.base)
+        draft = Manifest(
+            kind="stock",
+            base=origin,
+            lineage=[
+                *(before.lineage if before is not None else [{"step": "base", **origin}]),
+                _step(record, made, merger),
+            ],
+            tensors=made.digests,
+            headers={path.name: format.header_digest(path) for path in made.files},
+            versions=manifest.current_versions(),
+            recipe=before.recipe if before is not None else None,
+            failed=results.join_failed(*(each.failed for each in (before, record) if each is not None)),
         )
-    carried = companions.copy_all(sources.base, staging, card=False)
-    made, watched, merger = _rewrite_tensors(sources, prepared, staging, link)
-    if made.untied:
-        _untie_embeddings(staging)
-    findings = [_same_keys(sources.base, staging, made)]
-    merged = loading.load_base(str(staging), device="cpu" if extent.whole else "meta", **options).model
-    if attached is None:
-        findings += watched
-    else:
-        findings += attached.findings(merged, merger)
-    findings += _against_quantized(
-        sources,
-        attached,
-        merged,
-        lambda more: loading.load_plain(sources.base, **options, **more),
-        lambda more: loading.load_plain(staging, **options, **more),
-    )
-    ledger = changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
-    written = _stock_manifest(sources, staging, made, merger, anatomy.count(skeleton.parameters()))
-    written.write(staging)
-    return written, [*findings, *carried.findings(), _state_counts(ledger, made, merger)]
+        stock.write_card(self.staging, draft, anatomy.count(self.skeleton.parameters()))
+        written = stock.list_files(self.staging, draft)
+        written.write(self.staging)
+        return written, [_same_keys(self.sources.base, self.staging, made)]
+
+    def ledger(self, made: Rewritten) -> Finding:
+        """Compares them with what the adapter holds tensors for."""
+        return changes.only_these_changed(made.base, made.digests, {*made.given, *made.added})
 
 
 def _state_unread(adapter: Path) -> list[Finding]:
@@ -376,7 +349,7 @@ def _state_unread(adapter: Path) -> list[Finding]:
     return [Finding.unseen(f"{field} reaches what is merged", why) for field in configured.expressions(adapter)]
 
 
-def _by_peft(model: PreTrainedModel, sources: _Sources) -> PeftModel:
+def _put_on(model: PreTrainedModel, sources: Sources) -> PeftModel:
     if sources.record is not None:
         return storage.load_adapter(model, sources.adapter)
     with foreign.calling(f"PEFT cannot put {sources.adapter} on {sources.base}", AdapterError):
@@ -401,29 +374,15 @@ def _same_keys(base: Path, staging: Path, made: Rewritten) -> Finding:
     return Finding("layout is the base's", not faults, "; ".join(faults[:4]) or evidence)
 
 
-def _stock_manifest(sources: _Sources, staging: Path, made: Rewritten, merger: Merger, parameters: int) -> Manifest:
-    """Lists what was merged, with a card: that of the base says what the base is."""
-    before = sources.base_record
-    origin = before.base if before is not None else companions.origin(sources.base)
-    step = {
+def _step(record: Manifest | None, made: Rewritten, merger: Merger) -> dict[str, Any]:
+    """Returns what the lineage says of a merge; `record` is the adapter's manifest, if it has one."""
+    return {
+        **(_told(record) if record is not None else {}),
         "step": "merge",
-        **(_told(sources.record) if sources.record is not None else {}),
         "adapter": hashing.digest_values({key: entry.digest() for key, entry in merger.entries.items()}),
-        **({"trained": sources.record.trained} if sources.record is not None else {}),
+        **({"trained": record.trained} if record is not None else {}),
         "ledger": made.counts(merger),
     }
-    draft = Manifest(
-        kind="stock",
-        base=origin,
-        lineage=[*(before.lineage if before is not None else [{"step": "base", **origin}]), step],
-        tensors=made.digests,
-        headers={path.name: format.header_digest(path) for path in made.files},
-        versions=manifest.current_versions(),
-        recipe=before.recipe if before is not None else None,
-        failed=results.join_failed(*(made.failed for made in (before, sources.record) if made is not None)),
-    )
-    stock.write_card(staging, draft, parameters)
-    return stock.list_files(staging, draft)
 
 
 def _told(record: Manifest) -> dict[str, Any]:
