@@ -220,3 +220,9 @@ def test_every_field_of_peft_that_names_modules_is_known() -> None:
         *("use_bdlora", "monteclora_config", "kasa_config", "megatron_config", "megatron_core", "arrow_config"),
     }
     assert {f.name for f in fields(LoraConfig)} == ours | refused | nothing
+
+
+def test_a_parameter_among_modules_is_told_where_it_belongs() -> None:
+    for pattern in ("experts.gate_up_proj", "**.experts.gate_up_proj"):
+        with pytest.raises(AdapterError, match=r"write \*\*\.experts\.gate_up_proj under `target_parameters`"):
+            solidify.attach(pico.olmoe(), lora={"r": 2, "target_modules": [pattern]})

@@ -102,7 +102,7 @@ def test_a_saturated_gate_is_found_though_its_gradient_is_not_none(tmp_path: Pat
     train(peft_model, tmp_path, witness)
     finding = witness.finding()
     assert not finding.passed
-    assert "never has a gradient: model.layers.0.mlp.gate" in finding.evidence
+    assert "never has a gradient: model.layers.*.mlp.gate" in finding.evidence
 
 
 def test_a_gradient_on_something_frozen_and_one_that_is_not_finite_are_found(

@@ -59,8 +59,12 @@ def test_a_merged_plain_model_is_packed_and_no_base_to_merge_into(tmp_path: Path
             torch.nn.init.normal_(parameter, std=0.1)
     adapter = solidify.save_adapter(adapted.eval(), tmp_path / "adapter")
     merged = solidify.merge(adapter, tmp_path / "merged").directory
+    count = sum(p.numel() for p in pico.llama().parameters())
+    assert f"\n{count:,} parameters.\n" in (merged / "README.md").read_text()  # the model's, without the adapter's
     made = solidify.export(merged, tmp_path / "nf4", "nf4")
-    assert "3 cases bit-identical" in made.findings[0].evidence
+    assert "3 cases bit-identical" in made.findings[0].evidence and " became " in made.findings[1].evidence
+    card = (made.directory / "README.md").read_text()
+    assert f"\n{count:,} parameters.\n" in card and "bitsandbytes (nf4)" in card and "| low rank |" in card
     found = AutoModelForCausalLM.from_pretrained(made.directory).eval()
     assert torch.equal(logits(found), logits(solidify.load(merged, quantization="nf4")))
     again = solidify.attach(solidify.load(made.directory), lora={"r": 2, "target_modules": "**.v_proj"})

@@ -93,6 +93,8 @@ def test_it_carries_its_code_and_says_how_it_is_made(vgg: Path) -> None:
     assert (vgg / "plain_nets.py").is_file() and (vgg / "wrapped_module.py").is_file()
     assert "solidify" not in (vgg / "wrapped_module.py").read_text().split("import", 1)[1]
     found = AutoModelForImageClassification.from_pretrained(vgg, trust_remote_code=True)
+    card = (vgg / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "FLOPs" not in card  # those of convolutions are not counted
     assert found(IMAGES, labels=torch.tensor([1, 2, 3, 4])).loss > 0
 
 

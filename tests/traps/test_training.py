@@ -278,7 +278,7 @@ def test_a_gradient_that_is_not_none_may_be_zero_everywhere(tmp_path: Path) -> N
     assert gate is not None  # what the usual checklist looks at
     assert not gate.any()
 
-    assert "never has a gradient: model.layers.0.mlp.gate" in witness.finding().evidence
+    assert "never has a gradient: model.layers.*.mlp.gate" in witness.finding().evidence
 
 
 def test_half_precision_loses_small_updates(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -230,7 +230,7 @@ def _lora_targets(
     if targets == "all-linear":
         modules = _all_linear(named, model)
     else:
-        modules = _match_patterns("LoRA: target_modules", targets or [], named, faults)
+        modules = _match_patterns("LoRA: target_modules", targets or [], named, faults, parameters)
     excluded = lora.get("exclude_modules")
     if excluded:
         out = set(_match_patterns("LoRA: exclude_modules", excluded, named, faults))
@@ -272,7 +272,13 @@ def _full_targets(
     return list(dict.fromkeys(modules)), list(dict.fromkeys(bare))
 
 
-def _match_patterns(what: str, patterns: Any, names: Mapping[str, Any], faults: list[str]) -> list[str]:
+def _match_patterns(
+    what: str, patterns: Any, names: Mapping[str, Any], faults: list[str], parameters: Collection[str] = ()
+) -> list[str]:
+    """Returns the names that patterns hit; one that hits nothing is a fault, with what it may mean.
+
+    `parameters` are names that belong under another word, `target_parameters`.
+    """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found = anatomy.match(patterns, names)
     for pattern, hits in found.items():
@@ -280,6 +286,10 @@ def _match_patterns(what: str, patterns: Any, names: Mapping[str, Any], faults: 
             hint = anatomy.suggestions(pattern, names)
             if "." not in pattern and any(n.endswith("." + pattern) for n in names):
                 hint = f"patterns match full names: write **.{pattern} to hit it everywhere"
+            ends = [n for n in parameters if n.endswith(f".{str(pattern).removeprefix('**.')}")]
+            if ends or anatomy.match([pattern], parameters)[pattern]:
+                word = pattern if not ends or str(pattern).startswith("**.") else f"**.{pattern}"
+                hint = f"that is a parameter and no module: write {word} under `target_parameters`"
             faults.append(f"{what}: {pattern!r} hits nothing; {hint}")
     return list(dict.fromkeys(name for hits in found.values() for name in hits))
 

@@ -67,10 +67,14 @@ def own_class(directory: Path) -> str:
     config = files.document(directory / "config.json")
     heads, leading = config.get("architectures"), config.get("auto_map")
     if isinstance(heads, list) and isinstance(leading, dict):
-        for auto, reference in leading.items():
-            named = isinstance(reference, str) and reference.rpartition(".")[2] == next(iter(heads), None)
-            if named and is_auto_class(auto):
-                return str(auto)
+        named = [
+            str(auto)
+            for auto, reference in leading.items()
+            if isinstance(reference, str) and reference.rpartition(".")[2] == next(iter(heads), None)
+            if is_auto_class(auto)
+        ]
+        if named:  # that of a task says more than AutoModel
+            return next((auto for auto in named if auto != "AutoModel"), named[0])
     raise ArtifactError(f"{directory / 'config.json'} names no Auto class for the model's own class ({heads!r})")
 
 

@@ -14,6 +14,7 @@ from solidify.adapter import lookup, readback
 from solidify.checks import chance
 from solidify.findings import Finding
 from solidify.merging import rounding
+from solidify.model import anatomy
 from solidify.objective.sanity import Sanity
 from solidify.system import processes
 
@@ -90,7 +91,7 @@ class GradientWitness(TrainerCallback):  # type: ignore[misc]
         faults = [f"frozen, but has a gradient: {name}" for name in sorted(self.stray)]
         faults += [f"not finite: {name}" for name in broken]
         few = self.steps + self.looks_beside < FEW
-        never = [f"never has a gradient: {name}" for name in dict.fromkeys(dead)]
+        never = [f"never has a gradient: {name}" for name in anatomy.fold(dead)]
         faults += [] if few else never
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         if faults or not dead:

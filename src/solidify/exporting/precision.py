@@ -7,6 +7,7 @@ modules, the head and norms keep their dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from solidify.errors import ArtifactError, ModelError, raised_as
 from solidify.exporting import stock
 from solidify.findings import Finding
 from solidify.merging import agreement
-from solidify.model import probing
+from solidify.model import cost, probing, quantized
 from solidify.model.extent import Extent
-from solidify.system import disk, foreign
+from solidify.system import console, disk, foreign
 from solidify.upstream.bitsandbytes import REPACKS
 from solidify.weights import checkpoint
 
@@ -99,25 +100,23 @@ def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: M
     full, found = (agreement.answers(each, inputs).tensors for each in (model, made))
     off = {key: agreement.distance(tensor, found[key]) for key, tensor in full.items() if key in found}
     worst = max(off, key=lambda key: off[key])
-    evidence = f"as {word}: of {len(off)} outputs {worst} differs most, by {off[worst]:.1e} of its size"
-    return Finding(_ERROR, None, evidence)
+    size, before = (console.size(cost.cost(each).bytes) for each in (made, model))
+    most = f"of {len(off)} outputs {worst} differs most, by {off[worst]:.1e} of its size"
+    return Finding(_ERROR, None, f"as {word}, {before} became {size}: {most}")
 
 
 def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: str) -> str:
-    """Says what the model is made of, in which precision, and how it is loaded."""
-    auto = autos.auto_class(staging)
-    packs = word in quantizing.WORDS
-    tags = ["solidify", *(["bitsandbytes"] if packs else [])]
-    told = cards.metadata("transformers", tags, record.base, auto, record)
-    how = f", in {word}:\n\n"
-    if packs:
-        how = f", its linear layers packed by bitsandbytes ({word}):\n\n```sh\npip install bitsandbytes\n```\n\n"
-    base = Path(str(record.base.get("model", ""))).name or "a base"
-    code = ", trust_remote_code=True" if record.code else ""
+    """Writes the card of a plain model, and says in which precision its weights are."""
+    dtype = word if word in DTYPES else record.base.get("dtype")
+    lineage = [*record.lineage, {"step": f"export as {word}"}]
+    draft = replace(record, base={**record.base, "dtype": dtype}, lineage=lineage)
+    card = cards.stock_card(staging, draft, sum(quantized.numel(p) for p in made.parameters()))
+    if word in DTYPES:
+        return card
+    packed = len(quantizing.packed_parameters(made))
     return (
-        f"---\n{told}\n---\n\n# {base}, changed, as {word}\n\n{type(made).__name__}, made of {base}{how}"
-        "```python\n"
-        f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("."{code})\n```\n'
+        f"{card.rstrip()}\n\n## Packed\n\n{packed} weights of linear layers are packed by bitsandbytes ({word}): "
+        "`pip install bitsandbytes` first. All others keep their dtype.\n"
     )
 
 

@@ -21,9 +21,9 @@ def of(measured: Mapping[str, Any]) -> list[str]:
         made.append(bars("Divergence of the base with one module changed", scores))
         made.append(lines("Smallest sum of scores by number of changed modules", {"sum": placed["curve"]}, log=False))
     if healed and healed.get("layers"):
-        errors = {each["name"]: each["errors"] for each in healed["layers"]}
-        made.append(lines("Alignment: relative error of each module over its steps", errors))
         short = _shorten([each["name"] for each in healed["layers"]])
+        errors = {name: each["errors"] for name, each in zip(short, healed["layers"], strict=True)}
+        made.append(lines("Alignment: relative error of each module over its steps", errors))
         changes = {
             f"{name} {when}": each[when]
             for name, each in zip(short, healed["layers"], strict=True)
@@ -71,7 +71,22 @@ def lines(title: str, series: Mapping[str, Sequence[float]], *, log: bool = True
         colour = _COLOURS[number % len(_COLOURS)]
         label = html.escape(name)
         body.append(f'<polyline fill="none" stroke="{colour}" points="{points}"><title>{label}</title></polyline>')
+    body += _draw_legend(list(series))
     return _frame(title, scale, body)
+
+
+def _draw_legend(names: Sequence[str]) -> list[str]:
+    """Draws each name in its colour below the picture, where they are several and there is room."""
+    widths = [len(name) * _LETTER + 24 for name in names]
+    if len(names) < 2 or sum(widths) > _WIDTH - _LEFT:
+        return []
+    made, left = [], _LEFT
+    for number, (name, width) in enumerate(zip(names, widths, strict=True)):
+        colour = _COLOURS[number % len(_COLOURS)]
+        made.append(f'<rect x="{left}" y="{_HEIGHT - 24}" width="10" height="10" fill="{colour}"/>')
+        made.append(f'<text x="{left + 14}" y="{_HEIGHT - 15}">{html.escape(name)}</text>')
+        left += width
+    return made
 
 
 def bars(title: str, values: Mapping[str, float]) -> str:
@@ -93,7 +108,9 @@ def bars(title: str, values: Mapping[str, float]) -> str:
         if step > len(name) * _LETTER:
             middle = left + step / 2
             body.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{label}</text>')
-            body.append(f'<text x="{middle:.1f}" y="{top - 4:.1f}" text-anchor="middle">{value:.3g}</text>')
+            body.append(
+                f'<text x="{middle:.1f}" y="{max(top - 4, _TOP + 10):.1f}" text-anchor="middle">{value:.3g}</text>'
+            )
     return _frame(title, scale, body)
 
 

@@ -333,7 +333,7 @@ class _OfStock(_Form):
             recipe=before.recipe if before is not None else None,
             failed=results.join_failed(*(each.failed for each in (before, record) if each is not None)),
         )
-        stock.write_card(self.staging, draft, anatomy.count(self.skeleton.parameters()))
+        stock.write_card(self.staging, draft, anatomy.count(merged.parameters()))
         written = stock.list_files(self.staging, draft)
         written.write(self.staging)
         return written, [_same_keys(self.sources.base, self.staging, made)]

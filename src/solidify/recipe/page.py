@@ -68,6 +68,7 @@ def _list_costs(model: Mapping[str, Any] | None) -> list[tuple[str, str, str, st
     return [
         (label.format(unit=after["unit"]), show(before[key]), show(after[key]), _write_change(before[key], after[key]))
         for key, (label, show) in _COSTS.items()
+        if key != "flops_per_token" or after["unit"] != "position"  # of convolutions, which are not counted
     ]
 
 
