@@ -174,3 +174,11 @@ def test_labels_of_what_is_no_classifier_are_refused() -> None:
     model = solidify.wrap(nn.Conv2d(3, 2, 3), IMAGES)
     with pytest.raises(ValueError, match=r"labels are for a module that returns \(batch_size, num_labels\)"):
         model(IMAGES, labels=torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize("width", [8, 10])
+def test_inputs_that_a_file_does_not_align_are_those_of_memory(tmp_path: Path, width: int) -> None:
+    """Kernels give other last bits for other alignments: an honest module was refused."""
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)).eval()
+    solidify.build(solidify.wrap(module, {"inputs": torch.randn(4, width)}), [], tmp_path / "net")

@@ -201,7 +201,8 @@ def _measure_contract(certificate: Path, model: Any, contract: dict[str, Any], b
     """Measures the properties of the contract as they were measured in memory."""
     from safetensors.torch import load_file
 
-    inputs = {key: t.to(model.device) for key, t in load_file(certificate / "contract.safetensors").items()}
+    held = load_file(certificate / "contract.safetensors")
+    inputs = {key: tensor.clone().to(model.device) for key, tensor in held.items()}  # a copy is aligned
     parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: behaviour.values.noise(name, parameters[name]) for name in contract["fresh"]}
     options = {key: contract[key] for key in ("at", "leave", "wide")}
@@ -266,7 +267,8 @@ def _compare_outputs(certificate: Path, model: Any, kind: str, whole: bool, beha
     for case in sorted({key.split("/")[0] for key in inputs}):  # in memory they ran in this order too
         wanted = outputs.get(f"{case}/{kind}")
         if wanted is not None:
-            arguments = {k.split("/")[1]: t.to(model.device) for k, t in inputs.items() if k.startswith(case + "/")}
+            own = {k.split("/")[1]: t for k, t in inputs.items() if k.startswith(case + "/")}
+            arguments = {key: tensor.clone().to(model.device) for key, tensor in own.items()}  # a copy is aligned
             try:
                 answer[case] = _compare_tensors(
                     _run_model(model if whole else model.base_model, arguments, behaviour).cpu(), wanted
