@@ -165,6 +165,20 @@ def test_labelled_rows_are_trained_on_with_surgery_too(tmp_path: Path) -> None:
     assert recipe.surgery and recipe.adapter is not None and recipe.adapter.train == ["**.scale", "classifier"]
 
 
+def test_classes_are_called_as_the_rows_call_them_where_the_base_does_not(tmp_path: Path) -> None:
+    base, _ = save_classified(tmp_path, "bert")
+    config = json.loads((base / "config.json").read_text())
+    classes = len(config.get("id2label", {0: "", 1: ""}))
+    words = [f"word {number}" for number in range(classes)]
+    config["id2label"] = {str(number): f"LABEL_{number}" for number in range(classes)}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (base / "config.json").write_text(json.dumps(config))
+    rows = tmp_path / "named.csv"
+    rows.write_text("text,label\n" + "".join(f"w{n} w{n + 2},{word}\n" for n, word in enumerate(reversed(words))))
+    recipe = made(base, tmp_path / "recipe.yaml", replace="none", data=str(rows))
+    assert recipe.data is not None and recipe.data.labels == words
+
+
 def test_nothing_is_put_in_the_place_of_nothing(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--with says by what modules are replaced, and --replace none that none is"):
         made(base, tmp_path / "recipe.yaml", replace="none", module="gate.py:Gate")

@@ -19,8 +19,8 @@ from solidify.errors import RecipeError, SolidifyError, SurgeryError, raised_as
 from solidify.model import anatomy
 from solidify.recipe import dry_run, schema
 from solidify.surgery import selection
-from solidify.system import console, files
-from solidify.training import formats
+from solidify.system import console, files, foreign
+from solidify.training import formats, numbering, sources
 
 _SUGGESTED = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "intermediate", "attention", "self_attn", "attn")
 _LINEAR = ("Linear", "Conv1D")
@@ -302,7 +302,19 @@ class Drafting:
         rows may be, and pictures have no length."""
         more = ", eval: builtin:pydoc-heldout" if self.asked.data is None else ""
         more += ", max_length: 256" if set(formats.NEXT_TOKEN) & set(formats.learned_by(self.model)) else ""
+        names = self._name_classes()
+        more += f", labels: [{', '.join(map(_quote, names))}]" if names else ""
         return f"data: {{train: {_quote(self._data_name())}{more}}}"
+
+    def _name_classes(self) -> list[str]:
+        """Returns what the rows call their classes, where the base has as many and gives them no names."""
+        path, learned = Path(self.asked.data or ""), set(formats.learned_by(self.model)) & set(formats.LABELLED)
+        if not learned or not numbering.is_nameless(self.model.config) or not files.is_file(path):
+            return []
+        rows = foreign.attempt(sources.read_file, path).value  # what is wrong with it is told by the plan
+        found = set(rows["label"]) if rows is not None and "label" in sources.columns(rows) else set()
+        named = sorted(label for label in found if isinstance(label, str))
+        return named if len(named) == len(found) == self.model.config.num_labels else []
 
     def _data_name(self) -> str:
         name = self.asked.data
