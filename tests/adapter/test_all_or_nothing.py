@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 import solidify
-from solidify.adapter import adapters, storage
+from solidify.adapter import adapter_tensors, adapters
 from solidify.errors import AdapterError
 
 LORA = {"r": 2, "target_modules": ["**.q_proj"]}
@@ -72,7 +72,7 @@ def test_a_load_that_is_refused_late_leaves_nothing(artifact: Path, tmp_path: Pa
         return ["something differs after loading"]
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(AdapterError, match="differs after"):
-        patched.setattr(storage, "_load_faults", wrong)
+        patched.setattr(adapter_tensors, "load_faults", wrong)
         solidify.load_adapter(model, tmp_path / "a")
     assert snapshot(model) == before
     solidify.load_adapter(model, tmp_path / "a")

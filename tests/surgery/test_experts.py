@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import solidify
 from solidify.checks import structure
 from solidify.errors import ArtifactError, SurgeryError
-from solidify.model import anatomy, operations
+from solidify.model import anatomy, assembling, operations
 from solidify.surgery import catalogue, expert_proof
 
 BLOCK = "OlmoeSparseMoeBlock"
@@ -398,16 +398,24 @@ def test_a_record_of_an_unknown_operation_is_refused_by_name() -> None:
 @pytest.mark.parametrize("operation", [o for o in catalogue.OPERATIONS if o.carried() is not None])
 def test_what_artifacts_carry_of_an_operation_stands_alone(operation: type[catalogue.Operation]) -> None:
     """The function uses its arguments, builtins, what it imports from torch and transformers itself, and functions of
-    model/operations.py, which artifacts carry beside it."""
+    model/operations.py, which artifacts carry beside it, as they do model/assembling.py of those that build modules."""
     function = operation.carried()
     assert function is not None
-    beside = {name for name, value in vars(operations).items() if inspect.getmodule(value) is operations}
+    files = [operations, *([assembling] if operation.builds else [])]
+    beside = {name for file in files for name, value in vars(file).items() if inspect.getmodule(value) is file}
     names = set(function.__code__.co_names) & set(function.__globals__) - beside
     tree = ast.parse(inspect.getsource(function))
     imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert not names, f"{function.__name__} uses {names} of its file, which artifacts do not carry"
     assert {name.partition(".")[0] for name in imported} <= {"torch", "transformers", *sys.stdlib_module_names}
+
+
+def test_what_builds_modules_in_artifacts_stands_on_torch_alone() -> None:
+    tree = ast.parse(inspect.getsource(assembling))
+    imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert {name.partition(".")[0] for name in imported} <= {"torch", *sys.stdlib_module_names}
 
 
 KEEPING = ("olmoe", "qwen2_moe", "gpt_oss")  # softmax before the choice, divided by its sum, after the choice
