@@ -112,3 +112,17 @@ def test_a_form_that_is_not_known_is_refused(tmp_path: Path) -> None:
     assert list(forms.FORMS) == words
     with pytest.raises(ArtifactError, match=f"there are {', '.join(words)}"):
         solidify.export(tmp_path, tmp_path / "out", "int4")
+
+
+@pytest.mark.parametrize(("word", "name"), [("float16", "model.embed_tokens"), ("int8", "model.layers.1.mlp.up_proj")])
+def test_numbers_that_are_too_large_for_it_are_refused(tmp_path: Path, word: str, name: str) -> None:
+    """Also where no input of the comparison reaches them: a row of one token."""
+    model = pico.llama()
+    edits = solidify.replace(model, "model.layers.*.self_attn", GatedAttention)
+    with torch.no_grad():
+        model.get_submodule(name).weight[-1] = 1e5
+    artifact = pico.artifact(model, edits, tmp_path / "artifact")
+    with pytest.raises(ArtifactError, match=f"cannot be written as {word}.*32 numbers of {name}.weight would become"):
+        solidify.export(artifact, tmp_path / word, word)
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+    assert solidify.export(artifact, tmp_path / "half", "bfloat16").findings[0].passed

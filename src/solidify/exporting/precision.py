@@ -19,7 +19,7 @@ from solidify.artifact import autos, cards, certificate, loading, quantizing
 from solidify.artifact.solidify import copy_code
 from solidify.directory import private
 from solidify.directory.manifest import Manifest
-from solidify.errors import ArtifactError, ModelError, raised_as
+from solidify.errors import ArtifactError, ModelError, raised_as, refuse
 from solidify.exporting import stock
 from solidify.findings import Finding
 from solidify.merging import agreement
@@ -41,8 +41,8 @@ def write(
     """Writes the model with its code as `word` says (`nf4`, `int8`, or a dtype), and measures what that does to it.
 
     Raises:
-        ArtifactError: bitsandbytes is missing, nothing of the model is of a kind that it packs, or all of the model is
-            of that dtype.
+        ArtifactError: bitsandbytes is missing, nothing of the model is of a kind that it packs, all of the model is of
+            that dtype, or numbers of it are too large for it.
     """
     if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
         raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
@@ -50,6 +50,8 @@ def write(
     asked: dict[str, Any] = {"quantization": word, "device_map": {"": "cpu"}} if packs else {"dtype": _dtype(word)}
     with raised_as(ArtifactError, of=ModelError):
         made = loading.load_artifact(directory, trust_remote_code=True, **asked)
+    title = f"the model cannot be written as {word}; export it as bfloat16, which has the range of float32"
+    refuse(ArtifactError, title, _overflown(model, made))
     with foreign.calling(f"transformers cannot write the model as {word}", ArtifactError):
         made.save_pretrained(staging)
     digests: dict[str, str] = {}
@@ -61,6 +63,23 @@ def write(
         answer = _ask_alone(made, word, own, record, staging, inputs if Extent.of(model).whole else {})
     (staging / "README.md").write_text(_write_card(made, record, staging, word), encoding="utf-8")
     return digests, [_state(answer), _measure(model, made, word, inputs)]
+
+
+def _overflown(model: PreTrainedModel, made: PreTrainedModel) -> list[str]:
+    """Names the tensors with numbers that are too large for what was made of them (int8 is made by way of float16)."""
+    there, packed = made.state_dict(), {name for name, _ in quantizing.packed_parameters(made)}
+    by_half = getattr(made, "is_loaded_in_8bit", False)
+    faults = []
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or name not in there:
+            continue
+        then = tensor.half() if name in packed and by_half else there[name]
+        if not then.is_floating_point():
+            continue
+        count = int((tensor.isfinite() & ~then.isfinite()).sum())
+        if count:
+            faults.append(f"{count} number{'s' if count > 1 else ''} of {name} would become infinite or NaN")
+    return faults
 
 
 def _ask_alone(
