@@ -45,6 +45,8 @@ def test_a_packed_artifact_loads_by_transformers_as_it_stands(gated: Path, tmp_p
     assert solidify.check(made.directory).passed
     again = solidify.load(made.directory, trust_remote_code=True)
     assert torch.equal(logits(model), logits(again))
+    with pytest.raises(ArtifactError, match="its weights are packed"):
+        solidify.export(made.directory, tmp_path / "twice", "float32", trust_remote_code=True)
     with pytest.raises(ModelError, match="are packed as they stand"):
         solidify.load(made.directory, trust_remote_code=True, quantization=word)
 

@@ -341,6 +341,11 @@ def _edit_faults(model: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
     wrapped = sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("peft.")})
     if wrapped:
         faults.append(f"the model carries an adapter ({', '.join(wrapped)}); build it before, or merge the adapter")
+    faults += [
+        f"{name} is a complex parameter, which transformers loads frozen; hold it as real numbers (torch.view_as_real)"
+        for name, parameter in model.named_parameters()
+        if parameter.is_complex() and parameter.requires_grad
+    ]
     if anatomy.is_meta(model):
         faults.append("the model is on the meta device: it has no weights to write")
     return faults

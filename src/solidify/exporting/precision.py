@@ -44,6 +44,10 @@ def write(
         ArtifactError: bitsandbytes is missing, nothing of the model is of a kind that it packs, all of the model is of
             that dtype, or numbers of it are too large for it.
     """
+    if quantized.is_quantized(model):
+        raise ArtifactError(
+            "its weights are packed, and what was rounded is lost; export the model that it was made from"
+        )
     if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
         raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
     packs = word in quantizing.WORDS

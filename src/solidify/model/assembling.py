@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_FORMS = ("mapping", "pairs", "tuple", "set", "partial", "enum", "object", "method", "at", "of_torch", "same", "as")
+
 
 def in_order(children: Any) -> Any:
     """Returns names with what stands there; files sort the keys of a mapping, as of children it was once."""
@@ -28,13 +30,24 @@ class Maker:
         self.kinds, self.sources = kinds, sources
         self.standing: dict[str, Any] = {}
         self.pending: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.shared: dict[int, Any] = {}  # descriptions of objects that stand at several places, then these objects
+        self.made: set[int] = set()
 
     def build(self, description: dict[str, Any]) -> Any:
         """Makes a module."""
+        self.find_shared(description)
         made = self.make(description, "")
         for owner, attributes in self.pending:
             vars(owner).update({key: self.make(each, None) for key, each in attributes.items()})
         return made
+
+    def find_shared(self, value: Any) -> None:
+        """Notes how the objects are described that stand at several places."""
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict) and set(value) == {"as", "value"}:
+            self.shared[value["as"]] = value["value"]
+        for each in inner:
+            self.find_shared(each)
 
     def make(self, value: Any, place: str | None) -> Any:
         """Makes what a value stands for: itself, what a form says, or a module, which stands at a place."""
@@ -44,7 +57,7 @@ class Maker:
             return value
         if set(value) == {"class"}:
             return self.kinds[value["class"]]
-        for form in ("mapping", "pairs", "tuple", "set", "partial", "enum", "object", "method", "at", "of_torch"):
+        for form in _FORMS:
             if form in value:
                 return getattr(self, f"make_{form}")(value)
         return self.make_module(value, place)
@@ -139,6 +152,18 @@ class Maker:
     def make_method(self, value: dict[str, Any]) -> Any:
         """Finds a method of a module by where that stands."""
         return getattr(self.standing[value["of"]], value["method"])
+
+    def make_same(self, value: dict[str, Any]) -> Any:
+        """Makes an object that stands at several places, once."""
+        number = value["same"]
+        if number not in self.made:
+            self.shared[number] = self.make(self.shared[number], None)
+            self.made.add(number)
+        return self.shared[number]
+
+    def make_as(self, value: dict[str, Any]) -> Any:
+        """Makes an object that stands at other places, too."""
+        return self.make_same({"same": value["as"]})
 
     def make_at(self, value: dict[str, Any]) -> Any:
         """Finds a module by where it stands."""

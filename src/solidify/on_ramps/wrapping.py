@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.modules import wrapped_module
+from solidify.surgery.comparing import held_faults
 from solidify.surgery.constructing import frozen
 from solidify.surgery.describing import WRAPPING, assemble, describe, part_faults
 from solidify.surgery.dissecting import dissect, keep_tensors, unsaved_tensors
@@ -62,6 +63,10 @@ def wrap(
     """
     if isinstance(module, PreTrainedModel):
         raise ModelError(f"{type(module).__name__} is a model of transformers already; use it as it is")
+    if not any(parameter.is_floating_point() for parameter in module.parameters()):
+        raise ModelError(
+            f"{type(module).__name__} has no parameters of real numbers, and a model of transformers has some"
+        )
     name, given = _read_example(example_inputs)
     before = _call(module, given)
     tree, classes, note = _describe(module, given, before, arguments)
@@ -99,11 +104,11 @@ def _read_example(example: torch.Tensor | Mapping[str, torch.Tensor]) -> tuple[s
 
 
 def _is_tokens(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() and tensor.ndim == 2
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.ndim == 2
 
 
 def _describe_input(name: str, given: torch.Tensor) -> dict[str, Any]:
-    whole = not given.is_floating_point()
+    whole = not given.is_floating_point() and not given.is_complex()
     return {
         "name": name,
         "shape": list(given.shape[1:]),
@@ -146,8 +151,10 @@ def _describe(
         tree = dissect(NAME, module, classes)
     unfit = classes.faults
     if not unfit:
-        keep_tensors(module)
+        undo = keep_tensors(module)
         unfit = _unlike(module, tree, classes, given, before)
+        if unfit:
+            undo()
     lost = [f"{NAME}.{key} is a tensor that its state does not hold" for key in unsaved]
     said = (faults or lost)[0].partition("; say")[0]
     refuse(ModelError, f"{kind} cannot be wrapped, neither by its constructor ({said}) nor part by part", unfit[:8])
@@ -171,7 +178,11 @@ def _unlike(
         return faults
     again.to(next((p.dtype for p in module.parameters()), torch.float32))
     _take_state(again, module)
+    uncalled = held_faults(module, again, NAME)
     after = foreign.attempt(_call, again, given)
+    called = held_faults(module, again, NAME)  # the module was called, and may remember it, or was made to forget
+    if faults := [words for key, words in called.items() if key in uncalled]:
+        return faults
     if after.value is None:
         return [foreign.said(after.error)] if after.error is not None else []
     if before.shape != after.value.shape or not torch.allclose(before, after.value, 1e-4, 1e-5, equal_nan=True):

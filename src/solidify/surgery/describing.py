@@ -19,7 +19,7 @@ from solidify.model.operations import enclosing_config, layer_index, put_module
 from solidify.surgery import encoding
 from solidify.surgery.constructing import SUPPLIED
 from solidify.surgery.edit_record import Edit
-from solidify.surgery.encoding import PLAIN, Classes
+from solidify.surgery.encoding import Classes
 from solidify.upstream.torch import module_hooks
 
 WRAPPING = "_wrapping"  # attribute of a wrapped model: its record
@@ -126,7 +126,10 @@ def encode(where: str, value: Any, classes: Classes) -> Any:
 
 
 def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[str]:
-    """Compares the modules inside, their plain attributes and settings, and the tensors by name and shape."""
+    """Compares the modules inside, how they write themselves, and the tensors by name and shape.
+
+    What they hold beside these is compared by `comparing.held_faults`.
+    """
     mine, theirs = dict(module.named_modules()), dict(again.named_modules())
     for name, part in mine.items():
         where = f"{within}.{name}" if name and within else name or within
@@ -140,10 +143,6 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
             yield f"{where} has a forward of its own, set on the instance"
         if len(module_hooks(part)) != len(module_hooks(other)):
             yield f"{where} has hooks, which its class does not register"
-        for key, value in vars(part).items():
-            plain = isinstance(value, PLAIN) and key != "training" and not key.startswith("_")
-            if plain and vars(other).get(key) != value:
-                yield f"{where}.{key} is {value!r}, and {vars(other).get(key)!r}"
     for name in theirs.keys() - mine.keys():
         yield f"{within}.{name} is nothing, and {type(theirs[name]).__name__}"
     shapes = [

@@ -6,7 +6,7 @@ A description by the constructor (`describing.py`) is shorter and comes first; t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import nn
 
 from solidify.model.assembling import Maker
 from solidify.surgery import describing
-from solidify.surgery.encoding import PLAIN, Classes, encode
+from solidify.surgery.comparing import held_faults
+from solidify.surgery.encoding import Classes, encode, settle_shared
 from solidify.system import foreign
 from solidify.upstream.torch import (
     module_hooks,
@@ -37,20 +38,32 @@ def dissect(name: str, module: nn.Module, classes: Classes) -> dict[str, Any]:
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     paths = {id(part): path for path, part in module.named_modules()}
-    found: dict[str, Any] = _Dissection(name, paths, dtype, classes).part("", module)
+    found: dict[str, Any] = settle_shared(_Dissection(name, paths, dtype, classes).part("", module), classes)
     return found
 
 
-def keep_tensors(module: nn.Module) -> None:
+def keep_tensors(module: nn.Module) -> Callable[[], None]:
     """Has a module's state hold all of its tensors, in place: loose ones become buffers, all buffers are saved.
 
-    Nothing but the state brings the values of those back, where no constructor computes them.
+    Nothing but the state brings the values of those back, where no constructor computes them. Returns what undoes it.
     """
-    for part in module.modules():
-        for key, tensor in _loose_tensors(part):
+    loose = [(part, key, tensor) for part in module.modules() for key, tensor in _loose_tensors(part)]
+    unsaved = [(unsaved_buffers(part), set(unsaved_buffers(part))) for part in module.modules()]
+    for part, key, tensor in loose:
+        delattr(part, key)
+        part.register_buffer(key, tensor)
+    for names, _ in unsaved:
+        names.clear()
+
+    def undo() -> None:
+        """Makes the module what it was."""
+        for part, key, tensor in loose:
             delattr(part, key)
-            part.register_buffer(key, tensor)
-        unsaved_buffers(part).clear()
+            setattr(part, key, tensor)
+        for names, before in unsaved:
+            names.update(before)
+
+    return undo
 
 
 def unsaved_tensors(module: nn.Module) -> list[str]:
@@ -169,17 +182,7 @@ def _renumber(value: Any, numbers: list[int]) -> Any:
 
 def _are_alike(part: nn.Module, again: nn.Module) -> bool:
     """Compares two leaves in all that is no tensor's value."""
-    if list(describing.part_faults(part, again, "")) or vars(part).keys() != vars(again).keys():
-        return False
-    return all(
-        vars(again)[key] == value
-        for key, value in vars(part).items()
-        if key != "training" and isinstance(value, (*PLAIN, list, tuple)) and _is_plain(value)
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, PLAIN)
+    return not any((*describing.part_faults(part, again, ""), *held_faults(part, again, "")))
 
 
 def _hook_faults(where: str, part: nn.Module) -> list[str]:

@@ -26,7 +26,9 @@ class Classes:
     found: list[Any] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     nested: bool = False  # whether arguments are given by the module's name
-    exact: bool = False  # whether tuples are told from lists, which constructors take alike
+    exact: bool = False  # whether tuples are told from lists, which constructors take alike, and one object from two
+    met: dict[int, int] = field(default_factory=dict)  # numbers of objects that can be changed, by identity
+    shared: set[int] = field(default_factory=set)  # the numbers of those that stand at several places
 
     def ask(self, name: str, key: str) -> str:
         """Writes how an argument of a module's constructor is given."""
@@ -48,6 +50,27 @@ def encode(where: str, value: Any, classes: Classes, describe: Describe) -> Any:
     def inner(each: Any) -> Any:
         return encode(where, each, classes, describe)
 
+    if not classes.exact or (not isinstance(value, (list, Mapping, set)) and not _is_own_object(value)):
+        return _encode_value(where, value, classes, describe, inner)
+    if (number := classes.met.get(id(value))) is not None:
+        classes.shared.add(number)
+        return {"same": number}
+    number = classes.met[id(value)] = len(classes.met)
+    return {"as": number, "value": _encode_value(where, value, classes, describe, inner)}
+
+
+def settle_shared(description: Any, classes: Classes) -> Any:
+    """Returns a description in which only those objects have numbers that stand at several places."""
+    if isinstance(description, list):
+        return [settle_shared(each, classes) for each in description]
+    if not isinstance(description, dict):
+        return description
+    if description.keys() == {"as", "value"} and description["as"] not in classes.shared:
+        return settle_shared(description["value"], classes)
+    return {key: settle_shared(each, classes) for key, each in description.items()}
+
+
+def _encode_value(where: str, value: Any, classes: Classes, describe: Describe, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, enum.Enum):
         return {"class": classes.number(type(value)), "enum": value.name}
     if isinstance(value, PLAIN):
@@ -87,7 +110,7 @@ def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> An
 
 def _encode_mapping(value: Mapping[Any, Any], classes: Classes, inner: Callable[[Any], Any]) -> Any:
     plain = type(value) is dict
-    ordered = all(isinstance(key, str) for key in value) and (not classes.exact or list(value) == sorted(value))
+    ordered = all(isinstance(key, str) for key in value) and list(value) == sorted(value)
     if plain and ordered:  # files sort the keys of a mapping
         return {"mapping": {key: inner(each) for key, each in value.items()}}
     pairs = {"pairs": [[inner(key), inner(each)] for key, each in value.items()]}
@@ -99,6 +122,12 @@ def _is_importable(value: Any) -> bool:
     home = sys.modules.get(getattr(value, "__module__", None) or "torch")
     name = getattr(value, "__name__", None)
     return callable(value) and home is not None and name is not None and vars(home).get(name) is value
+
+
+def _is_own_object(value: Any) -> bool:
+    """Returns whether a value is written as an object of its attributes."""
+    others = (*PLAIN, enum.Enum, nn.Module, tuple, type, functools.partial, torch.dtype, torch.device)
+    return not isinstance(value, others) and not _is_importable(value) and _is_plain_object(value)
 
 
 def _is_plain_object(value: Any) -> bool:

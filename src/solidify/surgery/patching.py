@@ -14,6 +14,7 @@ from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import control
+from solidify.surgery.comparing import held_faults
 from solidify.surgery.constructing import frozen
 from solidify.surgery.describing import assemble, describe, encode, part_faults
 from solidify.surgery.differing import Change, Differences
@@ -134,7 +135,8 @@ def try_again(model: PreTrainedModel, plain: PreTrainedModel, edits: Sequence[Ed
             ]
     faults = list[str]()
     for edit in edits:
-        faults += part_faults(model.get_submodule(edit.name), plain.get_submodule(edit.name), edit.name)
+        parts = model.get_submodule(edit.name), plain.get_submodule(edit.name)
+        faults += [*part_faults(*parts, edit.name), *held_faults(*parts, edit.name).values()]
     return [f"{fault} when it is made again" for fault in faults[:8]]
 
 

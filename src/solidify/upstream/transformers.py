@@ -226,10 +226,12 @@ UNDOCUMENTED = {
     "utils.output_capturing.OutputRecorder": "what a class declares that it records is partly of this type",
 }
 
+LOADED = "_is_hf_initialized"  # a flag of modules that were loaded, and need no initial values
+
 # Private names in files that are copied into artifacts or run without solidify, where nothing of this room can be
 # imported. `tests/test_house.py` compares the files with this list, `tests/upstream/` the list with transformers.
 STANDING_ALONE = {
-    "_is_hf_initialized": "a module that surgery changed must not be initialised again after loading",
+    LOADED: "a module that surgery changed must not be initialised again after loading",
     "_output_capturing_hooks_installed": "the hooks that record outputs are installed once, by class, before surgery",
     "_attn_implementation": "eager attention alone returns weights, by which look-ahead is judged",
     "_can_set_experts_implementation": "it reads a class's source, and the generated one's does not name the experts",
