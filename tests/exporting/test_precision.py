@@ -128,3 +128,14 @@ def test_numbers_that_are_too_large_for_it_are_refused(tmp_path: Path, word: str
         solidify.export(artifact, tmp_path / word, word)
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
     assert solidify.export(artifact, tmp_path / "half", "bfloat16").findings[0].passed
+
+
+def test_a_wrapped_module_is_given_the_dtype_that_it_takes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).eval()
+    example = torch.randn(4, 16)
+    artifact = pico.artifact(solidify.wrap(module, {"inputs": example}), [], tmp_path / "artifact")
+    made = solidify.export(artifact, tmp_path / "half", "bfloat16")
+    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    again = solidify.load(made.directory, trust_remote_code=True)
+    assert torch.equal(again.module(example.bfloat16()), module.to(torch.bfloat16)(example.bfloat16()))

@@ -78,7 +78,8 @@ def compare_outputs(artifact: Any, stock: Any, path: str) -> dict[str, float]:
     stored = safetensors.torch.load_file(path)
     apart = {}
     for case in sorted({key.split("/")[0] for key in stored}):
-        batch = {key.split("/")[1]: tensor for key, tensor in stored.items() if key.startswith(case + "/")}
+        own = {key.split("/")[1]: tensor for key, tensor in stored.items() if key.startswith(case + "/")}
+        batch = {key: t.to(stock.dtype) if t.is_floating_point() else t for key, t in own.items()}
         with torch.no_grad():
             both = [next(out[k] for k in OUTPUTS if k in out) for out in (m(**batch) for m in (artifact, stock))]
         same = torch.equal(*both)

@@ -120,12 +120,20 @@ def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: M
     """Says by how much the other precision moves what the model returns."""
     if not Extent.of(model).whole:
         return Finding.unseen(_ERROR, "a model of this size is not run as a whole")
-    full, found = (agreement.answers(each, inputs).tensors for each in (model, made))
+    full, found = (
+        agreement.answers(each, {case: _cast(batch, each.dtype) for case, batch in inputs.items()}).tensors
+        for each in (model, made)
+    )
     off = {key: agreement.distance(tensor, found[key]) for key, tensor in full.items() if key in found}
     worst = max(off, key=lambda key: off[key])
     size, before = (console.size(cost.cost(each).bytes) for each in (made, model))
     most = f"of {len(off)} outputs {worst} differs most, by {off[worst]:.1e} of its size"
     return Finding(_ERROR, None, f"as {word}, {before} became {size}: {most}")
+
+
+def _cast(batch: probing.Inputs, dtype: torch.dtype) -> probing.Inputs:
+    """Returns inputs whose real numbers have the dtype that a module of plain torch takes."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
 
 
 def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: str) -> str:
