@@ -11,11 +11,11 @@ import pytest
 
 import solidify
 from solidify.adapter.storage import find_base
-from solidify.artifact import certificate
 from solidify.directory import manifest, ours
 from solidify.errors import AdapterError, ArtifactError
 from solidify.findings import Finding, Report
 from solidify.merging.export import merge
+from solidify.system.alone import Alone
 from solidify.training import checkpoints
 from training import awake
 
@@ -291,14 +291,14 @@ def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     directory, other = copy_of(whole / "adapter", "adapter"), copy_of(whole / "adapter", "other")  # type: ignore[call-arg]
     record = manifest.read(other)
     replace(record, lineage=[*record.lineage, {"step": "another"}]).write(other)
-    alone = certificate.run_alone
+    ask = Alone.ask
 
-    def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
+    def ask_later(process: Alone, request: dict[str, Any]) -> dict[str, Any]:
         directory.rename(directory.with_name("away"))
         other.rename(directory)
-        return alone(script, request)
+        return ask(process, request)
 
     assert solidify.check(directory, base=whole / "artifact").passed
-    monkeypatch.setattr(certificate, "run_alone", run_alone)
+    monkeypatch.setattr(Alone, "ask", ask_later)
     report = solidify.check(directory, base=whole / "artifact")
     assert ["has been replaced by another since" in finding.evidence for finding in report.failed] == [True]

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +26,8 @@ from solidify.findings import Finding
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.surgery import catalogue, control
-from solidify.system import disk, files, foreign
+from solidify.system import files, foreign
+from solidify.system.alone import Alone
 from solidify.upstream.transformers import implementation
 from solidify.weights import checkpoint, mapped
 
@@ -353,55 +351,3 @@ def _measure_apart(output: Mapping[str, Any]) -> float:
 def started() -> Alone:
     """Returns the fresh process of one `witness`; entered early, it has its imports done when it is asked."""
     return Alone(_WITNESS, FORBIDDEN)
-
-
-def run_alone(script: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Runs a script in a fresh Python process and returns its answer; see `Alone`."""
-    with Alone(script) as process:
-        return process.ask(request)
-
-
-class Alone:
-    """A fresh Python process, with a code cache of its own, that runs a script.
-
-    The script gets `arguments`, reads a request (JSON) from its standard input, and prints the answer (JSON) last.
-    """
-
-    def __init__(self, script: Path, arguments: Sequence[str] = ()) -> None:
-        self._command = [sys.executable, "-P", str(script), *arguments]
-
-    def __enter__(self) -> Alone:
-        self._scratch = disk.temporary()
-        scratch = self._scratch.__enter__()
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "HF_MODULES_CACHE": str(scratch / "modules"),
-                "HF_HUB_OFFLINE": "1",
-            },
-            cwd=scratch,
-        )
-        return self
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Gives the process its request and waits for its answer.
-
-        Raises:
-            ArtifactError: the process ended with an error; its last words are in the message.
-        """
-        out, err = self._process.communicate(json.dumps(request))
-        if self._process.returncode:
-            words = "\n".join(err.strip().splitlines()[-6:])
-            raise ArtifactError(f"the fresh process ended with code {self._process.returncode}:\n{words}")
-        answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-        return answer
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._scratch.__exit__(None, None, None)

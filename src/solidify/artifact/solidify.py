@@ -14,7 +14,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
-from solidify.artifact.certificate import Alone
 from solidify.directory import manifest, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -25,6 +24,7 @@ from solidify.model.extent import Extent
 from solidify.surgery import describing, ledger
 from solidify.surgery.edit_record import Edit
 from solidify.system import console, foreign, markup
+from solidify.system.alone import Alone
 from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format, hashing, store
 from solidify.weights.format import Entry
@@ -115,7 +115,7 @@ def write_again(
         ArtifactError: as `build`; nothing is left behind.
     """
     base = manifest.read(source, "artifact")
-    with writing.staged(directory, [source]) as staging:
+    with writing.staged(directory, [source]) as staging, certificate.started() as process:
         with private.copy(source, base) as own:
             copy_code(own, staging, [*base.code, *(n for n in base.files if not n.startswith(NEVER_COPIED))])
         if _generates_otherwise(model, staging):
@@ -124,7 +124,7 @@ def write_again(
         draft = replace(base, lineage=[*base.lineage, step], failed=failed, files={}, tensors={}, headers={})
         written = write(model, staging, draft, Extent.of(model), link=link)
         with console.stage("Loading it in a fresh process"):
-            findings = verify(model, staging)
+            findings = verify(model, staging, process)
         _remember_built(model, None, written)
     return Artifact(directory, written, findings)
 

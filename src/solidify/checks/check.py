@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
 from solidify.system import console, files
+from solidify.system.alone import Alone
 
 INTACT = "nothing was changed since it was written"
 MADE = "no check failed when it was made"
@@ -89,14 +91,22 @@ def _check_closed(directory: Path, parts: list[str]) -> Finding:
 def _check_one(
     directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None, key: Path | None
 ) -> list[Finding]:
-    record, first = _check_unrun(directory, key)
-    if not first[0].passed or any(finding.passed is False for finding in first):
-        return first
-    if record.kind == "adapter":
-        return first + _check_adapter(directory, record, base, trust_remote_code)
-    if record.kind == "stock":  # a plain model: any tool may load it, and none of its code is ours to run
-        return first
-    return first + _check_artifact(directory, record, trust_remote_code, serve)
+    with _start_process(manifest.read(directory, closed=False).kind) as process:  # it imports while files are compared
+        record, first = _check_unrun(directory, key)
+        if not first[0].passed or any(finding.passed is False for finding in first):
+            return first
+        if process is None:  # a plain model: any tool may load it, and none of its code is ours to run
+            return first
+        if record.kind == "adapter":
+            return first + _check_adapter(directory, record, base, trust_remote_code, process)
+        return first + _check_artifact(directory, record, trust_remote_code, serve, process)
+
+
+def _start_process(kind: str) -> AbstractContextManager[Alone | None]:
+    """Starts the fresh process that will run what is checked; none runs a plain model."""
+    if kind == "stock":
+        return nullcontext()
+    return Alone(Path(__file__).with_name("adapter_alone.py")) if kind == "adapter" else certificate.started()
 
 
 def _check_unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Finding]]:
@@ -122,17 +132,17 @@ def _check_intact(directory: Path, record: Manifest) -> Finding:
 
 
 def _check_artifact(
-    directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None
+    directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None, process: Alone
 ) -> list[Finding]:
     trust.require(record, directory, trust_remote_code)
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
-        return _run_artifact(directory, record, serve)
+        return _run_artifact(directory, record, serve, process)
 
 
-def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
+def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None, process: Alone) -> list[Finding]:
     """Runs an artifact, whose code may, in every way in which it is checked."""
     with console.stage(f"Loading {directory.name} in a fresh process"), private.copy(directory, record) as own:
-        findings = certificate.witness(own)
+        findings = certificate.witness(own, process)
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
@@ -152,7 +162,7 @@ def _check_tokenizer(directory: Path, record: Manifest) -> list[Finding]:
 
 
 def _check_adapter(
-    directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool
+    directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool, process: Alone
 ) -> list[Finding]:
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
     below_record = stock.read(base, closed=False)
@@ -175,7 +185,7 @@ def _check_adapter(
     request["manifest"] = record.sha256
     try:
         with console.stage(f"Loading {directory.name} on its base in a fresh process"):
-            answer = certificate.run_alone(Path(__file__).with_name("adapter_alone.py"), request)
+            answer = process.ask(request)
     except ArtifactError as error:
         return [*findings, Finding("loads in a fresh process", False, str(error))]
     return findings + [Finding.of(finding) for finding in answer["findings"]]

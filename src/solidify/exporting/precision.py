@@ -26,6 +26,7 @@ from solidify.merging import agreement
 from solidify.model import cost, probing, quantized
 from solidify.model.extent import Extent
 from solidify.system import console, disk, foreign
+from solidify.system.alone import Alone
 from solidify.upstream.bitsandbytes import REPACKS
 from solidify.weights import checkpoint
 
@@ -101,7 +102,7 @@ def _ask_alone(
         "repacks": REPACKS,
         "inputs": None,
     }
-    with disk.temporary() as scratch, certificate.Alone(_SCRIPT, certificate.FORBIDDEN) as process:
+    with disk.temporary() as scratch, Alone(_SCRIPT, certificate.FORBIDDEN) as process:
         if inputs:
             held = {f"{case}/{key}": tensor for case, batch in inputs.items() for key, tensor in batch.items()}
             save_file(held, scratch / "inputs.safetensors")

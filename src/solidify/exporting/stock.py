@@ -20,6 +20,7 @@ from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.system import foreign
+from solidify.system.alone import Alone
 from solidify.upstream.torch import module_hooks
 from solidify.upstream.transformers import REFERENCE
 from solidify.weights import checkpoint, format
@@ -142,7 +143,7 @@ def _compare(directory: Path, record: Manifest, staging: Path, plain: PreTrained
             "head": type(plain).__name__,
             "inputs": str(own / certificate.NAME / "inputs.safetensors") if extent.whole else None,
         }
-        with certificate.Alone(_SCRIPT, certificate.FORBIDDEN) as process:
+        with Alone(_SCRIPT, certificate.FORBIDDEN) as process:
             answer = process.ask(request)
     faults = answer["faults"]
     state = Finding(

@@ -30,6 +30,7 @@ from solidify.merging.rewriting import Rewritten
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.system import files, foreign
+from solidify.system.alone import Alone
 from solidify.weights import checkpoint, format, hashing
 
 
@@ -67,7 +68,8 @@ def merge(
         if plain:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code, layout)
         else:
-            written, findings = _merge(_OfArtifact.begin(sources, staging), link)
+            with certificate.started() as process:
+                written, findings = _merge(_OfArtifact.begin(sources, staging, process), link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)
     findings = [*findings, *map(Finding.of, written.failed)]  # what went wrong before is no fault of the merge
@@ -158,18 +160,21 @@ def _merge(form: _Form, link: bool) -> tuple[Manifest, list[Finding]]:
     return written, [*findings, _state_counts(form.ledger(made), made, merger)]
 
 
+@dataclass(frozen=True)
 class _OfArtifact(_Form):
-    """An artifact becomes another one, with the same code."""
+    """An artifact becomes another one, with the same code; the `process` that will look at it has been started."""
+
+    process: Alone
 
     @classmethod
-    def begin(cls, sources: Sources, staging: Path) -> _OfArtifact:
+    def begin(cls, sources: Sources, staging: Path, process: Alone) -> _OfArtifact:
         """Copies the code of an artifact, and builds its model of that, on the meta device."""
         base = sources.base_record
         assert base is not None
         with private.copy(sources.base, base) as own:
             kept = [name for name in base.files if not name.startswith(NEVER_COPIED)]
             copy_code(own, staging, [*base.code, *kept])
-            return cls(sources, staging, _build_skeleton(own, sources.base))
+            return cls(sources, staging, _build_skeleton(own, sources.base), process)
 
     @property
     def records(self) -> tuple[Manifest, Manifest]:
@@ -200,7 +205,7 @@ class _OfArtifact(_Form):
             failed=results.join_failed(base.failed, record.failed),
         )
         written = write(merged, self.staging, draft, Extent.of(self.skeleton), stored=made.digests)
-        return written, [*verify(merged, self.staging)]
+        return written, [*verify(merged, self.staging, self.process)]
 
     def ledger(self, made: Rewritten) -> Finding:
         """Compares them with what the adapter says that it trains."""
