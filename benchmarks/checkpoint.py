@@ -1,9 +1,10 @@
-"""Writes a random checkpoint of the OLMoE family, tensor by tensor: the subject of the benchmarks of full scale.
+"""Writes a random checkpoint, tensor by tensor: the subject of the benchmarks of full scale.
 
 `python benchmarks/checkpoint.py DIR --size full --layout hub` makes one of the size of OLMoE-1B-7B (13.8 GB). The `hub`
 layout has a tensor for each expert, as the family's checkpoints on the hub do; `memory` has the tensors that
 transformers keeps in memory, where the experts of a layer are one. Both hold the same numbers, which depend on the seed
-and the size alone.
+and the size alone. The `dense` layout is a model without experts, of the shape of Llama-3.1-8B (16 GB) or of half of its
+layers.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
-Layout = Literal["hub", "memory"]
+Layout = Literal["hub", "memory", "dense"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": {
@@ -54,10 +64,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
-SHARD_BYTES = {"full": 5_000_000_000, "small": 250_000_000, "tiny": 500_000}
+_LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "full": {**_LLAMA, "num_hidden_layers": 32},
+    "half": {**_LLAMA, "num_hidden_layers": 16},
+    "small": {**_LLAMA, "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8},
+    "tiny": {**_LLAMA, "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
+}
+SHARD_BYTES = {"full": 5_000_000_000, "half": 5_000_000_000, "small": 250_000_000, "tiny": 500_000}
 END, PADDING = "<|endoftext|>", "<|padding|>"
 STD = 0.02
-POOL = {"full": 1 << 26, "small": 1 << 26, "tiny": 1 << 22}  # how many numbers are drawn
+POOL = {"full": 1 << 26, "half": 1 << 26, "small": 1 << 26, "tiny": 1 << 22}  # how many numbers are drawn
 PIECE = 1 << 16  # how many of them in a row a tensor takes
 
 
@@ -87,9 +111,10 @@ def write(directory: Path, *, size: str = "full", layout: Layout = "hub", seed: 
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = OlmoeConfig(**CONFIGS[size], dtype="bfloat16", bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    special = {"dtype": "bfloat16", "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    config = LlamaConfig(**DENSE[size], **special) if layout == "dense" else OlmoeConfig(**CONFIGS[size], **special)
     with torch.device("meta"):
-        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+        model = (LlamaForCausalLM if layout == "dense" else OlmoeForCausalLM)(config).to(torch.bfloat16)
     config.architectures = [type(model).__name__]
     config.save_pretrained(partial)
     GenerationConfig.from_model_config(config).save_pretrained(partial)
@@ -106,7 +131,7 @@ def write(directory: Path, *, size: str = "full", layout: Layout = "hub", seed: 
     partial.rename(directory)
 
 
-def _shards(model: OlmoeForCausalLM, limit: int) -> Iterator[list[str]]:
+def _shards(model: PreTrainedModel, limit: int) -> Iterator[list[str]]:
     """Yields the names of the tensors of one file after another, in the model's order."""
     names: list[str] = []
     held = 0
@@ -119,12 +144,12 @@ def _shards(model: OlmoeForCausalLM, limit: int) -> Iterator[list[str]]:
     yield names
 
 
-def _write_shard(path: Path, model: OlmoeForCausalLM, names: list[str], layout: Layout, numbers: Numbers) -> list[str]:
+def _write_shard(path: Path, model: PreTrainedModel, names: list[str], layout: Layout, numbers: Numbers) -> list[str]:
     """Writes one file, its header first; returns the names in it. At most one tensor of the model is in memory."""
     state = model.state_dict()
 
     def laid_out(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: tensor} if layout == "memory" else revert_weight_conversion(model, {name: tensor})
+        return revert_weight_conversion(model, {name: tensor}) if layout == "hub" else {name: tensor}
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -145,7 +170,7 @@ def _write_shard(path: Path, model: OlmoeForCausalLM, names: list[str], layout: 
     return [key for key in header if key != "__metadata__"]
 
 
-def _tokenizer(config: OlmoeConfig) -> PreTrainedTokenizerFast:
+def _tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """Makes a tokenizer with a token for each byte and no merges."""
     words = [END, PADDING, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, []))
@@ -163,8 +188,8 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--size", choices=CONFIGS, default="full")
-    parser.add_argument("--layout", choices=("hub", "memory"), default="hub")
+    parser.add_argument("--size", choices=DENSE, default="full")
+    parser.add_argument("--layout", choices=("hub", "memory", "dense"), default="hub")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     write(given.directory, size=given.size, layout=given.layout, seed=given.seed)

@@ -4,6 +4,7 @@ python benchmarks/ours.py load ARTIFACT
 python benchmarks/ours.py digests ARTIFACT                # every digest of the manifest, and nothing else
 python benchmarks/ours.py note MODEL                      # computes and keeps digests, as a first build does
 python benchmarks/ours.py adapter ARTIFACT OUTPUT         # a random LoRA for `solidify merge`
+python benchmarks/ours.py scales ARTIFACT OUTPUT          # one on q, k and v; the scales beside o are trained in full
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ def adapter(artifact: str, output: str) -> None:
     solidify.save_adapter(tuned, output)
 
 
+def scales(artifact: str, output: str) -> None:
+    """Saves a LoRA of random numbers on q, k and v, with the scales of `scaled.py` trained in full."""
+    from plain import LORA, randomize
+
+    projections = [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    model = solidify.load(artifact)
+    tuned = solidify.attach(
+        model, lora={**LORA, "target_modules": projections}, train="model.layers.*.self_attn.o_proj.scale"
+    )
+    randomize(tuned)
+    solidify.save_adapter(tuned, output)
+
+
 if __name__ == "__main__":
     _, verb, *given = sys.argv
-    {"load": load, "digests": digests, "note": note, "adapter": adapter}[verb](*given)
+    {"load": load, "digests": digests, "note": note, "adapter": adapter, "scales": scales}[verb](*given)

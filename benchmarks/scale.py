@@ -31,9 +31,9 @@ LAYERS = {"full": 16, "small": 8, "tiny": 2}
 
 def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str, str]) -> None:
     """Makes what the ways start from, without timing it."""
-    call = partial(_call, environment)
+    ready = partial(call, environment)
     for layout, name in (("memory", "fused"), ("hub", "hub")):
-        call(*CHECKPOINT, places.checkpoint(name), "--size", places.size, "--layout", layout)
+        ready(*CHECKPOINT, places.checkpoint(name), "--size", places.size, "--layout", layout)
     shutil.rmtree(places.made(), ignore_errors=True)
     places.made().mkdir()
     for name in ("fused", "hub"):
@@ -45,11 +45,11 @@ def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str,
         }
         recipe = {"base": {"model": str(places.checkpoint(name))}, "surgery": [replacement]}
         places.made(f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    call(*SOLIDIFY, "build", places.made("fused.yaml"), "--output", places.made("base"))
+    ready(*SOLIDIFY, "build", places.made("fused.yaml"), "--output", places.made("base"))
     if "merge" in chosen:
-        call(*OURS, "adapter", places.made("base/artifact"), places.made("adapter"))
+        ready(*OURS, "adapter", places.made("base/artifact"), places.made("adapter"))
     if chosen.keys() & {PEFT, PEFT_HUB}:
-        call(*PLAIN, "adapter", places.checkpoint("fused"), places.made("plain_adapter"))
+        ready(*PLAIN, "adapter", places.checkpoint("fused"), places.made("plain_adapter"))
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
                     shutil.rmtree(old)
                 left &= set(way.reads)
                 if way.before:
-                    _call(environment, *way.before)
+                    call(environment, *way.before)
                 (forget if cold else remember)(way.reads)
                 with tempfile.TemporaryDirectory(dir=places.made()) as empty:
                     home = {"SOLIDIFY_HOME": empty} if way.forgetful else {}
@@ -78,7 +78,8 @@ def run(
     return found
 
 
-def _call(environment: Mapping[str, str], *command: str | Path) -> None:
+def call(environment: Mapping[str, str], *command: str | Path) -> None:
+    """Runs a command that is not timed; ends where it fails."""
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
@@ -126,7 +127,7 @@ class Results:
     def lines(self, letter: str, row: Row) -> list[list[str]]:
         """Returns a row as lines of the table: ours first, then each plain way with the ratios to it."""
         bars = {plain: [bar for bar in self.judged(row) if bar["against"] == plain] for plain in ("", *row.plain)}
-        lines = [[letter, f"[bold]{row.title}[/bold]", *self._figures(row.ours), "", "", _verdicts(bars[""])]]
+        lines = [[letter, row.title, *self._figures(row.ours), "", "", _verdicts(bars[""])]]
         for plain, found in self.document(row)["ratios"].items():
             time = f"{found['seconds']:.2f} ({found['working']:.2f})"
             memory = f"{found['resident']:.2f}" if self.ways[plain].imports else ""
@@ -151,7 +152,7 @@ def _verdicts(bars: Sequence[Mapping[str, Any]]) -> str:
     for bar in bars:
         limit = f"{bar['limit']:g}" if bar["against"] else f"{bar['limit'] / 1e9:g} GB"
         verdict = f"{names[bar['quantity']]} ≤ {limit}: {'yes' if bar['met'] else 'NO'}"
-        words.append(f"[{'green' if bar['met'] else 'red'}]{verdict}[/]")
+        words.append(verdict)
     return "\n".join(words)
 
 
@@ -182,12 +183,16 @@ def main() -> None:
             runs = run(places, chosen, rounds=given.rounds, cold=given.cache == "cold", environment=environment)
         finally:
             shutil.rmtree(places.made(), ignore_errors=True)
-    results = Results(chosen, runs)
+    show("scale", given, rows, Results(chosen, runs), build)
+
+
+def show(name: str, given: argparse.Namespace, rows: Mapping[str, Row], results: Results, build: Path) -> None:
+    """Prints the table, and writes build/benchmarks/NAME_SIZE.json."""
     columns = ["", "ours, plain ways", "s (no imports)", "GB (private)", "time ratio", "memory ratio", "bar"]
     lines = [line for letter, row in rows.items() for line in results.lines(letter, row)]
     title = f"Size {given.size}, {given.cache} page cache, medians of {given.rounds}; ratios: ours / plain"
     console.results.print(console.table(title, columns, lines, numbers=range(2, 6), ruled=False))
-    if given.size != "full":
+    if given.size not in ("full", "half"):
         console.results.print("The bars are those of size full; here imports weigh more than weights.")
     document = {
         "size": given.size,
@@ -195,7 +200,7 @@ def main() -> None:
         "rows": {letter: results.document(row) for letter, row in rows.items()},
         "ways": results.documents(),
     }
-    (build / f"scale_{given.size}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (build / f"{name}_{given.size}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def ways(places: Places) -> dict[str, Way]:
     artifact, adapter, tuned = (places.made(name) for name in ("base/artifact", "adapter", "plain_adapter"))
     output, merged = places.made("output"), places.made("merged")
     plain, peft = OLMOE, f"peft,{OLMOE}"
-    build, load = (f"solidify.command.cli,solidify.{name},{OLMOE}" for name in ("pipeline", "export"))
+    build, load = (f"solidify.command.cli,solidify.{name},{OLMOE}" for name in ("building", "merging.export"))
     diff = "solidify.command.cli,solidify.command.views,solidify.artifact.inspection"
 
     def builds(recipe: str) -> list[str | Path]:
@@ -138,5 +138,5 @@ def ways(places: Places) -> dict[str, Way]:
 def needed(rows: Sequence[Row], known: dict[str, Way]) -> dict[str, Way]:
     """Returns the ways that some rows compare, with those that they rest on."""
     names = {name for row in rows for name in (row.ours, *row.plain)}
-    names |= {"merge"} if "diff" in names else set()
+    names |= {"merge"} if names & {"diff", "check"} else set()
     return {name: way for name, way in known.items() if name in names}

@@ -1,0 +1,120 @@
+"""Build, merge and check of a dense model of the shape of Llama-3.1-8B against `cp -r` and PEFT, as `scale.py` does.
+
+`python benchmarks/dense.py --size half --rounds 3` takes half of its layers (9.1 GB) and 37 GB of disk. What each row
+measures stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from checkpoint import DENSE
+from scale import Results, call, run, show
+from ways import CHECKPOINT, COPY, OURS, PEFT, PLAIN, SOLIDIFY, Bar, Places, Row, Way, needed
+
+from solidify.system import console
+
+LLAMA = "transformers.models.llama.modeling_llama"
+BOUNDED = Bar("resident", 1.3e9)
+READ = "cat of the merged model"
+ROWS = {
+    "i": Row("build with renames, digests known", "build", (COPY,), (Bar("seconds", 1.15, COPY), BOUNDED)),
+    "j": Row(
+        "build with renames, nothing known", "build, nothing known", (COPY,), (Bar("seconds", 1.4, COPY), BOUNDED)
+    ),
+    "k": Row("build without renames, digests known", "build in place", (COPY,), (BOUNDED,)),
+    "l": Row(
+        "merge onto the artifact",
+        "merge",
+        (COPY, PEFT),
+        (Bar("seconds", 1.25, COPY), Bar("seconds", 0.7, PEFT), BOUNDED),
+    ),
+    "m": Row(
+        "merge onto the plain base",
+        "merge, plain",
+        (COPY, PEFT),
+        (Bar("seconds", 1.25, COPY), Bar("seconds", 0.7, PEFT), BOUNDED),
+    ),
+    "n": Row("check of the merged model", "check", (READ,), (Bar("seconds", 1.1, READ), BOUNDED)),
+}
+
+
+def ways(places: Places) -> dict[str, Way]:
+    """Returns every command that can be measured; one that reads what another wrote stands right behind it."""
+    base, artifact = places.checkpoint("dense"), places.made("base/artifact")
+    adapter, tuned = places.made("adapter"), places.made("plain_adapter")
+    output, merged = places.made("output"), places.made("merged")
+    build, load = (f"solidify.command.cli,solidify.{name},{LLAMA}" for name in ("building", "merging.export"))
+
+    def builds(recipe: str) -> list[str | Path]:
+        return [*SOLIDIFY, "build", places.made(f"{recipe}.yaml"), "--output", output]
+
+    note = [*OURS, "note", base]
+    return {
+        COPY: Way(["cp", "-r", base, output], [base], output),
+        "build": Way(builds("renamed"), [base], output, build, before=note),
+        "build, nothing known": Way(builds("renamed"), [base], output, build, forgetful=True),
+        "build in place": Way(builds("in_place"), [base], output, build, before=note),
+        PEFT: Way([*PLAIN, "merge", base, tuned, output], [base, tuned], output, f"peft,{LLAMA}"),
+        "merge, plain": Way([*SOLIDIFY, "merge", tuned, "--output", output], [base, tuned], output, load),
+        "merge": Way([*SOLIDIFY, "merge", adapter, "--output", merged], [artifact, adapter], merged, load),
+        READ: Way(["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', merged], [merged]),
+        "check": Way([*SOLIDIFY, "check", merged], [merged], None, load),
+    }
+
+
+def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str, str]) -> None:
+    """Makes what the ways start from, without timing it."""
+    base = places.checkpoint("dense")
+    call(environment, *CHECKPOINT, base, "--size", places.size, "--layout", "dense")
+    shutil.rmtree(places.made(), ignore_errors=True)
+    places.made().mkdir()
+    for recipe, kind in (("renamed", "Scaled"), ("in_place", "ScaledInPlace")):
+        replacement = {
+            "replace": "model.layers.*.self_attn.o_proj",
+            "expect": "Linear",
+            "count": DENSE[places.size]["num_hidden_layers"],
+            "with": f"{Path(__file__).with_name('scaled.py')}:{kind}",
+        }
+        document = {"base": {"model": str(base)}, "surgery": [replacement]}
+        places.made(f"{recipe}.yaml").write_text(yaml.safe_dump(document))
+    if "merge" in chosen:
+        call(environment, *SOLIDIFY, "build", places.made("renamed.yaml"), "--output", places.made("base"))
+        call(environment, *OURS, "scales", places.made("base/artifact"), places.made("adapter"))
+    if chosen.keys() & {PEFT, "merge, plain"}:
+        call(environment, *PLAIN, "adapter", base, places.made("plain_adapter"))
+
+
+def main() -> None:
+    """Reads the command line, measures, prints the table, writes build/benchmarks/dense_SIZE.json."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", choices=DENSE, default="small", help="half: 9.1 GB, takes 37 GB of disk; full: 16 GB")
+    parser.add_argument("--rows", default="".join(ROWS), help="letters of rows, such as ij")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where inputs are read from")
+    parser.add_argument("--keep", type=Path, help="where the generated checkpoint is, or is put to be used again")
+    given = parser.parse_args()
+    rows = {letter: ROWS[letter] for letter in given.rows}
+    build = Path("build/benchmarks").resolve()
+    build.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dense-", dir=build) as scratch:
+        places = Places(given.keep.resolve() if given.keep else Path(scratch), given.size)
+        places.root.mkdir(parents=True, exist_ok=True)
+        chosen = needed(list(rows.values()), ways(places))
+        environment = {"SOLIDIFY_HOME": str(places.made("home")), "HF_HUB_OFFLINE": "1"}
+        try:
+            with console.stage("Making a checkpoint, an artifact and adapters"):
+                prepare(places, chosen, environment)
+            runs = run(places, chosen, rounds=given.rounds, cold=given.cache == "cold", environment=environment)
+        finally:
+            shutil.rmtree(places.made(), ignore_errors=True)
+    show("dense", given, rows, Results(chosen, runs), build)
+
+
+if __name__ == "__main__":
+    main()
