@@ -3,8 +3,7 @@
 `python benchmarks/checkpoint.py DIR --size full --layout hub` makes one of the size of OLMoE-1B-7B (13.8 GB). The `hub`
 layout has a tensor for each expert, as the family's checkpoints on the hub do; `memory` has the tensors that
 transformers keeps in memory, where the experts of a layer are one. Both hold the same numbers, which depend on the seed
-and the size alone. The `dense` layout is a model without experts, of the shape of Llama-3.1-8B (16 GB) or of half of its
-layers.
+and the size alone. The `dense` layout has no experts and the shape of Llama-3.1-8B (16 GB), or half of its layers.
 """
 
 from __future__ import annotations
