@@ -60,6 +60,21 @@ def quiet_and_seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def forked_processes() -> Iterator[None]:
+    """Fresh processes begin as forks of one that has done the imports."""
+    import forks
+
+    from solidify.system.alone import Alone
+
+    started = forks.Forks()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in started.methods().items():
+            patch.setattr(Alone, name, method)
+        yield
+    started.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The embedded OLMoE, trained on first use (a minute or two)."""
