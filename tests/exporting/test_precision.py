@@ -16,6 +16,7 @@ from solidify.errors import ArtifactError, ModelError
 from solidify.exporting import forms, precision
 from solidify.model import anatomy
 from solidify.modules.gated_attention import GatedAttention
+from solidify.system import console
 from solidify.upstream.bitsandbytes import keep_as_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast from:UserWarning")
@@ -139,3 +140,44 @@ def test_a_wrapped_module_is_given_the_dtype_that_it_takes(tmp_path: Path) -> No
     assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
     again = solidify.load(made.directory, trust_remote_code=True)
     assert torch.equal(again.module(example.bfloat16()), module.to(torch.bfloat16)(example.bfloat16()))
+
+
+def reading() -> torch.nn.Module:
+    """Layers of torch whose weights are read past them, and one of a user that does so in a list."""
+    torch.manual_seed(1)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), encoder, pico.wrappers.Functional(32, 4)).eval()
+
+
+@pytest.mark.parametrize("word", ["nf4", "int8"])
+def test_layers_whose_weights_are_read_past_them_are_not_packed(tmp_path: Path, word: str) -> None:
+    """The fast path of torch's encoder, its attention, and a functional call take a matrix, not packed numbers."""
+    model = solidify.wrap(reading(), {"inputs": torch.randn(2, 5, 16)})
+    artifact = pico.artifact(model, [], tmp_path / "artifact")
+    made = solidify.export(artifact, tmp_path / word, word)
+    assert [finding.verdict for finding in made.findings[:3]] == ["proved", "measured", "measured"]
+    again = solidify.load(made.directory, trust_remote_code=True)
+    packed = [name for name, parameter in again.named_parameters() if not parameter.is_floating_point()]
+    assert packed == ["module.0.weight"]
+    assert "read by another module" in made.findings[2].evidence
+    card = (made.directory / "README.md").read_text()
+    assert "| `module.*.layers.*.linear1.weight` (read by another module, and not called) | 16.4 kB |" in card
+    loaded = solidify.load(artifact, quantization=word)
+    assert torch.equal(logits_of(loaded), logits_of(again))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    keep_as_quantized(model)
+    return anatomy.run(model, {"inputs": torch.ones(2, 5, 16)})
+
+
+def test_the_card_says_that_experts_stay_as_they_are(tmp_path: Path) -> None:
+    model = pico.olmoe()
+    edits = solidify.replace(model, "model.layers.*.self_attn", GatedAttention)
+    made = solidify.export(pico.artifact(model, edits, tmp_path / "artifact"), tmp_path / "nf4", "nf4")
+    experts = sum(p.nbytes for name, p in model.named_parameters() if "experts.gate_up" in name)
+    said = "| `model.layers.*.mlp.experts.gate_up_proj` (a stack of matrices, as of experts, is no linear layer) | "
+    card = (made.directory / "README.md").read_text()
+    assert f"{said}{console.size(experts)} |" in card
+    assert "packed by bitsandbytes (nf4), " in card and "experts.gate_up_proj" in made.findings[2].evidence

@@ -36,6 +36,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
+READ = "read by another module, and not called"
 _SKIPS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # what libraries call it
 _DIGESTS = "_quantized_digests"  # attribute of a loaded model: what each packed parameter was when it was loaded
 _BLOCK, _OUTER = 64, 256  # numbers under one scale, and scales under one of theirs: bitsandbytes' 4 bits (QLoRA)
@@ -178,13 +179,15 @@ def resolve(
 def plain(
     skeleton: PreTrainedModel, edits: Sequence[Mapping[str, Any]], keep: str | Sequence[str] = ()
 ) -> dict[str, str]:
-    """Maps the parameters that must keep their dtype to why: surgery made them new, or they are asked for.
+    """Maps the parameters that must keep their dtype to why: new, read by others than their layer, or asked for.
 
     Raises:
         ModelError: a pattern of `keep` hits nothing.
     """
     names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
-    found = dict.fromkeys(ledger.new_tensors(names, list(edits)), "new")
+    read = {f"{layer}.{key}" for layer in quantized.read_by_others(skeleton) for key in ("weight", "bias")}
+    found = {name: READ for name in names if name in read}
+    found |= dict.fromkeys(ledger.new_tensors(names, list(edits)), "new")
     faults = []
     for pattern in [keep] if isinstance(keep, str) else keep:
         hits = anatomy.match_within(pattern, names)
@@ -292,8 +295,8 @@ class Forecast:
     """What a quantised load of an artifact would be: bytes in memory, and which parameters are packed.
 
     `full` is the memory without quantisation. `left` maps what keeps its dtype, beside norms and embeddings, to why:
-    `new`, `trained, or kept as asked`, `left out by transformers`, or `not a linear layer` (stacks of experts in one
-    parameter).
+    `new`, `read by another module, and not called`, `trained, or kept as asked`, `left out by transformers`, or `not a
+    linear layer` (stacks of experts in one parameter).
     """
 
     word: str

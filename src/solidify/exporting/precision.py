@@ -6,13 +6,14 @@ modules, the head and norms keep their dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.artifact import autos, cards, certificate, loading, quantizing
@@ -23,7 +24,7 @@ from solidify.errors import ArtifactError, ModelError, raised_as, refuse
 from solidify.exporting import stock
 from solidify.findings import Finding
 from solidify.merging import agreement
-from solidify.model import cost, probing, quantized
+from solidify.model import anatomy, cost, probing, quantized
 from solidify.model.extent import Extent
 from solidify.system import console, disk, foreign
 from solidify.system.alone import Alone
@@ -51,8 +52,10 @@ def write(
         )
     if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
         raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
-    packs = word in quantizing.WORDS
-    asked: dict[str, Any] = {"quantization": word, "device_map": {"": "cpu"}} if packs else {"dtype": _dtype(word)}
+    packs, whole = word in quantizing.WORDS, Extent.of(model).whole
+    read = quantized.read_by_others(model) if packs and whole else []
+    asked: dict[str, Any] = {"quantization": word, "keep": read, "device_map": {"": "cpu"}}
+    asked = asked if packs else {"dtype": _dtype(word)}
     with raised_as(ArtifactError, of=ModelError):
         made = loading.load_artifact(directory, trust_remote_code=True, **asked)
     title = f"the model cannot be written as {word}; export it as bfloat16, which has the range of float32"
@@ -65,9 +68,10 @@ def write(
     inputs = {case: dict(probing.probe_inputs(model, **settings)) for case, settings in certificate.CASES.items()}
     with private.copy(directory, record) as own:
         copy_code(own, staging, list(record.code))
-        answer = _ask_alone(made, word, own, record, staging, inputs if Extent.of(model).whole else {})
-    (staging / "README.md").write_text(_write_card(made, record, staging, word), encoding="utf-8")
-    return digests, [_state(answer), _measure(model, made, word, inputs)]
+        answer = _ask_alone(made, word, own, record, staging, inputs if whole else {})
+    (staging / "README.md").write_text(_write_card(made, record, staging, word, read), encoding="utf-8")
+    findings = [_state(answer), _measure(model, made, word, inputs)]
+    return digests, [*findings, *([_say_unpacked(made, read)] if packs else [])]
 
 
 def _overflown(model: PreTrainedModel, made: PreTrainedModel) -> list[str]:
@@ -137,7 +141,42 @@ def _cast(batch: probing.Inputs, dtype: torch.dtype) -> probing.Inputs:
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
 
 
-def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: str) -> str:
+def _list_unpacked(made: PreTrainedModel, read: Sequence[str]) -> dict[str, int]:
+    """Says what is not packed, in words, with its bytes, the largest first; layers that repeat are one line."""
+    packed = {name for name, _ in quantizing.packed_parameters(made)}
+    held = {n: p for n, p in made.named_parameters() if n not in packed and p.ndim > 1}
+    found: dict[str, int] = {}
+    for name, parameter in held.items():
+        owner = name.rpartition(".")[0]
+        module = made.get_submodule(owner)
+        why = ""
+        if owner in read:
+            why = f" ({quantizing.READ})"
+        elif parameter.ndim > 2 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            why = " (a stack of matrices, as of experts, is no linear layer)"
+        line = f"`{anatomy.fold([name])[0]}`{why}"
+        found[line] = found.get(line, 0) + parameter.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _say_unpacked(made: PreTrainedModel, read: Sequence[str]) -> Finding:
+    """Says how much is packed and how much is not, and the largest of what is not."""
+    whole, left = _measure_bytes(made)
+    most = ", ".join(f"{line} {console.size(size)}" for line, size in list(_list_unpacked(made, read).items())[:4])
+    words = f"{console.size(whole - left)} are packed, {console.size(left)} are not" + (f": {most}" if most else "")
+    return Finding("what is packed", None, words)
+
+
+def _measure_bytes(made: PreTrainedModel) -> tuple[int, int]:
+    """Returns the bytes of a model, and of these what is not packed."""
+    whole, packed = cost.cost(made).bytes, {name for name, _ in quantizing.packed_parameters(made)}
+    held = {id(p): p.nbytes for name, p in made.named_parameters() if name not in packed}
+    saved = {name: buffer for name, buffer in made.named_buffers()}
+    computed = {name for name, _ in made.named_non_persistent_buffers()}
+    return whole, sum(held.values()) + sum(b.nbytes for name, b in saved.items() if name not in computed)
+
+
+def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: str, read: Sequence[str]) -> str:
     """Writes the card of a plain model, and says in which precision its weights are."""
     dtype = word if word in DTYPES else record.base.get("dtype")
     lineage = [*record.lineage, {"step": f"export as {word}"}]
@@ -145,10 +184,13 @@ def _write_card(made: PreTrainedModel, record: Manifest, staging: Path, word: st
     card = cards.stock_card(staging, draft, sum(quantized.numel(p) for p in made.parameters()))
     if word in DTYPES:
         return card
-    packed = len(quantizing.packed_parameters(made))
+    packed, (whole, left) = len(quantizing.packed_parameters(made)), _measure_bytes(made)
+    lines = "".join(f"| {line} | {console.size(size)} |\n" for line, size in _list_unpacked(made, read).items())
     return (
-        f"{card.rstrip()}\n\n## Packed\n\n{packed} weights of linear layers are packed by bitsandbytes ({word}): "
-        "`pip install bitsandbytes` first. All others keep their dtype.\n"
+        f"{card.rstrip()}\n\n## Packed\n\n{packed} weights of linear layers are packed by bitsandbytes ({word}), "
+        f"{console.size(whole - left)} of {console.size(whole)}: `pip install bitsandbytes` first. "
+        f"All others keep their dtype, {console.size(left)}"
+        + (f"; of these:\n\n| not packed | bytes |\n|---|---|\n{lines}" if lines else ".\n")
     )
 
 
