@@ -28,9 +28,21 @@ def blocks(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def tiny(family: str, experts: int | None = None, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny model of a family, with so many experts, that computes its experts one after the other."""
+def tiny(
+    family: str,
+    experts: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A tiny model of a family, with so many experts, that computes its experts one after the other.
+
+    `changes` are fields of its configuration that have other values, where it has them.
+    """
     config = families.tiny_config(family)
+    for key, value in (changes or {}).items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     for key, value in list(vars(config).items()):
         if experts is not None and value == 4 and key.endswith(COUNTS):
             setattr(config, key, experts)

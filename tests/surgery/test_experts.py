@@ -23,7 +23,7 @@ import solidify
 from solidify.checks import structure
 from solidify.errors import ArtifactError, SurgeryError
 from solidify.model import anatomy, assembling, operations
-from solidify.surgery import catalogue, expert_proof
+from solidify.surgery import catalogue, expert_groups, expert_proof
 
 BLOCK = "OlmoeSparseMoeBlock"
 
@@ -114,10 +114,12 @@ def has_experts(module: torch.nn.Module) -> bool:
     return any(parameter.ndim == 3 for parameter in module.parameters())
 
 
-def test_a_router_that_chooses_among_groups_is_refused() -> None:
+def test_a_router_that_knows_experts_by_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that it does not say: it chooses among them all the same."""
     model = families.tiny("deepseek_v3")
+    monkeypatch.setattr(expert_groups, "find_groups", lambda *_: None)
     before = logits(model)
-    with pytest.raises(SurgeryError, match=r"only renumbered, the output moves by .* chooses among groups"):
+    with pytest.raises(SurgeryError, match=r"only renumbered, the output moves by .* or another part that knows"):
         solidify.rearrange_experts(model, "model.layers.1.mlp", [3, 2, 1])
     assert torch.equal(logits(model), before)
 
@@ -195,8 +197,9 @@ def test_a_block_of_the_users_own_keeps_what_is_not_about_the_number(beside: str
     assert (block.num_experts, getattr(block, "num_experts_per_tok", 8)) == (len(order), 8)
 
 
-def test_in_half_precision_the_proof_is_made_in_float32() -> None:
-    """A loud shared expert would hide what its routed ones do in bfloat16."""
+def test_in_half_precision_the_proof_is_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loud shared expert would hide what its routed ones do in bfloat16; here of a router with silent groups."""
+    monkeypatch.setattr(expert_groups, "find_groups", lambda *_: None)
     model = families.tiny("deepseek_v3").to(torch.bfloat16)
     with torch.no_grad():
         model.model.layers[1].mlp.shared_experts.down_proj.weight.mul_(40)

@@ -19,7 +19,7 @@ from solidify.healing import activations, matching
 from solidify.healing.activations import Activations
 from solidify.healing.sources import Batch, LayerStream, run_until_left
 from solidify.model import anatomy
-from solidify.surgery import selection
+from solidify.surgery import expert_parts, selection
 from solidify.surgery.expert_calls import BlockScorer
 from solidify.surgery.expert_scores import METHODS, ExpertScores
 from solidify.system import console, disk, processes
@@ -67,6 +67,7 @@ def score_experts(
         {name: METHODS[by](each.sums, each.counts, each.tokens).tolist() for name, each in scorers.items()},
         {name: scorer.counts.tolist() for name, scorer in scorers.items()},
         next(iter(scorers.values())).tokens,
+        {name: number for name in names if (number := expert_parts.count_groups(model, name)) > 1},
     )
 
 

@@ -13,7 +13,7 @@ from solidify.behaviour import properties
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, expert_averages, expert_parts, expert_proof, expert_taking
+from solidify.surgery import control, expert_averages, expert_groups, expert_parts, expert_proof, expert_taking
 from solidify.surgery.control import Control
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_averages import Merging
@@ -38,6 +38,12 @@ def present_choices(model: PreTrainedModel, names: Sequence[str]) -> dict[str, i
     found = {name: set(expert_parts.find_choices(model.get_submodule(name)).values()) for name in names}
     refuse(SurgeryError, _REFUSED, [_describe_silent(name) for name, said in found.items() if not said])
     return {name: max(said) for name, said in found.items()}
+
+
+def find_moved_groups(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Says in which blocks copies of all experts would have other groups of experts chosen."""
+    groups = {name: expert_groups.find_groups(model.get_submodule(name), len(order)) for name, order in sizes.items()}
+    return [fault for name, each in groups.items() if each is not None for fault in each.describe_copies(name)]
 
 
 def change(

@@ -19,7 +19,7 @@ def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: in
     """Returns, for each MoE block that `where` names, its experts in `into` clusters; the model is unchanged.
 
     The two clusters whose experts' router rows are most alike (the mean of all pairs' cosines) become one, until there
-    are so many.
+    are so many; in each group by itself, where the router chooses among groups first.
 
     Raises:
         SurgeryError: a name means nothing, a block has no experts or not so many, its router has no rows for them or
@@ -30,7 +30,9 @@ def cluster_experts(model: PreTrainedModel, where: str | Sequence[str], into: in
         raise SurgeryError(f"{_REFUSED}: the model is on the meta device, so it has no weights to be alike by; load it")
     lost = [name for name, each in rows.items() if not bool(each.isfinite().all())]
     refuse(SurgeryError, _REFUSED, [f"{name}: its router has weights that are NaN or infinite" for name in lost])
-    return {name: _cluster(each.cpu(), into) for name, each in rows.items()}
+    return {
+        name: _cluster_groups(each.cpu(), into, expert_parts.count_groups(model, name)) for name, each in rows.items()
+    }
 
 
 def stand_in(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, list[list[int]]]:
@@ -40,10 +42,19 @@ def stand_in(model: PreTrainedModel, where: str | Sequence[str], into: int) -> d
         SurgeryError: none could be found then, as `cluster_experts` says.
     """
     rows = _read_rows(model, where, into)
-    return {
-        name: [*([expert] for expert in range(into - 1)), list(range(into - 1, len(each)))]
-        for name, each in rows.items()
-    }
+    found = {}
+    for name, each in rows.items():
+        count = expert_parts.count_groups(model, name)
+        width, left = len(each) // count, into // count
+        found[name] = [
+            cluster
+            for start in range(0, len(each), width)
+            for cluster in (
+                *([start + expert] for expert in range(left - 1)),
+                list(range(start + left - 1, start + width)),
+            )
+        ]
+    return found
 
 
 def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) -> dict[str, torch.Tensor]:
@@ -52,18 +63,31 @@ def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) ->
     blocks = {name: model.get_submodule(name) for name in names}
     plans = {name: expert_parts.plan_block(model, name, []) for name in names}
     faults = [expert_parts.describe_missing(name, blocks[name]) for name, plan in plans.items() if not plan["size"]]
-    faults = faults or find_uncountable(into, {name: plan["size"] for name, plan in plans.items()})
+    if not faults:
+        groups = {name: expert_parts.count_groups(model, name) for name in names}
+        faults = find_uncountable(into, {name: plan["size"] for name, plan in plans.items()}, groups)
     refuse(SurgeryError, _REFUSED, faults)
     found = {}
     for name, plan in plans.items():
         own = expert_parts.expert_tensors(blocks[name], plan)
         routers = [path for path in plan["tensors"] if path not in own]
-        rows = [expert_parts.get_path(blocks[name], p).movedim(plan["tensors"][p], 0).flatten(1) for p in routers]
+        tensors = [expert_parts.get_path(blocks[name], path).movedim(plan["tensors"][path], 0) for path in routers]
+        rows = [each.reshape(len(each), -1) for each in tensors]
         wide = [each.detach() for each in rows if each.shape[1] > 1 and each.is_floating_point()]
         if not wide:
             raise SurgeryError(f"{name}: its router has no rows of weights for its experts, so none are alike by them")
         found[name] = torch.cat(wide, dim=1).double()
     return found
+
+
+def _cluster_groups(rows: torch.Tensor, into: int, count: int) -> list[list[int]]:
+    """Returns clusters of rows, as many in each of `count` groups, group after group."""
+    width = len(rows) // count
+    return [
+        [start + expert for expert in cluster]
+        for start in range(0, len(rows), width)
+        for cluster in _cluster(rows[start : start + width], into // count)
+    ]
 
 
 def _cluster(rows: torch.Tensor, into: int) -> list[list[int]]:

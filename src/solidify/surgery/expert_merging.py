@@ -128,7 +128,9 @@ def _plan_merging(
 
     sizes = {name: len(order) for name, order in expert_change.present_orders(model, names).items()}
     given = clusters if isinstance(clusters, Mapping) else dict.fromkeys(names, clusters)
-    refuse(SurgeryError, _REFUSED, _find_faults(names, given, sizes, weights))
+    faults = _find_faults(names, given, sizes, weights)
+    refuse(SurgeryError, _REFUSED, faults)
+    refuse(SurgeryError, _REFUSED, [f for name in names for f in _find_split_groups(model, name, given[name])])
     parts = {name: _weigh(given[name], weights.counts[name] if weights is not None else None) for name in names}
     return expert_averages.Merging(parts, "equal" if weights is None else weights.digest())
 
@@ -151,6 +153,18 @@ def _weigh(clusters: Clusters, counts: Sequence[int] | None) -> list[dict[int, f
         weights = weights if sum(weights) else [1] * len(weights)
         found.append({expert: weight / sum(weights) for expert, weight in zip(cluster, weights, strict=True)})
     return found
+
+
+def _find_split_groups(model: PreTrainedModel, name: str, clusters: Clusters) -> list[str]:
+    """Names the clusters of a block whose experts are of several groups."""
+    from solidify.surgery import expert_groups
+
+    groups = expert_groups.find_groups(model.get_submodule(name), sum(map(len, clusters)))
+    if groups is None:
+        return []
+    split = [list(cluster) for cluster in clusters if len({expert // groups.size for expert in cluster}) > 1]
+    rule = f"the router of {name} chooses among {groups.count} groups of {groups.size} experts"
+    return [f"{rule}, so a cluster has experts of one group, but {cluster} has of several" for cluster in split]
 
 
 def _find_faults(

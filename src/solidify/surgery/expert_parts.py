@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.model import anatomy, cost, operations
+from solidify.surgery import expert_groups
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a configuration, in transformers 5.23
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "top_k_experts")
@@ -34,7 +35,10 @@ def plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str,
         and value == size
         and (key.endswith(_COUNTS) or (key == "out_features" and f"{path}.weight" in tensors))
     ]
-    return {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
+    plan = {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
+    groups = expert_groups.find_groups(block, size)
+    fewer = groups.numbers_after(order) if groups is not None else {}
+    return {**plan, "groups": fewer} if fewer else plan
 
 
 def find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
@@ -52,7 +56,15 @@ def find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[st
         faults.append(f"experts_per_token is a whole number of at least 1, but {chosen!r} was given")
     elif len(order) < chosen:
         faults.append(f"{name} gives each token {chosen} experts, but the order has {len(order)}")
-    return faults
+    groups = expert_groups.find_groups(block, size)
+    return faults if faults or groups is None else groups.find_faults(name, order, chosen)
+
+
+def count_groups(model: PreTrainedModel, name: str) -> int:
+    """Returns the number of groups of experts that a block's router chooses among first; 1 where there are none."""
+    block = model.get_submodule(name)
+    groups = expert_groups.find_groups(block, _count_experts(model, name, block))
+    return 1 if groups is None else groups.count
 
 
 def find_choices(block: nn.Module) -> dict[str, int]:
@@ -134,8 +146,9 @@ def is_mixed(block: nn.Module, settings: Mapping[str, Any]) -> bool:
     """Returns whether a number of a block will be another than the configuration says."""
     keys = [path.rpartition(".")[2] for path in settings["after"]]
     counted = len(settings["order"]) == settings["size"] or any(key.endswith(_COUNTS) for key in keys)
+    grouped = not settings.get("groups") or any(key in expert_groups.COUNTS for key in keys)
     chosen = settings.get("chosen", {}).items() <= find_choices(block).items() or any(key in _CHOSEN for key in keys)
-    return not (counted and chosen)
+    return not (counted and grouped and chosen)
 
 
 def _list_numbers(
@@ -151,6 +164,34 @@ def _list_numbers(
     said = {value for key, value in vars(config).items() if key in _CHOSEN and type(value) is int}
     if chosen is not None and len(said) == 1 and chosen not in said and _choose_alike(model, plans, chosen):
         yield said.pop(), chosen, lambda key: key in _CHOSEN
+    for keys in (expert_groups.COUNTS, expert_groups.CHOSEN):
+        yield from _list_group_numbers(model, plans, name, config, keys)
+
+
+def _list_group_numbers(
+    model: PreTrainedModel,
+    plans: Mapping[str, Mapping[str, Any]],
+    name: str,
+    config: PreTrainedConfig,
+    keys: Sequence[str],
+) -> Iterator[tuple[int, int, Callable[[str], bool]]]:
+    """Yields how many groups of experts there were, and are, once all blocks have as many."""
+
+    def now(block: nn.Module, plan: Mapping[str, Any]) -> set[int]:
+        groups = expert_groups.find_groups(block, plan["size"])
+        found = {**(groups.places if groups is not None else {}), **plan.get("groups", {})}
+        return {value for path, value in found.items() if path.rpartition(".")[2] in keys}
+
+    said = {value for key, value in vars(config).items() if key in keys and type(value) is int}
+    kinds = {type(model.get_submodule(each)) for each in plans}
+    after: set[int] = set()
+    for other, module in model.named_modules():
+        if other in plans:
+            after |= now(module, plans[other])
+        elif type(module) in kinds:
+            after |= now(module, plan_block(model, other, []))
+    if len(said) == 1 and len(after) == 1 and after != said:
+        yield said.pop(), after.pop(), lambda key: key in keys
 
 
 def _choose_alike(model: PreTrainedModel, plans: Mapping[str, Mapping[str, Any]], chosen: int) -> bool:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import contract, control, expert_parts, expert_taking
+from solidify.surgery import contract, control, expert_groups, expert_parts, expert_taking
 from solidify.surgery.contract import Call
 
 
@@ -61,8 +61,8 @@ class _Renumbering:
         if not moved <= self.allowed:
             return [
                 f"when its experts are only renumbered, the output moves by {moved:.1e} of its largest value, so the "
-                "experts are not interchangeable (a router that chooses among groups, or a part that knows them by "
-                "number), or their router lies outside: name the block that holds both"
+                "experts are not interchangeable (a router or another part that knows them "
+                "by number), or their router lies outside: name the block that holds both"
             ]
         parts = [part for part in parts if self._tells_apart(part)]
         for count in range(1, len(parts) // 2 + 1):
@@ -91,7 +91,9 @@ class _Renumbering:
         some = set(parts)
         holder = torch.nn.Module()
         holder.add_module("block", operations.twin(self.block))
-        order = [*range(1, self.plan["size"]), 0]  # no group of experts stays one
+        groups = expert_groups.find_groups(self.block, self.plan["size"])
+        # Without groups every expert has another neighbour; with them, groups stay together and stand elsewhere.
+        order = [*range(1, self.plan["size"]), 0] if groups is None else groups.renumbered()
         tensors = {path: dim for path, dim in self.plan["tensors"].items() if path in some}
         lists = [path for path in self.plan["lists"] if path in some]
         expert_taking.take_experts(

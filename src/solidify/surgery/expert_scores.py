@@ -66,13 +66,15 @@ class ExpertScores:
     """Scores of experts, by the name of their block, each list in the order of the experts' numbers.
 
     `scores` are what `by` means (`METHODS`), `counts` how many of the `tokens` (padding left out) each expert got. An
-    expert that got no token has the score 0.
+    expert that got no token has the score 0. `groups` is the number of groups that a block's router chooses among
+    first, where it does.
     """
 
     by: str
     scores: Mapping[str, Sequence[float]]
     counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tokens: int = 0
+    groups: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> ExpertScores:
@@ -83,12 +85,13 @@ class ExpertScores:
             {name: list(block["scores"]) for name, block in blocks.items()},
             {name: list(block["counts"]) for name, block in blocks.items()},
             document["tokens"],
+            {name: block["groups"] for name, block in blocks.items() if "groups" in block},
         )
 
     def document(self) -> dict[str, Any]:
         """Returns the table as plain values, for JSON."""
         blocks = {
-            name: {"scores": list(scores), "counts": list(self.counts.get(name, ()))}
+            name: {"scores": list(scores), "counts": list(self.counts.get(name, ())), **self._describe_groups(name)}
             for name, scores in self.scores.items()
         }
         return {"by": self.by, "tokens": self.tokens, "blocks": blocks}
@@ -102,17 +105,21 @@ class ExpertScores:
     def keep(self, count: int) -> ExpertChoice:
         """Chooses, in every block, the `count` experts with the highest scores, in the order of their numbers.
 
-        Of equal scores the lower number wins.
+        Where a router chooses among groups first, they are the best of each group, as many of each. Of equal scores
+        the lower number wins.
 
         Raises:
-            SurgeryError: a block has not so many experts.
+            SurgeryError: a block has not so many experts, or its groups cannot keep as many each.
         """
-        refuse(SurgeryError, "the experts cannot be chosen as asked", find_uncountable(count, self._sizes()))
+        faults = find_uncountable(count, self._sizes(), self.groups)
+        refuse(SurgeryError, "the experts cannot be chosen as asked", faults)
         orders = {
-            name: sorted(sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[:count])
-            for name, scores in self.scores.items()
+            name: best_of_each(_rank(scores), count, self.groups.get(name, 1)) for name, scores in self.scores.items()
         }
         return ExpertChoice(orders, self.by, {"scores": self.digest(), "tokens": self.tokens})
+
+    def _describe_groups(self, name: str) -> dict[str, int]:
+        return {"groups": self.groups[name]} if self.groups.get(name, 1) > 1 else {}
 
     def _sizes(self) -> dict[str, int]:
         return {name: len(scores) for name, scores in self.scores.items()}
@@ -123,7 +130,7 @@ class ExpertScores:
     def __str__(self) -> str:
         lines = [repr(self)]
         for name, scores in self.scores.items():
-            ranked = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
+            ranked = _rank(scores)
             lines.append(f"  {name}: " + ", ".join(f"{expert} ({scores[expert]:.4g})" for expert in ranked))
         return "\n".join(lines)
 
@@ -139,8 +146,30 @@ class ExpertScores:
         return markup.table(repr(self), ("block", "expert", self.by, "tokens"), rows)
 
 
-def find_uncountable(count: Any, sizes: Mapping[str, int]) -> list[str]:
-    """Says in which blocks so many experts cannot be kept."""
+def find_uncountable(count: Any, sizes: Mapping[str, int], groups: Mapping[str, int] | None = None) -> list[str]:
+    """Says in which blocks so many experts cannot be kept, as many in each of their `groups`."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         return [f"the number of experts to keep is a whole number of at least 1, but {count!r} was given"]
-    return [f"{name} has {size} experts, so {count} cannot be kept" for name, size in sizes.items() if count > size]
+    faults = [f"{name} has {size} experts, so {count} cannot be kept" for name, size in sizes.items() if count > size]
+    faults += [
+        f"the router of {name} has {number} groups of {sizes[name] // number} experts, all to keep as many, so {count} "
+        f"cannot be kept: keep N in each group of {sizes[name] // number}, {number} N in all"
+        for name, number in (groups or {}).items()
+        if count <= sizes[name] and count % number
+    ]
+    return faults
+
+
+def best_of_each(ranked: Sequence[int], count: int, groups: int) -> list[int]:
+    """Returns the first `count` of ranked experts, as many of each of so many groups, in the order of their numbers."""
+    size = len(ranked) // groups
+    return sorted(
+        expert
+        for group in range(groups)
+        for expert in [each for each in ranked if each // size == group][: count // groups]
+    )
+
+
+def _rank(scores: Sequence[float]) -> list[int]:
+    """Returns the experts' numbers, the best first."""
+    return sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))

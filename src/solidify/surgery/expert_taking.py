@@ -28,6 +28,7 @@ def take_experts(model: Any, names: list[str], edit: dict[str, Any], classes: di
             items = block.get_submodule(path)
             taken = [deepcopy(items[e]) if e in order[:index] else items[e] for index, e in enumerate(order)]
             block.set_submodule(path, type(items)(taken), strict=True)
-        for path, number in {**dict.fromkeys(edit["numbers"], len(order)), **edit.get("chosen", {})}.items():
+        numbers = dict.fromkeys(edit["numbers"], len(order)) | edit.get("chosen", {}) | edit.get("groups", {})
+        for path, number in numbers.items():
             owner, _, key = path.rpartition(".")
             setattr(block.get_submodule(owner), key, number)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 
 from solidify.errors import SurgeryError, refuse
-from solidify.surgery.expert_scores import By, ExpertChoice, find_uncountable
+from solidify.surgery.expert_scores import By, ExpertChoice, best_of_each, find_uncountable
 from solidify.surgery.operation import Context, Operation, Record, broken_rule
 
 if TYPE_CHECKING:
@@ -85,9 +85,11 @@ class RearrangeExperts(Operation):
         names = selection.targets(model, self.rearrange_experts, self.expect, self.count)
         sizes = {name: int(expert_parts.plan_block(model, name, [])["size"]) for name in names}
         faults = [expert_parts.describe_missing(name, model.get_submodule(name)) for name in names if not sizes[name]]
-        refuse(SurgeryError, _REFUSED, faults or find_uncountable(self.keep, sizes))
+        groups = {name: expert_parts.count_groups(model, name) for name in names}
+        refuse(SurgeryError, _REFUSED, faults or find_uncountable(self.keep, sizes, groups))
         if anatomy.is_meta(model):
-            return ExpertChoice(dict.fromkeys(names, range(self.keep)), self.by, {"rows": self.rows}, planned=True)
+            first = {n: best_of_each(range(sizes[n]), self.keep, groups[n]) for n in names}
+            return ExpertChoice(first, self.by, {"rows": self.rows}, planned=True)
         return context.scores(model, names, self.by, self.rows).keep(self.keep)
 
     @classmethod
@@ -100,7 +102,8 @@ class RearrangeExperts(Operation):
         found = {path: get_path(module, path).shape[dim] for path, dim in settings["tensors"].items()}
         found |= {path: len(get_path(module, path)) for path in settings["lists"]}
         wrong = [f"{path} has {rows} experts, not {size}" for path, rows in found.items() if rows != size]
-        chosen = {path: (get_path(module, path), number) for path, number in settings.get("chosen", {}).items()}
+        numbers = settings.get("chosen", {}) | settings.get("groups", {})
+        chosen = {path: (get_path(module, path), number) for path, number in numbers.items()}
         wrong += [f"{path} is {now}, not {number}" for path, (now, number) in chosen.items() if now != number]
         return f"has {size} experts", wrong
 
@@ -172,6 +175,7 @@ def duplicate_experts(
         raise SurgeryError(f"{_REFUSED}: copies is a whole number of at least 2, but {copies!r} was given")
     names = selection.targets(model, target, expect, count)
     present = expert_change.present_orders(model, names)
+    refuse(SurgeryError, _REFUSED, expert_change.find_moved_groups(model, present))
     orders = {name: [expert for expert in order for _ in range(copies)] for name, order in present.items()}
     chosen = {name: copies * number for name, number in expert_change.present_choices(model, names).items()}
     return expert_change.change(model, orders, chosen, extent=extent, same=f"{copies} copies of each expert")
