@@ -22,6 +22,7 @@ from solidify.system import console
 LLAMA = "transformers.models.llama.modeling_llama"
 BOUNDED = Bar("resident", 1.3e9)
 READ = "cat of the merged model"
+FIRST = "first token of the base"
 ROWS = {
     "i": Row("build with renames, digests known", "build", (COPY,), (Bar("seconds", 1.15, COPY), BOUNDED)),
     "j": Row(
@@ -41,6 +42,7 @@ ROWS = {
         (Bar("seconds", 1.25, COPY), Bar("seconds", 0.7, PEFT), BOUNDED),
     ),
     "n": Row("check of the merged model", "check", (READ,), (Bar("seconds", 1.1, READ), BOUNDED)),
+    "o": Row("load and first token", "first token", (FIRST,)),
 }
 
 
@@ -63,6 +65,8 @@ def ways(places: Places) -> dict[str, Way]:
         PEFT: Way([*PLAIN, "merge", base, tuned, output], [base, tuned], output, f"peft,{LLAMA}"),
         "merge, plain": Way([*SOLIDIFY, "merge", tuned, "--output", output], [base, tuned], output, load),
         "merge": Way([*SOLIDIFY, "merge", adapter, "--output", merged], [artifact, adapter], merged, load),
+        FIRST: Way([*PLAIN, "first", base], [base], None, LLAMA),
+        "first token": Way([*OURS, "first", artifact], [artifact], None, load),
         READ: Way(["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', merged], [merged]),
         "check": Way([*SOLIDIFY, "check", merged], [merged], None, load),
     }
@@ -83,7 +87,7 @@ def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str,
         }
         document = {"base": {"model": str(base)}, "surgery": [replacement]}
         places.made(f"{recipe}.yaml").write_text(yaml.safe_dump(document))
-    if "merge" in chosen:
+    if chosen.keys() & {"merge", "first token"}:
         call(environment, *SOLIDIFY, "build", places.made("renamed.yaml"), "--output", places.made("base"))
         call(environment, *OURS, "scales", places.made("base/artifact"), places.made("adapter"))
     if chosen.keys() & {PEFT, "merge, plain"}:

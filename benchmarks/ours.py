@@ -1,6 +1,7 @@
 """The parts of ours that the command line does not offer by themselves, each in a process of its own.
 
 python benchmarks/ours.py load ARTIFACT
+python benchmarks/ours.py first ARTIFACT                 # loads it, digests compared, and makes one token
 python benchmarks/ours.py digests ARTIFACT                # every digest of the manifest, and nothing else
 python benchmarks/ours.py note MODEL                      # computes and keeps digests, as a first build does
 python benchmarks/ours.py adapter ARTIFACT OUTPUT         # a random LoRA for `solidify merge`
@@ -18,6 +19,13 @@ import solidify
 def load(artifact: str) -> None:
     """Loads an artifact, its digests compared first."""
     solidify.load(artifact)
+
+
+def first(artifact: str) -> None:
+    """Loads an artifact, its digests compared, and makes one token."""
+    from plain import make_token
+
+    make_token(solidify.load(artifact))
 
 
 def digests(artifact: str) -> None:
@@ -61,4 +69,4 @@ def scales(artifact: str, output: str) -> None:
 
 if __name__ == "__main__":
     _, verb, *given = sys.argv
-    {"load": load, "digests": digests, "note": note, "adapter": adapter, "scales": scales}[verb](*given)
+    {"load": load, "first": first, "digests": digests, "note": note, "adapter": adapter, "scales": scales}[verb](*given)

@@ -1,6 +1,7 @@
 """The plain ways that ours are compared with: transformers and PEFT as their documentation shows them.
 
 python benchmarks/plain.py load MODEL
+python benchmarks/plain.py first MODEL                   # loads it, and makes one token
 python benchmarks/plain.py rewrite MODEL OUTPUT           # load and save: what any surgery in a script does at least
 python benchmarks/plain.py adapter MODEL OUTPUT           # a random LoRA for `merge`
 python benchmarks/plain.py merge MODEL ADAPTER OUTPUT
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -19,6 +20,16 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_pro
 def load(model: str) -> None:
     """Loads a model."""
     AutoModelForCausalLM.from_pretrained(model)
+
+
+def first(model: str) -> None:
+    """Loads a model and makes one token."""
+    make_token(AutoModelForCausalLM.from_pretrained(model))
+
+
+def make_token(model: PreTrainedModel) -> None:
+    """Makes the first token after a short prompt."""
+    model.generate(torch.arange(2, 18)[None], max_new_tokens=1, do_sample=False, eos_token_id=None)
 
 
 def rewrite(model: str, output: str) -> None:
@@ -56,4 +67,4 @@ def randomize(tuned: torch.nn.Module) -> None:
 
 if __name__ == "__main__":
     _, verb, *given = sys.argv
-    {"load": load, "rewrite": rewrite, "adapter": adapter, "merge": merge}[verb](*given)
+    {"load": load, "first": first, "rewrite": rewrite, "adapter": adapter, "merge": merge}[verb](*given)
