@@ -189,6 +189,13 @@ def test_a_verb_without_training_imports_nothing_of_it(used: str) -> None:
     assert done.stdout.split() == [] and done.stderr == ""
 
 
+def test_loading_imports_no_peft() -> None:
+    """It brings accelerate, and bitsandbytes half of torch's compiler: a second or two."""
+    script = "import sys, solidify.artifact.solidify; print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "solidify", "--help"], capture_output=True, text=True, check=True)
     for verb in ("demo", "inspect", "plan", "run", "build", "train", "check", "merge", "diff", "generate"):

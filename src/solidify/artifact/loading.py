@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from peft.utils import CONFIG_NAME
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from solidify.artifact import autos, companions, conversion, quantizing
 from solidify.artifact.conversion import Scratch
@@ -142,10 +142,10 @@ def _read_model(
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Returns a pretrained model, what transformers says that its files lack or have more, and the class's name."""
     trusted = options["trust_remote_code"]
-    if has_file(reference, CONFIG_NAME, options["revision"]):
+    if has_file(reference, ADAPTER_CONFIG_NAME, options["revision"]):
         raise ModelError(
-            f"the base {reference!r} holds an adapter too ({CONFIG_NAME}), which transformers would put on it; merge "
-            "that first (`solidify merge`), or remove the file"
+            f"the base {reference!r} holds an adapter too ({ADAPTER_CONFIG_NAME}), which transformers would put on it; "
+            "merge that first (`solidify merge`), or remove the file"
         )
     config = AutoConfig.from_pretrained(reference, **options)
     if not quantized:
