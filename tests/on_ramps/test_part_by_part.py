@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "featured": (make_featured, "module.classifier.1"),
     "attending": (lambda: factory_nets.Attending(4, 3.0), "module.head"),
     "one module at two names": (lambda: factory_nets.Repeating(16), "module.first"),
+    "numbers of tensors": (lambda: factory_nets.Scheduled(4, 0.2), "module.layers.1.0"),
     "another default": (lambda: plain_nets.AlexNet(dropout=0.2), "module.classifier.1"),
     "grown": (lambda: grow(make_featured()), "module.features.11"),
 }

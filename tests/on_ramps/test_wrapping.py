@@ -182,3 +182,71 @@ def test_inputs_that_a_file_does_not_align_are_those_of_memory(tmp_path: Path, w
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)).eval()
     solidify.build(solidify.wrap(module, {"inputs": torch.randn(4, width)}), [], tmp_path / "net")
+
+
+TOKENS = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(1))
+
+
+def tie_by_hand() -> nn.Module:
+    module = plain_nets.Untied()
+    module.head.weight = module.table.weight
+    return module
+
+
+TIED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "by its constructor": (
+        plain_nets.Tied,
+        {"module.layers.2.weight": "module.layers.0.weight", "module.head.weight": "module.table.weight"},
+    ),
+    "by hand": (tie_by_hand, {"module.head.weight": "module.table.weight"}),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_parameter_at_two_places_stays_one(tmp_path: Path, case: str) -> None:
+    make, ties = TIED[case]
+    torch.manual_seed(2)
+    module = make().eval()
+    made = solidify.build(solidify.wrap(module, {"inputs": TOKENS}), [], tmp_path / "artifact")
+    assert any(finding.name == "loads without us" and finding.passed for finding in made.findings)
+    again = solidify.load(made.directory)
+    named = dict(again.named_parameters(remove_duplicate=False))
+    assert all(named[name] is named[first] for name, first in ties.items())
+    assert torch.equal(again(TOKENS).logits, module(TOKENS))
+    assert len(list(again.parameters())) == len(list(module.parameters()))
+
+
+def test_lora_beside_ties_is_learned_and_merged(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    artifact = pico.artifact(solidify.wrap(plain_nets.Tied(), {"inputs": TOKENS}), [], tmp_path / "artifact")
+    for more in ({}, {"ensure_weight_tying": False}):
+        with pytest.raises(SolidifyError, match=r"module.head and module.table are tied .* name none of them"):
+            solidify.attach(solidify.load(artifact), lora={"r": 2, "target_modules": ["module.head"], **more})
+    model = solidify.attach(solidify.load(artifact), lora={"r": 2, "target_modules": ["module.mix"]}).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    expected = model(TOKENS).logits.detach()
+    solidify.merge(solidify.save_adapter(model, tmp_path / "adapter"), tmp_path / "merged")
+    merged = solidify.load(tmp_path / "merged")
+    torch.testing.assert_close(merged(TOKENS).logits.detach(), expected, rtol=0, atol=1e-4)
+    assert merged.module.layers[2].weight is merged.module.layers[0].weight
+    assert merged.module.head.weight is merged.module.table.weight
+
+
+def test_views_of_one_memory_are_refused_with_what_to_do() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = nn.Parameter(module[0].weight.data)
+    with pytest.raises(ModelError, match=r"module\.1\.weight and module\.0\.weight are views of one memory; make them"):
+        solidify.wrap(module, torch.randn(2, 4))
+
+
+def test_inputs_have_the_dtype_of_the_example(tmp_path: Path) -> None:
+    """And not that of the first parameter, which is another here; each keeps its own."""
+    torch.manual_seed(2)
+    module, example = plain_nets.Mixed().eval(), torch.randn(3, 8)
+    made = solidify.build(solidify.wrap(module, {"inputs": example}), [], tmp_path / "artifact")
+    assert any(finding.name == "loads without us" and finding.passed for finding in made.findings)
+    again = solidify.load(made.directory)
+    assert torch.equal(again(example).logits, module(example))
+    assert again.module.offset.dtype == torch.float64 and again.module.layer.weight.dtype == torch.float32

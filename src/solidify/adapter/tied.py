@@ -32,6 +32,11 @@ def faults(
                 f"{low[0]} gets a low-rank update and {full[0]} is trained in full, but they are tied (one weight); "
                 "declare one of the two ways for it"
             )
+        elif low and not _can_part(model, group):
+            found.append(
+                f"LoRA: {' and '.join(group)} are tied (one weight) by the code of their module, and updates would "
+                "part them: name none of them in target_modules"
+            )
         elif low and len(low) < len(group) and not apart:
             left = ", ".join(name for name in group if name not in low)
             found.append(
@@ -77,6 +82,16 @@ def parted(model: PeftModel, lora: Mapping[str, Any] | None) -> list[str]:
 def groups(model: nn.Module) -> list[list[str]]:
     """Returns the names of modules that share one weight now."""
     return [group for group, _ in _find_groups(model)]
+
+
+def _can_part(model: nn.Module, group: Sequence[str]) -> bool:
+    """Returns whether a configuration can untie a group, or PEFT keep it: it is the input and output embeddings."""
+    plain = lookup.plain_model(model)
+    if not isinstance(plain, PreTrainedModel):
+        return True
+    asked = [foreign.attempt(ask).value for ask in (plain.get_input_embeddings, plain.get_output_embeddings)]
+    ends = [lookup.original(module) for module in asked if isinstance(module, nn.Module)]
+    return any(lookup.owner(model, name) is end for name in group for end in ends)
 
 
 def _find_storages(layer: Any) -> frozenset[int]:

@@ -295,7 +295,8 @@ def _find_origins(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
 
 def _find_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
     """Returns the names whose tensors come back by being tied to another, as they are now."""
-    declared = {**model.all_tied_weights_keys, **operations.shared_keys(model)}
+    ties = model.all_tied_weights_keys
+    declared = {n: first for n, first in operations.shared_keys(model).items() if first not in ties or n in ties} | ties
     return {
         name
         for name, source in declared.items()

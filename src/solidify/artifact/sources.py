@@ -65,7 +65,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
-    shares = not set(operations.shared_keys(model)) <= set(family.ties)
+    shares = any({name, first}.isdisjoint(family.ties) for name, first in operations.shared_keys(model).items())
     prefix = None if family.backbone is None else family.prefix
     within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _list_names(entry))
     context = {

@@ -124,15 +124,15 @@ def share(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classe
     return names
 
 
-def shared_keys(model: PreTrainedModel) -> dict[str, str]:
-    """Maps the tensor names of a module that has several names: those under a later name to those under the first."""
+def shared_keys(model: nn.Module) -> dict[str, str]:
+    """Maps the later names of a tensor that stands at several places, alone or with its module, to the first."""
     first: dict[int, str] = {}
     keys: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        original = first.setdefault(id(module), name)
-        if original != name:
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            keys |= {f"{name}.{key}": f"{original}.{key}" for key, _ in own}
+    for table in (model.named_parameters, model.named_buffers):
+        for name, tensor in table(remove_duplicate=False):
+            original = first.setdefault(id(tensor), name)
+            if original != name:
+                keys[name] = original
     return keys
 
 

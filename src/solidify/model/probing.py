@@ -126,7 +126,9 @@ def _make_described(
     if described["below"] is not None:
         whole = torch.randint(0, described["below"], shape, generator=generator)
         return {described["name"]: whole.to(getattr(torch, described["dtype"]))}
-    return {described["name"]: torch.randn(shape, generator=generator).to(model.dtype)}
+    same = str(model.dtype).removeprefix("torch.") == described.get("weights")
+    dtype = getattr(torch, described["dtype"]) if same else model.dtype
+    return {described["name"]: torch.randn(shape, generator=generator).to(dtype)}
 
 
 def _make_tokens(

@@ -35,6 +35,15 @@ class Wrapped(PreTrainedModel):  # type: ignore[misc]  # untyped upstream
         self.module: nn.Module = nn.Identity()
         self.post_init()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the floating dtype that most numbers have; transformers takes that of the first parameter."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
     def _init_weights(self, module: nn.Module) -> None:
         """Leaves all as the module's own constructor made it."""
 

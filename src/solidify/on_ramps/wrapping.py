@@ -7,7 +7,7 @@ too; it carries the classes' source, or requires the package that they come from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
+from solidify.model.operations import shared_keys
 from solidify.modules import wrapped_module
 from solidify.surgery.comparing import held_faults
 from solidify.surgery.constructing import frozen
@@ -51,15 +52,16 @@ def wrap(
     (`pixel_values`), (batch_size, sequence_length) integers are tokens (`input_ids`), all else is `inputs`; a mapping
     of one name says which. A constructor's arguments are read off the module's attributes. Where those do not make the
     same, it is recorded part by part: classes, shapes of tensors, attributes; tensors that its state leaves out are
-    saved then, and become buffers, in place. `arguments` says what its constructor was given instead; classes are
-    allowed, and for a `nn.Sequential` they are given by the child's name.
+    saved then, and become buffers, in place. A parameter at several names stays one (a tie). `arguments` says what its
+    constructor was given instead; classes are allowed, and for a `nn.Sequential` they are given by the child's name.
     `problem_type` says which loss labels have, as transformers' classifiers do (left out, it follows from the labels).
 
     `solidify.build(model, edits, directory)` writes it, with or without edits. Surgery names what is inside `module.`.
 
     Raises:
         ModelError: the module takes several inputs or returns no tensor, or, built again by its constructor and part by
-            part, it is not the same (hooks, functions without a name). All reasons together.
+            part, it is not the same (hooks, functions without a name); or tensors are views of one memory. All reasons
+            together.
     """
     if isinstance(module, PreTrainedModel):
         raise ModelError(f"{type(module).__name__} is a model of transformers already; use it as it is")
@@ -67,22 +69,40 @@ def wrap(
         raise ModelError(
             f"{type(module).__name__} has no parameters of real numbers, and a model of transformers has some"
         )
+    refuse(ModelError, f"{type(module).__name__} cannot be wrapped", list(_memory_faults(module)))
     name, given = _read_example(example_inputs)
     before = _call(module, given)
     tree, classes, note = _describe(module, given, before, arguments)
     config = wrapped_module.WrappedConfig(
-        example_inputs=_describe_input(name, given),
+        example_inputs=_describe_input(name, given, anatomy.main_dtype(module)),
         num_labels=before.shape[-1] if before.ndim == 2 else 1,
         problem_type=problem_type,
-        dtype=next((p.dtype for p in module.parameters()), torch.float32),
+        tie_word_embeddings=False,  # ties are found in the module; there are no embeddings for PEFT to ask for
+        dtype=anatomy.main_dtype(module),
     )
     kind = _KINDS[name]
     config.auto_map = {auto: f"wrapped_module.{kind.__name__}" for auto in dict.fromkeys(("AutoModel", _AUTOS[name]))}
     model: Any = kind(config)
     model.module = module
+    model.all_tied_weights_keys = shared_keys(model)
     vars(model)[WRAPPING] = _record(module, tree, classes, note)
     found: PreTrainedModel = model.eval()
     return found
+
+
+def _memory_faults(module: nn.Module) -> Iterator[str]:
+    """Names the tensors that share memory and are not one tensor: files keep each by itself, and would part them."""
+    first: dict[int, str] = {}
+    later = shared_keys(module)
+    for table in (module.named_parameters, module.named_buffers):
+        for key, tensor in table(remove_duplicate=False):
+            if tensor.numel() and not tensor.is_meta and key not in later:
+                other = first.setdefault(tensor.untyped_storage().data_ptr(), key)
+                if other != key:
+                    yield (
+                        f"{NAME}.{key} and {NAME}.{other} are views of one memory; make them one tensor (one "
+                        "nn.Parameter at both names is a tie, and stays one), or give each its own by clone()"
+                    )
 
 
 def _read_example(example: torch.Tensor | Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
@@ -107,13 +127,14 @@ def _is_tokens(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.ndim == 2
 
 
-def _describe_input(name: str, given: torch.Tensor) -> dict[str, Any]:
+def _describe_input(name: str, given: torch.Tensor, weights: torch.dtype | None) -> dict[str, Any]:
     whole = not given.is_floating_point() and not given.is_complex()
     return {
         "name": name,
         "shape": list(given.shape[1:]),
         "dtype": str(given.dtype).removeprefix("torch."),
         "below": int(given.max()) + 1 if whole and given.numel() else None,
+        "weights": str(weights).removeprefix("torch."),  # most of them: in another dtype, the model takes that one
     }
 
 
@@ -165,18 +186,15 @@ def _unlike(
     module: nn.Module, tree: dict[str, Any], classes: Classes, given: torch.Tensor, before: torch.Tensor
 ) -> list[str]:
     """Builds the module once more, and returns where its parts, or what it returns, are not the same."""
-    with torch.random.fork_rng([]):
-        holder = nn.Module()
-        holder.add_module(NAME, nn.Identity())
-        entry = {"classes": [str(n) for n in range(len(classes.found))], "arguments": tree}
-        kinds = {str(number): cls for number, cls in enumerate(classes.found)}
-        built = foreign.attempt(assemble, holder, [NAME], entry, kinds)
-    if built.error is not None:
-        return [foreign.said(built.error)]
-    again = holder.get_submodule(NAME)
+    for device in ("meta", "cpu"):  # models are loaded on the first, where a constructor can compute no number
+        built = foreign.attempt(_build_again, tree, classes, device)
+        if built.value is None:
+            where = " (on the meta device, on which models are loaded)" if device == "meta" else ""
+            return [f"{foreign.said(built.error)}{where}" if built.error is not None else "nothing is built"]
+    assert built.value is not None
+    again: nn.Module = built.value
     if faults := list(part_faults(module, again, NAME)):
         return faults
-    again.to(next((p.dtype for p in module.parameters()), torch.float32))
     _take_state(again, module)
     uncalled = held_faults(module, again, NAME)
     after = foreign.attempt(_call, again, given)
@@ -188,6 +206,16 @@ def _unlike(
     if before.shape != after.value.shape or not torch.allclose(before, after.value, 1e-4, 1e-5, equal_nan=True):
         return ["with the same weights, it returns something else on example_inputs"]
     return []
+
+
+def _build_again(tree: dict[str, Any], classes: Classes, device: str) -> nn.Module:
+    """Builds a module as a description says; random numbers go on as if it had not been."""
+    holder = nn.Module()
+    holder.add_module(NAME, nn.Identity())
+    entry = {"classes": [str(n) for n in range(len(classes.found))], "arguments": tree}
+    with torch.random.fork_rng([]), torch.device(device):
+        assemble(holder, [NAME], entry, {str(number): cls for number, cls in enumerate(classes.found)})
+    return holder.get_submodule(NAME)
 
 
 def _take_state(again: nn.Module, module: nn.Module) -> None:

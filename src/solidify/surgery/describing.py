@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from solidify.model.assembling import Maker
-from solidify.model.operations import enclosing_config, layer_index, put_module
+from solidify.model.operations import enclosing_config, layer_index, put_module, shared_keys
 from solidify.surgery import encoding
 from solidify.surgery.constructing import SUPPLIED
 from solidify.surgery.edit_record import Edit
@@ -156,3 +156,8 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
     for key in sorted({**shapes[0], **shapes[1]}):
         if shapes[0].get(key) != shapes[1].get(key):
             yield f"{within}.{key} has shape {shapes[0].get(key)}, and {shapes[1].get(key)}"
+    ties = [shared_keys(each) for each in (module, again)]
+    for key in sorted({**ties[0], **ties[1]}):
+        if ties[0].get(key) != ties[1].get(key):
+            words = [f"one with {within}.{tie[key]}" if key in tie else "one of its own" for tie in ties]
+            yield f"{within}.{key} is {words[0]}, and {words[1]}"

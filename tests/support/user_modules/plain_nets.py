@@ -81,3 +81,46 @@ class Gated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gate * self.original(x)
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding, and whose two layers have one weight; tied by its constructor."""
+
+    def __init__(self, vocabulary: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.vocabulary, self.width = vocabulary, width
+        self.table = nn.Embedding(vocabulary, width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.table.weight
+        self.layers[2].weight = self.layers[0].weight
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.layers(self.table(ids)).mean(1)))
+
+
+class Untied(nn.Module):
+    """The same layers, which somebody else ties."""
+
+    def __init__(self, vocabulary: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.vocabulary, self.width = vocabulary, width
+        self.table = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids).mean(1))
+
+
+class Mixed(nn.Module):
+    """Holds a number in float64 at its root, beside layers in float32."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.width = width
+        self.offset = nn.Parameter(torch.full((1,), 0.1, dtype=torch.float64))
+        self.layer = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x).double() + self.offset).to(x.dtype)
