@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +25,8 @@ from solidify.directory import manifest, ours, results
 from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError
 from solidify.findings import Finding, Report
 from solidify.merging import export
-from solidify.recipe import schema, stages, training
+from solidify.recipe import dry_run, schema, stages, training
+from solidify.recipe import models as models_of_recipes
 from solidify.training import checkpoints
 
 
@@ -487,3 +489,42 @@ def test_an_adapter_that_was_not_loaded_again_is_not_finished(
     assert again.passed and "trained before" not in {finding.name for finding in again.findings}
     assert manifest.read(output / "adapter").failed == [] and check.check(output).passed
     assert stages.train(made, output, resume=True).findings[-1].name == "trained before"
+
+
+def test_resume_builds_anew_with_other_initial_weights(beside: Path, tmp_path: Path) -> None:
+    content = {key: value for key, value in document().items() if key in ("base", "surgery")}
+    content["surgery"] = [{**content["surgery"][0], "weights": "scale.safetensors"}]
+    weights = {"scale": torch.ones(1)}
+    save_file(weights, beside / "scale.safetensors")
+    recipe = load(beside, "weights.yaml", content)
+    stages.run(recipe, tmp_path / "out")
+    assert models_of_recipes.is_built(recipe, tmp_path / "out" / "artifact")
+    save_file(weights, beside / "scale.safetensors", metadata={"edited": "yes"})
+    assert not models_of_recipes.is_built(recipe, tmp_path / "out" / "artifact")
+    stages.run(recipe, tmp_path / "out", resume=True)
+    assert models_of_recipes.is_built(recipe, tmp_path / "out" / "artifact")
+
+
+def test_held_out_rows_tell_what_surgery_alone_does(beside: Path, tmp_path: Path) -> None:
+    content = {
+        "base": {"model": "base"},
+        "surgery": [{"remove": "model.layers.1", "expect": "LlamaDecoderLayer"}],
+        "data": {"train": "train.txt", "eval": "train.txt", "max_length": 16},
+    }
+    report = stages.run(load(beside, "alone.yaml", content), tmp_path / "out")
+    before, after = (report.measured[f"heldout_loss_{which}"] for which in ("base", "artifact"))
+    assert before > 0 and after > 0 and before != after
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())["measured"]
+    assert (kept["heldout_loss_base"], kept["heldout_loss_artifact"]) == (before, after)
+    assert f"before surgery: {before:.4g}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_cannot_be_measured_is_said_in_the_plan(beside: Path) -> None:
+    (beside / "pairs.jsonl").write_text('{"prompt": "w5", "chosen": "w6", "rejected": "w7"}\n')
+    content = {
+        "base": {"model": "base"},
+        "surgery": [{"remove": "model.layers.1", "expect": "LlamaDecoderLayer"}],
+        "data": {"train": "pairs.jsonl", "eval": "pairs.jsonl", "max_length": 16},
+    }
+    (note,) = dry_run.plan(load(beside, "pairs.yaml", content)).notes
+    assert note.startswith("data.eval is not measured: data.eval: measuring reads the rows")

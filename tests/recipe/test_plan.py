@@ -203,3 +203,32 @@ def test_sharding_that_depends_on_how_a_run_is_started_is_told(
 def test_low_rank_factors_on_a_half_precision_base_are_planned(tiny_base: Path, tmp_path: Path) -> None:
     made = loaded(tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled", **HALF)
     assert dry_run.plan(made).trainable  # PEFT makes them in float32, on the meta device too
+
+
+TRASH = {"replace": "model.layers.*.mlp", "with": "solidify.modules.trashcan_moe:TrashCanMoE"}
+CONTROLLER = {"loss": "solidify.losses:trash_controller", "arguments": {"target": 0.75}}
+RAMP = {"loss": "solidify.losses:ramp", "arguments": {"buffers": "**.trash.bias", "start": -9.0, "end": -4.0}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "term", "sleeps"),
+    [({}, None, True), ({"threshold": -4.0}, None, False), ({}, CONTROLLER, False), ({}, RAMP, False)],
+)
+def test_a_trash_can_that_nothing_wakes_is_told_before_it_is_trained(
+    tiny_base: Path, tmp_path: Path, arguments: dict[str, Any], term: dict[str, Any] | None, sleeps: bool
+) -> None:
+    recipe = loaded(
+        tmp_path, tiny_base, "model.layers.*.mlp", "OlmoeSparseMoeBlock", "wrappers.py:Scaled",
+        surgery=[{**TRASH, "expect": "OlmoeSparseMoeBlock", "arguments": arguments}],
+        adapter={"lora": {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj"]},
+                 "train": ["model.layers.*.mlp.trash"]},
+        objective=[{"loss": "model"}, *([term] if term is not None else [])],
+    )  # fmt: skip
+    planned = dry_run.plan(recipe)
+    said = "model.layers.*.mlp: the trash can is asleep"
+    assert [note[: len(said)] for note in planned.notes] == ([said] if sleeps else [])
+    if sleeps:
+        console = Console(file=StringIO(), width=400)
+        for shown in views.plan(planned.document()):
+            console.print(shown)
+        assert "add the term solidify.losses:trash_controller" in console.file.getvalue()  # type: ignore[attr-defined]

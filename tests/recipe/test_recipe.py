@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
     again = schema.load(written(tmp_path, loaded.document()))
     assert again.document() == loaded.document()
     assert loaded.directory == EXAMPLE.parent
+
+
+def test_a_recipe_knows_its_files_by_what_they_hold(tmp_path: Path) -> None:
+    """And round-trips through YAML all the same."""
+    document = {**MINIMAL, "surgery": [{**MINIMAL["surgery"][0], "weights": "w.safetensors"}]}  # type: ignore[dict-item]
+    (tmp_path / "w.safetensors").write_bytes(b"one")
+    first = schema.load(written(tmp_path, document)).document()
+    assert schema.load(written(tmp_path, first)).document() == first
+    (tmp_path / "w.safetensors").write_bytes(b"another")
+    assert schema.load(written(tmp_path, document)).document() != first
 
 
 def test_a_chat_template_is_a_file_beside_the_recipe_or_stands_in_it(tmp_path: Path) -> None:
@@ -123,11 +135,23 @@ def test_a_rule_about_several_keys_is_one_sentence_from_python_too(more: dict[st
     assert "Value error" not in str(caught.value)
 
 
+BROKEN = {
+    "base: {model: x}\ndata: train: a.txt\n": r"line 2, column 12: mapping values are not allowed here; write `key: ",
+    "base:\n  model: x\n dtype: float32\n": r"line 3, column 2: expected .*\(begun in line 1\); .*indent with spaces",
+    "base: [x\noutput: y\n": r"line 2, column 7: expected .* close brackets",
+    "base: *x\n": r"line 1, column 7: the alias \*x is not read; write out what it stands for$",
+}
+
+
 def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist"):
         schema.load(tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="is not valid YAML"):
         schema.load(written(tmp_path, "base: {model: x"))
+    for content, words in BROKEN.items():
+        with pytest.raises(RecipeError, match=rf"recipe.yaml is not valid YAML: {words}") as caught:
+            schema.load(written(tmp_path, content))
+        assert "\n" not in str(caught.value)
     with pytest.raises(RecipeError, match="holds list, but a recipe is a mapping"):
         schema.load(written(tmp_path, "- a\n"))
 
@@ -151,3 +175,44 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
     loaded = schema.load(written(tmp_path, MINIMAL))
     with pytest.raises(ValueError, match="frozen"):
         loaded.output = "elsewhere"
+
+
+def test_what_does_not_stand_there_is_told_before_slow_imports(tmp_path: Path) -> None:
+    """All of it at once, and nothing of torch or transformers is imported."""
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base": {"model": "builtin:olmoe"},
+                "teacher": {"model": "./nowhere"},
+                "surgery": [{"replace": "a", "with": "missing.py:Gate", "expect": "B", "weights": "w.safetensors"}],
+                "adapter": {"train": ["a"]},
+                "objective": [{"loss": "terms.py:mine"}],
+                "data": {"train": "rows.jsonl", "eval": "builtin:pidoc"},
+                "training": {"max_steps": 1},
+            }
+        )
+    )
+    script = (
+        "import sys\nfrom solidify.command import cli\nfrom solidify.errors import RecipeError\n"
+        "try:\n    cli._load_recipe('r.yaml', None)\nexcept RecipeError as error:\n    print('; '.join(error.faults))\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "base.model: there is no 'builtin:olmoe'; built in: builtin:tiny-olmoe",
+        "teacher.model: the directory",
+        "missing.py does not exist",
+        "w.safetensors does not exist",
+        "terms.py does not exist",
+        "rows.jsonl does not exist",
+        "data.eval: there is no 'builtin:pidoc'; built in: builtin:pydoc",
+    ):
+        assert words in done.stdout
+
+
+def test_files_of_data_are_told_by_the_endings_that_are_read() -> None:
+    from solidify.recipe import standing
+    from solidify.training import sources
+
+    assert set(standing.DATA) == set(sources.KINDS)

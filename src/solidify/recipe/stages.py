@@ -85,6 +85,7 @@ def run(
     try:
         chosen = processes.on_first(lambda: placement.place(whole, directory, report, again=not resume))
         report = processes.on_first(lambda: build(chosen, directory, report=report, resume=resume, link=link))
+        processes.on_first(lambda: _measure_surgery(chosen, directory, report))
         processes.on_first(lambda: results.drop_misfits(directory, chosen.document()))
         if chosen.heal is not None:
             with reporting.of_healing(whole, healing.directory_of(directory), report):
@@ -112,6 +113,8 @@ def _begin_report(whole: Recipe, placed: Recipe, directory: Path, resume: bool) 
     if resume and (earlier := _find_finished(whole, placed, directory)) is not None:
         return earlier, True
     planned = plan(placed)  # what is wrong is found before anything is computed or written
+    for note in planned.notes:
+        console.words.print(note)
     results.announce(directory, placed.document(), resume=resume)
     report = Report(str(directory))
     if placed.heal is None or placed.heal.place is None:  # else what is changed is chosen later
@@ -152,6 +155,20 @@ def _find_finished(whole: Recipe, placed: Recipe, directory: Path) -> Report | N
         return None
     stages = {stage: [Finding.of(finding) for finding in findings] for stage, findings in found["stages"].items()}
     return Report(found["subject"], stages, found["measured"])
+
+
+def _measure_surgery(recipe: Recipe, directory: Path, report: Report) -> None:
+    """Measures held-out rows before and after surgery, where nothing else of the run does."""
+    if not evidence.measures_surgery(recipe):
+        return
+    with console.stage("Measuring the held-out rows before and after surgery"):
+        measured = foreign.attempt(evidence.measure_surgery, recipe, directory / "artifact")
+    if measured.value is None:
+        console.words.print(f"data.eval is not measured: {measured.error}")
+        return
+    report.measured |= measured.value
+    before, after = (measured.value[f"heldout_loss_{which}"] for which in ("base", "artifact"))
+    console.words.print(f"Held-out loss: {before:.4g} of the base, {after:.4g} after surgery")
 
 
 def _end_run(whole: Recipe, placed: Recipe, directory: Path, report: Report) -> None:

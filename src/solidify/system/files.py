@@ -138,6 +138,25 @@ def parse_yaml(content: str) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
+def say_yaml(error: yaml.YAMLError) -> str:
+    """Returns where in a text YAML ends to be that, and what is wrong there, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    words = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    if isinstance(error, _Refusal):
+        return words
+    begun = "" if error.context_mark is None else f" (begun in line {error.context_mark.line + 1})"
+    return (
+        f"{words}{begun}; write `key: value`, indent with spaces alike, close brackets and quotes, and "
+        "quote text that holds `: ` or ` #`"
+    )
+
+
+class _Refusal(yaml.constructor.ConstructorError):
+    """What is YAML and not read all the same; its words say what to do."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers: `2e-4` is a float. (PyYAML reads YAML 1.1, where it is a string.) A date is a string."""
 
@@ -176,7 +195,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _make_refusal(words: str, mark: Any) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, words, mark)
+    return _Refusal(None, None, words, mark)
 
 
 _WITHOUT = ("float", "timestamp", "merge", "value")
