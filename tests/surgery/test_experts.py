@@ -124,6 +124,23 @@ def test_a_router_that_knows_experts_by_number_is_refused(monkeypatch: pytest.Mo
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "sentence"),
+    [
+        (
+            "dbrx",
+            "transformer.blocks.0.ffn",
+            r"its 4 experts below each other .*\(experts.mlp.w1: 4 times 96 rows\)",
+        ),
+        ("switch_transformers", "encoder.block.1.layer.1.mlp", r"keeps its experts in a dictionary of modules"),
+    ],
+)
+def test_experts_of_another_form_are_refused_by_name(family: str, block: str, sentence: str) -> None:
+    model = families.tiny(family, "AutoModelForSeq2SeqLM" if "switch" in family else "AutoModelForCausalLM")
+    with pytest.raises(SurgeryError, match=sentence):
+        solidify.rearrange_experts(model, block, [0, 1])
+
+
 class Plain(nn.Module):
     """A top-2 MoE with a list of experts; what stands `beside` them has as many parts, and is no expert's."""
 

@@ -78,10 +78,21 @@ def find_choices(block: nn.Module) -> dict[str, int]:
 
 
 def describe_missing(name: str, block: nn.Module) -> str:
-    """Says that a module has no experts."""
+    """Says that a module has no experts, or none of a form that can be rearranged."""
+    kind, taken = f"{name} ({type(block).__name__})", "only experts in a list, or in a stack of three axes, are taken"
+    for path, module in block.named_modules():
+        if isinstance(module, nn.ModuleDict) and "expert" in path:
+            return f"{kind} keeps its experts in a dictionary of modules ({path}); {taken}"
+    said = {value for module in block.modules() for key, value in vars(module).items() if key.endswith(_COUNTS)}
+    for path, parameter in block.named_parameters():
+        rows = parameter.shape[0] if parameter.ndim == 2 and path.startswith("experts.") else 0
+        count = next((n for n in said if type(n) is int and n > 1 and rows > n and rows % n == 0), 0)
+        if count:
+            each = f"{path}: {count} times {rows // count} rows"
+            return f"{kind} keeps its {count} experts below each other in one matrix each ({each}); {taken}"
     return (
-        f"{name} ({type(block).__name__}) has no experts, in a stack or list of the number that it or its "
-        "configuration says; name an MoE block, such as '**.mlp'"
+        f"{kind} has no experts, in a stack or list of the number that it or its configuration says; name an MoE "
+        "block, such as '**.mlp'"
     )
 
 
