@@ -20,6 +20,7 @@ _MODEL = ("artifact", "stock")
 PARTS = {"artifact": _MODEL, "adapter": ("adapter",), "merged": _MODEL}  # what a run writes
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
+PREFIX, ACTIVATIONS = "prefix", ".activations"  # beside checkpoints, while a training with `cache_prefix` goes on
 HEAL, PLACEMENT, ALIGNMENT = "heal", "placement.json", "alignment"  # of healing: a run within the run
 _OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS, HEAL)
 _LEARNED = re.compile(r".+\.(safetensors|json|bin)|\..+\.(bin|safetensors|json)\.partial-\d+")
@@ -220,6 +221,10 @@ def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
         if path.name == "runs" and path.is_dir() and not path.is_symlink():
             continue  # what trackers write; nothing there is ever removed
         if path.name == "README.md" and _by_a_trainer(path):
+            continue
+        if path.name == PREFIX and path.is_dir() and not path.is_symlink():
+            strange = [each for each in sorted(path.iterdir()) if ACTIVATIONS not in each.name or not each.is_file()]
+            faults += [f"{PREFIX}/{each.name} is no activations that a trainer keeps" for each in strange]
             continue
         if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
             faults.append(f"{path.name} is not a checkpoint")

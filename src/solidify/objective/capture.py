@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -148,6 +149,19 @@ def recorded(model: nn.Module, key: str) -> dict[type[nn.Module], int]:
 Key = TypeVar("Key", bound=Hashable)
 
 
+_UNSEEN = ContextVar("passes that no recorder sees", default=False)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Lets passes inside the block go unseen by every recorder: they repeat one that was seen."""
+    before = _UNSEEN.set(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.reset(before)
+
+
 class Recorder(Generic[Key]):
     """Hooks on the modules that terms look at. They stand as long as the recorder does, and record while it is open.
 
@@ -205,7 +219,7 @@ class Recorder(Generic[Key]):
 
         def keep(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             """Stores what the module returned, or was given."""
-            if not self._open or (self._graded and not torch.is_grad_enabled()):
+            if not self._open or _UNSEEN.get() or (self._graded and not torch.is_grad_enabled()):
                 return
             if name in store:
                 raise ObjectiveError(f"{name} ran twice in one forward pass; a loss term cannot tell which one counts")

@@ -44,6 +44,7 @@ class DPORunner(TrainerRunner):
     adds_auxiliary = True
     extra_inputs = WITHOUT_CACHE
     chosen_tokens = 0.0
+    texts = 2
     always_shifts = True
 
     @classmethod

@@ -26,6 +26,7 @@ class RewardRunner(TrainerRunner):
     """TRL's RewardTrainer. Rows are pairs: all chosen texts, then all rejected ones; `sequences` counts pairs."""
 
     extra_inputs = WITHOUT_CACHE
+    texts = 2
 
     @classmethod
     def judge(cls, args: Any, objective: Objective) -> list[str]:

@@ -31,10 +31,11 @@ class TrainerRunner(Runner):
     - `judge(args, objective)`: which of its settings make its loss another one for every split, and what of the
       objective it cannot show; `faults()` adds what only the trainer itself can tell;
     - `lengths(rows)`: how many tokens a row has, for `group_by`; `ungrouped` says why its rows cannot be grouped;
+    - `texts`: how many texts of a row the model reads at most;
     - `builds_logits`, `extra_inputs`: see `Runner`; `counts_tokens`: the trainer counts the tokens that it has seen;
     - `shows_outputs`: a pass with the trainer's own loss leaves the model's outputs;
     - `adds_auxiliary`: the trainer adds an MoE's auxiliary loss to every micro-batch, if it is told to;
-    - `writes_answers`: what is trained on is written in training.
+    - `writes(args)`: what is trained on is written in training, with these settings.
 
     `model` and `items` are those that the trainer passes to `compute_loss`.
     """
@@ -43,6 +44,7 @@ class TrainerRunner(Runner):
     adds_auxiliary = False
     shows_outputs = True
     ungrouped = ""
+    texts = 1
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer.model)
@@ -53,6 +55,11 @@ class TrainerRunner(Runner):
     @property
     def writes_answers(self) -> bool:
         """Whether answers are written in training."""
+        return self.writes(self.trainer.args)
+
+    @classmethod
+    def writes(cls, args: Any) -> bool:
+        """Returns whether answers are written in training, with settings of the trainer's own kind."""
         return False
 
     @classmethod
@@ -135,9 +142,9 @@ class AnsweringRunner(TrainerRunner):
     ungrouped = "each row is a prompt that is answered in training, and TRL repeats the rows of a step in its own order"
     always_shifts = True
 
-    @property
-    def writes_answers(self) -> bool:
-        """Whether answers are written in training."""
+    @classmethod
+    def writes(cls, args: Any) -> bool:
+        """Returns whether answers are written in training: they always are."""
         return True
 
     def go_on(self) -> None:

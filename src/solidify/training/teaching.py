@@ -31,10 +31,10 @@ class GKDRunner(TrainerRunner):
 
     always_shifts = True
 
-    @property
-    def writes_answers(self) -> bool:
-        """Whether answers are written in training."""
-        return bool(self.trainer.lmbda or self.trainer.seq_kd)
+    @classmethod
+    def writes(cls, args: Any) -> bool:
+        """Returns whether the student or the teacher writes answers, with these settings."""
+        return bool(args.lmbda or args.seq_kd)
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the model takes of a batch, with `labels`."""

@@ -25,7 +25,7 @@ from solidify.objective.objective import Objective
 from solidify.objective.runner import Scaling
 from solidify.objective.sanity import Sanity
 from solidify.system import console
-from solidify.training import batching, checkpoints, kernels
+from solidify.training import batching, checkpoints, kernels, prefix_training
 from solidify.training.groups import Groups, ParameterGroup
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
@@ -39,7 +39,7 @@ _HALF = (torch.bfloat16, torch.float16)
 class ObjectiveMixin(TrainerSeams):
     """What all trainers with an objective share; it stands before a Trainer among the bases, with `runner_of` set.
 
-    `parameter_groups` and `group_by` are as in a recipe. Evaluation reads its rows in their order.
+    `parameter_groups`, `group_by` and `cache_prefix` are as in a recipe. Evaluation reads its rows in their order.
 
     `loss_is_scaled_for_ga` is transformers' own switch: the loss is already scaled. `fingerprint` is written into
     checkpoints, to tell later whose they are. `engine.sanity` holds what was found of every term in the first step.
@@ -55,6 +55,7 @@ class ObjectiveMixin(TrainerSeams):
         objective: Objective,
         parameter_groups: Sequence[ParameterGroup | Mapping[str, Any]] = (),
         group_by: Sequence[str] = (),
+        cache_prefix: bool = False,
         **kwargs: Any,
     ) -> None:
         given = kwargs["model"] if "model" in kwargs else args[0] if args else None
@@ -86,6 +87,9 @@ class ObjectiveMixin(TrainerSeams):
         self.add_callback(batching.AtEpochs())
         self.groups = Groups(self, parameter_groups)
         self.add_callback(self.groups)
+        self.cache_prefix = cache_prefix
+        if cache_prefix:
+            prefix_training.refuse_uncacheable(self)
 
     args: TrainingArguments
     model: Any
@@ -132,6 +136,11 @@ class ObjectiveMixin(TrainerSeams):
             self.groups.split(optimizer, trained)
         self.groups.refuse_uncovered(optimizer, trained)
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with `cache_prefix` frozen layers at the beginning are computed once for each batch."""
+        with prefix_training.caching(self):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def train_sampler(self, train_dataset: Any = None) -> Any:
         """Returns the sampler that groups, or the trainer's own, which any epoch can be read from."""

@@ -36,6 +36,7 @@ class KTORunner(TrainerRunner):
     shows_outputs = False
     adds_auxiliary = True
     extra_inputs = WITHOUT_CACHE
+    texts = 2
     always_shifts = True
 
     def lengths(self, rows: Any) -> list[int]:

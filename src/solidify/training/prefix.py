@@ -1,0 +1,266 @@
+"""A frozen prefix: layers that learn nothing are computed once for each batch, and read from disk when it recurs.
+
+The first layers of a list in which nothing learns return the same numbers in every epoch for the same batch. Here they
+are kept (`prefix_store.py`) under a digest of all that decides them, and the layers are skipped when the batch comes
+again: all but the last hand on what they are given, and the last returns what it returned. All else of the model runs
+as it does. The first batch is run both ways, and its outputs must have the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from solidify.adapter import lookup
+from solidify.errors import ObjectiveError, refuse
+from solidify.objective.capture import unseen
+from solidify.system import foreign
+from solidify.training.prefix_key import State, flatten, name_kind, random_states
+from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
+from solidify.training.prefix_store import Store, same_bits
+from solidify.upstream.torch import is_dropout, module_hooks, other_hooks
+
+_WHY = {
+    "router_logits": "routers of layers that are skipped return nothing; leave output_router_logits out",
+    "aux_loss": "routers of layers that are skipped return nothing; leave output_router_logits out",
+    "hidden_states": "hidden states of layers that are skipped are asked for; leave output_hidden_states out",
+    "attentions": "attentions of layers that are skipped are asked for; leave output_attentions out",
+}
+_OTHERWISE = "layers behind the prefix read something of it beside its output"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `frozen` of a list's `total` layers, in which nothing learns; `reason` says what ends it."""
+
+    name: str
+    frozen: int
+    total: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.frozen} of {self.total} layers of {self.name}"
+
+
+def find_prefixes(model: nn.Module, captured: Sequence[str] = ()) -> list[Prefix]:
+    """Returns of every outermost list of layers how many at its beginning learn nothing and are not looked into.
+
+    `captured` are names of modules that terms look at; hooks that stand on modules already are found by themselves. The
+    model may be on the meta device.
+    """
+    found: list[Prefix] = []
+    learning = _name_learning(model)
+    for located in lookup.modules(model):
+        inside = any(located.name.startswith(f"{prefix.name}.") for prefix in found)
+        if not isinstance(located.inner, nn.ModuleList) or inside or not len(located.inner):
+            continue
+        reasons = (
+            _end_prefix(f"{located.name}.{n}", layer, learning, captured) for n, layer in enumerate(located.inner)
+        )
+        frozen, reason = next(((n, why) for n, why in enumerate(reasons) if why), (len(located.inner), ""))
+        found.append(Prefix(located.name, frozen, len(located.inner), reason))
+    return found
+
+
+def refuse_none(found: Sequence[Prefix]) -> list[Prefix]:
+    """Returns the prefixes that have layers.
+
+    Raises:
+        ObjectiveError: none has.
+    """
+    usable = [prefix for prefix in found if prefix.frozen]
+    if not usable:
+        reasons = "; ".join(prefix.reason for prefix in found) or "the model has no list of layers"
+        raise ObjectiveError(f"cache_prefix: there is no frozen layer to be computed once: {reasons}")
+    return usable
+
+
+def _name_learning(model: nn.Module) -> set[str]:
+    """Returns whose parameters are trained, by names of the plain model, whatever holds their trained versions."""
+    adapted = lookup.peft_model(model)
+    if adapted is None:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for _, name, parameter in lookup.named_parameters(adapted) if parameter.requires_grad}
+
+
+def _end_prefix(name: str, layer: nn.Module, learning: set[str], captured: Sequence[str]) -> str:
+    """Returns why a layer is in no prefix; empty where it may be."""
+    inside = [each for each in sorted(learning) if f"{each}.".startswith(f"{name}.")]
+    inside += [f"{name}.{each}" for each, parameter in layer.named_parameters() if parameter.requires_grad]
+    if inside:
+        return f"{inside[0]} learns"
+    seen = [each for each in captured if f"{each}.".startswith(f"{name}.")]
+    if seen:
+        return f"a term looks at {seen[0]}"
+    for path, module in layer.named_modules():
+        full = f"{name}.{path}" if path else name
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            return f"{full} is adapted by PEFT"
+        if is_dropout(module) and module.p:
+            return f"{full} drops out at random (p={module.p})"
+        if other_hooks(module) or not all(_is_harmless(hook) for _, hook, _ in module_hooks(module)):
+            return f"{full} has a hook that looks inside (of a term, for one)"
+    return ""
+
+
+def _is_harmless(hook: Any) -> bool:
+    """Returns whether a hook is of transformers, which records what is asked for, or declares a mask."""
+    return hasattr(hook, "solid_mask") or str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+@contextmanager
+def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False) -> Iterator[CachedPrefix]:
+    """While the block lasts, computes frozen layers at the beginning of a model once for each batch; in place.
+
+    `model` may be wrapped by PEFT, with its adapter attached. What the layers return is kept in a `directory` of its
+    own, which is removed at the end, unless the block ends by an error, or `keep` says otherwise: then the next block
+    finds it. A batch recurs where the same rows come together, in a batch of the same shape.
+
+    The first batch that is trained on is run both ways; until then, and for calls of another kind until their first
+    batch was (an evaluation), nothing is kept.
+
+    Raises:
+        ObjectiveError: no layer can be skipped, or skipping changes the model's outputs; it says why.
+    """
+    usable = refuse_none(find_prefixes(model))
+    cached = CachedPrefix(model, usable, Store(Path(directory)))
+    cached.install()
+    try:
+        yield cached
+    finally:
+        cached.uninstall()
+    if not keep:
+        cached.run.store.remove()
+
+
+class CachedPrefix:
+    """A model whose frozen layers are skipped, those of its `prefixes`."""
+
+    def __init__(self, model: nn.Module, prefixes: Sequence[Prefix], store: Store) -> None:
+        self.model, self.prefixes = lookup.plain_model(model), list(prefixes)
+        self.run = Run(store)
+        self._stacks = [Stack(self.run, model, prefix.name, prefix.frozen) for prefix in prefixes]
+        self._proved: dict[str, list[Stack]] = {}
+        self._forwards: list[tuple[nn.Module, Any, Any]] = []
+
+    @property
+    def computed(self) -> int:
+        """How many passes through a prefix were computed and kept."""
+        return self.run.computed
+
+    @property
+    def read(self) -> int:
+        """How many were read instead."""
+        return self.run.read
+
+    def install(self) -> None:
+        """Puts its own forward before those of the model, the modules that hold the layers, and the layers."""
+        self._put_forward(self.model, self._run_model)
+        for stack in self._stacks:
+            if stack.owner is not self.model:
+                self._put_forward(stack.owner, stack.run_owner)
+            for number, layer in enumerate(stack.layers):
+                self._put_forward(layer, stack.make_step(number))
+
+    def uninstall(self) -> None:
+        """Takes them off; where something else was put around one in between, that stays, and does nothing."""
+        self.run.way = PLAIN
+        self._proved = {}
+        for module, before, ours in reversed(self._forwards):
+            if vars(module).get("forward") is ours:
+                del module.forward
+                vars(module).update({"forward": before} if before is not None else {})
+        self._stacks, self._forwards = [], []
+
+    def _put_forward(self, module: nn.Module, step: Callable[..., Any]) -> None:
+        before, own = vars(module).get("forward"), module.forward
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            """Calls the module's own forward, or not."""
+            return step(own, args, kwargs) if self._stacks else own(*args, **kwargs)
+
+        vars(module)["forward"] = forward
+        self._forwards.append((module, before, forward))
+
+    def _run_model(self, own: Any, args: Any, kwargs: Any) -> Any:
+        """Runs the whole model: the first call of a kind both ways, later ones from what is kept."""
+        run = own
+        for stack in self._stacks:  # the model holds the layers itself
+            if stack.owner is self.model:
+                run = stack.around(run)
+        if self.run.way is not PLAIN:
+            return run(*args, **kwargs)
+        kind = name_kind(self.model, kwargs)
+        if kind in self._proved:
+            return self._run_as(USED, self._proved[kind], run, args, kwargs)
+        if not self._proved and not (self.model.training and torch.is_grad_enabled()):
+            return run(*args, **kwargs)
+        return self._prove(kind, run, args, kwargs)
+
+    def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any) -> Any:
+        for stack in self._stacks:
+            stack.taken = stack in stacks
+        self.run.way, self.run.random = way, random_states()
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.run.way = PLAIN
+
+    def _prove(self, kind: str, run: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a batch plainly, and from what that leaves; returns the plain outputs.
+
+        Raises:
+            ObjectiveError: the outputs are not the same, or, of the first kind of call, nothing can be kept.
+        """
+        for stack in self._stacks:
+            stack.faults, stack.refused = [], False
+        before = State(self.model)
+        plain = self._run_as(TRIAL, self._stacks, run, args, kwargs)
+        if any(stack.refused for stack in self._stacks):
+            return plain  # this batch is not kept (it has a NaN): the next one tells
+        usable = [stack for stack in self._stacks if stack.called and not stack.faults]
+        if not usable and not self._proved:
+            faults = [fault for stack in self._stacks for fault in stack.faults[:1] or [f"{stack.name} is not called"]]
+            refuse(ObjectiveError, "cache_prefix: no layer can be computed once", faults)
+        if usable:
+            after, read = State(self.model), self.run.read
+            before.put_back()
+            words = "cache_prefix: the model does not run without its prefix"
+            with unseen(), foreign.calling(words, ObjectiveError, remedy=_OTHERWISE):
+                again = self._run_as(USED, usable, run, args, kwargs)
+            after.put_back()
+            self.run.read = read
+            self._compare(plain, again, usable)
+        for stack in self._stacks:
+            stack.faults = []
+        self._proved[kind] = usable
+        return plain
+
+    def _compare(self, plain: Any, again: Any, usable: Sequence[Stack]) -> None:
+        missed = [stack.name for stack in usable if not stack.hit]
+        if missed:
+            raise ObjectiveError(
+                f"cache_prefix: the prefix of {', '.join(missed)} is not called alike twice for one batch (one of its "
+                "attributes or buffers changes in every pass), so nothing of it can be kept"
+            )
+        one, other = dict(flatten("", plain)), dict(flatten("", again))
+        differing = [
+            key for key in {**one, **other} if not (key in one and key in other and same_bits(one[key], other[key]))
+        ]
+        if differing:
+            names = ", ".join(differing[:4])
+            why = next((why for key, why in _WHY.items() if any(each.split(".")[0] == key for each in differing)), "")
+            raise ObjectiveError(
+                f"cache_prefix: without the prefix the model returns another {names} for the first batch: "
+                f"{why or _OTHERWISE}"
+            )

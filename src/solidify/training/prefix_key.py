@@ -1,0 +1,154 @@
+"""What decides the output of frozen layers, as a digest: their tensors and attributes, what they are given, and where.
+
+Beside it the random states and buffers of a model, which are put back when a batch is run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from solidify.artifact import tensors
+from solidify.training.prefix_store import same_bits
+from solidify.upstream.torch import writes
+
+_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_UNREAD = ("num_items_in_batch",)  # transformers hands it down to layers, for the loss alone
+
+
+class LayerDigests:
+    """Digests of all tensors of some layers, which are read again only where they were exchanged or written to."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._known: dict[
+            tuple[Any, ...], tuple[str, torch.Tensor]
+        ] = {}  # with the tensor, so that no other has its place
+        self._state: list[tuple[str, str]] = []
+
+    def values(self) -> list[Any]:
+        """Returns plain values that tell two states of the layers apart."""
+        if not self._known:
+            self._read_all()
+        digests = [self._digest(tensor) for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
+        plain = [
+            [f"{key}={value!r}" for key, value in sorted(vars(module).items()) if isinstance(value, _SCALARS)]
+            for layer in self._layers
+            for module in layer.modules()
+        ]
+        return [self._state, digests, plain]
+
+    def _read_all(self) -> None:
+        """Reads all tensors, from their files where they stand there unchanged; quantised weights have more than
+        parameters and buffers in their state."""
+        held: dict[str, torch.Tensor] = {}
+        for number, layer in enumerate(self._layers):
+            named = {
+                **layer.state_dict(keep_vars=True),
+                **dict(layer.named_parameters()),
+                **dict(layer.named_buffers()),
+            }
+            held |= {f"{number}.{key}": each for key, each in named.items() if isinstance(each, torch.Tensor)}
+        found = tensors.digests_where_they_stand(held)
+        self._state = sorted(found.items())
+        self._known = {_stamp(tensor): (found[name], tensor.detach()) for name, tensor in held.items()}
+
+    def _digest(self, tensor: torch.Tensor) -> str:
+        stamp = _stamp(tensor)
+        if stamp not in self._known:
+            self._known[stamp] = tensors.digest(tensor), tensor.detach()
+        return self._known[stamp][0]
+
+
+class State:
+    """Random states, and the buffers of a model, which a pass may move."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._random = random_states()
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def put_back(self) -> None:
+        """Makes them what they were, in place."""
+        torch.set_rng_state(self._random[0])
+        if len(self._random) > 1:
+            torch.get_device_module(_accelerator()).set_rng_state(self._random[1])
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                if not same_bits(buffer, value):
+                    buffer.copy_(value)
+
+
+def random_states() -> list[torch.Tensor]:
+    """Returns the states of the random numbers, of the CPU and of the accelerator if there is one."""
+    device = _accelerator()
+    return [torch.get_rng_state(), *([torch.get_device_module(device).get_rng_state()] if device is not None else [])]
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Returns what changes when a tensor is exchanged, or written to."""
+    version = 0 if tensor.is_inference() else writes(tensor)
+    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype
+
+
+def has_history(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor learns, or was made of what does; a leaf that only asks for gradients was not."""
+    return tensor.grad_fn is not None or (tensor.requires_grad and isinstance(tensor, nn.Parameter))
+
+
+def flatten(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor in a structure of mappings, lists and tuples, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from flatten(f"{name}.{key}" if name else str(key), each)
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            yield from flatten(f"{name}.{number}" if name else str(number), each)
+
+
+def describe(value: Any) -> Any:
+    """Returns plain values that tell two structures apart; raises TypeError for what cannot be told."""
+    if isinstance(value, torch.Tensor):
+        whole = torch.view_as_real(value) if value.is_complex() else value
+        return [tensors.digest(whole), str(value.stride()), str(value.device)]
+    if isinstance(value, Mapping):
+        return {str(key): describe(each) for key, each in value.items() if key not in _UNREAD}
+    if isinstance(value, (list, tuple)):
+        return [describe(each) for each in value]
+    if isinstance(value, _SCALARS):
+        return repr(value)
+    raise TypeError(type(value).__name__)
+
+
+def surroundings(owner: nn.Module) -> list[Any]:
+    """Returns what decides the last bits beside weights and inputs."""
+    device = (_accelerator() or torch.device("cpu")).type
+    config = getattr(owner, "config", None)
+    settings = (
+        {key: repr(value) for key, value in vars(config).items() if isinstance(value, _SCALARS)} if config else {}
+    )
+    return [
+        torch.__version__,
+        transformers.__version__,
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cpu.get_cpu_capability(),
+        [str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "" for kind in {device, "cpu"}],
+        settings,
+    ]
+
+
+def name_kind(model: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """Returns what kind of call one is: mode, whether a graph is built, and what is given, whatever its values."""
+    switches = (bool, str, type(None))
+    given = [f"{key}={value!r}" if isinstance(value, switches) else key for key, value in sorted(kwargs.items())]
+    return repr((model.training, torch.is_grad_enabled(), given))

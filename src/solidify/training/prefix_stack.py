@@ -1,0 +1,180 @@
+"""One prefix in a running model: what is done where its layers, and what holds their list, are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify.adapter import lookup
+from solidify.errors import ObjectiveError
+from solidify.training.prefix_key import LayerDigests, describe, flatten, has_history, random_states, surroundings
+from solidify.training.prefix_store import Returned, Store
+from solidify.weights import hashing
+
+PLAIN, TRIAL, USED = "plain", "trial", "used"
+
+
+@dataclass
+class Run:
+    """What all prefixes of a model share: the way in which it runs (`PLAIN`, `TRIAL`: plainly, and what layers return
+    is kept, or `USED`: from what is kept), the random states at its beginning, and counts of passes."""
+
+    store: Store
+    way: str = PLAIN
+    random: list[torch.Tensor] = field(default_factory=list)
+    computed: int = 0
+    read: int = 0
+
+
+@dataclass
+class _Pass:
+    """One call of what holds the layers: what it was given, and where it is."""
+
+    given: Any
+    next: int = 0
+    last: torch.Tensor | None = None
+    key: str = ""
+    layers: Any = None
+    kept: Returned | None = None
+
+
+class Stack:
+    """The layers of one prefix, and what holds their list."""
+
+    def __init__(self, run: Run, model: nn.Module, name: str, frozen: int) -> None:
+        located, holder = lookup.at(model, name), lookup.at(model, name.rpartition(".")[0])
+        assert located is not None and holder is not None
+        self.run, self.name, self.owner = run, name, holder.inner
+        listed: Any = located.inner
+        self.layers: list[nn.Module] = list(listed)[:frozen]
+        self.taken, self.called, self.hit, self.refused = False, False, False, False
+        self.faults: list[str] = []
+        self._forms: dict[int, Returned] = {}
+        self._pass: _Pass | None = None
+        self._digests = LayerDigests(self.layers)
+
+    def around(self, own: Any) -> Callable[..., Any]:
+        """Returns a forward of what holds the layers, as it is called from within the model's own."""
+        return lambda *args, **kwargs: self.run_owner(own, args, kwargs)
+
+    def run_owner(self, own: Any, args: Any, kwargs: Any) -> Any:
+        """Begins a pass through the layers, and ends it."""
+        if self.run.way is PLAIN or not self.taken:
+            return own(*args, **kwargs)
+        self._pass, self.called, self.hit = _Pass(None), True, False
+        self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs))
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._pass = None
+
+    def make_step(self, number: int) -> Callable[..., Any]:
+        """Returns what is done where a layer is called."""
+
+        def step(own: Any, args: Any, kwargs: Any) -> Any:
+            """Runs the layer, or hands on what it is given, or what it returned for this batch."""
+            now = self._pass
+            if now is None or self.faults:
+                return own(*args, **kwargs)
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            self._look(now, number, hidden, (args, kwargs))
+            if number == 0 and not self.faults:
+                self._begin(now, (args, kwargs))
+            if now.kept is not None and not self.faults:
+                output = self._skip(now, number, hidden)
+            else:
+                output = own(*args, **kwargs)
+                self._note(now, number, output)
+            now.next, now.last = number + 1, output[0] if isinstance(output, tuple) else output
+            return output
+
+        return step
+
+    def _look(self, now: _Pass, number: int, hidden: Any, given: Any) -> None:
+        """Finds what forbids skipping a layer: its place, and what it is given."""
+        if not isinstance(hidden, torch.Tensor) or number != now.next or (number and hidden is not now.last):
+            self._fault("is not called once, in its place, with what the layer before it returned", number)
+        elif any(has_history(tensor) for _, tensor in flatten("", given)):
+            self._fault("is given something that depends on what learns (trained embeddings, for one)", number)
+        elif any(parameter.requires_grad for parameter in self.layers[number].parameters()):
+            self._fault("learns by now", number)
+
+    def _begin(self, now: _Pass, given: Any) -> None:
+        """Finds the key, and what is kept under it."""
+        described = self._describe(f"{self.name}.0", given)
+        if self.faults:
+            return
+        now.layers = self._digests.values()
+        place = [self.name, len(self.layers), surroundings(self.owner)]
+        now.key = hashing.digest_values([place, now.layers, now.given, described])
+        device = next((tensor.device for _, tensor in flatten("", given)), torch.device("cpu"))
+        if self.run.way is USED:
+            now.kept = self.run.store.get(now.key, device)
+            self.hit = now.kept is not None and all(number in self._forms for number in range(len(self.layers)))
+            now.kept = now.kept if self.hit else None
+        self.run.read += now.kept is not None
+
+    def _skip(self, now: _Pass, number: int, hidden: torch.Tensor) -> Any:
+        assert now.kept is not None
+        if number < len(self.layers) - 1:
+            return self._forms[number].passing(hidden)
+        if torch.is_grad_enabled() and hidden.requires_grad:  # a leaf, for activation checkpointing
+            now.kept.parts[0].requires_grad_()  # type: ignore[union-attr]
+        return now.kept.output()
+
+    def _note(self, now: _Pass, number: int, output: Any) -> None:
+        """Notes the form of an output; keeps that of the last layer."""
+        returned = Returned.of(output)
+        if returned is None:
+            self._fault(f"returns {type(output).__name__}, which is no tensor and no tuple of them", number)
+            return
+        empty = tuple(None if part is None else torch.empty(0) for part in returned.parts)
+        self._forms[number] = Returned(empty, returned.alone)
+        if number < len(self.layers) - 1 or not now.key:
+            return
+        if now.layers != self._digests.values():
+            self._fault("or one before it has attributes or buffers that change in every pass", number)
+            return
+        if not all(torch.equal(a, b) for a, b in zip(self.run.random, random_states(), strict=True)):
+            self._fault("or one before it draws random numbers (dropout, for one)", number)
+        elif any(tensor.isnan().any() for tensor in returned.tensors() if tensor.is_floating_point()):
+            self.refused = True
+        else:
+            self._keep(now.key, returned)
+
+    def _keep(self, key: str, returned: Returned) -> None:
+        known = self.run.store.get(key, returned.tensors()[0].device) if self.run.way is TRIAL else None
+        if known is not None and not known.equals(returned):
+            raise ObjectiveError(
+                f"cache_prefix: what is kept in {self.run.store.directory} is not what {self.name} returns here for "
+                "the same batch; remove that directory"
+            )
+        if known is None:
+            self.run.store.put(key, returned)
+        self.run.computed += 1
+
+    def _fault(self, what: str, number: int) -> None:
+        """Notes a fault of the trial; later, raises it.
+
+        Raises:
+            ObjectiveError: a pass that was proved to be cacheable is so no more.
+        """
+        fault = f"{self.name}.{number} {what}"
+        if self.run.way is not TRIAL:
+            raise ObjectiveError(f"cache_prefix: {fault}")
+        self.faults.append(fault)
+
+    def _describe(self, where: str, value: Any) -> Any:
+        try:
+            return describe(value)
+        except TypeError as error:
+            fault = f"{where} is given {error}, of which nothing can be told before it is used"
+            fault += "; set use_cache to false" if str(error).endswith("Cache") else ""
+            if self.run.way is not TRIAL:
+                raise ObjectiveError(f"cache_prefix: {fault}") from error
+            self.faults.append(fault)
+            return None

@@ -1,0 +1,150 @@
+"""What frozen layers return, kept on disk: one file for each batch, named by the digest of all that decides it.
+
+A file appears whole, by rename, and says the digest of what it holds: one that is spoilt is as good as none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from solidify.directory import ours
+from solidify.errors import ObjectiveError
+from solidify.system import console, disk
+from solidify.weights import hashing
+
+_SPARE = 2**28  # bytes that are left free for checkpoints, logs and the rest of the machine
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a layer returned: tensors, or None, one after the other; `alone` says that it was a tensor, and no tuple."""
+
+    parts: tuple[torch.Tensor | None, ...]
+    alone: bool
+
+    @classmethod
+    def of(cls, output: Any) -> Returned | None:
+        """Takes an output apart; None for one that is neither a tensor nor a tuple of them."""
+        parts = output if isinstance(output, tuple) else (output,)
+        if not parts or not all(part is None or isinstance(part, torch.Tensor) for part in parts):
+            return None
+        return cls(tuple(parts), not isinstance(output, tuple)) if isinstance(parts[0], torch.Tensor) else None
+
+    def output(self) -> Any:
+        """Returns the output as the layer does."""
+        return self.parts[0] if self.alone else self.parts
+
+    def passing(self, hidden_states: torch.Tensor) -> Any:
+        """Returns an output of this form that hands on what it was given, and nothing else."""
+        return hidden_states if self.alone else (hidden_states, *(None for _ in self.parts[1:]))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns the parts that are tensors."""
+        return [part for part in self.parts if part is not None]
+
+    def equals(self, other: Returned) -> bool:
+        """Returns whether another has the same form and the same bits."""
+        if self.alone != other.alone or len(self.parts) != len(other.parts):
+            return False
+        return all(
+            a is b is None or (a is not None and b is not None and same_bits(a, b))
+            for a, b in zip(self.parts, other.parts, strict=True)
+        )
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Returns whether two tensors have the same dtype, shape and bits."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(*flat)
+
+
+class Store:
+    """Outputs of layers in a directory of their own, by key."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, device: torch.device) -> Returned | None:
+        """Returns what is kept under a key, in memory of its own; None where there is nothing, or it is spoilt."""
+        try:
+            content = self._locate(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        head, _, body = content.partition(b"\n")
+        try:
+            said = json.loads(head)
+        except ValueError:
+            return None
+        if said["digest"] != hashing.digest_bytes(body):
+            return None
+        found = safetensors.torch.load(body)
+        parts: list[torch.Tensor | None] = []
+        for number, order in enumerate(said["orders"]):
+            if order is None:
+                parts.append(None)
+                continue
+            # A clone, because kernels give other last bits for memory that is aligned otherwise.
+            tensor = found[str(number)].to(device) if device.type != "cpu" else found[str(number)].clone()
+            parts.append(tensor.permute(_invert_order(order)))
+        return Returned(tuple(parts), said["alone"])
+
+    def put(self, key: str, returned: Returned) -> None:
+        """Keeps an output.
+
+        Raises:
+            ObjectiveError: the disk has no room for it.
+        """
+        orders = [None if part is None else _order_of(part) for part in returned.parts]
+        named = {
+            str(number): part.detach().permute(order).contiguous().cpu()
+            for number, (part, order) in enumerate(zip(returned.parts, orders, strict=True))
+            if part is not None and order is not None
+        }
+        self.refuse_full(sum(tensor.nbytes for tensor in named.values()))
+        body = safetensors.torch.save(named)
+        said = {"digest": hashing.digest_bytes(body), "orders": orders, "alone": returned.alone}
+        disk.write(self._locate(key), json.dumps(said).encode() + b"\n" + body)
+
+    def refuse_full(self, size: int) -> None:
+        """Raises ObjectiveError where so many bytes do not fit on the disk."""
+        free = shutil.disk_usage(self.directory).free
+        if free < size + _SPARE:
+            raise ObjectiveError(
+                f"cache_prefix: {console.size(size)} of activations do not fit in {self.directory}, whose disk has "
+                f"{console.size(free)} free; choose an output directory elsewhere, or leave cache_prefix out"
+            )
+
+    def size(self) -> int:
+        """Returns how many bytes are kept."""
+        return sum(path.stat().st_size for path in self.directory.glob(f"*{ours.ACTIVATIONS}"))
+
+    def remove(self) -> None:
+        """Removes all that is kept, what was half written, and the directory."""
+        for path in self.directory.glob(f"*{ours.ACTIVATIONS}*"):
+            path.unlink(missing_ok=True)
+        if not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
+    def _locate(self, key: str) -> Path:
+        return self.directory / f"{key}{ours.ACTIVATIONS}"
+
+
+def _order_of(tensor: torch.Tensor) -> list[int]:
+    """Returns the order of axes in which a tensor's numbers stand in memory."""
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+
+
+def _invert_order(order: Sequence[int]) -> list[int]:
+    return [order.index(axis) for axis in range(len(order))]
