@@ -228,6 +228,9 @@ def _describe_change(section: str, name: str, old: Any, new: Any) -> dict[str, A
 
 def _read_contents(directory: Path) -> dict[str, Any]:
     """Reads what a directory holds; values of the configuration and modules stand in lists, so that None is a value."""
+    if not files.is_directory(directory):
+        raise ArtifactError(f"the directory {directory} does not exist; give two, or built-in bases as builtin:NAME")
+    manifest.refuse_run(directory)
     edits = manifest.read(directory).edits if files.is_file(directory / manifest.NAME) else []
     names = [name for name in ("config.json", "adapter_config.json") if files.is_file(directory / name)]
     if not names:

@@ -24,7 +24,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from solidify.artifact import autos, companions, conversion, quantizing
 from solidify.artifact.conversion import Scratch
-from solidify.artifact.preparing import has_file, open_artifact, read_processor, read_tokenizer
+from solidify.artifact.preparing import has_file, open_artifact, read_processor, read_tokenizer, require_packages
 from solidify.artifact.preparing import load_processor as load_processor
 from solidify.artifact.preparing import load_tokenizer as load_tokenizer
 from solidify.artifact.preparing import tokenizer_in as tokenizer_in
@@ -42,7 +42,10 @@ from solidify.weights.hashing import digest_bytes
 ORIGIN = "_artifact_digest"  # attribute of a loaded model: the digest of the artifact that it was loaded from
 
 
-_PERMIT = "read it, and to run it set base.trust_remote_code: true (--trust-remote-code)"
+_PERMIT = (
+    "read it, and to run it give --trust-remote-code (in Python trust_remote_code=True, in a recipe "
+    "base.trust_remote_code: true)"
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def load_base(
             "that the adapter was trained on, for example), or builtin:NAME"
         )
     if kind is not None:
-        _refuse_changed(Path(reference), "stock")
+        record = _refuse_changed(Path(reference), "stock")
+        trust.require(record, Path(reference), trust_remote_code)
+        trust_remote_code = trust_remote_code or bool(record.code)
+    manifest.refuse_run(Path(reference))
     words: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if files.is_directory(reference):
         files.document(Path(reference) / "config.json", ModelError)
@@ -229,11 +235,12 @@ def on_meta(head: Any, config: Any, dtype: str | None = None, *, trust_remote_co
     return model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
 
 
-def _refuse_changed(directory: Path, kind: str) -> None:
-    """Refuses a directory of ours whose files, but for its weights, are not what was written."""
+def _refuse_changed(directory: Path, kind: str) -> Manifest:
+    """Refuses a directory of ours whose files, but for its weights, are not what was written; returns its manifest."""
     record = manifest.read(directory, kind)
     faults = manifest.faults(directory, record, card=False, weights=False)
     refuse(ArtifactError, f"{directory} is not what was written", faults)
+    return record
 
 
 def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_remote_code: bool) -> BaseModel:
@@ -342,6 +349,7 @@ def _load_stock(directory: Path, **asked: Any) -> PreTrainedModel:
     record = manifest.read(directory, "stock")
     with checkpoint.steady([directory / name for name in record.headers]):
         refuse(ArtifactError, f"{directory} is not what was written", manifest.faults(directory, record, card=False))
+        require_packages(record, directory)
         packed = bool(record.lineage) and record.lineage[-1].get("form") in quantizing.WORDS
         model = load_plain(directory, packed=packed, **asked)
     vars(model)[ORIGIN] = record.digest()

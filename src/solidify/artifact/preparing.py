@@ -17,7 +17,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 from solidify.directory import manifest, private, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, ModelError, refuse
-from solidify.system import files, foreign
+from solidify.system import console, files, foreign
 from solidify.weights import checkpoint
 
 
@@ -32,8 +32,21 @@ def open_artifact(directory: Path, trust_remote_code: bool, *, weights: bool = T
         faults = manifest.faults(directory, record, card=False, weights=weights)
         refuse(ArtifactError, f"{directory} is not what was written", faults)
         trust.require(record, directory, trust_remote_code)
+        require_packages(record, directory, say=weights)
         with private.copy(directory, record) as own, trust.never_asking():
             yield record, own
+
+
+def require_packages(record: Manifest, directory: Path, *, say: bool = True) -> None:
+    """Refuses a model of which a required package is missing; of other major versions than it was made with, says so.
+
+    Raises:
+        ArtifactError: one is missing.
+    """
+    missing, other = manifest.version_faults(record)
+    refuse(ArtifactError, f"{directory} cannot be loaded", missing)
+    for words in other if say else ():
+        console.words.print(f"{directory}: {words}")
 
 
 def read_tokenizer(reference: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:

@@ -19,6 +19,7 @@ from solidify.system.alone import Alone
 
 INTACT = "nothing was changed since it was written"
 MADE = "no check failed when it was made"
+PACKAGES = "packages that it requires are of the versions that it was made with"
 CLOSED = "the run holds what was written"
 
 
@@ -135,6 +136,14 @@ def _check_artifact(
     directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None, process: Alone
 ) -> list[Finding]:
     trust.require(record, directory, trust_remote_code)
+    missing, other = manifest.version_faults(record)
+    if missing or other:
+        fault = Finding(PACKAGES, False if missing else None, "; ".join([*missing, *other]))
+        return [fault, *([] if missing else _permit_run(directory, record, serve))]
+    return _permit_run(directory, record, serve)
+
+
+def _permit_run(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
         return _run_artifact(directory, record, serve, process)
 

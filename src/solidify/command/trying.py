@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from solidify.builtin import names
 from solidify.command.quiet import start_verb
 
 Speakers = dict[str, Callable[[], Any]]  # what each is called, and what to enter while it speaks
@@ -40,6 +41,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continues a text greedily, or chats, to try a model."""
+    names.refuse_unknown(model)
     with start_verb():
         from solidify.command import generation
         from solidify.errors import DataError
@@ -75,10 +77,11 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from solidify.directory import manifest
     from solidify.errors import ModelError
 
-    if manifest.kind(Path(model)) == "artifact":
+    if manifest.kind(Path(model)) in manifest.MODELS:
         found = loading.load_artifact(model, trust_remote_code=trust_remote_code)
         return found, loading.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    base = loading.load_base(str(bases.directory(model) or model), trust_remote_code=trust_remote_code)
+    where = str(bases.directory(model) or model)
+    base = loading.load_base(where, trust_remote_code=trust_remote_code, quantized=True)
     if base.tokenizer is None:
         raise ModelError(f"{model} has no tokenizer, so it cannot be given a text")
     return base.model, base.tokenizer

@@ -110,15 +110,15 @@ def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: 
     if not files.is_directory(directory):
         raise ArtifactError(f"the directory {directory} does not exist")
     if not files.is_file(path):
-        parts = [part for part in PARTS if files.is_file(directory / part / NAME)]
-        if parts:
-            each = " or ".join(str(directory / part) for part in parts)
-            raise ArtifactError(f"{directory} is the output of a run, which has no {NAME} of its own: name {each}")
-        raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify")
+        refuse_run(directory)
+        plain = files.is_file(directory / "config.json")
+        remedy = f"; `solidify init {directory} --replace none` writes a recipe that takes it as its base"
+        raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify{remedy if plain else ''}")
     manifest = _parse_manifest(path)
     wanted = (kind,) if isinstance(kind, str) else kind
     if wanted is not None and manifest.kind not in wanted:
-        raise ArtifactError(f"{directory} is {name_kind(manifest.kind)}, but {name_kind(wanted[0])} was expected")
+        found, asked = name_kind(manifest.kind), " or ".join(map(name_kind, wanted))
+        raise ArtifactError(f"{directory} is {found}, but {asked} was expected: name the directory of one")
     if closed:
         refuse(ArtifactError, f"{directory} is not what was written", strangers(directory, manifest))
     return manifest
@@ -127,6 +127,39 @@ def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: 
 def name_kind(kind: str) -> str:
     """Writes what a directory is, by the `kind` of its manifest, with its article."""
     return "a model of stock layout" if kind == "stock" else f"an {kind}"
+
+
+def version_faults(record: Manifest) -> tuple[list[str], list[str]]:
+    """Compares the packages that a model requires with those installed here: what is missing, and what may not fit.
+
+    Packages keep what they promise within a major version.
+    """
+    missing, other = [], []
+    for name, wanted in record.requirements.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            missing.append(f"it needs {shown(name)} {shown(wanted)}: pip install {shown(name)}")
+            continue
+        if found.partition(".")[0] != wanted.partition(".")[0]:
+            other.append(
+                f"it was made with {shown(name)} {shown(wanted)}, and {found} is installed here, whose code may "
+                f"compute something else: pip install {shown(name)}=={shown(wanted)}"
+            )
+    return missing, other
+
+
+def refuse_run(directory: Path) -> None:
+    """Refuses the output of a run in the place of one of its parts, which are named.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    parts = [part for part in PARTS if files.is_file(directory / part / NAME)]
+    own = any(files.is_file(directory / name) for name in (NAME, "config.json"))
+    if parts and not own:
+        each = " or ".join(str(directory / part) for part in parts)
+        raise ArtifactError(f"{directory} is the output of a run, which has no {NAME} of its own: name {each}")
 
 
 def _parse_manifest(path: Path) -> Manifest:

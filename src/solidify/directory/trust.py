@@ -90,7 +90,7 @@ def require(record: Manifest, directory: Path, trust_remote_code: bool) -> None:
 
 
 def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
-    """Lets the code of an artifact, exactly as it stands, run on this machine from now on; `forget` ends that.
+    """Lets code, of an artifact or a form of it, exactly as it stands, run here from now on; `forget` ends that.
 
     Returns its manifest, which names what was trusted.
 
@@ -98,13 +98,16 @@ def trust(directory: str | Path, *, forget: bool = False) -> Manifest:
         ArtifactError: it is not an artifact, something in it is not what was written, or it leads to other code.
     """
     directory = Path(directory).resolve()
-    record = manifest.read(directory, "artifact")
+    record = manifest.read(directory, manifest.MODELS)
     if forget:
         (disk.cache_for("trusted") / fingerprint(record)).unlink(missing_ok=True)
         return record
     faults = manifest.faults(directory, record, card=False, weights=False)
     refuse(ArtifactError, f"{directory} is not what was written", faults)
-    refuse_leading(directory, record)
+    if not record.code:
+        raise ArtifactError(f"{directory} carries no code that could be trusted: it loads as it is")
+    title = f"{directory} would run code that is not its own"
+    refuse(ArtifactError, title, leads(directory, record, every_kind=True))
     remember(record)
     return record
 
@@ -114,13 +117,15 @@ def refuse_leading(directory: Path, record: Manifest, where: Path | None = None)
     refuse(ArtifactError, f"{directory} would run code that is not its own", leads(where or directory, record))
 
 
-def leads(directory: Path, record: Manifest) -> list[str]:
+def leads(directory: Path, record: Manifest, *, every_kind: bool = False) -> list[str]:
     """Says what in the JSON files of a model's directory leads to code or weights that are not its own listed files.
 
     `auto_map` and `custom_pipelines` name classes, `..._implementation` may name a repository of kernels, and
-    `adapter_config.json` has transformers load another model.
+    `adapter_config.json` has transformers load another model. With `every_kind` plain models are asked, too.
     """
-    if record.kind != "artifact":  # the others have no code of ours; a merged plain model is loaded as any plain one
+    if (
+        record.kind != "artifact" and not every_kind
+    ):  # the others have no code of ours; a merged plain model is loaded as any plain one
         return []
     faults = []
     for name in sorted(record.files):

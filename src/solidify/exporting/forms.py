@@ -63,6 +63,13 @@ def export(
         why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"
         raise ArtifactError(f"an artifact cannot be exported as {form!r}: {why}")
     record = manifest.read(directory, manifest.MODELS)
+    if record.lineage and record.lineage[-1].get("form") in quantizing.WORDS:
+        raise ArtifactError(
+            f"the weights of {directory} are packed ({record.lineage[-1]['form']}), and what was rounded is lost; "
+            "export the model that it was made from"
+        )
+    if record.kind == "stock" and form == "stock" and record.code:
+        raise ArtifactError(f"{directory} is an artifact in another dtype; export the artifact that it was made from")
     if record.kind == "stock" and form == "stock":
         raise ArtifactError(f"{directory} is a plain model of its family already: use it as it is, or copy it")
     writing.refuse_foreign(output, [directory], work="export")
@@ -75,6 +82,8 @@ def export(
         findings = [*findings, *companions.carry(directory, staging).findings()]
         kept = replace(record, failed=results.join_failed(record.failed, results.failed_of(findings)))
         written = _write_manifest(kept, staging, form, digests)
+        if written.code and trust.known(record) and not trust.leads(staging, written, every_kind=True):
+            trust.remember(written)  # the code of what runs here already
     return Exported(output, written, [*findings, *map(Finding.of, record.failed)])
 
 
@@ -86,9 +95,11 @@ def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping
         for path in sorted(staging.rglob("*"))
         if path.is_file() and path.name not in weights and path.suffix != ".py"
     }
+    carries = (staging / next(iter(record.code), ".")).is_file()
     written = Manifest(
         kind="stock",
-        code=record.code if (staging / next(iter(record.code), ".")).is_file() else {},
+        code=record.code if carries else {},
+        requirements=record.requirements if carries else {},
         base=record.base,
         lineage=[*record.lineage, {"step": "export", "form": form, "artifact": record.digest()}],
         files=files,
