@@ -51,14 +51,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """The two keys of one fused parameter of a module, its name, and its shape in the model."""
+class Pair:
+    """The two keys of one fused parameter of a module `owner`, its name, and its shape in the model."""
 
     a: str
     b: str
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    owner: str
+
+    @property
+    def full_name(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.owner}.{self.name}"
 
     @property
     def in_features(self) -> int:
@@ -86,7 +92,7 @@ def in_own_layout(directory: Path, model: nn.Module, layout: str | None = None) 
     configured.read(directory, marked=True)  # its kind first: of other kinds nothing is looked at
     document, header = configured.document(directory), format.read_header(directory / configured.WEIGHTS)
     shapes = {key: entry.shape.sizes for key, entry in header.items()}
-    apart, pairs = expert_lists.layout(shapes, model), _find_pairs(shapes, document, model)
+    apart, pairs = expert_lists.layout(shapes, model), find_pairs(shapes, document, model)
     if apart is None and not pairs:
         refuse(AdapterError, title, [f"it holds no experts that have a layout ({layout})"] if layout else [])
         yield Reading(directory)
@@ -126,7 +132,7 @@ def refuse_layout(directory: Path, layout: str | None) -> None:
         )
 
 
-def _find_pairs(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], model: nn.Module) -> list[_Pair]:
+def find_pairs(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], model: nn.Module) -> list[Pair]:
     """Finds the factors of fused parameters: PEFT wraps a module once for each, the first parameter innermost."""
     words = document.get("target_parameters") or ()
     pairs = []
@@ -138,12 +144,12 @@ def _find_pairs(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any]
             a, b = f"{wrapped}.lora_A.weight", f"{wrapped}.lora_B.weight"
             shape = tuple(held[name].shape)
             if a in shapes and b in shapes and len(shape) == 3 and len(shapes[a]) == len(shapes[b]) == 2:
-                pairs.append(_Pair(a, b, name, shape, bool(vars(owner).get("is_transposed", False))))
+                pairs.append(Pair(a, b, name, shape, bool(vars(owner).get("is_transposed", False)), path))
     return [p for p in pairs if shapes[p.a][0] % p.shape[0] == 0 and shapes[p.a][0] == shapes[p.b][1]]
 
 
 def _orders(
-    directory: Path, document: Mapping[str, Any], pairs: Sequence[_Pair], layout: str | None, title: str
+    directory: Path, document: Mapping[str, Any], pairs: Sequence[Pair], layout: str | None, title: str
 ) -> tuple[dict[str, str], str]:
     """Returns the order of each pair's columns, by the key of its A, and how that is known."""
     marks = configured.marks(document, configured.metadata(directory / configured.WEIGHTS))
@@ -183,7 +189,7 @@ def _orders(
     return dict.fromkeys(orders, layouts.PEFT), _GRANTED
 
 
-def _rank_of(pair: _Pair, directory: Path) -> int:
+def _rank_of(pair: Pair, directory: Path) -> int:
     return int(format.read_header(directory / configured.WEIGHTS)[pair.a].shape.sizes[0]) // pair.shape[0]
 
 
@@ -202,7 +208,7 @@ def _trace_of_unsloth(directory: Path, document: Mapping[str, Any]) -> str:
 
 
 def _find_turned(
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     shapes: Mapping[str, Sequence[int]],
     document: Mapping[str, Any],
     layout: str | None,
@@ -226,7 +232,7 @@ def _find_turned(
     return found  # shapes that fit neither way are told where the adapter is put on the model
 
 
-def _was_turned_by(document: Mapping[str, Any], transposed: bool, layout: str | None, title: str, pair: _Pair) -> bool:
+def _was_turned_by(document: Mapping[str, Any], transposed: bool, layout: str | None, title: str, pair: Pair) -> bool:
     """Returns whether the version of PEFT that wrote an adapter exchanged in and out."""
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(document.get("peft_version")))
     if version is not None:
@@ -245,7 +251,7 @@ def _write_ordered(
     directory: Path,
     scratch: Path,
     document: Mapping[str, Any],
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     orders: Mapping[str, str],
     turned: Collection[str],
 ) -> None:

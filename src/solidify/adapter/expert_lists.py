@@ -29,7 +29,7 @@ _ONE = re.compile(r"(?P<path>.+)\.(?P<expert>\d+)\.(?P<name>\w+)\.lora_(?P<side>
 _STACK = re.compile(r"(?P<path>.+)\.(?P<name>\w+)\.lora_(?P<side>[AB])\.weight")
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # What the projections of an expert are called: by most families and by Mixtral, whose words vLLM takes for all.
-_ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _Key = tuple[str, str]  # the full name of the module of all experts, and what a projection is for them
 
 
@@ -74,10 +74,10 @@ def layout(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> str | None:
     for key, shape in shapes.items():
         plain = key.removeprefix(PREFIX)
         one, stack = _ONE.fullmatch(plain), _STACK.fullmatch(plain)
-        if one and one["name"] in _ROLES and _moved(one, renamed) in experts:
+        if one and one["name"] in ROLES and _moved(one, renamed) in experts:
             if f"{_moved(one, renamed)}.{one['expert']}" not in present:
                 return "lists"
-        elif stack and stack["name"] in _ROLES and len(shape) == 3 and _moved(stack, renamed) in experts:
+        elif stack and stack["name"] in ROLES and len(shape) == 3 and _moved(stack, renamed) in experts:
             return "stacked"
     return None
 
@@ -99,11 +99,11 @@ def gather(kind: str, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> 
     parts: dict[_Key, dict[tuple[int, str], torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = pattern.fullmatch(key.removeprefix(PREFIX))
-        path = _moved(match, renamed) if match and match["name"] in _ROLES else ""
+        path = _moved(match, renamed) if match and match["name"] in ROLES else ""
         if match is None or path not in experts or (kind == "stacked" and tensor.ndim != 3):
             found.rest[key] = tensor
             continue
-        place = (path, _ROLES[match["name"]])
+        place = (path, ROLES[match["name"]])
         number = int(match["expert"]) if kind == "lists" else 0
         parts.setdefault(place, {})[number, match["side"]] = tensor
         name = key.removeprefix(PREFIX).rpartition(".lora_")[0]
@@ -176,18 +176,18 @@ def fused(
 def _scaled(found: Found, place: _Key, document: Mapping[str, Any]) -> tuple[Factors, float]:
     """Returns the factors of a projection and the scale that its experts have in common."""
     factors = found.factors[place]
-    alphas = {_value(document, "alpha_pattern", name, document.get("lora_alpha", 8)) for name in found.names[place]}
+    alphas = {value_of(document, "alpha_pattern", name, document.get("lora_alpha", 8)) for name in found.names[place]}
     if len(alphas) != 1:
         raise ValueError(f"the experts of {place[0]} have different alphas ({sorted(alphas)}); fused they share one")
-    return factors, alphas.pop() / _root(document, factors.rank)
+    return factors, alphas.pop() / root_of(document, factors.rank)
 
 
-def _root(document: Mapping[str, Any], rank: int) -> float:
+def root_of(document: Mapping[str, Any], rank: int) -> float:
     """Returns what alpha is divided by: the rank, or with rsLoRA its square root."""
     return math.sqrt(rank) if document.get("use_rslora") else rank
 
 
-def _value(document: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+def value_of(document: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
     """Returns what a pattern of the configuration gives a module, by PEFT's own rule."""
     values = document.get(key) or {}
     return values.get(get_pattern_key(list(values), name), default)
@@ -231,7 +231,7 @@ class _Settings:
 
     def put(self, name: str, rank: int, scale: float) -> None:
         """Notes the rank and the scale of a target."""
-        alpha = scale * _root(self.document, rank)
+        alpha = scale * root_of(self.document, rank)
         alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
         if rank != self.document.get("r"):
             self.ranks[name] = rank
@@ -263,6 +263,6 @@ def _others(
         target = f"{name}.weight" if routed and "weight" in own_parameters(present[name]) else name
         (parameters if target != name else modules).add(target)
         if part["side"] == "A":
-            alpha = _value(document, "alpha_pattern", part["module"], document.get("lora_alpha", 8))
-            settings.put(target, tensor.shape[0], alpha / _root(document, tensor.shape[0]))
+            alpha = value_of(document, "alpha_pattern", part["module"], document.get("lora_alpha", 8))
+            settings.put(target, tensor.shape[0], alpha / root_of(document, tensor.shape[0]))
     return modules, parameters, tensors

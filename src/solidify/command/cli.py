@@ -308,12 +308,17 @@ def merge(
 
 @app.command()
 def export(
-    directory: Annotated[Path, typer.Argument(help="An artifact, merged or not.")],
+    directory: Annotated[Path, typer.Argument(help="An artifact, merged or not; or an adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the other form goes.")],
     form: Annotated[
         str,
-        typer.Option("--as", help="stock: the plain model of the family; onnx; a dtype (bfloat16); nf4, int8: packed."),
+        typer.Option(
+            "--as",
+            help="stock: the plain model of the family; onnx; a dtype (bfloat16); nf4, int8: packed; of an adapter the "
+            "layout of its experts: peft, grouped, lists, stacked.",
+        ),
     ] = "stock",
+    base: Base = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Writes an artifact in a form that other programs read, and compares it with the artifact."""
@@ -321,7 +326,7 @@ def export(
         from solidify.exporting import forms
         from solidify.findings import Report
 
-    made = forms.export(directory, output, form, trust_remote_code=trust_remote_code)
+    made = forms.export(directory, output, form, base=base, trust_remote_code=trust_remote_code)
     report = Report(str(output), {"export": made.findings})
     _show_report(report.document())
     report.require()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from solidify.adapter import expert_files
 from solidify.artifact import companions, loading, quantizing
 from solidify.directory import manifest, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
-from solidify.exporting import graph, precision, stock
+from solidify.exporting import expert_adapter, graph, precision, stock
 from solidify.findings import Finding
-from solidify.system import console
+from solidify.system import console, files
 from solidify.weights import checkpoint, format, hashing
 
 GGUF = (
@@ -34,17 +35,25 @@ FORMS: Mapping[str, Write] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished directory, its manifest, and what was found when it was compared with the artifact."""
+    """A finished directory, its manifest, and what was found when it was compared with the artifact.
+
+    An adapter for other programs has no manifest: it is theirs.
+    """
 
     directory: Path
-    manifest: Manifest
+    manifest: Manifest | None
     findings: list[Finding]
 
 
 def export(
-    directory: str | Path, output: str | Path, form: str = "stock", *, trust_remote_code: bool = False
+    directory: str | Path,
+    output: str | Path,
+    form: str = "stock",
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
-    """Writes an artifact in another form; the artifact is unchanged.
+    """Writes an artifact, or an adapter, in another form; the original is unchanged.
 
     `stock` is the plain model of the family, which loads without any code of the artifact: for results that the
     family's own configuration and classes can express (layers removed or repeated, experts pruned or repeated, tokens
@@ -53,12 +62,20 @@ def export(
     `bfloat16`, `float16` write another dtype, `nf4` and `int8` linear layers packed by bitsandbytes, of a plain model
     too: a fresh process compares all with the artifact, loaded so, and what it does to the outputs is measured.
 
+    An adapter (of the model `base`, where its own record of that is out of date) is written for plain PEFT and others
+    with its experts in one of the layouts of docs/expert_lora.md (`peft`, `grouped`, `lists`, `stacked`), is read back,
+    and every update must be the same, bit for bit.
+
     Raises:
         ArtifactError: the form is unknown; the family cannot build what the surgery has made (the modules are named);
             a package is missing; `output` exists and is not ours; or what was written is not what the artifact is.
             Nothing is then left at `output`.
     """
     directory, output = Path(directory).resolve(), Path(output)
+    if files.is_file(directory / expert_adapter.CONFIG) and not files.is_file(directory / "config.json"):
+        return Exported(output, None, expert_adapter.export(directory, output, form, base, trust_remote_code))
+    if form in expert_files.LAYOUTS:
+        raise ArtifactError(f"{form} is a layout of an adapter's experts, and {directory} is no adapter")
     if form not in FORMS:
         why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"
         raise ArtifactError(f"an artifact cannot be exported as {form!r}: {why}")

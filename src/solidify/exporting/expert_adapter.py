@@ -1,0 +1,46 @@
+"""An adapter whose experts are laid out for another program, read back before it appears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solidify.adapter import expert_files, expert_writing, storage
+from solidify.artifact import loading
+from solidify.directory import manifest, writing
+from solidify.errors import AdapterError
+from solidify.findings import Finding
+from solidify.merging import inputs
+from solidify.system import files
+
+CONFIG = storage.CONFIG
+
+
+def export(adapter: Path, output: Path, layout: str, base: str | Path | None, trust_remote_code: bool) -> list[Finding]:
+    """Writes an adapter for plain PEFT and other programs, with its experts in another layout.
+
+    Raises:
+        AdapterError: the layout is unknown, the adapter's base is not found, it holds no experts or more than the
+            layout has a place for, or what was written is not read back as it was.
+    """
+    if layout not in expert_files.LAYOUTS:
+        known = ", ".join(expert_files.LAYOUTS)
+        raise AdapterError(f"{adapter} is an adapter, which cannot be exported as {layout!r}; there are {known}")
+    writing.refuse_foreign(output, [adapter], work="export")
+    ours = files.is_file(adapter / manifest.NAME)
+    sources = inputs.read(adapter, base, trust_remote_code) if ours else inputs.read_plain(adapter, base)
+    if sources.record is not None and (more := _list_others(sources.record)):
+        raise AdapterError(f"{adapter} trains {', '.join(more)} in full, which other programs do not read; merge it")
+    skeleton = loading.load_base(str(sources.base), device="meta", trust_remote_code=trust_remote_code).model
+    with writing.staged(output, [adapter, sources.base], work="export") as staging:
+        with expert_files.in_own_layout(adapter, skeleton) as own:
+            expert_writing.write(own.directory, staging, layout, skeleton)
+            wrong = expert_writing.find_differences(own.directory, staging, layout, skeleton)
+        if wrong:
+            raise AdapterError(f"{adapter} was not read back as it was from {layout}: {', '.join(wrong[:4])}")
+    evidence = f"{layout}: {expert_files.LAYOUTS[layout]}; read back, every update is the same bits and scale"
+    return [Finding(expert_files.FINDING, True, evidence)]
+
+
+def _list_others(record: manifest.Manifest) -> list[str]:
+    """Names what an adapter trains in full."""
+    return [name for kind in ("modules", "parameters", "buffers", "tokens") for name in record.trained.get(kind, [])]
