@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import slow
 
 HERE = Path(__file__).parent
 # Heavy imports stand in the fixtures: the process that only hands out tests to others reads this file, too.
@@ -36,6 +37,10 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {HERE / name: rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
+    for item in items:
+        test, _, case = item.nodeid.partition("::")[2].partition("[")
+        if slow.is_slow(f"{item.path.relative_to(HERE).as_posix()}::{test}", case.removesuffix("]")):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

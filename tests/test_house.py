@@ -12,6 +12,7 @@ from pathlib import Path
 
 import private_names
 import pytest
+import slow
 from torch import nn
 
 import solidify
@@ -171,6 +172,9 @@ def test_all_names_are_there_and_no_others() -> None:
         _ = solidify.solid
 
 
+VERBS = ("artifact.solidify", "merging.export", "checks.check", "exporting.forms")
+
+
 def test_the_light_parts_stay_light() -> None:
     """Reading a recipe and answering --help need no torch."""
     names = "('torch', 'transformers')"
@@ -179,11 +183,11 @@ def test_the_light_parts_stay_light() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("used", ["merging.export", "checks.check", "artifact.solidify", "exporting.forms"])
-def test_a_verb_without_training_imports_nothing_of_it(used: str) -> None:
+def test_verbs_without_training_import_nothing_of_it() -> None:
     """TRL brings wandb and datasets, and datasets pandas: a second or two."""
     names = ["trl", "datasets", "wandb", "pandas", "transformers.trainer"]
-    imported = f"from solidify.command.quiet import start_verb\nwith start_verb():\n    import solidify.{used}"
+    used = ", ".join(f"solidify.{name}" for name in VERBS)
+    imported = f"from solidify.command.quiet import start_verb\nwith start_verb():\n    import {used}"
     script = f"{imported}\nimport sys; print(*(m for m in {names} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [] and done.stderr == ""
@@ -194,6 +198,13 @@ def test_loading_imports_no_peft() -> None:
     script = "import sys, solidify.artifact.solidify; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_cases_that_are_kept_quick_are_there() -> None:
+    for test, cases in slow.KEPT.items():
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), test
+        assert cases == () or all(cases), test
 
 
 def test_help_names_every_verb() -> None:

@@ -271,7 +271,7 @@ def test_a_directory_that_is_swapped_after_it_was_allowed_does_not_run(
     rewritten(other, "trashcan_moe.py", code + f"\nopen({str(witness)!r}, 'w').close()\n")
     assert not manifest.faults(other, manifest.read(other))
 
-    def swap(_: Path) -> list[Any]:
+    def swap(*_: Any) -> list[Any]:
         directory.rename(tmp_path / "away")
         other.rename(directory)
         return []

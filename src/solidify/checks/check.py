@@ -137,15 +137,12 @@ def _check_artifact(
 ) -> list[Finding]:
     trust.require(record, directory, trust_remote_code)
     missing, other = manifest.version_faults(record)
-    if missing or other:
-        fault = Finding(PACKAGES, False if missing else None, "; ".join([*missing, *other]))
-        return [fault, *([] if missing else _permit_run(directory, record, serve))]
-    return _permit_run(directory, record, serve)
-
-
-def _permit_run(directory: Path, record: Manifest, serve: str | Path | None) -> list[Finding]:
+    packages = "; ".join([*missing, *other])
+    found = [Finding(PACKAGES, False if missing else None, packages)] if packages else []
+    if missing:
+        return found
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now
-        return _run_artifact(directory, record, serve, process)
+        return [*found, *_run_artifact(directory, record, serve, process)]
 
 
 def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None, process: Alone) -> list[Finding]:
