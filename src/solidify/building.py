@@ -12,7 +12,7 @@ from solidify.artifact import solidify
 from solidify.artifact.solidify import Artifact, Saveable
 from solidify.directory import manifest
 from solidify.errors import ArtifactError
-from solidify.recipe import stages
+from solidify.recipe import build_stage
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery.edit_record import Edit
 
@@ -50,8 +50,8 @@ def build(
                 "results go)"
             )
         loaded = given(model)
-        output = stages.output_of(loaded, directory)
-        report = stages.build_alone(loaded, output, link=link)
+        output = build_stage.output_of(loaded, directory)
+        report = build_stage.build_alone(loaded, output, link=link)
         report.require()
         return Artifact(output / "artifact", manifest.read(output / "artifact", manifest.MODELS), report.findings)
     if edits is None or directory is None:

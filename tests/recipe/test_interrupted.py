@@ -25,7 +25,7 @@ from solidify.directory import manifest, ours, results
 from solidify.errors import ArtifactError, CheckFailed, ObjectiveError, RecipeError
 from solidify.findings import Finding, Report
 from solidify.merging import export
-from solidify.recipe import dry_run, schema, stages, training
+from solidify.recipe import build_stage, dry_run, schema, stages, training
 from solidify.recipe import models as models_of_recipes
 from solidify.training import checkpoints
 
@@ -160,7 +160,8 @@ def test_the_command_that_is_printed_is_the_one_that_was_given(
     load(beside, "a.yaml", document())
     values = {"set_": "training.seed=1", "share": "1/4"}
     monkeypatch.setattr("solidify.merging.export.merge", interrupted)
-    for name in ("run", "build_alone", "train", "heal"):
+    monkeypatch.setattr(build_stage, "build_alone", interrupted)
+    for name in ("run", "train", "heal"):
         monkeypatch.setattr(stages, name, interrupted)
     verbs: Any = typer.main.get_command(cli.app)
     for verb, subject in (*((v, beside / "a.yaml") for v in ("run", "build", "train", "heal")), ("merge", copied)):
@@ -241,7 +242,7 @@ def test_what_failed_in_surgery_is_not_forgotten(
     made, output = load(beside, "a.yaml", document()), tmp_path / "out"
     wrong = Finding("start identical", honest, "logits differ from the base by up to 1")
     with monkeypatch.context() as patch:
-        patch.setattr(stages.structure, "start", lambda *_, **__: wrong)
+        patch.setattr(build_stage.structure, "start", lambda *_, **__: wrong)
         report = stages.build(made, output)
     expected = [] if honest else [wrong]
     assert report.failed == expected
@@ -463,7 +464,7 @@ def test_what_failed_of_a_plain_model_is_kept_by_what_is_built_on_it(beside: Pat
     plain = {**document(), "surgery": [], "adapter": {"train": ["model.norm"]}}
     del plain["objective"]
     made = load(beside, "plain.yaml", plain)
-    stages.build_alone(made, tmp_path / "run")
+    build_stage.build_alone(made, tmp_path / "run")
     wrong = Finding("a check", False, "it does not hold")
     results.keep_failures(tmp_path / "run" / "artifact", [wrong])
     for name, surgery in (("changed", document()["surgery"]), ("copied", [])):

@@ -24,7 +24,7 @@ from solidify.checks import structure
 from solidify.command import cli, views
 from solidify.directory import manifest, trust
 from solidify.errors import AdapterError, ArtifactError, RecipeError
-from solidify.recipe import schema, stages
+from solidify.recipe import build_stage, schema
 from solidify.weights import hashing
 
 
@@ -166,7 +166,7 @@ def test_an_artifact_that_does_not_reload_is_not_copied(tmp_path: Path) -> None:
     changed.write(built)
     trust.remember(changed)
     with pytest.raises(ArtifactError, match=r"does not reload as it was in memory:\s.*outputs identical"):
-        stages.build(schema.load(write_recipe(tmp_path, built)), tmp_path / "run")
+        build_stage.build(schema.load(write_recipe(tmp_path, built)), tmp_path / "run")
     assert not (tmp_path / "run" / "artifact").exists()
 
 
@@ -205,7 +205,7 @@ def test_tokens_that_get_the_rows_which_a_base_has_to_spare_start_as_promised(tm
     base = save_base(tmp_path / "base", pico.llama(eos_token_id=0, vocab_size=rows))
     added = {"surgery": [{"add_tokens": ["<a>", "<b>"]}], "adapter": None, "training": {}}
     recipe = write_recipe(tmp_path, base, **added)
-    report = stages.build_alone(schema.load(recipe), tmp_path / "out")
+    report = build_stage.build_alone(schema.load(recipe), tmp_path / "out")
     found = next(finding for finding in report.findings if finding.name == "start identical")
     assert found.verdict == "proved" and "of 2 new tokens apart" in found.evidence, found.evidence
 

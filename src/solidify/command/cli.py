@@ -165,9 +165,9 @@ def run(
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
         from solidify.errors import SolidifyError
-        from solidify.recipe import stages
+        from solidify.recipe import build_stage, stages
 
-    directory = stages.output_of(loaded, output)
+    directory = build_stage.output_of(loaded, output)
     with _explain_resuming(context, directory):
         report = directory / "report.json"
         before = _read_stamp(report)
@@ -192,11 +192,11 @@ def build(
     """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
-        from solidify.recipe import stages
+        from solidify.recipe import build_stage
 
-    directory = stages.output_of(loaded, output)
+    directory = build_stage.output_of(loaded, output)
     with _explain_repeating(context):
-        report = stages.build_alone(loaded, directory, link=not copy)
+        report = build_stage.build_alone(loaded, directory, link=not copy)
     _show_report(report.document(), verbose)
     report.require()
 
@@ -213,9 +213,9 @@ def train(
     """Trains an adapter on a built artifact: OUTPUT/artifact -> OUTPUT/adapter."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
-        from solidify.recipe import stages
+        from solidify.recipe import build_stage, stages
 
-    directory = stages.output_of(loaded, output)
+    directory = build_stage.output_of(loaded, output)
     with _explain_resuming(context, directory):
         report = stages.train(loaded, directory, resume=resume)
     _show_report(report.document(), verbose)
@@ -239,9 +239,9 @@ def heal(
     """Brings a built artifact back to its base, as the recipe's `heal` says: OUTPUT/artifact -> OUTPUT/heal."""
     loaded = _load_recipe(recipe, set_)
     with _start_verb():
-        from solidify.recipe import healing, stages
+        from solidify.recipe import build_stage, healing, stages
 
-    directory = stages.output_of(loaded, output)
+    directory = build_stage.output_of(loaded, output)
     part = healing.read_share(share)
     with _explain_resuming(context, directory):
         report = stages.heal(loaded, directory, resume=resume, link=not copy, share=part)

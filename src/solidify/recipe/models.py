@@ -17,7 +17,7 @@ from solidify.builtin import bases
 from solidify.directory import manifest, results
 from solidify.errors import ModelError, RecipeError, raised_as
 from solidify.model.extent import Extent
-from solidify.recipe import calibration, references
+from solidify.recipe import references
 from solidify.recipe.schema import Recipe
 from solidify.recipe.sections import Base
 from solidify.source import closure
@@ -170,6 +170,8 @@ class _Beside:
 
     def scores(self, model: PreTrainedModel, names: Sequence[str], by: str, rows: int) -> ExpertScores:
         """Scores the experts of blocks on the recipe's data."""
+        from solidify.recipe import calibration  # with all that reads data
+
         return calibration.score_experts(self._recipe, self._preparing, model, names, by, rows)
 
 
