@@ -74,6 +74,7 @@ MORE: dict[str, dict[str, Any]] = {
         "adapter": {"train": "a"},
         "trainer": "dpo",
         "reference": {"model": "r"},
+        "cache_prefix": True,
         "data": {"train": "x.jsonl", "streaming": False, "group_by": ["length"]},
     },
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import contract
 import pico
 import pytest
 import torch
@@ -13,15 +14,20 @@ from transformers import TrainerCallback, set_seed
 from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from trl import DistillationConfig, DPOConfig, GRPOConfig
 
 import solidify
 from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.objective.objective import Objective, Term
+from solidify.training.distilling import DistillationRunner
+from solidify.training.preference import ObjectiveDPOTrainer
 from solidify.training.prefix import CachedPrefix, cache_prefix, find_prefixes
+from solidify.training.prefix_training import setting_faults
+from solidify.training.reinforcing import GRPORunner
 from solidify.training.trainer import ObjectiveTrainer
-from training import arguments
+from training import arguments, pairs
 
 LORA = {"r": 4, "target_modules": ["model.layers.3.self_attn.q_proj"]}
 BERT = {**pico.SIZES, "num_hidden_layers": 4, "intermediate_size": 48, "num_labels": 3}
@@ -399,3 +405,50 @@ def test_activations_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**28 + 1000})())
     with pytest.raises(ObjectiveError, match=r"of activations do not fit in .*prefix"):
         made.train()
+
+
+@pytest.mark.parametrize(("lmbda", "written"), [(0.0, False), (0.5, True)])
+def test_trainers_that_write_answers_are_refused(lmbda: float, written: bool, tmp_path: Path) -> None:
+    from solidify.training.teaching import GKDRunner
+
+    from trl.experimental.gkd import GKDConfig  # isort: skip
+
+    def settings(kind: Any, **more: Any) -> Any:
+        return arguments(tmp_path, 2, 1, kind=kind, train_sampling_strategy="sequential", **more)
+
+    refused = ["what is trained on is written in training, so no batch comes again"]
+    assert setting_faults(settings(GKDConfig, lmbda=lmbda), GKDRunner) == (refused if written else [])
+    for kind, runner in ((GRPOConfig, GRPORunner), (DistillationConfig, DistillationRunner)):
+        assert (
+            setting_faults(settings(kind, num_generations=2) if kind is GRPOConfig else settings(kind), runner)
+            == refused
+        )
+
+
+def test_preferences_and_their_reference_share_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def preferring(name: str, *, cached: bool) -> Any:
+        set_seed(0)
+        settings = {
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "router_aux_loss_coef": 0.0,
+            "activation_checkpointing": False,
+        }
+        kind: Any = ObjectiveDPOTrainer
+        return kind(
+            olmoe(),
+            args=arguments(tmp_path / name, 4, 1, kind=DPOConfig, train_sampling_strategy="sequential", **settings),
+            train_dataset=pairs(),
+            processing_class=contract.tokenizer(),
+            objective=Objective([Term("model")]),
+            cache_prefix=cached,
+        )
+
+    plain, cached = preferring("plain", cached=False), preferring("cached", cached=True)
+    plain.train()
+    counted = Counted(Calls(monkeypatch, OlmoeAttention))
+    cached.add_callback(counted)
+    cached.train()
+    expected, found = plain.model.state_dict(), cached.model.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert counted.by_epoch[1] == 2 * 2  # the last layer alone: of the model and of its reference, for two batches

@@ -105,6 +105,9 @@ def plan(document: Mapping[str, Any], *, verbose: bool = False) -> Iterator[Rend
         yield f"Trainer: {document['trainer']}\n"
         yield _show_objective(document["objective"])
         yield from _show_groups(document["groups"])
+    if (prefix := document.get("prefix")) is not None:
+        layers = ", ".join(prefix["layers"])
+        yield f"Computed once for each batch: {layers}; about {console.size(prefix['bytes'])} on disk while it trains\n"
     before, after = document["before"], document["after"]
     rows = [
         (label, show(before[key]), show(after[key]), _write_difference(before[key], after[key], show))

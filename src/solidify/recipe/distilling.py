@@ -76,6 +76,7 @@ def inner_recipe(recipe: Recipe, model: PreTrainedModel, edits: Sequence[Mapping
             "reference": None,
             "rewards": [],
             "parameter_groups": asked.parameter_groups,
+            "cache_prefix": None,
             "training": asked.training,
             "output": None,
         }

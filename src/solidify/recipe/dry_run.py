@@ -24,7 +24,17 @@ from solidify.modules.trashcan_moe import ASLEEP, TrashCanMoE
 from solidify.objective.objective import Objective
 from solidify.objective.rehearsal import rehearse
 from solidify.objective.term import Term
-from solidify.recipe import datasets, evidence, first_batch, heal_plan, models, objectives, trainers, trl_rows
+from solidify.recipe import (
+    datasets,
+    evidence,
+    first_batch,
+    heal_plan,
+    models,
+    objectives,
+    prefix_plan,
+    trainers,
+    trl_rows,
+)
 from solidify.recipe.schema import Recipe, given
 from solidify.surgery import catalogue, ledger
 from solidify.surgery.constructing import Bypassing
@@ -48,7 +58,8 @@ class Plan:
     `requirements` what it needs beside torch and transformers. `heal` says what each stage of healing would take, and
     `quantization` what the artifact takes in memory when it is trained quantised, and what is not quantised, and why.
     `modules` holds the trees of modules `before` and `after`, `data` how the rows are read: their format, the longest
-    example, on what the loss is. `notes` are sentences on what will have no effect.
+    example, on what the loss is. `notes` are sentences on what will have no effect. `prefix` says which layers
+    `cache_prefix` has computed once, and about how many bytes that takes on disk.
     """
 
     edits: list[Edit]
@@ -69,6 +80,7 @@ class Plan:
     modules: dict[str, list[Branch]] = field(default_factory=dict)
     data: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    prefix: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
@@ -89,6 +101,7 @@ class Plan:
             **({"quantization": self.quantization} if self.quantization is not None else {}),
             **({"data": self.data} if self.data is not None else {}),
             **({"notes": self.notes} if self.notes else {}),
+            **({"prefix": self.prefix} if self.prefix is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -133,6 +146,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     modules["after"] = inspection.tree(base.model)
     counts = ledger.counts(base.model.state_dict(), records)
     wanted, trainer, trainable, terms, forecast = None, None, dict[str, int](), list[Term](), None
+    prefix: dict[str, Any] | None = None
     if recipe.adapter is not None:
         read = trainers.refuse_unteachable(recipe, base.model, preparing)
         surgery = vars(base.model.config).get("surgery") or []  # of a base that is an artifact
@@ -147,7 +161,10 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         trainer = trainers.trainer_class(recipe).__name__
         trainable, peft_model = _count_trainable(recipe, base.model, lora)
         refuse_half_precision(arguments, peft_model)
+        prefix = prefix_plan.plan(recipe, peft_model, Objective(terms), read)
         _rehearse_objective(recipe, edits, peft_model, arguments.max_steps)
+    if read is not None:
+        read.pop("tokens", None)  # which the size of the prefix is about
     return Plan(
         edits=edits,
         adapter=wanted,
@@ -167,6 +184,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         modules=modules,
         data=read,
         notes=[*notes, *(_find_sleepers(edits, terms) if recipe.adapter is not None else [])],
+        prefix=prefix,
     )
 
 

@@ -33,6 +33,7 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
         datasets.read_texts(recipe)
         return {"format": "text", "images": True}
     train, held_out = datasets.read_rows(recipe)
+    tokens = 0
     reading = datasets.open_reading(recipe, train, processor, model)
     if reading.packing:
         with datasets.raised_in("data"):
@@ -45,14 +46,23 @@ def rehearse(recipe: Recipe, processor: Any, model: nn.Module) -> dict[str, Any]
                 datasets.find_format(recipe, rows, model)
             named = datasets.name_text(recipe, rows, reading.format)
             made, _ = examples.make(_take(named), reading)
+            tokens += _count_tokens(rows, made)
             batch = examples.collator(reading)([made[n] for n in range(min(2, len(made)))])
             _run_on_meta(model, batch)
     return {
         "format": reading.format,
         **reading.limits,
+        **({"tokens": tokens} if tokens else {}),
         **({"loss": reading.chat.way} if reading.chat is not None and reading.format == "messages" else {}),
         **({"packing": True} if reading.packing else {}),
     }
+
+
+def _count_tokens(rows: Any, made: Any) -> int:
+    """Returns about how many tokens all rows have, from examples of the first; 0 where they have none."""
+    if sources.is_stream(rows) or "input_ids" not in made.column_names:
+        return 0
+    return sum(map(len, made["input_ids"])) * len(rows) // max(min(len(rows), FEW), 1)
 
 
 def _take(rows: Any) -> Any:

@@ -129,6 +129,7 @@ RULES: dict[str, dict[str, Any]] = {
             },
             _needs("teacher", "adapter", empty=True),
             *(_needs(key, "adapter") for key in ("training", "parameter_groups")),
+            {"if": _is("cache_prefix", True), "then": _holds("adapter", empty=True)},
         ],
     },
 }

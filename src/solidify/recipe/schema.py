@@ -62,6 +62,7 @@ def _is_count(value: Any) -> bool:
 class Recipe(Section):
     """A recipe: what to make, section by section; without `surgery` the base itself is trained.
 
+    `cache_prefix` has layers before all that learn computed once for each batch, instead of once for each epoch.
     Relative paths start at `directory`, where its file is; `name` is that file's, without its ending.
     """
 
@@ -75,6 +76,7 @@ class Recipe(Section):
     reference: Base | None = None
     rewards: list[str] = Field(default_factory=list)
     parameter_groups: list[ParameterGroup] = Field(default_factory=list)
+    cache_prefix: bool | None = None
     data: Data | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     output: str | None = None
@@ -109,6 +111,8 @@ class Recipe(Section):
             raise broken_rule("`training` needs an `adapter` that says what is trained")
         if self.adapter is None and self.parameter_groups:
             raise broken_rule("`parameter_groups` needs an `adapter` that says what is trained")
+        if self.adapter is None and self.cache_prefix:
+            raise broken_rule("`cache_prefix` needs an `adapter` that says what is trained")
         self._check_trainer()
         return self
 

@@ -16,7 +16,7 @@ from solidify.directory import trust
 from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
 from solidify.objective.objective import Objective
-from solidify.recipe import datasets, first_batch, kinds, objectives, trl_rows
+from solidify.recipe import datasets, first_batch, kinds, objectives, prefix_plan, trl_rows
 from solidify.recipe.kinds import Kind
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
@@ -161,6 +161,7 @@ def refuse_unteachable(recipe: Recipe, model: PreTrainedModel, processor: Any) -
     arguments = training_arguments(recipe, Path("nowhere"))
     faults = kinds.setting_faults(kind, arguments, Objective(objectives.make_terms(recipe)), recipe)
     refuse(ObjectiveError, f"{kind.trainer.__name__} cannot train like this", faults)
+    prefix_plan.refuse_uncacheable(recipe, kind, arguments)
     return found
 
 
@@ -173,10 +174,13 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
     """Returns a trainer for a recipe, and the examples it trains on."""
     assert recipe.data is not None
     kind, arguments = kinds.find(recipe), training_arguments(recipe, directory)
+    prefix_plan.refuse_uncacheable(recipe, kind, arguments)
     objective = objectives.make_objective(recipe, model.get_base_model())
     plain = lookup.plain_model(model)
     datasets.refuse_unprepared(recipe, processor, plain)
     form, given = _prepare_rows(kind, recipe, processor, model)
+    if prefix_plan.shuffles_once(recipe, kind, arguments):
+        given["train_dataset"] = given["train_dataset"].shuffle(seed=recipe.data.seed)
     options = kinds.options(kind, recipe, objective)
     refused = foreign.calling(f"{kind.trainer.__name__} does not take the training section", RecipeError)
     with refused, trust.never_asking():  # TRL reads a tokenizer that the section may name
@@ -187,6 +191,7 @@ def make_trainer(recipe: Recipe, directory: Path, model: Any, processor: Any) ->
             objective=objective,
             parameter_groups=parameter_groups(recipe),
             group_by=recipe.data.group_by,
+            cache_prefix=bool(recipe.cache_prefix),
             **given,
             **options,
         )
