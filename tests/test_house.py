@@ -172,7 +172,7 @@ def test_all_names_are_there_and_no_others() -> None:
         _ = solidify.solid
 
 
-VERBS = ("artifact.solidify", "merging.export", "checks.check", "exporting.forms")
+VERBS = ("recipe.build_stage", "recipe.dry_run", "merging.export", "checks.check", "exporting.forms")
 
 
 def test_the_light_parts_stay_light() -> None:

@@ -139,7 +139,7 @@ def test_ctrl_c_says_how_to_start_again_what_leaves_all_or_nothing(
     beside: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     load(beside, "a.yaml", document())
-    monkeypatch.setattr(stages, "build", interrupted)
+    monkeypatch.setattr(build_stage, "build", interrupted)
     monkeypatch.setattr("solidify.merging.export.merge", interrupted)
     merged = ("merge", copied / "adapter", "--output", tmp_path / "merged")
     for words in (
