@@ -66,7 +66,7 @@ BAD_INPUT = {
     "class not found": ({"surgery__0__with": "side_path.py:SideWay"}, "defines no 'SideWay'"),
     "not a module": ({"surgery__0__with": "side_path_loss.py:near_one"}, "is not a class of torch.nn.Module"),
     "unknown argument": ({"surgery__0__arguments": {"with": 1}}, "takes no argument 'with'"),
-    "missing weights": ({"surgery__0__weights": "none.pth"}, "none.pth do not exist"),
+    "missing weights": ({"surgery__0__weights": "none.pth"}, "none.pth does not exist"),
     "base that is not there": ({"base__model": "no/such-model"}, "the base 'no/such-model' cannot be loaded"),
     "unknown builtin": ({"base__model": "builtin:huge"}, "there is no 'builtin:huge'"),
     "LoRA that hits nothing": ({"adapter__lora__target_modules": ["q_proj"]}, "write **.q_proj to hit it everywhere"),

@@ -92,7 +92,7 @@ TABLE: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "packed artifact": PACKED,
             "packed stock": PACKED,
             "stock": NOT_OURS,
-            "adapter": "is an adapter, but an artifact or a model of stock layout was expected",
+            "adapter": "is an adapter, which cannot be exported as 'float32'; there are peft, ",
             "run": RUN,
         },
     ),
@@ -169,6 +169,11 @@ def test_required_packages_are_compared_when_it_is_loaded(
     said = capsys.readouterr().err.replace("\n", " ")
     assert "it was made with numpy 0.9.1, and" in said and "pip install numpy==0.9.1" in said
     assert "safetensors" not in said
+    if kind == "artifact":
+        found = next(
+            each for each in solidify.check(copied).findings if each.name.startswith("packages that it requires")
+        )
+        assert found.verdict == "measured" and "numpy 0.9.1" in found.evidence
     replace(record, requirements={"no-such-package": "1.0"}).write(copied)
     with pytest.raises(ArtifactError, match=r"it needs no-such-package 1\.0: pip install no-such-package"):
         solidify.load(copied)
