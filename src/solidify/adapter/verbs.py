@@ -251,7 +251,7 @@ class LoraVerbs(LoraTuner):
         self.note_failed(adapter_name, [])
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
-        """Adds a weighted sum of low-rank adapters, which keeps what failed of each.
+        """Adds a weighted sum of low-rank adapters, which keeps what failed of each; of one, `svd` changes the rank.
 
         Raises:
             AdapterError: one of them trained something in full, of which PEFT makes no sum.
@@ -261,8 +261,14 @@ class LoraVerbs(LoraTuner):
         )
         failed = results.join_failed(*map(self.failed, adapters))
         is_new = adapter_name not in self.peft_config  # PEFT passes over one that is there
+        if len(adapters) == 1 and "svd" in str(kwargs.get("combination_type")):
+            # Of a single adapter PEFT (0.21.2) takes the factors as they are, at their rank: half of it, twice.
+            adapters, weights = [*adapters, *adapters], [weight / 2 for weight in (*weights, *weights)]
         super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
         if is_new:
+            for name, parameter in self.named_parameters():
+                if ".lora_" in name and f".{adapter_name}." in f"{name}.":  # slices of singular vectors, with gaps
+                    parameter.data = parameter.data.contiguous()
             self.note_failed(adapter_name, failed)
 
     def _refuse_in_full(self, verb: str, adapters: Sequence[str], remedy: str) -> None:

@@ -1,0 +1,81 @@
+"""Adapters of other ranks, summed, resized, and one on top of another that was merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_kinds import fit, outputs, same
+from peft import PeftModel
+
+import solidify
+from solidify.errors import AdapterError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+Q, V = "model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"
+
+
+def adapter(model: Any, r: int, targets: list[str], name: str = "default") -> PeftModel:
+    """A trained adapter of a rank."""
+    made = solidify.attach(model, lora={"r": r, "lora_alpha": 2 * r, "target_modules": targets}, name=name)
+    fit(made)
+    return made
+
+
+def delta(model: PeftModel, name: str, layer: int = 0) -> torch.Tensor:
+    module: Any = model.get_base_model().model.layers[layer].self_attn.q_proj
+    return torch.as_tensor(module.get_delta_weight(name)).double()
+
+
+def test_an_adapter_on_a_merged_artifact_of_another_has_another_rank_and_more_targets(
+    wrapped_artifact: Path, tmp_path: Path
+) -> None:
+    """Stacked: the first is merged into an artifact, the second trained on that, saved, gone on with, and merged."""
+    solidify.save_adapter(adapter(solidify.load(wrapped_artifact), 4, [Q]), tmp_path / "first")
+    solidify.merge(tmp_path / "first", tmp_path / "under")
+    second = adapter(solidify.load(tmp_path / "under"), 2, [Q, V])
+    solidify.save_adapter(second, tmp_path / "second")
+    again = solidify.load_adapter(solidify.load(tmp_path / "under"), tmp_path / "second", trainable=True)
+    assert same(outputs(again), outputs(second))
+    fit(again)
+    solidify.save_adapter(again, tmp_path / "further")
+    merged = solidify.merge(tmp_path / "further", tmp_path / "both")
+    assert all(finding.passed for finding in merged.findings)
+    with pytest.raises(AdapterError, match="trained on another base"):
+        solidify.load(wrapped_artifact, tmp_path / "second")
+
+
+@pytest.mark.parametrize(("how", "rank"), [("cat", 6), ("svd", 4)])
+def test_adapters_of_different_ranks_are_summed_saved_and_merged(
+    wrapped_artifact: Path, tmp_path: Path, how: str, rank: int
+) -> None:
+    model = adapter(solidify.load(wrapped_artifact), 4, [Q])
+    model = adapter(model, 2, [Q], "other")
+    expected = 0.5 * delta(model, "default") + 2.0 * delta(model, "other")
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type=how)
+    model.set_adapter("sum")
+    assert model.peft_config["sum"].r == rank
+    found = delta(model, "sum")
+    best = torch.linalg.svdvals(expected)[rank:].norm() / expected.norm()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5 + float(best)
+    solidify.save_adapter(model, tmp_path / "sum", name="sum")
+    loaded = solidify.load(wrapped_artifact, tmp_path / "sum")
+    assert same(outputs(loaded), outputs(model))
+    assert all(finding.passed for finding in solidify.merge(tmp_path / "sum", tmp_path / "merged").findings)
+
+
+def test_an_adapter_is_resized_by_its_singular_values(wrapped_artifact: Path, tmp_path: Path) -> None:
+    """PEFT's own verb: the nearest update of that rank."""
+    model = adapter(solidify.load(wrapped_artifact), 4, [Q])
+    whole = delta(model, "default")
+    model.add_weighted_adapter(["default"], [1.0], "small", combination_type="svd", svd_rank=2)
+    model.set_adapter("small")
+    lost = torch.linalg.svdvals(whole)[2:].norm()
+    assert float((delta(model, "small") - whole).norm()) == pytest.approx(float(lost), rel=1e-3, abs=1e-6)
+    solidify.save_adapter(model, tmp_path / "small", name="small")
+    again = solidify.load_adapter(solidify.load(wrapped_artifact), tmp_path / "small", trainable=True)
+    assert again.peft_config["default"].r == 2 and same(outputs(again), outputs(model))
+    fit(again)
+    solidify.save_adapter(again, tmp_path / "further")
