@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import solidify
 from solidify.__main__ import main
-from solidify.directory import manifest, trust
+from solidify.directory import manifest, packages, trust
 from solidify.errors import ArtifactError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -163,7 +163,7 @@ def test_required_packages_are_compared_when_it_is_loaded(
 ) -> None:
     copied = Path(shutil.copytree(kinds[kind], tmp_path / "copy"))
     record = manifest.read(copied)
-    wanted = {"numpy": "0.9.1", "safetensors": manifest.current_versions()["safetensors"]}
+    wanted = {"numpy": "0.9.1", "safetensors": packages.current_versions()["safetensors"]}
     replace(record, requirements=wanted).write(copied)
     solidify.load(copied)
     said = capsys.readouterr().err.replace("\n", " ")

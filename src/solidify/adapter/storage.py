@@ -31,7 +31,7 @@ from solidify.adapter import (
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import release_originals, train_parameters, without_heads
 from solidify.artifact import autos, cards, loading, quantizing, stock
-from solidify.directory import manifest, results, writing
+from solidify.directory import manifest, packages, results, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
 from solidify.findings import Finding
@@ -103,7 +103,7 @@ def save_adapter(
             trained=trained,
             tensors=digests,
             headers={WEIGHTS: format.header_digest(staging / WEIGHTS)},
-            versions=manifest.current_versions(),
+            versions=packages.current_versions(),
             recipe=recipe,
             failed=_collect_failed(model, name, base.record, found),
         )

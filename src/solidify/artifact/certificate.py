@@ -20,7 +20,7 @@ from solidify.artifact import calls, tensors
 from solidify.behaviour import probes, properties
 from solidify.behaviour.values import noise
 from solidify.behaviour.watching import Watched
-from solidify.directory import manifest
+from solidify.directory import packages
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
@@ -88,7 +88,7 @@ def write(
         },
         "environment": {
             "torch": torch.__version__,
-            "transformers": manifest.current_versions()["transformers"],
+            "transformers": packages.current_versions()["transformers"],
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },

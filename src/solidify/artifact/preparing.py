@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
-from solidify.directory import manifest, private, trust
+from solidify.directory import manifest, packages, private, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, ModelError, refuse
 from solidify.system import console, files, foreign
@@ -43,7 +43,7 @@ def require_packages(record: Manifest, directory: Path, *, say: bool = True) -> 
     Raises:
         ArtifactError: one is missing.
     """
-    missing, other = manifest.version_faults(record)
+    missing, other = packages.version_faults(record)
     refuse(ArtifactError, f"{directory} cannot be loaded", missing)
     for words in other if say else ():
         console.words.print(f"{directory}: {words}")

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
-from solidify.directory import manifest, private, results, trust, writing
+from solidify.directory import manifest, packages, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding, Report, tell
@@ -268,7 +268,7 @@ def write(
             certificate.write(model, staging, stored, draft.edits, extent)
     else:
         certificate.write(model, staging, stored, draft.edits, extent)
-    draft = replace(draft, versions=manifest.current_versions())
+    draft = replace(draft, versions=packages.current_versions())
     (staging / manifest.CARD).write_text(cards.artifact_card(model, staging, draft), encoding="utf-8")
     others = _other_files(staging, set(draft.code))
     finished = replace(

@@ -19,7 +19,7 @@ from solidify.artifact.companions import Carried
 from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import Artifact, Saveable, verify
-from solidify.directory import manifest, results, trust, writing
+from solidify.directory import manifest, packages, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
@@ -141,7 +141,7 @@ def _describe(staging: Path, base: BaseModel, recipe: dict[str, Any] | None) -> 
         lineage=[{"step": "base", **origin}],
         tensors=digest_cache.digests(weights),
         headers={path.name: format.header_digest(path) for path in weights},
-        versions=manifest.current_versions(),
+        versions=packages.current_versions(),
         recipe=recipe,
         failed=results.failed_of_base(companions.directory_of(base.model.config)),
     )

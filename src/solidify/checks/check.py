@@ -10,7 +10,7 @@ from solidify.adapter import storage
 from solidify.artifact import certificate, companions, loading, stock, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
-from solidify.directory import manifest, ours, private, results, signing, trust
+from solidify.directory import manifest, ours, packages, private, results, signing, trust
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding, Report
@@ -136,9 +136,9 @@ def _check_artifact(
     directory: Path, record: Manifest, trust_remote_code: bool, serve: str | Path | None, process: Alone
 ) -> list[Finding]:
     trust.require(record, directory, trust_remote_code)
-    missing, other = manifest.version_faults(record)
-    packages = "; ".join([*missing, *other])
-    found = [Finding(PACKAGES, False if missing else None, packages)] if packages else []
+    missing, other = packages.version_faults(record)
+    faults = "; ".join([*missing, *other])
+    found = [Finding(PACKAGES, False if missing else None, faults)] if faults else []
     if missing:
         return found
     with trust.permitting(trust.fingerprint(record)):  # this very one, and no other that stands there by now

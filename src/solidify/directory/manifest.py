@@ -10,11 +10,9 @@ import json
 import os
 import re
 import stat
-import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -28,7 +26,6 @@ CARD = "README.md"
 SIGNATURE = "model.sig"  # signs the manifest and all that it lists (`signing.py`), so no manifest lists it
 LARGEST_SIGNATURE = 2**24  # bytes; a name and a digest for every file
 FORMAT = 1
-PACKAGES = ("solidify", "torch", "transformers", "peft", "safetensors")
 PARTS = ("artifact", "adapter", "merged")  # of a run, each with a manifest of its own
 KINDS = ("artifact", "adapter", "stock")
 MODELS = ("artifact", "stock")  # what can be loaded, trained on and merged into
@@ -127,26 +124,6 @@ def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: 
 def name_kind(kind: str) -> str:
     """Writes what a directory is, by the `kind` of its manifest, with its article."""
     return "a model of stock layout" if kind == "stock" else f"an {kind}"
-
-
-def version_faults(record: Manifest) -> tuple[list[str], list[str]]:
-    """Compares the packages that a model requires with those installed here: what is missing, and what may not fit.
-
-    Packages keep what they promise within a major version.
-    """
-    missing, other = [], []
-    for name, wanted in record.requirements.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            missing.append(f"it needs {shown(name)} {shown(wanted)}: pip install {shown(name)}")
-            continue
-        if found.partition(".")[0] != wanted.partition(".")[0]:
-            other.append(
-                f"it was made with {shown(name)} {shown(wanted)}, and {found} is installed here, whose code may "
-                f"compute something else: pip install {shown(name)}=={shown(wanted)}"
-            )
-    return missing, other
 
 
 def refuse_run(directory: Path) -> None:
@@ -377,17 +354,6 @@ def is_plain(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
-
-
-def current_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that an artifact depends on."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def faults(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import expert_files
 from solidify.artifact import companions, loading, quantizing
-from solidify.directory import manifest, results, trust, writing
+from solidify.directory import manifest, packages, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.exporting import expert_adapter, graph, precision, stock
@@ -122,7 +122,7 @@ def _write_manifest(record: Manifest, staging: Path, form: str, digests: Mapping
         files=files,
         tensors=dict(digests),
         headers={name: format.header_digest(staging / name) for name in sorted(weights)},
-        versions=manifest.current_versions(),
+        versions=packages.current_versions(),
         failed=record.failed,
     )
     written.write(staging)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from solidify.adapter import configured, expert_files, patterns, storage
 from solidify.artifact import autos, certificate, companions, loading, quantizing, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
-from solidify.directory import manifest, private, results, trust, writing
+from solidify.directory import manifest, packages, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
@@ -334,7 +334,7 @@ class _OfStock(_Form):
             ],
             tensors=made.digests,
             headers={path.name: format.header_digest(path) for path in made.files},
-            versions=manifest.current_versions(),
+            versions=packages.current_versions(),
             recipe=before.recipe if before is not None else None,
             failed=results.join_failed(*(each.failed for each in (before, record) if each is not None)),
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from solidify.adapter import lookup
 from solidify.artifact import autos, companions, sources
 from solidify.artifact.inspection import Branch
-from solidify.directory import manifest
+from solidify.directory import manifest, packages
 from solidify.findings import PROVED, Report, fold
 from solidify.healing import plots
 from solidify.recipe import charts, datasets
@@ -38,7 +38,7 @@ def write(recipe: Recipe, directory: Path, report: Report) -> str:
         "report.html.jinja",
         report=report,
         recipe=recipe.document(),
-        versions=manifest.current_versions(),
+        versions=packages.current_versions(),
         plots=plots.of(measured),
         curves=charts.of_history(measured.get("history") or []),
         costs=_list_costs(measured.get("model")),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from solidify.directory import manifest, ours, writing
+from solidify.directory import ours, packages, writing
 from solidify.findings import Report
 from solidify.recipe import page
 from solidify.recipe.schema import Recipe
@@ -39,7 +39,7 @@ def write(recipe: Recipe, directory: Path, report: Report, placed: Recipe | None
 def finish(recipe: Recipe, directory: Path, report: Report, placed: Recipe | None = None) -> None:
     """Writes a report that is whole, as JSON and as a page."""
     disk.write(directory / ours.PAGE, page.write(recipe, directory, report))
-    write(recipe, directory, report, placed, finished=True, versions=manifest.current_versions())
+    write(recipe, directory, report, placed, finished=True, versions=packages.current_versions())
 
 
 @contextmanager
