@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from solidify.builtin import names
-from solidify.command import publishing, starting, trusting, trying
+from solidify.command import looking, publishing, starting, trusting, trying
+from solidify.command.looking import AsJson, Trust
 from solidify.command.quiet import start_verb as _start_verb
 
 
@@ -47,8 +47,6 @@ Output = Annotated[
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: training.max_steps=10.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of an artifact built elsewhere.")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the adapter's base is now, if it moved.")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy weight files that stay as they are; no hard links.")]
 Layout = Annotated[
@@ -87,31 +85,7 @@ def demo(
     story.tell(output)
 
 
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="A hub id, a directory, an artifact, or builtin:NAME.")],
-    as_json: AsJson = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Shows the tree of a model's modules, repeated layers folded: sizes, FLOPs, and what can be a target."""
-    names.refuse_unknown(model)
-    with _start_verb():
-        from solidify.artifact import inspection
-        from solidify.command import views
-        from solidify.model.cost import cost
-        from solidify.recipe import models
-
-    loaded = models.skeleton(model, trust_remote_code=trust_remote_code)
-    branches, total = inspection.tree(loaded), cost(loaded)
-    name = type(loaded).__name__
-    if as_json:
-        _print_json({"class": name, **total.document(), "modules": [branch.document() for branch in branches]})
-        return
-    _print_results(views.inspection(name, branches, total))
-    if getattr(loaded.config, "quantization_config", None) is not None:
-        _print_results(["Its files hold packed weights: shapes and sizes are those of the model before."])
-
-
+app.command()(looking.inspect)
 app.command()(starting.init)
 app.command()(starting.schema)
 
@@ -332,26 +306,7 @@ def export(
     report.require()
 
 
-@app.command()
-def diff(
-    a: Annotated[str, typer.Argument(help="A model or adapter directory, or builtin:NAME.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
-    as_json: AsJson = False,
-) -> None:
-    """Shows what differs: configuration, code, modules, tensors, other files; runs none of their code."""
-    for name in (a, b):
-        names.refuse_unknown(name)
-    with _start_verb():
-        from solidify.artifact import inspection
-        from solidify.builtin import bases
-        from solidify.command import views
-
-    differences = inspection.diff(*(bases.directory(name) or Path(name) for name in (a, b)))
-    if as_json:
-        _print_json(differences)
-        return
-    _print_results(views.differences(differences))
-
+app.command()(looking.diff)
 
 for _verb in (trusting.adopt, trusting.trust, trusting.sign, trusting.verify):
     app.command()(_verb)
