@@ -302,3 +302,22 @@ def test_an_adapter_that_is_exchanged_after_it_was_compared_is_noticed(
     monkeypatch.setattr(Alone, "ask", ask_later)
     report = solidify.check(directory, base=whole / "artifact")
     assert ["has been replaced by another since" in finding.evidence for finding in report.failed] == [True]
+
+
+@pytest.mark.parametrize("other", ["artifact", "adapter"])
+def test_a_directory_that_becomes_another_kind_while_it_is_checked_is_refused(
+    whole: Path, copy_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """By its first manifest nothing of it would be run."""
+    directory = copy_of(whole / other, other)
+    read = manifest.read
+    seen: list[Path] = []
+
+    def read_otherwise(path: Path, *kinds: str, **options: Any) -> Any:
+        seen.append(path)
+        found = read(path, *kinds, **options)
+        return replace(found, kind="stock") if len(seen) == 2 else found  # what starts the process
+
+    monkeypatch.setattr(manifest, "read", read_otherwise)
+    with pytest.raises(ArtifactError, match="was replaced while it was checked: it was of kind stock"):
+        solidify.check(directory, base=whole / "artifact")

@@ -92,8 +92,11 @@ def _check_closed(directory: Path, parts: list[str]) -> Finding:
 def _check_one(
     directory: Path, base: str | Path | None, trust_remote_code: bool, serve: str | Path | None, key: Path | None
 ) -> list[Finding]:
-    with _start_process(manifest.read(directory, closed=False).kind) as process:  # it imports while files are compared
+    kind = manifest.read(directory, closed=False).kind
+    with _start_process(kind) as process:  # it imports while files are compared
         record, first = _check_unrun(directory, key)
+        if record.kind != kind:
+            raise ArtifactError(f"{directory} was replaced while it was checked: it was of kind {kind}; check it again")
         if not first[0].passed or any(finding.passed is False for finding in first):
             return first
         if process is None:  # a plain model: any tool may load it, and none of its code is ours to run
