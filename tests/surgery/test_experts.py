@@ -353,6 +353,9 @@ def test_of_a_large_model_the_first_block_is_run(tmp_path: Path, monkeypatch: py
     found = {finding.name: finding.verdict for finding in artifact.findings}
     assert found["outputs identical (AutoModelForCausalLM)"] == "measured"  # one of two blocks is no proof of both
     assert "behaviour: stateless" in found
+    contract = json.loads((artifact.directory / "certificate" / "state.json").read_text())["contract"]
+    assert contract["at"] == ["model.layers.0.mlp"]  # noise stands in no other: it takes as much memory as all of them
+    assert contract["fresh"] and all(name.startswith("model.layers.0.mlp.") for name in contract["fresh"])
 
 
 @pytest.mark.slow

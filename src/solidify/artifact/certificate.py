@@ -112,6 +112,8 @@ def _measure_contract(
     first += [name for name in heads if name not in first] if extent.whole else []
     made = {name for edit in edits for name in edit["new"]}
     state = (*model.named_parameters(), *model.named_buffers())
+    if not extent.whole:  # of a bounded model no other module is run, and noise takes as much memory as what it is for
+        made = anatomy.names_within(made, first)
     parameters = {name: tensor for name, tensor in state if name in made and tensor.is_floating_point()}
     before: dict[str, float] = {}
     for edit in edits:

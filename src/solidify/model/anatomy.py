@@ -81,6 +81,12 @@ def any_tensor(module: nn.Module) -> torch.Tensor | None:
     return next(iter((*module.parameters(), *module.buffers())), None)
 
 
+def names_within(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+    """Returns which names of tensors stand in some modules, by the modules' names."""
+    starts = tuple(f"{name}." for name in modules)
+    return {name for name in names if name.startswith(starts)}
+
+
 def is_meta(module: nn.Module) -> bool:
     """Returns whether any parameter of the module is on the meta device, so that nothing can be computed."""
     return any(parameter.is_meta for parameter in module.parameters())

@@ -148,7 +148,9 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     before = Control(inputs, {}, None)
     reading = _read_model(model, before)
     _refuse_spoilt(model, reading)
-    return dataclasses.replace(before, reading=reading, output=anatomy.run(model, inputs))
+    with anatomy.sparing(model):
+        output = anatomy.run(model, inputs)
+    return dataclasses.replace(before, reading=reading, output=output)
 
 
 def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorded: Collection[str] = ()) -> bool:
@@ -161,7 +163,8 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorde
     """
     if before.inputs is None:
         return False
-    output = foreign.attempt(anatomy.run, model, before.inputs)
+    with anatomy.sparing(model):
+        output = foreign.attempt(anatomy.run, model, before.inputs)
     if output.error is not None:
         raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
     assert output.value is not None
@@ -169,7 +172,7 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorde
     if old is not None and output.value.shape != old.shape:
         raise SurgeryError(f"with {what} the output has shape {list(output.value.shape)}, not {list(old.shape)}")
     if before.reading is not None:
-        with foreign.calling(f"with {what} the model does not run"):
+        with foreign.calling(f"with {what} the model does not run"), anatomy.sparing(model):
             after, found = probes.judge(Watched(model, before.inputs), before.reading)
         allowed = {*after.recorded, *unrecorded} & set(RECORDS)
         lost = [fault for fault in found if fault.property not in allowed]
@@ -244,7 +247,7 @@ def judge(
     if control.inputs is None:
         return Judgement()
     remedy = "it may read an attribute of the module that it replaced (as `.weight`): give the new module one"
-    values = _new_parameters(model, fresh)
+    values = _new_parameters(model, anatomy.names_within(fresh, control.probed) if control.alone else fresh)
     sharp = control.wide or control.reading
     if identical and values and sharp is not None:  # what is found with noise is found as it stands too
         noisy = _find_faults(model, control, sharp, values, wide=sharp is control.wide)

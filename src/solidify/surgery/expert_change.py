@@ -19,7 +19,7 @@ from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_averages import Merging
 from solidify.surgery.expert_scores import ExpertChoice
 from solidify.surgery.transaction import transaction
-from solidify.weights import spilling
+from solidify.weights import mapped, spilling
 
 _REFUSED = "the experts cannot be rearranged as asked"
 
@@ -132,6 +132,7 @@ def _change_one(
     expert_averages.put_tensors(block, new or {})
     if not extent.whole:
         spilling.spill(name, block, kept, extent.spill)
+        mapped.release_tensors([*kept, *block.parameters(), *block.buffers()])
     operations.assign(model.config, settings["after"])
     operations.set_attributes(model, settings["attributes"])
     planned = isinstance(reason, ExpertChoice) and reason.planned
