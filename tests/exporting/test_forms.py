@@ -47,6 +47,7 @@ def test_layers_experts_and_a_merged_adapter_become_the_plain_model(tmp_path: Pa
     merged = solidify.merge(tmp_path / "adapter", tmp_path / "merged").directory
     made = solidify.export(merged, tmp_path / "plain")
     assert all(finding.passed for finding in made.findings) and len(made.findings) >= 2
+    assert repr(made) == f"Exported({made.directory}: {len(made.findings)} proved)"
     config = files.document(made.directory / "config.json")
     assert (config["architectures"], config["model_type"], config["num_experts"]) == (["OlmoeForCausalLM"], "olmoe", 5)
     assert not {"surgery", "auto_map"} & set(config) and not list(made.directory.glob("*.py"))

@@ -110,7 +110,10 @@ def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: 
         refuse_run(directory)
         plain = files.is_file(directory / "config.json")
         remedy = f"; `solidify init {directory} --replace none` writes a recipe that takes it as its base"
-        raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify{remedy if plain else ''}")
+        remedy = remedy if plain else ""
+        if files.is_file(directory / "adapter_config.json"):
+            remedy = ", or it is an adapter that was exported for another program; merge or load it as a plain adapter"
+        raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify{remedy}")
     manifest = _parse_manifest(path)
     wanted = (kind,) if isinstance(kind, str) else kind
     if wanted is not None and manifest.kind not in wanted:

@@ -15,8 +15,8 @@ from solidify.directory import manifest, packages, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.exporting import expert_adapter, graph, precision, stock
-from solidify.findings import Finding
-from solidify.system import console, files
+from solidify.findings import Finding, Report, tell
+from solidify.system import console, files, markup
 from solidify.weights import checkpoint, format, hashing
 
 GGUF = (
@@ -33,7 +33,7 @@ FORMS: Mapping[str, Write] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exported:
     """A finished directory, its manifest, and what was found when it was compared with the artifact.
 
@@ -43,6 +43,13 @@ class Exported:
     directory: Path
     manifest: Manifest | None
     findings: list[Finding]
+
+    def __repr__(self) -> str:
+        return f"Exported({self.directory}: {tell(Report('', {'export': self.findings}).verdicts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(finding.name, finding.verdict, finding.evidence) for finding in self.findings]
+        return markup.table(repr(self), ("promise", "verdict", "evidence"), rows)
 
 
 def export(
