@@ -18,12 +18,14 @@ from trl import DistillationConfig, DPOConfig, GRPOConfig
 
 import solidify
 from solidify import losses
+from solidify.directory import ours
 from solidify.errors import ObjectiveError
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.objective.objective import Objective, Term
 from solidify.training.distilling import DistillationRunner
 from solidify.training.preference import ObjectiveDPOTrainer
 from solidify.training.prefix import CachedPrefix, cache_prefix, find_prefixes
+from solidify.training.prefix_store import Store
 from solidify.training.prefix_training import setting_faults
 from solidify.training.reinforcing import GRPORunner
 from solidify.training.trainer import ObjectiveTrainer
@@ -206,9 +208,12 @@ def test_spoilt_files_are_computed_again_and_false_ones_refused(tmp_path: Path) 
     again, cached = losses_of(olmoe(), tmp_path, rounds=1)
     assert again == found[:2]
     assert cached.computed == 2
-    whole = [path.read_bytes() for path in paths]
-    for path, other in zip(paths, reversed(whole), strict=True):
-        path.write_bytes(other)
+    store = Store(tmp_path)
+    keys = [path.name.removesuffix(ours.ACTIVATIONS) for path in paths]
+    held = [store.get(key, torch.device("cpu")) for key in keys]
+    for key, other in zip(keys, reversed(held), strict=True):
+        assert other is not None
+        store.put(key, other)
     with pytest.raises(ObjectiveError, match=r"is not what model\.layers returns here for the same batch"):
         losses_of(olmoe(), tmp_path)
 

@@ -1,6 +1,7 @@
 """What frozen layers return, kept on disk: one file for each batch, named by the digest of all that decides it.
 
-A file appears whole, by rename, and says the digest of what it holds: one that is spoilt is as good as none.
+A file appears whole, by rename, and begins with the digest of all that follows, its own key too: one that is spoilt,
+or stands under another's name, is as good as none.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -73,37 +76,28 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        self._make_directory()
 
     def get(self, key: str, device: torch.device) -> Returned | None:
         """Returns what is kept under a key, in memory of its own; None where there is nothing, or it is spoilt."""
         try:
-            content = self._locate(key).read_bytes()
-        except FileNotFoundError:
+            digest, _, content = self._locate(key).read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        if digest != hashing.digest_bytes(content).encode():
             return None
         head, _, body = content.partition(b"\n")
         try:
             said = json.loads(head)
-        except ValueError:
+            return _unpack(said, safetensors.torch.load(body), device) if said["key"] == key else None
+        except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError):
             return None
-        if said["digest"] != hashing.digest_bytes(body):
-            return None
-        found = safetensors.torch.load(body)
-        parts: list[torch.Tensor | None] = []
-        for number, order in enumerate(said["orders"]):
-            if order is None:
-                parts.append(None)
-                continue
-            # A clone, because kernels give other last bits for memory that is aligned otherwise.
-            tensor = found[str(number)].to(device) if device.type != "cpu" else found[str(number)].clone()
-            parts.append(tensor.permute(_invert_order(order)))
-        return Returned(tuple(parts), said["alone"])
 
     def put(self, key: str, returned: Returned) -> None:
         """Keeps an output.
 
         Raises:
-            ObjectiveError: the disk has no room for it.
+            ObjectiveError: the disk has no room for it, or it cannot be written.
         """
         orders = [None if part is None else _order_of(part) for part in returned.parts]
         named = {
@@ -113,11 +107,19 @@ class Store:
         }
         self.refuse_full(sum(tensor.nbytes for tensor in named.values()))
         body = safetensors.torch.save(named)
-        said = {"digest": hashing.digest_bytes(body), "orders": orders, "alone": returned.alone}
-        disk.write(self._locate(key), json.dumps(said).encode() + b"\n" + body)
+        said = {"key": key, "orders": orders, "alone": returned.alone}
+        content = json.dumps(said).encode() + b"\n" + body
+        path = self._locate(key)
+        try:
+            if path.is_dir():
+                path.rmdir()
+            disk.write(path, hashing.digest_bytes(content).encode() + b"\n" + content)
+        except OSError as error:
+            raise ObjectiveError(f"cache_prefix: {path} cannot be written ({error.strerror or error})") from error
 
     def refuse_full(self, size: int) -> None:
         """Raises ObjectiveError where so many bytes do not fit on the disk."""
+        self._make_directory()  # another run that ended may have removed it
         free = shutil.disk_usage(self.directory).free
         if free < size + _SPARE:
             raise ObjectiveError(
@@ -132,12 +134,35 @@ class Store:
     def remove(self) -> None:
         """Removes all that is kept, what was half written, and the directory."""
         for path in self.directory.glob(f"*{ours.ACTIVATIONS}*"):
-            path.unlink(missing_ok=True)
-        if not any(self.directory.iterdir()):
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it, or it is gone
             self.directory.rmdir()
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = "it is a file" if self.directory.is_file() else error.strerror
+            raise ObjectiveError(
+                f"cache_prefix: no directory can be made at {self.directory} ({why}); give another path"
+            ) from error
 
     def _locate(self, key: str) -> Path:
         return self.directory / f"{key}{ours.ACTIVATIONS}"
+
+
+def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> Returned:
+    """Makes an output of what a file says and holds."""
+    parts: list[torch.Tensor | None] = []
+    for number, order in enumerate(said["orders"]):
+        if order is None:
+            parts.append(None)
+            continue
+        # A clone, because kernels give other last bits for memory that is aligned otherwise.
+        tensor = found[str(number)].to(device) if device.type != "cpu" else found[str(number)].clone()
+        parts.append(tensor.permute(_invert_order(order)))
+    return Returned(tuple(parts), said["alone"])
 
 
 def _order_of(tensor: torch.Tensor) -> list[int]:
