@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pico
 import pytest
 import torch
+from torch import nn
 
 import solidify
 from solidify.errors import ObjectiveError
@@ -132,3 +135,98 @@ def test_a_file_for_a_directory_is_one_sentence(tmp_path: Path) -> None:
         solidify.cache_prefix(small(), tmp_path / "a_file"),
     ):
         pass
+
+
+class Around(nn.Module):
+    """A module around another, of which each kind below makes something else in training."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+        self.list = [0]
+        self.loose = torch.zeros(1)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(hidden_states)
+        return found
+
+
+class Average(Around):
+    """Replaces a buffer in each pass."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = super().forward(hidden_states)
+        self.mean: torch.Tensor = 0.9 * self.mean + 0.1 * found.detach().mean()
+        return found * (1 + self.mean)
+
+
+class Ramp(Around):
+    """Counts its passes, in a number, a list and a tensor, and depends on each."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = super().forward(hidden_states) * (1 + self.calls // 2 + self.list[0] // 2 + self.loose)
+        self.calls, self.list[0] = self.calls + 1, self.list[0] + 1
+        self.loose += 1
+        return found
+
+
+class OfPython(Around):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * random.random()
+
+
+class OfNumPy(Around):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * float(np.random.random())  # noqa: NPY002
+
+
+class OfPyTorch(Around):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * torch.rand(())
+
+
+class Endless(Around):
+    """Counts in what nothing can be put back of."""
+
+    class Count:
+        def __init__(self) -> None:
+            self.number = 0
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.count = Endless.Count()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.count.number += 1
+        return super().forward(hidden_states)
+
+
+def put(kind: type[Around], layer: int) -> Act:
+    """Returns what puts a module around the feed-forward part of a layer."""
+
+    def act(model: Any) -> None:
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        model.model.layers[layer].mlp = kind(model.model.layers[layer].mlp)
+
+    return act
+
+
+@pytest.mark.parametrize("kind", [Around, Average, Ramp, OfPython, OfNumPy, OfPyTorch])
+def test_what_moves_behind_the_prefix_moves_once(kind: type[Around], tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", put(kind, 3))
+    assert found == plain
+    assert (cached.computed, cached.read) == (2, 4)
+
+
+def test_what_cannot_be_put_back_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"cannot be put back before the second one: model\.layers\.3\.mlp\.count"):
+        both(tmp_path / "kept", put(Endless, 3))
+
+
+@pytest.mark.parametrize("kind", [OfPython, OfNumPy, OfPyTorch])
+def test_random_numbers_of_any_kind_in_the_prefix_are_refused(kind: type[Around], tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=f"draws random numbers of {kind.__name__.removeprefix('Of')}"):
+        both(tmp_path / "kept", put(kind, 0))

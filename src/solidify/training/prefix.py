@@ -24,8 +24,9 @@ from solidify.adapter import lookup
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
 from solidify.system import foreign
-from solidify.training.prefix_key import State, flatten, name_kind, random_states
+from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
+from solidify.training.prefix_state import State, random_states
 from solidify.training.prefix_store import Store, same_bits
 from solidify.upstream.torch import is_dropout, module_hooks, other_hooks
 

@@ -1,7 +1,4 @@
-"""What decides the output of frozen layers, as a digest: their tensors and attributes, what they are given, and where.
-
-Beside it the random states and buffers of a model, which are put back when a batch is run twice.
-"""
+"""What decides the output of frozen layers, as a digest: their tensors and attributes, what they are given, and where."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import transformers
 from torch import nn
 
 from solidify.artifact import tensors
-from solidify.training.prefix_store import same_bits
+from solidify.training.prefix_state import accelerator, describe_tensor
 from solidify.upstream.torch import writes
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -64,34 +61,6 @@ class LayerDigests:
         return self._known[stamp][0]
 
 
-class State:
-    """Random states, and the buffers of a model, which a pass may move."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._random = random_states()
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
-    def put_back(self) -> None:
-        """Makes them what they were, in place."""
-        torch.set_rng_state(self._random[0])
-        if len(self._random) > 1:
-            torch.get_device_module(_accelerator()).set_rng_state(self._random[1])
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                if not same_bits(buffer, value):
-                    buffer.copy_(value)
-
-
-def random_states() -> list[torch.Tensor]:
-    """Returns the states of the random numbers, of the CPU and of the accelerator if there is one."""
-    device = _accelerator()
-    return [torch.get_rng_state(), *([torch.get_device_module(device).get_rng_state()] if device is not None else [])]
-
-
-def _accelerator() -> torch.device | None:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-
-
 def _stamp(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Returns what changes when a tensor is exchanged, or written to."""
     version = 0 if tensor.is_inference() else writes(tensor)
@@ -118,8 +87,7 @@ def flatten(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def describe(value: Any) -> Any:
     """Returns plain values that tell two structures apart; raises TypeError for what cannot be told."""
     if isinstance(value, torch.Tensor):
-        whole = torch.view_as_real(value) if value.is_complex() else value
-        return [tensors.digest(whole), str(value.stride()), str(value.device)]
+        return describe_tensor(value)
     if isinstance(value, Mapping):
         return {str(key): describe(each) for key, each in value.items() if key not in _UNREAD}
     if isinstance(value, (list, tuple)):
@@ -131,7 +99,7 @@ def describe(value: Any) -> Any:
 
 def surroundings(owner: nn.Module) -> list[Any]:
     """Returns what decides the last bits beside weights and inputs."""
-    device = (_accelerator() or torch.device("cpu")).type
+    device = (accelerator() or torch.device("cpu")).type
     config = getattr(owner, "config", None)
     settings = (
         {key: repr(value) for key, value in vars(config).items() if isinstance(value, _SCALARS)} if config else {}

@@ -11,7 +11,8 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_key import LayerDigests, describe, flatten, has_history, random_states, surroundings
+from solidify.training.prefix_key import LayerDigests, describe, flatten, has_history, surroundings
+from solidify.training.prefix_state import Numbers, name_moved, random_states
 from solidify.training.prefix_store import Returned, Store
 from solidify.weights import hashing
 
@@ -25,7 +26,7 @@ class Run:
 
     store: Store
     way: str = PLAIN
-    random: list[torch.Tensor] = field(default_factory=list)
+    random: Numbers = field(default_factory=random_states)
     computed: int = 0
     read: int = 0
 
@@ -139,8 +140,8 @@ class Stack:
         if now.layers != self._digests.values():
             self._fault("or one before it has attributes or buffers that change in every pass", number)
             return
-        if not all(torch.equal(a, b) for a, b in zip(self.run.random, random_states(), strict=True)):
-            self._fault("or one before it draws random numbers (dropout, for one)", number)
+        if moved := name_moved(self.run.random, random_states()):
+            self._fault(f"or one before it draws random numbers of {moved} (dropout, for one)", number)
         elif any(tensor.isnan().any() for tensor in returned.tensors() if tensor.is_floating_point()):
             self.refused = True
         else:

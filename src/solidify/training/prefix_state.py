@@ -1,0 +1,177 @@
+"""What a pass through a model may move beside its outputs: random states, buffers, and attributes of its modules.
+
+They are put back when a batch is run twice; what cannot be put back is refused by name.
+"""
+
+from __future__ import annotations
+
+import random
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from solidify.artifact import tensors
+from solidify.errors import ObjectiveError, refuse
+from solidify.training.prefix_store import same_bits
+from solidify.upstream.torch import own_buffers, writes
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_DEEPEST = 6  # objects in objects that are looked into
+
+Numbers = tuple[tuple[torch.Tensor, ...], Any, Any]
+
+
+def random_states() -> Numbers:
+    """Returns the states of the random numbers: of PyTorch (the CPU's, and the accelerator's if there is one), of
+    Python and of NumPy."""
+    device = accelerator()
+    more = () if device is None else (torch.get_device_module(device).get_rng_state(),)
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (torch.get_rng_state(), *more), random.getstate(), (name, keys.tobytes(), *rest)
+
+
+def put_random_states(states: Numbers) -> None:
+    """Makes the random states what they were."""
+    (cpu, *more), python, (name, keys, *rest) = states
+    torch.set_rng_state(cpu)
+    for state in more:
+        torch.get_device_module(accelerator()).set_rng_state(state)
+    random.setstate(python)
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+
+
+def name_moved(before: Numbers, after: Numbers) -> str:
+    """Returns whose random numbers were drawn between two states; empty for none."""
+    if not all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True)):
+        return "PyTorch"
+    if before[1] != after[1]:
+        return "Python"
+    return "NumPy" if before[2] != after[2] else ""
+
+
+def accelerator() -> torch.device | None:
+    """Returns the accelerator if there is one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def describe_tensor(tensor: torch.Tensor) -> list[str]:
+    """Returns plain values that tell two tensors apart: content, order in memory, and place."""
+    whole = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return [tensors.digest(whole), str(tensor.stride()), str(tensor.device)]
+
+
+class State:
+    """Random states, and the buffers and attributes of a model's modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._random = random_states()
+        self._modules = [(name, module, _Held(module)) for name, module in model.named_modules()]
+        self._looks = self._look()
+
+    def put_back(self) -> None:
+        """Makes them what they were, in place.
+
+        Raises:
+            ObjectiveError: something of them is of a kind that cannot be put back.
+        """
+        put_random_states(self._random)
+        for _, _, held in self._modules:
+            held.put_back()
+        now = self._look()
+        moved = [name for name in {**self._looks, **now} if self._looks.get(name) != now.get(name)]
+        words = "cache_prefix: a pass through the model changes what cannot be put back before the second one"
+        refuse(ObjectiveError, words, moved[:4])
+
+    def _look(self) -> dict[str, Any]:
+        """Returns what tells two states of every attribute apart."""
+        found: dict[str, Any] = {}
+        for name, module, _ in self._modules:
+            for key, value in vars(module).items():
+                if key not in _TABLES:
+                    found[f"{name}.{key}".lstrip(".")] = look(value)
+            for key, value in own_buffers(module).items():
+                found[f"{name}.{key}".lstrip(".")] = look(value)
+            for key, parameter in module.named_parameters(recurse=False):
+                found[f"{name}.{key}".lstrip(".")] = id(parameter), writes(parameter), parameter.data_ptr()
+        return found
+
+
+class _Held:
+    """The buffers and attributes of one module: the objects, and the contents of those that can be changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = {key: value for key, value in vars(module).items() if key not in _TABLES}
+        self._buffers = dict(own_buffers(module))
+        self._contents: dict[int, tuple[Any, Any]] = {}  # by identity, with the object
+        for value in (*self._attributes.values(), *self._buffers.values()):
+            self._hold(value)
+
+    def _hold(self, value: Any) -> None:
+        if id(value) in self._contents:
+            return
+        if isinstance(value, torch.Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._contents[id(value)] = value, value.detach().clone()
+        elif isinstance(value, (list, dict, set, tuple)):
+            if not isinstance(value, tuple):
+                self._contents[id(value)] = value, value.copy()
+            for each in value.values() if isinstance(value, dict) else value:
+                self._hold(each)
+
+    def put_back(self) -> None:
+        """Makes them what they were."""
+        own = vars(self._module)
+        for key in [key for key in own if key not in _TABLES and key not in self._attributes]:
+            del own[key]
+        own.update(self._attributes)
+        _refill(own_buffers(self._module), self._buffers)
+        for value, content in self._contents.values():
+            if isinstance(value, torch.Tensor):
+                if value.shape == content.shape and not same_bits(value, content):
+                    with torch.no_grad():
+                        value.copy_(content)
+            else:
+                _refill(value, content)
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Gives a list, mapping or set its content back."""
+    if isinstance(value, list):
+        if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+            value[:] = content
+    elif isinstance(value, set):
+        value.intersection_update(content)
+        value.update(content)
+    elif list(value) != list(content) or any(value[key] is not content[key] for key in content):
+        value.clear()
+        value.update(content)
+
+
+def look(value: Any, depth: int = 0) -> Any:
+    """Returns what tells two states of a value apart within one process: functions and modules by identity."""
+    if isinstance(value, (bool, int, float, str, bytes, type(None))):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return id(value), value.data_ptr() if isinstance(value, nn.Parameter) else describe_tensor(value)
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes()
+    if isinstance(value, torch.Generator):
+        return id(value), value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return id(value), value.getstate()
+    if isinstance(value, np.random.Generator):
+        return id(value), repr(value.bit_generator.state)
+    if depth == _DEEPEST or isinstance(value, (type, nn.Module, *FUNCTIONS)):
+        return id(value)
+    if isinstance(value, Mapping):
+        return id(value), [(repr(key), look(each, depth + 1)) for key, each in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+        return id(value), [look(each, depth + 1) for each in value]
+    attributes = getattr(value, "__dict__", None)
+    return id(value), None if attributes is None else look(dict(attributes), depth + 1)[1]
