@@ -14,6 +14,7 @@ import pico
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import solidify
 from solidify.errors import ObjectiveError
@@ -230,3 +231,53 @@ def test_what_cannot_be_put_back_is_refused(tmp_path: Path) -> None:
 def test_random_numbers_of_any_kind_in_the_prefix_are_refused(kind: type[Around], tmp_path: Path) -> None:
     with pytest.raises(ObjectiveError, match=f"draws random numbers of {kind.__name__.removeprefix('Of')}"):
         both(tmp_path / "kept", put(kind, 0))
+
+
+def gemma3(kind: str) -> Any:
+    """A model whose second layer has rotary positions of a kind: dynamic ones remember longer batches."""
+    torch.manual_seed(0)
+    full = {"rope_type": kind, "rope_theta": 1e4, **({"factor": 4.0} if kind != "default" else {})}
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        use_cache=False,
+        max_position_embeddings=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": full,
+        },
+    )
+    model = Gemma3ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in model.model.layers[3].self_attn.parameters():
+        parameter.requires_grad_(True)
+    return model.train()
+
+
+def losses_of(model: Any) -> list[float]:
+    torch.manual_seed(5)
+    batches = [torch.randint(3, 128, (2, length)) for length in (16, 48)]
+    return [float(model(input_ids=batches[n % 2], labels=batches[n % 2]).loss.detach()) for n in range(5)]
+
+
+def test_positions_that_remember_longer_batches_are_refused(tmp_path: Path) -> None:
+    model = gemma3("dynamic")
+    with (
+        pytest.raises(ObjectiveError, match=r"model\.layers\.1 is given other arguments"),
+        solidify.cache_prefix(model, tmp_path / "kept"),
+    ):
+        losses_of(model)
+
+
+def test_positions_that_remember_nothing_are_read(tmp_path: Path) -> None:
+    plain, model = losses_of(gemma3("linear")), gemma3("linear")
+    with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+        assert losses_of(model) == plain
+    assert (cached.computed, cached.read) == (2, 3)

@@ -84,14 +84,23 @@ def flatten(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from flatten(f"{name}.{number}" if name else str(number), each)
 
 
-def describe(value: Any) -> Any:
-    """Returns plain values that tell two structures apart; raises TypeError for what cannot be told."""
+Known = dict[int, tuple[Any, torch.Tensor]]  # descriptions by identity, with the tensor, so that none has its place
+
+
+def describe(value: Any, known: Known) -> Any:
+    """Returns plain values that tell two structures apart; `known` receives what is said of each tensor, once.
+
+    Raises:
+        TypeError: something in it cannot be told.
+    """
     if isinstance(value, torch.Tensor):
-        return describe_tensor(value)
+        if id(value) not in known:
+            known[id(value)] = describe_tensor(value), value
+        return known[id(value)][0]
     if isinstance(value, Mapping):
-        return {str(key): describe(each) for key, each in value.items() if key not in _UNREAD}
+        return {str(key): describe(each, known) for key, each in value.items() if key not in _UNREAD}
     if isinstance(value, (list, tuple)):
-        return [describe(each) for each in value]
+        return [describe(each, known) for each in value]
     if isinstance(value, _SCALARS):
         return repr(value)
     raise TypeError(type(value).__name__)

@@ -11,9 +11,9 @@ from torch import nn
 
 from solidify.adapter import lookup
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_key import LayerDigests, describe, flatten, has_history, surroundings
+from solidify.training.prefix_key import Known, LayerDigests, describe, flatten, has_history, surroundings
 from solidify.training.prefix_state import Numbers, name_moved, random_states
-from solidify.training.prefix_store import Returned, Store
+from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.weights import hashing
 
 PLAIN, TRIAL, USED = "plain", "trial", "used"
@@ -40,7 +40,9 @@ class _Pass:
     last: torch.Tensor | None = None
     key: str = ""
     layers: Any = None
-    kept: Returned | None = None
+    kept: Kept | None = None
+    known: Known = field(default_factory=dict)
+    arguments: list[str] = field(default_factory=list)  # digests of what each layer is given beside hidden states
 
 
 class Stack:
@@ -67,7 +69,7 @@ class Stack:
         if self.run.way is PLAIN or not self.taken:
             return own(*args, **kwargs)
         self._pass, self.called, self.hit = _Pass(None), True, False
-        self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs))
+        self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs), self._pass.known)
         try:
             return own(*args, **kwargs)
         finally:
@@ -85,6 +87,8 @@ class Stack:
             self._look(now, number, hidden, (args, kwargs))
             if number == 0 and not self.faults:
                 self._begin(now, (args, kwargs))
+            if not self.faults:
+                self._compare_arguments(now, number, args, kwargs)
             if now.kept is not None and not self.faults:
                 output = self._skip(now, number, hidden)
             else:
@@ -106,7 +110,7 @@ class Stack:
 
     def _begin(self, now: _Pass, given: Any) -> None:
         """Finds the key, and what is kept under it."""
-        described = self._describe(f"{self.name}.0", given)
+        described = self._describe(f"{self.name}.0", given, now.known)
         if self.faults:
             return
         now.layers = self._digests.values()
@@ -119,13 +123,25 @@ class Stack:
             now.kept = now.kept if self.hit else None
         self.run.read += now.kept is not None
 
+    def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:
+        """Notes what a layer is given beside hidden states (masks, positions), or compares it with what is kept."""
+        given = args[1:] if args else {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        described = self._describe(f"{self.name}.{number}", (given, kwargs if args else {}), now.known)
+        now.arguments.append(hashing.digest_values(described))
+        if now.kept is not None and now.kept.arguments[number : number + 1] != now.arguments[number:]:
+            raise ObjectiveError(
+                f"cache_prefix: {self.name}.{number} is given other arguments (a mask, or rotary positions) than when "
+                "the same batch was computed, so what is kept of it is not what the layers would return"
+            )
+
     def _skip(self, now: _Pass, number: int, hidden: torch.Tensor) -> Any:
         assert now.kept is not None
         if number < len(self.layers) - 1:
             return self._forms[number].passing(hidden)
+        returned = now.kept.returned
         if torch.is_grad_enabled() and hidden.requires_grad:  # a leaf, for activation checkpointing
-            now.kept.parts[0].requires_grad_()  # type: ignore[union-attr]
-        return now.kept.output()
+            returned.parts[0].requires_grad_()  # type: ignore[union-attr]
+        return returned.output()
 
     def _note(self, now: _Pass, number: int, output: Any) -> None:
         """Notes the form of an output; keeps that of the last layer."""
@@ -135,6 +151,8 @@ class Stack:
             return
         empty = tuple(None if part is None else torch.empty(0) for part in returned.parts)
         self._forms[number] = Returned(empty, returned.alone)
+        for part in returned.tensors()[0 if returned.alone else 1 :]:
+            now.known[id(part)] = repr(None), part  # which is what it is where the layer is skipped
         if number < len(self.layers) - 1 or not now.key:
             return
         if now.layers != self._digests.values():
@@ -145,17 +163,18 @@ class Stack:
         elif any(tensor.isnan().any() for tensor in returned.tensors() if tensor.is_floating_point()):
             self.refused = True
         else:
-            self._keep(now.key, returned)
+            self._keep(now.key, Kept(returned, now.arguments))
 
-    def _keep(self, key: str, returned: Returned) -> None:
+    def _keep(self, key: str, found: Kept) -> None:
+        returned = found.returned
         known = self.run.store.get(key, returned.tensors()[0].device) if self.run.way is TRIAL else None
-        if known is not None and not known.equals(returned):
+        if known is not None and not (known.returned.equals(returned) and known.arguments == found.arguments):
             raise ObjectiveError(
                 f"cache_prefix: what is kept in {self.run.store.directory} is not what {self.name} returns here for "
                 "the same batch; remove that directory"
             )
         if known is None:
-            self.run.store.put(key, returned)
+            self.run.store.put(key, found)
         self.run.computed += 1
 
     def _fault(self, what: str, number: int) -> None:
@@ -169,9 +188,9 @@ class Stack:
             raise ObjectiveError(f"cache_prefix: {fault}")
         self.faults.append(fault)
 
-    def _describe(self, where: str, value: Any) -> Any:
+    def _describe(self, where: str, value: Any, known: Known) -> Any:
         try:
-            return describe(value)
+            return describe(value, known)
         except TypeError as error:
             fault = f"{where} is given {error}, of which nothing can be told before it is used"
             fault += "; set use_cache to false" if str(error).endswith("Cache") else ""

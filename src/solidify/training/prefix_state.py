@@ -171,7 +171,9 @@ def look(value: Any, depth: int = 0) -> Any:
         return id(value)
     if isinstance(value, Mapping):
         return id(value), [(repr(key), look(each, depth + 1)) for key, each in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+    if isinstance(value, (set, frozenset)):
+        return id(value), sorted(repr(look(each, depth + 1)) for each in value)
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
         return id(value), [look(each, depth + 1) for each in value]
     attributes = getattr(value, "__dict__", None)
     return id(value), None if attributes is None else look(dict(attributes), depth + 1)[1]

@@ -63,6 +63,14 @@ class Returned:
         )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What the last layer returned, and digests of what each layer was given beside hidden states."""
+
+    returned: Returned
+    arguments: list[str]
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Returns whether two tensors have the same dtype, shape and bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -78,7 +86,7 @@ class Store:
         self.directory = directory
         self._make_directory()
 
-    def get(self, key: str, device: torch.device) -> Returned | None:
+    def get(self, key: str, device: torch.device) -> Kept | None:
         """Returns what is kept under a key, in memory of its own; None where there is nothing, or it is spoilt."""
         try:
             digest, _, content = self._locate(key).read_bytes().partition(b"\n")
@@ -93,12 +101,13 @@ class Store:
         except (ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError):
             return None
 
-    def put(self, key: str, returned: Returned) -> None:
+    def put(self, key: str, kept: Kept) -> None:
         """Keeps an output.
 
         Raises:
             ObjectiveError: the disk has no room for it, or it cannot be written.
         """
+        returned = kept.returned
         orders = [None if part is None else _order_of(part) for part in returned.parts]
         named = {
             str(number): part.detach().permute(order).contiguous().cpu()
@@ -107,7 +116,7 @@ class Store:
         }
         self.refuse_full(sum(tensor.nbytes for tensor in named.values()))
         body = safetensors.torch.save(named)
-        said = {"key": key, "orders": orders, "alone": returned.alone}
+        said = {"key": key, "orders": orders, "alone": returned.alone, "arguments": kept.arguments}
         content = json.dumps(said).encode() + b"\n" + body
         path = self._locate(key)
         try:
@@ -152,7 +161,7 @@ class Store:
         return self.directory / f"{key}{ours.ACTIVATIONS}"
 
 
-def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> Returned:
+def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> Kept:
     """Makes an output of what a file says and holds."""
     parts: list[torch.Tensor | None] = []
     for number, order in enumerate(said["orders"]):
@@ -162,7 +171,7 @@ def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> 
         # A clone, because kernels give other last bits for memory that is aligned otherwise.
         tensor = found[str(number)].to(device) if device.type != "cpu" else found[str(number)].clone()
         parts.append(tensor.permute(_invert_order(order)))
-    return Returned(tuple(parts), said["alone"])
+    return Kept(Returned(tuple(parts), said["alone"]), [*said["arguments"]])
 
 
 def _order_of(tensor: torch.Tensor) -> list[int]:
