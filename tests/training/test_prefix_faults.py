@@ -281,3 +281,100 @@ def test_positions_that_remember_nothing_are_read(tmp_path: Path) -> None:
     with solidify.cache_prefix(model, tmp_path / "kept") as cached:
         assert losses_of(model) == plain
     assert (cached.computed, cached.read) == (2, 3)
+
+
+def triple(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states * 3
+
+
+class Odd(Around):
+    """Depends on attributes of many kinds."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.list = [1]
+        self.mapping = {"by": [1.0]}
+        self.pair: tuple[Any, ...] = (1.0, torch.ones(1))
+        self.loose = torch.ones(1)
+        self.function: Any = torch.tanh
+        self.held = [nn.Linear(1, 1, bias=False).requires_grad_(False)]
+        nn.init.ones_(self.held[0].weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = self.function(super().forward(hidden_states)) * self.list[0] * self.mapping["by"][0]
+        return found * self.pair[0] * self.pair[1] * self.loose * self.held[0].weight[0]  # type: ignore[no-any-return]
+
+
+class Double(Odd):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * 2
+
+
+def patch_forward(module: Any) -> None:
+    own = module.forward
+    module.forward = lambda hidden_states: own(hidden_states) * 3
+
+
+CHANGES: dict[str, Act] = {
+    "a list": lambda odd: odd.list.__setitem__(0, 3),
+    "a mapping in depth": lambda odd: odd.mapping["by"].__setitem__(0, 3.0),
+    "a tuple": lambda odd: setattr(odd, "pair", (3.0, torch.ones(1))),
+    "a tensor in a tuple": lambda odd: odd.pair[1].mul_(3),
+    "a loose tensor": lambda odd: odd.loose.mul_(3),
+    "data of a loose tensor": lambda odd: odd.loose.data.mul_(3),
+    "a module in a list": lambda odd: odd.held[0].weight.mul_(3),
+    "a function": lambda odd: setattr(odd, "function", torch.sin),
+    "a function of a file": lambda odd: setattr(odd, "function", triple),
+    "a forward of its own": patch_forward,
+    "a forward of a module inside": lambda odd: patch_forward(odd.inner.down_proj),
+    "its class": lambda odd: setattr(odd, "__class__", Double),
+    "a module inside": lambda odd: setattr(odd.inner, "act_fn", nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_attribute_is_computed_anew(change: str, tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", put(Odd, 0), lambda model: CHANGES[change](model.model.layers[0].mlp))
+    unchanged = train(small(put(Odd, 0)))
+    assert found == plain != unchanged
+    assert (cached.computed, cached.read) == (4, 2)
+
+
+def test_unchanged_attributes_are_read(tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", put(Odd, 0))
+    assert found == plain
+    assert (cached.computed, cached.read) == (2, 4)
+    with solidify.cache_prefix(small(put(Odd, 0)), tmp_path / "other", keep=True) as first:
+        train(first.model)
+    with solidify.cache_prefix(small(put(Odd, 0)), tmp_path / "other") as second:
+        assert train(second.model) == plain
+    assert (second.computed, second.read) == (1, 5)
+
+
+def test_a_class_whose_forward_is_exchanged_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, exchanged = Odd.forward, lambda odd, hidden_states: Double.forward(odd, hidden_states)
+    monkeypatch.setattr(Double, "forward", lambda odd, hidden_states: own(odd, hidden_states) * 2)
+    act: Act = lambda _: monkeypatch.setattr(Odd, "forward", exchanged)  # noqa: E731
+    plain = train(small(put(Odd, 0)), act)
+    monkeypatch.setattr(Odd, "forward", own)
+    model = small(put(Odd, 0))
+    with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+        assert train(model, act) == plain
+    assert (cached.computed, cached.read) == (4, 2)
+
+
+def test_a_hook_that_comes_later_is_refused(tmp_path: Path) -> None:
+    def hook(model: Any) -> None:
+        model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 3)
+
+    with pytest.raises(ObjectiveError, match=r"model\.layers\.1 has a hook that looks inside"):
+        both(tmp_path / "kept", between=hook)
+
+
+def test_a_loose_tensor_that_learns_is_refused(tmp_path: Path) -> None:
+    def prepare(model: Any) -> None:
+        put(Odd, 0)(model)
+        model.model.layers[0].mlp.loose.requires_grad_(True)
+
+    with pytest.raises(ObjectiveError, match=r"0\.mlp\.loose of the frozen layers holds a tensor that learns"):
+        both(tmp_path / "kept", prepare)

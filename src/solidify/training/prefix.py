@@ -28,7 +28,8 @@ from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
 from solidify.training.prefix_state import State, random_states
 from solidify.training.prefix_store import Store, same_bits
-from solidify.upstream.torch import is_dropout, module_hooks, other_hooks
+from solidify.training.prefix_told import hook_fault
+from solidify.upstream.torch import is_dropout
 
 _WHY = {
     "router_logits": "routers of layers that are skipped return nothing; leave output_router_logits out",
@@ -108,14 +109,9 @@ def _end_prefix(name: str, layer: nn.Module, learning: set[str], captured: Seque
             return f"{full} is adapted by PEFT"
         if is_dropout(module) and module.p:
             return f"{full} drops out at random (p={module.p})"
-        if other_hooks(module) or not all(_is_harmless(hook) for _, hook, _ in module_hooks(module)):
-            return f"{full} has a hook that looks inside (of a term, for one)"
+        if fault := hook_fault(module):
+            return f"{full} {fault}"
     return ""
-
-
-def _is_harmless(hook: Any) -> bool:
-    """Returns whether a hook is of transformers, which records what is asked for, or declares a mask."""
-    return hasattr(hook, "solid_mask") or str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 @contextmanager
@@ -130,13 +126,15 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     batch was (an evaluation), nothing is kept.
 
     Raises:
-        ObjectiveError: no layer can be skipped, or skipping changes the model's outputs; it says why.
+        ObjectiveError: no layer can be skipped, or skipping changes the model's outputs, or the layers were changed
+            unnoticed; it says why.
     """
     usable = refuse_none(find_prefixes(model))
     cached = CachedPrefix(model, usable, Store(Path(directory)))
     cached.install()
     try:
         yield cached
+        cached.refuse_written()
     finally:
         cached.uninstall()
     if not keep:
@@ -172,6 +170,11 @@ class CachedPrefix:
             for number, layer in enumerate(stack.layers):
                 self._put_forward(layer, stack.make_step(number))
 
+    def refuse_written(self) -> None:
+        """Raises ObjectiveError where a tensor of the skipped layers was written to unnoticed; reads all of them."""
+        for stack in self._stacks:
+            stack.refuse_written()
+
     def uninstall(self) -> None:
         """Takes them off; where something else was put around one in between, that stays, and does nothing."""
         self.run.way = PLAIN
@@ -190,6 +193,7 @@ class CachedPrefix:
             """Calls the module's own forward, or not."""
             return step(own, args, kwargs) if self._stacks else own(*args, **kwargs)
 
+        vars(forward)["before_prefix"] = before  # which is what the module's attributes are told to be
         vars(module)["forward"] = forward
         self._forwards.append((module, before, forward))
 

@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 
 from solidify.artifact import tensors
+from solidify.errors import ObjectiveError
 from solidify.training.prefix_state import accelerator, describe_tensor
+from solidify.training.prefix_told import SCALARS, Attributes
 from solidify.upstream.torch import writes
 
-_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _UNREAD = ("num_items_in_batch",)  # transformers hands it down to layers, for the loss alone
 
 
@@ -26,18 +27,14 @@ class LayerDigests:
             tuple[Any, ...], tuple[str, torch.Tensor]
         ] = {}  # with the tensor, so that no other has its place
         self._state: list[tuple[str, str]] = []
+        self._attributes = Attributes(layers, self._digest)
 
     def values(self) -> list[Any]:
         """Returns plain values that tell two states of the layers apart."""
         if not self._known:
             self._read_all()
         digests = [self._digest(tensor) for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
-        plain = [
-            [f"{key}={value!r}" for key, value in sorted(vars(module).items()) if isinstance(value, _SCALARS)]
-            for layer in self._layers
-            for module in layer.modules()
-        ]
-        return [self._state, digests, plain]
+        return [self._state, digests, self._attributes.values()]
 
     def _read_all(self) -> None:
         """Reads all tensors, from their files where they stand there unchanged; quantised weights have more than
@@ -54,6 +51,22 @@ class LayerDigests:
         self._state = sorted(found.items())
         self._known = {_stamp(tensor): (found[name], tensor.detach()) for name, tensor in held.items()}
 
+    def refuse_written(self, name: str) -> None:
+        """Reads all tensors whole, and compares them with what their digests were when they were last told apart.
+
+        Raises:
+            ObjectiveError: one was written to unnoticed (through `.data`, between the pages that are looked at).
+        """
+        for number, layer in enumerate(self._layers):
+            for path, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                known = self._known.get(_stamp(tensor))
+                if known is not None and known[0] != tensors.digest(tensor):
+                    raise ObjectiveError(
+                        f"cache_prefix: {name}.{number}.{path} was written to through `.data`, which PyTorch does not "
+                        "count, since what the frozen layers return was kept; write to the tensor itself (in "
+                        "torch.no_grad()), or leave cache_prefix out"
+                    )
+
     def _digest(self, tensor: torch.Tensor) -> str:
         stamp = _stamp(tensor)
         if stamp not in self._known:
@@ -62,9 +75,24 @@ class LayerDigests:
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Returns what changes when a tensor is exchanged, or written to."""
+    """Returns what changes when a tensor is exchanged, or written to; through `.data` no version counts it, so a few
+    pages are looked at."""
     version = 0 if tensor.is_inference() else writes(tensor)
-    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype
+    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, _glance(tensor)
+
+
+def _glance(tensor: torch.Tensor) -> bytes:
+    """Returns a digest of a tensor's pages at the beginning, at the end, and evenly between; small ones whole."""
+    whole = tensor.detach()
+    if not whole.is_contiguous():  # its numbers in the order of memory, where there are no gaps
+        whole = whole.permute(sorted(range(whole.ndim), key=lambda axis: -whole.stride(axis)))
+    flat = whole.reshape(-1)
+    page = max(1, tensors.PAGE // max(1, flat.element_size()))
+    last = flat.numel() - page
+    if last > page * (tensors.SAMPLES - 1):
+        starts = [last * number // (tensors.SAMPLES - 1) for number in range(tensors.SAMPLES)]
+        flat = torch.cat([flat[start : start + page] for start in starts])
+    return bytes.fromhex(tensors.digest(torch.view_as_real(flat) if flat.is_complex() else flat))
 
 
 def has_history(tensor: torch.Tensor) -> bool:
@@ -101,7 +129,7 @@ def describe(value: Any, known: Known) -> Any:
         return {str(key): describe(each, known) for key, each in value.items() if key not in _UNREAD}
     if isinstance(value, (list, tuple)):
         return [describe(each, known) for each in value]
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return repr(value)
     raise TypeError(type(value).__name__)
 
@@ -111,7 +139,7 @@ def surroundings(owner: nn.Module) -> list[Any]:
     device = (accelerator() or torch.device("cpu")).type
     config = getattr(owner, "config", None)
     settings = (
-        {key: repr(value) for key, value in vars(config).items() if isinstance(value, _SCALARS)} if config else {}
+        {key: repr(value) for key, value in vars(config).items() if isinstance(value, SCALARS)} if config else {}
     )
     return [
         torch.__version__,

@@ -14,8 +14,10 @@ from solidify.errors import ObjectiveError
 from solidify.training.prefix_key import Known, LayerDigests, describe, flatten, has_history, surroundings
 from solidify.training.prefix_state import Numbers, name_moved, random_states
 from solidify.training.prefix_store import Kept, Returned, Store
+from solidify.training.prefix_told import hook_fault
 from solidify.weights import hashing
 
+_WHOLE = 256  # passes that are read until all tensors are read whole again
 PLAIN, TRIAL, USED = "plain", "trial", "used"
 
 
@@ -107,6 +109,8 @@ class Stack:
             self._fault("is given something that depends on what learns (trained embeddings, for one)", number)
         elif any(parameter.requires_grad for parameter in self.layers[number].parameters()):
             self._fault("learns by now", number)
+        elif hooked := next((each for each in map(hook_fault, self.layers[number].modules()) if each), ""):
+            self._fault(hooked, number)
 
     def _begin(self, now: _Pass, given: Any) -> None:
         """Finds the key, and what is kept under it."""
@@ -122,6 +126,12 @@ class Stack:
             self.hit = now.kept is not None and all(number in self._forms for number in range(len(self.layers)))
             now.kept = now.kept if self.hit else None
         self.run.read += now.kept is not None
+        if now.kept is not None and self.run.read % _WHOLE == 0:
+            self.refuse_written()
+
+    def refuse_written(self) -> None:
+        """Raises ObjectiveError where a tensor of the layers was written to unnoticed; reads all of them."""
+        self._digests.refuse_written(self.name)
 
     def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:
         """Notes what a layer is given beside hidden states (masks, positions), or compares it with what is kept."""
