@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,7 +336,9 @@ CHANGES: dict[str, Act] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_attribute_is_computed_anew(change: str, tmp_path: Path) -> None:
-    plain, found, cached = both(tmp_path / "kept", put(Odd, 0), lambda model: CHANGES[change](model.model.layers[0].mlp))
+    plain, found, cached = both(
+        tmp_path / "kept", put(Odd, 0), lambda model: CHANGES[change](model.model.layers[0].mlp)
+    )
     unchanged = train(small(put(Odd, 0)))
     assert found == plain != unchanged
     assert (cached.computed, cached.read) == (4, 2)
@@ -378,3 +382,123 @@ def test_a_loose_tensor_that_learns_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ObjectiveError, match=r"0\.mlp\.loose of the frozen layers holds a tensor that learns"):
         both(tmp_path / "kept", prepare)
+
+
+def large(model: Any) -> None:
+    """Gives a layer a buffer of many pages, of which one number counts."""
+    put(Large, 0)(model)
+
+
+class Large(Around):
+    place = 10_000  # between the pages that are looked at in every pass
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.register_buffer("table", torch.ones(100_000), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        table: torch.Tensor = self.table  # type: ignore[assignment]
+        return super().forward(hidden_states) * table[self.place]
+
+
+def write_data(model: Any) -> None:
+    model.model.layers[0].mlp.table.data.mul_(3)
+
+
+def write_one_number(model: Any) -> None:
+    model.model.layers[0].mlp.table.data[Large.place] = 3
+
+
+def write_in_place(model: Any) -> None:
+    model.model.layers[0].mlp.table[Large.place] = 3
+
+
+@pytest.mark.parametrize("act", [write_data, write_in_place])
+def test_written_tensors_are_computed_anew(act: Act, tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", large, act)
+    assert found == plain != train(small(large))
+    assert (cached.computed, cached.read) == (4, 2)
+
+
+def test_a_number_written_unnoticed_is_refused_at_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"model\.layers\.0\.mlp\.table was written to through `\.data`"):
+        both(tmp_path / "kept", large, write_one_number)
+    assert not (tmp_path / "kept").exists()
+    plain, found, _ = both(tmp_path / "kept", large)
+    assert found == plain
+
+
+def test_a_number_written_unnoticed_is_refused_after_some_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("solidify.training.prefix_stack._WHOLE", 2)
+    model, steps = small(large), list[Any]()
+    model.register_forward_hook(lambda *_: steps.append(1))
+    with (
+        pytest.raises(ObjectiveError, match="was written to through"),
+        solidify.cache_prefix(model, tmp_path / "kept"),
+    ):
+        train(model, write_one_number)
+    assert len(steps) < 6
+
+
+def test_what_is_kept_of_an_interrupted_training_is_true(tmp_path: Path) -> None:
+    def stop(model: Any) -> None:
+        write_one_number(model)
+        raise KeyboardInterrupt
+
+    for act in (stop, interrupt):
+        model = small(large)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            solidify.cache_prefix(model, tmp_path / "kept"),
+        ):
+            train(model, act)
+        assert (tmp_path / "kept").exists() == (act is interrupt)
+
+
+def interrupt(_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+SOURCE = """
+from torch import nn
+
+BY = 1.0
+
+
+class Scale(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states):
+        return self.inner(hidden_states) * BY * 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "read"), [("* 1.0", "* 3.0", 4), ("BY = 1.0", "BY = 3.0", 4), ("* 1.0", "* 1.0", 5)]
+)
+def test_code_that_changes_between_two_runs(
+    old: str, new: str, read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "scaling_by_code.py"
+
+    def run(content: str, act: Act = nothing) -> tuple[list[float], CachedPrefix]:
+        path.write_text(content)
+        sys.modules.pop("scaling_by_code", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        scale = importlib.import_module("scaling_by_code").Scale
+        model = small(put(scale, 0))
+        with solidify.cache_prefix(model, tmp_path / "kept", keep=True) as cached:
+            return train(model, act), cached
+
+    with pytest.raises(KeyboardInterrupt):  # both batches are kept
+        run(SOURCE, interrupt)
+    found, cached = run(SOURCE.replace(old, new))
+    assert cached.read == read
+    shutil.rmtree(tmp_path / "kept")
+    assert found == run(SOURCE.replace(old, new))[0]

@@ -9,7 +9,7 @@ as it does. The first batch is run both ways, and its outputs must have the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -135,6 +135,10 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     try:
         yield cached
         cached.refuse_written()
+    except BaseException:
+        with suppress(ObjectiveError):  # the error at hand is told; what was kept under a false key is gone
+            cached.refuse_written()
+        raise
     finally:
         cached.uninstall()
     if not keep:

@@ -138,9 +138,7 @@ def surroundings(owner: nn.Module) -> list[Any]:
     """Returns what decides the last bits beside weights and inputs."""
     device = (accelerator() or torch.device("cpu")).type
     config = getattr(owner, "config", None)
-    settings = (
-        {key: repr(value) for key, value in vars(config).items() if isinstance(value, SCALARS)} if config else {}
-    )
+    settings = {key: repr(value) for key, value in vars(config).items() if isinstance(value, SCALARS)} if config else {}
     return [
         torch.__version__,
         transformers.__version__,

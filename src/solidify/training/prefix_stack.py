@@ -130,8 +130,12 @@ class Stack:
             self.refuse_written()
 
     def refuse_written(self) -> None:
-        """Raises ObjectiveError where a tensor of the layers was written to unnoticed; reads all of them."""
-        self._digests.refuse_written(self.name)
+        """Raises ObjectiveError where a tensor of the layers was written to unnoticed; what is kept is removed then."""
+        try:
+            self._digests.refuse_written(self.name)
+        except ObjectiveError:
+            self.run.store.remove()
+            raise
 
     def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:
         """Notes what a layer is given beside hidden states (masks, positions), or compares it with what is kept."""

@@ -45,10 +45,15 @@ class Attributes:
         Raises:
             ObjectiveError: a loose tensor learns.
         """
-        named = [(f"{n}.{name}", module) for n, layer in enumerate(self._layers) for name, module in layer.named_modules()]
+        named = [
+            (f"{n}.{name}", module) for n, layer in enumerate(self._layers) for name, module in layer.named_modules()
+        ]
         teller = _Teller({id(module): name for name, module in named}, self._digest, self._opaque)
         return [
-            [[name, self._tell_class(type(module), teller), *teller.tell_module(name, module)] for name, module in named],
+            [
+                [name, self._tell_class(type(module), teller), *teller.tell_module(name, module)]
+                for name, module in named
+            ],
             sorted(self._sources[each] for each in {type(module) for _, module in named}),
         ]
 
