@@ -182,7 +182,7 @@ class OfPython(Around):
 
 class OfNumPy(Around):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) * float(np.random.random())  # noqa: NPY002
+        return super().forward(hidden_states) * float(np.random.random())
 
 
 class OfPyTorch(Around):
@@ -211,7 +211,7 @@ def put(kind: type[Around], layer: int) -> Act:
 
     def act(model: Any) -> None:
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         model.model.layers[layer].mlp = kind(model.model.layers[layer].mlp)
 
     return act

@@ -1,4 +1,4 @@
-"""What decides the output of frozen layers, as a digest: their tensors and attributes, what they are given, and where."""
+"""What decides the output of frozen layers, as a digest: tensors and attributes, what they are given, and where."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _glance(tensor: torch.Tensor) -> bytes:
     """Returns a digest of a tensor's pages at the beginning, at the end, and evenly between; small ones whole."""
     whole = tensor.detach()
     if not whole.is_contiguous():  # its numbers in the order of memory, where there are no gaps
-        whole = whole.permute(sorted(range(whole.ndim), key=lambda axis: -whole.stride(axis)))
+        strides = whole.stride()
+        whole = whole.permute(sorted(range(whole.ndim), key=lambda axis: -strides[axis]))
     flat = whole.reshape(-1)
     page = max(1, tensors.PAGE // max(1, flat.element_size()))
     last = flat.numel() - page

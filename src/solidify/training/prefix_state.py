@@ -31,7 +31,8 @@ def random_states() -> Numbers:
     Python and of NumPy."""
     device = accelerator()
     more = () if device is None else (torch.get_device_module(device).get_rng_state(),)
-    name, keys, *rest = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
     return (torch.get_rng_state(), *more), random.getstate(), (name, keys.tobytes(), *rest)
 
 
