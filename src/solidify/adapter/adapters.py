@@ -63,7 +63,8 @@ def attach(
     console.words.print(wanted.table())
     single = _find_single_parameters(model, wanted.modules)
     configuration = _build_configuration(model, lora, wanted, single)
-    probe = trial.inputs(model)
+    probe, read = trial.inputs(model)
+    trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], read)
     with transaction(existing if existing is not None else model, Extent.of(model)):
         peft_model, faults = _attach_adapter(model, existing, configuration, wanted, name)
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))

@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.adapter import lookup
-from solidify.errors import AdapterError
-from solidify.model import anatomy, probing
+from solidify.errors import AdapterError, refuse
+from solidify.model import anatomy, probing, quantized
 from solidify.model.extent import Extent
 from solidify.model.probing import Inputs
 from solidify.system import foreign
 
 
-def inputs(model: nn.Module) -> Inputs | None:
-    """Makes inputs for a small model that has no adapter yet; None where it is not run, or takes none that we know."""
+def inputs(model: nn.Module) -> tuple[Inputs | None, set[nn.Module]]:
+    """Makes inputs for a small model; None where it is not run, or takes none that we know.
+
+    Returns also the modules whose `weight` others read in that run, and which are not called: torch's encoder layers
+    do so in evaluation, without gradients.
+    """
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel) or anatomy.is_meta(plain) or not Extent.of(plain).whole:
-        return None
-    return foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value
+        return None, set()
+    read: set[nn.Module] = set()
+    called: set[nn.Module] = set()
+    with quantized.watching_reads(read, called):
+        made = foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value
+    return made, read - called
+
+
+def refuse_read_past(model: nn.Module, names: Sequence[str], read: set[nn.Module]) -> None:
+    """Refuses low-rank updates (of modules, or of their parameters) that another module passes by.
+
+    Raises:
+        AdapterError: a layer that is named is among those that are `read` and not called.
+    """
+    if not read:
+        return
+    past = {located.name for located in lookup.modules(model) if {located.called, located.inner} & read}
+    refuse(
+        AdapterError,
+        "the adapter cannot be attached as declared",
+        [
+            f"LoRA: another module reads the weight of {name} and does not call it (torch's encoder layers do so in "
+            f"evaluation), so a low-rank update has no effect there; name another layer, or name {_whole(name)} in "
+            "`train`"
+            for name in names
+            if name in past or name.rpartition(".")[0] in past
+        ],
+    )
+
+
+def _whole(name: str) -> str:
+    """Returns the name of the module that a layer, or a layer's weight, is part of."""
+    return name.removesuffix(".weight").rpartition(".")[0] or name
 
 
 def faults(model: PeftModel, made: Inputs | None) -> list[str]:

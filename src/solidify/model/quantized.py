@@ -95,21 +95,24 @@ def read_by_others(model: PreTrainedModel) -> list[str]:
     def run() -> None:
         anatomy.answer(model, probing.probe_inputs(model, run=anatomy.answer))
 
-    with _watching_reads(found):
+    with watching_reads(found, set()):
         foreign.attempt(run)
     return [name for module, name in linear.items() if module in found]
 
 
 @contextmanager
-def _watching_reads(found: set[nn.Module]) -> Iterator[None]:
-    """Collects the modules whose `weight` is read by another than themselves; hooks would change what torch does."""
+def watching_reads(found: set[nn.Module], called: set[nn.Module]) -> Iterator[None]:
+    """Collects the modules whose `weight` is read by another than themselves, and those that read it themselves.
+
+    The second are those that are called. Hooks would tell that too, and would change what torch does.
+    """
     plain = nn.Module.__getattr__
 
     def watched(self: nn.Module, name: str) -> Any:
         frame = inspect.currentframe()
         reader = frame.f_back if frame is not None else None
-        if name == "weight" and reader is not None and reader.f_locals.get("self") is not self:
-            found.add(self)
+        if name == "weight" and reader is not None:
+            (called if reader.f_locals.get("self") is self else found).add(self)
         return plain(self, name)
 
     nn.Module.__getattr__ = watched  # type: ignore[method-assign]

@@ -1,0 +1,68 @@
+"""LoRA on a layer whose weight another module reads, without calling the layer, has no effect there: it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import solidify
+from solidify.errors import AdapterError
+
+ROWS = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def make_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"target_modules": ["module.0.linear1", "module.0.linear2"]}, {"target_parameters": ["**.linear1.weight"]}],
+)
+def test_a_layer_that_is_read_past_is_refused_by_name(target: dict[str, list[str]]) -> None:
+    model = solidify.wrap(make_encoder(), ROWS)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state, classes = torch.get_rng_state(), [type(part) for part in model.modules()]
+    with pytest.raises(AdapterError, match=r"module.0.linear1.* does not call it.*name module.0 in `train`"):
+        solidify.attach(model, lora={"r": 2, **target})
+    assert [type(part) for part in model.modules()] == classes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_what_the_sentence_advises_has_an_effect() -> None:
+    model = solidify.wrap(make_encoder(), ROWS)
+    with torch.no_grad():
+        before = model(ROWS).logits
+    adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["module.1"]}, train=["module.0"])
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        adapted.train()(ROWS).logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert (adapted.eval()(ROWS).logits - before).abs().max() > 1e-3
+    linear1 = adapted.get_submodule("base_model.model.module.0").modules_to_save["default"].linear1
+    assert linear1.weight.requires_grad
+
+
+def test_a_layer_that_is_read_for_its_dtype_and_called_is_taken(tmp_path: Path) -> None:
+    """T5 asks `wo` for its dtype, and calls it."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["encoder.block.*.layer.1.DenseReluDense.wo"]})
+    assert any("wo.lora_A" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_second_adapter_is_refused_too() -> None:
+    model = solidify.wrap(make_encoder(), ROWS)
+    solidify.attach(model, lora={"r": 2, "target_modules": ["module.1"]})
+    with pytest.raises(AdapterError, match=r"module.0.linear2"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["module.0.linear2"]}, name="second")
