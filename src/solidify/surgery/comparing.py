@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from solidify.system import foreign
 from solidify.upstream.transformers import LOADED
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -110,6 +112,8 @@ class _Comparison:
             return self._are_same_functions(a, b)
         if a is b:
             return True
+        if isinstance(a, weakref.ReferenceType):
+            return self.are_same(a(), b())
         if isinstance(a, torch.Generator):
             return bool(torch.equal(a.get_state(), b.get_state()))
         if type(a).__module__ == "numpy":
@@ -140,4 +144,4 @@ def _are_same_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _are_equal(a: Any, b: Any) -> bool:
     """Returns whether two objects that hold nothing that can be read say that they are equal."""
-    return vars(type(a)).get("__eq__") is not None and bool(a == b)
+    return vars(type(a)).get("__eq__") is not None and foreign.attempt(lambda: bool(a == b)).value is True

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedConfig
 
 from solidify.model.assembling import Maker
@@ -66,7 +67,7 @@ def describe(
 def _infer_arguments(name: str, module: nn.Module, classes: Classes, original: nn.Module | None) -> dict[str, Any]:
     """Reads the constructor's arguments off the attributes that have their names."""
     found = _supply(module, original, {})
-    for key, parameter in list(inspect.signature(type(module).__init__).parameters.items())[1:]:
+    for key, parameter in _read_parameters(type(module)).items():
         if key in ("device", "dtype", *found) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
@@ -80,6 +81,17 @@ def _infer_arguments(name: str, module: nn.Module, classes: Classes, original: n
         elif required or value is not parameter.default:
             found[key] = encode(f"{name}: {key}", value, classes)
     return found
+
+
+def _read_parameters(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """Returns what a constructor takes, without `self`; torch's recurrent layers hand theirs on to a common one."""
+    constructor = kind.__init__
+    recurrent = kind in (nn.RNN, nn.LSTM, nn.GRU)
+    found = dict(inspect.signature(nn.RNNBase.__init__ if recurrent else constructor).parameters)
+    if recurrent:
+        mode = found.pop("mode")
+        found |= {"nonlinearity": mode.replace(name="nonlinearity", default="tanh")} if kind is nn.RNN else {}
+    return dict(list(found.items())[1:])
 
 
 def _supply(module: nn.Module, original: nn.Module | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
         yield f"{within}.{name} is nothing, and {type(theirs[name]).__name__}"
     shapes = [
         {
-            key: tuple(tensor.shape)
+            key: None if is_lazy(tensor) else tuple(tensor.shape)
             for table in (each.named_parameters, each.named_buffers)  # those too that no state holds
             for key, tensor in table(remove_duplicate=False)
         }
