@@ -65,7 +65,8 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     files = {**carried.files, OPERATIONS: _write_operations(entries, stateful)}
     digest = hashing.digest_values([files, entries, before.head.__name__])
     config = type(before.config)
-    shares = any({name, first}.isdisjoint(family.ties) for name, first in operations.shared_keys(model).items())
+    ties = operations.shared_keys(model)
+    shares = any({name, first}.isdisjoint(family.ties) for name, first in ties.items())
     prefix = None if family.backbone is None else family.prefix
     within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _list_names(entry))
     context = {
@@ -79,6 +80,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "prefix": json.dumps(prefix) if prefix is not None else "None",
         "outside": prefix is not None and not within,
         "shares": shares,
+        "tied_buffers": any(name in ties for name, _ in model.named_buffers(remove_duplicate=False)),
         "config": config.__name__,
         "config_module": _find_home(config, carried.modules),
         "classes": list(classes),

@@ -88,18 +88,19 @@ class Maker:
     def fill(self, made: nn.Module, tensors: dict[str, Any]) -> None:
         """Gives an empty module its own parameters and buffers."""
         for key, each in tensors.get("parameters", []):
-            if each is None:
-                nn.Module.register_parameter(made, key, None)
-            elif "at" in each:
-                owner, _, name = each["at"].rpartition(".")
-                nn.Module.register_parameter(made, key, getattr(self.standing[owner], name))
-            else:
-                nn.Module.register_parameter(made, key, nn.Parameter(self.make_tensor(each)))
+            met = each is None or "at" in each
+            made_tensor = self.make_tensor(each)
+            nn.Module.register_parameter(made, key, made_tensor if met else nn.Parameter(made_tensor))
         for key, each in tensors.get("buffers", []):
-            nn.Module.register_buffer(made, key, None if each is None else self.make_tensor(each))
+            nn.Module.register_buffer(made, key, self.make_tensor(each))
 
-    def make_tensor(self, value: dict[str, Any]) -> torch.Tensor:
-        """Makes a tensor of zeros."""
+    def make_tensor(self, value: dict[str, Any] | None) -> Any:
+        """Makes a tensor of zeros, or takes the one that stands at another place; None for None."""
+        if value is None:
+            return None
+        if "at" in value:
+            owner, _, name = value["at"].rpartition(".")
+            return getattr(self.standing[owner], name)
         kind = getattr(torch, value["dtype"]) if "dtype" in value else None
         return torch.zeros(value["shape"], dtype=kind)
 

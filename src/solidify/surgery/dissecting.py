@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.model import anatomy
 from solidify.model.assembling import Maker
 from solidify.surgery import describing
 from solidify.surgery.comparing import held_faults
@@ -36,7 +37,7 @@ def dissect(name: str, module: nn.Module, classes: Classes) -> dict[str, Any]:
     Leaves of torch's own are described by their constructors where these make the same. What cannot be written down
     (hooks, functions without a name) is a fault of `classes`.
     """
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    dtype = anatomy.main_dtype(module) or torch.float32  # that of the configuration, in which models are loaded
     paths = {id(part): path for path, part in module.named_modules()}
     found: dict[str, Any] = settle_shared(_Dissection(name, paths, dtype, classes).part("", module), classes)
     return found
@@ -100,10 +101,8 @@ class _Dissection:
         where = f"{self.name}.{path}".rstrip(".")
         self.classes.faults += _hook_faults(where, part)
         loose = _loose_tensors(part)
-        parameters = [[key, self._parameter(path, key, held)] for key, held in own_parameters(part).items()]
-        buffers = [
-            [key, None if held is None else self._shape(held)] for key, held in [*own_buffers(part).items(), *loose]
-        ]
+        parameters = [[key, self._tensor(path, key, held)] for key, held in own_parameters(part).items()]
+        buffers = [[key, self._tensor(path, key, held)] for key, held in [*own_buffers(part).items(), *loose]]
         children = [
             [key, None if child is None else self.part(f"{path}.{key}".lstrip("."), child)]
             for key, child in own_modules(part).items()
@@ -137,7 +136,7 @@ class _Dissection:
         )
         return None
 
-    def _parameter(self, path: str, key: str, held: nn.Parameter | None) -> Any:
+    def _tensor(self, path: str, key: str, held: torch.Tensor | None) -> Any:
         if held is None:
             return None
         if (first := self.tensors.setdefault(id(held), f"{path}.{key}")) != f"{path}.{key}":
@@ -150,10 +149,13 @@ class _Dissection:
 
     def _by_constructor(self, path: str, part: nn.Module) -> dict[str, Any] | None:
         """Describes a leaf of torch's own by its constructor, if that makes the same; else None."""
-        own = {key: held for key, held in own_parameters(part).items() if held is not None}
+        tables = (own_parameters(part), own_buffers(part))
+        own = {key: held for table in tables for key, held in table.items() if held is not None}
         leaf = type(part).__module__.startswith("torch.nn.") and not own_modules(part)
-        if not leaf or not all(id(held) not in self.tensors for held in own.values()):
+        if not leaf or any(id(held) in self.tensors for held in own.values()):
             return None
+        if any(held.is_floating_point() and held.dtype != self.dtype for held in own.values()):
+            return None  # a constructor makes them in the dtype of the model
         scratch = Classes(exact=True)
         tree = describing.describe(self.name, part, None, scratch)
         if scratch.faults:
