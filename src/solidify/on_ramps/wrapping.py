@@ -8,6 +8,7 @@ too; it carries the classes' source, or requires the package that they come from
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.model.operations import shared_keys
 from solidify.modules import wrapped_module
+from solidify.on_ramps import unfit
 from solidify.surgery.comparing import held_faults
 from solidify.surgery.constructing import frozen
 from solidify.surgery.describing import WRAPPING, assemble, describe, part_faults
@@ -60,16 +62,16 @@ def wrap(
 
     Raises:
         ModelError: the module takes several inputs or returns no tensor, or, built again by its constructor and part by
-            part, it is not the same (hooks, functions without a name); or tensors are views of one memory. All reasons
-            together.
+            part, it is not the same (hooks, functions without a name); or tensors are views of one memory, have no
+            shape yet, are parametrized, or stand among the attributes again. All reasons together.
     """
     if isinstance(module, PreTrainedModel):
         raise ModelError(f"{type(module).__name__} is a model of transformers already; use it as it is")
+    refuse(ModelError, f"{type(module).__name__} cannot be wrapped", unfit.find_faults(module, NAME))
     if not any(parameter.is_floating_point() for parameter in module.parameters()):
         raise ModelError(
             f"{type(module).__name__} has no parameters of real numbers, and a model of transformers has some"
         )
-    refuse(ModelError, f"{type(module).__name__} cannot be wrapped", list(_memory_faults(module)))
     name, given = _read_example(example_inputs)
     before = _call(module, given)
     tree, classes, note = _describe(module, given, before, arguments)
@@ -88,21 +90,6 @@ def wrap(
     vars(model)[WRAPPING] = _record(module, tree, classes, note)
     found: PreTrainedModel = model.eval()
     return found
-
-
-def _memory_faults(module: nn.Module) -> Iterator[str]:
-    """Names the tensors that share memory and are not one tensor: files keep each by itself, and would part them."""
-    first: dict[int, str] = {}
-    later = shared_keys(module)
-    for table in (module.named_parameters, module.named_buffers):
-        for key, tensor in table(remove_duplicate=False):
-            if tensor.numel() and not tensor.is_meta and key not in later:
-                other = first.setdefault(tensor.untyped_storage().data_ptr(), key)
-                if other != key:
-                    yield (
-                        f"{NAME}.{key} and {NAME}.{other} are views of one memory; make them one tensor (one "
-                        "nn.Parameter at both names is a tie, and stays one), or give each its own by clone()"
-                    )
 
 
 def _read_example(example: torch.Tensor | Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
@@ -170,15 +157,15 @@ def _describe(
     with anatomy.evaluation(module):
         module.train().eval()  # what is kept from one call to the next in evaluation alone is let go
         tree = dissect(NAME, module, classes)
-    unfit = classes.faults
-    if not unfit:
+    unlike = classes.faults
+    if not unlike:
         undo = keep_tensors(module)
-        unfit = _unlike(module, tree, classes, given, before)
-        if unfit:
+        unlike = _unlike(module, tree, classes, given, before)
+        if unlike:
             undo()
     lost = [f"{NAME}.{key} is a tensor that its state does not hold" for key in unsaved]
     said = (faults or lost)[0].partition("; say")[0]
-    refuse(ModelError, f"{kind} cannot be wrapped, neither by its constructor ({said}) nor part by part", unfit[:8])
+    refuse(ModelError, f"{kind} cannot be wrapped, neither by its constructor ({said}) nor part by part", unlike[:8])
     return tree, classes, f"It is built part by part, and not by its constructor: {said}"
 
 
@@ -187,13 +174,13 @@ def _unlike(
 ) -> list[str]:
     """Builds the module once more, and returns where its parts, or what it returns, are not the same."""
     for device in ("meta", "cpu"):  # models are loaded on the first, where a constructor can compute no number
-        built = foreign.attempt(_build_again, tree, classes, device)
+        built = foreign.attempt(_build_again, tree, classes, device, anatomy.main_dtype(module))
         if built.value is None:
             where = " (on the meta device, on which models are loaded)" if device == "meta" else ""
             return [f"{foreign.said(built.error)}{where}" if built.error is not None else "nothing is built"]
     assert built.value is not None
     again: nn.Module = built.value
-    if faults := list(part_faults(module, again, NAME)):
+    if faults := [*part_faults(module, again, NAME), *_dtype_faults(module, again)]:
         return faults
     _take_state(again, module)
     uncalled = held_faults(module, again, NAME)
@@ -208,14 +195,38 @@ def _unlike(
     return []
 
 
-def _build_again(tree: dict[str, Any], classes: Classes, device: str) -> nn.Module:
-    """Builds a module as a description says; random numbers go on as if it had not been."""
+def _dtype_faults(module: nn.Module, again: nn.Module) -> list[str]:
+    """Names the tensors of real numbers that are built in another dtype, to which loading would cast them."""
+    mine, theirs = (
+        {**dict(each.named_parameters(remove_duplicate=False)), **dict(each.named_buffers(remove_duplicate=False))}
+        for each in (module, again)
+    )
+    return [
+        f"{NAME}.{key} is {tensor.dtype}, and {theirs[key].dtype}"
+        for key, tensor in mine.items()
+        if key in theirs and tensor.is_floating_point() and tensor.dtype != theirs[key].dtype
+    ]
+
+
+def _build_again(tree: dict[str, Any], classes: Classes, device: str, dtype: torch.dtype | None) -> nn.Module:
+    """Builds a module as a description says, as loading does in a dtype; random numbers go on as if it had not been."""
     holder = nn.Module()
     holder.add_module(NAME, nn.Identity())
     entry = {"classes": [str(n) for n in range(len(classes.found))], "arguments": tree}
-    with torch.random.fork_rng([]), torch.device(device):
+    with torch.random.fork_rng([]), torch.device(device), _default_dtype(dtype):
         assemble(holder, [NAME], entry, {str(number): cls for number, cls in enumerate(classes.found)})
     return holder.get_submodule(NAME)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Makes real numbers in a dtype while the block lasts, if it is one that torch makes them in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype in (torch.float64, torch.bfloat16, torch.float16) else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _take_state(again: nn.Module, module: nn.Module) -> None:
