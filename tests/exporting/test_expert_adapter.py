@@ -157,3 +157,12 @@ def test_what_cannot_be_written_is_refused(form: str, sentence: str, tmp_path: P
 def test_a_model_has_no_layout_of_an_adapter(wrapped_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"grouped is a layout of an adapter's experts, and .* is no adapter"):
         solidify.export(wrapped_artifact, tmp_path / "out", "grouped")
+
+
+def test_an_export_over_an_earlier_one_says_why_it_cannot_be_told_apart(tmp_path: Path) -> None:
+    adapter = trained(olmoe, tmp_path)
+    solidify.export(adapter, tmp_path / "out", "lists")
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    with pytest.raises(AdapterError, match=r"carries no solidify.json: whether it is an earlier export .* remove it"):
+        solidify.export(adapter, tmp_path / "out", "grouped")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before

@@ -25,6 +25,7 @@ def export(adapter: Path, output: Path, layout: str, base: str | Path | None, tr
     if layout not in expert_files.LAYOUTS:
         known = ", ".join(expert_files.LAYOUTS)
         raise AdapterError(f"{adapter} is an adapter, which cannot be exported as {layout!r}; there are {known}")
+    _refuse_adapter(output)
     writing.refuse_foreign(output, [adapter], work="export")
     ours = files.is_file(adapter / manifest.NAME)
     sources = inputs.read(adapter, base, trust_remote_code) if ours else inputs.read_plain(adapter, base)
@@ -39,6 +40,20 @@ def export(adapter: Path, output: Path, layout: str, base: str | Path | None, tr
             raise AdapterError(f"{adapter} was not read back as it was from {layout}: {', '.join(wrong[:4])}")
     evidence = f"{layout}: {expert_files.LAYOUTS[layout]}; read back, every update is the same bits and scale"
     return [Finding(expert_files.FINDING, True, evidence)]
+
+
+def _refuse_adapter(output: Path) -> None:
+    """Refuses to write over an adapter without a manifest: an earlier export looks as another program's adapter.
+
+    Raises:
+        AdapterError: there is one.
+    """
+    if files.is_file(output / CONFIG) and not files.is_file(output / manifest.NAME):
+        raise AdapterError(
+            f"the output {output} holds an adapter for other programs, which carries no {manifest.NAME}: whether it is "
+            "an earlier export or somebody's own cannot be told, so it is not replaced; remove it first, or name "
+            "another"
+        )
 
 
 def _list_others(record: manifest.Manifest) -> list[str]:
