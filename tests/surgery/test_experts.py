@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -527,3 +528,16 @@ def test_copies_and_numbers_are_made_again_in_an_artifact(tmp_path: Path) -> Non
     loaded = solidify.load(artifact.directory)
     assert [layer.mlp.gate.top_k for layer in loaded.model.layers] == [4, 3]
     assert torch.equal(logits(loaded), logits(surgery.model))
+
+
+def test_dense_layers_among_the_blocks_are_named_with_patterns_that_work() -> None:
+    """DeepSeek-V3 begins with dense layers."""
+    changes = {"num_hidden_layers": 13, "first_k_dense_replace": 1}
+    model = experts.tiny("deepseek_v3", 8, changes=changes)
+    words = r"model.layers.0.mlp \(.*MLP\) has no experts.* name those alone"
+    with pytest.raises(SurgeryError, match=words) as refused:
+        solidify.rearrange_experts(model, "**.mlp", experts_per_token=1)
+    told = re.findall(r"'([^']+)'", str(refused.value).partition("name those alone")[2])
+    assert told == ["model.layers.1*.mlp", *(f"model.layers.{n}.mlp" for n in range(2, 10))]
+    edits = solidify.rearrange_experts(model, told, experts_per_token=1)
+    assert sorted(edit.name for edit in edits) == sorted(f"model.layers.{n}.mlp" for n in range(1, 13))

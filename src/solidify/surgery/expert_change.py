@@ -67,6 +67,9 @@ def change(
     extent = Extent.given(extent, model)
     plans = {name: _plan_one(model, name, order, chosen) for name, order in orders.items()}
     blocks = {name: model.get_submodule(name) for name in orders}
+    refuse(
+        SurgeryError, _REFUSED, expert_parts.find_missing(model, {name: plan["size"] for name, plan in plans.items()})
+    )
     faults = [f for name, plan in plans.items() for f in expert_parts.find_faults(blocks[name], name, plan)]
     faults += expert_parts.find_ties(model, list(orders), plans)
     refuse(SurgeryError, _REFUSED, faults)

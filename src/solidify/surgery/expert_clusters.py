@@ -62,7 +62,7 @@ def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) ->
     names = selection.targets(model, where, None, None)
     blocks = {name: model.get_submodule(name) for name in names}
     plans = {name: expert_parts.plan_block(model, name, []) for name in names}
-    faults = [expert_parts.describe_missing(name, blocks[name]) for name, plan in plans.items() if not plan["size"]]
+    faults = expert_parts.find_missing(model, {name: plan["size"] for name, plan in plans.items()})
     if not faults:
         groups = {name: expert_parts.count_groups(model, name) for name in names}
         faults = find_uncountable(into, {name: plan["size"] for name, plan in plans.items()}, groups)

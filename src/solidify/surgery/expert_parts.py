@@ -77,6 +77,40 @@ def find_choices(block: nn.Module) -> dict[str, int]:
     }
 
 
+def find_missing(model: PreTrainedModel, sizes: Mapping[str, int]) -> list[str]:
+    """Says which of the named blocks have no experts (a size of 0), and how those are named that have some."""
+    missing, blocks = [name for name in sizes if not sizes[name]], [name for name in sizes if sizes[name]]
+    if not missing or not blocks:
+        return [describe_missing(name, model.get_submodule(name)) for name in missing]
+    kinds = ", ".join(dict.fromkeys(type(model.get_submodule(name)).__name__ for name in missing))
+    return [
+        f"{', '.join(missing)} ({kinds}) {'has' if len(missing) == 1 else 'have'} no experts, and the others have; "
+        f"name those alone: {_find_patterns(model, blocks)}"
+    ]
+
+
+def _find_patterns(model: PreTrainedModel, blocks: Sequence[str]) -> list[str]:
+    """Returns few patterns that name these blocks and no other module."""
+    everywhere = [name for name, _ in model.named_modules()]
+    found: list[str] = []
+    left = list(blocks)
+    while left:
+        hits = {pattern: set(anatomy.match(pattern, everywhere)[pattern]) for pattern in _list_patterns(left[0])}
+        pattern = next((p for p, names in hits.items() if len(names) > 1 and names <= set(blocks)), left[0])
+        found.append(pattern)
+        left = [name for name in left if name not in {left[0], *hits.get(pattern, ())}]
+    return found
+
+
+def _list_patterns(name: str) -> Iterator[str]:
+    """Yields patterns for a block: all layers, then those whose numbers begin more and more as its own."""
+    parts = name.split(".")
+    at = next((index for index, part in reversed(list(enumerate(parts))) if part.isdigit()), None)
+    if at is not None:
+        for length in range(len(parts[at]) + 1):
+            yield ".".join([*parts[:at], f"{parts[at][:length]}*", *parts[at + 1 :]])
+
+
 def describe_missing(name: str, block: nn.Module) -> str:
     """Says that a module has no experts, or none of a form that can be rearranged."""
     kind, taken = f"{name} ({type(block).__name__})", "only experts in a list, or in a stack of three axes, are taken"

@@ -84,7 +84,7 @@ class RearrangeExperts(Operation):
         assert self.keep is not None
         names = selection.targets(model, self.rearrange_experts, self.expect, self.count)
         sizes = {name: int(expert_parts.plan_block(model, name, [])["size"]) for name in names}
-        faults = [expert_parts.describe_missing(name, model.get_submodule(name)) for name in names if not sizes[name]]
+        faults = expert_parts.find_missing(model, sizes)
         groups = {name: expert_parts.count_groups(model, name) for name in names}
         refuse(SurgeryError, _REFUSED, faults or find_uncountable(self.keep, sizes, groups))
         if anatomy.is_meta(model):
