@@ -65,10 +65,10 @@ def ways(places: Places) -> dict[str, Way]:
         PEFT: Way([*PLAIN, "merge", base, tuned, output], [base, tuned], output, f"peft,{LLAMA}"),
         "merge, plain": Way([*SOLIDIFY, "merge", tuned, "--output", output], [base, tuned], output, load),
         "merge": Way([*SOLIDIFY, "merge", adapter, "--output", merged], [artifact, adapter], merged, load),
-        FIRST: Way([*PLAIN, "first", base], [base], None, LLAMA),
-        "first token": Way([*OURS, "first", artifact], [artifact], None, load),
         READ: Way(["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', merged], [merged]),
         "check": Way([*SOLIDIFY, "check", merged], [merged], None, load),
+        FIRST: Way([*PLAIN, "first", base], [base], None, LLAMA),
+        "first token": Way([*OURS, "first", artifact], [artifact], None, load),
     }
 
 

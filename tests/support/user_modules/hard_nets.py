@@ -11,7 +11,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], width: int) -> None:
         super().__init__()
         self.kind, self.width = kind, width
-        self.cell = kind(width, width, num_layers=2, batch_first=True)
+        self.cell = kind(width, width, num_layers=2, batch_first=True)  # type: ignore[call-arg]  # torch types the first form alone
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
