@@ -17,9 +17,8 @@ from torch import nn
 from solidify.artifact import tensors
 from solidify.errors import ObjectiveError, refuse
 from solidify.training.prefix_store import same_bits
-from solidify.upstream.torch import own_buffers, writes
+from solidify.upstream.torch import TABLES, own_buffers, writes
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _DEEPEST = 6  # objects in objects that are looked into
 
@@ -93,7 +92,7 @@ class State:
         found: dict[str, Any] = {}
         for name, module, _ in self._modules:
             for key, value in vars(module).items():
-                if key not in _TABLES:
+                if key not in TABLES:
                     found[f"{name}.{key}".lstrip(".")] = look(value)
             for key, value in own_buffers(module).items():
                 found[f"{name}.{key}".lstrip(".")] = look(value)
@@ -107,7 +106,7 @@ class _Held:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._attributes = {key: value for key, value in vars(module).items() if key not in _TABLES}
+        self._attributes = {key: value for key, value in vars(module).items() if key not in TABLES}
         self._buffers = dict(own_buffers(module))
         self._contents: dict[int, tuple[Any, Any]] = {}  # by identity, with the object
         for value in (*self._attributes.values(), *self._buffers.values()):
@@ -128,7 +127,7 @@ class _Held:
     def put_back(self) -> None:
         """Makes them what they were."""
         own = vars(self._module)
-        for key in [key for key in own if key not in _TABLES and key not in self._attributes]:
+        for key in [key for key in own if key not in TABLES and key not in self._attributes]:
             del own[key]
         own.update(self._attributes)
         _refill(own_buffers(self._module), self._buffers)
