@@ -79,3 +79,14 @@ def test_an_adapter_is_resized_by_its_singular_values(wrapped_artifact: Path, tm
     assert again.peft_config["default"].r == 2 and same(outputs(again), outputs(model))
     fit(again)
     solidify.save_adapter(again, tmp_path / "further")
+
+
+def test_another_way_to_sum_leaves_one_adapter_whole(wrapped_artifact: Path) -> None:
+    """A mean of two halves, as ties takes it, would be half of the update; PEFT's default is the svd."""
+    model = adapter(solidify.load(wrapped_artifact), 4, [Q])
+    whole = delta(model, "default")
+    model.add_weighted_adapter(["default"], [1.0], "kept", combination_type="ties_svd", density=1.0, svd_rank=4)
+    model.set_adapter("kept")
+    assert float((delta(model, "kept") - whole).norm() / whole.norm()) < 1e-5
+    model.add_weighted_adapter(["default"], [1.0], "small", svd_rank=2)
+    assert model.peft_config["small"].r == 2

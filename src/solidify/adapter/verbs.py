@@ -261,7 +261,7 @@ class LoraVerbs(LoraTuner):
         )
         failed = results.join_failed(*map(self.failed, adapters))
         is_new = adapter_name not in self.peft_config  # PEFT passes over one that is there
-        if len(adapters) == 1 and "svd" in str(kwargs.get("combination_type")):
+        if len(adapters) == 1 and kwargs.get("svd_rank") and kwargs.get("combination_type", "svd") == "svd":
             # Of a single adapter PEFT (0.21.2) takes the factors as they are, at their rank: half of it, twice.
             adapters, weights = [*adapters, *adapters], [weight / 2 for weight in (*weights, *weights)]
         super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)

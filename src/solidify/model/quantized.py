@@ -109,6 +109,7 @@ def watching_reads(found: set[nn.Module], called: set[nn.Module]) -> Iterator[No
     plain = nn.Module.__getattr__
 
     def watched(self: nn.Module, name: str) -> Any:
+        """Notes who reads a `weight`: the frame that asks for it is of a method of `self`, or of another's."""
         frame = inspect.currentframe()
         reader = frame.f_back if frame is not None else None
         if name == "weight" and reader is not None:

@@ -223,6 +223,7 @@ def _list_group_numbers(
     """Yields how many groups of experts there were, and are, once all blocks have as many."""
 
     def now(block: nn.Module, plan: Mapping[str, Any]) -> set[int]:
+        """Returns the numbers that a block will have under these keys."""
         groups = expert_groups.find_groups(block, plan["size"])
         found = {**(groups.places if groups is not None else {}), **plan.get("groups", {})}
         return {value for path, value in found.items() if path.rpartition(".")[2] in keys}
