@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from checkpoint import DENSE
-from scale import Results, call, run, show
-from ways import CHECKPOINT, COPY, OURS, PEFT, PLAIN, SOLIDIFY, Bar, Places, Row, Way, needed
-
-from solidify.system import console
+from scale import call, tabulate
+from ways import CHECKPOINT, COPY, OURS, PEFT, PLAIN, SOLIDIFY, Bar, Places, Row, Way
 
 LLAMA = "transformers.models.llama.modeling_llama"
 BOUNDED = Bar("resident", 1.3e9)
@@ -95,29 +92,10 @@ def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str,
 
 
 def main() -> None:
-    """Reads the command line, measures, prints the table, writes build/benchmarks/dense_SIZE.json."""
+    """Measures a dense model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=DENSE, default="small", help="half: 9.1 GB, takes 37 GB of disk; full: 16 GB")
-    parser.add_argument("--rows", default="".join(ROWS), help="letters of rows, such as ij")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where inputs are read from")
-    parser.add_argument("--keep", type=Path, help="where the generated checkpoint is, or is put to be used again")
-    given = parser.parse_args()
-    rows = {letter: ROWS[letter] for letter in given.rows}
-    build = Path("build/benchmarks").resolve()
-    build.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dense-", dir=build) as scratch:
-        places = Places(given.keep.resolve() if given.keep else Path(scratch), given.size)
-        places.root.mkdir(parents=True, exist_ok=True)
-        chosen = needed(list(rows.values()), ways(places))
-        environment = {"SOLIDIFY_HOME": str(places.made("home")), "HF_HUB_OFFLINE": "1"}
-        try:
-            with console.stage("Making a checkpoint, an artifact and adapters"):
-                prepare(places, chosen, environment)
-            runs = run(places, chosen, rounds=given.rounds, cold=given.cache == "cold", environment=environment)
-        finally:
-            shutil.rmtree(places.made(), ignore_errors=True)
-    show("dense", given, rows, Results(chosen, runs), build)
+    tabulate("dense", parser, ROWS, ways, prepare)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -156,22 +156,29 @@ def _verdicts(bars: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(words)
 
 
-def main() -> None:
-    """Reads the command line, measures, prints the table, writes build/benchmarks/scale_SIZE.json."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--size", choices=LAYERS, default="small", help="full: 13.8 GB, takes 70 GB of disk")
-    parser.add_argument("--rows", default="".join(ROWS), help="letters of rows, such as abe")
+Prepare = Callable[[Places, Mapping[str, Way], Mapping[str, str]], None]
+
+
+def tabulate(
+    name: str,
+    parser: argparse.ArgumentParser,
+    known: Mapping[str, Row],
+    ways_at: Callable[[Places], dict[str, Way]],
+    prepared: Prepare,
+) -> None:
+    """Reads the command line (`--size` is the caller's), measures, prints the table, writes NAME_SIZE.json."""
+    parser.add_argument("--rows", default="".join(known), help=f"letters of rows, of {''.join(known)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where inputs are read from")
     parser.add_argument("--keep", type=Path, help="where generated checkpoints are, or are put to be used again")
     given = parser.parse_args()
-    rows = {letter: ROWS[letter] for letter in given.rows}
+    rows = {letter: known[letter] for letter in given.rows}
     build = Path("build/benchmarks").resolve()
     build.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="scale-", dir=build) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=build) as scratch:
         places = Places(given.keep.resolve() if given.keep else Path(scratch), given.size)
         places.root.mkdir(parents=True, exist_ok=True)
-        chosen = needed(list(rows.values()), ways(places))
+        chosen = needed(list(rows.values()), ways_at(places))
         environment = {
             "SOLIDIFY_HOME": str(places.made("home")),
             "HF_HUB_OFFLINE": "1",
@@ -179,11 +186,11 @@ def main() -> None:
         }
         try:
             with console.stage("Making checkpoints, an artifact and adapters"):
-                prepare(places, chosen, environment)
+                prepared(places, chosen, environment)
             runs = run(places, chosen, rounds=given.rounds, cold=given.cache == "cold", environment=environment)
         finally:
             shutil.rmtree(places.made(), ignore_errors=True)
-    show("scale", given, rows, Results(chosen, runs), build)
+    show(name, given, rows, Results(chosen, runs), build)
 
 
 def show(name: str, given: argparse.Namespace, rows: Mapping[str, Row], results: Results, build: Path) -> None:
@@ -201,6 +208,13 @@ def show(name: str, given: argparse.Namespace, rows: Mapping[str, Row], results:
         "ways": results.documents(),
     }
     (build / f"{name}_{given.size}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measures models with experts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", choices=LAYERS, default="small", help="full: 13.8 GB, takes 70 GB of disk")
+    tabulate("scale", parser, ROWS, ways, prepare)
 
 
 if __name__ == "__main__":
