@@ -155,11 +155,11 @@ def test_a_sample_is_measured_and_a_fault_in_it_failed() -> None:
 
 def test_a_sum_is_proved_when_every_changed_weight_was_compared() -> None:
     sampled = sums.Sums(["a.weight", "b.weight"])
-    sampled.found = {"a.weight": sums.Off(0.5, 0.0, 1.0)}
+    sampled.found = {"a.weight": sums.Off(0.5)}
     assert sampled.finding(["a.weight"]).verdict == "proved"
     finding = sampled.finding(["a.weight", "b.weight"])
     assert finding.verdict == "measured" and finding.evidence.startswith("1 sampled of 2 changed tensors")
-    sampled.found["b.weight"] = sums.Off(2.0, 0.0, 1.0)
+    sampled.found["b.weight"] = sums.Off(2.0)
     assert sampled.finding(["a.weight", "b.weight", "c.weight"]).verdict == "failed"
 
 

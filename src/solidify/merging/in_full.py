@@ -20,7 +20,7 @@ from solidify.weights.reverting import rows_of
 
 _SAMPLED = 16
 _BLOCK = 2**25  # bytes that are compared at a time
-_SAME, _OTHER = Off(0.0, 0.0, math.inf), Off(math.inf, 0.0, math.inf)
+_SAME, _OTHER = Off(0.0), Off(math.inf)
 
 
 def read_back(prepared: Prepared, directory: Path) -> dict[str, Off]:
