@@ -25,6 +25,7 @@ import torch
 from solidify.errors import ArtifactError
 from solidify.system import console, files
 from solidify.weights import hashing
+from solidify.weights.direct import Source, Target
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
 CHUNK = 2**21  # bytes that are read, digested and written at a time; more does not stay in a core's cache
@@ -95,8 +96,8 @@ class Entry:
             ArtifactError: the file cannot be read or ends before the tensor does.
         """
         whole = torch.empty(self.shape.sizes, dtype=self.shape.dtype)
-        with _opened(self.file) as descriptor:
-            _fill_buffer(descriptor, self, bytes_of(whole), 0)
+        with self.reading() as source:
+            source.fill(bytes_of(whole), self.start)
         return whole
 
     def pieces(self) -> Iterator[torch.Tensor]:
@@ -106,10 +107,10 @@ class Entry:
             ArtifactError: as `read`.
         """
         buffer = torch.empty(min(CHUNK, self.shape.nbytes), dtype=torch.uint8)
-        with _opened(self.file) as descriptor:
+        with self.reading() as source:
             for done in range(0, self.shape.nbytes, CHUNK):
                 part = buffer[: min(CHUNK, self.shape.nbytes - done)]
-                _fill_buffer(descriptor, self, bytes_of(part), done)
+                source.fill(bytes_of(part), self.start + done)
                 yield part
 
     def values(self, count: int) -> Iterator[torch.Tensor]:
@@ -119,48 +120,27 @@ class Entry:
             ArtifactError: as `read`.
         """
         size = self.shape.dtype.itemsize
-        with _opened(self.file) as descriptor:
+        with self.reading() as source:
             for begin in range(0, self.shape.nbytes, count * size):
                 part = torch.empty(min(count, (self.shape.nbytes - begin) // size), dtype=self.shape.dtype)
-                _fill_buffer(descriptor, self, bytes_of(part), begin)
+                source.fill(bytes_of(part), self.start + begin)
                 yield part
 
     def digest(self) -> str:
         """Returns the digest of the tensor, without holding more than a chunk of it."""
         hasher = hashing.tensor_hasher(self.shape.dtype, self.shape.sizes)
-        for piece in self.pieces():
-            hasher.update(bytes_of(piece))
+        for piece in self.memory():
+            hasher.update(piece)
         return hasher.hexdigest()
 
+    def memory(self) -> Iterator[memoryview]:
+        """Yields the tensor's bytes as `pieces`, as they come from the disk."""
+        with self.reading() as source:
+            yield from source.pieces(self.start, self.shape.nbytes, CHUNK)
 
-class _opened:
-    """A file descriptor for reading, closed at the end."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> int:
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise ArtifactError(f"{self.path} cannot be read: {error.strerror}") from error
-        return self.descriptor
-
-    def __exit__(self, *_: Any) -> None:
-        os.close(self.descriptor)
-
-
-def _fill_buffer(descriptor: int, entry: Entry, target: memoryview, offset: int) -> None:
-    """Fills a buffer from an offset within a tensor's bytes."""
-    done = 0
-    while done < len(target):
-        try:
-            count = os.preadv(descriptor, [target[done:]], entry.start + offset + done)
-        except OSError as error:
-            raise ArtifactError(f"{entry.file} cannot be read: {error.strerror}") from error
-        if not count:
-            raise ArtifactError(f"{entry.file} ends within {entry.name}: it is truncated")
-        done += count
+    def reading(self) -> Source:
+        """Returns the file, to be opened."""
+        return Source(self.file, self.name)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -266,23 +246,22 @@ def write_file(
     shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
     header, starts = _make_header(shapes)
     digests: dict[str, str] = {}
+    size = len(header) + sum(shape.nbytes for shape in shapes.values())
     try:
-        with path.open("wb") as file:
-            file.write(header)
-            file.flush()
-            os.truncate(file.fileno(), len(header) + sum(shape.nbytes for shape in shapes.values()))
+        with Target(path, size) as target:
+            target.write(memoryview(header), 0)
 
             def work(source: TensorSource) -> dict[str, str]:
                 """Puts the tensors of one source where they belong."""
                 offsets = {name: len(header) + starts[name] for name in source.shapes}
-                if source.moved is not None and _move_bytes(source.moved[0], file.fileno(), offsets, advance):
+                if source.moved is not None and _move_bytes(source.moved[0], target, offsets, advance):
                     return dict.fromkeys(source.shapes, source.moved[1])
-                return _write_tensors(source, file.fileno(), offsets, advance)
+                return _write_tensors(source, target, offsets, advance)
 
             for found in in_parallel(work, sources):
                 digests |= found
     except OSError as error:
-        raise unwritten(error, path, len(header) + sum(shape.nbytes for shape in shapes.values())) from error
+        raise unwritten(error, path, size) from error
     return {name: digests[name] for name in shapes}
 
 
@@ -315,18 +294,28 @@ def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, starts
 
 
-def _move_bytes(entry: Entry, descriptor: int, offsets: Mapping[str, int], advance: Callable[[int], None]) -> bool:
-    """Has the kernel copy a tensor from its file to its offset in another; returns whether it did.
+def _move_bytes(entry: Entry, target: Target, offsets: Mapping[str, int], advance: Callable[[int], None]) -> bool:
+    """Copies a tensor from its file to its offset in another, without a look at it; returns whether that was done.
 
-    It shares the blocks where the file system can. Between some file systems, and outside Linux, it does nothing.
+    In a large file it passes the page cache. In others the kernel copies it, and shares the blocks where the file
+    system can; between some file systems, and outside Linux, it does nothing.
     """
-    (target,) = offsets.values()
+    (place,) = offsets.values()
+    if target.past_cache:
+        stream = target.stream(place)
+        with entry.reading() as source:
+            for piece in source.pieces(entry.start, entry.shape.nbytes):
+                stream.put(piece)
+                advance(len(piece))
+        stream.finish()
+        return True
     done = 0
-    with _opened(entry.file) as source:
+    with entry.reading() as source:
         while done < entry.shape.nbytes:
             count = min(entry.shape.nbytes - done, _MOVED)
             try:
-                moved = os.copy_file_range(source, descriptor, count, entry.start + done, target + done)
+                given = (source.descriptor, target.descriptor, count, entry.start + done, place + done)
+                moved = os.copy_file_range(*given)
             except (OSError, AttributeError) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -341,11 +330,12 @@ def _move_bytes(entry: Entry, descriptor: int, offsets: Mapping[str, int], advan
 
 
 def _write_tensors(
-    source: TensorSource, descriptor: int, offsets: dict[str, int], advance: Callable[[int], None]
+    source: TensorSource, target: Target, offsets: Mapping[str, int], advance: Callable[[int], None]
 ) -> dict[str, str]:
     """Writes the tensors of one source to their offsets in the file."""
     hashers = {name: hashing.tensor_hasher(shape.dtype, shape.sizes) for name, shape in source.shapes.items()}
     left = {name: shape.nbytes for name, shape in source.shapes.items()}
+    streams = {name: target.stream(offset) for name, offset in offsets.items()}
     for name, tensor in source.pieces():
         memory = bytes_of(tensor)
         left[name] -= len(memory)
@@ -354,12 +344,11 @@ def _write_tensors(
         for begin in range(0, len(memory), CHUNK):
             part = memory[begin : begin + CHUNK]
             hashers[name].update(part)
-            done = 0
-            while done < len(part):
-                done += os.pwrite(descriptor, part[done:], offsets[name] + done)
-            offsets[name] += len(part)
+            streams[name].put(part)
             advance(len(part))
     short = [name for name, count in left.items() if count]
     if short:
         raise ArtifactError(f"too few values came for {', '.join(short[:4])}")
+    for stream in streams.values():
+        stream.finish()
     return {name: hasher.hexdigest() for name, hasher in hashers.items()}

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from solidify.errors import ArtifactError
-from solidify.weights import digest_cache, format
+from solidify.weights import digest_cache, direct, format
+
+try:
+    import fcntl
+except ImportError:  # a system without them shares no blocks either
+    fcntl = None  # type: ignore[assignment]
+
+_CLONE = 0x40049409  # FICLONE of linux/fs.h, ioctl_ficlone(2)
+_PART = 2**28  # bytes of a large file that one thread copies
 
 
 def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
@@ -47,18 +55,51 @@ def read_state(path: Path) -> tuple[int, int]:
 
 
 def _copy_bytes(source: Path, target: Path) -> None:
+    size = source.stat().st_size
+    try:
+        if size < direct.LARGE:
+            _copy_by_kernel(source, target, size)
+        elif not _clone_blocks(source, target):
+            _copy_past_cache(source, target, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise format.unwritten(error, target, size) from error
+        raise ArtifactError(f"{source} cannot be copied to {target}: {error.strerror}") from error
+
+
+def _copy_by_kernel(source: Path, target: Path, size: int) -> None:
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
-            left = os.fstat(reader.fileno()).st_size
-            while left:
-                count = os.copy_file_range(reader.fileno(), writer.fileno(), min(left, 2**30))
+            while size:
+                count = os.copy_file_range(reader.fileno(), writer.fileno(), min(size, 2**30))
                 if not count:
                     raise ArtifactError(f"{source} became shorter while it was copied")
-                left -= count
+                size -= count
     except (OSError, AttributeError):  # not between these file systems, or not on this system
+        shutil.copyfile(source, target)
+
+
+def _clone_blocks(source: Path, target: Path) -> bool:
+    """Has a new file share the blocks of another (as `cp --reflink` does); returns whether the file system could."""
+    if fcntl is None:
+        return False
+    with source.open("rb") as reader, target.open("wb") as writer:
         try:
-            shutil.copyfile(source, target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise format.unwritten(error, target, source.stat().st_size) from error
-            raise ArtifactError(f"{source} cannot be copied to {target}: {error.strerror}") from error
+            fcntl.ioctl(writer.fileno(), _CLONE, reader.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _copy_past_cache(source: Path, target: Path, size: int) -> None:
+    with direct.Target(target, size) as writer:
+
+        def copy(begin: int) -> None:
+            """Copies one part."""
+            stream = writer.stream(begin)
+            with direct.Source(source, "what is copied") as reader:
+                for piece in reader.pieces(begin, min(_PART, size - begin)):
+                    stream.put(piece)
+            stream.finish()
+
+        list(format.in_parallel(copy, range(0, size, _PART)))
