@@ -377,11 +377,11 @@ def _foreign_code(model: PreTrainedModel, record: Manifest) -> list[str]:
     edited = set(ledger.new_modules(record.edits))
     classes = {type(model)} | {type(model.get_submodule(name)) for name in edited if _has_module(model, name)}
     for cls in classes:
-        if cls is not type(model) and _comes_from_outside(cls, record):
-            continue  # the artifact's code imports it from there
         path = Path(inspect.getsourcefile(cls) or "")
         text = path.read_bytes() if path.is_file() else b""
-        if record.code.get(path.name) != digest_bytes(text):
+        if record.code.get(path.name) == digest_bytes(text):
+            continue
+        if cls is type(model) or not _comes_from_outside(cls, record):  # what the artifact's code imports from there
             faults.append(
                 f"{cls.__name__} runs from {cls.__module__}, which is not the artifact's code; another class is "
                 "registered or cached under its name: load it in a process of its own"

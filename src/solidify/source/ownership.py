@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import os
 import site
 import sys
 import sysconfig
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, distribution, packages_distributions, version
 from pathlib import Path
@@ -51,7 +52,21 @@ class Surroundings:
     @cached_property
     def distributions(self) -> Mapping[str, list[str]]:
         """The distributions that provide each top-level name."""
-        return packages_distributions()
+        return _read_distributions(tuple((path, _read_time(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=4)
+def _read_distributions(_state: tuple[tuple[str, int], ...]) -> Mapping[str, list[str]]:
+    """Reads what every installed distribution provides (half a second); anew when a directory of the path changed."""
+    return packages_distributions()
+
+
+def _read_time(path: str) -> int:
+    """Returns when a directory got or lost a name; 0 for what is none."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def surroundings(tops: Collection[str]) -> Surroundings:
