@@ -56,9 +56,10 @@ def gate_of(project: Path, layout: Layout) -> type:
 
 def forget(directory: Path) -> None:
     """Makes the projects under a directory unknown again, so that each may use the same names."""
+    inside = f"{directory}{os.sep}"
     places = {n: [vars(m).get("__file__"), *vars(m).get("__path__", ())] for n, m in list(sys.modules.items())}
     for name, paths in places.items():
-        if any(path is not None and Path(path).is_relative_to(directory) for path in paths):
+        if any(str(path).startswith(inside) for path in paths):
             del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not Path(entry).is_relative_to(directory)]
 
