@@ -163,3 +163,15 @@ def test_an_empty_tensor_keeps_its_own_digest(tmp_path: Path) -> None:
         assert found == {name: known[name] for name in kept}
         written = tmp_path / "b" / "model.safetensors"
         assert digest_cache.digests([written]) == digest_cache.digests([written], fresh=True) == found
+
+
+def test_what_was_digested_on_its_way_is_known_in_its_own_file(weights: Path, tmp_path: Path) -> None:
+    """Where all of a file's tensors went elsewhere; not where one was left."""
+    entries = format.read_header(weights)
+    for place, names in (("some", list(entries)[1:]), ("all", list(entries))):
+        assert digest_cache.recall(weights) is None
+        (tmp_path / place).mkdir()
+        state = {f"inner.{name}": entries[name].read() for name in names}
+        store.store(state, tmp_path / place, origins={f"inner.{name}": entries[name] for name in names})
+    found = digest_cache.recall(weights)
+    assert found == {name: entry.digest() for name, entry in entries.items()}

@@ -54,6 +54,38 @@ def test_digests_come_from_the_file_without_reading_memory(module: nn.Module, mo
     assert tensors.digests_where_they_stand(module.state_dict()) == expected
 
 
+def test_what_stands_where_it_stood_is_the_same_unread(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tensors.standing(module.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "digest", lambda _: pytest.fail("read"))
+        patch.setattr(format.Entry, "memory", lambda _: pytest.fail("read"))
+        now = tensors.standing(module.state_dict())
+        assert all(tensors.are_same(before[name], now[name]) for name in before)
+    assert not tensors.are_same(before["weight"], before["bias"])
+
+
+def test_what_stands_elsewhere_is_compared_by_its_bytes(module: nn.Module, tmp_path: Path) -> None:
+    before = tensors.standing(module.state_dict())
+    module.weight.data = module.weight.data.clone()
+    assert tensors.are_same(before["weight"], tensors.standing(module.state_dict())["weight"])
+    with torch.no_grad():
+        module.weight[3, 5] += 1e-6
+        module.bias[2] += 1e-6
+    now = tensors.standing(module.state_dict())
+    assert not tensors.are_same(before["weight"], now["weight"])
+    assert not tensors.are_same(before["bias"], now["bias"])
+
+
+def test_a_file_that_was_written_to_is_not_the_same(module: nn.Module, tmp_path: Path) -> None:
+    before = tensors.standing(module.state_dict())
+    with (tmp_path / "m.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    now = tensors.standing(module.state_dict())
+    assert not any(tensors.are_same(before[name], now[name]) for name in before)
+    assert not tensors.are_same(before["weight"], tensors.digest(module.weight))
+
+
 def test_memory_that_is_given_back_comes_again(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     before = module.weight.clone()
     inputs = torch.randn(3, 64)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from solidify.errors import ArtifactError
-from solidify.weights import digest_cache, format, hashing, mapped
-from solidify.weights.format import Entry
+from solidify.weights import digest_cache, format, hashing, mapped, transfer
+from solidify.weights.format import Entry, Shape
 
 PAGE = 4096  # bytes that one sample looks at
 SAMPLES = 5  # samples; a page of a file that is not in memory is a read of its own
@@ -61,6 +64,41 @@ def digests_where_they_stand(state: Mapping[str, torch.Tensor]) -> dict[str, str
         stored |= {(str(path), entry.start): found[name] for name, entry in header.items()}
     found = {name: stored[str(path), start] for name, (path, start) in regions.items() if (str(path), start) in stored}
     return {name: found.get(name) or digest(tensor) for name, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a tensor stands, unchanged, in a mapped file, and that file's state (`transfer.read_state`)."""
+
+    entry: Entry
+    state: tuple[int, int]
+
+
+def standing(state: Mapping[str, torch.Tensor]) -> dict[str, Standing | str]:
+    """Returns where each tensor stands in a mapped safetensors file, without reading it; else its digest."""
+    found: dict[str, Standing | str] = {}
+    headers: dict[Path, dict[tuple[int, Shape], Entry]] = {}
+    states: dict[Path, tuple[int, int]] = {}
+    for name, (path, start) in mapped.file_regions(state).items():
+        if path not in headers:
+            states[path] = transfer.read_state(path)
+            with suppress(ArtifactError):  # mapped too, but of another format (PyTorch's own)
+                headers[path] = {(entry.start, entry.shape): entry for entry in format.read_header(path).values()}
+        entry = headers.setdefault(path, {}).get((start, Shape.of(state[name])))
+        if entry is not None:
+            found[name] = Standing(entry, states[path])
+    return {name: found.get(name) or digest(tensor) for name, tensor in state.items()}
+
+
+def are_same(before: Standing | str, now: Standing | str) -> bool:
+    """Returns whether a tensor has the bytes that it had: it stands where it stood, or its digest is the same."""
+    if isinstance(before, Standing) and isinstance(now, Standing) and before.entry.place == now.entry.place:
+        return before.state == now.state
+    stood = [each for each in (before, now) if isinstance(each, Standing)]
+    if any(transfer.read_state(each.entry.file) != each.state for each in stood):
+        return False
+    first, second = (each if isinstance(each, str) else each.entry.digest() for each in (before, now))
+    return first == second
 
 
 def align(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import lookup
 from solidify.artifact import tensors
+from solidify.artifact.tensors import Standing
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
@@ -123,15 +124,17 @@ def _double_tensors(value: Any) -> Any:
     return type(value)(map(_double_tensors, value)) if isinstance(value, (tuple, list)) else value
 
 
-def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence[Mapping[str, Any]]) -> Finding:
-    """Compares tensor by tensor with the base's digests: all that no edit names must be there, byte for byte.
+def untouched(
+    model: PreTrainedModel, before: Mapping[str, Standing | str], edits: Sequence[Mapping[str, Any]]
+) -> Finding:
+    """Compares tensor by tensor with the base: all that no edit names must be there, byte for byte.
 
-    `before` maps the base's tensor names to their digests. Every one of them must be found again, under its own name or
-    where an edit says that it went, or be named as dropped by an edit.
+    `before` maps the base's tensor names to where they stood (`tensors.standing`), or to their digests. Every one of
+    them must be found again, under its own name or where an edit says that it went, or be named as dropped by an edit.
     """
     if not before:
         return Finding.unseen(UNTOUCHED, "the base has no tensors")
-    now = tensors.digests_where_they_stand(model.state_dict())
+    now = tensors.standing(model.state_dict())
     origins, dropped = ledger.origins(before, edits)
     used = {origin for origin in origins.values() if origin is not None}
     faults = [f"{name} of the base is gone" for name in before if name not in used and name not in dropped]
@@ -143,7 +146,7 @@ def untouched(model: PreTrainedModel, before: Mapping[str, str], edits: Sequence
     faults += [
         f"{name} changed"
         for name, origin in origins.items()
-        if origin is not None and name in now and now[name] != before[origin]
+        if origin is not None and name in now and not tensors.are_same(before[origin], now[name])
     ]
     faults += [f"{name} is neither the base's nor named as new by an edit" for name in now if name not in origins]
     new = sum(1 for origin in origins.values() if origin is None)

@@ -91,7 +91,7 @@ def build(
             _read_facts(recipe, base).put(base.model, base.processor or base.tokenizer)
             extent = Extent.of(base.model, scratch)
             before = _outputs_aligned(base.model, base.processor or base.tokenizer) if extent.whole else {}
-            digests = tensors.digests_where_they_stand(base.model.state_dict())
+            stood = tensors.standing(base.model.state_dict())
         with console.stage("Changing the model"):
             edits = models.operate(recipe, base.model, extent, preparing=base.processor or base.tokenizer)
             records = [edit.document() for edit in edits]
@@ -109,7 +109,7 @@ def build(
                         limit=structure.exact_up_to(base.model, records),
                         added=set(vocabulary.added_tokens(records).values()),
                     ),
-                    structure.untouched(base.model, digests, records),
+                    structure.untouched(base.model, stood, records),
                 ],
             )
         report.measured |= {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from solidify.errors import ArtifactError, refuse
 from solidify.system import console
 from solidify.weights import checkpoint, digest_cache, format, mapped, transfer
 from solidify.weights.checkpoint import Checkpoint
-from solidify.weights.format import Entry, Shape, TensorSource
+from solidify.weights.format import Entry, Place, Shape, TensorSource
 
 
 def store(
@@ -47,7 +49,20 @@ def store(
         else TensorSource.made(name, tensor)
         for name, tensor in left.items()
     }
-    return write(directory, sources, whole=whole, link=link)
+    begun = {entry.file: entry.file.stat() for entry in stored.values()}
+    digests = write(directory, sources, whole=whole, link=link)
+    _remember_sources({entry.place: digests[name] for name, entry in stored.items() if name in sources}, begun)
+    return digests
+
+
+def _remember_sources(passed: Mapping[Place, str], begun: Mapping[Path, os.stat_result]) -> None:
+    """Notes the digests of files that were digested as a whole while their tensors were written elsewhere."""
+    for path in dict.fromkeys(path for path, _, _ in passed):
+        with suppress(ArtifactError):
+            header = format.read_header(path)
+            if all(entry.place in passed for entry in header.values()) and digest_cache.recall(path) is None:
+                found = {name: passed[entry.place] for name, entry in header.items()}
+                digest_cache.remember(path, found, begun[path])
 
 
 def write(
