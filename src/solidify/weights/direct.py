@@ -52,13 +52,13 @@ class Source:
         if self._direct is not None:
             os.close(self._direct)
 
-    def pieces(self, start: int, count: int, step: int = STEP) -> Iterator[memoryview]:
-        """Yields so many bytes from an offset on, at most `step` at a time; each piece is valid until the next."""
-        buffer = memoryview(mmap.mmap(-1, _up(min(step, count)) + _BLOCK)) if count else memoryview(b"")
+    def pieces(self, start: int, count: int) -> Iterator[memoryview]:
+        """Yields so many bytes from an offset on, a step at a time; each piece is valid until the next."""
+        buffer = memoryview(mmap.mmap(-1, _up(min(STEP, count)) + _BLOCK)) if count else memoryview(b"")
         end = start + count
         while start < end:
             with self._telling():
-                piece = self._read(buffer, start, min(step, end - start))
+                piece = self._read(buffer, start, min(STEP, end - start))
             if not piece:
                 raise self._short()
             yield piece

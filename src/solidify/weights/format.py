@@ -25,10 +25,10 @@ import torch
 from solidify.errors import ArtifactError
 from solidify.system import console, files
 from solidify.weights import hashing
-from solidify.weights.direct import Source, Target
+from solidify.weights.direct import STEP, Source, Target
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
-CHUNK = 2**21  # bytes that are read, digested and written at a time; more does not stay in a core's cache
+CHUNK = 2**21  # bytes that are digested and written at a time; more does not stay in a core's cache
 WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
 _MOVED = 2**26  # bytes that the kernel is asked to copy at a time, so that a bar moves
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -106,10 +106,10 @@ class Entry:
         Raises:
             ArtifactError: as `read`.
         """
-        buffer = torch.empty(min(CHUNK, self.shape.nbytes), dtype=torch.uint8)
+        buffer = torch.empty(min(STEP, self.shape.nbytes), dtype=torch.uint8)
         with self.reading() as source:
-            for done in range(0, self.shape.nbytes, CHUNK):
-                part = buffer[: min(CHUNK, self.shape.nbytes - done)]
+            for done in range(0, self.shape.nbytes, STEP):
+                part = buffer[: min(STEP, self.shape.nbytes - done)]
                 source.fill(bytes_of(part), self.start + done)
                 yield part
 
@@ -136,7 +136,7 @@ class Entry:
     def memory(self) -> Iterator[memoryview]:
         """Yields the tensor's bytes as `pieces`, as they come from the disk."""
         with self.reading() as source:
-            yield from source.pieces(self.start, self.shape.nbytes, CHUNK)
+            yield from source.pieces(self.start, self.shape.nbytes)
 
     def reading(self) -> Source:
         """Returns the file, to be opened."""
