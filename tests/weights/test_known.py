@@ -29,9 +29,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     digest = format.Entry.digest
 
-    def noted(entry: format.Entry) -> str:
+    def noted(entry: format.Entry, **given: bool) -> str:
         found.append(entry.name)
-        return digest(entry)
+        return digest(entry, **given)
 
     monkeypatch.setattr(format.Entry, "digest", noted)
     return found

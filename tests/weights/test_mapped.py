@@ -58,7 +58,7 @@ def test_what_stands_where_it_stood_is_the_same_unread(module: nn.Module, monkey
     before = tensors.standing(module.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(tensors, "digest", lambda _: pytest.fail("read"))
-        patch.setattr(format.Entry, "memory", lambda _: pytest.fail("read"))
+        patch.setattr(format.Entry, "digest", lambda _: pytest.fail("read"))
         now = tensors.standing(module.state_dict())
         assert all(tensors.are_same(before[name], now[name]) for name in before)
     assert not tensors.are_same(before["weight"], before["bias"])

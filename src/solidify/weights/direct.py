@@ -30,20 +30,20 @@ _CACHED = getattr(os, "RWF_NOWAIT", 0)  # of preadv(2): give what is in the cach
 
 class Source:
     """A file of which a part is read (`what`, in errors): from the page cache, and what of a large file is not in it,
-    past it.
+    past it, unless that is to be kept.
 
     Raises:
         ArtifactError: the file cannot be read, or ends within the part.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self._what = path, what
+    def __init__(self, path: Path, what: str, *, keep: bool = False) -> None:
+        self.path, self._what, self._keep = path, what, keep
         self._direct: int | None = None
 
     def __enter__(self) -> Source:
         with self._telling():
             self._plain = os.open(self.path, os.O_RDONLY | _CLOSED)
-        if os.fstat(self._plain).st_size >= LARGE:
+        if not self._keep and os.fstat(self._plain).st_size >= LARGE:
             self._direct = _open_direct(self.path, os.O_RDONLY)
         return self
 

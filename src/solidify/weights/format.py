@@ -126,21 +126,20 @@ class Entry:
                 source.fill(bytes_of(part), self.start + begin)
                 yield part
 
-    def digest(self) -> str:
-        """Returns the digest of the tensor, without holding more than a chunk of it."""
+    def digest(self, *, keep: bool = False) -> str:
+        """Returns the digest of the tensor, without holding more than a step of it; `keep` is that of `reading`."""
         hasher = hashing.tensor_hasher(self.shape.dtype, self.shape.sizes)
-        for piece in self.memory():
-            hasher.update(piece)
+        with self.reading(keep=keep) as source:
+            for piece in source.pieces(self.start, self.shape.nbytes):
+                hasher.update(piece)
         return hasher.hexdigest()
 
-    def memory(self) -> Iterator[memoryview]:
-        """Yields the tensor's bytes as `pieces`, as they come from the disk."""
-        with self.reading() as source:
-            yield from source.pieces(self.start, self.shape.nbytes)
+    def reading(self, *, keep: bool = False) -> Source:
+        """Returns the file, to be opened; with `keep`, what is read stays in the page cache, as it will be read again.
 
-    def reading(self) -> Source:
-        """Returns the file, to be opened."""
-        return Source(self.file, self.name)
+        Of files that are not large, it does so always.
+        """
+        return Source(self.file, self.name, keep=keep)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
