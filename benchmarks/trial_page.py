@@ -66,12 +66,13 @@ def verdict(found: Mapping[str, Any], kept: float, measure: str = "kl") -> str:
     other = min((n for n in grouped if not n.startswith(OURS)), key=lambda n: statistics.mean(grouped[n]))
     gaps = [b - a for a, b in zip(grouped[ours], grouped[other], strict=True)]
     gap, half = statistics.mean(gaps), interval(gaps)
-    outside = "outside" if gap > half else "not outside"
-    share = gap / statistics.mean(grouped[other])
+    outside = "outside" if abs(gap) > half else "not outside"
+    share = abs(gap) / statistics.mean(grouped[other])
+    side, less = ("below", "less") if gap >= 0 else ("above", "more")
     ours, other = ours.removesuffix("; trained"), other.removesuffix("; trained")
     return (
-        f"At {kept:.0%} of the slots the best of ours ({ours}) has a {MEANT[measure]} {gap:.4f} ± {half:.4f} below "
-        f"that of the best other arm ({other}): {share:.2%} less, "
+        f"At {kept:.0%} of the slots the best of ours ({ours}) has a {MEANT[measure]} {abs(gap):.4f} ± {half:.4f} "
+        f"{side} that of the best other arm ({other}): {share:.2%} {less}, "
         f"{outside} the interval of {len(gaps)} paired seeds."
     )
 

@@ -117,6 +117,8 @@ def test_a_verdict_is_as_the_figures_are(benchmark: Import) -> None:
 
     assert ", outside the interval" in page.verdict(found([0.01, 0.0112, 0.0095]), 0.75)
     assert ", not outside the interval" in page.verdict(found([0.01, 0.03, 0.019]), 0.75)
+    lost = page.verdict(found([0.03, 0.0312, 0.0295]), 0.75)
+    assert "0.0102 ± " in lost and " above that of" in lost and "51.17% more, outside the interval" in lost
     assert page.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-6)
 
 
