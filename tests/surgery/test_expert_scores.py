@@ -201,3 +201,27 @@ def test_what_cannot_be_scored_is_said(arguments: dict[str, Any], error: type[Ex
     asked = {"where": "**.mlp", "batches": [{"input_ids": pico.tokens()}], **arguments}
     with pytest.raises(error, match=words):
         solidify.score_experts(pico.olmoe(), asked.pop("where"), asked.pop("batches"), **asked)
+
+
+def test_a_token_that_skips_counts_for_no_expert() -> None:
+    """ZAYA's router gives such a token the number 0, with the weight 0."""
+    model, ids = experts.tiny("zaya", 8), experts.tokens()
+    names = experts.blocks(model)
+    for name in names:
+        model.get_submodule(name).gate.balancing_biases[-1] = 0.1
+    got: dict[str, torch.Tensor] = {}
+
+    def count(name: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            _, weights, index, _ = output
+            got[name] = torch.bincount(index[weights != 0], minlength=8)
+
+        return hook
+
+    hooks = [model.get_submodule(f"{name}.gate").register_forward_hook(count(name)) for name in names]
+    experts.logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    assert any(int(each.sum()) < ids.numel() for each in got.values())
+    scores = solidify.score_experts(model, names, [{"input_ids": ids}], by="frequency")
+    assert {name: list(counts) for name, counts in scores.counts.items()} == {n: c.tolist() for n, c in got.items()}

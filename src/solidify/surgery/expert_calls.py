@@ -118,7 +118,8 @@ class BlockScorer:
         index, weights = seen.given("index"), seen.given("weights")
         top_k = index.shape[1]
         tokens = self._find_tokens(len(index), index.device)
-        counted = tokens[:, None].expand_as(index) & (index < self.size)
+        # A router that skips gives a number all the same, with the weight 0.
+        counted = tokens[:, None].expand_as(index) & (index < self.size) & (weights != 0)
         pairs = counted.reshape(-1).nonzero()[:, 0]
         self.tokens += int(tokens.sum())
         for some in torch.split(pairs, _ROWS):
