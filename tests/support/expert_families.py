@@ -57,6 +57,7 @@ def build(model_type: str, auto: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = head(config).eval()
     families.give_opinions(model)
+    experts.fill_tables(model, EXPERTS)
     return model
 
 

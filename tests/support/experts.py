@@ -58,6 +58,14 @@ def tiny(
     return model
 
 
+def fill_tables(model: PreTrainedModel, count: int) -> None:
+    """Has every table by which a router looks up experts name some at random, others in each place of a row."""
+    generator = torch.Generator().manual_seed(2)
+    for buffer in model.buffers():
+        if not buffer.is_floating_point() and buffer.ndim == 2 and not bool(buffer.any()):
+            buffer.copy_(torch.rand(len(buffer), count, generator=generator).topk(buffer.shape[1]).indices)
+
+
 def tokens(rows: int = 3, length: int = 13, *, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -99,9 +107,9 @@ def masked_logits(model: PreTrainedModel, names: Sequence[str], gone: Sequence[i
             tensor = expert_parts.get_path(block, path)
             if path in own:
                 continue
-            if tensor.numel() > plan["size"]:
+            if tensor.numel() > tensor.shape[dim]:
                 weights.append(tensor)
-            elif "correction" in path:
+            elif "correction" in path or not isinstance(tensor, nn.Parameter):
                 with torch.no_grad():
                     tensor.index_fill_(dim, torch.tensor(gone), -torch.inf)
     with Masking(weights, gone) as mode:

@@ -35,6 +35,11 @@ class Merging:
         experts = {"into": len(clusters)} if self.planned else {"clusters": clusters}
         return {**experts, "weights": self.weights}
 
+    def renumber(self, name: str) -> list[list[int]]:
+        """Returns the new number of each old expert of a block: that of its cluster."""
+        numbers = {expert: [new] for new, part in enumerate(self.parts[name]) for expert in part}
+        return [numbers[expert] for expert in sorted(numbers)]
+
     def find_layouts(
         self,
         model: PreTrainedModel,
@@ -79,7 +84,8 @@ class Merging:
                 if index is None:
                     found[_renumber(path, plan["lists"], number)] = value
                 else:
-                    stack = found.setdefault(path, tensors[path].new_empty(len(parts), *value.shape))
+                    rest = tensors[path][plan["size"] :]
+                    stack = found.setdefault(path, torch.cat([rest.new_empty(len(parts), *value.shape), rest]))
                     stack[number] = value
         return found | self._average_rows(name, block, plan, own)
 
@@ -94,7 +100,8 @@ class Merging:
                 continue
             rows = tensor.movedim(dim, 0)
             averages = [sum(share * rows[e].double() for e, share in part.items()) for part in self.parts[name]]
-            found[path] = torch.stack([torch.as_tensor(each) for each in averages]).to(tensor.dtype).movedim(0, dim)
+            new = torch.stack([*(torch.as_tensor(each) for each in averages), *rows[plan["size"] :].double()])
+            found[path] = new.to(tensor.dtype).movedim(0, dim)
         return found
 
 

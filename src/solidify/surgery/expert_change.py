@@ -13,7 +13,15 @@ from solidify.behaviour import properties
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import control, expert_averages, expert_groups, expert_parts, expert_proof, expert_taking
+from solidify.surgery import (
+    control,
+    expert_averages,
+    expert_groups,
+    expert_parts,
+    expert_proof,
+    expert_tables,
+    expert_taking,
+)
 from solidify.surgery.control import Control
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_averages import Merging
@@ -25,16 +33,23 @@ _REFUSED = "the experts cannot be rearranged as asked"
 
 
 def present_orders(model: PreTrainedModel, names: Sequence[str]) -> dict[str, list[int]]:
-    """Returns the order that changes nothing, of each block."""
-    return {name: list(range(expert_parts.plan_block(model, name, [])["size"])) for name in names}
+    """Returns the order that changes nothing, of each block.
+
+    Raises:
+        SurgeryError: a block has no experts, or none of a form that can be rearranged.
+    """
+    sizes = {name: int(expert_parts.plan_block(model, name, [])["size"]) for name in names}
+    refuse(SurgeryError, _REFUSED, expert_parts.find_missing(model, sizes))
+    return {name: list(range(size)) for name, size in sizes.items()}
 
 
 def present_choices(model: PreTrainedModel, names: Sequence[str]) -> dict[str, int]:
     """Returns how many experts a token gets in each block.
 
     Raises:
-        SurgeryError: a block does not say it.
+        SurgeryError: a block does not say it, or has no experts, or none of a form that can be rearranged.
     """
+    present_orders(model, names)
     found = {name: set(expert_parts.find_choices(model.get_submodule(name)).values()) for name in names}
     refuse(SurgeryError, _REFUSED, [_describe_silent(name) for name, said in found.items() if not said])
     return {name: max(said) for name, said in found.items()}
@@ -73,21 +88,27 @@ def change(
     faults = [f for name, plan in plans.items() for f in expert_parts.find_faults(blocks[name], name, plan)]
     faults += expert_parts.find_ties(model, list(orders), plans)
     refuse(SurgeryError, _REFUSED, faults)
+    numbers = {name: merging.renumber(name) if merging else _renumber(plans[name]) for name in orders}
+    for name, block in blocks.items():
+        faults += expert_tables.find_faults(name, block, plans[name], numbers[name])
+    settings = {name: {**plan, **expert_parts.find_configured(model, plans, name)} for name, plan in plans.items()}
+    faults += [fault for name in orders for fault in expert_parts.find_held(blocks[name], name, settings[name])]
+    refuse(SurgeryError, _REFUSED, faults)
     before = control.take_whole(model, extent)
     if before.inputs is not None:
         expert_proof.refuse_unproved(model, plans, before.inputs, extent)
-    settings = {name: {**plan, **expert_parts.find_configured(model, plans, name)} for name, plan in plans.items()}
     mixed = any(expert_parts.is_mixed(blocks[name], settings[name]) for name in plans)
     layouts = merging.find_layouts(model, plans, before.inputs, extent) if merging and before.inputs else None
     with transaction(model, extent):
         edits = []
         for name in orders:
-            new = merging.average(name, blocks[name], plans[name], layouts[name]) if merging and layouts else None
+            new = merging.average(name, blocks[name], plans[name], layouts[name]) if merging and layouts else {}
+            new |= expert_tables.rewrite(blocks[name], plans[name], numbers[name])
             edits.append(_change_one(model, name, settings[name], choice or merging, new, extent))
         unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
         identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
         if same:
-            _refuse_moved(model, before, same)
+            _refuse_moved(model, before, same, [f for plan in plans.values() for f in plan.get("further", {}).values()])
     probed = before.inputs is not None
     return [dataclasses.replace(edit, identical=identical, probed=probed, control=before.distances) for edit in edits]
 
@@ -98,23 +119,34 @@ def _plan_one(model: PreTrainedModel, name: str, order: list[int], chosen: Mappi
         return plan
     said = expert_parts.find_choices(model.get_submodule(name))
     refuse(SurgeryError, _REFUSED, [] if said else [_describe_silent(name)])
-    return {**plan, "chosen": dict.fromkeys(said, chosen[name])}
+    tables = {"tables": dict.fromkeys(plan["tables"], chosen[name])} if "tables" in plan else {}
+    return {**plan, **tables, "chosen": dict.fromkeys(said, chosen[name])}
+
+
+def _renumber(plan: Mapping[str, Any]) -> list[list[int]]:
+    return expert_tables.places(plan["order"], plan["size"])
 
 
 def _describe_silent(name: str) -> str:
     return f"{name} says nowhere how many experts a token gets, so the number cannot be changed"
 
 
-def _refuse_moved(model: PreTrainedModel, before: Control, what: str) -> None:
-    """Raises SurgeryError when the model does not compute what it did, up to rounding."""
+def _refuse_moved(model: PreTrainedModel, before: Control, what: str, further: Sequence[int]) -> None:
+    """Raises SurgeryError when the model does not compute what it did, up to rounding.
+
+    `further` counts what routers weigh beside the experts, of which there are no copies.
+    """
     if before.inputs is None or before.output is None:
         return
     output = anatomy.run(model, before.inputs)
     moved, allowed = properties.distance(output, before.output), properties.allowed("", 0.0, output.dtype)
     if not moved <= allowed:
+        reason = "weighs or chooses copies otherwise"
+        if further:
+            reason = f"weighs them against {max(further)} more (which compute nothing, or are shared) without copies"
         raise SurgeryError(
             f"{_REFUSED}: with {what} the model's output moves by {moved:.1e} (rounding: {allowed:.1e}), because its "
-            "router weighs or chooses copies otherwise; choose experts by an order instead"
+            f"router {reason}; choose experts by an order instead"
         )
 
 
@@ -123,7 +155,7 @@ def _change_one(
     name: str,
     settings: dict[str, Any],
     reason: ExpertChoice | Merging | None,
-    new: Mapping[str, torch.Tensor] | None,
+    new: Mapping[str, torch.Tensor],
     extent: Extent,
 ) -> Edit:
     """Changes one block, gives it its `new` tensors, and writes the record."""
@@ -132,7 +164,7 @@ def _change_one(
     order, size = settings["order"], settings.pop("size")
     kept = [*block.parameters(), *block.buffers()]
     expert_taking.take_experts(model, [name], settings, {})
-    expert_averages.put_tensors(block, new or {})
+    expert_averages.put_tensors(block, new)
     if not extent.whole:
         spilling.spill(name, block, kept, extent.spill)
         mapped.release_tensors([*kept, *block.parameters(), *block.buffers()])
@@ -177,7 +209,8 @@ def _follow_tensors(
                 None if not known and not same else f"{name}.{inside}.{order[int(number)]}.{rest}"
             )
         else:
-            tensors[f"{name}.{key}"] = None if key in settings["tensors"] and not same else f"{name}.{key}"
+            moved = not same and (key in settings["tensors"] or key in settings.get("tables", {}))
+            tensors[f"{name}.{key}"] = None if moved else f"{name}.{key}"
     return tensors
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy
-from solidify.surgery import expert_parts, selection
+from solidify.surgery import expert_parts, expert_tables, selection
 from solidify.surgery.expert_scores import find_uncountable
 
 _REFUSED = "the experts cannot be clustered as asked"
@@ -69,11 +69,7 @@ def _read_rows(model: PreTrainedModel, where: str | Sequence[str], into: int) ->
     refuse(SurgeryError, _REFUSED, faults)
     found = {}
     for name, plan in plans.items():
-        own = expert_parts.expert_tensors(blocks[name], plan)
-        routers = [path for path in plan["tensors"] if path not in own]
-        tensors = [expert_parts.get_path(blocks[name], path).movedim(plan["tensors"][path], 0) for path in routers]
-        rows = [each.reshape(len(each), -1) for each in tensors]
-        wide = [each.detach() for each in rows if each.shape[1] > 1 and each.is_floating_point()]
+        wide = expert_tables.read_routers(blocks[name], plan)
         if not wide:
             raise SurgeryError(f"{name}: its router has no rows of weights for its experts, so none are alike by them")
         found[name] = torch.cat(wide, dim=1).double()

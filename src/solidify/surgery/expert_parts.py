@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,35 +11,72 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.model import anatomy, cost, operations
-from solidify.surgery import expert_groups
+from solidify.surgery import expert_groups, expert_numbers
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a configuration, in transformers 5.23
+# Of a configuration or a module, in transformers 5.23.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
+_TOTALS = re.compile(r"(n|num|total)(_\w+)?_(experts|classes)$")  # of a router: all that it chooses among
+_SIDE = "num_keys"  # of a grid of experts, whose rows and columns are looked up (product keys)
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 def plan_block(model: PreTrainedModel, name: str, order: list[int]) -> dict[str, Any]:
-    """Finds, within a block, what has one row, item or number for each expert; `size` experts (0: none) at present."""
+    """Finds, within a block, what has one row, item or number for each expert; `size` experts (0: none) at present.
+
+    A tensor of a router may have `further` rows behind those of the experts (for experts that compute nothing, for
+    shared ones), which stay; and `totals` says by how much numbers exceed that of the experts. `tables` name experts.
+    """
     block = model.get_submodule(name)
     size = _count_experts(model, name, block)
     lists = [path for path, items in _find_lists(block).items() if len(items) == size and "shared" not in path]
-    tensors = {
-        path: dim
+    more = {path: value - size for path, value in _list_totals(block).items() if value > size > 0}
+    rows = {
+        path: (dim, count - size)
         for path, tensor in (*block.named_parameters(), *block.named_buffers())
-        for dim, rows in enumerate(tensor.shape[: 2 if tensor.shape[:1] == (1,) else 1])
-        if rows == size and "shared" not in path and not any(path.startswith(f"{each}.") for each in lists)
+        for dim, count in enumerate(tensor.shape[: 2 if tensor.shape[:1] == (1,) else 1])
+        if count - size in (0, *more.values())
+        and "shared" not in path
+        and not any(path.startswith(f"{each}.") for each in lists)
     }
+    further = {path: count for path, (_, count) in rows.items() if count}
     numbers = [
         f"{path}.{key}".lstrip(".")
         for path, module in block.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is int
-        and value == size
-        and (key.endswith(_COUNTS) or (key == "out_features" and f"{path}.weight" in tensors))
+        for key, value in expert_numbers.list_numbers(module).items()
+        if value == size and (key.endswith(_COUNTS) or (key == "out_features" and f"{path}.weight" in rows))
     ]
-    plan = {"order": order, "tensors": tensors, "lists": lists, "numbers": numbers, "size": size}
+    totals = {path: count for path, count in more.items() if count in further.values()}
+    owners = {path.rpartition(".")[0]: count for path, count in further.items()}
+    totals |= {
+        f"{owner}.out_features": count
+        for owner, count in owners.items()
+        if isinstance(block.get_submodule(owner), nn.Linear)
+    }
+    plan = {
+        "order": order,
+        "tensors": {path: dim for path, (dim, _) in rows.items()},
+        "lists": lists,
+        "numbers": numbers,
+        "size": size,
+    }
     groups = expert_groups.find_groups(block, size)
-    fewer = groups.numbers_after(order) if groups is not None else {}
-    return {**plan, "groups": fewer} if fewer else plan
+    rest = {
+        "groups": groups.numbers_after(order) if groups is not None else {},
+        "further": further,
+        "totals": totals,
+        "tables": expert_numbers.find_tables(block, size, set(find_choices(block).values())),
+    }
+    return {**plan, **{key: found for key, found in rest.items() if found}}
+
+
+def _list_totals(block: nn.Module) -> dict[str, int]:
+    """Returns what the modules of a block say of how many experts, or classes, there are with those that stay."""
+    return {
+        f"{path}.{key}".lstrip("."): value
+        for path, module in block.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and _TOTALS.search(key)
+    }
 
 
 def find_faults(block: nn.Module, name: str, plan: Mapping[str, Any]) -> list[str]:
@@ -72,8 +110,8 @@ def find_choices(block: nn.Module) -> dict[str, int]:
     return {
         f"{path}.{key}".lstrip("."): value
         for path, module in block.named_modules()
-        for key, value in vars(module).items()
-        if key in _CHOSEN and type(value) is int
+        for key, value in expert_numbers.list_numbers(module).items()
+        if key.rpartition(".")[2] in _CHOSEN
     }
 
 
@@ -118,6 +156,13 @@ def describe_missing(name: str, block: nn.Module) -> str:
         if isinstance(module, nn.ModuleDict) and "expert" in path:
             return f"{kind} keeps its experts in a dictionary of modules ({path}); {taken}"
     said = {value for module in block.modules() for key, value in vars(module).items() if key.endswith(_COUNTS)}
+    for module in block.modules():
+        side = vars(module).get(_SIDE)
+        if type(side) is int and side * side in said:
+            return (
+                f"{kind} keeps its {side * side} experts in a grid of {side} by {side}: its router scores rows and "
+                "columns alone, so that no expert can go or change places by itself"
+            )
     for path, parameter in block.named_parameters():
         rows = parameter.shape[0] if parameter.ndim == 2 and path.startswith("experts.") else 0
         count = next((n for n in said if type(n) is int and n > 1 and rows > n and rows % n == 0), 0)
@@ -185,6 +230,18 @@ def find_configured(
         found["after"] |= {path + key: new for key in values}
         found["attributes"] |= dict.fromkeys(attributes, new)
     return found
+
+
+def find_held(block: nn.Module, name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Says which numbers a block reads from a configuration that others share, and that would not be as it needs."""
+    wanted = {**dict.fromkeys(settings["numbers"], len(settings["order"])), **settings.get("chosen", {})}
+    after = {path.rpartition(".")[2]: number for path, number in settings["after"].items()}
+    return [
+        f"{name} reads {path} from the configuration, which is that of all blocks, so they change alike: name all of "
+        "them in one call"
+        for path in expert_numbers.find_shared(wanted)
+        if wanted[path] not in (get_path(block, path), after.get(path.rpartition(".")[2]))
+    ]
 
 
 def is_mixed(block: nn.Module, settings: Mapping[str, Any]) -> bool:

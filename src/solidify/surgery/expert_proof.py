@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
-from solidify.surgery import contract, control, expert_groups, expert_parts, expert_taking
+from solidify.surgery import (
+    contract,
+    control,
+    expert_averages,
+    expert_groups,
+    expert_parts,
+    expert_tables,
+    expert_taking,
+)
 from solidify.surgery.contract import Call
 
 
@@ -56,7 +64,7 @@ class _Renumbering:
 
     def find_faults(self) -> list[str]:
         """Says what is not as it must be: all together change nothing, and no part of them does alone."""
-        parts = [*self.plan["tensors"], *self.plan["lists"]]
+        parts = [*self.plan["tensors"], *self.plan["lists"], *self.plan.get("tables", {})]
         moved = self._renumber(parts)
         if not moved <= self.allowed:
             return [
@@ -81,8 +89,10 @@ class _Renumbering:
             states = [list(item.state_dict().values()) for item in expert_parts.get_path(self.block, part)]
             return any(not a.equal(b) for state in states[1:] for a, b in zip(states[0], state, strict=True))
         tensor = expert_parts.get_path(self.block, part)
-        rows = tensor.movedim(self.plan["tensors"][part], 0)  # (number of experts, ...)
-        scores = tensor.is_floating_point() and tensor.numel() == len(rows)
+        if part in self.plan.get("tables", {}):
+            return bool((tensor != tensor[:1, :1]).any())
+        rows = tensor.movedim(self.plan["tensors"][part], 0)[: self.plan["size"]]  # (number of experts, ...)
+        scores = tensor.is_floating_point() and rows.numel() == len(rows)
         return not scores and bool((rows != rows[:1]).any())
 
     def _renumber(self, parts: Iterable[str]) -> float:
@@ -96,10 +106,12 @@ class _Renumbering:
         order = [*range(1, self.plan["size"]), 0] if groups is None else groups.renumbered()
         tensors = {path: dim for path, dim in self.plan["tensors"].items() if path in some}
         lists = [path for path in self.plan["lists"] if path in some]
-        expert_taking.take_experts(
-            holder, ["block"], {"order": order, "tensors": tensors, "lists": lists, "numbers": []}, {}
-        )
-        found = self._run(holder.get_submodule("block"))
+        edit = {"order": order, "tensors": tensors, "lists": lists, "numbers": []}
+        expert_taking.take_experts(holder, ["block"], {**edit, "further": self.plan.get("further", {})}, {})
+        tables = expert_tables.rewrite(self.block, self.plan, expert_tables.places(order, self.plan["size"]))
+        block = holder.get_submodule("block")
+        expert_averages.put_tensors(block, {path: table for path, table in tables.items() if path in some})
+        found = self._run(block)
         if found.shape != self.expected.shape:
             return float("inf")
         return float((found - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30))

@@ -99,9 +99,14 @@ class RearrangeExperts(Operation):
 
         settings = edit["settings"]
         size = len(settings["order"])
-        found = {path: get_path(module, path).shape[dim] for path, dim in settings["tensors"].items()}
+        further = settings.get("further", {})
+        found = {p: get_path(module, p).shape[dim] - further.get(p, 0) for p, dim in settings["tensors"].items()}
         found |= {path: len(get_path(module, path)) for path in settings["lists"]}
         wrong = [f"{path} has {rows} experts, not {size}" for path, rows in found.items() if rows != size]
+        named = {p: (get_path(module, p).shape[1], width) for p, width in settings.get("tables", {}).items()}
+        wrong += [
+            f"{path} names {now} experts a row, not {width}" for path, (now, width) in named.items() if now != width
+        ]
         numbers = settings.get("chosen", {}) | settings.get("groups", {})
         chosen = {path: (get_path(module, path), number) for path, number in numbers.items()}
         wrong += [f"{path} is {now}, not {number}" for path, (now, number) in chosen.items() if now != number]
