@@ -17,6 +17,7 @@ import solidify
 from solidify.errors import SurgeryError
 
 FAMILIES = ("deepseek_v4", "inkling_text", "longcat_flash", "zaya")
+SELDOM = [pytest.param(family, marks=pytest.mark.slow) for family in ("inkling_text", "longcat_flash")]
 SINGLE = {"inkling_text", "longcat_flash"}  # their routers compute in float32, whatever the model does
 GEMMA = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
 
@@ -157,7 +158,7 @@ def test_merged_experts_have_the_rows_of_their_clusters_and_the_further_ones_sta
     assert torch.isfinite(experts.logits(model, experts.tokens())).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["deepseek_v4", "zaya", *SELDOM])
 def test_a_pruned_model_comes_back_in_a_fresh_process(family: str, tmp_path: Path) -> None:
     model = opinionated(family, 8, torch.float32)
     edits = solidify.rearrange_experts(model, blocks(model), [6, 1, 3, 0, 5])
@@ -166,6 +167,27 @@ def test_a_pruned_model_comes_back_in_a_fresh_process(family: str, tmp_path: Pat
     assert torch.equal(experts.logits(solidify.load(tmp_path / "artifact").eval(), ids), expected)
     report = solidify.check(tmp_path / "artifact")
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_familys_own_class_holds_what_all_blocks_have(family: str) -> None:
+    model = opinionated(family, 8, torch.float32)
+    solidify.rearrange_experts(model, blocks(model), [6, 1, 3, 0, 5])
+    if family == "deepseek_v4":
+        solidify.duplicate_experts(model, blocks(model), 2)
+    stock = type(model)(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    ids = experts.tokens()
+    assert torch.equal(experts.logits(stock, ids), experts.logits(model, ids))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", *SELDOM])
+def test_one_block_alone_comes_back_too(family: str, tmp_path: Path) -> None:
+    model, ids = opinionated(family, 8, torch.float32), experts.tokens()
+    edits = solidify.rearrange_experts(model, blocks(model)[0], [6, 1, 3, 0, 5])
+    expected = experts.logits(model, ids)
+    solidify.build(model, edits, tmp_path / "artifact")
+    assert torch.equal(experts.logits(solidify.load(tmp_path / "artifact").eval(), ids), expected)
 
 
 def test_a_table_says_nothing_of_another_number_a_token() -> None:
