@@ -198,6 +198,31 @@ def test_a_loop_of_ones_own_reads_what_it_computed(tmp_path: Path) -> None:
     assert (cached.computed, cached.read) == (1, 1)  # the first batch is computed, and compared with what is kept
 
 
+def t5() -> Any:
+    sizes = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    settings = {"dropout_rate": 0.0, "pad_token_id": 1, "decoder_start_token_id": 0, "use_cache": False}
+    model = pico.make("T5ForConditionalGeneration", **sizes, **settings)
+    return adapted(model, train=["decoder.block.1"])
+
+
+def test_a_call_of_another_kind_may_leave_a_prefix_out(tmp_path: Path) -> None:
+    """Generation in a training runs the encoder by itself, and gives the model what it returned."""
+    model, (first, second) = t5(), batches()
+    with cache_prefix(model, tmp_path) as cached:
+        for batch in (first, second):
+            model(**batch).loss.backward()
+        assert (cached.computed, cached.read) == (4, 0)
+        with torch.no_grad():
+            encoded = model.get_base_model().encoder(first["input_ids"])
+            given = {"encoder_outputs": encoded, "decoder_input_ids": first["input_ids"]}
+            found = [model(**given).logits for _ in range(2)]
+        assert (cached.computed, cached.read) == (5, 1)
+        model(**first).loss.backward()
+        assert (cached.computed, cached.read) == (5, 3)
+    assert torch.equal(*found)
+    assert torch.equal(found[0], model(**given).logits)
+
+
 def test_spoilt_files_are_computed_again_and_false_ones_refused(tmp_path: Path) -> None:
     found, _ = losses_of(olmoe(), tmp_path)
     paths = sorted(tmp_path.iterdir())

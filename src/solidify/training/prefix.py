@@ -28,7 +28,7 @@ from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
 from solidify.training.prefix_state import State, random_states
 from solidify.training.prefix_store import Store, same_bits
-from solidify.training.prefix_told import hook_fault
+from solidify.training.prefix_told import BEFORE, hook_fault
 from solidify.upstream.torch import is_dropout
 
 _WHY = {
@@ -197,7 +197,7 @@ class CachedPrefix:
             """Calls the module's own forward, or not."""
             return step(own, args, kwargs) if self._stacks else own(*args, **kwargs)
 
-        vars(forward)["before_prefix"] = before  # which is what the module's attributes are told to be
+        vars(forward)[BEFORE] = before  # which is what the module's attributes are told to be
         vars(module)["forward"] = forward
         self._forwards.append((module, before, forward))
 
@@ -218,7 +218,7 @@ class CachedPrefix:
 
     def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any) -> Any:
         for stack in self._stacks:
-            stack.taken = stack in stacks
+            stack.begin_run(taken=stack in stacks)
         self.run.way, self.run.random = way, random_states()
         try:
             return run(*args, **kwargs)
@@ -231,8 +231,6 @@ class CachedPrefix:
         Raises:
             ObjectiveError: the outputs are not the same, or, of the first kind of call, nothing can be kept.
         """
-        for stack in self._stacks:
-            stack.faults, stack.refused = [], False
         before = State(self.model)
         plain = self._run_as(TRIAL, self._stacks, run, args, kwargs)
         if any(stack.refused for stack in self._stacks):
@@ -250,8 +248,6 @@ class CachedPrefix:
             after.put_back()
             self.run.read = read
             self._compare(plain, again, usable)
-        for stack in self._stacks:
-            stack.faults = []
         self._proved[kind] = usable
         return plain
 

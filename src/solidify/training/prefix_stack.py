@@ -56,11 +56,15 @@ class Stack:
         self.run, self.name, self.owner = run, name, holder.inner
         listed: Any = located.inner
         self.layers: list[nn.Module] = list(listed)[:frozen]
-        self.taken, self.called, self.hit, self.refused = False, False, False, False
-        self.faults: list[str] = []
+        self.begin_run(taken=False)
         self._forms: dict[int, Returned] = {}
         self._pass: _Pass | None = None
         self._digests = LayerDigests(self.layers)
+
+    def begin_run(self, *, taken: bool) -> None:
+        """Forgets what the last run of the model found; `taken` says whether layers may be skipped in this one."""
+        self.taken, self.called, self.hit, self.refused = taken, False, False, False
+        self.faults: list[str] = []
 
     def around(self, own: Any) -> Callable[..., Any]:
         """Returns a forward of what holds the layers, as it is called from within the model's own."""

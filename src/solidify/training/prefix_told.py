@@ -24,6 +24,7 @@ from solidify.training.prefix_state import FUNCTIONS
 from solidify.upstream.torch import module_hooks, other_hooks, own_buffers, own_parameters
 from solidify.weights import hashing
 
+BEFORE = "before_prefix"  # what a forward that `prefix.py` puts before a module's own says of that: none, or which
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}  # tables of what is told apart, and of hooks
 _DEEPEST = 12
@@ -93,8 +94,8 @@ class _Teller:
         for key, value in vars(module).items():
             if key in _OF_EVERY_MODULE:
                 continue
-            if hasattr(value, "before_prefix"):
-                value = value.before_prefix
+            if hasattr(value, BEFORE):
+                value = getattr(value, BEFORE)
                 if value is None:
                     continue
             self._where = f"{name}.{key}" if not depth else self._where
