@@ -56,7 +56,7 @@ ALONE = {
     ),
     *(PACKAGE / "behaviour").glob("*.py"),
     PACKAGE / "surgery" / "masking.py",
-    PACKAGE / "exporting" / "compared.py",
+    PACKAGE / "exporting" / "compared_alone.py",
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
 }

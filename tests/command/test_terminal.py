@@ -40,7 +40,7 @@ from test_fuzz import GOOD, run
 EVIL = "[/red][bold]a\x1b[31m\x1b]0;title\x07\x9b2J\u202e:bug:\r"
 SHOWN = r"[/red][bold]a\x1b[31m\x1b]0;title\x07\x9b2J\u202e:bug:\r"
 # What their parents read as JSON.
-CHILDREN = {"checks/adapter_alone.py", "checks/vllm_alone.py", "artifact/witness.py", "exporting/compared.py"}
+CHILDREN = {"checks/adapter_alone.py", "checks/vllm_alone.py", "artifact/witness.py", "exporting/compared_alone.py"}
 LONG = "n" * 5000
 
 

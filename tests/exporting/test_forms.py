@@ -17,7 +17,7 @@ import solidify
 from solidify.artifact import stock
 from solidify.artifact.loading import load_base
 from solidify.errors import ArtifactError
-from solidify.exporting import compared, forms, graph
+from solidify.exporting import compared_alone, forms, graph
 from solidify.model import anatomy
 from solidify.system import files
 from solidify.weights import checkpoint
@@ -113,13 +113,13 @@ def test_the_comparison_sees_another_tensor_and_another_output(tmp_path: Path) -
 
     save_file({"short/input_ids": pico.tokens()}, tmp_path / "inputs.safetensors")
     one, same, other = pico.llama(), pico.llama(), pico.llama(seed=1)
-    count, faults = compared.compare_state(one, same)
+    count, faults = compared_alone.compare_state(one, same)
     assert count == len(dict(one.named_parameters())) + len(dict(one.named_buffers())) and not faults
-    assert compared.compare_outputs(one, same, str(tmp_path / "inputs.safetensors")) == {"short": 0.0}
-    assert "lm_head.weight differs" in compared.compare_state(one, other)[1]
-    assert compared.compare_outputs(one, other, str(tmp_path / "inputs.safetensors"))["short"] > 0
+    assert compared_alone.compare_outputs(one, same, str(tmp_path / "inputs.safetensors")) == {"short": 0.0}
+    assert "lm_head.weight differs" in compared_alone.compare_state(one, other)[1]
+    assert compared_alone.compare_outputs(one, other, str(tmp_path / "inputs.safetensors"))["short"] > 0
     del other.lm_head
-    assert "lm_head.weight is in one of them only" in compared.compare_state(one, other)[1]
+    assert "lm_head.weight is in one of them only" in compared_alone.compare_state(one, other)[1]
 
 
 def test_a_form_that_is_not_the_artifact_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import solidify
 from solidify.errors import ArtifactError, ModelError
-from solidify.exporting import forms, precision
+from solidify.exporting import comparison, forms
 from solidify.model import anatomy
 from solidify.modules.gated_attention import GatedAttention
 from solidify.system import console
@@ -37,7 +37,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("word", ["nf4", "int8"])
 def test_a_packed_artifact_loads_by_transformers_as_it_stands(gated: Path, tmp_path: Path, word: str) -> None:
     made = solidify.export(gated, tmp_path / word, word)
-    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    assert [finding.verdict for finding in made.findings[:3]] == ["proved", "proved", "measured"]
     model = AutoModelForCausalLM.from_pretrained(made.directory, trust_remote_code=True).eval()
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.weight.dtype in (torch.uint8, torch.int8)
@@ -65,7 +65,7 @@ def test_a_merged_plain_model_is_packed_and_no_base_to_merge_into(tmp_path: Path
     count = sum(p.numel() for p in pico.llama().parameters())
     assert f"\n{count:,} parameters.\n" in (merged / "README.md").read_text()  # the model's, without the adapter's
     made = solidify.export(merged, tmp_path / "nf4", "nf4")
-    assert "3 cases bit-identical" in made.findings[0].evidence and " became " in made.findings[1].evidence
+    assert "3 cases bit-identical" in made.findings[1].evidence and " became " in made.findings[2].evidence
     card = (made.directory / "README.md").read_text()
     assert f"\n{count:,} parameters.\n" in card and "bitsandbytes (nf4)" in card and "| low rank |" in card
     found = AutoModelForCausalLM.from_pretrained(made.directory).eval()
@@ -79,7 +79,7 @@ def test_a_merged_plain_model_is_packed_and_no_base_to_merge_into(tmp_path: Path
 @pytest.mark.parametrize("word", ["bfloat16", "float16"])
 def test_another_dtype_is_every_number_rounded_once(gated: Path, tmp_path: Path, word: str) -> None:
     made = solidify.export(gated, tmp_path / word, word)
-    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    assert [finding.verdict for finding in made.findings[:3]] == ["proved", "proved", "measured"]
     dtype = getattr(torch, word)
     full, half = solidify.load(gated).state_dict(), solidify.load(made.directory, trust_remote_code=True).state_dict()
     assert full.keys() == half.keys()
@@ -94,7 +94,7 @@ def test_packed_weights_that_are_not_the_artifacts_do_not_appear(
     gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     """One number of the packed weights, of the scales beside them, or of what is not packed."""
-    honest = precision.stock.align
+    honest = comparison.align
 
     def wrong(path: Path) -> dict[str, str]:
         held = load_file(path)
@@ -104,10 +104,27 @@ def test_packed_weights_that_are_not_the_artifacts_do_not_appear(
         save_file(held, path, metadata={"format": "pt"})
         return honest(path)
 
-    monkeypatch.setattr(precision.stock, "align", wrong)
-    with pytest.raises(ArtifactError, match="the nf4 form is not what the artifact is: weights are"):
+    monkeypatch.setattr(comparison, "align", wrong)
+    with pytest.raises(ArtifactError, match=r"the nf4 form is not what the artifact is:\s+(- )?weights are"):
         solidify.export(gated, tmp_path / "nf4", "nf4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["bfloat16", "stock"])
+def test_outputs_of_a_large_artifact_are_not_called_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Nor is it run to find inputs, which nothing would read."""
+    model = pico.make("BertForSequenceClassification", **pico.SIZES, intermediate_size=48)
+    edits = solidify.remove(model, "bert.encoder.layer.1")
+    artifact = pico.artifact(model, edits, tmp_path / "artifact")
+    monkeypatch.setattr(anatomy, "LARGE", 1)
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("it was run"))
+    made = solidify.export(artifact, tmp_path / word, word)
+    verdicts = [finding.verdict for finding in made.findings[: 2 if word == "stock" else 3]]
+    assert verdicts == ["proved", "not looked at", "not looked at"][: len(verdicts)]
+    assert "cases" not in made.findings[0].evidence
+    assert "a model of this size is not run as a whole" in made.findings[1].evidence
 
 
 def test_a_form_that_is_not_known_is_refused(tmp_path: Path) -> None:
@@ -137,7 +154,7 @@ def test_a_wrapped_module_is_given_the_dtype_that_it_takes(tmp_path: Path) -> No
     example = torch.randn(4, 16)
     artifact = pico.artifact(solidify.wrap(module, {"inputs": example}), [], tmp_path / "artifact")
     made = solidify.export(artifact, tmp_path / "half", "bfloat16")
-    assert [finding.verdict for finding in made.findings[:2]] == ["proved", "measured"]
+    assert [finding.verdict for finding in made.findings[:3]] == ["proved", "proved", "measured"]
     again = solidify.load(made.directory, trust_remote_code=True)
     assert torch.equal(again.module(example.bfloat16()), module.to(torch.bfloat16)(example.bfloat16()))
 
@@ -156,11 +173,11 @@ def test_layers_whose_weights_are_read_past_them_are_not_packed(tmp_path: Path, 
     model = solidify.wrap(reading(), {"inputs": torch.randn(2, 5, 16)})
     artifact = pico.artifact(model, [], tmp_path / "artifact")
     made = solidify.export(artifact, tmp_path / word, word)
-    assert [finding.verdict for finding in made.findings[:3]] == ["proved", "measured", "measured"]
+    assert [finding.verdict for finding in made.findings[:4]] == ["proved", "proved", "measured", "measured"]
     again = solidify.load(made.directory, trust_remote_code=True)
     packed = [name for name, parameter in again.named_parameters() if not parameter.is_floating_point()]
     assert packed == ["module.0.weight"]
-    assert "read by another module" in made.findings[2].evidence
+    assert "read by another module" in made.findings[3].evidence
     card = (made.directory / "README.md").read_text()
     assert "| `module.*.layers.*.linear1.weight` (read by another module, and not called) | 16.4 kB |" in card
     loaded = solidify.load(artifact, quantization=word)
@@ -180,4 +197,4 @@ def test_the_card_says_that_experts_stay_as_they_are(tmp_path: Path) -> None:
     said = "| `model.layers.*.mlp.experts.gate_up_proj` (a stack of matrices, as of experts, is no linear layer) | "
     card = (made.directory / "README.md").read_text()
     assert f"{said}{console.size(experts)} |" in card
-    assert "packed by bitsandbytes (nf4), " in card and "experts.gate_up_proj" in made.findings[2].evidence
+    assert "packed by bitsandbytes (nf4), " in card and "experts.gate_up_proj" in made.findings[3].evidence

@@ -87,10 +87,10 @@ def export(
         why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"
         raise ArtifactError(f"an artifact cannot be exported as {form!r}: {why}")
     record = manifest.read(directory, manifest.MODELS)
-    if record.lineage and record.lineage[-1].get("form") in quantizing.WORDS:
+    if packed := files.document(directory / "config.json").get("quantization_config"):
         raise ArtifactError(
-            f"the weights of {directory} are packed ({record.lineage[-1]['form']}), and what was rounded is lost; "
-            "export the model that it was made from"
+            f"the weights of {directory} are packed ({packed['quant_method']}), and what was rounded is lost; export "
+            "the model that it was made from"
         )
     if record.kind == "stock" and form == "stock" and record.code:
         raise ArtifactError(f"{directory} is an artifact in another dtype; export the artifact that it was made from")

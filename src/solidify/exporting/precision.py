@@ -21,20 +21,20 @@ from solidify.artifact.solidify import copy_code
 from solidify.directory import private
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, ModelError, raised_as, refuse
-from solidify.exporting import stock
+from solidify.exporting import comparison
+from solidify.exporting.comparison import Answer
 from solidify.findings import Finding
 from solidify.merging import agreement
 from solidify.model import anatomy, cost, probing, quantized
 from solidify.model.extent import Extent
 from solidify.system import console, disk, foreign
-from solidify.system.alone import Alone
 from solidify.upstream.bitsandbytes import REPACKS
-from solidify.weights import checkpoint
 
-_SCRIPT = Path(__file__).with_name("compared.py")
 DTYPES = ("float32", "bfloat16", "float16")
 _HELD = "weights are the artifact's, loaded so"
+_COMPUTED = "outputs are the artifact's, loaded so"
 _ERROR = "against the artifact's own precision"
+_Cases = Mapping[str, probing.Inputs]
 
 
 def write(
@@ -46,10 +46,6 @@ def write(
         ArtifactError: bitsandbytes is missing, nothing of the model is of a kind that it packs, all of the model is of
             that dtype, or numbers of it are too large for it.
     """
-    if quantized.is_quantized(model):
-        raise ArtifactError(
-            "its weights are packed, and what was rounded is lost; export the model that it was made from"
-        )
     if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
         raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
     packs, whole = word in quantizing.WORDS, Extent.of(model).whole
@@ -62,15 +58,15 @@ def write(
     refuse(ArtifactError, title, _overflown(model, made))
     with foreign.calling(f"transformers cannot write the model as {word}", ArtifactError):
         made.save_pretrained(staging)
-    digests: dict[str, str] = {}
-    for path in checkpoint.weight_files(staging):
-        digests |= stock.align(path)
-    inputs = {case: dict(probing.probe_inputs(model, **settings)) for case, settings in certificate.CASES.items()}
+    digests = comparison.align_weights(staging)
+    inputs = {c: probing.probe_inputs(model, **s) for c, s in certificate.CASES.items()} if whole else None
     with private.copy(directory, record) as own:
         copy_code(own, staging, list(record.code))
-        answer = _ask_alone(made, word, own, record, staging, inputs if whole else {})
+        answer = _ask_alone(made, word, own, record, staging, inputs)
     (staging / "README.md").write_text(_write_card(made, record, staging, word, read), encoding="utf-8")
-    findings = [_state(answer), _measure(model, made, word, inputs)]
+    words = "tensors and scales bit-identical in a fresh process"
+    findings = [answer.tensors_finding(_HELD, words), answer.outputs_finding(_COMPUTED)]
+    findings.append(_measure(model, made, word, inputs))
     return digests, [*findings, *([_say_unpacked(made, read)] if packs else [])]
 
 
@@ -92,8 +88,8 @@ def _overflown(model: PreTrainedModel, made: PreTrainedModel) -> list[str]:
 
 
 def _ask_alone(
-    made: PreTrainedModel, word: str, own: Path, record: Manifest, staging: Path, inputs: Mapping[str, probing.Inputs]
-) -> dict[str, Any]:
+    made: PreTrainedModel, word: str, own: Path, record: Manifest, staging: Path, inputs: _Cases | None
+) -> Answer:
     """Has a process without solidify load the artifact so, load what was written, and compare both."""
     auto = autos.own_class(own) if record.code else type(made).__name__
     request = {
@@ -106,24 +102,17 @@ def _ask_alone(
         "repacks": REPACKS,
         "inputs": None,
     }
-    with disk.temporary() as scratch, Alone(_SCRIPT, certificate.FORBIDDEN) as process:
-        if inputs:
-            held = {f"{case}/{key}": tensor for case, batch in inputs.items() for key, tensor in batch.items()}
-            save_file(held, scratch / "inputs.safetensors")
-            request["inputs"] = str(scratch / "inputs.safetensors")
-        return process.ask(request)
+    if inputs is None:
+        return comparison.ask(request)
+    with disk.temporary() as scratch:
+        held = {f"{case}/{key}": tensor for case, batch in inputs.items() for key, tensor in batch.items()}
+        save_file(held, scratch / "inputs.safetensors")
+        return comparison.ask({**request, "inputs": str(scratch / "inputs.safetensors")})
 
 
-def _state(answer: Mapping[str, Any]) -> Finding:
-    far = {case: distance for case, distance in answer["outputs"].items() if distance}
-    faults = [*answer["faults"], *(f"case {case} differs by {distance:.1e}" for case, distance in far.items())]
-    words = f"{answer['tensors']} tensors and scales, {len(answer['outputs'])} cases bit-identical in a fresh process"
-    return Finding(_HELD, not faults, "; ".join(faults[:4]) or words)
-
-
-def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: Mapping[str, probing.Inputs]) -> Finding:
+def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: _Cases | None) -> Finding:
     """Says by how much the other precision moves what the model returns."""
-    if not Extent.of(model).whole:
+    if inputs is None:
         return Finding.unseen(_ERROR, "a model of this size is not run as a whole")
     full, found = (
         agreement.answers(each, {case: _cast(batch, each.dtype) for case, batch in inputs.items()}).tensors

@@ -15,18 +15,17 @@ from solidify.artifact import autos, cards, certificate, descent, loading
 from solidify.directory import private
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
+from solidify.exporting import comparison
 from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import ledger
 from solidify.system import foreign
-from solidify.system.alone import Alone
 from solidify.upstream.torch import module_hooks
 from solidify.upstream.transformers import REFERENCE
-from solidify.weights import checkpoint, format
-from solidify.weights.format import TensorSource
 
-_SCRIPT = Path(__file__).with_name("compared.py")
+_HELD = "stock form holds the artifact's tensors"
+_COMPUTED = "stock form computes what the artifact does"
 _SURGICAL = ("surgery", "auto_map", "model_type", "architectures", REFERENCE)
 _NAMED = 6  # modules in one sentence
 
@@ -46,9 +45,7 @@ def write(
         plain.generation_config = model.generation_config
     with foreign.calling("transformers cannot write the plain model", ArtifactError):
         plain.save_pretrained(staging)
-    digests: dict[str, str] = {}
-    for path in checkpoint.weight_files(staging):
-        digests |= align(path)
+    digests = comparison.align_weights(staging)
     (staging / "README.md").write_text(_write_card(plain, record, staging), encoding="utf-8")
     return digests, _compare(directory, record, staging, plain, Extent.of(model))
 
@@ -121,18 +118,6 @@ def _describe_hooks(module: nn.Module) -> list[str]:
     return ["a mask of its own" if hasattr(hook, "solid_mask") else "a hook that surgery put there" for hook in hooks]
 
 
-def align(path: Path) -> dict[str, str]:
-    """Writes a file of weights once more, its tensors aligned as artifacts have them; returns their digests.
-
-    Kernels give other last bits for other alignments, and files are mapped as they stand.
-    """
-    entries = format.read_header(path)
-    aligned = path.with_suffix(".aligned")
-    digests = format.write_file(aligned, [TensorSource.stored(name, entry) for name, entry in entries.items()])
-    aligned.replace(path)
-    return digests
-
-
 def _compare(directory: Path, record: Manifest, staging: Path, plain: PreTrainedModel, extent: Extent) -> list[Finding]:
     """Has a fresh process, without solidify and PEFT, load artifact and plain model, and compare all that they hold."""
     with private.copy(directory, record) as own:
@@ -143,22 +128,11 @@ def _compare(directory: Path, record: Manifest, staging: Path, plain: PreTrained
             "head": type(plain).__name__,
             "inputs": str(own / certificate.NAME / "inputs.safetensors") if extent.whole else None,
         }
-        with Alone(_SCRIPT, certificate.FORBIDDEN) as process:
-            answer = process.ask(request)
-    faults = answer["faults"]
-    state = Finding(
-        "stock form holds the artifact's tensors",
-        not faults,
-        "; ".join(faults[:4]) or f"{answer['tensors']} tensors bit-identical, loaded without code of the artifact",
-    )
-    if not extent.whole:
-        why = "a model of this size is not run as a whole"
-        return [state, Finding.unseen("stock form computes what the artifact does", why)]
-    far = {case: distance for case, distance in answer["outputs"].items() if distance}
-    evidence = f"{len(answer['outputs'])} cases bit-identical in a fresh process"
-    if far:
-        evidence = ", ".join(f"{case} differs by {distance:.1e}" for case, distance in far.items())
-    return [state, Finding("stock form computes what the artifact does", not far and bool(answer["outputs"]), evidence)]
+        answer = comparison.ask(request)
+    return [
+        answer.tensors_finding(_HELD, "tensors bit-identical, loaded without code of the artifact"),
+        answer.outputs_finding(_COMPUTED),
+    ]
 
 
 def _write_card(plain: PreTrainedModel, record: Manifest, staging: Path) -> str:

@@ -45,11 +45,12 @@ def main() -> None:
     faults = [f"{kind}: {', '.join(sorted(map(str, names))[:4])}" for kind, names in info.items() if names]
     found, wrong = compare_state(artifact.eval(), stock.eval())
     outputs: dict[str, float] = {}
+    said = ""
     try:
         outputs = {} if request["inputs"] is None else compare_outputs(artifact, stock, request["inputs"])
     except Exception as error:  # of a model's own code: it is an answer
-        wrong.append(f"it does not run: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
-    print(json.dumps({"faults": faults + wrong, "tensors": found, "outputs": outputs}))
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    print(json.dumps({"faults": faults + wrong, "tensors": found, "outputs": outputs, "error": said}))
 
 
 def compare_state(artifact: Any, stock: Any) -> tuple[int, list[str]]:
