@@ -29,6 +29,7 @@ from words import tokenizer
 
 import solidify
 from solidify.artifact import loading, stock
+from solidify.behaviour import calling
 from solidify.modules import gated_delta_net
 from solidify.objective.objective import Term
 from solidify.training.trainer import ObjectiveTrainer
@@ -123,6 +124,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp16": {"fp16": True, "max_grad_norm": 1e9},  # which divides gradients by their scale, and cuts none
     "compiled, bf16": {"torch_compile": True, "bf16": True},
 }
+
+
+def test_random_numbers_of_the_device_are_given_back() -> None:
+    torch.ones(1, device=DEVICE)  # it is in use
+    with calling.chance_kept():
+        inside = torch.rand(4, device=DEVICE)
+        calling.set_seed(3)
+    assert torch.equal(torch.rand(4, device=DEVICE), inside)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=needs_device) if "fp16" in n else n for n in SETTINGS])

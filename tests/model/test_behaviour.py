@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import behaving
 import families
+import numpy as np
 import pico
 import pytest
 import torch
@@ -320,6 +323,19 @@ def added(make: Callable[[], nn.Module]) -> type[nn.Module]:
             return self.out(self.inner(x))
 
     return Head
+
+
+def draws() -> tuple[float, float, float]:
+    return float(torch.rand(1)), random.random(), np.random.rand()
+
+
+def test_random_numbers_of_every_kind_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with calling.chance_kept():
+        inside = draws()
+        calling.set_seed(3)
+    assert draws() == inside
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    assert calling.random_states().numpy is None and "numpy.random" not in sys.modules  # nothing is imported for it
 
 
 def test_an_added_head_behaves_as_what_it_reads() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import contract
+import numpy as np
 import pico
 import pytest
 import torch
@@ -428,6 +430,24 @@ def test_settings_under_which_no_batch_comes_again_are_refused(more: Any, said: 
     with pytest.raises(ObjectiveError, match=f"cache_prefix: .*{said}"):
         trainer(olmoe(), tmp_path, **given)
     trainer(olmoe(), tmp_path)
+
+
+def drawing(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """Draws as augmentations do; what it draws changes nothing here, so that the batch comes again."""
+    draws()
+    return pico.collate(rows)
+
+
+def draws() -> tuple[float, float, float]:
+    return float(torch.rand(1)), random.random(), np.random.rand()
+
+
+def test_a_collator_that_is_tried_draws_no_numbers_of_the_training(tmp_path: Path) -> None:
+    found = []
+    for cached in (False, True):
+        trainer(olmoe(), tmp_path, cached=cached, data_collator=drawing)
+        found.append(draws())
+    assert found[0] == found[1]
 
 
 def test_activations_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,22 +59,64 @@ def caches_off(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
             config.use_cache = True
 
 
+@dataclass(frozen=True)
+class RandomStates:
+    """The states of random numbers: of PyTorch on the CPU and on each accelerator in use, of Python, and of NumPy.
+
+    `numpy` is None where that had drawn none, for nothing had imported its random numbers.
+    """
+
+    cpu: torch.Tensor
+    accelerators: tuple[torch.Tensor, ...]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+
+
+def random_states() -> RandomStates:
+    """Returns the states of the random numbers; no accelerator, and no library, is begun for it."""
+    module, numpy = _accelerator_in_use(), sys.modules.get("numpy.random")
+    return RandomStates(
+        torch.random.get_rng_state(),
+        () if module is None else tuple(map(module.get_rng_state, range(module.device_count()))),
+        random.getstate(),
+        None if numpy is None else numpy.get_state(),
+    )
+
+
+def put_random_states(states: RandomStates) -> None:
+    """Makes the random states what they were."""
+    torch.random.set_rng_state(states.cpu)
+    for number, state in enumerate(states.accelerators):
+        _accelerator_in_use().set_rng_state(state, number)
+    random.setstate(states.python)
+    if states.numpy is not None:
+        sys.modules["numpy.random"].set_state(states.numpy)
+
+
 @contextmanager
 def chance_kept() -> Iterator[None]:
     """Gives random numbers back as they were."""
-    before = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(before)
+    before = random_states()
+    try:
+        yield
+    finally:
+        put_random_states(before)
+
+
+def _accelerator_in_use() -> Any:
+    """Returns the module of torch of an accelerator on which something has been done (`torch.cuda`); None for none."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module: Any = torch.get_device_module(device)
+    return module if getattr(module, "is_initialized", module.is_available)() else None
 
 
 def set_seed(number: int) -> None:
-    """Seeds the random numbers of torch and Python."""
-    if torch.accelerator.is_available():
+    """Seeds the random numbers of torch, on accelerators that are in use too, and Python."""
+    if _accelerator_in_use() is not None:
         torch.manual_seed(number)
-    else:  # without one, `torch.manual_seed` writes the stack down for each kind of accelerator
+    else:  # otherwise `torch.manual_seed` writes the stack down for each kind of accelerator
         torch.default_generator.manual_seed(number)
     random.seed(number)
 

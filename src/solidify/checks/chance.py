@@ -11,15 +11,15 @@ What is drawn elsewhere (numpy, Python's `random`, a kernel that torch does not 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from numpy import random as numpy_random
 from torch import nn
 
+from solidify.behaviour.calling import chance_kept, set_seed
 from solidify.upstream.torch import TorchDispatchMode, is_dropout, schema
 
 Call = Mapping[str, Any]  # an operation's arguments by name
@@ -199,17 +199,7 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 @contextmanager
 def other_numbers(seed: int) -> Iterator[None]:
     """Starts every generator with another state while the block lasts, and puts all of them back."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(_list_devices()):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _list_devices() -> list[int]:
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with chance_kept():
+        set_seed(seed)
+        numpy_random.seed(seed)
+        yield

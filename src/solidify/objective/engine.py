@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.behaviour.calling import chance_kept
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective import window as windowing
 from solidify.objective.capture import Recorder
@@ -29,7 +30,7 @@ from solidify.objective.objective import Objective
 from solidify.objective.observation import Observation
 from solidify.objective.runner import Runner
 from solidify.objective.sanity import Sanity
-from solidify.objective.sides import Sides, same_random_numbers
+from solidify.objective.sides import Sides
 from solidify.objective.term import Binding, Part
 from solidify.objective.window import Window
 
@@ -226,7 +227,7 @@ class ObjectiveEngine:
         needs = frozenset(word for word in ("outputs", "logits") if any(word in term.asks for term in terms))
         sums: dict[str, torch.Tensor] = {}
         assert self._window is not None
-        with same_random_numbers(), torch.no_grad():
+        with chance_kept(), torch.no_grad():
             for batch in batches:
                 batch = self.runner.prepare(batch)
                 with self._recorder.recording() as seen:

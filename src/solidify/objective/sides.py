@@ -7,14 +7,14 @@ model with decoders' inputs of two lengths and looking at whose rows follow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from solidify.behaviour.calling import chance_kept
 from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
 from solidify.objective.capture import Recorder
@@ -76,7 +76,7 @@ class Sides:
     def _count_rows(self, inputs: Mapping[str, Any]) -> dict[Any, dict[str, int]]:
         with (
             torch.no_grad(),
-            same_random_numbers(),
+            chance_kept(),
             anatomy.evaluation(self._model),
             self._recorder.recording() as seen,
         ):
@@ -100,12 +100,3 @@ def _count_rows(value: Any) -> int:
     if isinstance(value, (tuple, list)):
         return next((rows for each in value if (rows := _count_rows(each))), 0)
     return math.prod(value.shape[:-1]) if isinstance(value, torch.Tensor) and value.ndim > 1 else 0
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Puts the random states back at the end of the block."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = [torch.accelerator.current_device_index()] if accelerator is not None else []
-    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator is not None else "cuda"):
-        yield

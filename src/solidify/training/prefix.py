@@ -21,12 +21,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from solidify.adapter import lookup
+from solidify.behaviour.calling import random_states
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
 from solidify.system import foreign
 from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
-from solidify.training.prefix_state import State, random_states
+from solidify.training.prefix_state import State
 from solidify.training.prefix_store import Store, same_bits
 from solidify.training.prefix_told import BEFORE, hook_fault
 from solidify.upstream.torch import is_dropout

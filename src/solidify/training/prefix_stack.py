@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from solidify.adapter import lookup
+from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
 from solidify.training.prefix_key import Known, LayerDigests, describe, flatten, has_history, surroundings
-from solidify.training.prefix_state import Numbers, name_moved, random_states
+from solidify.training.prefix_state import name_moved
 from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.training.prefix_told import hook_fault
 from solidify.weights import hashing
@@ -28,7 +29,7 @@ class Run:
 
     store: Store
     way: str = PLAIN
-    random: Numbers = field(default_factory=random_states)
+    random: RandomStates = field(default_factory=random_states)
     computed: int = 0
     read: int = 0
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy import random as numpy_random
 from torch import nn
 
 from solidify.artifact import tensors
+from solidify.behaviour.calling import RandomStates, put_random_states, random_states
 from solidify.errors import ObjectiveError, refuse
 from solidify.training.prefix_store import same_bits
 from solidify.upstream.torch import TABLES, own_buffers, writes
@@ -22,36 +24,22 @@ from solidify.upstream.torch import TABLES, own_buffers, writes
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _DEEPEST = 6  # objects in objects that are looked into
 
-Numbers = tuple[tuple[torch.Tensor, ...], Any, Any]
 
-
-def random_states() -> Numbers:
-    """Returns the states of the random numbers: of PyTorch (the CPU's, and the accelerator's if there is one), of
-    Python and of NumPy."""
-    device = accelerator()
-    more = () if device is None else (torch.get_device_module(device).get_rng_state(),)
-    legacy: Any = np.random.get_state()
-    name, keys, *rest = legacy
-    return (torch.get_rng_state(), *more), random.getstate(), (name, keys.tobytes(), *rest)
-
-
-def put_random_states(states: Numbers) -> None:
-    """Makes the random states what they were."""
-    (cpu, *more), python, (name, keys, *rest) = states
-    torch.set_rng_state(cpu)
-    for state in more:
-        torch.get_device_module(accelerator()).set_rng_state(state)
-    random.setstate(python)
-    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
-
-
-def name_moved(before: Numbers, after: Numbers) -> str:
+def name_moved(before: RandomStates, after: RandomStates) -> str:
     """Returns whose random numbers were drawn between two states; empty for none."""
-    if not all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True)):
+    pairs = zip((before.cpu, *before.accelerators), (after.cpu, *after.accelerators), strict=False)
+    if not all(torch.equal(a, b) for a, b in pairs):
         return "PyTorch"
-    if before[1] != after[1]:
+    if before.python != after.python:
         return "Python"
-    return "NumPy" if before[2] != after[2] else ""
+    return "NumPy" if _tell_numpy(before) != _tell_numpy(after) else ""
+
+
+def _tell_numpy(states: RandomStates) -> tuple[Any, ...]:
+    """Returns NumPy's state in a form that can be compared."""
+    assert states.numpy is not None  # its random numbers are imported here
+    name, keys, *rest = states.numpy
+    return name, keys.tobytes(), *rest
 
 
 def accelerator() -> torch.device | None:
@@ -165,7 +153,7 @@ def look(value: Any, depth: int = 0) -> Any:
         return id(value), value.get_state().numpy().tobytes()
     if isinstance(value, random.Random):
         return id(value), value.getstate()
-    if isinstance(value, np.random.Generator):
+    if isinstance(value, numpy_random.Generator):
         return id(value), repr(value.bit_generator.state)
     if depth == _DEEPEST or isinstance(value, (type, nn.Module, *FUNCTIONS)):
         return id(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 
+from solidify.behaviour.calling import chance_kept
 from solidify.directory import ours
 from solidify.errors import ObjectiveError, refuse
 from solidify.model import anatomy
-from solidify.objective.sides import same_random_numbers
 from solidify.system import console, foreign, processes
 from solidify.training.prefix import Prefix, cache_prefix, find_prefixes, refuse_none
 from solidify.training.prefix_key import flatten
@@ -101,10 +100,8 @@ def caching(trainer: Any) -> Iterator[None]:
 def _draws(collate: Any, rows: Any) -> bool:
     """Returns whether a collator makes two different batches of the same rows; False where it cannot be tried."""
     few = [rows[number] for number in range(min(_TRIED, len(rows)))]
-    state = random.getstate()
-    with same_random_numbers():
+    with chance_kept():
         made = [foreign.attempt(collate, copy.deepcopy(few)).value for _ in range(2)]
-    random.setstate(state)
     one, other = (dict(flatten("", batch)) for batch in made)
     return set(one) != set(other) or not all(same_bits(one[key], other[key]) for key in one)
 
