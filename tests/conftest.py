@@ -34,13 +34,18 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ranks = {HERE / name: rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
+    cases = []
     for item in items:
         test, _, case = item.nodeid.partition("::")[2].partition("[")
-        if slow.is_slow(f"{item.path.relative_to(HERE).as_posix()}::{test}", case.removesuffix("]")):
+        cases.append((f"{item.path.relative_to(HERE).as_posix()}::{test}", case.removesuffix("]")))
+        if slow.is_slow(*cases[-1]):
             item.add_marker("slow")
+    some = any("::" in argument for argument in config.args) or config.getoption("lf", False)  # cases of a test alone
+    if not some and (missed := slow.find_missed(cases)):
+        raise pytest.UsageError(f"tests/support/slow.py keeps cases that are not there: {', '.join(missed)}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -40,7 +40,7 @@ def run_blocks() -> list[Any]:
     found = []
     for block in every_block():
         if block.not_run is None and block.language != "text" and not documents.runs_by_itself(block.document):
-            found.append(pytest.param(block, id=block.place))
+            found.append(pytest.param(block, id=block.case))
     return found
 
 

@@ -207,6 +207,14 @@ def test_cases_that_are_kept_quick_are_there() -> None:
         assert cases == () or all(cases), test
 
 
+def test_a_case_that_is_kept_quick_and_is_gone_is_told() -> None:
+    """Of tests that were collected; `conftest.py` ends the run with what is told."""
+    test = "adapter/test_saving.py::test_heads_and_modules_of_the_same_names_come_back"
+    cases = [(test, "LlamaForSequenceClassification"), ("test_faults.py::test_x", "y")]
+    assert slow.find_missed(cases) == [f"{test}[LlamaForCausal"]
+    assert slow.find_missed([*cases, (test, "LlamaForCausalLM")]) == []
+
+
 def test_help_names_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "solidify", "--help"], capture_output=True, text=True, check=True)
     for verb in ("demo", "inspect", "plan", "run", "build", "train", "check", "merge", "diff", "generate"):

@@ -7,6 +7,7 @@ A block is run as it stands, unless a comment above it says otherwise:
     <!-- run: where solidify cannot be imported -->         Python in a fresh process
     <!-- needs: bitsandbytes -->                            a package without which it is left out, where it is missing
     <!-- file: rows.jsonl -->                               a file to write; so is a block whose first line is `# NAME`
+    <!-- quick -->                                          `make test` runs it, and none of the page behind it
 
 Notebooks are documents too: their cells of text, and of code as blocks. A translation has the blocks of the original.
 """
@@ -29,7 +30,8 @@ REASONS = ("needs a download", "needs an accelerator", "needs several machines",
 LANGUAGES = ("json", "python", "sh", "text", "yaml")  # text is shown, not run: what a program prints, a tree
 STRANGERS = "run: where solidify cannot be imported"
 AFTER_README = "# in the directory of the README's blocks"
-MARKS = ("file:", "needs:", "not run:", "run with:", STRANGERS)
+QUICK = "quick"
+MARKS = ("file:", "needs:", "not run:", "run with:", QUICK, STRANGERS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Block:
     @property
     def place(self) -> str:
         return f"{self.document}:{self.line}"
+
+    @property
+    def case(self) -> str:
+        """Returns what its test is called; by that `slow.py` chooses."""
+        return f"{self.document}:{QUICK}:{self.line}" if QUICK in self.marks else self.place
 
     @property
     def not_run(self) -> str | None:
