@@ -312,6 +312,12 @@ def test_an_output_that_is_gone_did_not_come_back() -> None:
     assert finding.verdict == "failed" and "case/value" in finding.evidence
 
 
+def test_what_came_back_has_the_same_bits() -> None:
+    outputs = {"case/logits": torch.tensor([float("nan"), 0.0])}
+    assert roundtrip.adapter_reload(outputs, {"case/logits": torch.tensor([float("nan"), 0.0])}).verdict == "proved"
+    assert roundtrip.adapter_reload(outputs, {"case/logits": torch.tensor([float("nan"), -0.0])}).verdict == "failed"
+
+
 def test_an_adapter_that_cannot_be_switched_off_is_found(trash_artifact: Path) -> None:
     base = solidify.load(trash_artifact)
     expected = roundtrip.outputs(base, cases(base))

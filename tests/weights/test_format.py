@@ -56,6 +56,24 @@ def test_a_file_is_written_from_pieces_of_several_tensors(tmp_path: Path) -> Non
     assert digests == {"a": tensors.digest(a), "b": tensors.digest(b)}
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.complex64, torch.complex128]
+)
+def test_the_same_bits_are_no_equal_numbers(dtype: torch.dtype) -> None:
+    """A NaN is itself, and zeros have signs; what memory they have does not count."""
+    nan, zero = torch.full((2, 3), float("nan")).to(dtype), torch.zeros(2, 3).to(dtype)
+    assert format.same_bits(nan, nan.clone()) and format.same_bits(zero, torch.zeros(3, 2).to(dtype).T)
+    assert not format.same_bits(zero, (-torch.zeros(2, 3)).to(dtype))
+    assert not format.same_bits(zero, zero.flatten()) and not format.same_bits(
+        zero, torch.zeros(2, 3, dtype=torch.int8)
+    )
+
+
+def test_tensors_without_numbers_or_of_truth_values_have_the_same_bits() -> None:
+    assert format.same_bits(torch.empty(0, 3), torch.empty(0, 3)) and format.same_bits(torch.ones(()), torch.ones(()))
+    assert not format.same_bits(torch.tensor([True]), torch.tensor([False]))
+
+
 @pytest.mark.parametrize(("rows", "words"), [(3, "too few values came for a"), (5, "more values came for a")])
 def test_a_supply_gives_what_it_said(tmp_path: Path, rows: int, words: str) -> None:
     source = TensorSource({"a": Shape(torch.float32, (4, 6))}, lambda: iter([("a", torch.randn(rows, 6))]))

@@ -16,6 +16,7 @@ from torch import nn
 
 from solidify.upstream.peft import TrainingWrapper
 from solidify.upstream.torch import own_buffers
+from solidify.weights.format import same_bits
 
 NAME = "trained_buffers"
 
@@ -69,7 +70,7 @@ class TrainedBuffers(TrainingWrapper):
         if adapter_name not in self.trained:
             return {}
         own = self.versions(None)
-        return {name: b for name, b in self.versions(adapter_name).items() if not _are_equal(b, own[name])}
+        return {name: b for name, b in self.versions(adapter_name).items() if not same_bits(b, own[name])}
 
     def take(self, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:
         """Gives an adapter's version of some buffers other values."""
@@ -191,14 +192,6 @@ def _take_up(holder: TrainedBuffers, _keys: Any) -> None:
     slot = holder._find_slot(holder._installed)
     for name, owner in holder._owners[0].items():
         own_buffers(owner)[name.rpartition(".")[2]] = slot.version(name)
-
-
-def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Returns whether two tensors are equal bit for bit (a NaN is itself)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    flat = (t.detach().cpu().contiguous().reshape(-1) for t in (a, b))
-    return torch.equal(*(t.view(torch.uint8) if t.numel() else t for t in flat))
 
 
 def _make_state_key(adapter_name: str, name: str) -> str:

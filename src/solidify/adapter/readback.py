@@ -29,6 +29,7 @@ from solidify.system import console, files, foreign
 from solidify.upstream.peft import switch_layers
 from solidify.upstream.torch import own_buffers, unsaved_buffers
 from solidify.upstream.transformers import chosen_implementation
+from solidify.weights.format import same_bits
 
 Load = Callable[[nn.Module, Path], PeftModel]
 Held = Callable[[PeftModel], Mapping[str, torch.Tensor]]
@@ -190,7 +191,7 @@ def _output_faults(plain: Any, fresh: Any) -> list[str]:
         faults += [
             f"case {case!r}: {key} differs by up to {_measure_distance(mine[key], theirs[key]):.2g}"
             for key in mine
-            if key in theirs and not _are_equal(mine[key], theirs[key])
+            if key in theirs and not same_bits(mine[key], theirs[key])
         ]
     return faults
 
@@ -220,12 +221,6 @@ def _yield_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _yield_tensors(f"{name}[{index}]", part)
 
 
-def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _measure_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.shape == b.shape and a.numel() else float("nan")
 
@@ -240,7 +235,7 @@ def _state_faults(plain: nn.Module, fresh: nn.Module) -> list[str]:
             continue
         for key, buffer in own_buffers(located.inner).items():
             twin = own_buffers(other).get(key)
-            if buffer is not None and twin is not None and not _are_equal(buffer, twin):
+            if buffer is not None and twin is not None and not same_bits(buffer, twin):
                 unsaved = key in unsaved_buffers(located.inner)
                 kept = " (not persistent: register it with persistent=True)" if unsaved else ""
                 faults.append(f"the buffer {located.name}.{key}{kept}")

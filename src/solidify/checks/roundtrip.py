@@ -16,6 +16,7 @@ from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError
 from solidify.findings import Finding
 from solidify.merging import agreement
+from solidify.weights.format import same_bits
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -60,12 +61,8 @@ def adapter_reload(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
 
 def _find_different(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
     """Names outputs that are not bit for bit the same, or that one of two models alone has."""
-    both = [key for key in expected if key in found and _are_equal(expected[key], found[key])]
+    both = [key for key in expected if key in found and same_bits(expected[key], found[key])]
     return [key for key in {**expected, **found} if key not in both]
-
-
-def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _measure_move(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from solidify.weights.format import same_bits
+
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.Tensor)
 
 
@@ -52,7 +54,7 @@ def _are_equal(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return same_bits(a, b)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_are_equal, a, b))
     if isinstance(a, dict):

@@ -17,6 +17,7 @@ from torch import nn
 
 from solidify.system import foreign
 from solidify.upstream.transformers import LOADED
+from solidify.weights.format import same_bits
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MISSING = object()
@@ -137,9 +138,7 @@ class _Comparison:
 
 def _are_same_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compares tensors; of one on the meta device, dtype and shape."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return a.is_meta or b.is_meta or bool(torch.equal(a.cpu(), b.cpu()))
+    return (a.dtype, a.shape) == (b.dtype, b.shape) if a.is_meta or b.is_meta else same_bits(a, b)
 
 
 def _are_equal(a: Any, b: Any) -> bool:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from solidify.model.extent import Extent
 from solidify.upstream.torch import TENSOR_HOOKS, writes
+from solidify.weights.format import same_bits
 
 _CONTAINERS = (dict, list, set, OrderedDict)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -94,7 +95,7 @@ class _Before:
             _put_back_class(kind, attributes)
         for buffer, data, copy in self._buffers:
             buffer.data = data
-            if not buffer.is_meta and not _are_equal(buffer, copy):
+            if not buffer.is_meta and not same_bits(buffer, copy):
                 buffer.data.copy_(copy)
         return [parameter.name for parameter in self._parameters if not parameter.put_back()]
 
@@ -125,7 +126,7 @@ class _Parameter:
                 now.update(hooks or {})
         if self._values is None:
             return not written
-        if not _are_equal(self._data, self._values):
+        if not same_bits(self._data, self._values):
             self._data.copy_(self._values)
         return True
 
@@ -141,7 +142,3 @@ def _put_back_class(kind: type, attributes: dict[str, Any]) -> None:
     for key, value in attributes.items():
         if vars(kind).get(key) is not value:
             setattr(kind, key, value)
-
-
-def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)

@@ -28,9 +28,10 @@ from solidify.system import foreign
 from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
 from solidify.training.prefix_state import State
-from solidify.training.prefix_store import Store, same_bits
+from solidify.training.prefix_store import Store
 from solidify.training.prefix_told import BEFORE, hook_fault
 from solidify.upstream.torch import is_dropout
+from solidify.weights.format import same_bits
 
 _WHY = {
     "router_logits": "routers of layers that are skipped return nothing; leave output_router_logits out",

@@ -18,8 +18,8 @@ from torch import nn
 from solidify.artifact import tensors
 from solidify.behaviour.calling import RandomStates, put_random_states, random_states
 from solidify.errors import ObjectiveError, refuse
-from solidify.training.prefix_store import same_bits
 from solidify.upstream.torch import TABLES, own_buffers, writes
+from solidify.weights.format import same_bits
 
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _DEEPEST = 6  # objects in objects that are looked into

@@ -22,6 +22,7 @@ from solidify.directory import ours
 from solidify.errors import ObjectiveError
 from solidify.system import console, disk
 from solidify.weights import hashing
+from solidify.weights.format import same_bits
 
 _SPARE = 2**28  # bytes that are left free for checkpoints, logs and the rest of the machine
 
@@ -69,14 +70,6 @@ class Kept:
 
     returned: Returned
     arguments: list[str]
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Returns whether two tensors have the same dtype, shape and bits."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    flat = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return torch.equal(*flat)
 
 
 class Store:

@@ -17,9 +17,10 @@ from solidify.model import anatomy
 from solidify.system import console, foreign, processes
 from solidify.training.prefix import Prefix, cache_prefix, find_prefixes, refuse_none
 from solidify.training.prefix_key import flatten
-from solidify.training.prefix_store import Store, same_bits
+from solidify.training.prefix_store import Store
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.transformers_training import has_length
+from solidify.weights.format import same_bits
 
 _TRIED = 4  # rows that are put together twice
 

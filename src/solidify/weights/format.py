@@ -52,6 +52,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of the same bits, by bytes
 
 Place = tuple[Path, int, "Shape"]
 Piece = tuple[str, torch.Tensor]  # a tensor's name and its next values, in order
@@ -147,6 +148,16 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     buffer: Any = flat.view(torch.uint8).numpy()
     return memoryview(buffer) if flat.numel() else memoryview(b"")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Returns whether two tensors have the same dtype, shape and bits: a NaN is itself, and 0.0 is not -0.0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if one.device != other.device:
+        one, other = one.cpu(), other.cpu()
+    words = _OF_SIZE.get(one.element_size(), torch.uint8)
+    return torch.equal(*(each.detach().contiguous().reshape(-1).view(words) for each in (one, other)))
 
 
 def read_header(path: Path) -> dict[str, Entry]:
