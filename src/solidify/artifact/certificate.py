@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
+from solidify.model.probing import Inputs
 from solidify.surgery import catalogue, control
 from solidify.system import files, foreign
 from solidify.system.alone import Alone
@@ -40,6 +41,17 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"length": 12, "padded": True, "seed": 12},
     "long": {"batch_size": 1, "length": 40, "seed": 13},
 }
+
+
+def make_inputs(
+    model: PreTrainedModel, *, run: Callable[[PreTrainedModel, Inputs], Any] = anatomy.run
+) -> dict[str, Inputs]:
+    """Makes up inputs for every case; `run` is as `probing.probe_inputs` has it.
+
+    Raises:
+        SurgeryError: as that.
+    """
+    return {case: probing.probe_inputs(model, **settings, run=run) for case, settings in CASES.items()}
 
 
 def write(
@@ -171,8 +183,7 @@ def _whole_outputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dic
     """Runs every case; returns inputs and outputs by case."""
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
-    for case, settings in sorted(CASES.items()):
-        batch = probing.probe_inputs(model, **settings)
+    for case, batch in sorted(make_inputs(model).items()):
         inputs |= {f"{case}/{key}": tensor.cpu().contiguous() for key, tensor in batch.items()}
         outputs[f"{case}/logits"] = _run_steady(model, batch)
         if model.base_model is not model:

@@ -23,7 +23,7 @@ from solidify.directory import manifest, packages, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.model import anatomy, probing
+from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.system import files, foreign
 from solidify.weights import checkpoint, digest_cache, format, hashing, layout, transfer
@@ -187,7 +187,7 @@ def _compare_outputs(model: PreTrainedModel, again: PreTrainedModel) -> Finding:
     name = "outputs identical"
     if not Extent.of(model).whole:
         return Finding.unseen(name, "a model of this size is not run as a whole")
-    made = foreign.attempt(lambda: {c: probing.probe_inputs(model, **s) for c, s in certificate.CASES.items()})
+    made = foreign.attempt(certificate.make_inputs, model)
     if made.value is None:
         return Finding.unseen(name, foreign.said(made.error) if made.error else "no inputs could be made up")
     for each in (model, again):

@@ -23,7 +23,6 @@ from solidify.checks import roundtrip, structure, trainable  # noqa: E402
 from solidify.directory import manifest, trust  # noqa: E402
 from solidify.errors import ModelError  # noqa: E402
 from solidify.findings import Finding  # noqa: E402
-from solidify.model import probing  # noqa: E402
 
 gc.freeze()
 gc.enable()
@@ -32,7 +31,7 @@ gc.enable()
 def find_inputs(base: Path, plain: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     """Returns what an artifact's certificate was made with; for a plain model, which has none, inputs made up anew."""
     if not (base / certificate.NAME).is_dir():
-        return {case: probing.probe_inputs(plain, **settings) for case, settings in certificate.CASES.items()}
+        return certificate.make_inputs(plain)
     stored = load_file(base / certificate.NAME / "inputs.safetensors")
     cases = sorted({key.split("/")[0] for key in stored})
     return {c: {k.split("/")[1]: t for k, t in stored.items() if k.startswith(c + "/")} for c in cases}

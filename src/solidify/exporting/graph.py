@@ -20,7 +20,7 @@ from solidify.artifact import certificate
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
-from solidify.model import anatomy, probing
+from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.system import foreign
 
@@ -45,7 +45,7 @@ def write(
         )
     if not Extent.of(model).whole:
         raise ArtifactError("the form onnx traces a model by running it, which is not done for one of this size")
-    cases = {case: dict(probing.probe_inputs(model, **settings)) for case, settings in certificate.CASES.items()}
+    cases = certificate.make_inputs(model)
     expected = {case: anatomy.run(model, batch) for case, batch in cases.items()}
     with foreign.calling("the model cannot be traced to an ONNX graph", ArtifactError), _quiet():
         config = OnnxConfig(dynamic=True)

@@ -59,7 +59,7 @@ def write(
     with foreign.calling(f"transformers cannot write the model as {word}", ArtifactError):
         made.save_pretrained(staging)
     digests = comparison.align_weights(staging)
-    inputs = {c: probing.probe_inputs(model, **s) for c, s in certificate.CASES.items()} if whole else None
+    inputs = certificate.make_inputs(model) if whole else None
     with private.copy(directory, record) as own:
         copy_code(own, staging, list(record.code))
         answer = _ask_alone(made, word, own, record, staging, inputs)

@@ -161,7 +161,7 @@ def _outputs_aligned(model: PreTrainedModel, preparing: Any) -> dict[str, tuple[
     """Aligns a model's matrices and runs it, on tokens that what prepares its inputs knows, if it tells; returns inputs
     and output of every case."""
     tensors.align(model)
-    cases = {case: probing.probe_inputs(model, **settings) for case, settings in certificate.CASES.items()}
+    cases = certificate.make_inputs(model)
     if (tokenizer := vocabulary.tokenizer_of(preparing)) is not None:
         cases = {case: probing.only_known(batch, tokenizer.get_vocab().values()) for case, batch in cases.items()}
     return {case: (batch, anatomy.run(model, batch)) for case, batch in cases.items()}

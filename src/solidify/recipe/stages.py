@@ -15,7 +15,6 @@ from solidify.directory import manifest, ours, results, writing
 from solidify.errors import CheckFailed, RecipeError, SolidifyError
 from solidify.findings import Finding, Report
 from solidify.merging import export
-from solidify.model import probing
 from solidify.recipe import (
     distilling,
     evidence,
@@ -181,7 +180,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
     with console.stage("Loading the artifact and attaching the adapter"):
         model, processor = processes.in_turn(lambda: training.load_artifact(recipe, directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)
-        inputs = {case: probing.probe_inputs(model, **s) for case, s in certificate.CASES.items()}
+        inputs = certificate.make_inputs(model)
         before = roundtrip.outputs(model, inputs)
         peft_model = adapters.attach(model, lora=recipe.adapter.lora, train=recipe.adapter.train)
     training.factor_experts(peft_model)
