@@ -7,7 +7,6 @@ have it, and compares what both find.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from solidify.errors import ArtifactError
+from solidify.system.alone import environment
 
-NAMES = ("__enter__", "ask", "__exit__")
+NAMES = ("__enter__", "_exchange_text", "__exit__")
 
 
 class Forks:
@@ -33,33 +32,27 @@ class Forks:
             alone._scratch = tempfile.TemporaryDirectory(prefix="fork-")
             return alone
 
-        def ask(alone: Any, request: dict[str, Any]) -> dict[str, Any]:
-            return self._ask(Path(alone._scratch.name), alone._command[2:], request)
+        def exchange(alone: Any, text: str) -> tuple[int, str, str]:
+            return self._exchange_text(Path(alone._scratch.name), alone, text)
 
         def leave(alone: Any, *_: object) -> None:
             alone._scratch.cleanup()
 
-        return dict(zip(NAMES, (enter, ask, leave), strict=True))
+        return dict(zip(NAMES, (enter, exchange, leave), strict=True))
 
-    def _ask(self, directory: Path, command: list[str], request: dict[str, Any]) -> dict[str, Any]:
-        asked, answer, errors = (directory / name for name in ("request", "answer", "errors"))
-        asked.write_text(json.dumps(request))
+    def _exchange_text(self, directory: Path, alone: Any, text: str) -> tuple[int, str, str]:
+        given, answer, errors = (directory / name for name in ("request", "answer", "errors"))
+        given.write_text(text)
         answer.touch()
         errors.touch()
         (directory / "work").mkdir()
-        own = {"HF_MODULES_CACHE": str(directory / "modules"), "HF_HUB_OFFLINE": "1"}
         job = {
-            "script": command[0],
-            "streams": [str(asked), str(answer), str(errors)],
+            "script": str(alone.script),
+            "streams": [str(given), str(answer), str(errors)],
             "directory": str(directory / "work"),
-            "environment": {**os.environ, **own},
+            "environment": environment(directory),
         }
-        code = self._run(tuple(command[1:]), job)
-        if code:
-            words = "\n".join(errors.read_text().strip().splitlines()[-6:])
-            raise ArtifactError(f"the fresh process ended with code {code}:\n{words}")
-        found: dict[str, Any] = json.loads(answer.read_text().strip().splitlines()[-1])
-        return found
+        return self._run(alone.arguments, job), answer.read_text(), errors.read_text()
 
     def _run(self, arguments: tuple[str, ...], job: dict[str, Any]) -> int:
         server = self._servers.get(arguments)

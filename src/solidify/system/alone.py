@@ -21,22 +21,18 @@ class Alone:
     """
 
     def __init__(self, script: Path, arguments: Sequence[str] = ()) -> None:
-        self._command = [sys.executable, "-P", str(script), *arguments]
+        self.script, self.arguments = script, tuple(arguments)
 
     def __enter__(self) -> Alone:
         self._scratch = disk.temporary()
         scratch = self._scratch.__enter__()
         self._process = subprocess.Popen(
-            self._command,
+            [sys.executable, "-P", str(self.script), *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "HF_MODULES_CACHE": str(scratch / "modules"),
-                "HF_HUB_OFFLINE": "1",
-            },
+            env=environment(scratch),
             cwd=scratch,
         )
         return self
@@ -47,14 +43,24 @@ class Alone:
         Raises:
             ArtifactError: the process ended with an error; its last words are in the message.
         """
-        out, err = self._process.communicate(json.dumps(request))
-        if self._process.returncode:
+        code, out, err = self._exchange_text(json.dumps(request))
+        if code:
             words = "\n".join(err.strip().splitlines()[-6:])
-            raise ArtifactError(f"the fresh process ended with code {self._process.returncode}:\n{words}")
+            raise ArtifactError(f"the fresh process ended with code {code}:\n{words}")
         answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         return answer
+
+    def _exchange_text(self, text: str) -> tuple[int, str, str]:
+        """Gives the process its input and waits for its end; returns its code and what it wrote and said."""
+        out, err = self._process.communicate(text)
+        return self._process.returncode, out, err
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
         self._scratch.__exit__(None, None, None)
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Returns the environment of such a process, whose code cache is in a directory of its own."""
+    return {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
