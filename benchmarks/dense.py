@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from checkpoint import DENSE
-from scale import call, tabulate
+from tabulating import call, tabulate
 from ways import CHECKPOINT, COPY, OURS, PEFT, PLAIN, SOLIDIFY, Bar, Places, Row, Way
 
 LLAMA = "transformers.models.llama.modeling_llama"
@@ -80,7 +80,7 @@ def prepare(places: Places, chosen: Mapping[str, Way], environment: Mapping[str,
             "replace": "model.layers.*.self_attn.o_proj",
             "expect": "Linear",
             "count": DENSE[places.size]["num_hidden_layers"],
-            "with": f"{Path(__file__).with_name('scaled.py')}:{kind}",
+            "with": f"{Path(__file__).with_name('output_scales.py')}:{kind}",
         }
         document = {"base": {"model": str(base)}, "surgery": [replacement]}
         places.made(f"{recipe}.yaml").write_text(yaml.safe_dump(document))

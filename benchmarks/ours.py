@@ -55,7 +55,7 @@ def adapter(artifact: str, output: str) -> None:
 
 
 def scales(artifact: str, output: str) -> None:
-    """Saves a LoRA of random numbers on q, k and v, with the scales of `scaled.py` trained in full."""
+    """Saves a LoRA of random numbers on q, k and v, with the scales of `output_scales.py` trained in full."""
     from plain import LORA, randomize
 
     projections = [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]

@@ -66,7 +66,7 @@ def test_no_two_generated_tensors_are_equal(benchmark: Import, tmp_path: Path) -
 
 
 def test_a_commands_memory_is_that_of_its_whole_tree_and_ratios_are_of_medians(benchmark: Import) -> None:
-    processes, ways, scale = (benchmark(name) for name in ("processes", "ways", "scale"))
+    processes, ways, tabulating = (benchmark(name) for name in ("processes", "ways", "tabulating"))
     allocate = f"import time; held = b'1' * {HELD}; time.sleep(0.3)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {allocate!r}], check=True)"
     big = processes.measure([sys.executable, "-c", child])
@@ -76,9 +76,23 @@ def test_a_commands_memory_is_that_of_its_whole_tree_and_ratios_are_of_medians(b
     assert big.seconds > 0.3
     assert little.resident < HELD / 2
     row = ways.Row("", "little", ("big",), (ways.Bar("resident", 0.5, "big"), ways.Bar("seconds", 1e-6, "big")))
-    results = scale.Results({name: ways.Way([]) for name in ("big", "little")}, {"big": [big], "little": [little] * 3})
+    known = {name: ways.Way([]) for name in ("big", "little")}
+    results = tabulating.Results(known, {"big": [big], "little": [little] * 3})
     assert results.ratio(row, "big", "seconds") == little.seconds / big.seconds
     assert [bar["met"] for bar in results.judged(row)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("table", "letters", "written"),
+    [("scale", "f", {"merge"}), ("scale", "dg", {"merge"}), ("dense", "n", {"merge"}), ("dense", "ik", set())],
+)
+def test_what_a_way_reads_is_written_before(
+    benchmark: Import, tmp_path: Path, table: str, letters: str, written: set[str]
+) -> None:
+    module, ways = benchmark(table), benchmark("ways")
+    known, rows = module.ways(ways.Places(tmp_path, "tiny")), [module.ROWS[letter] for letter in letters]
+    named = {name for row in rows for name in (row.ours, *row.plain)}
+    assert set(ways.needed(rows, known)) == named | written
 
 
 def test_a_command_that_fails_says_so(benchmark: Import) -> None:

@@ -56,7 +56,7 @@ def wrong_commands(lines: Iterator[str] | list[str]) -> list[str]:
         named = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
         ours = [place for place, word in enumerate(words) if word == "solidify"]
         if script := next((word for word in words if word.startswith("benchmarks/")), None):
-            source = (ROOT / script).read_text(encoding="utf-8")
+            source = _read_script(ROOT / script)
             wrong += [f"{script} has no option {name}" for name in named if f'"{name}"' not in source]
         elif ours and len(words) > ours[0] + 1:
             verb = words[ours[0] + 1] if not words[ours[0] + 1].startswith("--") else ""
@@ -69,6 +69,13 @@ def wrong_commands(lines: Iterator[str] | list[str]) -> list[str]:
             everywhere = {*OTHERS, *(option for verb in known.values() for option in verb)}
             wrong += [f"no verb of solidify has an option {name}" for name in named if name not in everywhere]
     return wrong
+
+
+def _read_script(path: Path) -> str:
+    """Returns the text of a script, and of the files beside it that it imports: options may stand there."""
+    text = path.read_text(encoding="utf-8")
+    beside = (path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE))
+    return "\n".join([text, *(each.read_text(encoding="utf-8") for each in beside if each.is_file())])
 
 
 def targets() -> set[str]:
