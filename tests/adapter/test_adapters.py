@@ -295,7 +295,7 @@ def test_the_adapter_finds_its_base_from_any_directory(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = json.loads((saved / storage.CONFIG).read_text())
+    config = json.loads((saved / "adapter_config.json").read_text())
     assert os.path.isabs(config["base_model_name_or_path"])
     assert (Path(config["base_model_name_or_path"]) / "solidify.json").is_file()
 

@@ -133,15 +133,13 @@ def refuse_layout(directory: Path, layout: str | None) -> None:
 
 
 def find_pairs(shapes: Mapping[str, Sequence[int]], document: Mapping[str, Any], model: nn.Module) -> list[Pair]:
-    """Finds the factors of fused parameters: PEFT wraps a module once for each, the first parameter innermost."""
+    """Finds the factors of fused parameters."""
     words = document.get("target_parameters") or ()
     pairs = []
     for path, owner in expert_lists.owners(model).items():
         held = {name: p for name, p in own_parameters(owner).items() if p is not None}
         names = [n for n in held if f"{path}.{n}" in words or any(f"{path}.{n}".endswith(f".{word}") for word in words)]
-        for depth, name in enumerate(reversed(names)):
-            wrapped = f"{expert_lists.PREFIX}{path}{'.base_layer' * depth}"
-            a, b = f"{wrapped}.lora_A.weight", f"{wrapped}.lora_B.weight"
+        for name, (a, b) in expert_lists.factor_keys(path, names).items():
             shape = tuple(held[name].shape)
             if a in shapes and b in shapes and len(shape) == 3 and len(shapes[a]) == len(shapes[b]) == 2:
                 pairs.append(Pair(a, b, name, shape, bool(vars(owner).get("is_transposed", False)), path))
@@ -260,7 +258,7 @@ def _write_ordered(
         factors = layouts.unpack(tensors[pair.a], tensors[pair.b], pair.shape[0], orders[pair.a])
         factors = layouts.turn(factors) if pair.a in turned else factors
         tensors[pair.a], tensors[pair.b] = layouts.pack(factors)
-    _write(scratch, configured.unmarked(document), tensors)
+    write_files(scratch, configured.unmarked(document), tensors)
 
 
 def _write_fused(
@@ -272,11 +270,14 @@ def _write_fused(
         changed, state, words = expert_lists.fused(found, configured.unmarked(document), model)
     except ValueError as error:
         raise AdapterError(f"the adapter {directory} cannot be used: {error}") from error
-    _write(scratch, changed, state)
+    write_files(scratch, changed, state)
     return words
 
 
-def _write(scratch: Path, document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    (scratch / CONFIG_NAME).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    state = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    safetensors.torch.save_file(state, scratch / configured.WEIGHTS, {"format": "pt"})
+def write_files(
+    directory: Path, document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], **marks: str
+) -> None:
+    """Writes the files of an adapter; `marks` go into the header of its weights."""
+    (directory / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    state = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # gate and up may share their A
+    safetensors.torch.save_file(state, directory / configured.WEIGHTS, {"format": "pt", **marks})

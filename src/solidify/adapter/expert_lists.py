@@ -67,6 +67,12 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def factor_keys(path: str, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Returns the keys of A and B of a module's parameters: PEFT wraps it once for each, the first innermost."""
+    wrapped = {name: f"{PREFIX}{path}{'.base_layer' * depth}" for depth, name in enumerate(reversed(names))}
+    return {name: (f"{where}.lora_A.weight", f"{where}.lora_B.weight") for name, where in wrapped.items()}
+
+
 def layout(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> str | None:
     """Returns `lists` or `stacked` when tensors of these shapes, by their keys, hold experts apart; else None."""
     renamed, experts = renaming(model), owners(model)
@@ -150,10 +156,8 @@ def fused(
     tensors: dict[str, torch.Tensor] = {}
     for path, holder in holders.items():
         names = [name for name in own_parameters(holder) if f"{path}.{name}" in made]
-        for depth, name in enumerate(reversed(names)):  # the first parameter is wrapped first, so it stands innermost
-            wrapped = f"{PREFIX}{path}{'.base_layer' * depth}"
-            matrices = layouts.pack(made[f"{path}.{name}"][0])
-            tensors |= {f"{wrapped}.lora_{side}.weight": m for side, m in zip("AB", matrices, strict=True)}
+        for name, keys in factor_keys(path, names).items():
+            tensors |= zip(keys, layouts.pack(made[f"{path}.{name}"][0]), strict=True)
     settings = _Settings(document)
     for name, (factors, scale) in made.items():
         settings.put(name, factors.rank, scale)
@@ -176,7 +180,7 @@ def fused(
 def _scaled(found: Found, place: _Key, document: Mapping[str, Any]) -> tuple[Factors, float]:
     """Returns the factors of a projection and the scale that its experts have in common."""
     factors = found.factors[place]
-    alphas = {value_of(document, "alpha_pattern", name, document.get("lora_alpha", 8)) for name in found.names[place]}
+    alphas = {alpha_of(document, name) for name in found.names[place]}
     if len(alphas) != 1:
         raise ValueError(f"the experts of {place[0]} have different alphas ({sorted(alphas)}); fused they share one")
     return factors, alphas.pop() / root_of(document, factors.rank)
@@ -187,10 +191,21 @@ def root_of(document: Mapping[str, Any], rank: int) -> float:
     return math.sqrt(rank) if document.get("use_rslora") else rank
 
 
-def value_of(document: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
-    """Returns what a pattern of the configuration gives a module, by PEFT's own rule."""
-    values = document.get(key) or {}
-    return values.get(get_pattern_key(list(values), name), default)
+def alpha_of(document: Mapping[str, Any], name: str) -> float:
+    """Returns the alpha that the configuration gives a target, by PEFT's own rule."""
+    values = document.get("alpha_pattern") or {}
+    alpha: float = values.get(get_pattern_key(list(values), name), document.get("lora_alpha", 8))
+    return alpha
+
+
+def scale_of(document: Mapping[str, Any], name: str, rank: int) -> float:
+    """Returns what the update of a target is multiplied by."""
+    return alpha_of(document, name) / root_of(document, rank)
+
+
+def as_whole(alpha: float) -> float:
+    """Returns an alpha that was computed; as a whole number where rounding alone keeps it from being one."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _parameters(
@@ -231,8 +246,7 @@ class _Settings:
 
     def put(self, name: str, rank: int, scale: float) -> None:
         """Notes the rank and the scale of a target."""
-        alpha = scale * root_of(self.document, rank)
-        alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        alpha = as_whole(scale * root_of(self.document, rank))
         if rank != self.document.get("r"):
             self.ranks[name] = rank
         if alpha != self.document.get("lora_alpha"):
@@ -263,6 +277,5 @@ def _others(
         target = f"{name}.weight" if routed and "weight" in own_parameters(present[name]) else name
         (parameters if target != name else modules).add(target)
         if part["side"] == "A":
-            alpha = value_of(document, "alpha_pattern", part["module"], document.get("lora_alpha", 8))
-            settings.put(target, tensor.shape[0], alpha / root_of(document, tensor.shape[0]))
+            settings.put(target, tensor.shape[0], scale_of(document, part["module"], tensor.shape[0]))
     return modules, parameters, tensors

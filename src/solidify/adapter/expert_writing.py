@@ -5,7 +5,6 @@ What is written is read again by those, and must be the adapter that it was, bit
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from solidify.adapter import configured, expert_files, expert_lists, patterns
 from solidify.adapter import expert_layouts as layouts
 from solidify.adapter.expert_files import Pair
 from solidify.adapter.expert_layouts import Factors
-from solidify.adapter.expert_lists import PREFIX, ROLES, root_of, value_of
+from solidify.adapter.expert_lists import PREFIX, ROLES, alpha_of, as_whole, root_of, scale_of
 from solidify.errors import AdapterError
 from solidify.upstream.transformers import revert_weight_conversion
 
@@ -48,9 +46,7 @@ def write(directory: Path, output: Path, layout: str, model: PreTrainedModel) ->
             tensors[pair.a], tensors[pair.b] = layouts.pack(factors, layout)
     else:
         document, tensors = _take_apart(directory, document, tensors, pairs, layout, model)
-    (output / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    state = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # gate and up may share their A
-    safetensors.torch.save_file(state, output / configured.WEIGHTS, {"format": "pt", **_MARK.get(layout, {})})
+    expert_files.write_files(output, document, tensors, **_MARK.get(layout, {}))
 
 
 def find_differences(directory: Path, output: Path, layout: str, model: PreTrainedModel) -> list[str]:
@@ -84,12 +80,8 @@ def _read_updates(directory: Path, model: PreTrainedModel) -> dict[str, tuple[li
             continue
         name = pairs[key].full_name if key in pairs else module.removeprefix(PREFIX)
         rank = len(tensor) // pairs[key].shape[0] if key in pairs else len(tensor)
-        found[key] = ([tensor, tensors[f"{module}.lora_B.weight"]], float(f"{_scale(document, name, rank):.9g}"))
+        found[key] = ([tensor, tensors[f"{module}.lora_B.weight"]], float(f"{scale_of(document, name, rank):.9g}"))
     return found
-
-
-def _scale(document: Mapping[str, Any], name: str, rank: int) -> float:
-    return float(value_of(document, "alpha_pattern", name, document.get("lora_alpha", 8)) / root_of(document, rank))
 
 
 @dataclass
@@ -104,7 +96,7 @@ class _Apart:
         """Adds a target."""
         self.tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
         self.ranks[name] = rank
-        self.alphas[name] = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+        self.alphas[name] = as_whole(alpha)
 
 
 def _take_apart(
@@ -119,10 +111,10 @@ def _take_apart(
     names, apart = _HubNames.of(model), _Apart()
     for pair in pairs:
         factors = layouts.unpack(tensors[pair.a], tensors[pair.b], pair.shape[0])
-        alpha = _scale(document, pair.full_name, factors.rank)
+        scale = scale_of(document, pair.full_name, factors.rank)
         for role, part in _list_projections(pair, factors, model).items():
             for name, a, b in names.lay_out(pair.owner, role, part, layout, directory):
-                apart.put(name, a, b, part.rank, alpha * root_of(document, part.rank))
+                apart.put(name, a, b, part.rank, scale * root_of(document, part.rank))
     own = {key for pair in pairs for key in (pair.a, pair.b)}
     for key in tensors.keys() - own:
         module, side, rest = key.removeprefix(PREFIX).partition(".lora_A.weight")
@@ -131,8 +123,7 @@ def _take_apart(
         if not side or rest:
             raise AdapterError(f"{directory} trains {key} beside low-rank updates, for which {layout} has no place")
         b = tensors[f"{PREFIX}{module}.lora_B.weight"]
-        rank = len(tensors[key])
-        apart.put(names.module(module), tensors[key], b, rank, _scale(document, module, rank) * root_of(document, rank))
+        apart.put(names.module(module), tensors[key], b, len(tensors[key]), alpha_of(document, module))
     rank = Counter(apart.ranks.values()).most_common(1)[0][0]
     alpha = Counter(apart.alphas.values()).most_common(1)[0][0]
     changed = {

@@ -44,7 +44,6 @@ from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import TensorSource
 
 WEIGHTS = configured.WEIGHTS
-CONFIG = "adapter_config.json"
 
 
 def save_adapter(
@@ -108,9 +107,10 @@ def save_adapter(
             failed=_collect_failed(model, name, base.record, found),
         )
         _write_card(staging, draft, base)
-        replace(draft, files={name: hashing.digest_file(staging / name) for name in (CONFIG, manifest.CARD)}).write(
-            staging
-        )
+        replace(
+            draft,
+            files={name: hashing.digest_file(staging / name) for name in (manifest.ADAPTER_CONFIG, manifest.CARD)},
+        ).write(staging)
         readback.refuse_lossy(
             model, name, staging, base, load_adapter, lambda m: _named_held(m, name, trained["buffers"])
         )
@@ -134,7 +134,7 @@ def _quantization(model: nn.Module) -> dict[str, str]:
 
 def _write_card(staging: Path, draft: Manifest, base: base_state.Base) -> None:
     """Writes the model card of an adapter that is being saved; PEFT's own would name the base by its path."""
-    configuration = files.document(staging / CONFIG)
+    configuration = files.document(staging / manifest.ADAPTER_CONFIG)
     auto = autos.auto_class(base.directory)
     (staging / manifest.CARD).write_text(cards.adapter_card(draft, configuration, base.record, auto), encoding="utf-8")
 

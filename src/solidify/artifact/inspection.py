@@ -24,7 +24,7 @@ from solidify.weights.format import Entry
 
 CHUNK = 2**22  # numbers; what is compared at a time is widened to float64
 _SIMPLE = {"weight", "bias"}
-_FILES_TOLD_ELSEWHERE = {"config.json", "adapter_config.json", manifest.NAME, "README.md"}
+_FILES_TOLD_ELSEWHERE = {"config.json", manifest.ADAPTER_CONFIG, manifest.NAME, "README.md"}
 
 
 @dataclass(frozen=True)
@@ -232,12 +232,12 @@ def _read_contents(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"the directory {directory} does not exist; give two, or built-in bases as builtin:NAME")
     manifest.refuse_run(directory)
     edits = manifest.read(directory).edits if files.is_file(directory / manifest.NAME) else []
-    names = [name for name in ("config.json", "adapter_config.json") if files.is_file(directory / name)]
+    names = [name for name in ("config.json", manifest.ADAPTER_CONFIG) if files.is_file(directory / name)]
     if not names:
-        raise ArtifactError(f"{directory} holds neither config.json nor adapter_config.json")
+        raise ArtifactError(f"{directory} holds neither config.json nor {manifest.ADAPTER_CONFIG}")
     values = files.document(directory / names[0])
     adapter = names[0] != "config.json"
-    weights = [directory / "adapter_model.safetensors"] if adapter else checkpoint.weight_files(directory)
+    weights = [directory / manifest.ADAPTER_WEIGHTS] if adapter else checkpoint.weight_files(directory)
     code = sorted(directory.rglob("*.py"))
     listed_elsewhere = {
         *code,

@@ -24,7 +24,6 @@ from solidify.errors import ArtifactError, refuse
 from solidify.system import files, foreign
 from solidify.weights import hashing
 
-CONFIG = "adapter_config.json"
 _KEPT_BY_HUB = (".gitattributes",)
 _NAMED = 6
 
@@ -166,16 +165,18 @@ def _refuse_signed(directory: Path, record: Manifest, public: Manifest) -> None:
 
 def _name_base(directory: Path, record: Manifest, base: str, scratch: Path) -> dict[str, Path]:
     """Writes configuration, card and manifest of an adapter with its base's id of the hub, and returns their paths."""
-    configuration = files.document(directory / CONFIG)
+    configuration = files.document(directory / manifest.ADAPTER_CONFIG)
     local = Path(str(record.base.get("path", "")))
     known = files.is_file(local / manifest.NAME)
     artifact = manifest.read(local, manifest.MODELS) if known else Manifest("artifact", {})
     auto = autos.auto_class(local) if files.is_file(local / "config.json") else "AutoModel"
     configuration["base_model_name_or_path"] = base
-    (scratch / CONFIG).write_text(json.dumps(configuration, indent=2, sort_keys=True), encoding="utf-8")
+    (scratch / manifest.ADAPTER_CONFIG).write_text(
+        json.dumps(configuration, indent=2, sort_keys=True), encoding="utf-8"
+    )
     card = cards.adapter_card(record, configuration, artifact, auto, base)
     (scratch / manifest.CARD).write_text(card, encoding="utf-8")
-    written = {name: hashing.digest_file(scratch / name) for name in (CONFIG, manifest.CARD)}
+    written = {name: hashing.digest_file(scratch / name) for name in (manifest.ADAPTER_CONFIG, manifest.CARD)}
     named = {**record.base, "path": base, "relative": ""}
     replace(record, base=named, files={**record.files, **written}).write(scratch)
     return {name: scratch / name for name in (*written, manifest.NAME)}

@@ -23,6 +23,7 @@ from solidify.weights.hashing import ALGORITHM, digest_file, digest_values
 
 NAME = "solidify.json"
 CARD = "README.md"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 SIGNATURE = "model.sig"  # signs the manifest and all that it lists (`signing.py`), so no manifest lists it
 LARGEST_SIGNATURE = 2**24  # bytes; a name and a digest for every file
 FORMAT = 1
@@ -111,7 +112,7 @@ def read(directory: Path, kind: str | tuple[str, ...] | None = None, *, closed: 
         plain = files.is_file(directory / "config.json")
         remedy = f"; `solidify init {directory} --replace none` writes a recipe that takes it as its base"
         remedy = remedy if plain else ""
-        if files.is_file(directory / "adapter_config.json"):
+        if files.is_file(directory / ADAPTER_CONFIG):
             remedy = ", or it is an adapter that was exported for another program; merge or load it as a plain adapter"
         raise ArtifactError(f"{directory} has no {NAME}: it was not made by solidify{remedy}")
     manifest = _parse_manifest(path)
@@ -388,7 +389,7 @@ def faults(
 def _tensor_faults(directory: Path, manifest: Manifest, fresh: bool) -> list[str]:
     if not manifest.tensors and not manifest.headers:
         return []
-    adapter = directory / "adapter_model.safetensors"
+    adapter = directory / ADAPTER_WEIGHTS
     try:
         paths = [adapter] if manifest.kind == "adapter" else checkpoint.weight_files(directory)
         names = {path.relative_to(directory).as_posix(): path for path in paths}

@@ -129,7 +129,7 @@ def leads(directory: Path, record: Manifest, *, every_kind: bool = False) -> lis
         return []
     faults = []
     for name in sorted(record.files):
-        if name.rpartition("/")[2] == "adapter_config.json":
+        if name.rpartition("/")[2] == manifest.ADAPTER_CONFIG:
             faults.append(f"{shown(name)} puts an adapter on it, and may name another base")
         if not name.endswith(".json"):
             continue

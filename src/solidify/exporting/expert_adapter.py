@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from solidify.adapter import expert_files, expert_writing, storage
+from solidify.adapter import expert_files, expert_writing
 from solidify.artifact import loading
 from solidify.directory import manifest, writing
 from solidify.errors import AdapterError
 from solidify.findings import Finding
 from solidify.merging import inputs
 from solidify.system import files
-
-CONFIG = storage.CONFIG
 
 
 def export(adapter: Path, output: Path, layout: str, base: str | Path | None, trust_remote_code: bool) -> list[Finding]:
@@ -48,7 +46,7 @@ def _refuse_adapter(output: Path) -> None:
     Raises:
         AdapterError: there is one.
     """
-    if files.is_file(output / CONFIG) and not files.is_file(output / manifest.NAME):
+    if files.is_file(output / manifest.ADAPTER_CONFIG) and not files.is_file(output / manifest.NAME):
         raise AdapterError(
             f"the output {output} holds an adapter for other programs, which carries no {manifest.NAME}: whether it is "
             "an earlier export or somebody's own cannot be told, so it is not replaced; remove it first, or name "

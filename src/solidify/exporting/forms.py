@@ -79,7 +79,7 @@ def export(
             Nothing is then left at `output`.
     """
     directory, output = Path(directory).resolve(), Path(output)
-    if files.is_file(directory / expert_adapter.CONFIG) and not files.is_file(directory / "config.json"):
+    if files.is_file(directory / manifest.ADAPTER_CONFIG) and not files.is_file(directory / "config.json"):
         return Exported(output, None, expert_adapter.export(directory, output, form, base, trust_remote_code))
     if form in expert_files.LAYOUTS:
         raise ArtifactError(f"{form} is a layout of an adapter's experts, and {directory} is no adapter")

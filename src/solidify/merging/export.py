@@ -59,7 +59,7 @@ def merge(
     """
     adapter, output = Path(adapter).resolve(), Path(output)
     writing.refuse_foreign(output, [adapter], work="merge")
-    plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / storage.CONFIG)
+    plain = not files.is_file(adapter / manifest.NAME) and files.is_file(adapter / manifest.ADAPTER_CONFIG)
     if not plain:
         expert_files.refuse_layout(adapter, layout)
     sources = inputs.read_plain(adapter, base) if plain else inputs.read(adapter, base, trust_remote_code)

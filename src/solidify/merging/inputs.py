@@ -72,7 +72,7 @@ def read_plain(adapter: Path, base: str | Path | None) -> Sources:
             f"{adapter} was not saved by solidify, so nothing tells that it was trained on the {record.kind} {where}; "
             "load both and save it with solidify.save_adapter, or name a plain model (--base)"
         )
-    if (where / storage.CONFIG).is_file():
+    if (where / manifest.ADAPTER_CONFIG).is_file():
         raise ArtifactError(
             f"{where} holds an adapter too, which would be applied when it is loaded; remove that first"
         )
