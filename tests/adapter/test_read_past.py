@@ -10,6 +10,7 @@ from torch import nn
 
 import solidify
 from solidify.errors import AdapterError
+from solidify.model import weight_reads
 
 ROWS = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -57,6 +58,7 @@ def test_a_layer_that_is_read_for_its_dtype_and_called_is_taken(tmp_path: Path) 
 
     config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).eval()
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in weight_reads.read_by_others(model)  # and called
     adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["encoder.block.*.layer.1.DenseReluDense.wo"]})
     assert any("wo.lora_A" in name for name, _ in adapted.named_parameters())
 

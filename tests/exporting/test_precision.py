@@ -179,7 +179,7 @@ def test_layers_whose_weights_are_read_past_them_are_not_packed(tmp_path: Path, 
     assert packed == ["module.0.weight"]
     assert "read by another module" in made.findings[3].evidence
     card = (made.directory / "README.md").read_text()
-    assert "| `module.*.layers.*.linear1.weight` (read by another module, and not called) | 16.4 kB |" in card
+    assert "| `module.*.layers.*.linear1.weight` (read by another module) | 16.4 kB |" in card
     loaded = solidify.load(artifact, quantization=word)
     assert torch.equal(logits_of(loaded), logits_of(again))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import lookup
 from solidify.errors import AdapterError, refuse
-from solidify.model import anatomy, probing, quantized
+from solidify.model import anatomy, probing, weight_reads
 from solidify.model.extent import Extent
 from solidify.model.probing import Inputs
 from solidify.system import foreign
@@ -27,7 +27,7 @@ def inputs(model: nn.Module) -> tuple[Inputs | None, set[nn.Module]]:
         return None, set()
     read: set[nn.Module] = set()
     called: set[nn.Module] = set()
-    with quantized.watching_reads(read, called):
+    with weight_reads.watching_reads(read, called):
         made = foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value
     return made, read - called
 

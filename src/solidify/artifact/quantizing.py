@@ -22,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQ
 
 from solidify.artifact import tensors
 from solidify.errors import ArtifactError, ModelError, refuse
-from solidify.model import anatomy, quantized
+from solidify.model import anatomy, quantized, weight_reads
 from solidify.model.cost import cost
 from solidify.surgery import ledger
 from solidify.system import foreign
@@ -36,7 +36,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-READ = "read by another module, and not called"
+READ = "read by another module"
 _SKIPS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # what libraries call it
 _DIGESTS = "_quantized_digests"  # attribute of a loaded model: what each packed parameter was when it was loaded
 _BLOCK, _OUTER = 64, 256  # numbers under one scale, and scales under one of theirs: bitsandbytes' 4 bits (QLoRA)
@@ -185,7 +185,7 @@ def plain(
         ModelError: a pattern of `keep` hits nothing.
     """
     names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
-    read = {f"{layer}.{key}" for layer in quantized.read_by_others(skeleton) for key in ("weight", "bias")}
+    read = {f"{layer}.{key}" for layer in weight_reads.read_by_others(skeleton) for key in ("weight", "bias")}
     found = {name: READ for name in names if name in read}
     found |= dict.fromkeys(ledger.new_tensors(names, list(edits)), "new")
     faults = []
@@ -295,8 +295,8 @@ class Forecast:
     """What a quantised load of an artifact would be: bytes in memory, and which parameters are packed.
 
     `full` is the memory without quantisation. `left` maps what keeps its dtype, beside norms and embeddings, to why:
-    `new`, `read by another module, and not called`, `trained, or kept as asked`, `left out by transformers`, or `not a
-    linear layer` (stacks of experts in one parameter).
+    `new`, `read by another module`, `trained, or kept as asked`, `left out by transformers`, or `not a linear layer`
+    (stacks of experts in one parameter).
     """
 
     word: str

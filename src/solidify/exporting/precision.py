@@ -25,7 +25,7 @@ from solidify.exporting import comparison
 from solidify.exporting.comparison import Answer
 from solidify.findings import Finding
 from solidify.merging import agreement
-from solidify.model import anatomy, cost, probing, quantized
+from solidify.model import anatomy, cost, probing, quantized, weight_reads
 from solidify.model.extent import Extent
 from solidify.system import console, disk, foreign
 from solidify.upstream.bitsandbytes import REPACKS
@@ -49,7 +49,7 @@ def write(
     if word in DTYPES and {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {_dtype(word)}:
         raise ArtifactError(f"the model is in {word} already: use it as it is, or copy it")
     packs, whole = word in quantizing.WORDS, Extent.of(model).whole
-    read = quantized.read_by_others(model) if packs and whole else []
+    read = weight_reads.read_by_others(model) if packs and whole else []
     asked: dict[str, Any] = {"quantization": word, "keep": read, "device_map": {"": "cpu"}}
     asked = asked if packs else {"dtype": _dtype(word)}
     with raised_as(ArtifactError, of=ModelError):

@@ -6,20 +6,14 @@ torchao a tensor made of tensors. Its shape, its dtype and its digest say nothin
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solidify.errors import SurgeryError
-from solidify.model import anatomy, probing
-from solidify.system import foreign
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -81,46 +75,6 @@ def difference(model: nn.Module) -> int:
                 found -= parameter.nbytes
                 found += sum(t.nbytes for name, t in held.items() if ".quant_state." not in name)  # a description
     return found
-
-
-def read_by_others(model: PreTrainedModel) -> list[str]:
-    """Names the linear layers whose `weight` other modules read while the model runs, where they could call the layer.
-
-    So do the attention of torch and its encoder layers. What they read would be packed numbers, in the place of a
-    matrix. The model may be on the meta device; if it does not run there, what it read until then is found.
-    """
-    linear = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    found: set[nn.Module] = set()
-
-    def run() -> None:
-        anatomy.answer(model, probing.probe_inputs(model, run=anatomy.answer))
-
-    with watching_reads(found, set()):
-        foreign.attempt(run)
-    return [name for module, name in linear.items() if module in found]
-
-
-@contextmanager
-def watching_reads(found: set[nn.Module], called: set[nn.Module]) -> Iterator[None]:
-    """Collects the modules whose `weight` is read by another than themselves, and those that read it themselves.
-
-    The second are those that are called. Hooks would tell that too, and would change what torch does.
-    """
-    plain = nn.Module.__getattr__
-
-    def watched(self: nn.Module, name: str) -> Any:
-        """Notes who reads a `weight`: the frame that asks for it is of a method of `self`, or of another's."""
-        frame = inspect.currentframe()
-        reader = frame.f_back if frame is not None else None
-        if name == "weight" and reader is not None:
-            (called if reader.f_locals.get("self") is self else found).add(self)
-        return plain(self, name)
-
-    nn.Module.__getattr__ = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__getattr__ = plain  # type: ignore[method-assign]
 
 
 def refuse(model: nn.Module) -> None:
