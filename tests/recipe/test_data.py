@@ -341,7 +341,8 @@ def test_a_column_of_another_name_is_the_text(tmp_path: Path) -> None:
     assert asked.data is not None
     written(tmp_path / "rows.jsonl", [{"body": "a b", "label": "yes"}])
     data = type(asked.data)(train="rows.jsonl", text="body")
-    assert dry_run.plan(asked.model_copy(update={"data": data})).data == {"format": "classification", "max_length": 512}
+    found = dry_run.plan(asked.model_copy(update={"data": data})).data
+    assert found == {"format": "classification", "max_length": 512, "tokens": 4}  # with those at both ends
 
 
 def test_a_mean_over_sequences_is_no_term_of_packed_windows(tmp_path: Path) -> None:

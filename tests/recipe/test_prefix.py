@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from solidify.command import views
 from solidify.directory import ours
 from solidify.errors import RecipeError
 from solidify.recipe import datasets, dry_run, schema, stages
@@ -93,10 +94,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
 
 
 def test_a_plan_says_which_layers_and_how_many_bytes(beside: Path) -> None:
-    found = dry_run.plan(made := load(beside)).document()["prefix"]
+    document = dry_run.plan(made := load(beside)).document()
+    found = document["prefix"]
     examples, _ = datasets.make_examples(made, AutoTokenizer.from_pretrained(beside / "base"))
     tokens = sum(len(row["input_ids"]) for row in examples)
     assert found == {"layers": ["3 of 4 layers of model.layers"], "bytes": tokens * 32 * 4}
+    assert document["data"]["tokens"] == tokens
+    assert any(f"(about {tokens:,} tokens in all; at most " in str(each) for each in views.plan(document))
     assert "prefix" not in dry_run.plan(load(beside, cache_prefix=None)).document()
 
 

@@ -142,6 +142,7 @@ def _show_quantization(planned: Mapping[str, Any]) -> Iterator[RenderableType]:
 def _write_data(read: Mapping[str, Any]) -> str:
     """Says how the rows of the data are read."""
     details = [read[key] for key in ("loss",) if key in read]
+    details += [f"about {read['tokens']:,} tokens in all"] if "tokens" in read else []
     details += [f"at most {read['max_length']:,} tokens"] if "max_length" in read else []
     details += ["packed into windows"] if read.get("packing") else []
     details += ["with images"] if read.get("images") else []

@@ -61,8 +61,6 @@ def plan(recipe: Recipe, model: PreTrainedModel, preparing: Any, edits: Sequence
     if recipe.adapter is not None:
         read = trainers.refuse_unteachable(recipe, model, preparing)
         found |= _plan_adapter(recipe, model, edits, read, found["notes"])
-    if read is not None:
-        read.pop("tokens", None)  # which the size of the prefix is about
     return {**found, "data": read}
 
 
