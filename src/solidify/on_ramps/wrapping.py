@@ -20,9 +20,9 @@ from solidify.model import anatomy
 from solidify.model.operations import shared_keys
 from solidify.modules import wrapped_module
 from solidify.on_ramps import unfit
-from solidify.surgery.comparing import held_faults
+from solidify.surgery.comparing import held_faults, part_faults
 from solidify.surgery.constructing import frozen
-from solidify.surgery.describing import WRAPPING, assemble, describe, part_faults
+from solidify.surgery.describing import WRAPPING, assemble, describe
 from solidify.surgery.dissecting import dissect, keep_tensors, unsaved_tensors
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.encoding import Classes

@@ -7,21 +7,19 @@ model gives (its configuration, the layer's index, the module that stood there).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 from transformers import PreTrainedConfig
 
 from solidify.model.assembling import Maker
-from solidify.model.operations import enclosing_config, layer_index, put_module, shared_keys
+from solidify.model.operations import enclosing_config, layer_index, put_module
 from solidify.surgery import encoding
 from solidify.surgery.constructing import SUPPLIED
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.encoding import Classes
-from solidify.upstream.torch import module_hooks
 
 WRAPPING = "_wrapping"  # attribute of a wrapped model: its record
 
@@ -135,41 +133,3 @@ def _look_up(module: nn.Module, key: str, default: Any) -> Any:
 def encode(where: str, value: Any, classes: Classes) -> Any:
     """Writes a value for a configuration; modules as their constructors make them."""
     return encoding.encode(where, value, classes, lambda name, module: describe(name, module, None, classes))
-
-
-def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[str]:
-    """Compares the modules inside, how they write themselves, and the tensors by name and shape.
-
-    What they hold beside these is compared by `comparing.held_faults`.
-    """
-    mine, theirs = dict(module.named_modules()), dict(again.named_modules())
-    for name, part in mine.items():
-        where = f"{within}.{name}" if name and within else name or within
-        other = theirs.get(name)
-        if other is None or type(other) is not type(part):
-            yield f"{where} is {type(part).__name__}, and {type(other).__name__ if other is not None else 'nothing'}"
-            continue
-        if part.extra_repr() != other.extra_repr():
-            yield f"{where} is {part.extra_repr()}, and {other.extra_repr()}"
-        if "forward" in vars(part) and "forward" not in vars(other):
-            yield f"{where} has a forward of its own, set on the instance"
-        if len(module_hooks(part)) != len(module_hooks(other)):
-            yield f"{where} has hooks, which its class does not register"
-    for name in theirs.keys() - mine.keys():
-        yield f"{within}.{name} is nothing, and {type(theirs[name]).__name__}"
-    shapes = [
-        {
-            key: None if is_lazy(tensor) else tuple(tensor.shape)
-            for table in (each.named_parameters, each.named_buffers)  # those too that no state holds
-            for key, tensor in table(remove_duplicate=False)
-        }
-        for each in (module, again)
-    ]
-    for key in sorted({**shapes[0], **shapes[1]}):
-        if shapes[0].get(key) != shapes[1].get(key):
-            yield f"{within}.{key} has shape {shapes[0].get(key)}, and {shapes[1].get(key)}"
-    ties = [shared_keys(each) for each in (module, again)]
-    for key in sorted({**ties[0], **ties[1]}):
-        if ties[0].get(key) != ties[1].get(key):
-            words = [f"one with {within}.{tie[key]}" if key in tie else "one of its own" for tie in ties]
-            yield f"{within}.{key} is {words[0]}, and {words[1]}"

@@ -16,7 +16,7 @@ from torch import nn
 from solidify.model import anatomy
 from solidify.model.assembling import Maker
 from solidify.surgery import describing
-from solidify.surgery.comparing import held_faults
+from solidify.surgery.comparing import held_faults, part_faults
 from solidify.surgery.encoding import Classes, encode, settle_shared
 from solidify.system import foreign
 from solidify.upstream.torch import (
@@ -184,7 +184,7 @@ def _renumber(value: Any, numbers: list[int]) -> Any:
 
 def _are_alike(part: nn.Module, again: nn.Module) -> bool:
     """Compares two leaves in all that is no tensor's value."""
-    return not any((*describing.part_faults(part, again, ""), *held_faults(part, again, "")))
+    return not any((*part_faults(part, again, ""), *held_faults(part, again, "")))
 
 
 def _hook_faults(where: str, part: nn.Module) -> list[str]:

@@ -14,9 +14,9 @@ from solidify.errors import SurgeryError
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery import control
-from solidify.surgery.comparing import held_faults
+from solidify.surgery.comparing import held_faults, part_faults
 from solidify.surgery.constructing import frozen
-from solidify.surgery.describing import assemble, describe, encode, part_faults
+from solidify.surgery.describing import assemble, describe, encode
 from solidify.surgery.differing import Change, Differences
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.encoding import Classes
