@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import forks
 import pytest
 from safetensors.torch import load_file, save_file
 
-from solidify.artifact import certificate
+from solidify.artifact import certificate, fresh
 from solidify.errors import ArtifactError
 from solidify.system.alone import Alone
 
@@ -43,5 +44,39 @@ def test_what_is_forbidden_cannot_be_imported(tmp_path: Path, monkeypatch: pytes
             monkeypatch.setattr(Alone, name, method)
     script = tmp_path / "script.py"
     script.write_text("import json, sys\nfor n in sys.argv[1:]:\n    sys.modules[n] = None\nimport peft\n")
-    with Alone(script, certificate.FORBIDDEN) as process, pytest.raises(ArtifactError, match="import of peft halted"):
+    with Alone(script, fresh.FORBIDDEN) as process, pytest.raises(ArtifactError, match="import of peft halted"):
         process.ask({})
+
+
+def test_a_process_that_began_early_is_had_by_who_asks_first(
+    trash_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends with the block if nobody asked; what it finds is what any other finds."""
+    for name, method in USUAL.items():
+        monkeypatch.setattr(Alone, name, method)
+    with fresh.begun(True):
+        (early,) = fresh._begun
+        with fresh.started() as first, fresh.started() as second:
+            assert first is early is not second
+            assert all(finding.passed is not False for finding in certificate.witness(trash_artifact, first))
+        assert early._process.returncode is not None and not fresh._begun
+    with fresh.begun(True):
+        (unasked,) = fresh._begun
+    assert unasked._process.returncode is not None and not fresh._begun
+    with pytest.raises(RuntimeError), fresh.begun(True):
+        (broken,) = fresh._begun
+        raise RuntimeError
+    assert broken._process.returncode is not None and not fresh._begun
+    with fresh.begun(False):
+        assert not fresh._begun
+
+
+def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> None:
+    """Whatever a manifest holds, it says no more than that."""
+    assert fresh.is_artifact(trash_artifact) and not fresh.is_artifact(tmp_path)
+    assert not fresh.is_on_artifact(trash_artifact, None) and not fresh.is_on_artifact(tmp_path, None)
+    (tmp_path / "solidify.json").write_text(json.dumps({"kind": "adapter", "base": {"path": str(trash_artifact)}}))
+    assert fresh.is_on_artifact(tmp_path, None) and not fresh.is_on_artifact(tmp_path, str(tmp_path))
+    for text in ("[]", "{", '{"kind": ["artifact"]}', '{"base": "here"}', "\ud800"):
+        (tmp_path / "solidify.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert not fresh.is_artifact(tmp_path) and not fresh.is_on_artifact(tmp_path, None)

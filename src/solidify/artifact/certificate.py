@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from solidify.artifact import calls, tensors
+from solidify.artifact import calls, fresh, tensors
 from solidify.behaviour import probes, properties
 from solidify.behaviour.values import noise
 from solidify.behaviour.watching import Watched
@@ -33,9 +33,7 @@ from solidify.upstream.transformers import implementation
 from solidify.weights import checkpoint, mapped
 
 NAME = "certificate"
-_WITNESS = Path(__file__).with_name("witness.py")
 _RUNS = 4
-FORBIDDEN = ("solidify", "peft")
 CASES: dict[str, dict[str, Any]] = {
     "short": {"length": 12, "seed": 11},
     "padded": {"length": 12, "padded": True, "seed": 12},
@@ -242,7 +240,7 @@ def _walk_attributes(
 def witness(directory: Path, process: Alone | None = None) -> list[Finding]:
     """Loads the artifact in a fresh process without solidify and peft, through every Auto class it names.
 
-    `process` is one that was `started` before.
+    `process` is one that was started before (`fresh.started`).
 
     Raises:
         ArtifactError: the directory has no certificate, or the process died.
@@ -259,7 +257,7 @@ def witness_all(directories: Sequence[Path], process: Alone | None = None) -> di
     room = str(Path(probes.__file__).parent)  # which the fresh process imports by its path
     request = {"directories": list(resolved.values()), "certificate": NAME, "behaviour": room}
     with ExitStack() as stack:
-        answer = (process or stack.enter_context(Alone(_WITNESS, FORBIDDEN))).ask(request)
+        answer = (process or stack.enter_context(fresh.started())).ask(request)
     imported = ", ".join(answer["imported"])
     alone = Finding(
         "loads without us", not imported, f"imported: {imported}" if imported else "solidify and peft not importable"
@@ -359,8 +357,3 @@ def _measure_apart(output: Mapping[str, Any]) -> float:
     """Returns how far an output is off, of its largest value; by inf, where it is of another shape or no number."""
     far = output["distance"] / max(output["scale"], 1e-12) if output["distance"] is not None else math.inf
     return far if math.isfinite(far) else math.inf
-
-
-def started() -> Alone:
-    """Returns the fresh process of one `witness`; entered early, it has its imports done when it is asked."""
-    return Alone(_WITNESS, FORBIDDEN)

@@ -13,7 +13,18 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from solidify.artifact import cards, certificate, companions, descent, loading, sources, tensors, unchanged, vocabulary
+from solidify.artifact import (
+    cards,
+    certificate,
+    companions,
+    descent,
+    fresh,
+    loading,
+    sources,
+    tensors,
+    unchanged,
+    vocabulary,
+)
 from solidify.directory import manifest, packages, private, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
@@ -115,7 +126,7 @@ def write_again(
         ArtifactError: as `build`; nothing is left behind.
     """
     base = manifest.read(source, "artifact")
-    with writing.staged(directory, [source]) as staging, certificate.started() as process:
+    with writing.staged(directory, [source]) as staging, fresh.started() as process:
         with private.copy(source, base) as own:
             copy_code(own, staging, [*base.code, *(n for n in base.files if not n.startswith(NEVER_COPIED))])
         if _generates_otherwise(model, staging):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from solidify.adapter import storage
-from solidify.artifact import certificate, companions, loading, stock, vocabulary
+from solidify.artifact import certificate, companions, fresh, loading, stock, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
 from solidify.directory import manifest, ours, packages, private, results, signing, trust
@@ -110,7 +110,7 @@ def _start_process(kind: str) -> AbstractContextManager[Alone | None]:
     """Starts the fresh process that will run what is checked; none runs a plain model."""
     if kind == "stock":
         return nullcontext()
-    return Alone(Path(__file__).with_name("adapter_alone.py")) if kind == "adapter" else certificate.started()
+    return Alone(Path(__file__).with_name("adapter_alone.py")) if kind == "adapter" else fresh.started()
 
 
 def _check_unrun(directory: Path, key: Path | None) -> tuple[Manifest, list[Finding]]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from solidify.artifact import fresh
 from solidify.command import looking, publishing, starting, trusting, trying
 from solidify.command.looking import AsJson, Trust
 from solidify.command.quiet import start_verb as _start_verb
@@ -165,12 +166,13 @@ def build(
 ) -> None:
     """Does the surgery, and writes and verifies the artifact: OUTPUT/artifact."""
     loaded = _load_recipe(recipe, set_)
-    with _start_verb():
-        from solidify.recipe import build_stage
+    with fresh.begun(bool(loaded.surgery)):
+        with _start_verb():
+            from solidify.recipe import build_stage
 
-    directory = build_stage.output_of(loaded, output)
-    with _explain_repeating(context):
-        report = build_stage.build_alone(loaded, directory, link=not copy)
+        directory = build_stage.output_of(loaded, output)
+        with _explain_repeating(context):
+            report = build_stage.build_alone(loaded, directory, link=not copy)
     _show_report(report.document(), verbose)
     report.require()
 
@@ -242,10 +244,11 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Runs every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
-    with _start_verb():
-        from solidify.checks.check import check as check_directory
+    with fresh.begun(fresh.is_artifact(directory)):
+        with _start_verb():
+            from solidify.checks.check import check as check_directory
 
-    report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve, key=key)
+        report = check_directory(directory, base=base, trust_remote_code=trust_remote_code, serve=serve, key=key)
     if as_json:
         _print_json(report.document())
     else:
@@ -266,15 +269,16 @@ def merge(
     verbose: Verbose = False,
 ) -> None:
     """Merges an adapter into its base: a new artifact, or a stock model for plain PEFT, that loads without PEFT."""
-    with _start_verb():
-        from solidify.findings import Report
-        from solidify.merging import export
-        from solidify.system import console
+    with fresh.begun(fresh.is_on_artifact(adapter, base)):
+        with _start_verb():
+            from solidify.findings import Report
+            from solidify.merging import export
+            from solidify.system import console
 
-    with _explain_repeating(context), console.stage("Merging"):
-        merged = export.merge(
-            adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code, layout=layout
-        )
+        with _explain_repeating(context), console.stage("Merging"):
+            merged = export.merge(
+                adapter, output, base=base, link=not copy, trust_remote_code=trust_remote_code, layout=layout
+            )
     report = Report(str(output), {"merge": merged.findings})
     _show_report(report.document(), verbose)
     report.require()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solidify.artifact import certificate
+from solidify.artifact import fresh
 from solidify.findings import Finding
 from solidify.system.alone import Alone
 from solidify.weights import checkpoint, format
@@ -52,7 +52,7 @@ def ask(request: Mapping[str, Any]) -> Answer:
     Raises:
         ArtifactError: one of them does not load.
     """
-    with Alone(_SCRIPT, certificate.FORBIDDEN) as process:
+    with Alone(_SCRIPT, fresh.FORBIDDEN) as process:
         answer = process.ask(dict(request))
     outputs = answer["outputs"] if request["inputs"] is not None else None
     return Answer(answer["tensors"], answer["faults"], outputs, answer["error"])

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from solidify.adapter import configured, expert_files, patterns, storage
-from solidify.artifact import autos, certificate, companions, loading, quantizing, stock
+from solidify.artifact import autos, certificate, companions, fresh, loading, quantizing, stock
 from solidify.artifact.solidify import NEVER_COPIED, Artifact, copy_code, verify, write
 from solidify.directory import manifest, packages, private, results, trust, writing
 from solidify.directory.manifest import Manifest
@@ -68,7 +68,7 @@ def merge(
         if plain:
             written, findings = _merge_stock(sources, staging, link, trust_remote_code, layout)
         else:
-            with certificate.started() as process:
+            with fresh.started() as process:
                 written, findings = _merge(_OfArtifact.begin(sources, staging, process), link)
         failed = [f"{finding.name}: {finding.evidence}" for finding in findings if finding.passed is False]
         refuse(ArtifactError, "the merged model is not the attached one", failed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from solidify.artifact import certificate, stock, tensors, vocabulary
+from solidify.artifact import certificate, fresh, stock, tensors, vocabulary
 from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import build as build_artifact
@@ -85,7 +85,7 @@ def build(
         return _build_plain(recipe, target, report, link)
     set_seed(int(recipe.training.get("seed", SEED)))
     writing.refuse_unwritable(directory)
-    with writing.scratch(target, recipe.inputs()) as scratch, certificate.started() as process:
+    with writing.scratch(target, recipe.inputs()) as scratch, fresh.started() as process:
         with console.stage("Loading the base"):
             base = models.load_base(recipe, scratch=scratch)
             _read_facts(recipe, base).put(base.model, base.processor or base.tokenizer)
