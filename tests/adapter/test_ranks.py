@@ -90,3 +90,43 @@ def test_another_way_to_sum_leaves_one_adapter_whole(wrapped_artifact: Path) -> 
     assert float((delta(model, "kept") - whole).norm() / whole.norm()) < 1e-5
     model.add_weighted_adapter(["default"], [1.0], "small", svd_rank=2)
     assert model.peft_config["small"].r == 2
+
+
+@pytest.mark.parametrize(("how", "rank"), [("cat", 6), ("svd", 6), ("linear", 4)])
+def test_a_sum_of_adapters_with_rslora_is_their_sum(
+    wrapped_artifact: Path, tmp_path: Path, how: str, rank: int
+) -> None:
+    """The scale of a sum is one: PEFT gives it alpha / sqrt(r) of its own rank, by which it would be too large."""
+    ranks = (4, 4) if how == "linear" else (4, 2)
+    model = solidify.load(wrapped_artifact)
+    for name, r in zip(("default", "other"), ranks, strict=True):
+        lora = {"r": r, "lora_alpha": 3, "target_modules": [Q], "use_rslora": True}
+        model = solidify.attach(model, lora=lora, name=name)
+        fit(model)
+    expected = 0.5 * delta(model, "default") + 2.0 * delta(model, "other")
+    if how == "linear":  # PEFT's: of the factors and not of the products
+        layer: Any = model.get_base_model().model.layers[0].self_attn.q_proj
+        a, b = (
+            sum(
+                (w * layer.scaling[n]) ** 0.5 * factor[n].weight.double() for n, w in (("default", 0.5), ("other", 2.0))
+            )
+            for factor in (layer.lora_A, layer.lora_B)
+        )
+        expected = b @ a
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", how, rank if how == "svd" else None)
+    assert model.peft_config["default"].use_rslora and model.peft_config["sum"].r == rank
+    assert float((delta(model, "sum") - expected).norm() / expected.norm()) < 1e-5
+    model.set_adapter("sum")
+    before = outputs(model)
+    solidify.save_adapter(model, tmp_path / "sum", name="sum")
+    assert same(outputs(solidify.load(wrapped_artifact, tmp_path / "sum")), before)
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"trainable_token_indices": [1, 2]}])
+def test_what_is_no_low_rank_update_is_not_summed(wrapped_artifact: Path, more: dict[str, Any]) -> None:
+    model = solidify.load(wrapped_artifact)
+    for name in ("default", "other"):
+        model = solidify.attach(model, lora={"r": 2, "target_modules": [Q], **more}, name=name)
+    with pytest.raises(AdapterError, match=f"'default' has {next(iter(more))}.*merge one adapter after the other"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "sum", combination_type="cat")
+    assert "sum" not in model.peft_config

@@ -8,6 +8,7 @@ weights, looked after.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,9 @@ from solidify.upstream.peft import LoraTuner
 from solidify.upstream.torch import own_buffers, own_modules, own_parameters, unsaved_buffers
 
 _BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of whose copies PEFT can mix rows
+
+_ONE_BY_ONE = "PEFT can sum low-rank updates only; merge one adapter after the other"
+_UNSUMMED = ("use_dora", "use_bdlora", "lora_bias", "trainable_token_indices")  # which PEFT takes from the first
 
 
 def take_over(model: PeftModel, frozen: Collection[str] = ()) -> None:
@@ -250,21 +254,31 @@ class LoraVerbs(LoraTuner):
             self.set_adapter(left)
         self.note_failed(adapter_name, [])
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Adds a weighted sum of low-rank adapters, which keeps what failed of each; of one, `svd` changes the rank.
 
+        Takes what PEFT's own does, by position too.
+
         Raises:
-            AdapterError: one of them trained something in full, of which PEFT makes no sum.
+            AdapterError: one of them trained something that is no low-rank update, of which PEFT makes no sum.
         """
-        self._refuse_in_full(
-            "add_weighted_adapter", adapters, "PEFT can sum low-rank updates only; merge one adapter after the other"
-        )
+        given = inspect.signature(super().add_weighted_adapter).bind(adapters, weights, adapter_name, *args, **kwargs)
+        self._refuse_in_full("add_weighted_adapter", adapters, _ONE_BY_ONE)
+        known = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        more = {name: key for name, config in known.items() for key in _UNSUMMED if getattr(config, key, None)}
+        if more:
+            what = "; ".join(f"{name!r} has {key}" for name, key in more.items())
+            raise AdapterError(f"add_weighted_adapter cannot take these adapters ({what}): {_ONE_BY_ONE}")
         failed = results.join_failed(*map(self.failed, adapters))
         is_new = adapter_name not in self.peft_config  # PEFT passes over one that is there
-        if len(adapters) == 1 and kwargs.get("svd_rank") and kwargs.get("combination_type", "svd") == "svd":
+        options = given.arguments
+        if len(adapters) == 1 and options.get("svd_rank") and options.get("combination_type", "svd") == "svd":
             # Of a single adapter PEFT (0.21.2) takes the factors as they are, at their rank: half of it, twice.
-            adapters, weights = [*adapters, *adapters], [weight / 2 for weight in (*weights, *weights)]
-        super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            options["adapters"], options["weights"] = [*adapters, *adapters], [weights[0] / 2, weights[0] / 2]
+        with _without_root(known.get(adapters[0]) if adapters else None):
+            super().add_weighted_adapter(*given.args, **given.kwargs)
         if is_new:
             for name, parameter in self.named_parameters():
                 if ".lora_" in name and f".{adapter_name}." in f"{name}.":  # slices of singular vectors, with gaps
@@ -340,6 +354,19 @@ class LoraVerbs(LoraTuner):
         """Forgets an adapter that was added for a file that is refused."""
         if self._added in self.peft_config and self._added not in self.active_adapters:
             self.delete_adapter(self._added)
+
+
+@contextmanager
+def _without_root(config: Any) -> Iterator[None]:
+    """Has PEFT scale a sum by 1: it gives it the first one's `use_rslora`, and the factors hold the scales already."""
+    before = getattr(config, "use_rslora", False)
+    if before:
+        config.use_rslora = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_rslora = before
 
 
 def _base_tensors(plain: nn.Module) -> Iterator[torch.Tensor]:
