@@ -33,13 +33,13 @@ def test_pefts_lists_are_decided() -> None:
 
 
 def test_what_peft_adds_is_refused_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(kinds.REFUSED_STARTS, "olora")
+    monkeypatch.delitem(kinds.REFUSED_STARTS, "loftq")
     monkeypatch.delitem(kinds.REFUSED_FIELDS, "kasa_config")
     monkeypatch.delitem(kinds.REFUSED_KINDS, "IA3")
-    assert adapter_kinds.undecided() == {"starts": {"olora"}, "fields": {"kasa_config"}, "kinds": {"IA3"}}
+    assert adapter_kinds.undecided() == {"starts": {"loftq"}, "fields": {"kasa_config"}, "kinds": {"IA3"}}
     model = pico.llama()
-    assert "init_lora_weights='olora' is not supported: PEFT has no such start, or solidify" in said(
-        model, {**Q, "init_lora_weights": "olora"}
+    assert "init_lora_weights='loftq' is not supported: PEFT has no such start, or solidify" in said(
+        model, {**Q, "init_lora_weights": "loftq"}
     )
     assert "kasa_config is not supported: solidify does not know it yet" in said(model, {**Q, "kasa_config": {"x": 1}})
     assert "the kind IA3 is not supported: solidify does not know" in said(model, {**Q, "peft_type": "IA3"})
@@ -73,13 +73,10 @@ def test_every_kind_is_right_to_the_merge_and_the_page_that_says_so(wrapped_arti
     ("given", "words"),
     [
         (
-            {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights='pissa_niter_4' is not supported: it subtracts its starting values",
+            {"init_lora_weights": "loftq"},
+            "init_lora_weights='loftq' is not supported: it rounds the base's weights to a few bits",
         ),
-        (
-            {"init_lora_weights": "OLoRA"},
-            "init_lora_weights='OLoRA' is not supported: it subtracts its starting values",
-        ),
+        ({"init_lora_weights": "pissa_niter_few"}, "init_lora_weights='pissa_niter_few' is not supported: PEFT has"),
         ({"init_lora_weights": 1}, "init_lora_weights=1 is not supported: PEFT has no such start"),
         ({"init_lora_weights": None}, "init_lora_weights=None is not supported"),
         ({"r": 0}, "r must be a whole number of at least 1, not 0"),

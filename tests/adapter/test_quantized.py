@@ -432,3 +432,11 @@ def test_a_base_in_fp8_is_refused_and_its_remedy_works(tmp_path: Path) -> None:
     )
     full.save_pretrained(tmp_path / "full", save_original_format=False)
     assert torch.equal(logits(loading.load_base(str(tmp_path / "full")).model), logits(full))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_the_weights_is_refused_where_they_are_packed(gated: Path, start: str) -> None:
+    model = solidify.load(gated, quantization="nf4")
+    with pytest.raises(AdapterError, match=f"the start '{start}' is made from a layer's weights, and those of .*quant"):
+        solidify.attach(model, lora={**LORA, "init_lora_weights": start})
+    solidify.attach(solidify.load(gated), lora={**LORA, "init_lora_weights": start})

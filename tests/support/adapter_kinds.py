@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import LoraLayer
 
 import solidify
-from solidify.adapter import kinds
+from solidify.adapter import kinds, lookup
 from solidify.errors import AdapterError
 from solidify.merging import agreement
 
@@ -29,6 +29,12 @@ Q = {"r": 4, "lora_alpha": 6, "target_modules": ["model.layers.*.self_attn.q_pro
 BIASED = {**Q, "target_modules": ["**.o_proj.down"]}
 WORDS = {**Q, "target_modules": ["model.embed_tokens"]}
 EXPERTS = {"r": 4, "lora_alpha": 6, "target_parameters": ["**.experts.gate_up_proj", "**.experts.down_proj"]}
+PATTERNS = {
+    **Q,
+    "use_rslora": True,
+    "rank_pattern": {"model.layers.1.self_attn.q_proj": 2},
+    "alpha_pattern": {"model.layers.0.self_attn.q_proj": 3},
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,10 @@ class Tried:
 
 STEPS = ("attach", "off is base", "save and load", "continue", "merge")
 
+STARTED = ("pissa", "pissa_niter_4", "olora")  # what begins with an update, which stays beside the trained one
+
 OFFERED = (
-    *(Kind(f"init_lora_weights={start!r}", {**Q, "init_lora_weights": start}) for start in kinds.STARTS),
+    *(Kind(f"init_lora_weights={start!r}", {**Q, "init_lora_weights": start}) for start in (*kinds.STARTS, *STARTED)),
     Kind("use_dora", {**Q, "use_dora": True}),
     Kind("use_rslora", {**Q, "use_rslora": True}),
     Kind("lora_bias", {**BIASED, "lora_bias": True}),
@@ -60,6 +68,10 @@ OFFERED = (
     Kind("lora_dropout", {**Q, "lora_dropout": 0.1}),
     Kind("alpha_pattern", {**Q, "alpha_pattern": {"model.layers.1.self_attn.q_proj": 3}}),
     Kind("rank_pattern", {**Q, "rank_pattern": {"model.layers.1.self_attn.q_proj": 2}}),
+    Kind("use_dora, init_lora_weights='pissa'", {**Q, "use_dora": True, "init_lora_weights": "pissa"}),
+    Kind(
+        "use_rslora, rank_pattern, alpha_pattern, init_lora_weights='olora'", {**PATTERNS, "init_lora_weights": "olora"}
+    ),
     Kind("target_parameters: stacked experts", EXPERTS),
     Kind("embeddings", WORDS),
     Kind("embeddings, use_dora", {**WORDS, "use_dora": True}),
@@ -134,9 +146,9 @@ def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def trainable(model: PeftModel) -> set[str]:
-    """Names what is trained."""
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def trainable(model: PeftModel) -> set[tuple[str, str]]:
+    """Names what is trained, and how."""
+    return {(kind, name) for kind, name, parameter in lookup.named_parameters(model) if parameter.requires_grad}
 
 
 def tried(kind: Kind, artifact: Path, directory: Path, *, merge: bool = True) -> Tried:
@@ -165,7 +177,7 @@ def tried(kind: Kind, artifact: Path, directory: Path, *, merge: bool = True) ->
         return result
     result.right.append("save and load")
     again = solidify.load_adapter(solidify.load(artifact), directory / "adapter", trainable=True)
-    kept = {name: p.detach().clone() for name, p in again.named_parameters() if name not in asked}
+    kept = {name: p.detach().clone() for name, p in again.named_parameters() if not p.requires_grad}
     same_set = trainable(again) == asked
     fit(again)
     solidify.save_adapter(again, directory / "further")
@@ -193,6 +205,10 @@ or refused when it is attached, by name and before anything is trained. What PEF
 outputs bit-identical. *continue*: loaded again to be trained, the same tensors are trained, and no others move.
 *merge*: every check of `solidify merge` ([merge.md](merge.md)).
 
+`pissa`, `pissa_niter_[number of iters]` and `olora` begin with an update that is not zero, which PEFT takes out of the
+base's weights. Here the base keeps them: the start stays beside what is trained, frozen and negative, as the second
+half of an update of twice the rank ([adapters.md](adapters.md#how-an-update-starts)).
+
 {offered}
 
 ## Refused
@@ -205,9 +221,10 @@ start `eva` is over when training is, and the result is plain LoRA.
 Refused by name on single layers, because PEFT's update does not do what the layer does, so that merged would not be
 attached: embeddings with `max_norm`; convolutions with `groups`, `dilation` or a `padding_mode`; the projections inside
 `nn.MultiheadAttention`, which are read and never called; `lora_bias` on a layer without bias; `use_bdlora` on anything
-but `nn.Linear`; `orthogonal` and `mica` on convolutions; variants, dropout and biases on `target_parameters`; two
-variants at once; and any layer with which the model does not run (some code reads attributes of a layer that PEFT's
-layer lacks, as Whisper's does of its convolutions).
+but `nn.Linear`; `orthogonal` and `mica` on convolutions; `pissa` and `olora` on anything but linear layers, and on
+quantised ones; variants, dropout, biases and such starts on `target_parameters`; two variants at once; and any layer
+with which the model does not run (some code reads attributes of a layer that PEFT's layer lacks, as Whisper's does of
+its convolutions).
 
 ## Experts as others lay them out
 
@@ -231,7 +248,8 @@ def refused_lines() -> list[str]:
 
 def undecided() -> dict[str, set[str]]:
     """Compares PEFT's lists with what has been decided; each set holds what is not decided yet, or what is gone."""
-    decided = {*kinds.REFUSED_STARTS, *(start for start in kinds.STARTS if isinstance(start, str))}
+    offered = (*kinds.STARTS, *kinds.STARTED)
+    decided = {*kinds.REFUSED_STARTS, *(start for start in offered if isinstance(start, str))}
     found = {f.name for f in fields(LoraConfig)}
     return {
         "starts": starts() ^ decided,

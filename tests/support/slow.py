@@ -27,6 +27,7 @@ KEPT: dict[str, tuple[str, ...]] = {
         "LlamaForCausal",
     ),
     "adapter/test_several.py::test_merging_one_by_name_merges_that_one": ("parameters", "modules-one"),
+    "adapter/test_starts.py::test_what_is_trained_is_saved_loaded_and_merged": ("rslora, ranks", "GPT-2-olora"),
     "adapter/test_tokens.py::test_a_whole_life": ("tied",),
     "artifact/test_large.py::test_it_is_the_artifact_that_is_built_in_memory": ("memory-renaming", "hub-additive"),
     "checks/test_chance.py::test_chance_of_any_kind_is_no_fault": ("bernoulli", "path", "permuted", "lstm"),

@@ -14,7 +14,19 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import base_state, configured, lookup, patterns, tied, together, tokens, trial, verbs
+from solidify.adapter import (
+    base_state,
+    configured,
+    kinds,
+    lookup,
+    patterns,
+    starts,
+    tied,
+    together,
+    tokens,
+    trial,
+    verbs,
+)
 from solidify.adapter import plan as planning
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
@@ -68,6 +80,8 @@ def attach(
     with transaction(existing if existing is not None else model, Extent.of(model)):
         peft_model, faults = _attach_adapter(model, existing, configuration, wanted, name)
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
+        if (start := kinds.started(lora)) is not None:
+            starts.begin(peft_model, name, start)
         _freeze_inside(peft_model, wanted, name)
         train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
         faults += [*tied.parted(peft_model, lora), *tokens.faults(peft_model, wanted.tokens, name)]
@@ -155,9 +169,11 @@ def _build_configuration(
 ) -> LoraConfig:
     fields = {**(lora or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
     fields.pop("exclude_modules", None)
+    if started := kinds.started(lora) is not None:
+        fields["init_lora_weights"] = True
     copied = [name for name in wanted.modules if name + "." not in single]
     with foreign.calling("LoRA", AdapterError):
-        return LoraConfig(
+        configuration = LoraConfig(
             **{
                 **fields,
                 "target_modules": _match_exactly(wanted.lora_modules, model)
@@ -170,6 +186,7 @@ def _build_configuration(
                 "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),
             }
         )
+    return starts.doubled(configuration) if started else configuration
 
 
 def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:

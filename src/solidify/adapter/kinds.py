@@ -7,6 +7,7 @@ start, a field or a kind that PEFT adds is refused here until somebody has decid
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
@@ -17,25 +18,32 @@ from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from solidify.model import quantized
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # How low-rank factors may start: the base keeps its weights, so that switched off the model is the base.
 STARTS: tuple[bool | str, ...] = (True, False, "gaussian", "orthogonal", "mica")
+_ITERATED = "pissa_niter_[number of iters]"
+# PEFT takes these out of the base's weights; what `attach` makes of them leaves the base alone (`starts.py`).
+STARTED: tuple[str, ...] = ("pissa", _ITERATED, "olora")
 
 _MOVES_THE_BASE = (
     "it subtracts its starting values from the base's weights, so with the adapter off the model is no longer the base"
 )
+_ROUNDS_THE_BASE = (
+    "it rounds the base's weights to a few bits and starts with what that loses, so with the adapter off the model is "
+    "no longer the base; a base that is loaded quantised is rounded already"
+)
 REFUSED_STARTS = {
-    "pissa": _MOVES_THE_BASE,
-    "pissa_niter_[number of iters]": _MOVES_THE_BASE,
-    "olora": _MOVES_THE_BASE,
     "corda": _MOVES_THE_BASE,
-    "loftq": _MOVES_THE_BASE,
+    "loftq": _ROUNDS_THE_BASE,
     "lora_ga": _MOVES_THE_BASE,
     "eva": "it needs data that `attach` does not have, and without it PEFT silently starts plain LoRA",
 }
 # A start is over when training is: what it left of the base decides whether the result can be merged.
 _MERGED_STARTS = (*STARTS, "eva")
+_LEFT_ELSEWHERE = {**dict.fromkeys((*STARTED, "corda", "lora_ga"), _MOVES_THE_BASE), "loftq": _ROUNDS_THE_BASE}
 
 # Fields of LoraConfig that are right in every value that `value_faults` lets pass.
 FREE = frozenset(
@@ -152,14 +160,25 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
     kind = kind_fault(lora["peft_type"]) if lora.get("peft_type") is not None else None
     if kind is not None:
         return [kind]  # the fields are another kind's
-    return [*_field_faults(lora), *_start_faults(lora, STARTS), *value_faults(lora), *_find_joint_variants(lora)]
+    return [*_field_faults(lora), *_start_faults(lora), *value_faults(lora), *_find_joint_variants(lora)]
+
+
+def started(lora: Mapping[str, Any] | None) -> str | None:
+    """Returns the start of a declaration, as PEFT writes it, where it begins with an update that is not zero."""
+    word = str((lora or {}).get("init_lora_weights")).lower()
+    return word if _name_start(word) in STARTED else None
+
+
+def _name_start(word: str) -> str:
+    """Returns what the lists above call a start."""
+    return _ITERATED if re.fullmatch(r"pissa_niter_\d+", word) else word
 
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
     """Names what a trained adapter's configuration has that is not supported, by PEFT's own fields."""
     return [
         *_field_faults({key: value for key, value in lora.items() if key != "eva_config"}),
-        *_start_faults(lora, _MERGED_STARTS),
+        *_left_faults(lora),
         *_token_faults(lora.get("trainable_token_indices")),
         *value_faults(lora),
     ]
@@ -221,22 +240,36 @@ def _find_default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _start_faults(lora: Mapping[str, Any], allowed: Sequence[bool | str]) -> list[str]:
+def _start_faults(lora: Mapping[str, Any]) -> list[str]:
     start = lora.get("init_lora_weights", True)
-    if any(start is choice or (isinstance(start, str) and start == choice) for choice in allowed):
+    if _is_one_of(start, STARTS) or started(lora) is not None:
+        return []
+    offered = f"take one of {_list_values((*STARTS, *STARTED))}"
+    why = REFUSED_STARTS.get(str(start).lower(), "PEFT has no such start, or solidify does not know it yet")
+    return [f"LoRA: init_lora_weights={start!r} is not supported: {why}; {offered}"]
+
+
+def _left_faults(lora: Mapping[str, Any]) -> list[str]:
+    """Names the start of an adapter that was trained elsewhere, where its base was changed for it."""
+    start = lora.get("init_lora_weights", True)
+    if _is_one_of(start, _MERGED_STARTS):
         return []
     word = str(start).lower()
-    family = "pissa_niter_[number of iters]" if word.startswith("pissa_niter") else word
-    why = REFUSED_STARTS.get(
-        family, f"PEFT has no such start, or solidify does not know it yet; {_list_values(allowed)}"
-    )
-    instead = "" if family not in REFUSED_STARTS else f"; take one of {_list_values(allowed)}"
-    if family in REFUSED_STARTS and allowed is _MERGED_STARTS:
-        instead = (
-            "; make it plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or "
-            "merge it by PEFT on the model that it was trained in"
-        )
-    return [f"LoRA: init_lora_weights={start!r} is not supported: {why}{instead}"]
+    family = _ITERATED if word.startswith("pissa_niter") else word
+    if family in _LEFT_ELSEWHERE:
+        return [
+            f"LoRA: init_lora_weights={start!r} is not supported: {_LEFT_ELSEWHERE[family]}; make it plain LoRA first "
+            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion), or merge it by PEFT on the model "
+            "that it was trained in"
+        ]
+    return [
+        f"LoRA: init_lora_weights={start!r} is not supported: PEFT has no such start, or solidify does not know it "
+        f"yet; {_list_values(_MERGED_STARTS)}"
+    ]
+
+
+def _is_one_of(start: Any, choices: Sequence[bool | str]) -> bool:
+    return any(start is choice or (isinstance(start, str) and start == choice) for choice in choices)
 
 
 def _find_joint_variants(lora: Mapping[str, Any]) -> list[str]:
@@ -244,7 +277,8 @@ def _find_joint_variants(lora: Mapping[str, Any]) -> list[str]:
     found = [
         f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name in FREE and lora.get(f.name)
     ]
-    found += ["init_lora_weights='mica'"] if lora.get("init_lora_weights") == "mica" else []
+    start = lora.get("init_lora_weights")
+    found += [f"init_lora_weights={start!r}"] if start == "mica" or (started(lora) and lora.get("use_bdlora")) else []
     return [f"LoRA: {' and '.join(found)} cannot be combined; take one"] if len(found) > 1 else []
 
 
@@ -336,8 +370,14 @@ def layer_fault(name: str, module: nn.Module, owner: nn.Module | None, lora: Map
     if strange := unfollowed(module):
         return f"LoRA: {name} ({kind}) has {strange}, which PEFT's update ignores; name it in `train`"
     start = lora.get("init_lora_weights")
-    if isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica"):
+    linear = isinstance(module, (nn.Linear, Conv1D))
+    if (started(lora) and not linear) or (isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica")):
         return f"LoRA: {name} ({kind}) does not support the start {start!r}; leave `init_lora_weights` out"
+    if started(lora) and any(quantized.is_packed(parameter) for parameter in module.parameters(recurse=False)):
+        return (
+            f"LoRA: the start {start!r} is made from a layer's weights, and those of {name} are quantised; load the "
+            "artifact without quantization, or leave `init_lora_weights` out"
+        )
     if lora.get("use_bdlora") and not isinstance(module, nn.Linear):
         return f"LoRA: {name} is of class {kind}, and `use_bdlora` is for nn.Linear only; attach without it"
     if lora.get("lora_bias") and getattr(module, "bias", None) is None:
@@ -363,7 +403,7 @@ def parameter_fault(name: str, parameter: nn.Parameter, lora: Mapping[str, Any])
         key for key in ("use_dora", "use_bdlora", "lora_bias", "lora_dropout", "fan_in_fan_out") if lora.get(key)
     ]
     start = lora.get("init_lora_weights")
-    with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") else []
+    with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") or started(lora) else []
     if with_it:
         return (
             f"LoRA: {name} is a parameter, and target_parameters cannot be combined with {', '.join(with_it)}; leave "

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from solidify.adapter import lookup, tokens
+from solidify.adapter import lookup, starts, tokens
 from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
@@ -97,6 +97,9 @@ class LoraVerbs(LoraTuner):
         try:
             self._hold_adapters([])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for other in (o for o in self.peft_config if o != adapter_name):
+                if self.peft_config[other] is self.peft_config[adapter_name]:
+                    starts.follow(self, adapter_name, other)
             self.hold_buffers(adapter_name)
         finally:
             self._bare = False

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from solidify.adapter import lookup
+from solidify.adapter import lookup, starts
 from solidify.adapter.adapters import trained_state
 from solidify.errors import AdapterError, ObjectiveError, refuse
 from solidify.model import anatomy
@@ -115,6 +115,11 @@ class ObjectiveMixin(TrainerSeams):
         if self.args.fsdp and (holder := lookup.trained_parameters(self.model)) is not None:
             names = ", ".join(dict.fromkeys(name for adapter in holder.trained for name in holder.names(adapter)))
             raise AdapterError(f"fsdp shards modules, but {names} are trained as single parameters; name their modules")
+        if self.args.fsdp and starts.has_any(self.model):
+            raise AdapterError(
+                "fsdp shards what is trained, but not the start that stands frozen beside it (pissa, olora); leave "
+                "init_lora_weights out, or train without fsdp"
+            )
         refuse_half_precision(self.args, self.model)
         refuse(ObjectiveError, f"{type(self).__name__} cannot train like this", self.runner.faults())
 
