@@ -14,7 +14,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import solidify
-from solidify.adapter import kinds
+from solidify.adapter import kinds, start_kinds
 from solidify.errors import AdapterError
 
 PAGE = Path(solidify.__file__).parents[2] / "docs" / "adapter_kinds.md"
@@ -33,7 +33,7 @@ def test_pefts_lists_are_decided() -> None:
 
 
 def test_what_peft_adds_is_refused_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(kinds.REFUSED_STARTS, "loftq")
+    monkeypatch.delitem(start_kinds.REFUSED_STARTS, "loftq")
     monkeypatch.delitem(kinds.REFUSED_FIELDS, "kasa_config")
     monkeypatch.delitem(kinds.REFUSED_KINDS, "IA3")
     assert adapter_kinds.undecided() == {"starts": {"loftq"}, "fields": {"kasa_config"}, "kinds": {"IA3"}}

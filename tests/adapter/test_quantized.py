@@ -440,3 +440,18 @@ def test_a_start_from_the_weights_is_refused_where_they_are_packed(gated: Path, 
     with pytest.raises(AdapterError, match=f"the start '{start}' is made from a layer's weights, and those of .*quant"):
         solidify.attach(model, lora={**LORA, "init_lora_weights": start})
     solidify.attach(solidify.load(gated), lora={**LORA, "init_lora_weights": start})
+
+
+def test_evas_start_leaves_packed_weights_alone(gated: Path, tmp_path: Path) -> None:
+    lora = {**LORA, "init_lora_weights": "eva", "eva_config": {"rho": 1.0}}
+    rows = [{"input_ids": pico.tokens(seed=seed)} for seed in range(4)]
+    off = logits(solidify.load(gated, quantization="nf4"))
+    attached = solidify.attach(solidify.load(gated, quantization="nf4"), lora=lora, batches=rows)
+    assert torch.equal(logits(attached.eval()), off)
+    started = {name: p.detach().clone() for name, p in attached.named_parameters() if "lora_A" in name}
+    plain = solidify.attach(solidify.load(gated), lora=lora, batches=rows)
+    for name, parameter in plain.named_parameters():  # from what the layers read, which packing hardly changes
+        if "lora_A" in name:
+            assert float((parameter.detach() @ started[name].T).diagonal().abs().min()) > 0.5
+    solidify.save_adapter(attached, tmp_path / "adapter")
+    assert torch.equal(logits(solidify.load(gated, tmp_path / "adapter", quantization="nf4")), off)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from io import StringIO
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import solidify
+from solidify.adapter import adapters, data_starts
 from solidify.checks import structure
 from solidify.command import cli, views
 from solidify.directory import manifest, trust
@@ -217,3 +219,57 @@ def test_a_head_that_lost_an_old_token_does_not_start_as_promised() -> None:
     assert structure.start(before, after, promised=True, added={102, 103}).verdict == "proved"
     after["plain"][..., 7] += 1
     assert structure.start(before, after, promised=True, added={102, 103}).verdict == "failed"
+
+
+STARTED: dict[str, Any] = {"r": 2, "target_modules": ["model.layers.*.self_attn.q_proj", "**.down_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("start", ["eva", "lora_ga", "corda", "pissa_niter_4"])
+def test_a_run_with_another_start_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, start: str) -> None:
+    """Starts that are made from data read the first rows of `data.train`."""
+    base = save_base(tmp_path / "base", pico.llama(eos_token_id=0, vocab_size=102))
+    lora = {**STARTED, "init_lora_weights": start, **({"eva_config": {"rho": 1.0}} if start == "eva" else {})}
+    training = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    recipe = write_recipe(tmp_path, base, adapter={"lora": lora}, training=training)
+    assert solidify.plan(recipe).trainable
+    report = solidify.run(recipe)
+    assert report.passed
+    run = tmp_path / "run"
+    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {len(tensor) for key, tensor in whole.items() if "lora_A" in key} == {2 if start == "eva" else 4}
+    for part in ("adapter", "merged", "checkpoints/checkpoint-4"):
+        shutil.rmtree(run / part)
+    assert (run / "checkpoints" / "checkpoint-2").is_dir()
+    again = solidify.run(recipe, resume=True)
+    assert again.passed
+    found = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_a_trainer_that_makes_tokens_itself_does_not_feed_a_start(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", pico.llama(eos_token_id=0, vocab_size=102))
+    recipe = write_recipe(tmp_path, base, adapter={"lora": {**STARTED, "init_lora_weights": "eva"}}, trainer="dpo")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\n' * 8)
+    with pytest.raises(
+        RecipeError, match=r"the start 'eva' reads rows of data\.train as the model does, and trainer: dpo"
+    ):
+        solidify.plan(recipe)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("start", ["eva", "lora_ga", "pissa"])
+def test_a_model_on_another_device_is_brought_back_without_data(start: str) -> None:
+    """As `training.release_model` does: what was trained is copied into an adapter with the same tensors."""
+    lora = {**STARTED, "init_lora_weights": start, **({"eva_config": {"rho": 1.2}} if start == "eva" else {})}
+    rows = [{"input_ids": pico.tokens(seed=seed)} for seed in range(3)] if start != "pissa" else None
+    trained = solidify.attach(pico.llama(), lora=lora, batches=rows)
+    state = adapters.trained_state(trained)
+    again = solidify.attach(pico.llama(), lora=data_starts.declared_alike(trained, lora))
+    here = dict([*again.named_parameters(), *again.named_buffers()])
+    assert {name: tensor.shape for name, tensor in state.items()} == {name: here[name].shape for name in state}
+    with torch.no_grad():
+        for name, tensor in state.items():
+            here[name].copy_(tensor)
+    ids = pico.tokens(seed=9)
+    assert torch.equal(again.eval()(ids).logits, trained.eval()(ids).logits)

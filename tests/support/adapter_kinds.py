@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import LoraLayer
 
 import solidify
-from solidify.adapter import kinds, lookup
+from solidify.adapter import kinds, lookup, start_kinds
 from solidify.errors import AdapterError
 from solidify.merging import agreement
 
@@ -57,9 +57,13 @@ class Tried:
 STEPS = ("attach", "off is base", "save and load", "continue", "merge")
 
 STARTED = ("pissa", "pissa_niter_4", "olora")  # what begins with an update, which stays beside the trained one
+FED = ("eva", "corda", "lora_ga")  # what is made from data
 
 OFFERED = (
-    *(Kind(f"init_lora_weights={start!r}", {**Q, "init_lora_weights": start}) for start in (*kinds.STARTS, *STARTED)),
+    *(
+        Kind(f"init_lora_weights={start!r}", {**Q, "init_lora_weights": start})
+        for start in (*start_kinds.STARTS, *STARTED, *FED)
+    ),
     Kind("use_dora", {**Q, "use_dora": True}),
     Kind("use_rslora", {**Q, "use_rslora": True}),
     Kind("lora_bias", {**BIASED, "lora_bias": True}),
@@ -108,8 +112,9 @@ def starts() -> set[str]:
 def refused() -> list[tuple[str, str]]:
     """Attaches what is refused, one after the other, to one model: names and what is said."""
     model = pico.olmoe()
-    cases = [(f"init_lora_weights={start!r}", {"init_lora_weights": start}) for start in kinds.REFUSED_STARTS]
-    cases += [(name, {name: VALUES.get(name, {"any": 1})}) for name in kinds.REFUSED_FIELDS]
+    cases = [(f"init_lora_weights={start!r}", {"init_lora_weights": start}) for start in start_kinds.REFUSED_STARTS]
+    cases += [(f"init_lora_weights={start!r}, no `batches`", {"init_lora_weights": start}) for start in start_kinds.FED]
+    cases += [(name, {name: VALUES.get(name, {"any": 1})}) for name in (*kinds.REFUSED_FIELDS, *start_kinds.OF_START)]
     cases += [(f"peft_type={kind!r}", {"peft_type": kind}) for kind in kinds.REFUSED_KINDS]
     found = []
     for name, given in cases:
@@ -121,6 +126,11 @@ def refused() -> list[tuple[str, str]]:
         found.append((name, said))
     assert not any(".lora_" in name or "base_layer" in name for name, _ in model.named_parameters())
     return found
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    """What starts that are made from data read: padded rows of different lengths, with labels."""
+    return [pico.collate(pico.ragged(4, seed=seed)) for seed in range(count)]
 
 
 def fit(model: PeftModel, steps: int = 3) -> None:
@@ -156,7 +166,8 @@ def tried(kind: Kind, artifact: Path, directory: Path, *, merge: bool = True) ->
     base = solidify.load(artifact)
     plain, result = outputs(base), Tried()
     try:
-        model = solidify.attach(base, lora=dict(kind.lora) or None, train=list(kind.train))
+        given = batches() if kind.lora.get("init_lora_weights") in FED else None
+        model = solidify.attach(base, lora=dict(kind.lora) or None, train=list(kind.train), batches=given)
     except AdapterError as error:
         return Tried(refused=str(error))
     result.right.append("attach")
@@ -205,9 +216,10 @@ or refused when it is attached, by name and before anything is trained. What PEF
 outputs bit-identical. *continue*: loaded again to be trained, the same tensors are trained, and no others move.
 *merge*: every check of `solidify merge` ([merge.md](merge.md)).
 
-`pissa`, `pissa_niter_[number of iters]` and `olora` begin with an update that is not zero, which PEFT takes out of the
-base's weights. Here the base keeps them: the start stays beside what is trained, frozen and negative, as the second
-half of an update of twice the rank ([adapters.md](adapters.md#how-an-update-starts)).
+`pissa`, `pissa_niter_[number of iters]`, `olora`, `corda` and `lora_ga` begin with an update that is not zero, which
+PEFT takes out of the base's weights. Here the base keeps them: the start stays beside what is trained, frozen and
+negative, as the second half of an update of twice the rank. `eva`, `corda` and `lora_ga` are made from data, in Python
+from `attach(..., batches=...)` ([adapters.md](adapters.md#how-an-update-starts)).
 
 {offered}
 
@@ -215,16 +227,17 @@ half of an update of twice the rank ([adapters.md](adapters.md#how-an-update-sta
 
 {refused}
 
-An adapter of these kinds that another program trained is refused by `merge` in the same words, with one exception: the
-start `eva` is over when training is, and the result is plain LoRA.
+An adapter of these kinds that another program trained is refused by `merge` in the same words. One that began
+elsewhere with `pissa`, `olora`, `corda`, `lora_ga` or `loftq` is refused too: it stands on weights that its base does
+not have. The start `eva` is over when training is, and the result is plain LoRA.
 
 Refused by name on single layers, because PEFT's update does not do what the layer does, so that merged would not be
 attached: embeddings with `max_norm`; convolutions with `groups`, `dilation` or a `padding_mode`; the projections inside
 `nn.MultiheadAttention`, which are read and never called; `lora_bias` on a layer without bias; `use_bdlora` on anything
-but `nn.Linear`; `orthogonal` and `mica` on convolutions; `pissa` and `olora` on anything but linear layers, and on
-quantised ones; variants, dropout, biases and such starts on `target_parameters`; two variants at once; and any layer
-with which the model does not run (some code reads attributes of a layer that PEFT's layer lacks, as Whisper's does of
-its convolutions).
+but `nn.Linear`; `orthogonal` and `mica` on convolutions; starts that are made from weights or data on anything but
+linear layers, and all but `eva` on quantised ones; variants, dropout, biases and such starts on `target_parameters`;
+two variants at once; and any layer with which the model does not run (some code reads attributes of a layer that PEFT's
+layer lacks, as Whisper's does of its convolutions).
 
 ## Experts as others lay them out
 
@@ -248,11 +261,11 @@ def refused_lines() -> list[str]:
 
 def undecided() -> dict[str, set[str]]:
     """Compares PEFT's lists with what has been decided; each set holds what is not decided yet, or what is gone."""
-    offered = (*kinds.STARTS, *kinds.STARTED)
-    decided = {*kinds.REFUSED_STARTS, *(start for start in offered if isinstance(start, str))}
+    offered = (*start_kinds.STARTS, *start_kinds.STARTED, *start_kinds.FED)
+    decided = {*start_kinds.REFUSED_STARTS, *(start for start in offered if isinstance(start, str))}
     found = {f.name for f in fields(LoraConfig)}
     return {
         "starts": starts() ^ decided,
-        "fields": found ^ (kinds.FREE | kinds.REFUSED_FIELDS.keys()),
+        "fields": found ^ (kinds.FREE | kinds.REFUSED_FIELDS.keys() | start_kinds.OF_START.keys()),
         "kinds": {k.value for k in PeftType} ^ {*kinds.REFUSED_KINDS, "LORA"},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from solidify.adapter import (
     base_state,
     configured,
-    kinds,
+    data_starts,
     lookup,
     patterns,
+    start_kinds,
     starts,
     tied,
     together,
@@ -28,6 +29,7 @@ from solidify.adapter import (
     verbs,
 )
 from solidify.adapter import plan as planning
+from solidify.adapter.data_starts import DataStart
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
@@ -45,12 +47,14 @@ def attach(
     lora: Mapping[str, Any] | None = None,
     train: str | Sequence[str] = (),
     name: str = "default",
+    batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
     """Puts a fresh adapter on the model, in place, and returns PEFT's model around it.
 
     `lora` holds PEFT's own fields; its `target_modules` (and `target_parameters`) are full names or patterns, as for
     surgery. `train` names modules or parameters that are trained in full. Either may be left out. The plan is printed
-    (on stderr), and what PEFT then trains is compared with it by name.
+    (on stderr), and what PEFT then trains is compared with it by name. `batches` are what the model is called with
+    (`input_ids`, `attention_mask`, `labels`, ...), for the starts that are made from data: eva, corda, lora_ga.
 
     Raises:
         AdapterError: the declaration does not fit the model (see `solidify.adapter.plan`), or PEFT made something else
@@ -72,16 +76,21 @@ def attach(
             wanted.parameters,
             list(wanted.tokens),
         )
+    _refuse_unfed(lora, batches)
     console.words.print(wanted.table())
     single = _find_single_parameters(model, wanted.modules)
-    configuration = _build_configuration(model, lora, wanted, single)
     probe, read = trial.inputs(model)
     trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], read)
     with transaction(existing if existing is not None else model, Extent.of(model)):
+        found = DataStart()
+        if lora is not None and (start := start_kinds.fed(lora)) is not None:
+            found = data_starts.prepare(model, lora, wanted.lora_modules, start, batches or ())
+        configuration = data_starts.ranked(_build_configuration(model, lora, wanted, single), found)
         peft_model, faults = _attach_adapter(model, existing, configuration, wanted, name)
         verbs.take_over(peft_model, frozen=_frozen_inside(peft_model, wanted))
-        if (start := kinds.started(lora)) is not None:
-            starts.begin(peft_model, name, start)
+        data_starts.put(peft_model, name, found)
+        if lora is not None and (start := start_kinds.started(lora)) is not None:
+            starts.begin(peft_model, name, start, found.layer, **data_starts.settings(lora, start))
         _freeze_inside(peft_model, wanted, name)
         train_parameters(peft_model, [*wanted.parameters, *(n for n in wanted.full if n.startswith(single))], name)
         faults += [*tied.parted(peft_model, lora), *tokens.faults(peft_model, wanted.tokens, name)]
@@ -89,6 +98,19 @@ def attach(
         refuse(AdapterError, "PEFT did not do what was declared", faults)
     release_originals(peft_model)
     return peft_model
+
+
+def _refuse_unfed(lora: Mapping[str, Any] | None, batches: Any) -> None:
+    start = start_kinds.fed(lora)
+    if start is not None and batches is None:
+        raise AdapterError(
+            f"LoRA: the start {start!r} is made from data; give attach `batches` of what the model is called with "
+            "(input_ids, attention_mask, labels)"
+        )
+    if start is None and batches is not None:
+        raise AdapterError(
+            f"`batches` are for the starts that are made from data ({', '.join(start_kinds.FED)}); leave them out"
+        )
 
 
 def release_originals(model: PeftModel) -> None:
@@ -167,10 +189,10 @@ def _find_single_parameters(model: nn.Module, modules: Sequence[str]) -> tuple[s
 def _build_configuration(
     model: nn.Module, lora: Mapping[str, Any] | None, wanted: AdapterPlan, single: Sequence[str]
 ) -> LoraConfig:
-    fields = {**(lora or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
+    made = start_kinds.started(lora) is not None or start_kinds.fed(lora) is not None
+    given = start_kinds.without_start(lora) if made else lora
+    fields = {**(given or {}), **patterns.resolved(lora, (*wanted.lora_modules, *wanted.lora_parameters))}
     fields.pop("exclude_modules", None)
-    if started := kinds.started(lora) is not None:
-        fields["init_lora_weights"] = True
     copied = [name for name in wanted.modules if name + "." not in single]
     with foreign.calling("LoRA", AdapterError):
         configuration = LoraConfig(
@@ -186,7 +208,7 @@ def _build_configuration(
                 "ensure_weight_tying": fields.get("ensure_weight_tying", _trains_tied(model, wanted)),
             }
         )
-    return starts.doubled(configuration) if started else configuration
+    return starts.doubled(configuration) if start_kinds.started(lora) is not None else configuration
 
 
 def _trains_tied(model: nn.Module, wanted: AdapterPlan) -> bool:

@@ -7,8 +7,7 @@ start, a field or a kind that PEFT adds is refused here until somebody has decid
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -18,32 +17,10 @@ from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from solidify.adapter import start_kinds
 from solidify.model import quantized
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-# How low-rank factors may start: the base keeps its weights, so that switched off the model is the base.
-STARTS: tuple[bool | str, ...] = (True, False, "gaussian", "orthogonal", "mica")
-_ITERATED = "pissa_niter_[number of iters]"
-# PEFT takes these out of the base's weights; what `attach` makes of them leaves the base alone (`starts.py`).
-STARTED: tuple[str, ...] = ("pissa", _ITERATED, "olora")
-
-_MOVES_THE_BASE = (
-    "it subtracts its starting values from the base's weights, so with the adapter off the model is no longer the base"
-)
-_ROUNDS_THE_BASE = (
-    "it rounds the base's weights to a few bits and starts with what that loses, so with the adapter off the model is "
-    "no longer the base; a base that is loaded quantised is rounded already"
-)
-REFUSED_STARTS = {
-    "corda": _MOVES_THE_BASE,
-    "loftq": _ROUNDS_THE_BASE,
-    "lora_ga": _MOVES_THE_BASE,
-    "eva": "it needs data that `attach` does not have, and without it PEFT silently starts plain LoRA",
-}
-# A start is over when training is: what it left of the base decides whether the result can be merged.
-_MERGED_STARTS = (*STARTS, "eva")
-_LEFT_ELSEWHERE = {**dict.fromkeys((*STARTED, "corda", "lora_ga"), _MOVES_THE_BASE), "loftq": _ROUNDS_THE_BASE}
 
 # Fields of LoraConfig that are right in every value that `value_faults` lets pass.
 FREE = frozenset(
@@ -92,9 +69,6 @@ REFUSED_FIELDS = {
     "layer_replication": "it changes the architecture; leave it out, and use surgery for that (insert, replace)",
     "megatron_config": "Megatron's layers are not supported; load the model with transformers, and leave it out",
     "loftq_config": "it belongs to the start 'loftq', which is refused; leave it out",
-    "eva_config": "it belongs to the start 'eva', which is refused; leave it out",
-    "corda_config": "it belongs to the start 'corda', which is refused; leave it out",
-    "lora_ga_config": "it belongs to the start 'lora_ga', which is refused; leave it out",
     "runtime_config": "offloading is set for a process and not for an adapter; leave it out",
 }
 
@@ -160,25 +134,14 @@ def faults(lora: Mapping[str, Any]) -> list[str]:
     kind = kind_fault(lora["peft_type"]) if lora.get("peft_type") is not None else None
     if kind is not None:
         return [kind]  # the fields are another kind's
-    return [*_field_faults(lora), *_start_faults(lora), *value_faults(lora), *_find_joint_variants(lora)]
-
-
-def started(lora: Mapping[str, Any] | None) -> str | None:
-    """Returns the start of a declaration, as PEFT writes it, where it begins with an update that is not zero."""
-    word = str((lora or {}).get("init_lora_weights")).lower()
-    return word if _name_start(word) in STARTED else None
-
-
-def _name_start(word: str) -> str:
-    """Returns what the lists above call a start."""
-    return _ITERATED if re.fullmatch(r"pissa_niter_\d+", word) else word
+    return [*_field_faults(lora), *start_kinds.start_faults(lora), *value_faults(lora), *_find_joint_variants(lora)]
 
 
 def configuration_faults(lora: Mapping[str, Any]) -> list[str]:
     """Names what a trained adapter's configuration has that is not supported, by PEFT's own fields."""
     return [
         *_field_faults({key: value for key, value in lora.items() if key != "eva_config"}),
-        *_left_faults(lora),
+        *start_kinds.left_faults(lora),
         *_token_faults(lora.get("trainable_token_indices")),
         *value_faults(lora),
     ]
@@ -231,6 +194,9 @@ def _field_faults(lora: Mapping[str, Any]) -> list[str]:
         value = lora.get(field.name)
         if field.name in FREE or not value or value == _find_default(field):
             continue
+        if field.name in start_kinds.OF_START:
+            found += start_kinds.setting_faults(lora, field.name, value)
+            continue
         why = REFUSED_FIELDS.get(field.name, "solidify does not know it yet; leave it out")
         found.append(f"LoRA: {field.name} is not supported: {why}")
     return found
@@ -240,50 +206,18 @@ def _find_default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _start_faults(lora: Mapping[str, Any]) -> list[str]:
-    start = lora.get("init_lora_weights", True)
-    if _is_one_of(start, STARTS) or started(lora) is not None:
-        return []
-    offered = f"take one of {_list_values((*STARTS, *STARTED))}"
-    why = REFUSED_STARTS.get(str(start).lower(), "PEFT has no such start, or solidify does not know it yet")
-    return [f"LoRA: init_lora_weights={start!r} is not supported: {why}; {offered}"]
-
-
-def _left_faults(lora: Mapping[str, Any]) -> list[str]:
-    """Names the start of an adapter that was trained elsewhere, where its base was changed for it."""
-    start = lora.get("init_lora_weights", True)
-    if _is_one_of(start, _MERGED_STARTS):
-        return []
-    word = str(start).lower()
-    family = _ITERATED if word.startswith("pissa_niter") else word
-    if family in _LEFT_ELSEWHERE:
-        return [
-            f"LoRA: init_lora_weights={start!r} is not supported: {_LEFT_ELSEWHERE[family]}; make it plain LoRA first "
-            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion), or merge it by PEFT on the model "
-            "that it was trained in"
-        ]
-    return [
-        f"LoRA: init_lora_weights={start!r} is not supported: PEFT has no such start, or solidify does not know it "
-        f"yet; {_list_values(_MERGED_STARTS)}"
-    ]
-
-
-def _is_one_of(start: Any, choices: Sequence[bool | str]) -> bool:
-    return any(start is choice or (isinstance(start, str) and start == choice) for choice in choices)
-
-
 def _find_joint_variants(lora: Mapping[str, Any]) -> list[str]:
     """Names variants that PEFT has, but not on one layer at a time."""
     found = [
         f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name in FREE and lora.get(f.name)
     ]
     start = lora.get("init_lora_weights")
-    found += [f"init_lora_weights={start!r}"] if start == "mica" or (started(lora) and lora.get("use_bdlora")) else []
+    found += (
+        [f"init_lora_weights={start!r}"]
+        if start == "mica" or (start_kinds.is_made(lora) and lora.get("use_bdlora"))
+        else []
+    )
     return [f"LoRA: {' and '.join(found)} cannot be combined; take one"] if len(found) > 1 else []
-
-
-def _list_values(values: Sequence[Any]) -> str:
-    return ", ".join(repr(value) for value in values)
 
 
 def value_faults(lora: Mapping[str, Any]) -> list[str]:
@@ -371,9 +305,13 @@ def layer_fault(name: str, module: nn.Module, owner: nn.Module | None, lora: Map
         return f"LoRA: {name} ({kind}) has {strange}, which PEFT's update ignores; name it in `train`"
     start = lora.get("init_lora_weights")
     linear = isinstance(module, (nn.Linear, Conv1D))
-    if (started(lora) and not linear) or (isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica")):
+    if (start_kinds.is_made(lora) and not linear) or (
+        isinstance(module, _CONVOLUTIONS) and start in ("orthogonal", "mica")
+    ):
         return f"LoRA: {name} ({kind}) does not support the start {start!r}; leave `init_lora_weights` out"
-    if started(lora) and any(quantized.is_packed(parameter) for parameter in module.parameters(recurse=False)):
+    if start_kinds.started(lora) and any(
+        quantized.is_packed(parameter) for parameter in module.parameters(recurse=False)
+    ):
         return (
             f"LoRA: the start {start!r} is made from a layer's weights, and those of {name} are quantised; load the "
             "artifact without quantization, or leave `init_lora_weights` out"
@@ -403,7 +341,7 @@ def parameter_fault(name: str, parameter: nn.Parameter, lora: Mapping[str, Any])
         key for key in ("use_dora", "use_bdlora", "lora_bias", "lora_dropout", "fan_in_fan_out") if lora.get(key)
     ]
     start = lora.get("init_lora_weights")
-    with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") or started(lora) else []
+    with_it += [f"init_lora_weights={start!r}"] if start in ("orthogonal", "mica") or start_kinds.is_made(lora) else []
     if with_it:
         return (
             f"LoRA: {name} is a parameter, and target_parameters cannot be combined with {', '.join(with_it)}; leave "

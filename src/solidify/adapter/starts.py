@@ -9,7 +9,8 @@ A0 and B0 are made by PEFT itself, on a copy of the weight, one layer after the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -82,17 +83,27 @@ def doubled(configuration: LoraConfig) -> LoraConfig:
     return configuration
 
 
-def begin(model: PeftModel, adapter: str, start: str) -> None:
+def begin(
+    model: PeftModel,
+    adapter: str,
+    start: str,
+    prepared: Mapping[str, tuple[str, Any]] = MappingProxyType({}),
+    **settings: Any,
+) -> None:
     """Gives a plain adapter, which was just attached with `doubled` ranks, its start in place.
+
+    `prepared` maps names of targets to the attribute that PEFT's start reads from a layer, and its value; `settings`
+    are fields of LoraConfig that belong to the start.
 
     Raises:
         AdapterError: PEFT cannot make such a start of a layer, its rank is too large, or the start is not finite.
     """
     faults = []
-    for path, layer in _started_layers(model, adapter):
+    for path, layer in layers(model, adapter):
         rank = layer.r[adapter] // 2
-        a, b = _make_start(layer, rank, layer.scaling[adapter], start)
         name = lookup.canonical(model, path)
+        config = LoraConfig(r=rank, lora_alpha=layer.scaling[adapter] * rank, init_lora_weights=start, **settings)
+        a, b = _make_start(layer, config, prepared.get(name))
         if len(a) < rank:
             faults.append(
                 f"LoRA: {name} starts with {len(a)} directions by {start!r}, which is less than its rank {rank}"
@@ -123,13 +134,14 @@ def has_any(model: nn.Module) -> bool:
     return any(isinstance(module, StartedFactor) for module in model.modules())
 
 
-def _started_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Any]]:
+def layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Any]]:
+    """Yields the layers that have an adapter's low-rank update with factors A and B, with their paths in the model."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             yield path, module
 
 
-def _make_start(layer: Any, rank: int, scale: float, start: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _make_start(layer: Any, config: LoraConfig, prepared: tuple[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Has PEFT make A0 (r, in) and B0 (out, r), on a layer of its own that has a copy of the weight."""
     base = layer.get_base_layer()
     weight = base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
@@ -137,9 +149,11 @@ def _make_start(layer: Any, rank: int, scale: float, start: str) -> tuple[torch.
     alone = nn.Linear(columns, rows, bias=False, device="meta")
     copy = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # PEFT would round the factors
     alone.weight = nn.Parameter(copy, requires_grad=False)
-    config = LoraConfig(r=rank, lora_alpha=scale * rank, init_lora_weights=start)
-    with foreign.calling(f"PEFT cannot start by {start!r}", AdapterError), torch.no_grad():
-        made = Linear(alone, _SCRATCH, config, r=rank, lora_alpha=config.lora_alpha)
+    if prepared is not None:
+        setattr(alone, *prepared)
+    refused = foreign.calling(f"PEFT cannot start by {config.init_lora_weights!r}", AdapterError)
+    with refused, torch.no_grad():
+        made = Linear(alone, _SCRATCH, config, r=config.r, lora_alpha=config.lora_alpha)
     return made.lora_A[_SCRATCH].weight.detach(), made.lora_B[_SCRATCH].weight.detach()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters
+from solidify.adapter import adapters, start_kinds
 from solidify.adapter import plan as planning
 from solidify.errors import HealingError, ObjectiveError, RecipeError, SolidifyError, raised_as
 from solidify.recipe import objectives, trainers
@@ -99,7 +99,7 @@ def _plan_training(inner: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     arguments = trainers.training_arguments(inner, Path("nowhere"))
     trainers.refuse_unspreadable(arguments, here=False)
     if inner.parameter_groups:
-        shapes = {**inner.adapter.lora, "init_lora_weights": True} if inner.adapter.lora is not None else None
+        shapes = start_kinds.without_start(inner.adapter.lora)
         with console.silence(), raised_as(RecipeError, of=ObjectiveError):
             attached = adapters.attach(copy.deepcopy(model), lora=shapes, train=inner.adapter.train)
             groups.resolve(attached, trainers.parameter_groups(inner))

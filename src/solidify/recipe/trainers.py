@@ -11,7 +11,7 @@ from accelerate import DistributedType
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from solidify.adapter import lookup
+from solidify.adapter import lookup, start_kinds
 from solidify.directory import trust
 from solidify.errors import DataError, ObjectiveError, RecipeError, raised_as, refuse
 from solidify.model import anatomy
@@ -146,6 +146,7 @@ def refuse_unteachable(recipe: Recipe, model: PreTrainedModel, processor: Any) -
     Returns how the rows are read.
     """
     kind = kinds.find(recipe)
+    refuse_unreadable_start(recipe)
     kinds.refuse_head(kind, model)
     if kind.takes_rows:
         found = kinds.rehearse_rows(kind, recipe, datasets.tokenizer_of(processor))
@@ -163,6 +164,17 @@ def refuse_unteachable(recipe: Recipe, model: PreTrainedModel, processor: Any) -
     refuse(ObjectiveError, f"{kind.trainer.__name__} cannot train like this", faults)
     prefix_plan.refuse_uncacheable(recipe, kind, arguments)
     return found
+
+
+def refuse_unreadable_start(recipe: Recipe) -> None:
+    """Raises RecipeError for a start that is made from data, where the trainer makes tokens of the rows itself."""
+    start = start_kinds.fed(recipe.adapter.lora if recipe.adapter is not None else None)
+    kind = kinds.find(recipe)
+    if start is not None and kind.takes_rows:
+        raise RecipeError(
+            f"adapter.lora: the start {start!r} reads rows of data.train as the model does, and trainer: {kind.name} "
+            "makes tokens of them itself; take another start, or attach in Python, with `batches`"
+        )
 
 
 def _refuse_idle_fields(recipe: Recipe, form: str) -> None:

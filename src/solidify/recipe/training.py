@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from solidify.adapter import adapters, expert_factors, storage
+from solidify.adapter import adapters, data_starts, expert_factors, start_kinds, storage
 from solidify.artifact import loading
 from solidify.checks import gradients, roundtrip, trainable
 from solidify.directory import manifest, results
 from solidify.errors import ObjectiveError
 from solidify.findings import Finding, Report
-from solidify.recipe import evidence, healing, models
+from solidify.recipe import datasets, evidence, healing, models, trainers
 from solidify.recipe.schema import Recipe
 from solidify.system import console, foreign, processes
 from solidify.training import checkpoints
@@ -23,6 +24,7 @@ from solidify.training.collating import Pictures
 from solidify.training.progress import TrainingBar
 from solidify.weights import hashing
 
+_START_ROWS, _TOGETHER = 64, 4  # what a start that is made from data reads, and how many rows stand in a batch
 UNFINISHED = Finding(
     "adapter reload exact", False, "the training ended before its adapter was loaded again; train with --resume"
 )
@@ -35,6 +37,22 @@ def load_artifact(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, Any
         loading.load_artifact(source, trust_remote_code=allowed, **models.quantization(recipe)),
         loading.load_processor(source, trust_remote_code=allowed),
     )
+
+
+def read_start(recipe: Recipe, processor: Any, model: PreTrainedModel) -> list[dict[str, Any]] | None:
+    """Reads what a start that is made from data reads: the first rows of `data.train`; None for every other start.
+
+    Raises:
+        RecipeError: the trainer makes tokens of the rows itself.
+        DataError: the rows cannot be read, or are not what the head learns from.
+    """
+    assert recipe.adapter is not None
+    if start_kinds.fed(recipe.adapter.lora) is None:
+        return None
+    trainers.refuse_unreadable_start(recipe)
+    prepared = datasets.prepare(datasets.unpacked(recipe), processor, model, parts=("train",))
+    rows = list(islice(prepared.train, _START_ROWS))
+    return [dict(prepared.collate(rows[place : place + _TOGETHER])) for place in range(0, len(rows), _TOGETHER)]
 
 
 def factor_experts(model: Any) -> None:
@@ -102,7 +120,8 @@ def release_model(recipe: Recipe, directory: Path, trainer: Any) -> Any:
         return None
     fresh, _ = load_artifact(recipe, directory)
     with console.silence():
-        again = adapters.attach(fresh, lora=recipe.adapter.lora, train=recipe.adapter.train)
+        alike = data_starts.declared_alike(model, recipe.adapter.lora)
+        again = adapters.attach(fresh, lora=alike, train=recipe.adapter.train)
     here = dict([*again.named_parameters(), *again.named_buffers()])
     with torch.no_grad():
         for name, tensor in trained.items():

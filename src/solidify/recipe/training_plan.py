@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapters, lookup, tokens
+from solidify.adapter import adapters, lookup, start_kinds, tokens
 from solidify.adapter import plan as planning
 from solidify.artifact import quantizing, vocabulary
 from solidify.errors import ModelError, ObjectiveError, RecipeError, raised_as, refuse
@@ -185,9 +185,8 @@ def _count_trainable(
     """Attaches the adapter to a model on the meta device and counts what PEFT makes trainable."""
     assert recipe.adapter is not None
     # How low-rank factors start changes no shape, and some starts need the weights.
-    shapes = {**lora, "init_lora_weights": True} if lora is not None else None
     with console.silence():
-        peft_model = adapters.attach(model, lora=shapes, train=recipe.adapter.train)
+        peft_model = adapters.attach(model, lora=start_kinds.without_start(lora), train=recipe.adapter.train)
     with raised_as(RecipeError, of=ObjectiveError):
         groups.resolve(peft_model, trainers.parameter_groups(recipe))
     counts: dict[str, int] = {}

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from peft.tuners.lora.config import CordaConfig as CordaConfig
+from peft.tuners.lora.corda import preprocess_corda as preprocess_corda
 from peft.tuners.lora.layer import Conv1d as Conv1d
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import BlockDiagonalLinear as BlockDiagonalLinear
@@ -19,6 +21,8 @@ from torch import nn
 
 TESTED = "0.21"
 UNDOCUMENTED = {
+    "tuners.lora.config.CordaConfig": "the settings of CorDA, which LoraConfig has a field for; not exported",
+    "tuners.lora.corda.preprocess_corda": "what CorDA starts from; EVA's and LoRA-GA's like are exported",
     "tuners.lora.layer.Conv1d": "a layer whose changes a merge computes; of its kind it alone is not exported",
     "tuners.lora.variants.BlockDiagonalLinear": "a factor whose matrix is larger than what is stored",
     "utils.other.get_pattern_key": "which key of `alpha_pattern` counts for a module of an adapter of others",
