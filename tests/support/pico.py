@@ -62,11 +62,11 @@ def artifact(model: PreTrainedModel, edits: Sequence[Any], directory: Path, **mo
 
 def unwitnessed(patch: pytest.MonkeyPatch) -> None:
     """Leaves the fresh process out of what is built, where it is not the point; it does not even start."""
-    from solidify.artifact import certificate
+    from solidify.artifact import certificate, fresh
     from solidify.findings import Finding
 
     patch.setattr(certificate, "witness", lambda *_: [Finding("left out", True, "")])
-    patch.setattr(certificate, "started", nullcontext)
+    patch.setattr(fresh, "started", nullcontext)
 
 
 def tokens(rows: int = 2, length: int = 12, *, seed: int = 0, vocab_size: int = 128) -> torch.Tensor:
