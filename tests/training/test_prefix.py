@@ -168,8 +168,8 @@ def test_what_is_kept_outlives_an_interruption(tmp_path: Path, monkeypatch: pyte
     resumed = trainer(olmoe(), tmp_path / "cached", **saving)
     calls = Calls(monkeypatch, OlmoeAttention)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cached" / "checkpoint-3"))
-    # All four layers for the first batch of training and of evaluation; else the last one alone, in proofs too.
-    assert calls.count == 2 * 4 + 2 + 5 + 1
+    # All four layers, twice, for the first batch of training and of evaluation; else the last one alone, in proofs too.
+    assert calls.count == 2 * 2 * 4 + 2 + 5 + 1
     expected, found = plain.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not kept.exists()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pico
 import pytest
 import torch
+from frozen import Act, Around, both, nothing, put, small, train
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -22,52 +22,6 @@ import solidify
 from solidify.errors import ObjectiveError
 from solidify.training.prefix import CachedPrefix
 from solidify.weights import hashing
-
-Act = Callable[[Any], Any]
-
-
-def nothing(_: Any) -> None:
-    """Leaves a model as it is."""
-
-
-def small(prepare: Act = nothing) -> Any:
-    """A model of which the attention of the last layer learns."""
-    torch.manual_seed(0)
-    model = pico.llama(num_hidden_layers=4)
-    model.config.use_cache = False
-    prepare(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in model.model.layers[3].self_attn.parameters():
-        parameter.requires_grad_(True)
-    return model.train()
-
-
-def train(model: Any, between: Act = nothing, after: int = 1) -> list[float]:
-    """Six steps over two batches in turn; `between` acts on the model after one of them."""
-    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.5)
-    torch.manual_seed(2)
-    batches = [pico.collate(pico.ragged(3, seed=seed)) for seed in range(2)]
-    found = []
-    for step in range(6):
-        loss = model(**batches[step % 2]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-        if step == after:
-            between(model)
-    return found
-
-
-def both(
-    directory: Path, prepare: Act = nothing, between: Act = nothing, after: int = 1
-) -> tuple[list[float], list[float], CachedPrefix]:
-    """Trains plainly and with a prefix; returns the losses of both."""
-    plain = train(small(prepare), between, after)
-    model = small(prepare)
-    with solidify.cache_prefix(model, directory) as cached:
-        return plain, train(model, between, after), cached
 
 
 def exchange(paths: list[Path]) -> None:
@@ -140,22 +94,6 @@ def test_a_file_for_a_directory_is_one_sentence(tmp_path: Path) -> None:
         pass
 
 
-class Around(nn.Module):
-    """A module around another, of which each kind below makes something else in training."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.calls = 0
-        self.list = [0]
-        self.loose = torch.zeros(1)
-        self.register_buffer("mean", torch.zeros(()))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.inner(hidden_states)
-        return found
-
-
 class Average(Around):
     """Replaces a buffer in each pass."""
 
@@ -204,17 +142,6 @@ class Endless(Around):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.count.number += 1
         return super().forward(hidden_states)
-
-
-def put(kind: type[Around], layer: int) -> Act:
-    """Returns what puts a module around the feed-forward part of a layer."""
-
-    def act(model: Any) -> None:
-        random.seed(0)
-        np.random.seed(0)
-        model.model.layers[layer].mlp = kind(model.model.layers[layer].mlp)
-
-    return act
 
 
 @pytest.mark.parametrize("kind", [Around, Average, Ramp, OfPython, OfNumPy, OfPyTorch])

@@ -3,7 +3,7 @@
 The first layers of a list in which nothing learns return the same numbers in every epoch for the same batch. Here they
 are kept (`prefix_store.py`) under a digest of all that decides them, and the layers are skipped when the batch comes
 again: all but the last hand on what they are given, and the last returns what it returned. All else of the model runs
-as it does. The first batch is run both ways, and its outputs must have the same bits.
+as it does. The first batch is run plainly twice, and without the layers: all outputs must have the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
 from solidify.system import foreign
 from solidify.training.prefix_key import flatten, name_kind
-from solidify.training.prefix_stack import PLAIN, TRIAL, USED, Run, Stack
+from solidify.training.prefix_stack import PLAIN, TRIAL, TWICE, USED, Run, Stack
 from solidify.training.prefix_state import State
 from solidify.training.prefix_store import Store
 from solidify.training.prefix_told import BEFORE, hook_fault
@@ -124,8 +124,8 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     own, which is removed at the end, unless the block ends by an error, or `keep` says otherwise: then the next block
     finds it. A batch recurs where the same rows come together, in a batch of the same shape.
 
-    The first batch that is trained on is run both ways; until then, and for calls of another kind until their first
-    batch was (an evaluation), nothing is kept.
+    The first batch that is trained on is run plainly twice, and from what is kept; until then, and for calls of another
+    kind until their first batch was (an evaluation), nothing is kept.
 
     Raises:
         ObjectiveError: no layer can be skipped, or skipping changes the model's outputs, or the layers were changed
@@ -211,7 +211,7 @@ class CachedPrefix:
                 run = stack.around(run)
         if self.run.way is not PLAIN:
             return run(*args, **kwargs)
-        kind = name_kind(self.model, kwargs)
+        kind = name_kind([self.model, *(stack.owner for stack in self._stacks)], args, kwargs)
         if kind in self._proved:
             return self._run_as(USED, self._proved[kind], run, args, kwargs)
         if not self._proved and not (self.model.training and torch.is_grad_enabled()):
@@ -228,10 +228,11 @@ class CachedPrefix:
             self.run.way = PLAIN
 
     def _prove(self, kind: str, run: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a batch plainly, and from what that leaves; returns the plain outputs.
+        """Runs a batch plainly, again plainly, and from what that leaves; returns the first outputs.
 
         Raises:
-            ObjectiveError: the outputs are not the same, or, of the first kind of call, nothing can be kept.
+            ObjectiveError: the layers return something else the second time, or the model without them does; or, of
+                the first kind of call, nothing can be kept.
         """
         before = State(self.model)
         plain = self._run_as(TRIAL, self._stacks, run, args, kwargs)
@@ -243,6 +244,9 @@ class CachedPrefix:
             refuse(ObjectiveError, "cache_prefix: no layer can be computed once", faults)
         if usable:
             after, read = State(self.model), self.run.read
+            before.put_back()
+            with unseen(), foreign.calling("cache_prefix: one batch does not run twice", ObjectiveError):
+                self._run_as(TWICE, usable, run, args, kwargs)
             before.put_back()
             words = "cache_prefix: the model does not run without its prefix"
             with unseen(), foreign.calling(words, ObjectiveError, remedy=_OTHERWISE):

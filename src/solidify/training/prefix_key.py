@@ -14,7 +14,9 @@ from solidify.errors import ObjectiveError
 from solidify.training.prefix_state import accelerator, describe_tensor
 from solidify.training.prefix_told import SCALARS, Attributes
 from solidify.upstream.torch import writes
+from solidify.weights import hashing
 
+_DEEPEST = 8  # settings in settings that are looked into
 _UNREAD = ("num_items_in_batch",)  # transformers hands it down to layers, for the loss alone
 
 
@@ -77,8 +79,12 @@ class LayerDigests:
 def _stamp(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Returns what changes when a tensor is exchanged, or written to; through `.data` no version counts it, so a few
     pages are looked at."""
-    version = 0 if tensor.is_inference() else writes(tensor)
-    return tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, _glance(tensor)
+    return tensor.data_ptr(), count_writes(tensor), tuple(tensor.shape), tensor.dtype, _glance(tensor)
+
+
+def count_writes(tensor: torch.Tensor) -> int:
+    """Returns how often a tensor was written to in place; 0 for one of inference mode, which counts nothing."""
+    return 0 if tensor.is_inference() else writes(tensor)
 
 
 def _glance(tensor: torch.Tensor) -> bytes:
@@ -138,8 +144,6 @@ def describe(value: Any, known: Known) -> Any:
 def surroundings(owner: nn.Module) -> list[Any]:
     """Returns what decides the last bits beside weights and inputs."""
     device = (accelerator() or torch.device("cpu")).type
-    config = getattr(owner, "config", None)
-    settings = {key: repr(value) for key, value in vars(config).items() if isinstance(value, SCALARS)} if config else {}
     return [
         torch.__version__,
         transformers.__version__,
@@ -147,12 +151,37 @@ def surroundings(owner: nn.Module) -> list[Any]:
         torch.get_float32_matmul_precision(),
         torch.backends.cpu.get_cpu_capability(),
         [str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "" for kind in {device, "cpu"}],
-        settings,
+        gradient_modes(),
+        _tell_settings(getattr(owner, "config", None)),
     ]
 
 
-def name_kind(model: nn.Module, kwargs: Mapping[str, Any]) -> str:
-    """Returns what kind of call one is: mode, whether a graph is built, and what is given, whatever its values."""
-    switches = (bool, str, type(None))
-    given = [f"{key}={value!r}" if isinstance(value, switches) else key for key, value in sorted(kwargs.items())]
-    return repr((model.training, torch.is_grad_enabled(), given))
+def gradient_modes() -> tuple[bool, bool]:
+    """Returns whether a graph is built, and whether inference mode is on: layers may ask for either."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def name_kind(modules: Sequence[nn.Module], args: Any, kwargs: Mapping[str, Any]) -> str:
+    """Returns what kind of call one of the first of some modules is: modes, configurations and plain attributes of all
+    of them, and what is given, with the values of all that are no tensors."""
+    known = {key: value for key, value in kwargs.items() if key not in _UNREAD}
+    given = [_tell_settings(args), _tell_settings(known), sorted(kwargs)]
+    plain = [{key: repr(v) for key, v in vars(each).items() if isinstance(v, SCALARS)} for each in modules]
+    configs = {id(config): config for each in modules if (config := getattr(each, "config", None)) is not None}
+    return hashing.digest_values([gradient_modes(), given, plain, [_tell_settings(each) for each in configs.values()]])
+
+
+def _tell_settings(value: Any, depth: int = 0) -> Any:
+    """Returns plain words for the values in a configuration, or in arguments; those of tensors are not told."""
+    if isinstance(value, SCALARS):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return [[repr(key), _tell_settings(each, depth + 1)] for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_tell_settings(each, depth + 1) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(each) for each in value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, (torch.Tensor, type, nn.Module)) or depth == _DEEPEST or not hasattr(value, "__dict__"):
+        return kind
+    return [kind, _tell_settings(vars(value), depth + 1)]

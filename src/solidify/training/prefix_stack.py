@@ -12,20 +12,23 @@ from torch import nn
 from solidify.adapter import lookup
 from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_key import Known, LayerDigests, describe, flatten, has_history, surroundings
+from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
 from solidify.training.prefix_state import name_moved
 from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.training.prefix_told import hook_fault
 from solidify.weights import hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again
-PLAIN, TRIAL, USED = "plain", "trial", "used"
+PLAIN, TRIAL, TWICE, USED = "plain", "trial", "twice", "used"
 
 
 @dataclass
 class Run:
-    """What all prefixes of a model share: the way in which it runs (`PLAIN`, `TRIAL`: plainly, and what layers return
-    is kept, or `USED`: from what is kept), the random states at its beginning, and counts of passes."""
+    """What all prefixes of a model share: the way in which it runs, random states at its beginning, counts of passes.
+
+    Ways: `PLAIN`; `TRIAL`: plainly, and what layers return is kept; `TWICE`: likewise, and compared with what the trial
+    kept; `USED`: from what is kept.
+    """
 
     store: Store
     way: str = PLAIN
@@ -41,6 +44,7 @@ class _Pass:
     given: Any
     next: int = 0
     last: torch.Tensor | None = None
+    writes: int = 0  # to that, when it was returned
     key: str = ""
     layers: Any = None
     kept: Kept | None = None
@@ -60,6 +64,7 @@ class Stack:
         self.begin_run(taken=False)
         self._forms: dict[int, Returned] = {}
         self._pass: _Pass | None = None
+        self.tried: dict[str, Kept] = {}  # what a trial kept
         self._digests = LayerDigests(self.layers)
 
     def begin_run(self, *, taken: bool) -> None:
@@ -101,7 +106,8 @@ class Stack:
             else:
                 output = own(*args, **kwargs)
                 self._note(now, number, output)
-            now.next, now.last = number + 1, output[0] if isinstance(output, tuple) else output
+            now.next, now.last = number + 1, output[0] if isinstance(output, tuple) and output else output
+            now.writes = count_writes(now.last) if isinstance(now.last, torch.Tensor) else 0
             return output
 
         return step
@@ -110,6 +116,8 @@ class Stack:
         """Finds what forbids skipping a layer: its place, and what it is given."""
         if not isinstance(hidden, torch.Tensor) or number != now.next or (number and hidden is not now.last):
             self._fault("is not called once, in its place, with what the layer before it returned", number)
+        elif number and count_writes(hidden) != now.writes:
+            self._fault("is given what the layer before it returned, and what was written to in between", number)
         elif any(has_history(tensor) for _, tensor in flatten("", given)):
             self._fault("is given something that depends on what learns (trained embeddings, for one)", number)
         elif any(parameter.requires_grad for parameter in self.layers[number].parameters()):
@@ -124,7 +132,8 @@ class Stack:
             return
         now.layers = self._digests.values()
         place = [self.name, len(self.layers), surroundings(self.owner)]
-        now.key = hashing.digest_values([place, now.layers, now.given, described])
+        asked = [tensor.requires_grad for _, tensor in flatten("", given)]
+        now.key = hashing.digest_values([place, now.layers, now.given, described, asked])
         device = next((tensor.device for _, tensor in flatten("", given)), torch.device("cpu"))
         if self.run.way is USED:
             now.kept = self.run.store.get(now.key, device)
@@ -168,6 +177,9 @@ class Stack:
         if returned is None:
             self._fault(f"returns {type(output).__name__}, which is no tensor and no tuple of them", number)
             return
+        if any(has_history(part) for part in returned.tensors()):
+            self._fault("returns something that depends on what learns, which is no part of it", number)
+            return
         empty = tuple(None if part is None else torch.empty(0) for part in returned.parts)
         self._forms[number] = Returned(empty, returned.alone)
         for part in returned.tensors()[0 if returned.alone else 1 :]:
@@ -186,7 +198,12 @@ class Stack:
 
     def _keep(self, key: str, found: Kept) -> None:
         returned = found.returned
-        known = self.run.store.get(key, returned.tensors()[0].device) if self.run.way is TRIAL else None
+        if self.run.way is TWICE:
+            self._compare_trials(key, found)
+            return
+        known = None
+        if self.run.way is TRIAL:
+            self.tried, known = {key: found}, self.run.store.get(key, returned.tensors()[0].device)
         if known is not None and not (known.returned.equals(returned) and known.arguments == found.arguments):
             raise ObjectiveError(
                 f"cache_prefix: what is kept in {self.run.store.directory} is not what {self.name} returns here for "
@@ -195,6 +212,16 @@ class Stack:
         if known is None:
             self.run.store.put(key, found)
         self.run.computed += 1
+
+    def _compare_trials(self, key: str, found: Kept) -> None:
+        """Compares what two plain passes over one batch return; another key is told where the passes are compared."""
+        before = self.tried.get(key)
+        if before is not None and not before.returned.equals(found.returned):
+            self.run.store.drop(key)
+            raise ObjectiveError(
+                f"cache_prefix: {self.name} returns something else when one batch is run twice from the same random "
+                "states (it draws random numbers of its own, or counts its passes), so nothing of it can be kept"
+            )
 
     def _fault(self, what: str, number: int) -> None:
         """Notes a fault of the trial; later, raises it.

@@ -119,6 +119,11 @@ class Store:
         except OSError as error:
             raise ObjectiveError(f"cache_prefix: {path} cannot be written ({error.strerror or error})") from error
 
+    def drop(self, key: str) -> None:
+        """Removes what is kept under a key."""
+        with suppress(OSError):
+            self._locate(key).unlink(missing_ok=True)
+
     def refuse_full(self, size: int) -> None:
         """Raises ObjectiveError where so many bytes do not fit on the disk."""
         self._make_directory()  # another run that ended may have removed it
