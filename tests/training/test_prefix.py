@@ -98,17 +98,15 @@ def trainer(model: Any, directory: Path, *, terms: list[Any] | None = None, cach
 
 
 class Calls:
-    """Counts how often the layers below the last were run, by step."""
+    """Counts how often the layers below the last were run, by a hook on all modules: no class is changed."""
 
     def __init__(self, patch: pytest.MonkeyPatch, kind: Any) -> None:
         self.count = 0
-        own = kind.forward
 
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return own(module, *args, **kwargs)
+        def count(module: nn.Module, args: Any) -> None:
+            self.count += isinstance(module, kind)
 
-        patch.setattr(kind, "forward", forward)
+        patch.setitem(nn.modules.module._global_forward_pre_hooks, id(self), count)
 
 
 class Counted(TrainerCallback):

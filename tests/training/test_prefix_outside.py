@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pico
 import pytest
 import torch
-from frozen import Around, both, put, small
+from frozen import Around, both, put, small, train
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import solidify
 from solidify.errors import ObjectiveError
@@ -150,3 +152,240 @@ def test_a_call_that_asks_for_more_is_another_kind(how: str, tmp_path: Path) -> 
     ):
         for output in call_otherwise(model, how):
             output.loss.backward()
+
+
+NUMBER, TABLE, TENSOR, LIST = 1.0, {"by": 1.0}, torch.ones(1), [1.0]
+GENERATOR = torch.Generator()
+
+
+def read_number(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states * NUMBER
+
+
+class Reading(Around):
+    """Multiplies by what is read outside of the layer; each class below reads something else."""
+
+    by = 1.0
+
+    def helped(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class OfClass(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.by
+
+
+class OfHelper(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.helped(super().forward(hidden_states))
+
+
+class OfNumber(Reading):
+    def helped(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * NUMBER
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.helped(super().forward(hidden_states))
+
+
+class OfFunction(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return read_number(super().forward(hidden_states))
+
+
+class OfModule(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * far.NUMBER
+
+
+far = types.ModuleType("far")
+
+
+def change_helper(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reading, "helped", lambda self, hidden_states: hidden_states * 3)
+
+
+def change_number(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(globals(), "NUMBER", 3.0)
+
+
+TOLD: dict[str, tuple[type[Reading], Callable[[pytest.MonkeyPatch], None]]] = {
+    "an attribute of a class": (OfClass, lambda patch: patch.setattr(Reading, "by", 3.0)),
+    "a method of a class": (OfHelper, change_helper),
+    "a number in a file": (OfNumber, change_number),
+    "a number in a file, by a function": (OfFunction, change_number),
+    "a number in another file": (OfModule, lambda patch: patch.setattr(far, "NUMBER", 3.0)),
+}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_what_code_reads_is_told(what: str, tmp_path: Path) -> None:
+    far.NUMBER = 1.0  # type: ignore[attr-defined]
+    kind, change = TOLD[what]
+    plain = []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = train(small(put(kind, 0)), lambda _: change(patch))
+    with pytest.MonkeyPatch.context() as patch:
+        model = small(put(kind, 0))
+        with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+            assert train(model, lambda _: change(patch)) == plain != train(small(put(kind, 0)))
+    assert (cached.computed, cached.read) == (4, 2)
+
+
+class OfTable(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * TABLE["by"]
+
+
+class OfTensor(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * TENSOR
+
+
+class OfGenerator(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * torch.rand((), generator=GENERATOR)
+
+
+class OfSettings(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * float(os.environ.get("BY", "1"))
+
+
+class Leaving(Reading):
+    """Leaves something for others in a table of its file."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = super().forward(hidden_states)
+        TABLE["left"] = float(found.detach().mean())
+        return found
+
+
+class Setting(Reading):
+    """Leaves something in a name of its file."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        global NUMBER
+        found = super().forward(hidden_states)
+        NUMBER = float(found.detach().mean())
+        return found
+
+
+class Importing(Reading):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        import pico
+
+        return super().forward(hidden_states) * len(pico.SIZES)
+
+
+class Inside(Reading):
+    """Reads a table in a function that it makes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return next(part * LIST[0] for part in [super().forward(hidden_states)])
+
+
+class Decorated(Reading):
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden_states) * TABLE["by"]  # type: ignore[no-any-return]
+
+
+class Bound(Reading):
+    """Holds an object whose method reads a table."""
+
+    class Reader:
+        def read(self) -> float:
+            return TABLE["by"]
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.reader = Bound.Reader()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.reader.read()
+
+
+def closed() -> type[Reading]:
+    held = Learned()
+
+    class Closed(Reading):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * held.weight.detach()
+
+    return Closed
+
+
+REFUSED: dict[str, tuple[type[Reading], str]] = {
+    "a table": (OfTable, r"OfTable\.forward, .* reads TABLE, which is of the kind dict"),
+    "a tensor": (OfTensor, "reads TENSOR, which is of the kind Tensor"),
+    "a generator": (OfGenerator, "reads GENERATOR, which is of the kind Generator"),
+    "the environment": (OfSettings, r"reads os\.environ\.get, which is of the kind method"),
+    "a table that is left": (Leaving, "reads TABLE"),
+    "a name that is set": (Setting, "writes to NUMBER"),
+    "an import": (Importing, r"reads pico\.SIZES|imports pico"),
+    "a function inside": (Inside, "reads LIST, which is of the kind list"),
+    "a decorated method": (Decorated, "reads TABLE"),
+    "a method of an attribute": (Bound, r"Reader\.read, .* reads TABLE"),
+    "a closure": (closed(), "reads held, which is of the kind Learned"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_code_reads_and_cannot_be_told_is_refused(what: str, tmp_path: Path) -> None:
+    kind, said = REFUSED[what]
+    with pytest.raises(ObjectiveError, match=f"cache_prefix: .*{said}"):
+        both(tmp_path / "kept", put(kind, 0))
+
+
+def test_a_class_of_transformers_that_was_patched_is_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlamaMLP.forward
+
+    def forward(self: Any, hidden_states: Any) -> Any:
+        return own(self, hidden_states) * TABLE["by"]
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(ObjectiveError, match=r"forward, which frozen layers call, reads TABLE"):
+        both(tmp_path / "kept")
+
+
+class Loose(Around):
+    """Holds a table that is no buffer."""
+
+    place = 250_000
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.table = torch.ones(600_000)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.table[self.place]
+
+
+def write_loose(model: Any) -> None:
+    model.model.layers[0].mlp.table.numpy()[Loose.place] = 3
+
+
+class Less(Loose):
+    """Holds a small one."""
+
+    place = 10_000
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.table = torch.ones(100_000)
+
+
+def write_less(model: Any) -> None:
+    model.model.layers[0].mlp.table.data[Less.place] = 3
+
+
+def test_a_loose_tensor_is_read_whole(tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"model\.layers\.0\.mlp\.table was written to through `\.data`"):
+        both(tmp_path / "kept", put(Loose, 0), write_loose)
+    plain, found, cached = both(tmp_path / "kept", put(Less, 0), write_less)
+    assert found == plain
+    assert (cached.computed, cached.read) == (4, 2)

@@ -11,11 +11,12 @@ from torch import nn
 
 from solidify.artifact import tensors
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_state import accelerator, describe_tensor
+from solidify.training.prefix_state import accelerator, describe_tensor, odd_kind
 from solidify.training.prefix_told import SCALARS, Attributes
 from solidify.upstream.torch import writes
 from solidify.weights import hashing
 
+_SMALL = 2**20  # bytes that are read in every pass
 _DEEPEST = 8  # settings in settings that are looked into
 _UNREAD = ("num_items_in_batch",)  # transformers hands it down to layers, for the loss alone
 
@@ -29,14 +30,25 @@ class LayerDigests:
             tuple[Any, ...], tuple[str, torch.Tensor]
         ] = {}  # with the tensor, so that no other has its place
         self._state: list[tuple[str, str]] = []
-        self._attributes = Attributes(layers, self._digest)
+        self._loose: dict[int, tuple[str, torch.Tensor]] = {}  # large ones that are no parameter and no buffer
+        self._attributes = Attributes(layers, self._digest_loose)
 
     def values(self) -> list[Any]:
         """Returns plain values that tell two states of the layers apart."""
         if not self._known:
+            self._refuse_odd()
             self._read_all()
         digests = [self._digest(tensor) for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
         return [self._state, digests, self._attributes.values()]
+
+    def _refuse_odd(self) -> None:
+        for number, layer in enumerate(self._layers):
+            for path, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                if odd := odd_kind(tensor):
+                    raise ObjectiveError(
+                        f"cache_prefix: {number}.{path} of the frozen layers is {odd}, of which nothing can be told; "
+                        "leave cache_prefix out"
+                    )
 
     def _read_all(self) -> None:
         """Reads all tensors, from their files where they stand there unchanged; quantised weights have more than
@@ -59,15 +71,26 @@ class LayerDigests:
         Raises:
             ObjectiveError: one was written to unnoticed (through `.data`, between the pages that are looked at).
         """
-        for number, layer in enumerate(self._layers):
-            for path, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-                known = self._known.get(_stamp(tensor))
-                if known is not None and known[0] != tensors.digest(tensor):
-                    raise ObjectiveError(
-                        f"cache_prefix: {name}.{number}.{path} was written to through `.data`, which PyTorch does not "
-                        "count, since what the frozen layers return was kept; write to the tensor itself (in "
-                        "torch.no_grad()), or leave cache_prefix out"
-                    )
+        held = [
+            (f"{number}.{path}", tensor)
+            for number, layer in enumerate(self._layers)
+            for path, tensor in (*layer.named_parameters(), *layer.named_buffers())
+        ]
+        for path, tensor in (*held, *self._loose.values()):
+            known = self._known.get(_stamp(tensor))
+            if known is not None and known[0] != tensors.digest(tensor):
+                raise ObjectiveError(
+                    f"cache_prefix: {name}.{path} was written to through `.data`, which PyTorch does not count, since "
+                    "what the frozen layers return was kept; write to the tensor itself (in torch.no_grad()), or leave "
+                    "cache_prefix out"
+                )
+
+    def _digest_loose(self, tensor: torch.Tensor, where: str) -> str:
+        """Returns the digest of a tensor that is no parameter and no buffer: small ones are read whole each time."""
+        if tensor.nbytes <= _SMALL:
+            return tensors.digest(tensor)
+        self._loose[id(tensor)] = where, tensor
+        return self._digest(tensor)
 
     def _digest(self, tensor: torch.Tensor) -> str:
         stamp = _stamp(tensor)
@@ -129,6 +152,8 @@ def describe(value: Any, known: Known) -> Any:
         TypeError: something in it cannot be told.
     """
     if isinstance(value, torch.Tensor):
+        if id(value) not in known and (odd := odd_kind(value)):
+            raise TypeError(odd)
         if id(value) not in known:
             known[id(value)] = describe_tensor(value), value
         return known[id(value)][0]

@@ -53,6 +53,15 @@ def describe_tensor(tensor: torch.Tensor) -> list[str]:
     return [tensors.digest(whole), str(tensor.stride()), str(tensor.device)]
 
 
+def odd_kind(tensor: torch.Tensor) -> str:
+    """Returns in words why the numbers of a tensor cannot be read as they stand in memory; empty where they can."""
+    if tensor.is_meta:
+        return "a tensor without numbers (on the meta device)"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "a sparse or nested tensor"
+    return "a quantised tensor" if tensor.is_quantized else ""
+
+
 class State:
     """Random states, and the buffers and attributes of a model's modules."""
 
