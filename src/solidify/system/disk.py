@@ -181,6 +181,45 @@ def _hold_lock(directory: Path) -> int | None:
     return descriptor
 
 
+def share(directory: Path) -> int | None:
+    """Holds a directory together with others, until the descriptor that is returned is closed; makes it if it is gone.
+
+    None where there are no locks. Others that hold it are seen by `held_alone`.
+
+    Raises:
+        OSError: it cannot be made or opened.
+    """
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+                    return descriptor
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):  # a file system without locks
+                    os.close(descriptor)
+                    return None
+            os.close(descriptor)  # whoever held it alone has removed it in between
+        except FileNotFoundError:
+            continue
+
+
+def held_alone(descriptor: int | None) -> bool:
+    """Returns whether nobody else holds what `share` does, and keeps others from it until it is closed; True where
+    there are no locks."""
+    if descriptor is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
 def sweep() -> None:
     """Removes the temporary directories of processes that were killed; those of living ones are not touched."""
     if fcntl is None:

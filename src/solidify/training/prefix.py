@@ -121,18 +121,21 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     """While the block lasts, computes frozen layers at the beginning of a model once for each batch; in place.
 
     `model` may be wrapped by PEFT, with its adapter attached. What the layers return is kept in a `directory` of its
-    own, which is removed at the end, unless the block ends by an error, or `keep` says otherwise: then the next block
-    finds it. A batch recurs where the same rows come together, in a batch of the same shape.
+    own, which is removed at the end, unless the block ends by an error, or `keep` says otherwise (then the next block
+    finds it), or another training uses it. A batch recurs where the same rows come together, in a batch of the same
+    shape.
 
     The first batch that is trained on is run plainly twice, and from what is kept; until then, and for calls of another
     kind until their first batch was (an evaluation), nothing is kept.
 
     Raises:
-        ObjectiveError: no layer can be skipped, or skipping changes the model's outputs, or the layers were changed
-            unnoticed; it says why.
+        ObjectiveError: no layer can be skipped, or there is anything else in the directory, or skipping changes the
+            model's outputs, or the layers were changed unnoticed; it says why.
     """
     usable = refuse_none(find_prefixes(model))
-    cached = CachedPrefix(model, usable, Store(Path(directory)))
+    store = Store(Path(directory))
+    cached = CachedPrefix(model, usable, store)
+    store.hold()
     cached.install()
     try:
         yield cached
@@ -141,10 +144,12 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
         with suppress(ObjectiveError):  # the error at hand is told; what was kept under a false key is gone
             cached.refuse_written()
         raise
+    else:
+        if not keep:
+            store.remove()
     finally:
         cached.uninstall()
-    if not keep:
-        cached.run.store.remove()
+        store.release()
 
 
 class CachedPrefix:

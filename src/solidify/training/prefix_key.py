@@ -35,8 +35,8 @@ class LayerDigests:
 
     def values(self) -> list[Any]:
         """Returns plain values that tell two states of the layers apart."""
+        self._refuse_odd()
         if not self._known:
-            self._refuse_odd()
             self._read_all()
         digests = [self._digest(tensor) for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
         return [self._state, digests, self._attributes.values()]
@@ -75,6 +75,7 @@ class LayerDigests:
             (f"{number}.{path}", tensor)
             for number, layer in enumerate(self._layers)
             for path, tensor in (*layer.named_parameters(), *layer.named_buffers())
+            if not odd_kind(tensor)
         ]
         for path, tensor in (*held, *self._loose.values()):
             known = self._known.get(_stamp(tensor))

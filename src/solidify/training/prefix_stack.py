@@ -13,10 +13,10 @@ from solidify.adapter import lookup
 from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
 from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
-from solidify.training.prefix_state import name_moved
+from solidify.training.prefix_state import name_moved, odd_kind
 from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.training.prefix_told import hook_fault
-from solidify.weights import hashing
+from solidify.weights import format, hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again
 PLAIN, TRIAL, TWICE, USED = "plain", "trial", "twice", "used"
@@ -148,7 +148,7 @@ class Stack:
         try:
             self._digests.refuse_written(self.name)
         except ObjectiveError:
-            self.run.store.remove()
+            self.run.store.forget()
             raise
 
     def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:
@@ -175,7 +175,7 @@ class Stack:
         """Notes the form of an output; keeps that of the last layer."""
         returned = Returned.of(output)
         if returned is None:
-            self._fault(f"returns {type(output).__name__}, which is no tensor and no tuple of them", number)
+            self._fault(f"returns {_name_output(output)}, which is no plain tensor and no tuple of them", number)
             return
         if any(has_history(part) for part in returned.tensors()):
             self._fault("returns something that depends on what learns, which is no part of it", number)
@@ -244,3 +244,15 @@ class Stack:
                 raise ObjectiveError(f"cache_prefix: {fault}") from error
             self.faults.append(fault)
             return None
+
+
+def _name_output(output: Any) -> str:
+    """Returns what kind of thing a layer returned, for a sentence."""
+    for part in output if isinstance(output, tuple) else (output,):
+        if type(part) is torch.Tensor:
+            what = odd_kind(part) or (f"a tensor of {part.dtype}" if part.dtype not in format.DTYPES.values() else "")
+        else:
+            what = type(part).__name__ if part is not None else ""
+        if what:
+            return what
+    return type(output).__name__

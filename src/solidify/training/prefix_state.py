@@ -6,6 +6,7 @@ They are put back when a batch is run twice; what cannot be put back is refused 
 from __future__ import annotations
 
 import random
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from solidify.upstream.torch import TABLES, own_buffers, writes
 from solidify.weights.format import same_bits
 
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_BITS = re.compile(r"torch\.u?int[1-7]")
 _DEEPEST = 6  # objects in objects that are looked into
 
 
@@ -59,6 +61,8 @@ def odd_kind(tensor: torch.Tensor) -> str:
         return "a tensor without numbers (on the meta device)"
     if tensor.is_nested or tensor.layout is not torch.strided:
         return "a sparse or nested tensor"
+    if _BITS.fullmatch(str(tensor.dtype)):
+        return f"a tensor of {tensor.dtype}, which PyTorch does not copy"
     return "a quantised tensor" if tensor.is_quantized else ""
 
 
@@ -94,7 +98,8 @@ class State:
             for key, value in own_buffers(module).items():
                 found[f"{name}.{key}".lstrip(".")] = look(value)
             for key, parameter in module.named_parameters(recurse=False):
-                found[f"{name}.{key}".lstrip(".")] = id(parameter), writes(parameter), parameter.data_ptr()
+                place = odd_kind(parameter) or parameter.data_ptr()
+                found[f"{name}.{key}".lstrip(".")] = id(parameter), writes(parameter), place
         return found
 
 
@@ -113,7 +118,7 @@ class _Held:
         if id(value) in self._contents:
             return
         if isinstance(value, torch.Tensor):
-            if not isinstance(value, nn.Parameter):
+            if not isinstance(value, nn.Parameter) and not odd_kind(value):
                 self._contents[id(value)] = value, value.detach().clone()
         elif isinstance(value, (list, dict, set, tuple)):
             if not isinstance(value, tuple):
@@ -155,6 +160,8 @@ def look(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (bool, int, float, str, bytes, type(None))):
         return repr(value)
     if isinstance(value, torch.Tensor):
+        if odd := odd_kind(value):
+            return id(value), odd, writes(value)
         return id(value), value.data_ptr() if isinstance(value, nn.Parameter) else describe_tensor(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()

@@ -7,6 +7,8 @@ or stands under another's name, is as good as none.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,11 +21,14 @@ import safetensors.torch
 import torch
 
 from solidify.directory import ours
-from solidify.errors import ObjectiveError
+from solidify.errors import ObjectiveError, refuse
 from solidify.system import console, disk
-from solidify.weights import hashing
+from solidify.weights import format, hashing
 from solidify.weights.format import same_bits
 
+_OURS = re.compile(rf"[0-9a-f]{{64}}{re.escape(ours.ACTIVATIONS)}")
+_DRAFT = re.compile(rf"\.{_OURS.pattern}\.partial-\d+")
+_TRIES = 4  # to write a file while another training removes the directory
 _SPARE = 2**28  # bytes that are left free for checkpoints, logs and the rest of the machine
 
 
@@ -36,9 +41,9 @@ class Returned:
 
     @classmethod
     def of(cls, output: Any) -> Returned | None:
-        """Takes an output apart; None for one that is neither a tensor nor a tuple of them."""
+        """Takes an output apart; None for one that is neither a tensor that can be written nor a tuple of them."""
         parts = output if isinstance(output, tuple) else (output,)
-        if not parts or not all(part is None or isinstance(part, torch.Tensor) for part in parts):
+        if not parts or not all(part is None or _is_plain(part) for part in parts):
             return None
         return cls(tuple(parts), not isinstance(output, tuple)) if isinstance(parts[0], torch.Tensor) else None
 
@@ -64,6 +69,13 @@ class Returned:
         )
 
 
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value is a tensor whose numbers a file of safetensors holds."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+        return False
+    return value.dtype in format.DTYPES.values() and not (value.is_nested or value.is_quantized or value.is_meta)
+
+
 @dataclass(frozen=True)
 class Kept:
     """What the last layer returned, and digests of what each layer was given beside hidden states."""
@@ -73,16 +85,35 @@ class Kept:
 
 
 class Store:
-    """Outputs of layers in a directory of their own, by key."""
+    """Outputs of layers in a directory of their own, by key.
+
+    Raises:
+        ObjectiveError: there is anything else in the directory, or it cannot be made.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._lock: int | None = None
         self._make_directory()
+        strange = [path.name for path in sorted(directory.iterdir()) if not _is_ours(path) and os.path.lexists(path)]
+        words = f"cache_prefix: {directory} holds what is no activations of frozen layers; give a directory of its own"
+        refuse(ObjectiveError, words, strange[:4])
+
+    def hold(self) -> None:
+        """Keeps the directory from being removed by another training, until `release`."""
+        self._lock = self._make_directory(held=True)
+
+    def release(self) -> None:
+        """Lets others remove the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
     def get(self, key: str, device: torch.device) -> Kept | None:
         """Returns what is kept under a key, in memory of its own; None where there is nothing, or it is spoilt."""
+        path = self._locate(key)
         try:
-            digest, _, content = self._locate(key).read_bytes().partition(b"\n")
+            digest, _, content = path.read_bytes().partition(b"\n") if path.is_file() else (b"", b"", b"")
         except OSError:
             return None
         if digest != hashing.digest_bytes(content).encode():
@@ -95,7 +126,7 @@ class Store:
             return None
 
     def put(self, key: str, kept: Kept) -> None:
-        """Keeps an output.
+        """Keeps an output, unless something else stands in its place.
 
         Raises:
             ObjectiveError: the disk has no room for it, or it cannot be written.
@@ -111,13 +142,22 @@ class Store:
         body = safetensors.torch.save(named)
         said = {"key": key, "orders": orders, "alone": returned.alone, "arguments": kept.arguments}
         content = json.dumps(said).encode() + b"\n" + body
-        path = self._locate(key)
-        try:
-            if path.is_dir():
-                path.rmdir()
-            disk.write(path, hashing.digest_bytes(content).encode() + b"\n" + content)
-        except OSError as error:
-            raise ObjectiveError(f"cache_prefix: {path} cannot be written ({error.strerror or error})") from error
+        self._write(self._locate(key), hashing.digest_bytes(content).encode() + b"\n" + content)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                if path.is_dir():
+                    with suppress(OSError):  # there is something in it: it stays
+                        path.rmdir()
+                if not path.exists() or path.is_file():
+                    disk.write(path, content)
+                return
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and left:
+                    self._make_directory()  # another training that ended has removed it
+                    continue
+                raise ObjectiveError(f"cache_prefix: {path} cannot be written ({error.strerror or error})") from error
 
     def drop(self, key: str) -> None:
         """Removes what is kept under a key."""
@@ -126,7 +166,7 @@ class Store:
 
     def refuse_full(self, size: int) -> None:
         """Raises ObjectiveError where so many bytes do not fit on the disk."""
-        self._make_directory()  # another run that ended may have removed it
+        self._make_directory()  # another training that ended may have removed it
         free = shutil.disk_usage(self.directory).free
         if free < size + _SPARE:
             raise ObjectiveError(
@@ -136,27 +176,52 @@ class Store:
 
     def size(self) -> int:
         """Returns how many bytes are kept."""
-        return sum(path.stat().st_size for path in self.directory.glob(f"*{ours.ACTIVATIONS}"))
+        return sum(path.stat().st_size for path in self._list() if _OURS.fullmatch(path.name))
+
+    def forget(self) -> None:
+        """Removes all that is kept; another training in the directory computes its own again."""
+        for path in self._list():
+            if _OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes all that is kept, what was half written, and the directory."""
-        for path in self.directory.glob(f"*{ours.ACTIVATIONS}*"):
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
+        """Removes all that is kept, what was half written, and the directory, unless another training is in it."""
         with suppress(OSError):  # something else is in it, or it is gone
-            self.directory.rmdir()
+            self.release()
+            if self.directory.is_dir():
+                self.hold()  # as it stands now
+                if disk.held_alone(self._lock):
+                    for path in self._list():
+                        path.unlink(missing_ok=True)
+                    self.directory.rmdir()
+        self.release()
 
-    def _make_directory(self) -> None:
+    def _list(self) -> list[Path]:
+        """Returns the files of ours in the directory."""
+        with suppress(OSError):
+            return [path for path in self.directory.iterdir() if _is_ours(path)]
+        return []
+
+    def _make_directory(self, *, held: bool = False) -> int | None:
         try:
+            if held:
+                return disk.share(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = "it is a file" if self.directory.is_file() else error.strerror
             raise ObjectiveError(
                 f"cache_prefix: no directory can be made at {self.directory} ({why}); give another path"
             ) from error
+        return None
 
     def _locate(self, key: str) -> Path:
         return self.directory / f"{key}{ours.ACTIVATIONS}"
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether a file is named as those that are kept here."""
+    named = _OURS.fullmatch(path.name) or _DRAFT.fullmatch(path.name)
+    return bool(named) and path.is_file() and not path.is_symlink()
 
 
 def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> Kept:

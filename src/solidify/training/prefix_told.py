@@ -113,7 +113,7 @@ class _Teller:
                 value = getattr(value, BEFORE)
                 if value is None:
                     continue
-            self._where = f"{name}.{key}" if not depth else self._where
+            self._where = f"{name.rstrip('.')}.{key}" if not depth else self._where
             told.append([key, self.tell(value, depth + 1)])
         return [sorted(told, key=lambda each: str(each[0])), [*own_parameters(module)], [*own_buffers(module)]]
 
@@ -204,7 +204,7 @@ class _Teller:
             return (
                 name if held is None or isinstance(held, (types.ModuleType, type)) else [name, self.tell(held, depth)]
             )
-        told = [name, digest_code(value.__code__)]
+        told: list[Any] = [name, digest_code(value.__code__)]
         if is_library(module_of(value)):
             cells = [*(_content_of(cell) for cell in value.__closure__ or ()), getattr(value, "__wrapped__", None)]
             return [*told, [self.tell(each, depth) for each in cells if _is_content(each)]]
