@@ -532,3 +532,52 @@ def test_outputs_that_cannot_be_written_are_refused(kind: type[Around], said: st
 
     with pytest.raises(ObjectiveError, match=rf"model\.layers\.2 returns (a tensor of )?{said}, which is no plain"):
         both(tmp_path / "kept", prepare)
+
+
+def test_layers_that_change_in_each_step_are_not_kept_for_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small()
+    with solidify.cache_prefix(model, tmp_path / "kept", keep=True) as cached:
+        for number in range(24):
+            model.model.layers[0].step = number
+            model(**batches(2)[number % 2])
+    assert (cached.computed, cached.read) == (16, 0)
+    assert len(list((tmp_path / "kept").iterdir())) == 16
+    assert capsys.readouterr().err.count("is kept any more") == 1
+
+
+def test_layers_that_change_in_each_epoch_are_not_kept_for_ever(tmp_path: Path) -> None:
+    model, data = small(), batches(20)
+    with solidify.cache_prefix(model, tmp_path / "kept", keep=True) as cached, torch.no_grad():
+        with torch.enable_grad():
+            model(**data[0])
+        for number in range(4):
+            model.model.layers[0].step = number
+            for batch in data:
+                model(**batch)
+    assert cached.read == 0
+    assert 40 < len(list((tmp_path / "kept").iterdir())) <= 43
+
+
+def test_layers_that_change_once_are_read_again(tmp_path: Path) -> None:
+    model, data = small(), batches(20)
+    with solidify.cache_prefix(model, tmp_path / "kept", keep=True) as cached, torch.no_grad():
+        with torch.enable_grad():
+            model(**data[0])
+        for number in range(3):
+            model.model.layers[0].step = number > 0
+            for batch in data:
+                model(**batch)
+    assert cached.read == 20
+
+
+def test_calls_of_ever_other_kinds_run_plainly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, calls = small(), list[int]()
+    model.model.layers[3].register_forward_hook(lambda *_: calls.append(1))
+    with solidify.cache_prefix(model, tmp_path / "kept"):
+        for number in range(36):
+            model.number = number
+            model(**batches(1)[0])
+    assert len(calls) == 32 * 3 + 4
+    assert capsys.readouterr().err.count("kinds of call were compared, and others run plainly") == 1

@@ -24,7 +24,7 @@ from solidify.adapter import lookup
 from solidify.behaviour.calling import random_states
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
-from solidify.system import foreign
+from solidify.system import console, foreign
 from solidify.training.prefix_key import flatten, name_kind
 from solidify.training.prefix_stack import PLAIN, TRIAL, TWICE, USED, Run, Stack
 from solidify.training.prefix_state import State
@@ -39,6 +39,7 @@ _WHY = {
     "hidden_states": "hidden states of layers that are skipped are asked for; leave output_hidden_states out",
     "attentions": "attentions of layers that are skipped are asked for; leave output_attentions out",
 }
+_KINDS = 32  # of calls that are run both ways
 _OTHERWISE = "layers behind the prefix read something of it beside its output"
 
 
@@ -160,6 +161,7 @@ class CachedPrefix:
         self.run = Run(store)
         self._stacks = [Stack(self.run, model, prefix.name, prefix.frozen) for prefix in prefixes]
         self._proved: dict[str, list[Stack]] = {}
+        self._plain_said = False
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
 
     @property
@@ -221,7 +223,18 @@ class CachedPrefix:
             return self._run_as(USED, self._proved[kind], run, args, kwargs)
         if not self._proved and not (self.model.training and torch.is_grad_enabled()):
             return run(*args, **kwargs)
+        if len(self._proved) >= _KINDS:
+            self._say_plain()
+            return run(*args, **kwargs)
         return self._prove(kind, run, args, kwargs)
+
+    def _say_plain(self) -> None:
+        if not self._plain_said:
+            self._plain_said = True
+            console.words.print(
+                f"cache_prefix: {_KINDS} kinds of call were compared, and others run plainly: an attribute or a "
+                "setting of the model, or an argument that is no tensor, changes again and again"
+            )
 
     def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any) -> Any:
         for stack in self._stacks:

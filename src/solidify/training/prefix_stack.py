@@ -12,6 +12,7 @@ from torch import nn
 from solidify.adapter import lookup
 from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
+from solidify.system import console
 from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
 from solidify.training.prefix_state import name_moved, odd_kind
 from solidify.training.prefix_store import Kept, Returned, Store
@@ -19,6 +20,7 @@ from solidify.training.prefix_told import hook_fault
 from solidify.weights import format, hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again
+_CHANGES = 16  # states of the layers, none of which came again, until nothing is kept any more
 PLAIN, TRIAL, TWICE, USED = "plain", "trial", "twice", "used"
 
 
@@ -52,6 +54,25 @@ class _Pass:
     arguments: list[str] = field(default_factory=list)  # digests of what each layer is given beside hidden states
 
 
+class _Misses:
+    """Passes that found nothing since the last that did: states of the layers, and batches that came again."""
+
+    def __init__(self) -> None:
+        self._states: set[str] = set()
+        self._given: set[str] = set()
+        self._again = 0
+
+    def note(self, hit: bool, state: str, given: str) -> bool:
+        """Notes a pass; returns whether layers change so often that nothing will ever be found."""
+        if hit:
+            self._states, self._again = set(), 0
+        else:
+            self._states.add(state)
+            self._again += given in self._given
+        self._given.add(given)
+        return len(self._states) >= _CHANGES or self._again > max(_CHANGES, len(self._given))
+
+
 class Stack:
     """The layers of one prefix, and what holds their list."""
 
@@ -65,6 +86,8 @@ class Stack:
         self._forms: dict[int, Returned] = {}
         self._pass: _Pass | None = None
         self.tried: dict[str, Kept] = {}  # what a trial kept
+        self.stopped = False
+        self._misses = _Misses()
         self._digests = LayerDigests(self.layers)
 
     def begin_run(self, *, taken: bool) -> None:
@@ -78,7 +101,7 @@ class Stack:
 
     def run_owner(self, own: Any, args: Any, kwargs: Any) -> Any:
         """Begins a pass through the layers, and ends it."""
-        if self.run.way is PLAIN or not self.taken:
+        if self.run.way is PLAIN or not self.taken or self.stopped:
             return own(*args, **kwargs)
         self._pass, self.called, self.hit = _Pass(None), True, False
         self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs), self._pass.known)
@@ -133,7 +156,8 @@ class Stack:
         now.layers = self._digests.values()
         place = [self.name, len(self.layers), surroundings(self.owner)]
         asked = [tensor.requires_grad for _, tensor in flatten("", given)]
-        now.key = hashing.digest_values([place, now.layers, now.given, described, asked])
+        state, came = hashing.digest_values([place, now.layers]), hashing.digest_values([now.given, described, asked])
+        now.key = hashing.digest_values([state, came])
         device = next((tensor.device for _, tensor in flatten("", given)), torch.device("cpu"))
         if self.run.way is USED:
             now.kept = self.run.store.get(now.key, device)
@@ -142,6 +166,16 @@ class Stack:
         self.run.read += now.kept is not None
         if now.kept is not None and self.run.read % _WHOLE == 0:
             self.refuse_written()
+        if self.run.way is USED and self._misses.note(self.hit, state, came):
+            self._stop_keeping(now)
+
+    def _stop_keeping(self, now: _Pass) -> None:
+        """Keeps nothing of this pass and of later ones, and says so."""
+        self.stopped, now.key = True, ""
+        console.words.print(
+            f"cache_prefix: nothing of {self.name} is kept any more: the frozen layers (an attribute, a buffer, or a "
+            "setting of theirs) change so often that no pass finds what an earlier one left"
+        )
 
     def refuse_written(self) -> None:
         """Raises ObjectiveError where a tensor of the layers was written to unnoticed; what is kept is removed then."""
