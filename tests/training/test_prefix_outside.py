@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -581,3 +583,41 @@ def test_calls_of_ever_other_kinds_run_plainly(tmp_path: Path, capsys: pytest.Ca
             model(**batches(1)[0])
     assert len(calls) == 32 * 3 + 4
     assert capsys.readouterr().err.count("kinds of call were compared, and others run plainly") == 1
+
+
+INSTALLED = """
+from torch import nn
+
+TABLE = {"by": 1.0}
+
+
+def scale(hidden_states):
+    return hidden_states * TABLE["by"]
+
+
+class Calling(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states):
+        return scale(self.inner(hidden_states))
+
+
+class Looking(Calling):
+    def forward(self, hidden_states):
+        return self.inner(hidden_states) * TABLE["by"]
+"""
+
+
+def test_functions_of_a_package_are_taken_as_they_are_and_layers_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "installed_layers.py").write_text(INSTALLED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    package = importlib.import_module("installed_layers")
+    plain, found, _ = both(tmp_path / "kept", put(package.Calling, 0))
+    assert found == plain
+    with pytest.raises(ObjectiveError, match=r"Looking\.forward, .* reads TABLE"):
+        both(tmp_path / "kept", put(package.Looking, 0))

@@ -1,6 +1,7 @@
 """What the code of frozen layers reads beside its arguments: global names, closures, attributes of modules of code.
 
-Code of a library is taken as it is: Python's own, and what is installed. Of all other code each name is looked up.
+Code of a library is taken as it is: Python's own, and what is installed. Of all other code each name is looked up; and
+of modules of a model that are neither PyTorch's nor transformers', wherever they are installed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ class Read:
 
     def __str__(self) -> str:
         return ".".join([self.name, *self.attributes])
+
+
+@functools.cache
+def is_known(name: str) -> bool:
+    """Returns whether a module of code is of those whose modules of a model are taken as they are."""
+    return name.partition(".")[0] in _KNOWN
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from solidify.errors import ObjectiveError
 from solidify.training.prefix_code import (
     SKIPPED,
     digest_code,
+    is_known,
     is_library,
     look_up,
     module_of,
@@ -189,13 +190,14 @@ class _Teller:
                 self._classes[each] = ClassContent(each)
             for name, value in self._classes[each].entries():
                 before, self._where = self._where, f"{where} ({_name_of(each)}.{name})"
-                found.append([name, self.tell(value)])
+                method = isinstance(value, types.FunctionType) and issubclass(each, nn.Module)
+                found.append([name, self.tell_function(value, 0, is_known) if method else self.tell(value)])
                 self._where = before
         return [_name_of(kind), *found]
 
-    def tell_function(self, value: Any, depth: int) -> Any:
+    def tell_function(self, value: Any, depth: int, taken: Callable[[str], bool] = is_library) -> Any:
         """Returns the name, code, defaults and closure of a function, and what it reads beside its arguments; of a
-        method what it is bound to, too."""
+        method what it is bound to, too. `taken` says whose code is taken as it is."""
         if isinstance(value, types.MethodType):
             return [self.tell(value.__func__, depth), self.tell(value.__self__, depth)]
         name = f"{value.__module__}.{value.__qualname__}"
@@ -205,7 +207,7 @@ class _Teller:
                 name if held is None or isinstance(held, (types.ModuleType, type)) else [name, self.tell(held, depth)]
             )
         told: list[Any] = [name, digest_code(value.__code__)]
-        if is_library(module_of(value)):
+        if taken(module_of(value)):
             cells = [*(_content_of(cell) for cell in value.__closure__ or ()), getattr(value, "__wrapped__", None)]
             return [*told, [self.tell(each, depth) for each in cells if _is_content(each)]]
         for each in (value.__defaults__, value.__kwdefaults__, {**vars(value), "__wrapped__": None}):
@@ -271,7 +273,8 @@ class ClassContent:
     was first seen, or is a function of other code; of any other class all."""
 
     def __init__(self, kind: type) -> None:
-        self._kind, self._library = kind, is_library(kind.__module__)
+        self._taken = is_known if issubclass(kind, nn.Module) else is_library
+        self._kind, self._library = kind, self._taken(kind.__module__)
         self._first: dict[str, Any] = dict(vars(kind))
         self._held: list[Any] = []
         self._identities: list[int] = []
@@ -290,7 +293,7 @@ class ClassContent:
         found = [(name, None) for name in self._first if name not in vars(self._kind)]
         for name, value in vars(self._kind).items():
             function = plain_function(value)
-            foreign = isinstance(function, types.FunctionType) and not is_library(module_of(function))
+            foreign = isinstance(function, types.FunctionType) and not self._taken(module_of(function))
             if foreign or self._first.get(name, self) is not value:
                 found.append((name, value))
         return found
