@@ -87,3 +87,8 @@ def put(kind: type[Around], layer: int) -> Act:
         model.model.layers[layer].mlp = kind(model.model.layers[layer].mlp)
 
     return act
+
+
+def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Batches of three rows, each another."""
+    return [pico.collate(pico.ragged(3, seed=seed)) for seed in range(count)]

@@ -21,6 +21,7 @@ PARTS = {"artifact": _MODEL, "adapter": ("adapter",), "merged": _MODEL}  # what 
 REPORT, PAGE, CHECKPOINTS = "report.json", "report.html", "checkpoints"
 LISTING, OBJECTIVE = "files.json", "objective.pt"  # what solidify adds to transformers' checkpoints
 PREFIX, ACTIVATIONS = "prefix", ".activations"  # beside checkpoints, while a training with `cache_prefix` goes on
+_KEPT = re.compile(r"[0-9a-f]{64}\.activations|\.[0-9a-f]{64}\.activations\.partial-\d+")
 HEAL, PLACEMENT, ALIGNMENT = "heal", "placement.json", "alignment"  # of healing: a run within the run
 _OWN = (*PARTS, REPORT, PAGE, CHECKPOINTS, HEAL)
 _LEARNED = re.compile(r".+\.(safetensors|json|bin)|\..+\.(bin|safetensors|json)\.partial-\d+")
@@ -209,6 +210,11 @@ def page_digests(directory: Path) -> dict[str, str]:
     return {PAGE: _digest_file(directory / PAGE)} if (directory / PAGE).is_file() else {}
 
 
+def is_activations(path: Path) -> bool:
+    """Returns whether a file is named as those in which a training with `cache_prefix` keeps activations, or drafts."""
+    return _KEPT.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+
+
 def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
     """Says what in a directory of checkpoints is not one that a trainer of solidify wrote or was about to write.
 
@@ -223,7 +229,7 @@ def in_checkpoints(directory: Path, *, whole: bool = False) -> list[str]:
         if path.name == "README.md" and _by_a_trainer(path):
             continue
         if path.name == PREFIX and path.is_dir() and not path.is_symlink():
-            strange = [each for each in sorted(path.iterdir()) if ACTIVATIONS not in each.name or not each.is_file()]
+            strange = [each for each in sorted(path.iterdir()) if not is_activations(each)]
             faults += [f"{PREFIX}/{each.name} is no activations that a trainer keeps" for each in strange]
             continue
         if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):

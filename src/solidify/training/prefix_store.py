@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,8 +25,6 @@ from solidify.system import console, disk
 from solidify.weights import format, hashing
 from solidify.weights.format import same_bits
 
-_OURS = re.compile(rf"[0-9a-f]{{64}}{re.escape(ours.ACTIVATIONS)}")
-_DRAFT = re.compile(rf"\.{_OURS.pattern}\.partial-\d+")
 _TRIES = 4  # to write a file while another training removes the directory
 _SPARE = 2**28  # bytes that are left free for checkpoints, logs and the rest of the machine
 
@@ -95,7 +92,9 @@ class Store:
         self.directory = directory
         self._lock: int | None = None
         self._make_directory()
-        strange = [path.name for path in sorted(directory.iterdir()) if not _is_ours(path) and os.path.lexists(path)]
+        strange = [
+            path.name for path in sorted(directory.iterdir()) if not ours.is_activations(path) and os.path.lexists(path)
+        ]
         words = f"cache_prefix: {directory} holds what is no activations of frozen layers; give a directory of its own"
         refuse(ObjectiveError, words, strange[:4])
 
@@ -176,12 +175,12 @@ class Store:
 
     def size(self) -> int:
         """Returns how many bytes are kept."""
-        return sum(path.stat().st_size for path in self._list() if _OURS.fullmatch(path.name))
+        return sum(path.stat().st_size for path in self._list() if path.suffix == ours.ACTIVATIONS)
 
     def forget(self) -> None:
         """Removes all that is kept; another training in the directory computes its own again."""
         for path in self._list():
-            if _OURS.fullmatch(path.name):
+            if path.suffix == ours.ACTIVATIONS:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -199,7 +198,7 @@ class Store:
     def _list(self) -> list[Path]:
         """Returns the files of ours in the directory."""
         with suppress(OSError):
-            return [path for path in self.directory.iterdir() if _is_ours(path)]
+            return [path for path in self.directory.iterdir() if ours.is_activations(path)]
         return []
 
     def _make_directory(self, *, held: bool = False) -> int | None:
@@ -216,12 +215,6 @@ class Store:
 
     def _locate(self, key: str) -> Path:
         return self.directory / f"{key}{ours.ACTIVATIONS}"
-
-
-def _is_ours(path: Path) -> bool:
-    """Returns whether a file is named as those that are kept here."""
-    named = _OURS.fullmatch(path.name) or _DRAFT.fullmatch(path.name)
-    return bool(named) and path.is_file() and not path.is_symlink()
 
 
 def _unpack(said: Any, found: dict[str, torch.Tensor], device: torch.device) -> Kept:
