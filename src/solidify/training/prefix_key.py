@@ -35,10 +35,14 @@ class LayerDigests:
 
     def values(self) -> list[Any]:
         """Returns plain values that tell two states of the layers apart."""
-        self._refuse_odd()
-        if not self._known:
-            self._read_all()
-        digests = [self._digest(tensor) for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
+        try:
+            if not self._known:
+                self._refuse_odd()
+                self._read_all()
+            digests = [self._digest(each) for layer in self._layers for each in (*layer.parameters(), *layer.buffers())]
+        except (RuntimeError, NotImplementedError):
+            self._refuse_odd()  # one of another kind was put in since
+            raise
         return [self._state, digests, self._attributes.values()]
 
     def _refuse_odd(self) -> None:

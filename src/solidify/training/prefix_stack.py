@@ -183,6 +183,7 @@ class Stack:
             self._digests.refuse_written(self.name)
         except ObjectiveError:
             self.run.store.forget()
+            self.run.store.remove()
             raise
 
     def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:

@@ -45,7 +45,7 @@ _DEEPEST = 24
 _IN_WORDS = (range, slice, type(...), type(NotImplemented), re.Pattern, PurePath, np.dtype)
 _OF_EVERY_CLASS = {
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__slots__"),
-    *("__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__match_args__", "__annotate_func__"),
+    *("__abstractmethods__", "__parameters__", "__orig_bases__", "__match_args__", "__annotate_func__"),
     *("__firstlineno__", "__static_attributes__", "__dataclass_fields__", "__dataclass_params__"),
     "_autograd_function_id",  # a number of PyTorch's for each function, another in another process
 }
@@ -304,7 +304,8 @@ class ClassContent:
             made = name == "__init__" and issubclass(self._kind, nn.Module)  # construction is over
             function = plain_function(value)
             descriptor = hasattr(type(function), "__get__") and not isinstance(function, (types.FunctionType, type))
-            if not made and name not in _OF_EVERY_CLASS and not descriptor:
+            told = name not in _OF_EVERY_CLASS and type(value).__module__ != "_abc"  # tables of abstract classes
+            if told and not made and not descriptor:
                 found.append((name, value))
         return found
 
