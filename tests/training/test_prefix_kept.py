@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ ODD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "sparse": (lambda: torch.eye(4).to_sparse(), "a sparse or nested tensor"),
     "compressed": (lambda: torch.eye(4).to_sparse_csr(), "a sparse or nested tensor"),
     "meta": (lambda: torch.ones(3, device="meta"), "a tensor without numbers"),
-    "bits": (lambda: torch.empty(4, dtype=torch.uint4), r"a tensor of torch\.uint4"),
+    "bits": (lambda: torch.empty(4, dtype=vars(torch)["uint4"]), r"a tensor of torch\.uint4"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a sparse or nested tensor"),
 }
 
@@ -216,3 +216,62 @@ def test_checkpoints_with_files_of_others_are_not_replaced(name: str, tmp_path: 
     assert ours.in_checkpoints(tmp_path) == []
     (tmp_path / ours.PREFIX / name).write_text("mine")
     assert ours.in_checkpoints(tmp_path) == [f"prefix/{name} is no activations that a trainer keeps"]
+
+
+class ByMode(Around):
+    """Returns something else where no graph is built, or what it is given asks for no gradient."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = super().forward(hidden_states)
+        return found if torch.is_grad_enabled() else found * (3 if torch.is_inference_mode_enabled() else 2)
+
+
+def pass_in_modes(model: Any) -> list[float]:
+    """Runs batches with a graph, and again without."""
+    found = []
+    for number, mode in ((0, torch.enable_grad), (2, torch.no_grad), (0, torch.no_grad), (0, torch.inference_mode)):
+        with mode():
+            found += [model(**batch).loss.item() for batch in batches()[number:]]
+    return found
+
+
+def test_each_gradient_mode_is_kept_by_itself(tmp_path: Path) -> None:
+    plain, model = pass_in_modes(small(put(ByMode, 0))), small(put(ByMode, 0))
+    with solidify.cache_prefix(model, tmp_path / "kept"):
+        assert pass_in_modes(model) == plain
+
+
+def call_otherwise(model: Any, how: str) -> Iterator[Any]:
+    """Yields what a model returns for two batches, in turn; from the second round on more is asked of it."""
+    for step in range(6):
+        batch, asked = batches(2)[step % 2], step > 1
+        if how == "a setting":
+            model.config.output_hidden_states = asked
+            yield model(**batch)
+        elif how == "an attribute":
+            model.asked = asked
+            yield model(**batch, layer=0)
+        elif how == "by position":
+            yield model(batch["input_ids"], batch["attention_mask"], batch["labels"], 2 if asked else 0)
+        else:
+            layer: Any = {"an integer": int(asked), "a list": [1] if asked else []}[how]
+            yield model(**batch, layer=layer)
+
+
+@pytest.mark.parametrize("how", ["a setting", "an attribute", "by position", "an integer", "a list"])
+def test_a_call_that_asks_for_more_is_another_kind(how: str, tmp_path: Path) -> None:
+    model = small()
+    if how != "a setting":
+        own = model.forward
+
+        def forward(input_ids: Any, attention_mask: Any, labels: Any, layer: Any = 0) -> Any:
+            asked = bool(layer) or getattr(model, "asked", False)
+            return own(input_ids, attention_mask, labels=labels, output_hidden_states=asked)
+
+        model.forward = forward
+    with (
+        pytest.raises(ObjectiveError, match=r"returns another hidden_states.*leave output_hidden_states out"),
+        solidify.cache_prefix(model, tmp_path / "kept"),
+    ):
+        for output in call_otherwise(model, how):
+            output.loss.backward()

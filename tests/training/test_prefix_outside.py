@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,13 @@ import numpy as np
 import pico
 import pytest
 import torch
-from frozen import Around, batches, both, put, small, train
+from frozen import Around, both, put, small, train
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from torch.nn import functional
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
+from transformers.utils import logging
 
 import solidify
 from solidify.errors import ObjectiveError
@@ -91,65 +99,6 @@ def write_between(model: Any) -> None:
 def test_what_is_written_to_between_two_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ObjectiveError, match=r"model\.layers\.1 is given .* and what was written to in between"):
         both(tmp_path / "kept", write_between)
-
-
-class ByMode(Around):
-    """Returns something else where no graph is built, or what it is given asks for no gradient."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        found = super().forward(hidden_states)
-        return found if torch.is_grad_enabled() else found * (3 if torch.is_inference_mode_enabled() else 2)
-
-
-def pass_in_modes(model: Any) -> list[float]:
-    """Runs batches with a graph, and again without."""
-    found = []
-    for number, mode in ((0, torch.enable_grad), (2, torch.no_grad), (0, torch.no_grad), (0, torch.inference_mode)):
-        with mode():
-            found += [model(**batch).loss.item() for batch in batches()[number:]]
-    return found
-
-
-def test_each_gradient_mode_is_kept_by_itself(tmp_path: Path) -> None:
-    plain, model = pass_in_modes(small(put(ByMode, 0))), small(put(ByMode, 0))
-    with solidify.cache_prefix(model, tmp_path / "kept"):
-        assert pass_in_modes(model) == plain
-
-
-def call_otherwise(model: Any, how: str) -> Iterator[Any]:
-    """Yields what a model returns for two batches, in turn; from the second round on more is asked of it."""
-    for step in range(6):
-        batch, asked = batches(2)[step % 2], step > 1
-        if how == "a setting":
-            model.config.output_hidden_states = asked
-            yield model(**batch)
-        elif how == "an attribute":
-            model.asked = asked
-            yield model(**batch, layer=0)
-        elif how == "by position":
-            yield model(batch["input_ids"], batch["attention_mask"], batch["labels"], 2 if asked else 0)
-        else:
-            layer: Any = {"an integer": int(asked), "a list": [1] if asked else []}[how]
-            yield model(**batch, layer=layer)
-
-
-@pytest.mark.parametrize("how", ["a setting", "an attribute", "by position", "an integer", "a list"])
-def test_a_call_that_asks_for_more_is_another_kind(how: str, tmp_path: Path) -> None:
-    model = small()
-    if how != "a setting":
-        own = model.forward
-
-        def forward(input_ids: Any, attention_mask: Any, labels: Any, layer: Any = 0) -> Any:
-            asked = bool(layer) or getattr(model, "asked", False)
-            return own(input_ids, attention_mask, labels=labels, output_hidden_states=asked)
-
-        model.forward = forward
-    with (
-        pytest.raises(ObjectiveError, match=r"returns another hidden_states.*leave output_hidden_states out"),
-        solidify.cache_prefix(model, tmp_path / "kept"),
-    ):
-        for output in call_otherwise(model, how):
-            output.loss.backward()
 
 
 NUMBER, TABLE, TENSOR, LIST = 1.0, {"by": 1.0}, torch.ones(1), [1.0]
@@ -424,3 +373,56 @@ def test_functions_of_a_package_are_taken_as_they_are_and_layers_are_not(
     assert found == plain
     with pytest.raises(ObjectiveError, match=r"Looking\.forward, .* reads TABLE"):
         both(tmp_path / "kept", put(package.Looking, 0))
+
+
+MARK, WIDTHS = object(), (1, 2)
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Settings:
+    by: float = 1.0
+    more: list[float] = field(default_factory=list)
+
+
+class Kind(Enum):
+    ONE = 1
+
+
+class Passing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * 1.0
+
+
+@cache
+def halve(number: int) -> float:
+    return number / 2
+
+
+class Usual(Around):
+    """Reads what layers of models usually read."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.settings, self.act, self.kind = Settings(), ACT2FN["gelu"], Kind.ONE
+        self.normed = partial(functional.softmax, dim=-1)
+
+    @property
+    def by(self) -> float:
+        return self.settings.by * WIDTHS[0]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.kind is not Kind.ONE or MARK is None:
+            logger.warning_once("other")
+        ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager_attention_forward)
+        with torch.autocast("cpu", enabled=False):
+            found = Passing.apply(super().forward(hidden_states))  # type: ignore[no-untyped-call]
+        found = self.act(found) + self.normed(found) * halve(3) + functional.silu(found) * math.pi
+        return found * self.by * sum(each for each in WIDTHS)  # type: ignore[no-any-return]
+
+
+def test_what_layers_usually_read_is_taken(tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", put(Usual, 0))
+    assert found == plain
+    assert (cached.computed, cached.read) == (2, 4)

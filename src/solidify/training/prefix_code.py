@@ -189,8 +189,10 @@ def _content_of(function: types.FunctionType, name: str) -> Any:
 
 def stands_still(value: Any) -> bool:
     """Returns whether a value that code reads is a library's, and has no content that a user changes by intent: a
-    module of code, a builtin, a logger, an operation of PyTorch, a table of transformers' own."""
-    if isinstance(value, (types.ModuleType, logging.Logger)):
+    module of code, a builtin, a logger, a mark, an operation of PyTorch, a table of transformers' own."""
+    if isinstance(value, (types.ModuleType, logging.Logger, types.UnionType, types.GenericAlias)):
+        return True
+    if type(value) is object or type(value).__module__ in ("dataclasses", "typing"):  # marks, and words for types
         return True
     if isinstance(value, types.BuiltinFunctionType):
         held = value.__self__

@@ -230,7 +230,7 @@ class _Teller:
     def _tell_read(self, value: Any, depth: int) -> tuple[bool, Any]:
         """Returns whether a value that code reads can be told, and the words: of modules of code, functions, classes,
         and plain constants."""
-        if isinstance(value, (*SCALARS, np.generic)):
+        if isinstance(value, (*SCALARS, *_IN_WORDS, np.generic)):
             return True, repr(value)
         if isinstance(value, (tuple, frozenset)):
             told = [
