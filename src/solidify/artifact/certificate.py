@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.artifact import calls, fresh, tensors
-from solidify.behaviour import probes, properties
+from solidify.behaviour import calling, probes, properties
 from solidify.behaviour.values import noise
 from solidify.behaviour.watching import Watched
 from solidify.directory import packages
@@ -144,7 +144,7 @@ def _measure_contract(
     for seed in range(3):  # where a model's choices hang on rounding, others are taken
         inputs = probing.probe_inputs(model, seed=seed) if extent.whole else probing.few_inputs(model)
         watched = Watched(model, inputs, values=values, at=first, leave=not extent.whole, wide=bool(how["wide"]))
-        with anatomy.sparing(model):
+        with anatomy.sparing(model), calling.buffers_kept(model):
             outcome = foreign.attempt(probes.read, watched)
         if outcome.value is None:
             return {**found, "error": foreign.said(outcome.error) if outcome.error else "nothing was measured"}, {}

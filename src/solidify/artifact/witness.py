@@ -209,7 +209,8 @@ def _measure_contract(certificate: Path, model: Any, contract: dict[str, Any], b
     asked = behaviour.properties.Reading(contract["distances"], packed=contract["packed"], padded=contract["padded"])
     asked.way = tuple(contract["way"])
     try:
-        found = behaviour.probes.read(behaviour.watching.Watched(model, inputs, values=values, **options), asked)
+        with behaviour.calling.buffers_kept(model):
+            found = behaviour.probes.read(behaviour.watching.Watched(model, inputs, values=values, **options), asked)
     except Exception as error:  # whatever stops it from running is the finding
         return {"error": f"{type(error).__name__}: {error}"}
     dtype = str(model.dtype).removeprefix("torch.")
@@ -350,7 +351,7 @@ def _run_model(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
 
     if "use_cache" in behaviour.calling.takes(model):
         inputs = {**inputs, "use_cache": False}
-    with torch.no_grad():
+    with torch.no_grad(), behaviour.calling.buffers_kept(model):
         outputs = model(**inputs)
     return next(outputs[key] for key in OUTPUTS if isinstance(outputs.get(key), torch.Tensor))
 

@@ -1,11 +1,11 @@
-"""What a model's `forward` takes, and what stays as it was around a call: mode, caches, random numbers."""
+"""What a model's `forward` takes, and what stays as it was around a call: mode, caches, buffers, random numbers."""
 
 from __future__ import annotations
 
 import inspect
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+
+_COPIED = 1 << 24  # numbers of the largest buffer that is copied for each call
 
 
 def takes(model: nn.Module) -> set[str]:
@@ -91,6 +93,33 @@ def put_random_states(states: RandomStates) -> None:
     random.setstate(states.python)
     if states.numpy is not None:
         sys.modules["numpy.random"].set_state(states.numpy)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Gives the buffers that a state holds back as they were: a module may count its calls in one.
+
+    Left out are those of more than 2**24 numbers, of which no copy is made, and those that no state holds: a model may
+    compute them as it runs.
+    """
+    kept = [
+        (module._buffers, key, tensor, tensor.clone())
+        for module in model.modules()
+        for key, tensor in module._buffers.items()
+        if tensor is not None and key not in module._non_persistent_buffers_set and tensor.numel() <= _COPIED
+    ]
+    try:
+        yield
+    finally:
+        for table, key, tensor, before in kept:
+            if not tensor.is_meta and (tensor.shape != before.shape or not torch.equal(tensor, before)):
+                tensor.data = before
+            table[key] = tensor
+
+
+def copy_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns inputs with copies of the tensors among them: a module may write into what it is given."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .calling import caches_off, takes
+from .calling import caches_off, copy_tensors, takes
 from .properties import RECORDS, Parts, Reading
 
 OUTPUTS = ("logits", "last_hidden_state")  # what is looked at, the first that has a value for every position
@@ -142,7 +142,7 @@ class Watched:
         outputs: Any = {}
         with caches_off(() if caching else self.configs):
             try:
-                arguments = {**inputs, **options}
+                arguments = {**copy_tensors(inputs), **options}
                 outputs = self.model(**arguments)
             except _LeftError:
                 pass

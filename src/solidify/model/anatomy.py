@@ -119,11 +119,14 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def answer(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """Runs the model in evaluation mode without a cache and returns all that it returns."""
-    arguments = dict(inputs)
+    """Runs the model in evaluation mode without a cache and returns all that it returns.
+
+    What it writes into its inputs, or into buffers that its state holds, is not there afterwards.
+    """
+    arguments = calling.copy_tensors(inputs)
     if "use_cache" in calling.takes(model):
         arguments["use_cache"] = False
-    with torch.no_grad(), evaluation(model), caches_off(model), sparing(model):
+    with torch.no_grad(), evaluation(model), caches_off(model), calling.buffers_kept(model), sparing(model):
         return model(**arguments)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import ModelError, refuse
 from solidify.model import anatomy
 from solidify.model.operations import shared_keys
@@ -126,9 +127,9 @@ def _describe_input(name: str, given: torch.Tensor, weights: torch.dtype | None)
 
 
 def _call(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """Returns what the module makes of the example, in evaluation mode."""
-    with torch.no_grad(), anatomy.evaluation(module):
-        outcome = foreign.attempt(module, given)
+    """Returns what the module makes of a copy of the example, in evaluation mode; its buffers are put back."""
+    with torch.no_grad(), anatomy.evaluation(module), calling.buffers_kept(module):
+        outcome = foreign.attempt(module, given.clone())
     if outcome.error is not None:
         raise ModelError(f"the module does not run on example_inputs: {foreign.said(outcome.error)}")
     if not isinstance(outcome.value, torch.Tensor):

@@ -62,6 +62,20 @@ def other_hooks(module: nn.Module) -> int:
     return sum(len(table) for table in tables)
 
 
+def every_hook(module: nn.Module) -> dict[str, list[Any]]:
+    """Returns the functions of all hooks that a module has, by their kind; empty kinds too."""
+    return {
+        "before its forward": list(module._forward_pre_hooks.values()),
+        "after its forward": list(module._forward_hooks.values()),
+        "before its gradient": list(module._backward_pre_hooks.values()),
+        "after its gradient": list(module._backward_hooks.values()),
+        "before its state is read": list(module._state_dict_pre_hooks.values()),
+        "after its state is read": list(module._state_dict_hooks.values()),
+        "before its state is loaded": list(module._load_state_dict_pre_hooks.values()),
+        "after its state is loaded": list(module._load_state_dict_post_hooks.values()),
+    }
+
+
 def writes(tensor: torch.Tensor) -> int:
     """Returns a number that grows when a tensor is written to in place, which nothing else shows without a copy."""
     return tensor._version
@@ -96,4 +110,5 @@ STANDING_ALONE = {
     "_forward_pre_hooks": "likewise, for the hook that says what a model withholds",
     "_parameters": "what a model's parts hold is put back after a measurement, None and shared ones too",
     "_buffers": "likewise",
+    "_non_persistent_buffers_set": "which buffers a state holds: those that a pass moves are put back",
 }
