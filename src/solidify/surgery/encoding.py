@@ -8,14 +8,20 @@ from __future__ import annotations
 import enum
 import functools
 import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from solidify.system import foreign
+
 PLAIN = (bool, int, float, str, type(None))
+_VALUES: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__}
+_DEEPEST = 100  # values within one another: what writes and reads files goes through them by recursion
 _MADE_IN_PYTHON = 1 << 9  # `Py_TPFLAGS_HEAPTYPE` of the C interface: https://docs.python.org/3/c-api/typeobj.html
 
 
@@ -28,6 +34,7 @@ class Classes:
     nested: bool = False  # whether arguments are given by the module's name
     exact: bool = False  # whether tuples are told from lists, which constructors take alike, and one object from two
     met: dict[int, int] = field(default_factory=dict)  # numbers of objects that can be changed, by identity
+    inside: list[int] = field(default_factory=list)  # the objects that are being written, one within the other
     shared: set[int] = field(default_factory=set)  # the numbers of those that stand at several places
 
     def ask(self, name: str, key: str) -> str:
@@ -48,8 +55,15 @@ def encode(where: str, value: Any, classes: Classes, describe: Describe) -> Any:
     """Writes a value for a configuration; of modules, what `describe` says. What cannot be written is a fault."""
 
     def inner(each: Any) -> Any:
-        return encode(where, each, classes, describe)
+        classes.inside.append(id(value))
+        try:
+            return encode(where, each, classes, describe)
+        finally:
+            classes.inside.pop()
 
+    if id(value) in classes.inside or len(classes.inside) > _DEEPEST:
+        classes.faults.append(f"{where} holds itself, or is nested too deep for config.json; have the class make it")
+        return None
     if not classes.exact or (not isinstance(value, (list, Mapping, set)) and not _is_own_object(value)):
         return _encode_value(where, value, classes, describe, inner)
     if (number := classes.met.get(id(value))) is not None:
@@ -72,16 +86,27 @@ def settle_shared(description: Any, classes: Classes) -> Any:
 
 def _encode_value(where: str, value: Any, classes: Classes, describe: Describe, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, enum.Enum):
-        return {"class": classes.number(type(value)), "enum": value.name}
-    if isinstance(value, PLAIN):
+        member = value.name in type(value).__members__  # else several flags at once
+        return (
+            {"class": classes.number(type(value)), "enum": value.name}
+            if member
+            else _made_of(value.value, value, classes)
+        )
+    if type(value) in PLAIN:
         return value
+    if isinstance(value, np.generic) and type(value.item()) in PLAIN:
+        return _made_of(value.item(), value, classes)
+    if (read := next((_VALUES[kind] for kind in _VALUES if isinstance(value, kind)), None)) and not _has_attributes(
+        value
+    ):
+        return _made_of(read(value), value, classes)
     if isinstance(value, nn.Module):
         return describe(where, value)
     if isinstance(value, (list, tuple)):
         return _encode_row(value, classes, inner)
     if isinstance(value, type):
         return {"class": classes.number(value)}
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and _is_made_of_pairs(value):
         return _encode_mapping(value, classes, inner)
     if type(value) is set:
         return {"set": [inner(each) for each in value]}
@@ -98,6 +123,23 @@ def _encode_value(where: str, value: Any, classes: Classes, describe: Describe, 
     return None
 
 
+def _made_of(plain: Any, value: Any, classes: Classes) -> dict[str, Any]:
+    """Says that a value is what its class makes of a plain one: a number of numpy's, or of a class of the user's."""
+    return {"class": classes.number(type(value)), "tuple": [plain], "named": True}
+
+
+def _has_attributes(value: Any) -> bool:
+    return bool(getattr(value, "__dict__", None))
+
+
+def _is_made_of_pairs(value: Mapping[Any, Any]) -> bool:
+    """Returns whether a mapping's class makes the same of its keys and values, and it holds nothing besides."""
+    if type(value) is dict:
+        return True
+    made = foreign.attempt(type(value), list(value.items())).value
+    return made is not None and list(made.items()) == list(value.items()) and not _has_attributes(value)
+
+
 def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> Any:
     row = [inner(each) for each in value]
     if isinstance(value, list) or not classes.exact:
@@ -110,7 +152,7 @@ def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> An
 
 def _encode_mapping(value: Mapping[Any, Any], classes: Classes, inner: Callable[[Any], Any]) -> Any:
     plain = type(value) is dict
-    ordered = all(isinstance(key, str) for key in value) and list(value) == sorted(value)
+    ordered = all(type(key) is str for key in value) and list(value) == sorted(value)
     if plain and ordered:  # files sort the keys of a mapping
         return {"mapping": {key: inner(each) for key, each in value.items()}}
     pairs = {"pairs": [[inner(key), inner(each)] for key, each in value.items()]}
@@ -132,6 +174,8 @@ def _is_own_object(value: Any) -> bool:
 
 def _is_plain_object(value: Any) -> bool:
     """Returns whether an object is what its attributes are: of a class of Python that has no state besides."""
+    if isinstance(value, types.ModuleType):
+        return False
     kinds = type(value).__mro__[:-1]
     simple = all(kind.__flags__ & _MADE_IN_PYTHON and not vars(kind).get("__slots__") for kind in kinds)
     return (
