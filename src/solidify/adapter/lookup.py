@@ -23,6 +23,7 @@ from solidify.adapter.buffers import NAME as BUFFERS
 from solidify.adapter.buffers import TrainedBuffers
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
+from solidify.model.operations import list_marks
 from solidify.upstream.peft import layer_adapters, wrapped_adapters
 from solidify.upstream.torch import inside_compiled, own_modules, own_parameters
 
@@ -120,6 +121,18 @@ def trained_buffers(model: nn.Module) -> TrainedBuffers | None:
     """Returns the holder of the adapters' own versions of buffers, or None."""
     found = own_modules(plain_model(model)).get(BUFFERS)
     return found if isinstance(found, TrainedBuffers) else None
+
+
+def mark_copies(model: nn.Module, adapter: str) -> None:
+    """Sets on an adapter's trained copies of parameters what is set on the originals: PEFT copies values alone."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            copies: dict[str, torch.Tensor] = dict(
+                module.modules_to_save[adapter].named_parameters(remove_duplicate=False)
+            )
+            for key, parameter in module.original_module.named_parameters(remove_duplicate=False):
+                if key in copies:
+                    vars(copies[key]).update(list_marks(parameter))
 
 
 def owner(model: nn.Module, name: str) -> nn.Module:

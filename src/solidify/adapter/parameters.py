@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.model.operations import list_marks
 from solidify.upstream.peft import TrainingWrapper
 from solidify.upstream.torch import own_parameters
 
@@ -52,6 +53,7 @@ class TrainedParameters(TrainingWrapper):
                 self.base[key] = own_parameters(owner)[name.rpartition(".")[2]]
                 self.base[key].requires_grad_(False)
             versions[key] = nn.Parameter(self.base[key].detach().clone())
+            vars(versions[key]).update(list_marks(self.base[key]))
         self.trained[adapter_name] = versions
         self.set_adapter(adapter_name)
 

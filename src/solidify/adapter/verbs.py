@@ -49,6 +49,7 @@ def take_over(model: PeftModel, frozen: Collection[str] = ()) -> None:
         tuner._frozen = {*tuner._frozen, *frozen}
         for name in model.peft_config:
             tuner.hold_buffers(name)
+            lookup.mark_copies(tuner.model, name)
         tuner.set_again()
 
 

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import json
 import re
@@ -30,6 +31,19 @@ from solidify.weights import hashing
 OPERATIONS = "operations.py"
 OLDEST = (5, 2)  # the transformers in which artifacts were seen to load; with 4.57 they end in errors of import
 OLDEST_WITH_STATE = (5, 23)  # those whose modules keep state in the cache
+
+# Names that the modelling file has of its own or of the files beside it; the others are those of Python.
+_GENERATED = (
+    "CLASSES",
+    "Solid",
+    "SolidPart",
+    "operate",
+    "unchanged",
+    "shared_keys",
+    "read_marks",
+    "set_marks",
+    *dir(builtins),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,8 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     configuration, modeling = f"configuration_solid_{stem}", f"modeling_solid_{stem}"
     model_class = next((c for c in before.head.__mro__ if c.__module__.startswith("transformers.models.")), before.head)
     bases = list(dict.fromkeys([before.head, *family.classes, model_class]))
-    entries, classes = _make_entries(before, edits, {cls.__name__ for cls in bases})
+    named = {cls.__name__ for cls in (*bases, *family.others.values(), type(before.config))}
+    entries, classes = _make_entries(before, edits, {*named, *(f"Solid{name}" for name in named), *_GENERATED})
     reserved = [f"{configuration}.py", f"{modeling}.py", OPERATIONS]
     functions = [each for each in classes.values() if not isinstance(each, type)]
     kinds = [each for each in classes.values() if isinstance(each, type)]
@@ -67,6 +82,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
     config = type(before.config)
     ties = operations.shared_keys(model)
     shares = any({name, first}.isdisjoint(family.ties) for name, first in ties.items())
+    marked = bool(operations.read_marks(model))
     prefix = None if family.backbone is None else family.prefix
     within = prefix is not None and all(name.startswith(prefix) for entry in entries for name in _list_names(entry))
     context = {
@@ -80,6 +96,7 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
         "prefix": json.dumps(prefix) if prefix is not None else "None",
         "outside": prefix is not None and not within,
         "shares": shares,
+        "marked": marked,
         "tied_buffers": any(name in ties for name, _ in model.named_buffers(remove_duplicate=False)),
         "config": config.__name__,
         "config_module": _find_home(config, carried.modules),
@@ -90,7 +107,12 @@ def compile_sources(model: PreTrainedModel, edits: Sequence[Edit]) -> Sources:
             [*bases, config],
             {
                 f".{configuration}": {f"Solid{config.__name__}"},
-                f".{OPERATIONS.removesuffix('.py')}": {"operate", "unchanged", *(["shared_keys"] if shares else [])},
+                f".{OPERATIONS.removesuffix('.py')}": {
+                    "operate",
+                    "unchanged",
+                    *(["shared_keys"] if shares else []),
+                    *(["read_marks", "set_marks"] if marked else []),
+                },
             },
         ),
         "made_with": transformers.__version__,

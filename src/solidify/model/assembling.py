@@ -88,11 +88,18 @@ class Maker:
     def fill(self, made: nn.Module, tensors: dict[str, Any]) -> None:
         """Gives an empty module its own parameters and buffers."""
         for key, each in tensors.get("parameters", []):
-            met = each is None or "at" in each
-            made_tensor = self.make_tensor(each)
-            nn.Module.register_parameter(made, key, made_tensor if met else nn.Parameter(made_tensor))
+            tensor = self.make_tensor(each)
+            if each is not None and "at" not in each:
+                tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+            nn.Module.register_parameter(made, key, self.mark(tensor, each))
         for key, each in tensors.get("buffers", []):
-            nn.Module.register_buffer(made, key, self.make_tensor(each))
+            nn.Module.register_buffer(made, key, self.mark(self.make_tensor(each), each))
+
+    def mark(self, tensor: Any, value: dict[str, Any] | None) -> Any:
+        """Sets on a tensor what was set on it: attributes of plain values."""
+        if value is not None and "marks" in value:
+            vars(tensor).update({key: self.make(each, None) for key, each in value["marks"].items()})
+        return tensor
 
     def make_tensor(self, value: dict[str, Any] | None) -> Any:
         """Makes a tensor of zeros, or takes the one that stands at another place; None for None."""

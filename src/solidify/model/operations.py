@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing  # how outputs are recorded in transformers 5.23; there is no public way
+
+NO_MARKS = ("_is_hf_initialized", "_is_buffer", "persistent")  # what loading and registering set on tensors
 
 
 def operate(model: PreTrainedModel, classes: dict[str, type[nn.Module]], prefix: str | None = None) -> None:
@@ -134,6 +137,25 @@ def shared_keys(model: nn.Module) -> dict[str, str]:
             if original != name:
                 keys[name] = original
     return keys
+
+
+def list_marks(tensor: torch.Tensor) -> dict[str, Any]:
+    """Returns what is set on a parameter or buffer, as for an optimizer (`_no_weight_decay`)."""
+    return {key: value for key, value in vars(tensor).items() if key not in NO_MARKS}
+
+
+def read_marks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns what is set on a model's parameters and buffers, by their names: loading puts others in their places."""
+    tables = (model.named_parameters, model.named_buffers)
+    found = {name: list_marks(tensor) for table in tables for name, tensor in table(remove_duplicate=False)}
+    return {name: marks for name, marks in found.items() if marks}
+
+
+def set_marks(model: nn.Module, marks: dict[str, dict[str, Any]]) -> None:
+    """Sets on a model's parameters and buffers what was set on those of these names, where they are still there."""
+    for table in (model.named_parameters, model.named_buffers):
+        for name, tensor in table(remove_duplicate=False):
+            vars(tensor).update(marks.get(name, {}))
 
 
 def rearrange(model: PreTrainedModel, names: list[str], edit: dict[str, Any], classes: dict[str, Any]) -> None:

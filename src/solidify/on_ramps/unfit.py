@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from solidify.model import anatomy
-from solidify.model.operations import shared_keys
+from solidify.model.operations import list_marks, shared_keys
+from solidify.system import foreign
+from solidify.upstream.torch import TENSOR_HOOKS, own_buffers, unsaved_buffers
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -22,7 +25,12 @@ def find_faults(module: nn.Module, within: str) -> list[str]:
         return faults
     with anatomy.evaluation(module):
         module.train().eval()  # what is kept from one call to the next in evaluation alone is let go
-        return [*_find_views(module, within), *_find_aliases(module, within)]
+        return [
+            *_find_views(module, within),
+            *_find_aliases(module, within),
+            *_find_tensor_faults(module, within),
+            *_find_state_faults(module, within),
+        ]
 
 
 def _find_lazy(module: nn.Module, within: str) -> Iterator[str]:
@@ -45,6 +53,61 @@ def _find_parametrized(module: nn.Module, within: str) -> Iterator[str]:
                 f"module after torch.nn.utils.parametrize.remove_parametrizations({where}, {key!r}), or write the "
                 "computation into a module of your own"
             )
+
+
+def _find_tensor_faults(module: nn.Module, within: str) -> Iterator[str]:
+    """Names tensors of a class of their own, with hooks, or with what cannot be set on those that are loaded."""
+    for table, usual in ((module.named_parameters, nn.Parameter), (module.named_buffers, torch.Tensor)):
+        for key, tensor in table():
+            if type(tensor) not in (usual, nn.Parameter):
+                yield (
+                    f"{within}.{key} is a {type(tensor).__name__}, and loading makes a plain {usual.__name__} of it; "
+                    f"wrap the module with a plain one there"
+                )
+            if any(getattr(tensor, hooks, None) for hooks in TENSOR_HOOKS):
+                yield (
+                    f"{within}.{key} has hooks of its own (register_hook or register_post_accumulate_grad_hook), which "
+                    "no artifact carries; remove them, and register them where the artifact is trained"
+                )
+            for mark, value in list_marks(tensor).items():
+                if isinstance(value, nn.Module) or any(True for _ in _walk_tensors(value, set())):
+                    yield (
+                        f"{within}.{key}.{mark} is {type(value).__name__}, set on a parameter or buffer, and would be "
+                        "lost; set it on the module, or register it there (register_buffer)"
+                    )
+
+
+def _find_state_faults(module: nn.Module, within: str) -> Iterator[str]:
+    """Says where a state is not the parameters and the buffers by their names, which alone a file brings back."""
+    extra = [
+        f"{within}.{name}".rstrip(".")
+        for name, part in module.named_modules()
+        if type(part).get_extra_state is not nn.Module.get_extra_state
+    ]
+    if extra:
+        yield (
+            f"{', '.join(extra)} has state beside tensors (get_extra_state), which weight files do not hold; keep it "
+            "in buffers (register_buffer), or in attributes without get_extra_state"
+        )
+        return
+    expected = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    for name, part in module.named_modules(remove_duplicate=False):
+        saved = [
+            key for key, held in own_buffers(part).items() if held is not None and key not in unsaved_buffers(part)
+        ]
+        expected += [f"{name}.{key}".lstrip(".") for key in saved]
+    outcome = foreign.attempt(module.state_dict)
+    if outcome.value is None:
+        yield f"{within}.state_dict() fails: {foreign.said(outcome.error) if outcome.error else 'it returns nothing'}"
+        return
+    lacking, further = sorted({*expected} - {*outcome.value}), sorted({*outcome.value} - {*expected})
+    if lacking or further:
+        words = [f"lacks {', '.join(lacking[:3])}"] if lacking else []
+        words += [f"holds {', '.join(further[:3])}, which is no parameter or buffer of that name"] if further else []
+        yield (
+            f"{within}.state_dict() {' and '.join(words)}; what a class renames or leaves out in its state "
+            "(state_dict, _save_to_state_dict, hooks) does not come back: wrap a module without that"
+        )
 
 
 def _find_views(module: nn.Module, within: str) -> Iterator[str]:
@@ -85,22 +148,22 @@ def _find_aliases(module: nn.Module, within: str) -> Iterator[str]:
 
 
 def _walk_tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Yields the tensors in a value, however it is nested; modules are looked through by themselves."""
-    if id(value) in seen or isinstance(value, (nn.Module, type)):
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        if value.numel() and not value.is_meta:
-            yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _walk_tensors(each, seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for each in value:
-            yield from _walk_tensors(each, seen)
-    elif not callable(value):
-        for each in getattr(value, "__dict__", {}).values():
-            yield from _walk_tensors(each, seen)
+    """Yields the tensors in a value, however it is nested; modules of torch and of Python are not looked through."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, (nn.Module, type, types.ModuleType)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            if each.numel() and not each.is_meta:
+                yield each
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif isinstance(each, (list, tuple, set, frozenset)):
+            waiting += each
+        elif not callable(each):
+            waiting += getattr(each, "__dict__", {}).values()
 
 
 def _memory_of(tensor: torch.Tensor) -> int:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from solidify.model.operations import shared_keys
+from solidify.model.operations import list_marks, shared_keys
+from solidify.surgery.registered import table_faults
 from solidify.system import foreign
-from solidify.upstream.torch import module_hooks
+from solidify.upstream.torch import every_hook, module_hooks, own_buffers, own_parameters
 from solidify.upstream.transformers import LOADED
 from solidify.weights.format import same_bits
 
@@ -32,7 +33,7 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
 
     What they hold beside these is compared by `held_faults`.
     """
-    mine, theirs = dict(module.named_modules()), dict(again.named_modules())
+    mine, theirs = (dict(each.named_modules(remove_duplicate=False)) for each in (module, again))
     for name, part in mine.items():
         where = f"{within}.{name}" if name and within else name or within
         other = theirs.get(name)
@@ -63,6 +64,7 @@ def part_faults(module: nn.Module, again: nn.Module, within: str) -> Iterator[st
         if ties[0].get(key) != ties[1].get(key):
             words = [f"one with {within}.{tie[key]}" if key in tie else "one of its own" for tie in ties]
             yield f"{within}.{key} is {words[0]}, and {words[1]}"
+    yield from table_faults(module, again, within)
 
 
 def held_faults(module: nn.Module, again: nn.Module, within: str) -> dict[str, str]:
@@ -85,10 +87,11 @@ def _compare_held(module: nn.Module, again: nn.Module, within: str) -> Iterator[
         if other is None:
             continue  # told by who compares the parts
         where = f"{within}.{name}" if name and within else name or within
-        first, second = _read_held(part), _read_held(other)
+        first, second = ({**_read_held(each), **_read_registered(each)} for each in (part, other))
         for key in dict.fromkeys([*first, *second]):
             a, b = first.get(key, _MISSING), second.get(key, _MISSING)
-            if not comparison.are_same(a, b) and not (key == "forward" and a is _MISSING):
+            same = foreign.attempt(comparison.are_same, a, b).value  # classes may raise when they are compared
+            if not same and not (key == "forward" and a is _MISSING):
                 yield f"{where}.{key}", f"{where}.{key} is {_show(a)}, and {_show(b)}"
 
 
@@ -103,10 +106,22 @@ def _read_held(part: Any) -> dict[str, Any]:
     return found
 
 
+def _read_registered(part: nn.Module) -> dict[str, Any]:
+    """Returns the functions of a module's hooks, by what is said of them, and what is set on its own tensors."""
+    tensors = [item for table in (own_parameters(part), own_buffers(part)) for item in table.items()]
+    marks = {
+        f"{key}.{mark}": value
+        for key, tensor in tensors
+        if tensor is not None
+        for mark, value in list_marks(tensor).items()
+    }
+    return {**marks, **{f"hook {kind}": hooks for kind, hooks in every_hook(part).items() if hooks}}
+
+
 def _show(value: Any) -> str:
     if value is _MISSING:
         return "not there"
-    text = repr(value)
+    text = foreign.attempt(repr, value).value or type(value).__name__
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 

@@ -20,6 +20,7 @@ from solidify.surgery import encoding
 from solidify.surgery.constructing import SUPPLIED
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.encoding import Classes
+from solidify.upstream.torch import own_buffers, own_modules, own_parameters
 
 WRAPPING = "_wrapping"  # attribute of a wrapped model: its record
 
@@ -47,19 +48,34 @@ def describe(
 
     With an `original`, which stood at the name, that, the configuration and the layer's index are supplied.
     """
-    number = classes.number(type(module))
     if type(module) is nn.Sequential:
-        children = [  # not a mapping, whose keys transformers sorts when it writes a configuration ("10" before "2")
-            [key, describe(f"{name}.{key}", child, (given or {}).get(key), classes)]
-            for key, child in module.named_children()
-        ]
-        return {"class": number, "children": children}
+        return _describe_sequence(name, "", module, given, classes, {})
+    number = classes.number(type(module))
     if given is None:
         found = _infer_arguments(name, module, classes, original)
     else:
         found = _supply(module, original, given)
         found |= {key: encode(f"{name}: {key}", value, classes) for key, value in given.items()}
     return {"class": number, "arguments": found}
+
+
+def _describe_sequence(
+    name: str, place: str, module: nn.Module, given: Mapping[str, Any] | None, classes: Classes, met: dict[int, str]
+) -> dict[str, Any]:
+    """Describes children one by one; of one that stands there twice, also in another sequence inside, says where."""
+    children: list[list[Any]] = []  # no mapping, whose keys transformers sorts in a configuration ("10" before "2")
+    for key, child in own_modules(module).items():
+        inside, where = f"{place}.{key}".lstrip("."), f"{name}.{key}"
+        told = (given or {}).get(key)
+        if child is None:
+            children.append([key, None])
+        elif (first := met.setdefault(id(child), inside)) != inside:
+            children.append([key, {"at": first}])
+        elif type(child) is nn.Sequential:
+            children.append([key, _describe_sequence(where, inside, child, told, classes, met)])
+        else:
+            children.append([key, describe(where, child, told, classes)])
+    return {"class": classes.number(type(module)), "children": children}
 
 
 def _infer_arguments(name: str, module: nn.Module, classes: Classes, original: nn.Module | None) -> dict[str, Any]:
@@ -97,7 +113,7 @@ def _supply(module: nn.Module, original: nn.Module | None, given: Mapping[str, A
     if original is None:
         return {}
     found: dict[str, Any] = {}
-    children = dict(module.named_children())
+    children = own_modules(module)
     for key in list(inspect.signature(type(module).__init__).parameters)[1:]:
         child = children.get(key)
         if key in given:
@@ -115,19 +131,20 @@ def describes_another(module: nn.Module, original: nn.Module) -> bool:
     """Returns whether a module is of another class, or made otherwise, than the one that stood at the name."""
     if type(module) is not type(original) or module.extra_repr() != original.extra_repr():
         return True
-    return [(n, type(m)) for n, m in module.named_modules()] != [(n, type(m)) for n, m in original.named_modules()]
+    mine, theirs = (each.named_modules(remove_duplicate=False) for each in (module, original))
+    return [(name, type(part)) for name, part in mine] != [(name, type(part)) for name, part in theirs]
 
 
 def _look_up(module: nn.Module, key: str, default: Any) -> Any:
     """Returns the value of an attribute; whether it is there, where that was asked; empty where nothing tells."""
-    held = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    if isinstance(default, bool) and (key in held or getattr(module, key, False) is None):
-        return key in held
+    filled = any(table.get(key) is not None for table in (own_parameters(module), own_buffers(module)))
+    if isinstance(default, bool) and (filled or getattr(module, key, False) is None):
+        return filled
     for word in (key, f"_{key}"):
         if word in vars(module):
             return vars(module)[word]
-    children = dict(module.named_children())
-    return children.get(key, inspect.Parameter.empty)
+    child = own_modules(module).get(key)
+    return inspect.Parameter.empty if child is None else child
 
 
 def encode(where: str, value: Any, classes: Classes) -> Any:

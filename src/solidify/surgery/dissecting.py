@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify.model import anatomy
+from solidify.model import anatomy, operations
 from solidify.model.assembling import Maker
 from solidify.surgery import describing
 from solidify.surgery.comparing import held_faults, part_faults
 from solidify.surgery.encoding import Classes, encode, settle_shared
 from solidify.system import foreign
 from solidify.upstream.torch import (
-    module_hooks,
-    other_hooks,
+    every_hook,
     own_buffers,
     own_modules,
     own_parameters,
@@ -141,7 +140,12 @@ class _Dissection:
             return None
         if (first := self.tensors.setdefault(id(held), f"{path}.{key}")) != f"{path}.{key}":
             return {"at": first}
-        return self._shape(held)
+        where = f"{self.name}.{path}.{key}".replace("..", ".")
+        marks = {
+            mark: encode(f"{where}.{mark}", value, self.classes, self._mentioned)
+            for mark, value in operations.list_marks(held).items()
+        }
+        return {**self._shape(held), **({"marks": marks} if marks else {})}
 
     def _shape(self, tensor: torch.Tensor) -> dict[str, Any]:
         usual = {} if tensor.dtype == self.dtype else {"dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -188,6 +192,6 @@ def _are_alike(part: nn.Module, again: nn.Module) -> bool:
 
 
 def _hook_faults(where: str, part: nn.Module) -> list[str]:
-    if not module_hooks(part) and not other_hooks(part):
+    if not any(every_hook(part).values()):
         return []
     return [f"{where} has hooks, which its class does not register"]
