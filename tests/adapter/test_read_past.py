@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import past_nets
+import pico
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,46 @@ def test_a_second_adapter_is_refused_too() -> None:
     solidify.attach(model, lora={"r": 2, "target_modules": ["module.1"]})
     with pytest.raises(AdapterError, match=r"module.0.linear2"):
         solidify.attach(model, lora={"r": 2, "target_modules": ["module.0.linear2"]}, name="second")
+
+
+FLAT = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (past_nets.ByParameters, "in evaluation"),
+        (past_nets.ByTable, "in evaluation"),
+        (past_nets.InTraining, "in training"),
+        (past_nets.Both, "in evaluation"),
+    ],
+)
+def test_a_weight_is_not_read_past_its_layer_in_any_way(kind: type[nn.Module], mode: str) -> None:
+    model = solidify.wrap(kind(), FLAT)
+    with pytest.raises(AdapterError, match=rf"computes with the weight of module\.up past the layer \({mode}\)"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["module.up"]})
+    assert not model.training and all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("kind", [past_nets.Called, past_nets.Asking, past_nets.Counting])
+def test_layers_that_are_called_are_taken(kind: type[nn.Module]) -> None:
+    model = solidify.wrap(kind(), FLAT)
+    adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["module.up"]})
+    assert not vars(model.module).get("calls")
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {
+        f"base_model.model.module.up.lora_{factor}.default.weight" for factor in "AB"
+    }
+    assert not model.training and type(model.module.up.base_layer.weight) is nn.Parameter
+
+
+def test_an_adapter_that_has_no_effect_is_not_loaded(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    pico.artifact(solidify.wrap(make_encoder(), ROWS), [], base)
+    configuration = LoraConfig(r=2, target_modules=["linear1", "1"], init_lora_weights=False)
+    get_peft_model(solidify.load(base), configuration).save_pretrained(tmp_path / "theirs")
+    for trainable in (True, False):
+        with pytest.raises(AdapterError, match=r"reads the weight of module\.0\.linear1"):
+            solidify.load_adapter(solidify.load(base), tmp_path / "theirs", trainable=trainable)

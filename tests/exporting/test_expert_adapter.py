@@ -11,7 +11,7 @@ import pico
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import solidify
@@ -166,3 +166,50 @@ def test_an_export_over_an_earlier_one_says_why_it_cannot_be_told_apart(tmp_path
     with pytest.raises(AdapterError, match=r"carries no solidify.json: whether it is an earlier export .* remove it"):
         solidify.export(adapter, tmp_path / "out", "grouped")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
+def lose_factor(state: dict[str, torch.Tensor]) -> None:
+    del state[next(key for key in state if "experts" in key and ".lora_A." in key)]
+
+
+def lose_update(state: dict[str, torch.Tensor]) -> None:
+    first = next(key for key in state if "experts" in key and ".lora_A." in key)
+    del state[first], state[first.replace(".lora_A.", ".lora_B.")]
+
+
+def add_key(state: dict[str, torch.Tensor]) -> None:
+    state[f"{next(key for key in state if 'experts' in key).partition('.lora_')[0]}.lora_A.extra"] = torch.ones(1)
+
+
+def spoil_number(state: dict[str, torch.Tensor]) -> None:
+    next(iter(state.values())).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lose_factor, "lacks .*lora_A|its experts|lora_A"),
+        (lose_update, "lacks .*lora_A"),
+        (add_key, "lora_A.extra"),
+        (spoil_number, "holds numbers that are not finite"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_not_written_anew(
+    tmp_path: Path, layout: str, spoil: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    adapter = trained(olmoe, tmp_path)
+    state = load_file(adapter / WEIGHTS)
+    spoil(state)
+    save_file(state, adapter / WEIGHTS, {"format": "pt"})
+    with pytest.raises(AdapterError, match=words) as caught:
+        solidify.export(adapter, tmp_path / "out", layout)
+    assert "partial" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["lists", "stacked"])
+def test_biases_are_told_to_have_no_place(tmp_path: Path, layout: str) -> None:
+    adapter = trained(olmoe, tmp_path, bias="lora_only")
+    with pytest.raises(AdapterError, match=r"bias") as caught:
+        solidify.export(adapter, tmp_path / "out", layout)
+    assert "partial" not in str(caught.value)

@@ -80,7 +80,7 @@ def attach(
     console.words.print(wanted.table())
     single = _find_single_parameters(model, wanted.modules)
     probe, read = trial.inputs(model)
-    trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], read)
+    trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], probe, read)
     with transaction(existing if existing is not None else model, Extent.of(model)):
         found = DataStart()
         if lora is not None and (start := start_kinds.fed(lora)) is not None:

@@ -108,6 +108,10 @@ def _take_apart(
     model: PreTrainedModel,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Makes the configuration and the tensors of an adapter that has its experts one by one, or stacked."""
+    if (bias := document.get("bias", "none")) != "none":
+        raise AdapterError(
+            f"{directory} trains biases (bias={bias!r}) beside low-rank updates, for which {layout} has no place"
+        )
     names, apart = _HubNames.of(model), _Apart()
     for pair in pairs:
         factors = layouts.unpack(tensors[pair.a], tensors[pair.b], pair.shape[0])

@@ -26,6 +26,7 @@ from solidify.adapter import (
     patterns,
     readback,
     together,
+    trial,
     verbs,
 )
 from solidify.adapter import plan as planning
@@ -223,6 +224,7 @@ def _inject(
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
+    trial.refuse_read_past(model, record.trained["lora"], *trial.inputs(model))
     with transaction(existing if existing is not None else model, Extent.of(model)):
         puts = foreign.calling(f"PEFT refuses the adapter {named}", AdapterError)
         with puts, patterns.without_false_alarms(configuration):

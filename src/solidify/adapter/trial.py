@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from solidify.adapter import lookup
+from solidify.adapter import past as past_layers
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy, probing, weight_reads
 from solidify.model.extent import Extent
@@ -32,24 +33,37 @@ def inputs(model: nn.Module) -> tuple[Inputs | None, set[nn.Module]]:
     return made, read - called
 
 
-def refuse_read_past(model: nn.Module, names: Sequence[str], read: set[nn.Module]) -> None:
+def refuse_read_past(model: nn.Module, names: Sequence[str], made: Inputs | None, read: set[nn.Module]) -> None:
     """Refuses low-rank updates (of modules, or of their parameters) that another module passes by.
 
     Raises:
-        AdapterError: a layer that is named is among those that are `read` and not called.
+        AdapterError: a layer that is named is among those that are `read` and not called, or a pass with the inputs
+            that were `made`, in evaluation or in training, computes with its weight past the layer.
     """
-    if not read:
+    if made is None:
         return
-    past = {located.name for located in lookup.modules(model) if {located.called, located.inner} & read}
+    located = {each.name: each for each in lookup.modules(model)}
+    past = {name for name, each in located.items() if {each.called, each.inner} & read}
+    owners = {name: name if name in located else name.rpartition(".")[0] for name in names}
+    layers = {owner: [located[owner].called, located[owner].inner] for owner in owners.values() if owner in located}
+    when = past_layers.find(lookup.plain_model(model), made, layers)
     refuse(
         AdapterError,
         "the adapter cannot be attached as declared",
         [
-            f"LoRA: another module reads the weight of {name} and does not call it (torch's encoder layers do so in "
-            f"evaluation), so a low-rank update has no effect there; name another layer, or name {_whole(name)} in "
-            "`train`"
-            for name in names
-            if name in past or name.rpartition(".")[0] in past
+            *(
+                f"LoRA: another module computes with the weight of {name} past the layer ({when[owner]}), so a "
+                f"low-rank update has no effect there; name another layer, or name {_whole(name)} in `train`"
+                for name, owner in owners.items()
+                if owner in when and owner not in past
+            ),
+            *(
+                f"LoRA: another module reads the weight of {name} and does not call it (torch's encoder layers do so "
+                f"in evaluation), so a low-rank update has no effect there; name another layer, or name "
+                f"{_whole(name)} in `train`"
+                for name, owner in owners.items()
+                if owner in past
+            ),
         ],
     )
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
-from solidify.adapter import expert_files, expert_writing
+import safetensors.torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from solidify.adapter import adapter_tensors, configured, expert_files, expert_writing, patterns
 from solidify.artifact import loading
 from solidify.directory import manifest, writing
-from solidify.errors import AdapterError
+from solidify.errors import AdapterError, refuse
 from solidify.findings import Finding
 from solidify.merging import inputs
-from solidify.system import files
+from solidify.system import files, foreign
 
 
 def export(adapter: Path, output: Path, layout: str, base: str | Path | None, trust_remote_code: bool) -> list[Finding]:
     """Writes an adapter for plain PEFT and other programs, with its experts in another layout.
 
     Raises:
-        AdapterError: the layout is unknown, the adapter's base is not found, it holds no experts or more than the
-            layout has a place for, or what was written is not read back as it was.
+        AdapterError: the layout is unknown, the adapter's base is not found or is not fitted by its file, it holds no
+            experts or more than the layout has a place for, or what was written is not read back as it was.
     """
     if layout not in expert_files.LAYOUTS:
         known = ", ".join(expert_files.LAYOUTS)
@@ -32,6 +37,7 @@ def export(adapter: Path, output: Path, layout: str, base: str | Path | None, tr
     skeleton = loading.load_base(str(sources.base), device="meta", trust_remote_code=trust_remote_code).model
     with writing.staged(output, [adapter, sources.base], work="export") as staging:
         with expert_files.in_own_layout(adapter, skeleton) as own:
+            refuse(AdapterError, f"{adapter} cannot be exported", _find_faults(own.directory, skeleton))
             expert_writing.write(own.directory, staging, layout, skeleton)
             wrong = expert_writing.find_differences(own.directory, staging, layout, skeleton)
         if wrong:
@@ -52,6 +58,20 @@ def _refuse_adapter(output: Path) -> None:
             "an earlier export or somebody's own cannot be told, so it is not replaced; remove it first, or name "
             "another"
         )
+
+
+def _find_faults(directory: Path, skeleton: PreTrainedModel) -> list[str]:
+    """Compares the file of an adapter with what PEFT makes of its configuration, and names numbers that are none."""
+    configuration = configured.read(directory, skeleton)
+    configuration.base_model_name_or_path = None
+    with (
+        foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError),
+        patterns.without_false_alarms(configuration),
+    ):
+        model = get_peft_model(deepcopy(skeleton), configuration)
+    state = safetensors.torch.load_file(directory / configured.WEIGHTS)
+    wild = [f"{key} holds numbers that are not finite" for key, tensor in state.items() if not tensor.isfinite().all()]
+    return [*adapter_tensors.key_faults(adapter_tensors.held(model, "default"), state), *wild][:8]
 
 
 def _list_others(record: manifest.Manifest) -> list[str]:

@@ -63,7 +63,15 @@ def other_hooks(module: nn.Module) -> int:
 
 
 def every_hook(module: nn.Module) -> dict[str, list[Any]]:
-    """Returns the functions of all hooks that a module has, by their kind; empty kinds too."""
+    """Returns the functions of all hooks that a module has, by their kind; empty kinds too.
+
+    Left out are torch's own that read older states: `weight_norm` leaves one behind when it is taken off.
+    """
+    loading = [
+        hook
+        for hook in module._load_state_dict_pre_hooks.values()
+        if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
+    ]
     return {
         "before its forward": list(module._forward_pre_hooks.values()),
         "after its forward": list(module._forward_hooks.values()),
@@ -71,7 +79,7 @@ def every_hook(module: nn.Module) -> dict[str, list[Any]]:
         "after its gradient": list(module._backward_hooks.values()),
         "before its state is read": list(module._state_dict_pre_hooks.values()),
         "after its state is read": list(module._state_dict_hooks.values()),
-        "before its state is loaded": list(module._load_state_dict_pre_hooks.values()),
+        "before its state is loaded": loading,
         "after its state is loaded": list(module._load_state_dict_post_hooks.values()),
     }
 

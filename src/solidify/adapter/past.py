@@ -1,0 +1,143 @@
+"""Which layers' weights a model computes with past the layers: what is put around these has no effect there.
+
+However a weight is read (`layer.weight`, `layer.parameters()`, a table of torch's), the graph of a pass ends in it. A
+layer that is called gets a copy outside the graph for the time of the call; what still ends in the weight is past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify.behaviour import calling
+from solidify.model import anatomy
+from solidify.model.probing import Inputs
+from solidify.system import foreign
+from solidify.upstream.torch import TABLES, own_parameters
+
+MODES = {False: "in evaluation", True: "in training"}
+
+
+def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Module]]) -> dict[str, str]:
+    """Returns the layers whose parameters a pass ends in past them, by name, each with the mode in which it does.
+
+    `layers` maps names to the modules that are called there: the layer last, and what is put around it. The model is as
+    it was afterwards, but for what its code remembers in objects. A pass that fails says nothing.
+    """
+    found: dict[str, str] = {}
+    holders: dict[int, list[nn.Module]] = {}
+    for part in model.modules():
+        for parameter in own_parameters(part).values():
+            holders.setdefault(id(parameter), []).append(part)
+    for mode, words in MODES.items():
+        with ExitStack() as stack:
+            stack.enter_context(_kept(model))
+            stack.enter_context(calling.buffers_kept(model))
+            stack.enter_context(calling.chance_kept())
+            stack.enter_context(anatomy.evaluation(model))
+            stack.enter_context(anatomy.caches_off(model))
+            stack.enter_context(torch.enable_grad())
+            leaves = {name: stack.enter_context(_called_outside(each, holders)) for name, each in layers.items()}
+            model.train(mode)
+            output = foreign.attempt(model, **calling.copy_tensors(inputs)).value
+            ends = set(_walk_graph(output))
+        for name, identities in leaves.items():
+            if identities & ends:
+                found.setdefault(name, words)
+    return found
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Gives the modules back the attributes that they had."""
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            vars(part).update(attributes)
+            for key in vars(part).keys() - attributes.keys() - {*TABLES}:
+                del vars(part)[key]
+
+
+@contextmanager
+def _called_outside(modules: Sequence[nn.Module], holders: Mapping[int, Sequence[nn.Module]]) -> Iterator[set[int]]:
+    """Has calls of a layer compute with copies outside the graph, and of others that hold a parameter of it (a tie).
+
+    Gives the identities of its parameters.
+    """
+    layer = modules[-1]
+    held = [p for p in own_parameters(layer).values() if p is not None and p.is_floating_point()]
+    held = [] if isinstance(layer, nn.RNNBase) else [p for p in held if not p.is_inference()]
+    identities = {id(parameter) for parameter in held}
+    tied = {part for parameter in held for part in holders[id(parameter)] if part is not layer}
+    learning = [parameter.requires_grad for parameter in held]
+    with ExitStack() as stack:
+        for part in (layer, *tied):
+            stack.enter_context(_hooked(part, {*modules} if part is layer else {part}, identities))
+        for parameter in held:
+            parameter.requires_grad_(True)
+        try:
+            yield identities
+        finally:
+            for parameter, flag in zip(held, learning, strict=True):
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _hooked(part: nn.Module, called: Collection[nn.Module], identities: set[int]) -> Iterator[None]:
+    table: dict[str, Any] = own_parameters(part)  # copies stand in it for a call
+    held = {key: parameter for key, parameter in table.items() if id(parameter) in identities}
+    depth = 0
+
+    def enter(*_: Any) -> None:
+        """Puts copies into the layer, when the outermost call begins."""
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            table.update({key: parameter.detach() for key, parameter in held.items() if parameter is not None})
+
+    def leave(*_: Any) -> None:
+        """Puts the parameters back, when the outermost call ends."""
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            table.update(held)
+
+    handles = [each.register_forward_pre_hook(enter, prepend=True) for each in called]
+    handles += [each.register_forward_hook(leave, always_call=True) for each in called]
+    try:
+        yield
+    finally:
+        table.update(held)
+        for handle in handles:
+            handle.remove()
+
+
+def _walk_graph(output: Any) -> Iterator[int]:
+    """Yields the identities of the tensors that the graph of an output ends in."""
+    waiting = [tensor.grad_fn for tensor in _walk_tensors(output)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield id(leaf)
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _walk_tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _walk_tensors(each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _walk_tensors(each)
