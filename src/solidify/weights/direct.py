@@ -54,15 +54,15 @@ class Source:
 
     def pieces(self, start: int, count: int) -> Iterator[memoryview]:
         """Yields so many bytes from an offset on, a step at a time; each piece is valid until the next."""
-        buffer = memoryview(mmap.mmap(-1, _up(min(STEP, count)) + _BLOCK)) if count else memoryview(b"")
         end = start + count
-        while start < end:
-            with self._telling():
-                piece = self._read(buffer, start, min(STEP, end - start))
-            if not piece:
-                raise self._short()
-            yield piece
-            start += len(piece)
+        with _lent(min(STEP, count)) as buffer:
+            while start < end:
+                with self._telling():
+                    piece = self._read(buffer, start, min(STEP, end - start))
+                if not piece:
+                    raise self._short()
+                yield piece
+                start += len(piece)
 
     def fill(self, target: memoryview, start: int) -> None:
         """Fills a buffer from an offset on."""
@@ -208,6 +208,25 @@ class Stream:
         """Writes what waits."""
         self._target.write(memoryview(self._rest), self._offset)
         self._offset, self._rest = self._offset + len(self._rest), b""
+
+
+_free: list[memoryview] = []  # buffers for whole steps: memory that was never written to costs a fault for each page
+
+
+@contextmanager
+def _lent(count: int) -> Iterator[memoryview]:
+    """Lends memory at whole blocks, for so many bytes from anywhere in a block on."""
+    if count < STEP:
+        yield memoryview(mmap.mmap(-1, _up(count) + _BLOCK))
+        return
+    try:
+        buffer = _free.pop()
+    except IndexError:
+        buffer = memoryview(mmap.mmap(-1, STEP + _BLOCK))
+    try:
+        yield buffer
+    finally:
+        _free.append(buffer)
 
 
 def _up(count: int) -> int:
