@@ -19,18 +19,18 @@ HERE = Path(__file__).parent
 
 
 # Files that take long, though they hold few tests. They begin first, so that no process is left alone with one at the
-# end; the second needs no base, so that it runs while the first has the base trained.
+# end; those from the second to `test_agreement.py` need no base, so that they run while the first has the base trained.
 LONG = (
     "test_blocks.py",
     "test_faults.py",
     "artifact/test_large.py",
     "artifact/test_solidify.py",
-    "system/test_processes.py",
-    "command/test_cli.py",
-    "test_demo.py",
     "merging/test_export.py",
     "adapter/test_buffers.py",
     "merging/test_agreement.py",
+    "system/test_processes.py",
+    "command/test_cli.py",
+    "test_demo.py",
 )
 
 
@@ -68,6 +68,14 @@ def quiet_and_seeded() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unsynced() -> Iterator[None]:
+    """Waits for no disk: what outlives a power cut is told by `system/test_disk.py`, from the calls and by strace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -67,7 +67,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-PACKED = r"the weights of .* are packed \(int8\), and what was rounded is lost; export the model that it was made from"
+PACKED = r"the weights of .* are packed \(bitsandbytes\), and what was rounded is lost; export the model that it was"
 NOT_OURS = "was not made by solidify; `solidify init .* --replace none` writes a recipe that takes it as its base"
 RUN = "is the output of a run, which has no solidify.json of its own: name .*artifact or .*adapter"
 ADAPTER = "is an adapter, not a model; name a hub id"
