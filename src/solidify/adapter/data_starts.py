@@ -7,6 +7,7 @@ the weights; both then start with an update that is not zero (`starts.py`).
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -235,7 +236,9 @@ def _find_lora_ga(plain: Any, probe: LoraConfig, paths: Mapping[str, str], batch
                 raise AdapterError("LoRA: the start 'lora_ga' needs a loss; give `labels` in `batches`")
             loss.backward()
 
-    preprocess_loraga(plain, probe, run)
+    with warnings.catch_warnings():  # of PEFT's hooks on the first layers, whose inputs need no gradient
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        preprocess_loraga(plain, probe, run)
     found: dict[str, tuple[str, Any]] = {}
     faults = []
     for path, name in paths.items():
