@@ -185,6 +185,7 @@ def _limited(steps: int) -> Callable[[Any, Batch], Any]:
     left = [steps]
 
     def run(model: Any, batch: Batch) -> Any:
+        """Runs the model on a batch, so many times."""
         left[0] -= 1
         if left[0] < 0:
             raise AdapterError(
@@ -197,6 +198,7 @@ def _limited(steps: int) -> Callable[[Any, Batch], Any]:
 
 def _find_corda(plain: Any, probe: LoraConfig, paths: Mapping[str, str], batches: Sequence[Batch]) -> DataStart:
     def run() -> None:
+        """Runs the model, as PEFT asks for it."""
         for batch in batches:
             for row in _split_rows(batch):
                 plain(**row)
@@ -230,6 +232,7 @@ def _split_rows(batch: Batch) -> Iterable[dict[str, Any]]:
 
 def _find_lora_ga(plain: Any, probe: LoraConfig, paths: Mapping[str, str], batches: Sequence[Batch]) -> DataStart:
     def run() -> None:
+        """Runs the model, as PEFT asks for it."""
         for batch in batches:
             loss = plain(**_with_labels(batch)).loss
             if loss is None:

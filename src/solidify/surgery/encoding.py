@@ -55,6 +55,7 @@ def encode(where: str, value: Any, classes: Classes, describe: Describe) -> Any:
     """Writes a value for a configuration; of modules, what `describe` says. What cannot be written is a fault."""
 
     def inner(each: Any) -> Any:
+        """Writes a value that this one holds."""
         classes.inside.append(id(value))
         try:
             return encode(where, each, classes, describe)
