@@ -207,6 +207,13 @@ def many(length: int) -> list[dict[str, torch.Tensor]]:
         ("lora_ga", {}, None, "the start 'lora_ga' is made from data; give attach `batches`"),
         (True, {}, batches, "`batches` are for the starts that are made from data (eva, corda, lora_ga)"),
         ("corda", {}, list, "the start 'corda' is made from data, and `batches` is empty"),
+        ("eva", {}, lambda: batches()[0], "is called with (input_ids, ...), and it is of the type dict"),
+        (
+            "eva",
+            {},
+            lambda: [pico.tokens()],
+            "(input_ids, ...), and it holds one of the type Tensor",
+        ),
         ("eva", {}, lambda: many(3), "EVA needs batches of at least 4 tokens"),
         ("eva", {"r": 1, "eva_config": {"rho": 3.0}}, batches, "no rank on these data; leave it out of target_modules"),
         ("eva", {"eva_config": {"tau": 1.0, "rho": 1.0}}, batches, "EVA has not settled after 200 batches"),

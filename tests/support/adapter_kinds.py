@@ -213,7 +213,8 @@ or refused when it is attached, by name and before anything is trained. What PEF
 ## Offered
 
 *off is base*: switched off, before and after training, the model's outputs are the base's bit for bit. *save and load*:
-outputs bit-identical. *continue*: loaded again to be trained, the same tensors are trained, and no others move.
+outputs bit-identical. *continue*: loaded again to be trained, the same tensors are trained (of a start that was
+kept frozen, that half too), and no others move.
 *merge*: every check of `solidify merge` ([merge.md](merge.md)).
 
 `pissa`, `pissa_niter_[number of iters]`, `olora`, `corda` and `lora_ga` begin with an update that is not zero, which

@@ -51,7 +51,14 @@ def prepare(
         AdapterError: there are no batches, the model does not run on them, a target is not called on them, or PEFT
             finds no start.
     """
-    given = [dict(batch) for batch in batches]
+    listed = None if isinstance(batches, (Mapping, torch.Tensor)) else list(batches)
+    strange = batches if listed is None else next((each for each in listed if not isinstance(each, Mapping)), None)
+    if listed is None or strange is not None:
+        raise AdapterError(
+            "LoRA: `batches` must be a list of mappings, each of what the model is called with (input_ids, ...), and "
+            f"{'it is' if listed is None else 'it holds one'} of the type {type(strange).__name__}"
+        )
+    given = [dict(batch) for batch in listed]
     faults = [] if given else [f"LoRA: the start {start!r} is made from data, and `batches` is empty"]
     faults += [] if targets else [f"LoRA: the start {start!r} is made for layers; give `target_modules`"]
     refuse(AdapterError, _TITLE, faults)
