@@ -227,7 +227,7 @@ def test_an_adapter_of_an_edited_model_loses_its_custom_part_on_the_original(tmp
     edited = pico.olmoe()
     solidify.replace(edited, "model.layers.0.mlp", wrappers.PlainMLP)
     peft_model = solidify.attach(edited, lora={"r": 2, "target_modules": [Q]})
-    with pytest.raises(AdapterError, match="save it there with save_pretrained"):
+    with pytest.raises(AdapterError, match="build a changed model and load it with"):
         solidify.save_adapter(peft_model, tmp_path / "ours")
 
 
