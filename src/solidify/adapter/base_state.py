@@ -104,8 +104,8 @@ def require(model: nn.Module, *, plain: bool = True) -> Base:
         where = inside.config.name_or_path if isinstance(inside, PreTrainedModel) else None
         raise AdapterError(
             f"the model's base ({where or 'made in memory'}) is not an artifact, so solidify could not tell later "
-            "whether an adapter fits it; build a changed model and load it with solidify.load, or save a plain one with "
-            "save_pretrained and load it with from_pretrained, and attach to that"
+            "whether an adapter fits it; build a changed model and load it with solidify.load, or save a plain one "
+            "with save_pretrained and load it with from_pretrained, and attach to that"
         )
     return base
 
