@@ -177,12 +177,12 @@ def _convert_tensor(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def unit(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Returns one unit in the last place of each element: of the largest that is rounded, the result and its summands.
 
-    Where they nearly cancel, inside the update too, what was rounded is of the size of the mean.
+    Where products nearly cancel inside the update, `Weight.slack` says how far float32 may be off.
     """
     summands = (expected.wanted, expected.without, expected.wanted - expected.without)
-    sizes = torch.stack([torch.maximum(x.abs(), x.abs().mean()) for x in summands])  # (summands, *weight)
-    size = sizes.amax(dim=0)  # the weight's shape
-    return (torch.finfo(dtype).eps * size).clamp(min=torch.finfo(torch.float32).tiny)
+    size = torch.stack([x.abs() for x in summands]).amax(dim=0)  # the weight's shape
+    limits = torch.finfo(dtype)  # below `tiny` numbers stand one fixed step apart
+    return (limits.eps * size).clamp(min=max(limits.eps * limits.tiny, torch.finfo(torch.float32).tiny))
 
 
 def off_by(expected: Weight, found: torch.Tensor) -> Off:
