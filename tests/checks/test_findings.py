@@ -16,7 +16,7 @@ from solidify.artifact import sources
 from solidify.checks import check, gradients, roundtrip, structure
 from solidify.command import cli
 from solidify.findings import Finding, Report, fold
-from solidify.merging import agreement, sums
+from solidify.merging import agreement, read_back, sums
 from solidify.model.extent import Extent
 from solidify.objective.objective import Objective, Term
 from solidify.objective.sanity import Sanity
@@ -124,7 +124,7 @@ def test_nothing_to_look_at_is_not_looked_at(trash_artifact: Path) -> None:
         gradients.terms(Sanity(Objective([Term("model")]))),
         roundtrip.adapter_reload({}, {}),
         sums.compare({}, {}, []),
-        sums.Sums([]).finding(["a.weight"]),
+        read_back.Comparison().finding(["a.weight"]),
         agreement.not_looked_at("no inputs can be made up"),
         *roundtrip.adapter_effect(model, {}, {}),
     ]
@@ -154,11 +154,10 @@ def test_a_sample_is_measured_and_a_fault_in_it_failed() -> None:
 
 
 def test_a_sum_is_proved_when_every_changed_weight_was_compared() -> None:
-    sampled = sums.Sums(["a.weight", "b.weight"])
-    sampled.found = {"a.weight": sums.Off(0.5)}
+    sampled = read_back.Comparison({"a.weight": sums.Off(0.5)})
     assert sampled.finding(["a.weight"]).verdict == "proved"
     finding = sampled.finding(["a.weight", "b.weight"])
-    assert finding.verdict == "measured" and finding.evidence.startswith("1 sampled of 2 changed tensors")
+    assert finding.verdict == "measured" and finding.evidence.startswith("1 of 2 changed tensors")
     sampled.found["b.weight"] = sums.Off(2.0)
     assert sampled.finding(["a.weight", "b.weight", "c.weight"]).verdict == "failed"
 

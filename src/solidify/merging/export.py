@@ -23,7 +23,7 @@ from solidify.directory import manifest, packages, private, results, trust, writ
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, ArtifactError, refuse
 from solidify.findings import Finding
-from solidify.merging import agreement, changes, in_full, inputs, mathematics, quantized, rewriting, sums
+from solidify.merging import agreement, changes, inputs, mathematics, quantized, read_back, rewriting, sums
 from solidify.merging.inputs import Sources
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
@@ -148,12 +148,14 @@ def _merge(form: _Form, link: bool) -> tuple[Manifest, list[Finding]]:
     attached = None
     if Extent.of(form.skeleton).whole:
         attached = _Attached.of(form.load_base, lambda model: _put_on(model, sources))
-    made, watched, merger = _rewrite_tensors(sources, prepared, form.staging, link)
+    merger = prepared.merger
+    expected = sources.base_record.tensors if sources.base_record is not None else {}
+    made = rewriting.rewrite(prepared, form.staging, expected=expected, link=link)
     if made.untied:
         _untie_embeddings(form.staging)
     merged = form.load_merged()
     written, findings = form.write(merged, made, merger)
-    findings += watched if attached is None else attached.findings(merged, merger)
+    findings += _read_back(form, prepared) if attached is None else attached.findings(merged, merger)
     findings += _against_quantized(form, attached, merged)
     return written, [*findings, _state_counts(form.ledger(made), made, merger)]
 
@@ -227,21 +229,11 @@ def _against_quantized(form: _Form, attached: _Attached | None, merged: PreTrain
     )
 
 
-def _rewrite_tensors(
-    sources: Sources, prepared: rewriting.Prepared, staging: Path, link: bool
-) -> tuple[Rewritten, list[Finding], Merger]:
-    """Merges every tensor that the adapter changes into the files of the staged directory.
-
-    The findings are what there is to say of a model that is too large to be run: of a sample of its tensors.
-    """
-    merger = prepared.merger
-    watch = sums.Sums([name for name, change in merger.changes.items() if change.layer is not None])
-    merger.watch = watch
-    expected = sources.base_record.tensors if sources.base_record is not None else {}
-    made = rewriting.rewrite(prepared, staging, expected=expected, link=link)
-    watch.found |= in_full.read_back(prepared, staging)
+def _read_back(form: _Form, prepared: rewriting.Prepared) -> list[Finding]:
+    """Says what there is to say of a model that is too large to be run: of its changed tensors, read back."""
+    found = read_back.compare(prepared, form.sources.adapter, form.staging)
     unseen = agreement.not_looked_at("a model of this size is not run as a whole")
-    return made, [watch.finding(list(merger.changes)), unseen], merger
+    return [found.finding(list(prepared.merger.changes)), unseen]
 
 
 def _state_counts(ledger: Finding, made: Rewritten, merger: Merger) -> Finding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,9 +39,6 @@ _KINDS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)
 _SPLIT = 2**27  # bytes; of larger matrices some rows are merged at a time
 _BLOCK = 2**23  # bytes that are merged at a time
 
-# Told of a layer that holds the values for some rows of a tensor, before they are merged; returns what judges them.
-Watch = Callable[[str, LoraLayer], Callable[[torch.Tensor], None] | None]
-
 
 @dataclass(frozen=True)
 class Change:
@@ -69,7 +66,6 @@ class Merger:
     entries: Mapping[str, Entry]
     changes: dict[str, Change]
     parts: Mapping[str, tuple[nn.Module, str]]  # where each of the adapter's tensors belongs in PEFT's model
-    watch: Watch = lambda name, layer: None
     used: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     _done: set[int] = field(default_factory=set)
@@ -147,11 +143,8 @@ class Merger:
                 own_parameters(module)[name] = nn.Parameter(tensor.to(own.dtype), requires_grad=False)
             if experts is not None and rows is not None:
                 layer.num_experts = len(rows)
-            judge = self.watch(change.name, layer)
             layer.merge(safe_merge=True, adapter_names=[NAME])
             result: torch.Tensor = owner.get_parameter(attribute).data
-            if judge is not None:
-                judge(result)
             return result
         except ValueError:  # PEFT's word for NaN
             self._record_fault(f"{change.name} would hold NaN or infinity")

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from solidify.adapter import lookup, tokens
 from solidify.findings import Finding
-from solidify.merging.mathematics import NAME
 from solidify.upstream.peft import BlockDiagonalLinear
 from solidify.upstream.torch import own_buffers, own_parameters
 
@@ -30,7 +29,6 @@ SUM = "merged weights are the sum"
 _EXACT = 2**24
 _SINGLE = torch.finfo(torch.float32).eps  # PEFT computes updates in float32, whatever the base is stored in
 _RARE = math.log(2e9)  # of a billion right tensors, one leans further than is allowed
-_COMPARED, _SAMPLED = 2**18, 2**15  # elements: a part of a weight with more is sampled, at about so many
 _EVERY = slice(None)
 
 
@@ -84,32 +82,36 @@ class Off:
         return cls(max(off.units for off in found), along, power, variance, max(off.most for off in found))
 
 
-def weight(layer: LoraLayer, adapter: str, rows: slice = _EVERY) -> Weight:
-    """Computes, before a merge, what a layer's weight must become, at some `rows` (those of the output).
+def weight(
+    layer: LoraLayer, adapter: str, base: torch.Tensor | None = None, part: slice = _EVERY, rows: slice = _EVERY
+) -> Weight:
+    """Computes what a layer's weight must become, or some of it.
 
+    `part` is of the first axis, as the tensor is stored, and `rows` are rows of the output within a stack of experts.
+    `base` holds the base's values of the part; without it, they are the layer's own. With DoRA rows must be whole.
     `W + s·B A`, by expert where they stack; with DoRA `m · (W + s·B A) / ‖W + s·B A‖`, by rows of the output.
     """
-    base, scale = layer.get_base_layer(), float(layer.scaling[adapter])
+    module, scale = layer.get_base_layer(), float(layer.scaling[adapter])
     single = abs(scale) * (layer.r[adapter] + 2) / 2 * _SINGLE
-    if isinstance(layer, ParamWrapper):
-        own = getattr(base, layer.parameter_name)
-        plain = _convert_tensor(rows_at(own, _row_axis(layer), rows), own)
-        update, size = _multiply_stacked(layer, adapter, plain, own, rows)
+    own = getattr(module, layer.parameter_name) if isinstance(layer, ParamWrapper) else module.weight
+    plain, axis = own[part] if base is None else base, row_axis(layer)
+    if isinstance(layer, ParamWrapper) and own.ndim == 3:
+        plain = _convert_tensor(taken := rows_at(plain, axis, rows), taken)
+        update, size = _multiply_stacked(layer, adapter, taken, part, rows, len(own))
         return Weight(plain + scale * update, plain, single * size)
-    turned = _row_axis(layer) == 1
-    plain = base.weight.T if turned else base.weight
-    plain = _convert_tensor(plain[rows], base.weight)  # (out_features, in_features, *kernel)
-    a, b = _flatten_factors(layer, adapter, base.weight)
-    b = b[rows]
+    turned = axis == 1
+    a, b = _flatten_factors(layer, adapter, plain)
+    a, b = (a[:, part], b) if turned else (a, b[part])
+    plain = _convert_tensor(plain.T if turned else plain, plain)  # (out_features, in_features, *kernel)
     wanted = plain + scale * (b @ a).reshape(plain.shape)  # (out_features, in_features, *kernel)
     found = Weight(wanted, plain, single * (b.abs() @ a.abs()).reshape(plain.shape))
     if layer.use_dora.get(adapter):
-        magnitude = _convert_tensor(layer.lora_magnitude_vector[adapter].weight, base.weight)
-        found = _with_magnitude(found, magnitude.flatten()[rows])
+        magnitude = _convert_tensor(layer.lora_magnitude_vector[adapter].weight, plain).flatten()
+        found = _with_magnitude(found, magnitude if turned else magnitude[part])
     return Weight(*(x.T for x in (found.wanted, found.without, found.slack))) if turned else found  # type: ignore[union-attr]
 
 
-def _row_axis(layer: LoraLayer) -> int:
+def row_axis(layer: LoraLayer) -> int:
     """Returns along which axis of a layer's weight the rows of its output stand."""
     base = layer.get_base_layer()
     if not isinstance(layer, ParamWrapper):
@@ -133,9 +135,9 @@ def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
     return Weight(wanted, without, by.abs() * found.slack + roundings * _SINGLE * wanted.abs())
 
 
-def bias(layer: LoraLayer, adapter: str) -> Weight:
-    """Computes what the bias of a layer must become whose update has a bias too."""
-    own = layer.get_base_layer().bias
+def bias(layer: LoraLayer, adapter: str, base: torch.Tensor | None = None) -> Weight:
+    """Computes what the bias of a layer must become whose update has one too; without `base`, the base's is its own."""
+    own = layer.get_base_layer().bias if base is None else base
     plain = _convert_tensor(own, own)
     return Weight(plain + float(layer.scaling[adapter]) * _convert_tensor(layer.lora_B[adapter].bias, own), plain)
 
@@ -153,16 +155,14 @@ def _flatten_factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tupl
 
 
 def _multiply_stacked(
-    layer: ParamWrapper, adapter: str, plain: torch.Tensor, like: torch.Tensor, rows: slice
+    layer: ParamWrapper, adapter: str, like: torch.Tensor, part: slice, rows: slice, experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes `B A` and `|B| |A|` for some rows of a parameter: A stands by experts first, B by experts last."""
+    """Computes `B A` and `|B| |A|` of some experts, at some rows: A stands by experts first, B by experts last."""
     a, b = _convert_tensor(layer.lora_A[adapter].weight, like), _convert_tensor(layer.lora_B[adapter].weight, like)
-    if plain.ndim == 3:
-        a = a.reshape(len(plain), -1, a.shape[-1])  # (experts, rank, in_features)
-        b = b.reshape(b.shape[0], -1, len(plain)).permute(2, 0, 1)  # (experts, out_features, rank)
-    b, turned = b[..., rows, :], _row_axis(layer) == 2
-    update, size = b @ a, b.abs() @ a.abs()  # (experts, out_features, in_features), or without experts
-    return (update.mT, size.mT) if turned else (update, size)  # turned: (experts, in_features, out_features)
+    a = a.reshape(experts, -1, a.shape[-1])[part]  # (experts, rank, in_features)
+    b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)[part, rows]  # (experts, out_features, rank)
+    update, size = b @ a, b.abs() @ a.abs()  # (experts, out_features, in_features)
+    return (update.mT, size.mT) if row_axis(layer) == 2 else (update, size)  # turned: (experts, inputs, outputs)
 
 
 def _compute_norms(rows: torch.Tensor) -> torch.Tensor:
@@ -277,49 +277,3 @@ def fault(name: str, off: Off) -> list[str]:
     if not abs(off.lean) <= off.allowed:
         return [f"{name} has its update {1 + off.lean:.4f} times (allowed 1 ± {off.allowed:.1e})"]
     return []
-
-
-class Sums:
-    """Watches a merge: what comes out of each layer, part by part, is compared with the sum, at a sample of rows."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._wanted = set(names)
-        self._sampled: set[str] = set()  # of which not every row was compared
-        self.found: dict[str, Off] = {}
-
-    def __call__(self, name: str, layer: LoraLayer) -> Callable[[torch.Tensor], None] | None:
-        """Computes what the weight of a layer must become, and returns what compares it."""
-        if name not in self._wanted or name.endswith(".bias") or NAME not in layer.scaling:
-            return None
-        axis, rows = _row_axis(layer), self._rows(name, layer)
-        expected = weight(layer, NAME, rows)
-
-        def judge(merged: torch.Tensor) -> None:
-            """Adds what one part of the weight is off."""
-            off = off_by(expected, rows_at(merged, axis, rows))
-            self.found[name] = Off.of_all([*([self.found[name]] if name in self.found else []), off])
-
-        return judge
-
-    def _rows(self, name: str, layer: LoraLayer) -> slice:
-        """Chooses rows, evenly spread; all of a part that is small."""
-        base = layer.get_base_layer()
-        part = getattr(base, layer.parameter_name) if isinstance(layer, ParamWrapper) else base.weight
-        if part.numel() <= _COMPARED:
-            return _EVERY
-        self._sampled.add(name)
-        step = min(-(-part.numel() // _SAMPLED), part.shape[_row_axis(layer)])
-        return slice(step // 2, None, step)
-
-    def finding(self, changed: Sequence[str]) -> Finding:
-        """Judges what was compared of all changed tensors: no proof, unless that was every row of every one."""
-        if not self.found:
-            return Finding.unseen(SUM, f"none of {len(changed)} changed tensors was sampled")
-        faults = [line for name, off in self.found.items() for line in fault(name, off)]
-        faults = faults or fault("all of them together", Off.of_all(list(self.found.values())))
-        every = set(changed) <= self.found.keys()
-        counted = f"all {len(changed)} changed" if every else f"{len(self.found)} sampled of {len(changed)} changed"
-        part = f" ({len(self._sampled)} of them at rows of every part)" if self._sampled else ""
-        evidence = f"{counted} tensors are W + s·B·A, computed here and rounded{part}"
-        proved = True if every and not self._sampled else None
-        return Finding(SUM, False if faults else proved, "; ".join(faults[:4]) or evidence)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +119,22 @@ class Stored:
         for key in checkpoint.entries:
             self._rename_key(key)  # by which the rules learn that they were used
         set_conversions(model, [rule for rule in self._mapping if rule.was_used()])
+
+    def at(self, checkpoint: Checkpoint) -> Stored:
+        """Returns the same tensors as another checkpoint of the same layout has them.
+
+        Raises:
+            ArtifactError: it lacks one of them.
+        """
+        lacking = [key for key in self.checkpoint.entries if key not in checkpoint.entries]
+        refuse(ArtifactError, f"{checkpoint.directory} is incomplete", [f"{key} is missing" for key in lacking[:4]])
+        other = copy(self)
+        other.checkpoint = checkpoint
+        other.units = {
+            name: replace(unit, owner=other, entry=unit.entry and checkpoint.entries[unit.entry.name])
+            for name, unit in self.units.items()
+        }
+        return other
 
     def _take_dtypes(self, found: layout.Layout) -> None:
         entries = self.checkpoint.entries
