@@ -16,7 +16,7 @@ from typing import Any
 
 from solidify.system.alone import environment
 
-NAMES = ("__enter__", "_exchange_text", "__exit__")
+NAMES = ("__enter__", "_run_script", "__exit__")
 
 
 class Forks:
@@ -30,29 +30,27 @@ class Forks:
 
         def enter(alone: Any) -> Any:
             alone._scratch = tempfile.TemporaryDirectory(prefix="fork-")
+            alone.directory = Path(alone._scratch.name)
             return alone
-
-        def exchange(alone: Any, text: str) -> tuple[int, str, str]:
-            return self._exchange_text(Path(alone._scratch.name), alone, text)
 
         def leave(alone: Any, *_: object) -> None:
             alone._scratch.cleanup()
 
-        return dict(zip(NAMES, (enter, exchange, leave), strict=True))
+        return dict(zip(NAMES, (enter, lambda alone, text: self._run_script(alone, text), leave), strict=True))
 
-    def _exchange_text(self, directory: Path, alone: Any, text: str) -> tuple[int, str, str]:
-        given, answer, errors = (directory / name for name in ("request", "answer", "errors"))
+    def _run_script(self, alone: Any, text: str) -> int:
+        given, out, errors = (alone.directory / name for name in ("request", "out", "errors"))
         given.write_text(text)
-        answer.touch()
+        out.touch()
         errors.touch()
-        (directory / "work").mkdir()
+        (alone.directory / "work").mkdir()
         job = {
             "script": str(alone.script),
-            "streams": [str(given), str(answer), str(errors)],
-            "directory": str(directory / "work"),
-            "environment": environment(directory),
+            "streams": [str(given), str(out), str(errors)],
+            "directory": str(alone.directory / "work"),
+            "environment": environment(alone.directory),
         }
-        return self._run(alone.arguments, job), answer.read_text(), errors.read_text()
+        return self._run(alone.arguments, job)
 
     def _run(self, arguments: tuple[str, ...], job: dict[str, Any]) -> int:
         server = self._servers.get(arguments)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +84,46 @@ def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> 
     for text in ("[]", "{", '{"kind": ["artifact"]}', '{"base": "here"}', "\ud800"):
         (tmp_path / "solidify.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         assert not fresh.is_artifact(tmp_path) and not fresh.is_on_artifact(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("import atexit; atexit.register(print, 'bye')", None),
+        ("os.write(1, b'\\xff\\n'); os.write(2, b'\\xff\\n')", None),
+        ("sys.stdout = None", None),
+        ("if os.fork() == 0: time.sleep(60); os._exit(0)", None),
+        ("sys.exit(0)", "ended with code 0 and no answer"),
+        ("os.write(2, b'\\xff was it\\n'); os._exit(3)", "ended with code 3:\n\ufffd was it"),
+    ],
+)
+def test_what_the_code_that_is_loaded_prints_or_leaves_behind_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, said: str | None
+) -> None:
+    for name, method in USUAL.items():
+        monkeypatch.setattr(Alone, name, method)
+    script = tmp_path / "script.py"
+    answer = "open(request['answer'], 'w').write(json.dumps({'found': request['number']}))"
+    lines = ["import json, os, sys, time", "request = json.loads(sys.stdin.read())", words, answer]
+    script.write_text("\n".join(lines))
+    begun = time.monotonic()
+    with Alone(script) as process:
+        if said is None:
+            assert process.ask({"number": 7}) == {"found": 7}
+        else:
+            with pytest.raises(ArtifactError, match=said):
+                process.ask({"number": 7})
+    assert time.monotonic() - begun < 30
+
+
+def test_an_isolated_process_begins_another(tmp_path: Path) -> None:
+    """What PYTHONPATH names is not imported there either."""
+    (tmp_path / "sitecustomize.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    script = tmp_path / "script.py"
+    script.write_text("import json, sys\nopen(json.loads(sys.stdin.read())['answer'], 'w').write('{}')")
+    code = "import sys; from pathlib import Path; from solidify.system.alone import Alone\n"
+    code += f"with Alone(Path({str(script)!r})) as process: print(process.ask({{}}))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for flag, ran in (("-I", False), ("-P", True)):
+        subprocess.run([sys.executable, flag, "-c", code], env=environment, check=True)
+        assert (tmp_path / "ran").exists() is ran

@@ -1,7 +1,7 @@
 """Loads model directories in a process of its own and says whether each is what its certificate says.
 
-Run as a script: reads a request (JSON) from its standard input and prints the answer (JSON) as its last line. It does
-not import solidify, and makes the packages that its arguments name impossible to import.
+Run as a script: reads a request (JSON) from its standard input and writes the answer (JSON) into the file named
+there. It does not import solidify, and makes the packages that its arguments name impossible to import.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
     behaviour = _import_files(Path(request["behaviour"]))
     answers = {d: _check_directory(Path(d) / request["certificate"], behaviour) for d in request["directories"]}
     imported = [name for name in forbidden if sys.modules.get(name) is not None]
-    print(json.dumps({"imported": imported, "directories": answers}))
+    answer = json.dumps({"imported": imported, "directories": answers})
+    Path(request["answer"]).write_text(answer, encoding="utf-8")
 
 
 def _end_with_parent() -> None:

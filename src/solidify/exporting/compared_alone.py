@@ -1,4 +1,4 @@
-"""Run as a script in a process of its own: loads an artifact and another form of it, and prints in what they differ.
+"""Run as a script in a process of its own: loads an artifact and another form of it, and writes in what they differ.
 
 An artifact is loaded quantised, or in another dtype, where the request says how.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
@@ -50,7 +51,8 @@ def main() -> None:
         outputs = {} if request["inputs"] is None else compare_outputs(artifact, stock, request["inputs"])
     except Exception as error:  # of a model's own code: it is an answer
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    print(json.dumps({"faults": faults + wrong, "tensors": found, "outputs": outputs, "error": said}))
+    answer = json.dumps({"faults": faults + wrong, "tensors": found, "outputs": outputs, "error": said})
+    Path(request["answer"]).write_text(answer, encoding="utf-8")
 
 
 def compare_state(artifact: Any, stock: Any) -> tuple[int, list[str]]:

@@ -17,7 +17,8 @@ from solidify.system import disk
 class Alone:
     """A fresh Python process, with a code cache of its own, that runs a script.
 
-    The script gets `arguments`, reads a request (JSON) from its standard input, and prints the answer (JSON) last.
+    The script gets `arguments`, reads a request (JSON) from its standard input, and writes the answer (JSON) into the
+    file that the request names: what the code that it loads prints, at whatever moment, is no part of it.
     """
 
     def __init__(self, script: Path, arguments: Sequence[str] = ()) -> None:
@@ -25,35 +26,41 @@ class Alone:
 
     def __enter__(self) -> Alone:
         self._scratch = disk.temporary()
-        scratch = self._scratch.__enter__()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(self.script), *self.arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(scratch),
-            cwd=scratch,
-        )
+        self.directory = self._scratch.__enter__()
+        work = self.directory / "work"
+        work.mkdir()
+        # Files and no pipes: a process that the script leaves behind would keep those open.
+        with open(self.directory / "out", "wb") as out, open(self.directory / "errors", "wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, *_list_flags(), str(self.script), *self.arguments],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=errors,
+                text=True,
+                env=environment(self.directory),
+                cwd=work,
+            )
         return self
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Gives the process its request and waits for its answer.
 
         Raises:
-            ArtifactError: the process ended with an error; its last words are in the message.
+            ArtifactError: the process ended with an error or without an answer; its last words are in the message.
         """
-        code, out, err = self._exchange_text(json.dumps(request))
-        if code:
-            words = "\n".join(err.strip().splitlines()[-6:])
-            raise ArtifactError(f"the fresh process ended with code {code}:\n{words}")
-        answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-        return answer
+        answer = self.directory / "answer.json"
+        code = self._run_script(json.dumps({**request, "answer": str(answer)}))
+        if code or not answer.is_file():
+            said = (self.directory / "errors").read_text(encoding="utf-8", errors="replace")
+            words = "\n".join(said.strip().splitlines()[-6:])
+            raise ArtifactError(f"the fresh process ended with code {code}{'' if code else ' and no answer'}:\n{words}")
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
 
-    def _exchange_text(self, text: str) -> tuple[int, str, str]:
-        """Gives the process its input and waits for its end; returns its code and what it wrote and said."""
-        out, err = self._process.communicate(text)
-        return self._process.returncode, out, err
+    def _run_script(self, text: str) -> int:
+        """Gives the process its input, waits for its end and returns its code."""
+        self._process.communicate(text)
+        return self._process.returncode
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
@@ -64,3 +71,9 @@ class Alone:
 def environment(scratch: Path) -> dict[str, str]:
     """Returns the environment of such a process, whose code cache is in a directory of its own."""
     return {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+
+
+def _list_flags() -> list[str]:
+    """Returns what isolates the process as this one is: without its script's directory, and, if so here, the user's."""
+    asked = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
+    return ["-P", *(flag for flag, given in asked.items() if given)]
