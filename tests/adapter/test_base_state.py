@@ -11,6 +11,8 @@ import families
 import pico
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -289,14 +291,23 @@ def test_what_is_still_mapped_is_not_read_again(artifact: Path, monkeypatch: pyt
 
 
 def test_a_page_that_was_written_to_and_swapped_out_is_the_processes_own() -> None:
-    text = """7f0000000000-7f0000010000 rw-p 00000000 08:01 42   /somewhere/model.safetensors
-Anonymous:           {} kB
-Swap:                {} kB
-VmFlags: rd wr
-"""
-    assert [area.own for area in mapped._read_areas(text.format(0, 0))] == [0]
-    assert [area.own for area in mapped._read_areas(text.format(0, 8))] == [8192]
-    assert [area.own for area in mapped._read_areas(text.format(4, 8))] == [12288]
+    """As Linux' documentation of `pagemap` has the bits: 63 in memory, 62 swapped out, 61 of a file."""
+    unread, of_file, own, swapped = 0, 1 << 63 | 1 << 61, 1 << 63, 1 << 62
+    for entries, wanted in (((unread, of_file), False), ((of_file, own), True), ((unread, swapped), True)):
+        assert mapped._holds_own(b"".join(entry.to_bytes(8, "little") for entry in entries)) is wanted
+
+
+def test_what_is_written_in_one_tensor_of_a_file_leaves_the_others_a_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.randn(64, 1024) for name in "abc"}, path)
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in "abc"}
+    assert set(mapped.file_regions(state)) == {"a", "b", "c"}
+    state["b"][32, 5] += 1
+    regions = mapped.file_regions(state)
+    assert set(regions) == {"a", "c"}
+    for name, (where, offset) in regions.items():
+        assert where == path and path.read_bytes()[offset:][: state[name].nbytes] == state[name].numpy().tobytes()
 
 
 def test_a_model_with_weight_norm_is_its_artifact(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import ctypes
 import mmap
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-_MAPS, _SMAPS, _STATM = Path("/proc/self/maps"), Path("/proc/self/smaps"), Path("/proc/self/statm")
+_MAPS, _PAGES, _STATM = Path("/proc/self/maps"), Path("/proc/self/pagemap"), Path("/proc/self/statm")
 _MUCH = 2**29  # bytes
-_HEAD = r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$"
-_FILES = re.compile(_HEAD, re.MULTILINE)
-_LINES = r"\n(?:[A-Z].*\n)*?"  # what else is said of a mapping, as little as possible
-_DETAILS = re.compile(rf"{_HEAD}{_LINES}Anonymous: +(\d+) kB{_LINES}Swap: +(\d+) kB$", re.MULTILINE)
+_FILES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
+_OF_FILE, _HELD = 1, 6  # bits 61 to 63 of an entry of `pagemap`: it is of a file; it is swapped out, or in memory
+_ENTRY = 8  # bytes of `pagemap` for a page
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
@@ -37,16 +35,14 @@ class _Area:
     offset: int
     inode: tuple[int, int]
     path: str
-    own: int  # bytes that were written to, in memory or swapped out
 
 
 class Maps:
     """The process's file mappings as they are now."""
 
     def __init__(self) -> None:
-        self._spans = _read_spans()
-        self._areas: list[_Area] | None = None  # read when a tensor stands in a file: the system looks at every page
-        self._begins: list[int] = []
+        self._areas = sorted(_list_areas(), key=lambda area: area.begin)
+        self._begins = [area.begin for area in self._areas]
         self._same: dict[_Area, bool] = {}
 
     def find_region(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
@@ -54,15 +50,11 @@ class Maps:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()
-        span = bisect.bisect_right(self._spans, (address, sys.maxsize)) - 1
-        if span < 0 or address >= self._spans[span][1]:
-            return None
-        if self._areas is None:
-            self._areas = sorted(_list_areas(), key=lambda area: area.begin)
-            self._begins = [area.begin for area in self._areas]
         index = bisect.bisect_right(self._begins, address) - 1
         area = self._areas[index] if index >= 0 else None
-        if area is None or address + tensor.nbytes > area.end or area.own or not self._is_mapped(area):
+        if area is None or address + tensor.nbytes > area.end or not self._is_mapped(area):
+            return None
+        if _is_written(address, tensor.nbytes):
             return None
         return Path(area.path), area.offset + address - area.begin
 
@@ -78,26 +70,35 @@ class Maps:
         return self._same[area]
 
 
-def _read_spans() -> list[tuple[int, int]]:
-    """Returns where files are mapped, in order."""
-    if not _MAPS.is_file():
-        return []
-    text = _MAPS.read_text(encoding="utf-8", errors="surrogateescape")
-    return sorted((int(found[0], 16), int(found[1], 16)) for found in _FILES.findall(text))
-
-
 def _list_areas() -> Iterator[_Area]:
-    if not _SMAPS.is_file():
+    """Yields where files are mapped; nothing where the system does not say what was written there."""
+    if not _MAPS.is_file() or not os.access(_PAGES, os.R_OK):
         return
-    yield from _read_areas(_SMAPS.read_text(encoding="utf-8", errors="surrogateescape"))
-
-
-def _read_areas(text: str) -> Iterator[_Area]:
-    """Yields the mappings of files that a text as of `smaps` lists."""
-    for begin, end, offset, major, minor, inode, path, anonymous, swapped in _DETAILS.findall(text):
+    text = _MAPS.read_text(encoding="utf-8", errors="surrogateescape")
+    for begin, end, offset, major, minor, inode, path in _FILES.findall(text):
         device = os.makedev(int(major, 16), int(minor, 16))
-        own = int(anonymous) + int(swapped)  # a page that was written to and swapped out is not anonymous any more
-        yield _Area(int(begin, 16), int(end, 16), int(offset, 16), (device, int(inode)), path, own * 1024)
+        yield _Area(int(begin, 16), int(end, 16), int(offset, 16), (device, int(inode)), path)
+
+
+def _is_written(address: int, length: int) -> bool:
+    """Returns whether a page of some memory is the process's own, so that it may differ from the file that is mapped.
+
+    One that the system does not tell of counts as such.
+    """
+    first, last = address // mmap.PAGESIZE, (address + length - 1) // mmap.PAGESIZE
+    size = (last - first + 1) * _ENTRY
+    try:
+        with open(_PAGES, "rb", buffering=0) as pages:
+            entries = os.pread(pages.fileno(), size, first * _ENTRY)
+    except OSError:
+        return True
+    return len(entries) < size or _holds_own(entries)
+
+
+def _holds_own(entries: bytes) -> bool:
+    """Returns whether entries of `pagemap`, 64 bits each, tell of a page in memory or swapped out that is no file's."""
+    bits = torch.frombuffer(bytearray(entries), dtype=torch.int64) >> 61 & 7  # (pages,)
+    return bool((((bits & _HELD) != 0) & ((bits & _OF_FILE) == 0)).any())
 
 
 def release(modules: Sequence[nn.Module]) -> None:
