@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pico
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from solidify.weights import digest_cache, format, store, transfer
+from solidify.errors import ArtifactError
+from solidify.weights import checkpoint, digest_cache, format, store, transfer
 
 
 @pytest.fixture
@@ -71,7 +77,27 @@ def by_another_file(path: Path) -> None:
     other.replace(path)
 
 
-@pytest.mark.parametrize("change", [in_place, with_its_time_set_back, by_another_file])
+def with_its_time_set_back_and_linked(path: Path) -> None:
+    with_its_time_set_back(path)
+    os.link(path, path.with_name("link"))
+
+
+def linked_by_us_while_it_is_changed(path: Path) -> None:
+    time.sleep(0.1)
+    with_its_time_set_back(path)
+    transfer.link_or_copy(path, path.with_name("link"), link=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        with_its_time_set_back,
+        by_another_file,
+        with_its_time_set_back_and_linked,
+        linked_by_us_while_it_is_changed,
+    ],
+)
 def test_a_changed_file_is_read_again(weights: Path, change: Callable[[Path], None]) -> None:
     before = digest_cache.digests([weights])
     change(weights)
@@ -92,9 +118,16 @@ def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, re
     assert transfer.link_or_copy(weights, tmp_path / "linked", link=True)
     assert (tmp_path / "linked").stat().st_ino == weights.stat().st_ino
     assert digest_cache.digests([tmp_path / "linked"]) == digest_cache.digests([weights]) == first
-    (tmp_path / "linked").unlink()
+    directory = tmp_path / "result"
+    directory.mkdir()
+    transfer.link_or_copy(weights, directory / weights.name, link=True)
+    digest_cache.remove(directory)
+    assert not directory.exists()
     assert digest_cache.digests([weights]) == first
     assert len(reads) == 2
+    (tmp_path / "linked").unlink()  # by others: the system's time of change says no more than that something was done
+    assert digest_cache.digests([weights]) == first
+    assert len(reads) == 4
 
 
 def test_a_copy_is_known_as_its_source_is(weights: Path, tmp_path: Path, reads: list[str]) -> None:
@@ -175,3 +208,49 @@ def test_what_was_digested_on_its_way_is_known_in_its_own_file(weights: Path, tm
         store.store(state, tmp_path / place, origins={f"inner.{name}": entries[name] for name in names})
     found = digest_cache.recall(weights)
     assert found == {name: entry.digest() for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("moment", ["never", "before", "after", "linked"])
+def test_a_known_tensor_whose_file_is_touched_while_it_is_copied_is_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A file that is written to is refused, its time set back or not; one that is linked by others is what it was."""
+    digest_cache.digests([weights])
+    with safe_open(weights, "pt") as file:
+        state = {f"new.{name}": file.get_tensor(name) for name in ("a", "b")}
+    written = store.write
+
+    def write(*given: Any, **options: Any) -> dict[str, str]:
+        if moment == "before":
+            with_its_time_set_back(weights)
+        elif moment == "linked":
+            os.link(weights, tmp_path / "link")
+        digests = written(*given, **options)
+        if moment == "after":
+            in_place(weights)
+        return digests
+
+    monkeypatch.setattr(store, "write", write)
+    (tmp_path / "output").mkdir()
+    if moment == "before":
+        with pytest.raises(ArtifactError, match="was written to while it was read"):
+            store.store(state, tmp_path / "output")
+        return
+    digests = store.store(state, tmp_path / "output")
+    assert digests == digest_cache.digests([tmp_path / "output" / "model.safetensors"], fresh=True)
+
+
+def test_one_file_of_all_weights_counts_and_no_index_of_others(tmp_path: Path) -> None:
+    """As for transformers, which reads the same two directories."""
+    model = pico.llama()
+    model.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    assert checkpoint.index_of(tmp_path / "both") is not None and len(checkpoint.weight_files(tmp_path / "both")) > 1
+    other = pico.llama()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1)
+    other.save_pretrained(tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "both")
+    assert checkpoint.weight_files(tmp_path / "both") == [tmp_path / "both" / "model.safetensors"]
+    assert set(checkpoint.read(tmp_path / "both").entries) == set(load_file(tmp_path / "one" / "model.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert torch.equal(loaded.lm_head.weight, other.lm_head.weight)

@@ -128,8 +128,8 @@ def _stands_in(source: Path, model: PreTrainedModel) -> bool:
 
 def _list_weights(source: Path) -> list[Path]:
     """Returns the weight files and their index."""
-    index = source / checkpoint.INDEX
-    return [*checkpoint.weight_files(source), *([index] if index.is_file() else [])]
+    index = checkpoint.index_of(source)
+    return [*checkpoint.weight_files(source), *([index] if index is not None else [])]
 
 
 def _describe(staging: Path, base: BaseModel, recipe: dict[str, Any] | None) -> Manifest:

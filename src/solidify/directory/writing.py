@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from solidify.directory import manifest, ours
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.system import console, disk
+from solidify.weights import digest_cache
 
 _REPOSITORY = (".git", ".hg", ".svn", ".jj", ".bzr", "_darcs", ".fslckout", "CVS")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
@@ -239,7 +240,7 @@ def _make_hidden_directory(output: Path, kind: str) -> Iterator[Path]:
                 raise
             raise ArtifactError(words) from error
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            digest_cache.remove(directory)
             ours.used.discard(directory)
             _remove_empty(made)
 
@@ -273,7 +274,7 @@ def _put_staging(staging: Path, output: Path) -> None:
         output.rename(old)
         staging.rename(output)
         disk.sync(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        digest_cache.remove(old)
 
 
 def _exchange_names(a: Path, b: Path) -> bool:

@@ -117,6 +117,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     plan = _plan_ties(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
     before = {path: transfer.read_state(path) for path in stored.checkpoint.files}
+    begun = {path: path.stat() for path in stored.checkpoint.files}
     touched = [path for path in stored.checkpoint.files if writing.touches(path)]
     kept = [path for path in stored.checkpoint.files if path not in touched]
     copies = transfer.copied(kept, directory, link=link)
@@ -144,6 +145,9 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
         if transfer.read_state(path) != state
     ]
     refuse(ArtifactError, f"{stored.checkpoint.directory} changed while it was read", faults)
+    entries = {path: format.read_header(directory / path.name) for path in touched}
+    known = [(p, entries[p][key], digest) for p, found in writing.known.items() for key, digest in found.items()]
+    transfer.refuse_other({path: begun[path] for path in touched}, known)
     for path in touched:
         target = directory / path.name
         digest_cache.remember(target, {name: writing.digests[name] for name in format.read_header(target)})
@@ -253,6 +257,7 @@ class _Writing:
     expected: Mapping[str, str]
     digests: dict[str, str] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
+    known: dict[Path, dict[str, str]] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -285,6 +290,7 @@ class _Writing:
             self._make_new_source(name, source, change) for name, (source, change) in self._find_added(path).items()
         ]
         known = digest_cache.recall_entries(entry for key, entry in here.items() if key not in self.units)
+        self.known[path] = {entry.name: known[entry.place] for entry in here.values() if entry.place in known}
         seen: set[int] = set()
         for key, entry in here.items():
             unit = self.units.get(key)
@@ -347,10 +353,10 @@ class _Writing:
 
     def index(self) -> None:
         """Puts an index beside the files if the base has one: the same, unless tensors were added."""
-        source = self.stored.checkpoint.directory / checkpoint.INDEX
-        if source.is_file() and not self.plan.added:
+        source = checkpoint.index_of(self.stored.checkpoint.directory)
+        if source is not None and not self.plan.added:
             shutil.copyfile(source, self.directory / checkpoint.INDEX)
-        elif source.is_file():
+        elif source is not None:
             headers = {p.name: format.read_header(self.directory / p.name) for p in self.stored.checkpoint.files}
             shapes = {file: {name: entry.shape for name, entry in header.items()} for file, header in headers.items()}
             checkpoint.write_index(self.directory, shapes)

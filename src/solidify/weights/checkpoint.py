@@ -50,10 +50,10 @@ def read(directory: Path) -> Checkpoint:
             continue
         faults += [f"{path} holds {name!r}, which another file holds too" for name in header if name in entries]
         entries |= header
-    if not faults and (directory / INDEX).is_file():
-        for name, file in _weight_map(directory / INDEX).items():
+    if not faults and (index := index_of(directory)) is not None:
+        for name, file in _weight_map(index).items():
             if name not in entries or entries[name].file.name != file:
-                faults.append(f"{directory / INDEX} says that {file} holds {name!r}, but it does not")
+                faults.append(f"{index} says that {file} holds {name!r}, but it does not")
     refuse(ArtifactError, f"the weights in {directory} are not complete; save or download them again", faults)
     return Checkpoint(directory, files, entries)
 
@@ -64,8 +64,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ArtifactError: there is neither, or the index is unreadable or names a missing file.
     """
-    index = directory / INDEX
-    if index.is_file():
+    index = index_of(directory)
+    if index is not None:
         names = sorted(set(_weight_map(index).values()))
     elif (directory / WEIGHTS).is_file():
         disk.refuse_names(directory / WEIGHTS, [WEIGHTS])
@@ -76,6 +76,21 @@ def weight_files(directory: Path) -> list[Path]:
     if missing:
         raise ArtifactError(f"{index} names {', '.join(missing)}, which {directory} lacks")
     return [directory / name for name in names]
+
+
+def index_of(directory: Path) -> Path | None:
+    """Returns the index of a directory, if it has one that counts: beside a single file of all weights none does.
+
+    transformers then reads that file, whatever other files the index names (`_get_resolved_checkpoint_files` of
+    `modeling_utils.py`).
+
+    Raises:
+        ArtifactError: it is unreadable.
+    """
+    index = directory / INDEX
+    if not index.is_file() or ((directory / WEIGHTS).is_file() and set(_weight_map(index).values()) != {WEIGHTS}):
+        return None
+    return index
 
 
 @contextmanager

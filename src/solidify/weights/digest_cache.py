@@ -1,18 +1,21 @@
 """Digests of the tensors in a file, kept as long as the file is unchanged, so that they are computed once.
 
 A file is known by device, inode, size and both of its times. A program can set the time of modification back, but not
-the time of change, which the system sets by itself; it also does so when a hard link is made or removed, which the
-number of links tells. Files that were touched a moment ago are not noted, because two changes within a tick of the
-clock cannot be told apart. `solidify check` reads everything, whatever is noted.
+the time of change, which the system sets by itself; it also does so when a hard link is made or removed. Where that is
+done here, what was known stays known (`kept`); where others do it, the file is read once more. Files that were touched
+a moment ago are not noted, because two changes within a tick of the clock cannot be told apart. `solidify check` reads
+everything, whatever is noted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from solidify.errors import ArtifactError
@@ -64,18 +67,43 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
 def recall(path: Path) -> dict[str, str] | None:
     """Returns the digests of a file's tensors if they are known and the file is unchanged since."""
     try:
-        now = path.stat()
+        return _recall(path.stat())
+    except OSError:
+        return None
+
+
+def _recall(now: os.stat_result) -> dict[str, str] | None:
+    try:
         note = files.document(_get_note_path(now))
         found: dict[str, str] = note["digests"]
-        changed, links = note["changed"], note["links"]
+        return found if note["changed"] == now.st_ctime_ns else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if changed == now.st_ctime_ns:
-        return found
-    if links != now.st_nlink:  # a link that is made or removed, too, is a change of the file
-        remember(path, found)
-        return found
-    return None
+
+
+@contextmanager
+def kept(paths: Iterable[Path]) -> Iterator[None]:
+    """Keeps what is known of some files while the block makes or removes links to them, and does nothing else."""
+    with ExitStack() as opened:
+        held = []
+        for path in paths:
+            with suppress(OSError):
+                file = opened.enter_context(path.open("rb"))
+                state = os.fstat(file.fileno())
+                if (found := _recall(state)) is not None:
+                    held.append((file, state, found))
+        yield
+        for file, before, found in held:
+            now = os.fstat(file.fileno())
+            if now.st_nlink and (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+                _write_note(now, found)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory as far as that can be done; files with links elsewhere stay known."""
+    linked = [path for path in directory.rglob("*.safetensors") if path.is_file() and path.stat().st_nlink > 1]
+    with kept(linked):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:
@@ -103,18 +131,26 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
     if 0 <= age < _TICK:
         time.sleep((_TICK - age) / 1e9)
         now = path.stat()
+    _write_note(now, found)
+
+
+def _write_note(now: os.stat_result, found: Mapping[str, str]) -> None:
     try:
         note = _get_note_path(now)
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        document = {"changed": now.st_ctime_ns, "links": now.st_nlink, "digests": found}
-        draft.write_text(json.dumps(document), encoding="utf-8")
+        draft.write_text(json.dumps({"changed": now.st_ctime_ns, "digests": found}), encoding="utf-8")
         draft.replace(note)
         old = sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]
         for file in old:
             file.unlink(missing_ok=True)
     except (OSError, ArtifactError):
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
+
+
+def touched(path: Path, begun: os.stat_result) -> bool:
+    """Returns whether anything was done to a file since it had a state, if only that a link to it was made."""
+    return _get_state(path.stat()) != _get_state(begun)
 
 
 def _get_state(found: os.stat_result) -> tuple[int, ...]:

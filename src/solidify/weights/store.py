@@ -42,6 +42,7 @@ def store(
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
     left = {name: tensor for name, tensor in kept.items() if name not in linked}
+    begun = {entry.file: entry.file.stat() for entry in stored.values()}
     known = digest_cache.recall_entries(stored[name] for name in left if name in stored)
     sources = {
         name: TensorSource.stored(name, entry, known.get(entry.place))
@@ -49,8 +50,10 @@ def store(
         else TensorSource.made(name, tensor)
         for name, tensor in left.items()
     }
-    begun = {entry.file: entry.file.stat() for entry in stored.values()}
     digests = write(directory, sources, whole=whole, link=link)
+    entries = checkpoint.read(directory).entries
+    taken = {name: stored[name] for name in sources if name in stored and stored[name].place in known}
+    transfer.refuse_other(begun, [(entry.file, entries[name], digests[name]) for name, entry in taken.items()])
     _remember_sources({entry.place: digests[name] for name, entry in stored.items() if name in sources}, begun)
     return digests
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.weights import digest_cache, direct, format
+from solidify.weights.format import Entry
 
 try:
     import fcntl
@@ -33,7 +34,8 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
     before = read_state(source)
     if link:
         try:
-            os.link(source, target)
+            with digest_cache.kept([source]):
+                os.link(source, target)
         except OSError:  # another file system, one without links, or a file that is not ours to link
             link = False
     if not link:
@@ -52,6 +54,24 @@ def read_state(path: Path) -> tuple[int, int]:
     """Returns what changes when a file is written to, but not when it is linked."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def refuse_other(begun: Mapping[Path, os.stat_result], copies: Iterable[tuple[Path, Entry, str]]) -> None:
+    """Makes sure of copies that were given a digest that was known: of a file that was touched since, they are read.
+
+    Each copy is the file that it was taken from, where it stands now, and its digest. A link that another program makes
+    touches a file, too.
+
+    Raises:
+        ArtifactError: one is not what was known.
+    """
+    touched = {path for path, state in begun.items() if digest_cache.touched(path, state)}
+    faults = {path for path, entry, digest in copies if path in touched and entry.digest() != digest}
+    refuse(
+        ArtifactError,
+        "an input changed while it was read, so nothing was written; start again when no other program writes to it",
+        [f"{path} was written to while it was read" for path in sorted(faults)],
+    )
 
 
 def _copy_bytes(source: Path, target: Path) -> None:
