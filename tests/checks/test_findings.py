@@ -158,6 +158,9 @@ def test_a_sum_is_proved_when_every_changed_weight_was_compared() -> None:
     assert sampled.finding(["a.weight"]).verdict == "proved"
     finding = sampled.finding(["a.weight", "b.weight"])
     assert finding.verdict == "measured" and finding.evidence.startswith("1 of 2 changed tensors")
+    for parts in ([0.5, float("nan")], [float("nan"), 0.5]):
+        whole = sums.Off.of_all([sums.Off(units) for units in parts])
+        assert read_back.Comparison({"a.weight": whole}).finding(["a.weight"]).verdict == "failed"
     sampled.found["b.weight"] = sums.Off(2.0)
     assert sampled.finding(["a.weight", "b.weight", "c.weight"]).verdict == "failed"
 

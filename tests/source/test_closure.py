@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import linecache
 import os
@@ -23,7 +23,7 @@ from solidify import losses
 from solidify.errors import ArtifactError
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import references
-from solidify.source import closure
+from solidify.source import closure, ownership
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -284,6 +284,36 @@ def test_an_installed_class_that_cannot_be_carried_is_required(tmp_path: Path, o
     assert found.requirements == {"my-blocks": "1.2"}
 
 
+@pytest.mark.parametrize("fault", ["nothing", "no metadata", "no name", "no text", "another directory"])
+def test_what_an_interrupted_installation_left_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A broken distribution provides nothing, and hides no other."""
+    for name in ("broken", "whole"):
+        information = tmp_path / f"their_{name}-1.2.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: their-{name}\nVersion: 1.2\n")
+        (information / "RECORD").write_text(f"their_{name}/__init__.py,,\n")
+        (tmp_path / f"their_{name}").mkdir()
+        (tmp_path / f"their_{name}" / "__init__.py").write_text("")
+    information = tmp_path / "their_broken-1.2.dist-info"
+    if fault == "no metadata":
+        (information / "METADATA").unlink()
+    elif fault == "no name":
+        (information / "METADATA").write_text("Metadata-Version: 2.1\n")
+    elif fault == "no text":
+        (information / "RECORD").write_bytes(b"\xff")
+    elif fault == "another directory":  # as pip leaves it
+        information.rename(tmp_path / "~heir_broken-1.2.dist-info")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path, None])
+    here = ownership.surroundings(())
+    assert ownership.requirement("their_whole", here) == ("their-whole", "1.2")
+    assert ("their_broken" in here.distributions) is (fault in ("nothing", "another directory"))
+    for name in ("their_broken", "their_whole", "peft"):
+        owner = ownership.judge(name, importlib.util.find_spec(name), here).owner
+        assert owner == ("installed" if name in here.distributions else "own")
+
+
 def test_what_an_optional_file_needs_is_optional(tmp_path: Path) -> None:
     text = gate("try:\n    from .fast import F\nexcept (ImportError, OSError):\n    F = 1.0", "F")
     found = closure.collect([project(tmp_path, {"proj/gate.py": text, "proj/fast.py": "import no_such_kernel\nF = 2"})])
@@ -462,7 +492,7 @@ def test_what_is_no_class_of_a_file_is_refused(tmp_path: Path) -> None:
 REGISTRY = """
 import torch
 from torch import nn
-from solidify.source import closure
+from solidify.source import closure, ownership
 
 REGISTRY = {}
 
@@ -526,7 +556,7 @@ class Gate(nn.Module):
     def forward(self, x):
         return x * {factor}
 
-from solidify.source import closure
+from solidify.source import closure, ownership
 closure.collect([Gate])
 """
 

@@ -94,6 +94,7 @@ def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> 
         ("sys.stdout = None", None),
         ("if os.fork() == 0: time.sleep(60); os._exit(0)", None),
         ("sys.exit(0)", "ended with code 0 and no answer"),
+        ("os.kill(os.getpid(), 9)", "was ended by signal 9:\nit said nothing"),
         ("os.write(2, b'\\xff was it\\n'); os._exit(3)", "ended with code 3:\n\ufffd was it"),
     ],
 )
@@ -127,3 +128,17 @@ def test_an_isolated_process_begins_another(tmp_path: Path) -> None:
     for flag, ran in (("-I", False), ("-P", True)):
         subprocess.run([sys.executable, flag, "-c", code], env=environment, check=True)
         assert (tmp_path / "ran").exists() is ran
+
+
+def test_a_relative_path_of_modules_leads_where_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, method in USUAL.items():
+        monkeypatch.setattr(Alone, name, method)
+    (tmp_path / "deps").mkdir()
+    (tmp_path / "deps" / "library_of_theirs.py").write_text("NUMBER = 7")
+    script = tmp_path / "script.py"
+    words = "open(request['answer'], 'w').write(json.dumps({'found': library_of_theirs.NUMBER}))"
+    script.write_text(f"import json, sys, library_of_theirs\nrequest = json.loads(sys.stdin.read())\n{words}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["deps", str(tmp_path / "elsewhere")]))
+    with Alone(script) as process:
+        assert process.ask({}) == {"found": 7}

@@ -79,7 +79,8 @@ class Off:
     def of_all(cls, found: Sequence[Off]) -> Off:
         """Returns how far several parts are off together."""
         along, power, variance = (sum(getattr(off, key) for off in found) for key in ("along", "power", "variance"))
-        return cls(max(off.units for off in found), along, power, variance, max(off.most for off in found))
+        units = math.nan if any(math.isnan(off.units) for off in found) else max(off.units for off in found)
+        return cls(units, along, power, variance, max(off.most for off in found))
 
 
 def weight(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import os
 import site
@@ -16,11 +17,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import Distribution, distribution, packages_distributions, version
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Literal
 
 from solidify.source.syntax import SourceFile
+from solidify.system import foreign
 
 ALWAYS = ("torch", "transformers")
 _CARRIED_OF_OURS = "solidify.modules"
@@ -50,15 +52,34 @@ class Surroundings:
     tops: frozenset[str]
 
     @cached_property
-    def distributions(self) -> Mapping[str, list[str]]:
+    def distributions(self) -> Mapping[str, list[Distribution]]:
         """The distributions that provide each top-level name."""
-        return _read_distributions(tuple((path, _read_time(path)) for path in sys.path))
+        paths = [path for path in sys.path if isinstance(path, str)]
+        return _read_distributions(tuple((path, _read_time(path)) for path in paths))
 
 
 @lru_cache(maxsize=4)
-def _read_distributions(_state: tuple[tuple[str, int], ...]) -> Mapping[str, list[str]]:
-    """Reads what every installed distribution provides (half a second); anew when a directory of the path changed."""
-    return packages_distributions()
+def _read_distributions(state: tuple[tuple[str, int], ...]) -> Mapping[str, list[Distribution]]:
+    """Reads what every installed distribution provides (half a second); anew when a directory of the path changed.
+
+    One that is broken, as an installation that was interrupted leaves it, provides nothing.
+    """
+    found: dict[str, list[Distribution]] = {}
+    for each in distributions(path=[path for path, _ in state]):
+        for top in foreign.attempt(_list_tops, each).value or ():
+            found.setdefault(top, []).append(each)
+    return found
+
+
+def _list_tops(found: Distribution) -> set[str]:
+    """Returns the top-level names that a distribution provides: those that it declares, or those of its files."""
+    if not found.metadata["Name"] or not found.version:
+        return set()
+    found.read_text("RECORD")  # which cannot be read, in a broken one
+    if declared := (found.read_text("top_level.txt") or "").split():
+        return set(declared)
+    firsts = (file.parts[0] if len(file.parts) > 1 else inspect.getmodulename(file.name) for file in found.files or ())
+    return {name for name in firsts if name and "." not in name and name != "__pycache__"}
 
 
 def _read_time(path: str) -> int:
@@ -93,13 +114,15 @@ def locate(name: str, near: SourceFile, here: Surroundings) -> Location:
 
 def requirement(name: str, here: Surroundings) -> tuple[str, str]:
     """Returns the distribution (and its version) that an installed module belongs to."""
-    candidates = here.distributions[name.split(".")[0]]
-    best = candidates[0]
-    if len(candidates) > 1:  # a namespace that several distributions fill
-        start = name.replace(".", "/")
-        held = {d: [str(f) for f in distribution(d).files or [] if str(f).startswith(start)] for d in candidates}
-        best = max(sorted(candidates), key=lambda d: len(held[d]))
-    return best, version(best)
+    candidates = sorted(here.distributions[name.split(".")[0]], key=lambda found: found.name)
+    start = name.replace(".", "/")  # in a namespace, that several fill, the one with most files there
+
+    def count(found: Distribution) -> int:
+        """Counts the files of a distribution in the module."""
+        return sum(str(file).startswith(start) for file in found.files or [])
+
+    best = max(candidates, key=count) if len(candidates) > 1 else candidates[0]
+    return best.name, best.version
 
 
 def outside(name: str, here: Surroundings) -> tuple[str, str] | None:
@@ -114,7 +137,7 @@ def is_published(top: str, here: Surroundings) -> bool:
     What was installed from a directory or a repository says where from (PEP 610); conda, which builds its packages in a
     directory, does so of all.
     """
-    found = [distribution(name) for name in here.distributions.get(top, [])]
+    found = here.distributions.get(top, [])
     return bool(found) and all(map(_is_of_an_index, found))
 
 
@@ -180,11 +203,11 @@ def judge(name: str, spec: ModuleSpec | None, here: Surroundings) -> Location:
 
 def _is_installed(top: str, path: Path, here: Surroundings) -> bool:
     """Whether a distribution that was installed (not one that points to a project elsewhere) holds the file."""
-    names = here.distributions.get(top, [])
+    found = here.distributions.get(top, [])
     paths = sysconfig.get_paths()
     directories = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
-    directories += [str(distribution(n).locate_file("")) for n in names if distribution(n).read_text("RECORD")]
-    return bool(names) and _is_within(path, directories)
+    directories += [str(each.locate_file("")) for each in found if each.read_text("RECORD")]
+    return bool(found) and _is_within(path, directories)
 
 
 def _is_within(path: Path, directories: list[str]) -> bool:

@@ -52,8 +52,9 @@ class Alone:
         code = self._run_script(json.dumps({**request, "answer": str(answer)}))
         if code or not answer.is_file():
             said = (self.directory / "errors").read_text(encoding="utf-8", errors="replace")
-            words = "\n".join(said.strip().splitlines()[-6:])
-            raise ArtifactError(f"the fresh process ended with code {code}{'' if code else ' and no answer'}:\n{words}")
+            words = "\n".join(said.strip().splitlines()[-6:]) or "it said nothing"
+            ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise ArtifactError(f"the fresh process {ended}{'' if code else ' and no answer'}:\n{words}")
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
 
@@ -69,8 +70,14 @@ class Alone:
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """Returns the environment of such a process, whose code cache is in a directory of its own."""
-    return {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    """Returns the environment of such a process, whose code cache is in a directory of its own.
+
+    It runs in another directory, so paths that this one's lead to get their full names.
+    """
+    found = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    if paths := os.environ.get("PYTHONPATH"):
+        found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
+    return found
 
 
 def _list_flags() -> list[str]:
