@@ -57,6 +57,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 10)  # what tests import later is looked through a few times, and not hundreds
         gc.enable()
 
 
