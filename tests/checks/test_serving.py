@@ -10,6 +10,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import solidify
@@ -278,6 +279,32 @@ def test_a_position_that_becomes_no_number_has_moved(value: float, kept: bool) -
     if not kept:
         after[0, 1, 1] = torch.nan
     assert served_call._has_moved(before, after, [0, 1, 2, 3]) is not kept
+
+
+class Shifting(nn.Module):
+    """Mixes positions by itself, beside activations that are a thousand times as large: one position's, or all's."""
+
+    def __init__(self, original: nn.Module, step: int, where: slice, *, mixing: float = 0.05) -> None:
+        super().__init__()
+        self.original, self.step, self.where, self.mixing = original, step, where, mixing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.original(x) + self.mixing * x.roll(self.step, dims=1)
+        found[:, self.where, 3] += 2500
+        return found
+
+
+@pytest.mark.parametrize("where", [slice(0, 1), slice(None)], ids=["first position", "all positions"])
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("mixing", [0.05, 0.0])
+def test_mixing_is_seen_beside_massive_activations(step: int, where: slice, mixing: float) -> None:
+    model = pico.llama()
+    mlps = [layer.mlp for layer in model.model.layers]
+    model.model.layers[0].mlp = Shifting(mlps[0], step, where, mixing=mixing)
+    seen = served_call.observe(model.model)
+    assert seen.mixers == (["layers.0.mlp"] if mixing else [])
+    if not mixing:
+        assert seen.causal
 
 
 def test_looking_changes_nothing() -> None:
