@@ -191,6 +191,16 @@ def test_5_the_straight_through_estimate_reaches_the_threshold_and_real_norm_doe
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("threshold", [-2.0, ASLEEP])
+def test_5_without_gradients_the_bits_are_the_same(weighting: str, threshold: float) -> None:
+    can = TrashCanMoE(block(normalised=True), weighting=weighting, threshold=threshold).eval()
+    with torch.enable_grad():
+        wanted = can(states())
+    with torch.no_grad():
+        assert torch.equal(can(states()), wanted)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("hidden", ["many", "one", "none", "one expert"])
 def test_6_weights_sum_as_they_should_and_nothing_is_nan(weighting: str, hidden: str) -> None:
     can = TrashCanMoE(block(normalised=True), weighting=weighting, threshold=-1.0)

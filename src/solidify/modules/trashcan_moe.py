@@ -131,7 +131,8 @@ class TrashCanMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Maps (batch_size, sequence_length, hidden_size) to what the original block returns."""
         block: nn.Module = self.replaced
-        block.training = self.training
+        if block.training != self.training:
+            block.training = self.training
         for name in self._owned:  # whatever stands there by now, an adapter for one
             object.__setattr__(block, name, getattr(self, name))
         if not self.bypass:
@@ -140,7 +141,7 @@ class TrashCanMoE(nn.Module):
         try:
             return block(hidden_states, *args, **kwargs)
         finally:
-            self._routed = None
+            object.__setattr__(self, "_routed", None)
 
     def _route(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Runs the router, and remembers which slots are kept for the call of the experts."""
@@ -152,7 +153,7 @@ class TrashCanMoE(nn.Module):
             )
         logits, weights, index = routed
         margin = self.trash(hidden_states.reshape(-1, hidden_states.shape[-1]), logits, index)
-        self._routed = (logits, margin)
+        object.__setattr__(self, "_routed", (logits, margin))
         return logits, weights, index
 
     def _run_kept(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -176,6 +177,8 @@ class TrashCanMoE(nn.Module):
         index: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the weights (tokens, top_k) of the slots; those that are not kept are never read."""
+        if self.weighting == "base" and not torch.is_grad_enabled():
+            return weights
         if self.weighting == "base":
             soft = torch.sigmoid(margin / self.temperature)
             return weights * (keep + (soft - soft.detach())).to(weights.dtype)
