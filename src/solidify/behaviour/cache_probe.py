@@ -129,8 +129,8 @@ def _run_piece(
     if cache is None:
         return None
     wanted, got = cut_parts(plain, slice(None), slice(begin, end)), found.parts
-    if reading.padded:
-        kept = batch["attention_mask"][:, begin:end].bool()
+    kept = batch["attention_mask"][:, begin:end].bool() if reading.padded else None
+    if kept is not None and not bool(kept.all()):
         far = apart({n: part[kept] for n, part in got.items()}, {n: part[kept] for n, part in wanted.items()})
     else:
         far = apart(got, wanted)

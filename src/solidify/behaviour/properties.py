@@ -6,6 +6,7 @@ control, the same probe of the unchanged model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,12 +153,12 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if not wanted.numel():
         return 0.0
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (found, wanted))
-    size = torch.linalg.vector_norm(b)
-    if not bool(torch.isfinite(size)):  # what is not finite, or is too large to be squared in float32
+    size = float(torch.linalg.vector_norm(b))
+    if not math.isfinite(size):  # what is not finite, or is too large to be squared in float32
         kept = torch.isfinite(b)
         a, b = a.double().where(kept, 0.0), b.double().where(kept, 0.0)
-        size = torch.linalg.vector_norm(b)
+        size = float(torch.linalg.vector_norm(b))
     off = (a - b).flatten(2) if a.ndim > 2 else a - b
-    rows = torch.linalg.vector_norm(off, dim=-1) / off.shape[-1] ** 0.5
-    far = float(rows.max() / (size / b.numel() ** 0.5).clamp(min=1e-30))
+    most = float(torch.linalg.vector_norm(off, dim=-1).max())
+    far = most / off.shape[-1] ** 0.5 / max(size / b.numel() ** 0.5, 1e-30)
     return FAILED if far != far else far
