@@ -120,3 +120,28 @@ def test_one_that_cannot_be_built_twice_is_unknown_too() -> None:
 
     _, edits, _ = edited(Once, "model.layers.0.mlp", meta=True)
     assert len(edits[0].unknown) == 3
+
+
+class WritesElsewhere(nn.Module):
+    """Keeps the module that it replaces; the first that is built changes what stands at the place after it."""
+
+    other: nn.Parameter | None = None
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = original.up_proj, original.down_proj
+        if WritesElsewhere.other is not None:
+            WritesElsewhere.other.data.mul_(2)
+            WritesElsewhere.other = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x))
+
+
+def test_values_that_another_place_s_constructor_wrote_are_not_those_of_the_base() -> None:
+    model = pico.llama()
+    WritesElsewhere.other = model.model.layers[1].mlp.up_proj.weight
+    first, second = solidify.replace(model, "model.layers.*.mlp", WritesElsewhere)
+    assert first.tensors["model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
+    assert second.tensors["model.layers.1.mlp.up_proj.weight"] is None
+    assert second.tensors["model.layers.1.mlp.down_proj.weight"] == "model.layers.1.mlp.down_proj.weight"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -29,10 +30,13 @@ class Original:
     values: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, original: nn.Module, *, with_values: bool) -> Original:
-        """Looks at an original."""
+    def of(
+        cls, original: nn.Module, *, with_values: bool, copies: Mapping[int, torch.Tensor] = MappingProxyType({})
+    ) -> Original:
+        """Looks at an original; `copies` of values that were made already are by their tensors' `id`."""
         state = original.state_dict(keep_vars=True)
-        values = {key: t.detach().clone() for key, t in state.items() if not t.is_meta} if with_values else {}
+        held = {key: t for key, t in state.items() if not t.is_meta} if with_values else {}
+        values = {key: copies[id(t)] if id(t) in copies else t.detach().clone() for key, t in held.items()}
         return cls(type(original).__name__, anatomy.count(original.parameters()), dict(state), values)
 
     def open_questions(self, new: nn.Module) -> list[str]:

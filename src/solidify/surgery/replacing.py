@@ -108,9 +108,9 @@ def _put_modules(
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
     values = initial.read(weights) if weights is not None else None
-    with transaction(model, extent):
+    with transaction(model, extent) as copies:
         new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
-        edits = new.build(names)
+        edits = new.build(names, copies)
         title = f"{module.__name__} cannot be used there"
         refuse(SurgeryError, title, new.faults + layer_types.unnumbered(new.built))
         recorded = operations.recorders(model)
@@ -154,13 +154,13 @@ class _Replacing:
         self.originals: dict[str, tuple[nn.Module, object]] = {}
         self.descents: dict[object, dict[str, str] | None] = {}
 
-    def build(self, names: Sequence[str]) -> list[Edit]:
-        """Builds a replacement for every module name; the model still holds the originals."""
+    def build(self, names: Sequence[str], copies: Mapping[int, torch.Tensor]) -> list[Edit]:
+        """Builds a replacement for every module name; the model still holds the originals, `copies` their values."""
         edits = []
         for name in names:
             original = self.model.get_submodule(name)
             self.originals[name] = (original, control.kind_of(original))
-            old = Original.of(original, with_values=self.extent.whole)
+            old = Original.of(original, with_values=self.extent.whole, copies=copies)
             first = next(iter(self.built.values()), None)
             new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:

@@ -25,15 +25,16 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 @contextmanager
-def transaction(model: nn.Module, extent: Extent) -> Iterator[None]:
+def transaction(model: nn.Module, extent: Extent) -> Iterator[dict[int, torch.Tensor]]:
     """Runs the block; when it is left by any exception, an interrupt too, the model is put back as it was, in place.
 
-    Of a bounded model, values that the block wrote into a parameter's own memory cannot be put back; a note on the
-    exception names them then.
+    The block is given the values of parameters that are kept for it, by the parameters' `id`. Of a bounded model,
+    values that the block wrote into a parameter's own memory cannot be put back; a note on the exception names them
+    then.
     """
     before = _Before(model, extent)
     try:
-        yield
+        yield before.list_values()
     except BaseException as error:
         lost = before.put_back()
         if lost:
@@ -79,6 +80,10 @@ class _Before:
             elif kind not in _PLAIN and isinstance(value, (PreTrainedConfig, GenerationConfig)):
                 self._remember_object(value)
 
+    def list_values(self) -> dict[int, torch.Tensor]:
+        """Returns the values of parameters that are kept, by the parameters' identity."""
+        return {id(p.parameter): p.values for p in self._parameters if p.values is not None}
+
     def put_back(self) -> list[str]:
         """Puts everything back; returns the names of parameters whose values could not be."""
         for value, kind, content in self._steps:
@@ -105,29 +110,29 @@ class _Parameter:
 
     def __init__(self, name: str, parameter: nn.Parameter, with_values: bool) -> None:
         self.name = name
-        self._parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
+        self.parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
         self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
         self._attributes = dict(vars(parameter))
         self._hooks = {key: _copy_hooks(getattr(parameter, key)) for key in TENSOR_HOOKS}
-        self._values = parameter.detach().clone() if with_values and not parameter.is_meta else None
+        self.values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
     def put_back(self) -> bool:
         """Returns whether all of it is as it was."""
-        written = writes(self._parameter) != self._version and not self._parameter.is_meta
-        self._parameter.data = self._data
-        self._parameter.requires_grad_(self._requires_grad)
-        self._parameter.grad = self._gradient
-        vars(self._parameter).clear()
-        vars(self._parameter).update(self._attributes)
+        written = writes(self.parameter) != self._version and not self.parameter.is_meta
+        self.parameter.data = self._data
+        self.parameter.requires_grad_(self._requires_grad)
+        self.parameter.grad = self._gradient
+        vars(self.parameter).clear()
+        vars(self.parameter).update(self._attributes)
         for key, hooks in self._hooks.items():
-            now = getattr(self._parameter, key)
+            now = getattr(self.parameter, key)
             if now is not None:
                 now.clear()
                 now.update(hooks or {})
-        if self._values is None:
+        if self.values is None:
             return not written
-        if not same_bits(self._data, self._values):
-            self._data.copy_(self._values)
+        if not same_bits(self._data, self.values):
+            self._data.copy_(self.values)
         return True
 
 
