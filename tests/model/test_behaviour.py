@@ -127,6 +127,7 @@ ELSEWHERE = {
     "Mamba": ("mamba", "AutoModelForCausalLM", "backbone.layers.*.mixer"),
     "Qwen3 attention": ("qwen3", "AutoModelForCausalLM", "model.layers.*.self_attn"),
     "Qwen3": ("qwen3", "AutoModelForCausalLM", "model.layers.*.mlp"),
+    "Moshi": ("moshi", "AutoModelForCausalLM", "model.layers.*.mlp"),
     "BART": ("bart", "AutoModelForSeq2SeqLM", "model.decoder.layers.*.encoder_attn"),
 }
 
@@ -150,6 +151,13 @@ ELSEWHERE = {
         ("Qwen3 attention", "ForgetsSteps", "a later single step"),
         ("Qwen3 attention", "RemembersPlaces", "a later single step"),
         ("Qwen3", "OneToken", "a later single step"),
+        ("Qwen3", "ShortPiece", "a first piece"),
+        ("Qwen3", "SecondPiece", "a second piece"),
+        ("Qwen3", "SeveralSteps", "something else over it"),
+        ("Qwen3", "SecondStep", "a later single step"),
+        ("Qwen3", "OneRow", "a row alone"),
+        ("Qwen3", "MemoContents", "other rows"),
+        ("Moshi", "PlainSame", ""),  # whose own later steps are wrong
         ("Qwen3", "Seldom", "random numbers in evaluation"),
         ("BART", "CrossDetached", "no gradient reaches"),
         ("BART", "Scaled", ""),

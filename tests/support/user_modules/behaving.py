@@ -403,3 +403,58 @@ class Skipped(Base):
 
     def forward(self, x):
         return self.inner(x) * self.scale * (x[..., :1] > 0)
+
+
+# Each of these is seen by one pass of the probes alone.
+class ShortPiece(Base):
+    """Wrong for a piece that is shorter than the whole, and longer than what comes over a cache."""
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * (2 if 2 < x.shape[1] < 8 else 1)
+
+
+class SecondPiece(Base):
+    """Wrong for two tokens of several rows."""
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * (2 if x.shape[1] == 2 and len(x) > 1 else 1)
+
+
+class SeveralSteps(Base):
+    """Wrong at single steps of several rows."""
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * (2 if x.shape[1] == 1 and len(x) > 1 else 1)
+
+
+class SecondStep(Base):
+    """Wrong at a single step of one row that follows another such."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.before = None
+
+    def forward(self, x):
+        now = tuple(x.shape[:2])
+        wrong, self.before = self.before == now == (1, 1), now
+        return self.inner(x) * self.scale * (2 if wrong else 1)
+
+
+class OneRow(Base):
+    """Wrong for one row of several tokens."""
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * (2 if len(x) == 1 and x.shape[1] > 1 else 1)
+
+
+class MemoContents(Base):
+    """Keeps what several rows were given first, by their shape: the same shape with other contents goes wrong."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.kept = {}
+
+    def forward(self, x):
+        several = len(x) > 1 and x.shape[1] > 8
+        kept = self.kept.setdefault((x.shape, x.dtype), x.detach().clone()) if several else x
+        return self.inner(x) * self.scale + 0.1 * kept
