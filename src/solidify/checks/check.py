@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from solidify.adapter import storage
 from solidify.artifact import certificate, companions, fresh, loading, stock, vocabulary
 from solidify.checks.served_run import served
 from solidify.checks.serving import serving
@@ -173,6 +172,8 @@ def _check_tokenizer(directory: Path, record: Manifest) -> list[Finding]:
 def _check_adapter(
     directory: Path, record: Manifest, where: str | Path | None, trust_remote_code: bool, process: Alone
 ) -> list[Finding]:
+    from solidify.adapter import storage  # which imports PEFT, and that takes as long as torch does
+
     base = Path(where).resolve() if where is not None else storage.find_base(record, directory)
     below_record = stock.read(base, closed=False)
     fits = below_record.digest()
