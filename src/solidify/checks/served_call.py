@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from solidify.checks import stand_ins
 from solidify.model import anatomy
 from solidify.system import foreign
 from solidify.upstream.transformers import attention, set_attention, withdraw_attention
@@ -46,7 +47,8 @@ class Observed:
 
     `causal` is None where the model cannot be called at all. `received` names the modules that were given the keyword,
     `mixers` those that mix positions by themselves (inner ones first), and `experts` says for modules of that name with
-    how many positional arguments they were called. `called` names every module that was called as one.
+    how many positional arguments they were called. `called` names every module that was called as one. `others` is the
+    number of linear layers that computed with other numbers than their own.
     """
 
     refused: str = ""
@@ -57,10 +59,24 @@ class Observed:
     mixers: list[str] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+    others: int = 0
 
 
 def observe(backbone: PreTrainedModel) -> Observed:
-    """Calls a model without its head as it is, and as a server does; the model is unchanged."""
+    """Calls a model without its head as it is, and as a server does; the model is unchanged.
+
+    Of a large model the weights of linear layers are not read (`stand_ins.py`), unless it does not run without them.
+    """
+    if anatomy.size(backbone) >= anatomy.LARGE:
+        with stand_ins.standing_in(backbone) as others:
+            seen = _observe_calls(backbone)
+        seen.others = others
+        if not (seen.refused and others):
+            return seen
+    return _observe_calls(backbone)
+
+
+def _observe_calls(backbone: PreTrainedModel) -> Observed:
     seen = Observed()
     inputs = _make_inputs(backbone, _choose_length(backbone))
     with torch.no_grad(), anatomy.evaluation(backbone), anatomy.sparing(backbone):

@@ -191,10 +191,11 @@ def _judge_attention(model: PreTrainedModel, seen: Observed) -> Rule:
         faults.append("not known, because the call fails")
     elif not numbers and not faults:
         faults.append("no module uses it")
+    tried = f" (tried with other numbers in {seen.others} linear layers)" if seen.others else ""
     return Rule(
         "attention goes through ALL_ATTENTION_FUNCTIONS",
         list(dict.fromkeys(faults)),
-        f"in {len(numbers)} modules, each with its layer_idx; nothing else mixes positions",
+        f"in {len(numbers)} modules, each with its layer_idx; nothing else mixes positions{tried}",
         "Call ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](self, query, key, value, mask, **kwargs) in a "
         "module with a layer_idx; what mixes positions otherwise needs a model class of the server's own",
     )

@@ -1,0 +1,225 @@
+"""What a served call shows of a large model without its linear layers' weights; here tiny models are taken for large.
+
+Each fault has an honest twin, of which nothing is said.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pico
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import solidify
+from solidify.checks import served_call, stand_ins
+from solidify.checks.served_call import Observed
+from solidify.model import anatomy
+
+served: Any = import_module("served")  # tests/support/user_modules, which pico puts on the path
+
+
+def call(model: PreTrainedModel) -> Observed:
+    """Calls a tiny model as a large one is called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anatomy, "LARGE", 0)
+        patch.setattr(stand_ins, "_LARGE", 0)
+        return served_call.observe(model.base_model)
+
+
+class Gated(nn.Module):
+    """Adds the position before, as far as a gate is open, and behind a linear layer if it is asked to."""
+
+    def __init__(self, original: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        before = functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        mixed: torch.Tensor = self.original(hidden_states) + self.gate * self.out(before)
+        return mixed
+
+
+class Steep(nn.Module):
+    """Runs with the numbers that it has, and overflows with others."""
+
+    def __init__(self, original: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.inner = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        with torch.no_grad():
+            self.inner.weight.mul_(1e-3)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        steep: torch.Tensor = self.original(hidden_states) + self.out(torch.exp(1000 * self.inner(hidden_states)))
+        return steep
+
+
+class OwnLinear(nn.Linear):
+    """A linear layer that also sees the position before."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input + functional.pad(input, (0, 0, 1, 0))[:, :-1])
+
+
+class Subclassed(nn.Module):
+    def __init__(self, original: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.own = OwnLinear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.original(hidden_states) + self.own(hidden_states)
+        return added
+
+
+def changed(target: str, module: Any, model: PreTrainedModel | None = None) -> PreTrainedModel:
+    """Replaces some modules of a model, else of a Llama of four layers, and returns it."""
+    model = model or pico.llama(num_hidden_layers=4)
+    meant = dict.fromkeys(("cache", "padding", "hidden_states"), False)
+    solidify.replace(model, target, module, declares=meant)
+    return model
+
+
+def observe(model: PreTrainedModel) -> Observed:
+    seen = call(model)
+    assert not seen.refused
+    return seen
+
+
+ALL_MLPS, ALL_ATTENTIONS = "model.layers.*.mlp", "model.layers.*.self_attn"
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("part, module", [("mlp", "Shift"), ("self_attn", "OwnAttention")])
+def test_a_mixer_in_one_layer_is_seen(part: str, module: str, layer: int) -> None:
+    """A layer of another kind, first, in the middle or last."""
+    seen = observe(changed(f"model.layers.{layer}.{part}", getattr(served, module)))
+    assert seen.mixers == [f"layers.{layer}.{part}"]
+    assert seen.others > 20
+    assert len(seen.arrivals) == (4 if part == "mlp" else 3)
+
+
+def test_an_attention_by_the_interface_mixes_nothing() -> None:
+    seen = observe(changed("model.layers.2.self_attn", served.InterfaceAttention))
+    assert seen.mixers == []
+    assert [(arrival.module, arrival.layer_idx, arrival.passed) for arrival in seen.arrivals] == [
+        (f"layers.{n}.self_attn", n, True) for n in range(4)
+    ]
+    assert seen.causal is True
+    assert seen.others > 20
+
+
+@pytest.mark.parametrize("open_in", [None, 0, 2, 3])
+def test_a_gate_that_opens_in_one_layer_is_seen_there(open_in: int | None) -> None:
+    model = changed(ALL_MLPS, Gated)
+    if open_in is not None:
+        model.get_parameter(f"model.layers.{open_in}.mlp.gate").data.fill_(1.0)
+    assert observe(model).mixers == ([] if open_in is None else [f"layers.{open_in}.mlp"])
+
+
+@pytest.mark.parametrize("filled", [None, 0, 2, 3])
+def test_a_matrix_of_zeros_lets_nothing_through(filled: int | None) -> None:
+    """A branch that starts at zero: as long as all of it is zero, it adds nothing; one number at its end is enough."""
+    model = changed(ALL_MLPS, Gated)
+    for n in range(4):
+        model.get_parameter(f"model.layers.{n}.mlp.gate").data.fill_(1.0)
+        model.get_parameter(f"model.layers.{n}.mlp.out.weight").data.zero_()
+    if filled is not None:
+        model.get_parameter(f"model.layers.{filled}.mlp.out.weight").data[-1, -1] = 0.5
+    assert observe(model).mixers == ([] if filled is None else [f"layers.{filled}.mlp"])
+
+
+@pytest.mark.parametrize("layer", [None, 0, 2, 3])
+def test_other_heads_in_one_layer_are_seen(layer: int | None) -> None:
+    model = pico.llama(num_hidden_layers=4) if layer is None else None
+    model = model or changed(f"model.layers.{layer}.self_attn", served.RepeatingAttention)
+    heads = [arrival.heads[:2] for arrival in observe(model).arrivals]
+    usual = (model.config.num_attention_heads, model.config.num_key_value_heads)
+    assert heads == [(usual[0], usual[0]) if n == layer else usual for n in range(4)]
+
+
+SAME = {
+    "self_attn": "InterfaceAttention DeafAttention ClosedAttention ChoosyAttention HidingAttention RepeatingAttention "
+    "HeldAttention NumberlessAttention OwnAttention",
+    "mlp": "Shift Misnamed Twice",
+}
+
+
+@pytest.mark.parametrize(("part", "module"), [(part, name) for part, names in SAME.items() for name in names.split()])
+def test_what_is_seen_of_a_call_is_what_a_small_model_shows(part: str, module: str) -> None:
+    compare(changed(f"model.layers.2.{part}", getattr(served, module)))
+
+
+@pytest.mark.parametrize("module", ["PooledMoE", "KeywordMoE", "LoopingMoE", "FlatMoE"])
+def test_what_is_seen_of_experts_is_what_a_small_model_shows(module: str) -> None:
+    compare(changed("model.layers.1.mlp", getattr(served, module), pico.olmoe()))
+
+
+def compare(model: PreTrainedModel) -> None:
+    big, small = call(model), served_call.observe(model.base_model)
+    assert small.others == 0
+    assert (big.refused, big.runs_without, big.causal) == (small.refused, small.runs_without, small.causal)
+    assert (big.arrivals, big.received, big.called) == (small.arrivals, small.received, small.called)
+    assert (big.mixers, big.experts) == (small.mixers, small.experts)
+
+
+def test_no_weight_of_a_large_linear_layer_is_used_or_changed() -> None:
+    """With NaN in every one of them the call would show nothing: here it shows a mixer."""
+    model = changed("model.layers.3.mlp", served.Shift)
+    for module in model.model.modules():
+        if type(module) is nn.Linear:
+            module.weight.data.fill_(torch.nan)
+    threads = torch.get_num_threads()
+    seen = observe(model)
+    assert seen.mixers == ["layers.3.mlp"]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.get_num_threads() == threads
+
+
+def test_a_model_that_runs_with_its_own_numbers_only_is_called_with_them() -> None:
+    seen = observe(changed("model.layers.1.mlp", Steep))
+    assert seen.others == 0
+    assert seen.mixers == []
+    assert len(seen.arrivals) == 4
+    both = changed("model.layers.3.mlp", served.Shift, changed("model.layers.1.mlp", Steep))
+    assert observe(both).mixers == ["layers.3.mlp"]
+
+
+def test_a_class_that_does_more_than_a_linear_layer_computes_itself() -> None:
+    assert observe(changed("model.layers.3.mlp", Subclassed)).mixers == ["layers.3.mlp.own"]
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_forward_of_an_instance_stays(patched: bool) -> None:
+    model = pico.llama(num_hidden_layers=4)
+    layer = model.model.layers[2].mlp.down_proj
+    if patched:
+        plain = layer.forward
+        layer.forward = lambda x: plain(x + functional.pad(x, (0, 0, 1, 0))[:, :-1])
+    assert observe(model).mixers == (["layers.2.mlp.down_proj"] if patched else [])
+    assert ("forward" in vars(layer)) == patched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_product_has_the_form_of_the_layers_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(48, 80, dtype=dtype)
+    given = torch.randn(2, 5, 48).to(dtype)
+    own = layer(given)
+    monkeypatch.setattr(stand_ins, "_LARGE", 0)
+    with stand_ins.standing_in(nn.Sequential(layer)) as count:
+        other = layer(given)
+        with pytest.raises(stand_ins.NotFiniteError):
+            layer(torch.full_like(given, torch.inf))
+    assert count == 1
+    assert (other.shape, other.dtype) == (own.shape, own.dtype)
+    assert not torch.equal(other, own)
+    assert torch.equal(layer(given), own)
