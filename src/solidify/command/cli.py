@@ -16,6 +16,7 @@ from solidify.artifact import fresh
 from solidify.command import looking, publishing, starting, trusting, trying
 from solidify.command.looking import AsJson, Trust
 from solidify.command.quiet import start_verb as _start_verb
+from solidify.weights import ahead
 
 
 class _Interruptible(TyperGroup):
@@ -244,7 +245,7 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Runs every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
-    with fresh.begun(fresh.is_artifact(directory)):
+    with fresh.begun(fresh.is_artifact(directory)), ahead.begun(directory):
         with _start_verb():
             from solidify.checks.check import check as check_directory
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from solidify.errors import ArtifactError
 from solidify.system import console, disk, files
-from solidify.weights import format, hashing
+from solidify.weights import ahead, format, hashing
+from solidify.weights.ahead import TICK
 
-_TICK = 50_000_000  # nanoseconds; longer than the clock's steps in file systems
 _KEPT = 1000  # files whose digests are kept
 
 
@@ -30,7 +30,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     """Returns the digest of every tensor in some safetensors files; `fresh` reads them all, known or not.
 
     Long reading shows a bar with a title. A model whose digests are looked up is loaded next, as a rule, and stays in
-    the page cache; what is read afresh passes it.
+    the page cache; what is read afresh passes it, and may have been begun with before (`ahead.py`).
 
     Raises:
         ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
@@ -46,7 +46,8 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
 
         def compute(entry: format.Entry) -> str:
             """Reads one tensor, and moves the bar."""
-            digest = entry.digest(keep=not fresh)
+            early = ahead.find(entry.part(ahead.state_of(begun[entry.file]))) if fresh else None
+            digest = entry.digest(keep=not fresh) if early is None else early.result()
             advance(entry.shape.nbytes)
             return digest
 
@@ -126,10 +127,10 @@ def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = N
     """
     now = path.stat()
     age = time.time_ns() - now.st_mtime_ns
-    if begun is not None and (_get_state(begun) != _get_state(now) or age < _TICK):
+    if begun is not None and (ahead.state_of(begun) != ahead.state_of(now) or age < TICK):
         return
-    if 0 <= age < _TICK:
-        time.sleep((_TICK - age) / 1e9)
+    if 0 <= age < TICK:
+        time.sleep((TICK - age) / 1e9)
         now = path.stat()
     _write_note(now, found)
 
@@ -150,11 +151,7 @@ def _write_note(now: os.stat_result, found: Mapping[str, str]) -> None:
 
 def touched(path: Path, begun: os.stat_result) -> bool:
     """Returns whether anything was done to a file since it had a state, if only that a link to it was made."""
-    return _get_state(path.stat()) != _get_state(begun)
-
-
-def _get_state(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return ahead.state_of(path.stat()) != ahead.state_of(begun)
 
 
 def _get_note_path(found: os.stat_result) -> Path:

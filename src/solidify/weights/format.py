@@ -25,32 +25,13 @@ import torch
 from solidify.errors import ArtifactError
 from solidify.system import console, files
 from solidify.weights import hashing
+from solidify.weights.ahead import LARGEST_HEADER, NAMES, WORKERS, Part, State
 from solidify.weights.direct import STEP, Source, Target
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
 CHUNK = 2**21  # bytes that are digested and written at a time; more does not stay in a core's cache
-WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
 _MOVED = 2**26  # bytes that the kernel is asked to copy at a time, so that a bar moves
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name.removeprefix("torch.")) for word, name in NAMES.items()}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of the same bits, by bytes
 
@@ -89,6 +70,10 @@ class Entry:
     def place(self) -> Place:
         """Which part of which file the tensor is; an empty one begins where the next does, and differs in shape."""
         return self.file, self.start, self.shape
+
+    def part(self, state: State) -> Part:
+        """Returns by what `ahead.py` knows the tensor, in a file of some state."""
+        return Part(self.file, state, self.start, self.shape.nbytes, str(self.shape.dtype), self.shape.sizes)
 
     def read(self) -> torch.Tensor:
         """Reads the tensor into memory of its own.
@@ -171,7 +156,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_LARGEST_HEADER, size - 8):
+            if length > min(LARGEST_HEADER, size - 8):
                 raise ValueError("its header is longer than the file")
             document = json.loads(file.read(length))
         document.pop("__metadata__", None)
@@ -204,8 +189,8 @@ def header_digest(path: Path) -> str:
     files.require_regular(path)
     with path.open("rb") as file:
         length = file.read(8)
-        count = struct.unpack("<Q", length)[0] if len(length) == 8 else _LARGEST_HEADER + 1
-        if count > _LARGEST_HEADER:
+        count = struct.unpack("<Q", length)[0] if len(length) == 8 else LARGEST_HEADER + 1
+        if count > LARGEST_HEADER:
             raise ArtifactError(f"{path} cannot be read as safetensors: its header is longer than the file")
         return hashing.digest_bytes(length + file.read(count))
 

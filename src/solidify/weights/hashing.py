@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from blake3 import blake3
 
 from solidify.system import files
 
+if TYPE_CHECKING:
+    import torch
+
 ALGORITHM = "blake3"
 
 
-def tensor_hasher(dtype: torch.dtype, sizes: Sequence[int]) -> blake3:
-    """Returns the hasher of a tensor's dtype, shape and bytes; the bytes are still to come."""
+def tensor_hasher(dtype: torch.dtype | str, sizes: Sequence[int]) -> blake3:
+    """Returns the hasher of a tensor's dtype (or torch's word for it), shape and bytes; the bytes are still to come."""
     return blake3(f"{dtype}{list(sizes)}".encode())
 
 

@@ -1,0 +1,124 @@
+"""Digests of the tensors of a directory, computed from the first moment of a command on, beside its imports.
+
+The disk has then delivered most of a large model when the command begins its work, and no byte is read twice. Needs no
+torch. What is found is used (`digest_cache.py`) for a tensor that a checked header puts at the same bytes of a file
+that has not changed since; nothing else is taken from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from solidify.weights import hashing
+from solidify.weights.direct import Source
+
+WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+TICK = 50_000_000  # nanoseconds; longer than the clock's steps in file systems
+NAMES = {
+    "F64": "torch.float64",
+    "F32": "torch.float32",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "F8_E4M3": "torch.float8_e4m3fn",
+    "F8_E5M2": "torch.float8_e5m2",
+    "F8_E8M0": "torch.float8_e8m0fnu",
+    "I64": "torch.int64",
+    "I32": "torch.int32",
+    "I16": "torch.int16",
+    "I8": "torch.int8",
+    "U64": "torch.uint64",
+    "U32": "torch.uint32",
+    "U16": "torch.uint16",
+    "U8": "torch.uint8",
+    "BOOL": "torch.bool",
+    "C64": "torch.complex64",
+}
+State = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor's bytes in a file of some state, and what torch calls its dtype and shape."""
+
+    path: Path
+    state: State
+    start: int
+    count: int
+    dtype: str
+    sizes: tuple[int, ...]
+
+
+_begun: dict[Part, Future[str]] = {}
+
+
+@contextmanager
+def begun(directory: Path) -> Iterator[None]:
+    """Digests the tensors of a directory's weight files while the block lasts, the largest first.
+
+    What cannot be read is left to those who read it for themselves, and say why it cannot.
+    """
+    parts = sorted(_list_parts(directory), key=lambda part: -part.count)
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="digesting")
+    _begun.update({part: pool.submit(_digest_part, part, stopped) for part in parts})
+    try:
+        yield
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+        for part in parts:
+            _begun.pop(part, None)
+
+
+def find(part: Part) -> Future[str] | None:
+    """Returns the digest of a tensor, which may still be computed; None where nobody has begun with it."""
+    return _begun.get(part)
+
+
+def state_of(found: os.stat_result) -> State:
+    """Returns the same of what the system said of a file."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _digest_part(part: Part, stopped: threading.Event) -> str:
+    hasher = hashing.tensor_hasher(part.dtype, part.sizes)
+    with Source(part.path, "a tensor") as source:
+        for piece in source.pieces(part.start, part.count):
+            if stopped.is_set():
+                return ""  # nobody waits for it
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _list_parts(directory: Path) -> Iterator[Part]:
+    """Yields what the headers of a directory's own weight files speak of; of a file that was just changed, nothing."""
+    with suppress(OSError):
+        for path in sorted(directory.resolve().glob("*.safetensors")):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode) and time.time_ns() - found.st_ctime_ns > TICK:
+                    yield from _read_parts(path, state_of(found))
+
+
+def _read_parts(path: Path, state: State) -> list[Part]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        document = json.loads(file.read(min(length, LARGEST_HEADER)))
+    parts = []
+    for name, values in document.items():
+        if name != "__metadata__":
+            start, end = map(int, values["data_offsets"])
+            sizes = tuple(map(int, values["shape"]))
+            parts.append(Part(path, state, 8 + length + start, end - start, NAMES[values["dtype"]], sizes))
+    return parts
