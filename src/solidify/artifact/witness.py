@@ -10,6 +10,7 @@ import ctypes
 import gc
 import importlib.util
 import json
+import mmap
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 PAGE = 4096  # bytes that one sample looks at
 SAMPLES = 5
 _PR_SET_PDEATHSIG = 1
+_WILLNEED = 3  # MADV_WILLNEED, on Linux and elsewhere
 REPEATS = 2  # fresh loads that must agree where the first did not
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what is compared: the first of these that there is
 
@@ -190,6 +192,7 @@ def _check_auto(
         found["attributes"] = {
             n: t for n, t in found["attributes"].items() if n.startswith(tuple(p + "." for p in module_names))
         }
+        _announce_pages(found["state"].values())
     for kind, values in found.items():
         digest = _digest_pages if kind == "state" and answer["sampled"] else _digest_tensor
         answer[kind] = _compare_state(values, wanted[kind], digest, additional=whole or backbone)
@@ -340,11 +343,24 @@ def _digest_pages(tensor: Any) -> Any:
     hasher = blake3(f"{tensor.dtype}{list(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     flat = flat.view(torch.uint8).numpy() if flat.numel() else flat.numpy()
-    last = max(0, len(flat) - PAGE)
-    for number in range(SAMPLES):
-        begin = last * number // (SAMPLES - 1)
+    for begin in _list_samples(len(flat)):
         hasher.update(flat[begin : begin + PAGE].data if len(flat) else b"")
     return hasher.hexdigest()
+
+
+def _list_samples(size: int) -> list[int]:
+    last = max(0, size - PAGE)
+    return [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
+
+
+def _announce_pages(tensors: Any) -> None:
+    """Has the disk fetch all that `_digest_pages` will look at at once; where a system cannot, it does nothing."""
+    with suppress(OSError, AttributeError, TypeError):
+        advise = ctypes.CDLL(None).madvise
+        for tensor in (t for t in tensors if t.device.type == "cpu" and t.is_contiguous() and t.nbytes):
+            for address in (tensor.data_ptr() + begin for begin in _list_samples(tensor.nbytes)):
+                before = address % mmap.PAGESIZE
+                advise(ctypes.c_void_p(address - before), ctypes.c_size_t(before + PAGE), _WILLNEED)
 
 
 def _run_model(model: Any, inputs: dict[str, Any], behaviour: Any) -> Any:
