@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from words import tokenizer
 
 import solidify
+from solidify.artifact import loading
 from solidify.checks import served_call, serving
 from solidify.directory import manifest
 from solidify.findings import Finding
@@ -346,3 +348,20 @@ def test_an_artifact_that_this_process_cannot_load_is_not_judged(
     found = serving.serving(directory, record)
     assert [finding.passed for finding in found] == [None, None]
     assert "not known; not run: " in found[0].evidence
+
+
+def test_one_model_is_loaded_for_the_tokenizer_and_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.llama()
+    edits = solidify.replace(model, MLP, pico.wrappers.Scaled)
+    directory = pico.artifact(model, edits, tmp_path / "artifact", tokenizer=tokenizer())
+    loaded: list[Path] = []
+    load = loading._load_model
+
+    def noted(directory: Path, *given: Any) -> PreTrainedModel:
+        loaded.append(directory)
+        return load(directory, *given)
+
+    monkeypatch.setattr(loading, "_load_model", noted)
+    names = {finding.name for finding in solidify.check(directory).findings}
+    assert loaded == [directory.resolve()]
+    assert {"tokenizer: every id has an embedding", VLLM, SGLANG} <= names

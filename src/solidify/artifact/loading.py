@@ -246,10 +246,24 @@ def _refuse_changed(directory: Path, kind: str) -> Manifest:
 def _artifact_as_base(directory: Path, dtype: str | None, device: str, trust_remote_code: bool) -> BaseModel:
     options: dict[str, Any] = {"device_map": "meta"} if device == "meta" else {}
     options |= {"dtype": getattr(torch, dtype)} if dtype else {}
-    directory = directory.resolve()
+    return _load_with_companions(directory.resolve(), options, trust_remote_code, needed=device != "meta")
+
+
+def load_for_looking(directory: Path) -> BaseModel:
+    """Loads an artifact, whose code may run, with its tokenizer and what of its processor can be loaded.
+
+    Raises:
+        ArtifactError: as `load_artifact`.
+    """
+    return _load_with_companions(directory.resolve(), {}, trust_remote_code=False, needed=False)
+
+
+def _load_with_companions(
+    directory: Path, options: dict[str, Any], trust_remote_code: bool, *, needed: bool
+) -> BaseModel:
     with open_artifact(directory, trust_remote_code) as (record, own):
         model = _load_model(directory, record, own, options)
-        processor = read_processor(str(own), None, trust_remote_code=True, needed=device != "meta")
+        processor = read_processor(str(own), None, trust_remote_code=True, needed=needed)
         tokenizer = read_tokenizer(str(own), None, trust_remote_code=True)
         for thing in (processor, tokenizer):
             private.point_back(thing, own, directory)

@@ -154,19 +154,20 @@ def _run_artifact(directory: Path, record: Manifest, serve: str | Path | None, p
     if any(finding.passed is False for finding in findings):
         return findings
     with console.stage(f"Reading what servers would say of {directory.name}"):
-        findings += [*_check_tokenizer(directory, record), *serving(directory, record)]
+        findings += _look_within(directory, record)
     if serve is None:
         return findings
     with console.stage(f"Serving {directory.name}"):
         return [*findings, served(directory, serve)]
 
 
-def _check_tokenizer(directory: Path, record: Manifest) -> list[Finding]:
-    """Compares the tokenizer of an artifact, whose code may run, with its model."""
+def _look_within(directory: Path, record: Manifest) -> list[Finding]:
+    """Loads an artifact, whose code may run, once: compares its tokenizer with it, and says what may serve it."""
     if not companions.has_tokenizer(directory) and not vocabulary.added_tokens(record.edits):
-        return []
-    held = loading.load_base(str(directory), device="meta")
-    return vocabulary.findings(held.model, held.processor or held.tokenizer, record.edits)
+        return serving(directory, record)
+    held = loading.load_for_looking(directory)
+    fitting = vocabulary.findings(held.model, held.processor or held.tokenizer, record.edits)
+    return [*fitting, *serving(directory, record, held.model)]
 
 
 def _check_adapter(

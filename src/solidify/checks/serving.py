@@ -39,13 +39,14 @@ Record = Mapping[str, Any]  # of an edit
 EditsByName = Mapping[str, Record]  # what stands where after all edits: full module name -> the edit that put it there
 
 
-def serving(directory: Path, record: Manifest) -> list[Finding]:
+def serving(directory: Path, record: Manifest, model: PreTrainedModel | None = None) -> list[Finding]:
     """Says for every rule whether the artifact meets it, then for each server whether it may serve it.
 
-    The artifact's code runs in this process: the caller has asked whether it may.
+    The artifact's code runs in this process: the caller has asked whether it may. `model` is the artifact's, where that
+    was loaded.
     """
     try:
-        model = loading.load_artifact(directory)
+        model = loading.load_artifact(directory) if model is None else model
     except ArtifactError as error:
         return [Finding.unseen(f"rules of {server}", f"not known; not run: {error}") for server in (VLLM, SGLANG)]
     return findings(model, record.edits, files.document(directory / "config.json")["auto_map"])
