@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -13,7 +13,9 @@ from torch import nn
 from solidify.adapter import expert_layouts as layouts
 from solidify.adapter.expert_layouts import Factors
 
-SIZES = st.tuples(st.integers(2, 7), st.integers(1, 6), st.integers(2, 9), st.integers(2, 9), st.integers(0, 999))
+EXPERTS, RANKS, WIDTHS, SEEDS = st.integers(2, 7), st.integers(1, 6), st.integers(2, 9), st.integers(0, 999)
+SIZES = st.tuples(EXPERTS, RANKS, WIDTHS, WIDTHS, SEEDS)
+LONG = st.integers(6, 9)  # two columns of few numbers may be alike by chance
 
 
 def drawn(experts: int, rank: int, wide: int, tall: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,11 +41,10 @@ def deltas(factors: Factors) -> np.ndarray:
 
 
 @pytest.mark.parametrize("order", layouts.ORDERS)
-@given(sizes=SIZES)
+@given(sizes=SIZES.filter(lambda sizes: len(set(sizes[:4])) == 4))
 @settings(deadline=None, max_examples=60)
 def test_an_order_is_its_definition_and_comes_back(order: str, sizes: tuple[int, int, int, int, int]) -> None:
     experts, rank, wide, tall, seed = sizes
-    assume(len({experts, rank, wide, tall}) == 4)
     a, b = drawn(experts, rank, wide, tall, seed)
     factors = layouts.unpack(a, b, experts, order)
     assert factors.a.shape == (experts, rank, wide) and factors.b.shape == (experts, tall, rank)
@@ -52,12 +53,11 @@ def test_an_order_is_its_definition_and_comes_back(order: str, sizes: tuple[int,
         assert torch.equal(mine, theirs) and mine.is_contiguous()
 
 
-@given(sizes=SIZES)
+@given(sizes=st.tuples(EXPERTS, RANKS, LONG, LONG, SEEDS))
 @settings(deadline=None, max_examples=60)
 def test_one_order_read_as_the_other_is_wrong(sizes: tuple[int, int, int, int, int]) -> None:
     """The two have the same shapes: a wrong reading is off by the size of the update, and no shape tells of it."""
     experts, rank, wide, tall, seed = sizes
-    assume(min(wide, tall) >= 6)  # two columns of few numbers may be alike by chance
     a, b = drawn(experts, rank, wide, tall, seed)
     right, wrong = (deltas(layouts.unpack(a, b, experts, order)) for order in layouts.ORDERS)
     if rank == 1:

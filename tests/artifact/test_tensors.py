@@ -98,6 +98,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     (tmp_path / checkpoint.WEIGHTS).write_bytes(content[:-40])
     with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
         digest_cache.digests(checkpoint.weight_files(tmp_path))
+    (tmp_path / checkpoint.WEIGHTS).unlink()
     (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(ArtifactError, match=r"names gone.safetensors, which"):
         checkpoint.weight_files(tmp_path)
