@@ -46,20 +46,49 @@ class Gated(nn.Module):
         return mixed
 
 
-class Steep(nn.Module):
-    """Runs with the numbers that it has, and overflows with others."""
+class Certain(nn.Module):
+    """Is finite if the layers of the original compute with their own weights, and infinite else."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original: Any = original
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found = self.original(hidden_states)
+        gate, up, down = (getattr(self.original, f"{name}_proj").weight for name in ("gate", "up", "down"))
+        inner = self.original.act_fn(functional.linear(hidden_states, gate)) * functional.linear(hidden_states, up)
+        sure = (functional.linear(inner, down) - found).abs() <= 1e-4
+        return torch.where(sure, found, torch.inf)
+
+
+class Deciding(nn.Module):
+    """Sees the position before if a value is as it is with the original's own weights."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.register_buffer("least", torch.zeros(()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.original(hidden_states)
+        if found.abs().mean() > self.least:
+            found = found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        return found
+
+
+class Paired(nn.Module):
+    """Has a linear layer of its own whose weight it also uses itself, so that nothing is mixed."""
 
     def __init__(self, original: nn.Module, config: Any) -> None:
         super().__init__()
         self.original = original
         self.inner = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        with torch.no_grad():
-            self.inner.weight.mul_(1e-3)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        steep: torch.Tensor = self.original(hidden_states) + self.out(torch.exp(1000 * self.inner(hidden_states)))
-        return steep
+        before = functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        alone = self.inner(hidden_states + before) - functional.linear(before, self.inner.weight)
+        found: torch.Tensor = self.original(hidden_states) + alone
+        return found
 
 
 class OwnLinear(nn.Linear):
@@ -184,13 +213,36 @@ def test_no_weight_of_a_large_linear_layer_is_used_or_changed() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_a_model_that_runs_with_its_own_numbers_only_is_called_with_them() -> None:
-    seen = observe(changed("model.layers.1.mlp", Steep))
+@pytest.mark.parametrize(("module", "mixing"), [(Certain, False), (Deciding, True)])
+def test_a_model_that_needs_its_own_numbers_is_called_with_them(module: Any, mixing: bool) -> None:
+    """As one that gives what is not finite with others, or reads a value to decide what it does."""
+    seen = observe(changed("model.layers.1.mlp", module))
     assert seen.others == 0
-    assert seen.mixers == []
+    assert seen.mixers == (["layers.1.mlp"] if mixing else [])
     assert len(seen.arrivals) == 4
-    both = changed("model.layers.3.mlp", served.Shift, changed("model.layers.1.mlp", Steep))
+    both = changed("model.layers.3.mlp", served.Shift, changed("model.layers.1.mlp", Certain))
     assert observe(both).mixers == ["layers.3.mlp"]
+
+
+def test_a_layer_that_a_users_module_owns_keeps_its_numbers() -> None:
+    """What that does with the layer's weight beside calling it is not known."""
+    plain, paired = observe(pico.llama(num_hidden_layers=4)), observe(changed("model.layers.1.mlp", Paired))
+    assert paired.mixers == []
+    assert paired.others == plain.others > 20
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_what_stands_in_gives_outputs_of_the_layers_size(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a module adds to them is neither hidden nor made larger."""
+    monkeypatch.setattr(stand_ins, "_LARGE", 0)
+    layer = nn.Linear(256, 512, bias=False)
+    given = torch.randn(2, 9, 256)
+    with torch.no_grad():
+        layer.weight.normal_(0, size)
+        own = layer(given)
+        with stand_ins.standing_in(nn.Sequential(layer)):
+            other = layer(given)
+    assert 0.5 < float(other.norm() / own.norm()) < 2
 
 
 def test_a_class_that_does_more_than_a_linear_layer_computes_itself() -> None:
@@ -217,7 +269,7 @@ def test_a_product_has_the_form_of_the_layers_own(dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(stand_ins, "_LARGE", 0)
     with stand_ins.standing_in(nn.Sequential(layer)) as count:
         other = layer(given)
-        with pytest.raises(stand_ins.NotFiniteError):
+        with pytest.raises(stand_ins.OtherNumbersError):
             layer(torch.full_like(given, torch.inf))
     assert count == 1
     assert (other.shape, other.dtype) == (own.shape, own.dtype)

@@ -468,6 +468,26 @@ def test_a_merge_that_reads_or_writes_wrongly_is_seen(
     assert found.finding(list(found.found)).verdict == ("proved" if fault == "nothing" else "failed")
 
 
+def test_a_row_of_zeros_has_no_direction(bases: dict[Any, Path], tmp_path: Path) -> None:
+    """DoRA gives it the direction of the update."""
+    model = in_float32(bases, tmp_path, use_dora=True)
+    layer = next(m for m in model.modules() if isinstance(m, mathematics.Linear))
+    with torch.no_grad():
+        layer.get_base_layer().weight[3] = 0
+    expected = sums.weight(layer, "default")
+    layer.merge(safe_merge=True)
+    assert sums.fault("q", sums.off_by(expected, layer.get_base_layer().weight.detach())) == []
+
+
+def test_of_a_large_bias_a_part_is_what_the_whole_has_there(bases: dict[Any, Path], tmp_path: Path) -> None:
+    layer = next(m for m in in_float32(bases, tmp_path).modules() if isinstance(m, mathematics.Linear))
+    layer.get_base_layer().bias = nn.Parameter(torch.randn(layer.out_features))
+    layer.lora_B["default"].bias = nn.Parameter(torch.randn(layer.out_features))
+    whole, own = sums.bias(layer, "default"), layer.get_base_layer().bias.detach()
+    for part in (slice(0, 1), slice(5, 9)):
+        assert torch.equal(sums.bias(layer, "default", own[part], part).wanted, whole.wanted[part])
+
+
 def test_a_small_row_of_a_weight_is_judged_by_its_own_roundings(bases: dict[Any, Path], tmp_path: Path) -> None:
     """It may be no other, though its numbers are far below the mean of the weight."""
     for dtype, size in ((torch.float32, 1e-7), (torch.bfloat16, 1e-3)):
@@ -485,9 +505,9 @@ def test_a_small_row_of_a_weight_is_judged_by_its_own_roundings(bases: dict[Any,
             assert sums.fault("q", sums.off_by(expected, wrong)), (dtype, other)
 
 
-def in_float32(bases: dict[Any, Path], tmp_path: Path) -> PeftModel:
+def in_float32(bases: dict[Any, Path], tmp_path: Path, **settings: Any) -> PeftModel:
     base = bases["hub", torch.float32]
-    adapter = save_adapter(base, tmp_path / "plain", target_modules=Q)
+    adapter = save_adapter(base, tmp_path / "plain", target_modules=Q, **settings)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 
 

@@ -284,7 +284,7 @@ def test_an_installed_class_that_cannot_be_carried_is_required(tmp_path: Path, o
     assert found.requirements == {"my-blocks": "1.2"}
 
 
-@pytest.mark.parametrize("fault", ["nothing", "no metadata", "no name", "no text", "another directory"])
+@pytest.mark.parametrize("fault", ["nothing", "no metadata", "no name", "no text", "another directory", "no origin"])
 def test_what_an_interrupted_installation_left_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -303,12 +303,15 @@ def test_what_an_interrupted_installation_left_is_passed_over(
         (information / "METADATA").write_text("Metadata-Version: 2.1\n")
     elif fault == "no text":
         (information / "RECORD").write_bytes(b"\xff")
+    elif fault == "no origin":
+        (information / "direct_url.json").write_text("")
     elif fault == "another directory":  # as pip leaves it
         information.rename(tmp_path / "~heir_broken-1.2.dist-info")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path, None])
     here = ownership.surroundings(())
     assert ownership.requirement("their_whole", here) == ("their-whole", "1.2")
-    assert ("their_broken" in here.distributions) is (fault in ("nothing", "another directory"))
+    assert ("their_broken" in here.distributions) is (fault in ("nothing", "another directory", "no origin"))
+    assert ownership.is_published("their_broken", here) is (fault in ("nothing", "another directory"))
     for name in ("their_broken", "their_whole", "peft"):
         owner = ownership.judge(name, importlib.util.find_spec(name), here).owner
         assert owner == ("installed" if name in here.distributions else "own")

@@ -94,6 +94,7 @@ def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> 
         ("sys.stdout = None", None),
         ("if os.fork() == 0: time.sleep(60); os._exit(0)", None),
         ("sys.exit(0)", "ended with code 0 and no answer"),
+        ("open(request['answer'], 'w').write('{'); os._exit(0)", "ended with code 0 and no answer"),
         ("os.kill(os.getpid(), 9)", "was ended by signal 9:\nit said nothing"),
         ("os.write(2, b'\\xff was it\\n'); os._exit(3)", "ended with code 3:\n\ufffd was it"),
     ],

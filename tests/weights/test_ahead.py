@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import threading
 import time
@@ -205,3 +206,42 @@ def test_a_check_runs_nothing_of_a_spoilt_artifact(
     assert len(run) == (not spoilt)
     if spoilt:
         assert f"the tensor {name} is not the one that was written" in report.failed[0].evidence
+
+
+def test_a_file_that_another_takes_the_place_of_is_not_taken_for_it(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directories that exchange names leave every file its times."""
+    other = weights.with_name("other")
+    shutil.copytree(weights, other)
+    spoil(other, "a")
+    time.sleep(0.1)
+    wanted = digest_cache.digests(files_of(weights), fresh=True)
+    digest, begin = ahead._digest_part, threading.Event()
+    monkeypatch.setattr(ahead, "_digest_part", lambda *given: begin.wait() and digest(*given))
+    with ahead.begun(weights):
+        weights.rename(weights.with_name("away"))
+        other.rename(weights)
+        begin.set()
+        for future in ahead._begun.values():
+            future.result()
+        weights.rename(other)
+        weights.with_name("away").rename(weights)
+        assert digest_cache.digests(files_of(weights), fresh=True) == wanted
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "NaN", "-5"])
+def test_numbers_in_a_header_that_are_none_are_left_to_others(tmp_path: Path, number: str) -> None:
+    for place in ('"shape": [{}], "data_offsets": [0, 8]', '"shape": [2], "data_offsets": [0, {}]'):
+        header = f'{{"a": {{"dtype": "F32", {place.format(number)}}}}}'.encode()
+        (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        time.sleep(0.1)
+        with ahead.begun(tmp_path), pytest.raises(ArtifactError):
+            digest_cache.digests(files_of(tmp_path), fresh=True)
+
+
+def test_links_that_lead_in_a_circle_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with ahead.begun(tmp_path / "a"):
+        assert not ahead._begun

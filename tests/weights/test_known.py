@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -254,3 +255,36 @@ def test_one_file_of_all_weights_counts_and_no_index_of_others(tmp_path: Path) -
     assert set(checkpoint.read(tmp_path / "both").entries) == set(load_file(tmp_path / "one" / "model.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
     assert torch.equal(loaded.lm_head.weight, other.lm_head.weight)
+    (tmp_path / "both" / checkpoint.INDEX).write_text("{")
+    assert checkpoint.weight_files(tmp_path / "both") == [tmp_path / "both" / "model.safetensors"]
+
+
+def test_a_file_that_changes_while_it_is_copied_gives_its_copy_no_digest(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest_cache.digests([weights])
+    time.sleep(0.1)
+    copy = transfer._copy_bytes
+
+    def copied(source: Path, target: Path) -> None:
+        with_its_time_set_back(source)
+        copy(source, target)
+
+    monkeypatch.setattr(transfer, "_copy_bytes", copied)
+    transfer.link_or_copy(weights, tmp_path / "copy", link=False)
+    assert digest_cache.recall(tmp_path / "copy") is None
+
+
+def test_a_directory_of_more_files_than_may_be_open_is_removed(tmp_path: Path) -> None:
+    directory = tmp_path / "result"
+    directory.mkdir()
+    for number in range(40):
+        (tmp_path / f"{number}.safetensors").write_bytes(b"")
+        os.link(tmp_path / f"{number}.safetensors", directory / f"{number}.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        digest_cache.remove(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not directory.exists() and len(list(tmp_path.glob("*.safetensors"))) == 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -89,3 +90,4 @@ def on_quantized(base: Path, directory: Path, inputs: Mapping[str, Mapping[str, 
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # whatever threads the code that was loaded has begun

@@ -179,7 +179,12 @@ def _hook_modules(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
     """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output."""
 
     def bind(name: str) -> Any:
-        return lambda _module, args, kwargs, output: hook(name, args, kwargs, output)
+        def call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            """Calls it; what it reads is no business of the model's."""
+            with stand_ins.reading():
+                return hook(name, args, kwargs, output)
+
+        return call
 
     handles = [m.register_forward_hook(bind(name), with_kwargs=True) for m, name in names.items()]
     try:

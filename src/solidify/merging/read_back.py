@@ -143,10 +143,10 @@ class _Reading:
         if layer is None:
             wanted = base if change.tokens is None else self._with_rows(base, change.tokens, part)
             return (_SAME if torch.equal(wanted, found) else _OTHER), True
-        if change.name.endswith(".bias"):
-            return sums.off_by(sums.bias(layer, NAME, base), found), True
-        rows = self._choose_rows(found)
         places = _EVERY if part is None else slice(part.start, part.stop)
+        if change.name.endswith(".bias"):
+            return sums.off_by(sums.bias(layer, NAME, base, places), found), True
+        rows = self._choose_rows(found)
         expected = sums.weight(layer, NAME, base, places, rows)
         return sums.off_by(expected, sums.rows_at(found, sums.row_axis(layer), rows)), rows == _EVERY
 

@@ -131,16 +131,20 @@ def _with_magnitude(found: Weight, magnitude: torch.Tensor) -> Weight:
     """Scales rows to a magnitude; a norm of n squares, a quotient and a product are rounded, evenly to both sides."""
     across = [-1, *[1] * (found.wanted.ndim - 1)]  # (out_features, 1, ...)
     by = magnitude.reshape(across) / _compute_norms(found.wanted)
-    wanted, without = by * found.wanted, magnitude.reshape(across) * found.without / _compute_norms(found.without)
+    before = magnitude.reshape(across) * found.without / _compute_norms(found.without)
+    wanted, without = by * found.wanted, before.nan_to_num(nan=0.0)  # a row of zeros has no direction
     roundings = 1.5 + math.sqrt(found.wanted[0].numel()) / 4
     return Weight(wanted, without, by.abs() * found.slack + roundings * _SINGLE * wanted.abs())
 
 
-def bias(layer: LoraLayer, adapter: str, base: torch.Tensor | None = None) -> Weight:
-    """Computes what the bias of a layer must become whose update has one too; without `base`, the base's is its own."""
-    own = layer.get_base_layer().bias if base is None else base
-    plain = _convert_tensor(own, own)
-    return Weight(plain + float(layer.scaling[adapter]) * _convert_tensor(layer.lora_B[adapter].bias, own), plain)
+def bias(layer: LoraLayer, adapter: str, base: torch.Tensor | None = None, part: slice = _EVERY) -> Weight:
+    """Computes what (a part of) the bias of a layer must become whose update has one too.
+
+    `base` holds the base's values there; without it, they are the layer's own.
+    """
+    own = layer.get_base_layer().bias[part] if base is None else base
+    plain, update = _convert_tensor(own, own), _convert_tensor(layer.lora_B[adapter].bias[part], own)
+    return Weight(plain + float(layer.scaling[adapter]) * update, plain)
 
 
 def _flatten_factors(layer: LoraLayer, adapter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

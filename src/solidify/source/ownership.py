@@ -138,7 +138,7 @@ def is_published(top: str, here: Surroundings) -> bool:
     directory, does so of all.
     """
     found = here.distributions.get(top, [])
-    return bool(found) and all(map(_is_of_an_index, found))
+    return bool(found) and all(foreign.attempt(_is_of_an_index, each).value for each in found)
 
 
 def _is_of_an_index(found: Distribution) -> bool:

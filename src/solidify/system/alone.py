@@ -50,12 +50,12 @@ class Alone:
         """
         answer = self.directory / "answer.json"
         code = self._run_script(json.dumps({**request, "answer": str(answer)}))
-        if code or not answer.is_file():
+        found = _read_answer(answer) if code == 0 else None
+        if found is None:
             said = (self.directory / "errors").read_text(encoding="utf-8", errors="replace")
             words = "\n".join(said.strip().splitlines()[-6:]) or "it said nothing"
             ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             raise ArtifactError(f"the fresh process {ended}{'' if code else ' and no answer'}:\n{words}")
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
 
     def _run_script(self, text: str) -> int:
@@ -67,6 +67,15 @@ class Alone:
         self._process.kill()
         self._process.communicate()
         self._scratch.__exit__(None, None, None)
+
+
+def _read_answer(path: Path) -> dict[str, Any] | None:
+    """Returns what the script wrote; None where that is nothing, or no whole answer."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def environment(scratch: Path) -> dict[str, str]:

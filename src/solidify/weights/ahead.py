@@ -44,6 +44,7 @@ NAMES = {
     "BOOL": "torch.bool",
     "C64": "torch.complex64",
 }
+_ODD = (ArithmeticError, struct.error)  # numbers in a header that are none, or that end too soon
 State = tuple[int, ...]
 
 
@@ -94,6 +95,8 @@ def state_of(found: os.stat_result) -> State:
 def _digest_part(part: Part, stopped: threading.Event) -> str:
     hasher = hashing.tensor_hasher(part.dtype, part.sizes)
     with Source(part.path, "a tensor") as source:
+        if state_of(source.stat()) != part.state:
+            return ""  # another file has the name by now
         for piece in source.pieces(part.start, part.count):
             if stopped.is_set():
                 return ""  # nobody waits for it
@@ -103,9 +106,9 @@ def _digest_part(part: Part, stopped: threading.Event) -> str:
 
 def _list_parts(directory: Path) -> Iterator[Part]:
     """Yields what the headers of a directory's own weight files speak of; of a file that was just changed, nothing."""
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # as of links that lead in a circle
         for path in sorted(directory.resolve().glob("*.safetensors")):
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, *_ODD):
                 found = path.lstat()
                 if stat.S_ISREG(found.st_mode) and time.time_ns() - found.st_ctime_ns > TICK:
                     yield from _read_parts(path, state_of(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,10 +85,14 @@ def index_of(directory: Path) -> Path | None:
     `modeling_utils.py`).
 
     Raises:
-        ArtifactError: it is unreadable.
+        ArtifactError: it is unreadable, and there is no such file.
     """
     index = directory / INDEX
-    if not index.is_file() or ((directory / WEIGHTS).is_file() and set(_weight_map(index).values()) != {WEIGHTS}):
+    if not index.is_file():
+        return None
+    if (directory / WEIGHTS).is_file():
+        with suppress(ArtifactError):
+            return index if set(_weight_map(index).values()) == {WEIGHTS} else None
         return None
     return index
 

@@ -3,8 +3,9 @@
 A file is known by device, inode, size and both of its times. A program can set the time of modification back, but not
 the time of change, which the system sets by itself; it also does so when a hard link is made or removed. Where that is
 done here, what was known stays known (`kept`); where others do it, the file is read once more. Files that were touched
-a moment ago are not noted, because two changes within a tick of the clock cannot be told apart. `solidify check` reads
-everything, whatever is noted.
+a moment ago are not noted, because two changes within a tick of the clock cannot be told apart. What a program that
+has a file mapped writes shows in its times when the system writes it to the disk, and not before. `solidify check`
+reads everything, whatever is noted.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         def compute(entry: format.Entry) -> str:
             """Reads one tensor, and moves the bar."""
             early = ahead.find(entry.part(ahead.state_of(begun[entry.file]))) if fresh else None
-            digest = entry.digest(keep=not fresh) if early is None else early.result()
+            digest = (early and early.result()) or entry.digest(keep=not fresh)
             advance(entry.shape.nbytes)
             return digest
 
@@ -102,9 +103,12 @@ def kept(paths: Iterable[Path]) -> Iterator[None]:
 
 def remove(directory: Path) -> None:
     """Removes a directory as far as that can be done; files with links elsewhere stay known."""
-    linked = [path for path in directory.rglob("*.safetensors") if path.is_file() and path.stat().st_nlink > 1]
-    with kept(linked):
-        shutil.rmtree(directory, ignore_errors=True)
+    for path in directory.rglob("*.safetensors"):
+        with suppress(OSError):
+            if not path.is_symlink() and path.is_file() and path.stat().st_nlink > 1:
+                with kept([path]):
+                    path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:

@@ -52,6 +52,10 @@ class Source:
         if self._direct is not None:
             os.close(self._direct)
 
+    def stat(self) -> os.stat_result:
+        """Returns what the system says of the very file that is read."""
+        return os.fstat(self._plain)
+
     def pieces(self, start: int, count: int) -> Iterator[memoryview]:
         """Yields so many bytes from an offset on, a step at a time; each piece is valid until the next."""
         end = start + count

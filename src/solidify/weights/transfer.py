@@ -30,8 +30,8 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
         ArtifactError: the file cannot be read, or there is no room.
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
+    begun = source.stat()
     noted = digest_cache.recall(source)
-    before = read_state(source)
     if link:
         try:
             with digest_cache.kept([source]):
@@ -40,7 +40,7 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
             link = False
     if not link:
         _copy_bytes(source, target)
-    if noted is not None and not link and read_state(source) == before:
+    if noted is not None and not link and not digest_cache.touched(source, begun):
         digest_cache.remember(target, noted)
     return link
 
