@@ -12,11 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from solidify.command import views
 from solidify.directory import ours
-from solidify.errors import RecipeError
+from solidify.errors import ObjectiveError, RecipeError
 from solidify.recipe import datasets, dry_run, schema, stages
 from solidify.training.trainer import ObjectiveTrainer
 
@@ -91,6 +92,30 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
         found = learned(output)
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_finding_says_how_many_reads_were_compared(beside: Path, tmp_path: Path) -> None:
+    stages.build(made := load(beside), tmp_path / "run")
+    report = stages.train(made, tmp_path / "run")
+    found = next(each for each in report.findings if each.name == "frozen layers are read as they are computed")
+    assert (found.verdict, found.evidence) == ("measured", "6 of 10 reads were computed again, all bit-equal")
+
+
+def test_what_changes_unseen_leaves_no_adapter(beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    stages.build(made := load(beside), output)
+    own, silu = ObjectiveTrainer.after_step, functional.silu
+
+    def after_step(self: Any) -> Any:
+        if self.state.global_step == 7:
+            monkeypatch.setattr(functional, "silu", lambda *args, **kwargs: 3 * silu(*args, **kwargs))
+        return own(self)
+
+    monkeypatch.setattr(ObjectiveTrainer, "after_step", after_step)
+    with pytest.raises(ObjectiveError, match=r"returns something else than .* since step 6, .*train without"):
+        stages.train(made, output)
+    assert not (output / "adapter").exists()
+    assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [f"checkpoint-{n}" for n in (2, 4, 6)]
 
 
 def test_a_plan_says_which_layers_and_how_many_bytes(beside: Path) -> None:

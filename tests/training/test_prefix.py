@@ -140,7 +140,9 @@ def test_a_cached_prefix_changes_no_bit(way: str, tmp_path: Path, monkeypatch: p
     layers = 2 if way == "whole layers" else 1
     passes = 8 if "reference" in way else 4
     evaluated = layers  # of the epoch before, whose batch came again
-    assert counted.by_epoch[2] == passes * layers + evaluated
+    # Computed again: the first batch of the epoch, the last one, the last one before the evaluation, and its own first.
+    again = (7 if "reference" in way else 4) * (4 - layers)
+    assert counted.by_epoch[2] == passes * layers + evaluated + again
     assert counted.by_epoch[0] > passes * 4
     assert not (tmp_path / "cached" / "prefix").exists()
     assert "forward" not in {key for module in cached.model.modules() for key in vars(module)}
@@ -167,7 +169,8 @@ def test_what_is_kept_outlives_an_interruption(tmp_path: Path, monkeypatch: pyte
     calls = Calls(monkeypatch, OlmoeAttention)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cached" / "checkpoint-3"))
     # All four layers, twice, for the first batch of training and of evaluation; else the last one alone, in proofs too.
-    assert calls.count == 2 * 2 * 4 + 2 + 5 + 1
+    # Computed again: the first batch that is read, in training and in evaluation, and the last of all.
+    assert calls.count == 2 * 2 * 4 + 2 + 5 + 1 + 3 * 3
     expected, found = plain.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not kept.exists()
@@ -499,4 +502,5 @@ def test_preferences_and_their_reference_share_a_prefix(tmp_path: Path, monkeypa
     cached.train()
     expected, found = plain.model.state_dict(), cached.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert counted.by_epoch[1] == 2 * 2  # the last layer alone: of the model and of its reference, for two batches
+    # The last layer alone, of the model and of its reference, for two batches; the first and the last are compared.
+    assert counted.by_epoch[1] == 2 * 2 * (1 + 3)

@@ -97,6 +97,7 @@ def check_training(
         split = gradients.accumulation(trainer, probes, tolerance=_choose_tolerance(trainer), witness=witness)
     return [
         *trainer.kernel_findings,
+        *trainer.prefix_findings,
         witness.finding(),
         frozen,
         gradients.parts_sum(trainer.history),

@@ -3,7 +3,8 @@
 The first layers of a list in which nothing learns return the same numbers in every epoch for the same batch. Here they
 are kept (`prefix_store.py`) under a digest of all that decides them, and the layers are skipped when the batch comes
 again: all but the last hand on what they are given, and the last returns what it returned. All else of the model runs
-as it does. The first batch is run plainly twice, and without the layers: all outputs must have the same bits.
+as it does. The first batch is run plainly twice, and without the layers: all outputs must have the same bits. Of what
+is read later a sample is computed again (`prefix_sample.py`): what differs ends the training.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from solidify.adapter import lookup
-from solidify.behaviour.calling import random_states
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
 from solidify.system import console, foreign
 from solidify.training.prefix_key import flatten, name_kind
-from solidify.training.prefix_stack import PLAIN, TRIAL, TWICE, USED, Run, Stack
+from solidify.training.prefix_sample import HeldCall
+from solidify.training.prefix_stack import AGAIN, PLAIN, TRIAL, TWICE, USED, Compared, Run, Stack
 from solidify.training.prefix_state import State
 from solidify.training.prefix_store import Store
 from solidify.training.prefix_told import BEFORE, hook_fault
@@ -127,11 +128,13 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     shape.
 
     The first batch that is trained on is run plainly twice, and from what is kept; until then, and for calls of another
-    kind until their first batch was (an evaluation), nothing is kept.
+    kind until their first batch was (an evaluation), nothing is kept. The first batch that is read, the first of each
+    epoch, others now and then, and at the end of the block the last one are computed all the same, and compared.
 
     Raises:
         ObjectiveError: no layer can be skipped, or there is anything else in the directory, or skipping changes the
-            model's outputs, or the layers were changed unnoticed; it says why.
+            model's outputs, or the layers were changed unnoticed, or return something else than what was read; it says
+            why.
     """
     usable = refuse_none(find_prefixes(model))
     store = Store(Path(directory))
@@ -140,6 +143,7 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     cached.install()
     try:
         yield cached
+        cached.compare_last()
         cached.refuse_written()
     except BaseException:
         with suppress(ObjectiveError):  # the error at hand is told; what was kept under a false key is gone
@@ -161,6 +165,7 @@ class CachedPrefix:
         self.run = Run(store)
         self._stacks = [Stack(self.run, model, prefix.name, prefix.frozen) for prefix in prefixes]
         self._proved: dict[str, list[Stack]] = {}
+        self._held: dict[str, HeldCall] = {}  # the last call of each kind, where what it read is not compared
         self._plain_said = False
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
 
@@ -171,8 +176,13 @@ class CachedPrefix:
 
     @property
     def read(self) -> int:
-        """How many were read instead."""
+        """How many were read instead, those that were compared among them."""
         return self.run.read
+
+    @property
+    def compared(self) -> int:
+        """How many of those that were read were computed all the same, or again, and had the same bits."""
+        return self.run.compared
 
     def install(self) -> None:
         """Puts its own forward before those of the model, the modules that hold the layers, and the layers."""
@@ -183,6 +193,38 @@ class CachedPrefix:
             for number, layer in enumerate(stack.layers):
                 self._put_forward(layer, stack.make_step(number))
 
+    def place_in(self, place: Callable[[], str]) -> None:
+        """Takes what says in words where the training is, for what is told of the last comparison."""
+        self.run.place = place
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Has all that is read in the block computed all the same, and compared."""
+        self.run.every = True
+        try:
+            yield
+        finally:
+            self.run.every = False
+
+    def compare_last(self) -> None:
+        """Runs the last batch of each kind of call that was read again, up to the end of its prefixes, and compares.
+
+        Random states, buffers and attributes are what they were afterwards. A batch is left out where what decides the
+        key (a setting, an attribute of the layers) is another by now.
+
+        Raises:
+            ObjectiveError: the layers return something else than what was read.
+        """
+        calls, self._held = self._held, {}
+        for kind, call in calls.items():
+            before = State(self.model)
+            words = "cache_prefix: the last batch that was read does not run again"
+            with call.surrounded() as (run, args, kwargs), unseen(), foreign.calling(words, ObjectiveError):
+                self.run.until = call.passes
+                with suppress(Compared):
+                    self._run_as(AGAIN, self._proved[kind], run, args, kwargs)
+            before.put_back()
+
     def refuse_written(self) -> None:
         """Raises ObjectiveError where a tensor of the skipped layers was written to unnoticed; reads all of them."""
         for stack in self._stacks:
@@ -191,7 +233,7 @@ class CachedPrefix:
     def uninstall(self) -> None:
         """Takes them off; where something else was put around one in between, that stays, and does nothing."""
         self.run.way = PLAIN
-        self._proved = {}
+        self._proved, self._held = {}, {}
         for module, before, ours in reversed(self._forwards):
             if vars(module).get("forward") is ours:
                 del module.forward
@@ -220,7 +262,7 @@ class CachedPrefix:
             return run(*args, **kwargs)
         kind = name_kind([self.model, *(stack.owner for stack in self._stacks)], args, kwargs)
         if kind in self._proved:
-            return self._run_as(USED, self._proved[kind], run, args, kwargs)
+            return self._run_used(kind, run, args, kwargs)
         if not self._proved and not (self.model.training and torch.is_grad_enabled()):
             return run(*args, **kwargs)
         if len(self._proved) >= _KINDS:
@@ -236,10 +278,20 @@ class CachedPrefix:
                 "setting of the model, or an argument that is no tensor, changes again and again"
             )
 
-    def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any) -> Any:
+    def _run_used(self, kind: str, run: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a call from what is kept, and holds it where what it read is not compared."""
+        call, read = HeldCall(self.model, run, args, kwargs), self.run.read
+        output = self._run_as(USED, self._proved[kind], run, args, kwargs, kind=kind)
+        if self.run.read > read:
+            self._held.pop(kind, None)
+        if self.run.unseen:
+            call.passes, self._held[kind] = self.run.ended, call
+        return output
+
+    def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any, kind: str = "") -> Any:
         for stack in self._stacks:
             stack.begin_run(taken=stack in stacks)
-        self.run.way, self.run.random = way, random_states()
+        self.run.begin(way, kind)
         try:
             return run(*args, **kwargs)
         finally:

@@ -14,6 +14,7 @@ from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
 from solidify.system import console
 from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
+from solidify.training.prefix_sample import Sample
 from solidify.training.prefix_state import name_moved, odd_kind
 from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.training.prefix_told import hook_fault
@@ -21,7 +22,11 @@ from solidify.weights import format, hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again
 _CHANGES = 16  # states of the layers, none of which came again, until nothing is kept any more
-PLAIN, TRIAL, TWICE, USED = "plain", "trial", "twice", "used"
+PLAIN, TRIAL, TWICE, USED, AGAIN = "plain", "trial", "twice", "used", "again"
+
+
+class Compared(BaseException):
+    """Ends a pass through the model that is run again, once what it was run for is compared."""
 
 
 @dataclass
@@ -29,7 +34,10 @@ class Run:
     """What all prefixes of a model share: the way in which it runs, random states at its beginning, counts of passes.
 
     Ways: `PLAIN`; `TRIAL`: plainly, and what layers return is kept; `TWICE`: likewise, and compared with what the trial
-    kept; `USED`: from what is kept.
+    kept; `USED`: from what is kept; `AGAIN`: plainly, and compared with what was read, until `until` passes ended.
+
+    `kind` is the kind of the call, where what is read of it is sampled, and `every` says that all of it is compared.
+    `place` says in words where the training is, and `agreed` where it was when what was read was last compared.
     """
 
     store: Store
@@ -37,6 +45,22 @@ class Run:
     random: RandomStates = field(default_factory=random_states)
     computed: int = 0
     read: int = 0
+    compared: int = 0
+    kind: str = ""
+    every: bool = False
+    unseen: int = 0  # reads of this call that were not compared
+    ended: int = 0  # passes of this call that came to the last layer
+    until: int = 0
+    place: Callable[[], str] | None = None
+    agreed: str = ""
+
+    def begin(self, way: str, kind: str) -> None:
+        """Begins a call of the model."""
+        self.way, self.kind, self.random, self.unseen, self.ended = way, kind, random_states(), 0, 0
+
+    def tell_place(self) -> str:
+        """Returns where the training is: a step of its trainer, or how much was read."""
+        return f"read {self.read}" if self.place is None else self.place()
 
 
 @dataclass
@@ -50,6 +74,7 @@ class _Pass:
     key: str = ""
     layers: Any = None
     kept: Kept | None = None
+    sampled: Kept | None = None  # what is kept, where the layers are run all the same, and compared with it
     known: Known = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)  # digests of what each layer is given beside hidden states
 
@@ -87,7 +112,7 @@ class Stack:
         self._pass: _Pass | None = None
         self.tried: dict[str, Kept] = {}  # what a trial kept
         self.stopped = False
-        self._misses = _Misses()
+        self._misses, self._sample = _Misses(), Sample()
         self._digests = LayerDigests(self.layers)
 
     def begin_run(self, *, taken: bool) -> None:
@@ -101,7 +126,7 @@ class Stack:
 
     def run_owner(self, own: Any, args: Any, kwargs: Any) -> Any:
         """Begins a pass through the layers, and ends it."""
-        if self.run.way is PLAIN or not self.taken or self.stopped:
+        if self.run.way is PLAIN or not self.taken or (self.stopped and self.run.way is not AGAIN):
             return own(*args, **kwargs)
         self._pass, self.called, self.hit = _Pass(None), True, False
         self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs), self._pass.known)
@@ -131,6 +156,8 @@ class Stack:
                 self._note(now, number, output)
             now.next, now.last = number + 1, output[0] if isinstance(output, tuple) and output else output
             now.writes = count_writes(now.last) if isinstance(now.last, torch.Tensor) else 0
+            if number == len(self.layers) - 1:
+                self._end_pass()
             return output
 
         return step
@@ -159,15 +186,34 @@ class Stack:
         state, came = hashing.digest_values([place, now.layers]), hashing.digest_values([now.given, described, asked])
         now.key = hashing.digest_values([state, came])
         device = next((tensor.device for _, tensor in flatten("", given)), torch.device("cpu"))
-        if self.run.way is USED:
-            now.kept = self.run.store.get(now.key, device)
-            self.hit = now.kept is not None and all(number in self._forms for number in range(len(self.layers)))
-            now.kept = now.kept if self.hit else None
-        self.run.read += now.kept is not None
-        if now.kept is not None and self.run.read % _WHOLE == 0:
+        if self.run.way is AGAIN:
+            now.sampled, now.key = self.run.store.get(now.key, device), ""
+        if self.run.way is not USED:
+            return
+        now.kept = self.run.store.get(now.key, device)
+        self.hit = now.kept is not None and all(number in self._forms for number in range(len(self.layers)))
+        now.kept = now.kept if self.hit else None
+        self.run.read += self.hit
+        if self.hit and self.run.read % _WHOLE == 0:
             self.refuse_written()
-        if self.run.way is USED and self._misses.note(self.hit, state, came):
+        if self._misses.note(self.hit, state, came):
             self._stop_keeping(now)
+        if self.run.kind:
+            self._choose(now)
+
+    def _choose(self, now: _Pass) -> None:
+        """Has the layers run all the same, where what is read of this pass is to be compared."""
+        if not self.hit:
+            self._sample.note_miss(self.run.kind)
+        elif self._sample.choose(self.run.kind, now.key) or self.run.every:
+            now.sampled, now.kept = now.kept, None
+        else:
+            self.run.unseen += 1
+
+    def _end_pass(self) -> None:
+        self.run.ended += 1
+        if self.run.way is AGAIN and self.run.ended == self.run.until:
+            raise Compared
 
     def _stop_keeping(self, now: _Pass) -> None:
         """Keeps nothing of this pass and of later ones, and says so."""
@@ -182,8 +228,7 @@ class Stack:
         try:
             self._digests.refuse_written(self.name)
         except ObjectiveError:
-            self.run.store.forget()
-            self.run.store.remove()
+            self._remove_kept()
             raise
 
     def _compare_arguments(self, now: _Pass, number: int, args: Any, kwargs: Any) -> None:
@@ -191,7 +236,8 @@ class Stack:
         given = args[1:] if args else {key: value for key, value in kwargs.items() if key != "hidden_states"}
         described = self._describe(f"{self.name}.{number}", (given, kwargs if args else {}), now.known)
         now.arguments.append(hashing.digest_values(described))
-        if now.kept is not None and now.kept.arguments[number : number + 1] != now.arguments[number:]:
+        kept = now.kept or now.sampled
+        if kept is not None and kept.arguments[number : number + 1] != now.arguments[number:]:
             raise ObjectiveError(
                 f"cache_prefix: {self.name}.{number} is given other arguments (a mask, or rotary positions) than when "
                 "the same batch was computed, so what is kept of it is not what the layers would return"
@@ -219,13 +265,15 @@ class Stack:
         self._forms[number] = Returned(empty, returned.alone)
         for part in returned.tensors()[0 if returned.alone else 1 :]:
             now.known[id(part)] = repr(None), part  # which is what it is where the layer is skipped
-        if number < len(self.layers) - 1 or not now.key:
+        if number < len(self.layers) - 1 or not (now.key or now.sampled):
             return
         if now.layers != self._digests.values():
             self._fault("or one before it has attributes or buffers that change in every pass", number)
             return
         if moved := name_moved(self.run.random, random_states()):
             self._fault(f"or one before it draws random numbers of {moved} (dropout, for one)", number)
+        elif now.sampled is not None:
+            self._compare_sampled(now.sampled, returned)
         elif any(tensor.isnan().any() for tensor in returned.tensors() if tensor.is_floating_point()):
             self.refused = True
         else:
@@ -257,6 +305,29 @@ class Stack:
                 f"cache_prefix: {self.name} returns something else when one batch is run twice from the same random "
                 "states (it draws random numbers of its own, or counts its passes), so nothing of it can be kept"
             )
+
+    def _compare_sampled(self, read: Kept, returned: Returned) -> None:
+        """Compares what was read with what the layers return; what is kept is removed where the two differ.
+
+        Raises:
+            ObjectiveError: they differ.
+        """
+        if read.returned.equals(returned):
+            self.run.compared, self.run.agreed = self.run.compared + 1, self.run.tell_place()
+            return
+        self.refuse_written()  # which would be why
+        self._remove_kept()
+        raise ObjectiveError(
+            f"cache_prefix: {self.name} (its first {len(self.layers)} layers) returns something else than what was "
+            "read for the same batch, so something was changed unseen that these layers depend on (a function of a "
+            "library, the environment, a file); what was trained or evaluated since "
+            f"{self.run.agreed or 'the first batch'}, where both were last found equal, may rest on stale activations: "
+            "train without cache_prefix"
+        )
+
+    def _remove_kept(self) -> None:
+        self.run.store.forget()
+        self.run.store.remove()
 
     def _fault(self, what: str, number: int) -> None:
         """Notes a fault of the trial; later, raises it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from solidify.behaviour.calling import chance_kept
 from solidify.directory import ours
 from solidify.errors import ObjectiveError, refuse
+from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.system import console, foreign, processes
 from solidify.training.prefix import Prefix, cache_prefix, find_prefixes, refuse_none
@@ -91,11 +92,35 @@ def caching(trainer: Any) -> Iterator[None]:
     told = f"; about {console.size(size)} in {directory} until the training is finished" if size else ""
     console.words.print(f"cache_prefix: {', '.join(map(str, prefixes))} are computed once for each batch{told}")
     with cache_prefix(trainer.model, directory, keep=True) as cached:
-        yield
-    console.words.print(f"cache_prefix: {cached.computed} passes were computed, {cached.read} were read")
+        cached.place_in(lambda: f"step {trainer.state.global_step}")
+        trainer.prefix = cached
+        try:
+            yield
+        finally:
+            trainer.prefix = None
+    again = f"{cached.compared} of {cached.read} reads were computed again, all bit-equal"
+    trainer.prefix_findings = [Finding("frozen layers are read as they are computed", None, again)]
+    console.words.print(f"cache_prefix: {cached.computed} passes were computed; {again}")
     trainer.accelerator.wait_for_everyone()
     if processes.is_first():
         store.remove()
+
+
+def compare_last(trainer: Any) -> None:
+    """Compares the last batches that a trainer read with what its frozen layers return, in every process; nothing is to
+    be kept, or told, of a training before that.
+
+    Raises:
+        ObjectiveError: they differ.
+    """
+    if trainer.prefix is not None:
+        trainer.prefix.compare_last()
+        trainer.accelerator.wait_for_everyone()
+
+
+def comparing(trainer: Any, *, last: bool) -> AbstractContextManager[None]:
+    """Has what is read in the block compared where it belongs to the last batch of a training."""
+    return trainer.prefix.comparing() if last and trainer.prefix is not None else nullcontext()
 
 
 def _draws(collate: Any, rows: Any) -> bool:

@@ -27,6 +27,7 @@ from solidify.objective.sanity import Sanity
 from solidify.system import console
 from solidify.training import batching, checkpoints, kernels, prefix_training
 from solidify.training.groups import Groups, ParameterGroup
+from solidify.training.prefix import CachedPrefix
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
 from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
@@ -88,6 +89,8 @@ class ObjectiveMixin(TrainerSeams):
         self.groups = Groups(self, parameter_groups)
         self.add_callback(self.groups)
         self.cache_prefix = cache_prefix
+        self.prefix: CachedPrefix | None = None  # while it trains
+        self.prefix_findings: list[Any] = []
         if cache_prefix:
             prefix_training.refuse_uncacheable(self)
 
@@ -162,8 +165,17 @@ class ObjectiveMixin(TrainerSeams):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Opens the step with its first micro-batch; then as the trainer does."""
-        step: torch.Tensor = super().training_step(model, self.open_step(model, inputs), num_items_in_batch)  # type: ignore[misc]
+        opened = self.open_step(model, inputs)
+        last = not self._ready and self.state.global_step + 1 == self.state.max_steps
+        with prefix_training.comparing(self, last=last):
+            step: torch.Tensor = super().training_step(model, opened, num_items_in_batch)  # type: ignore[misc]
         return step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; what was read of frozen layers is compared before any figure is told."""
+        found = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        prefix_training.compare_last(self)
+        return found
 
     def open_step(self, model: nn.Module, inputs: Any) -> Any:
         """Returns the next micro-batch as it is trained on. With a step's first, all are completed and counted.
@@ -220,7 +232,11 @@ class ObjectiveMixin(TrainerSeams):
             self.history.append({**figures, "step": self.state.global_step})
 
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk."""
+        """Writes what transformers does not know of first, and drops older ones when this one is surely on the disk.
+
+        Before, what was read of frozen layers is compared.
+        """
+        prefix_training.compare_last(self)
         if self.args.should_save:
             target = checkpoints.locate_checkpoint(output_directory(self, trial), self.state.global_step)
             checkpoints.write(target, self._collect_state())
@@ -326,7 +342,8 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Brings back the model's dtype, and names the terms that taught nothing."""
+        """Brings back the model's dtype, and names the terms that taught nothing; compares what was read last."""
+        prefix_training.compare_last(self.trainer)
         self.trainer.settle()
         for name in self.trainer.engine.sanity.silent if state.is_world_process_zero else ():
             console.words.print(f"The term {name} never had a gradient: it has changed nothing.")

@@ -1,0 +1,90 @@
+"""Which of the reads of frozen layers are computed again, and how a call is held to be run again later.
+
+What the code of frozen layers may read never ends, so digests do not know all of it: a sample of what is read is
+computed plainly in its place, and compared bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from solidify.training.prefix_key import gradient_modes
+from solidify.training.prefix_state import accelerator
+
+# One of 97 reads costs 1 per cent of the passes that are spared. A prime, so that with any number of batches in an
+# epoch another batch is compared each time.
+EVERY = 97
+EPOCHS = 8  # whose first reads are all compared; later ones only
+APART = 48  # reads after the last comparison, so that epochs of few batches cost 2 per cent, too
+
+
+@dataclass
+class _Counted:
+    """Reads of one kind of call: the first of an epoch, how many epochs and reads there were, and how many since one
+    was compared."""
+
+    first: str = ""
+    epochs: int = 0
+    reads: int = 0
+    since: int = 0
+
+
+@dataclass
+class Sample:
+    """Chooses reads of one prefix: the first, the first of each epoch, and one in so many."""
+
+    _kinds: dict[str, _Counted] = field(default_factory=dict)
+
+    def choose(self, kind: str, key: str) -> bool:
+        """Counts a read of a kind of call, and returns whether it is to be compared.
+
+        An epoch begins where the first key that was read comes again.
+        """
+        found = self._kinds.setdefault(kind, _Counted())
+        found.first = found.first or key
+        begins = found.first == key
+        chosen = found.reads % EVERY == 0 or (begins and (found.epochs < EPOCHS or found.since >= APART))
+        found.epochs, found.reads = found.epochs + begins, found.reads + 1
+        found.since = 1 if chosen else found.since + 1
+        return chosen
+
+    def note_miss(self, kind: str) -> None:
+        """Notes a pass that found nothing: the layers may be others now, and the first key of an epoch another."""
+        if kind in self._kinds:
+            self._kinds[kind].first = ""
+
+
+class HeldCall:
+    """One call of a model, with the modes and the precision in which it was run."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self._run, self._args, self._kwargs = run, args, kwargs
+        self._training = [(module, module.training) for module in model.modules()]
+        self._graph, self._inference = gradient_modes()
+        kinds = dict.fromkeys([(accelerator() or torch.device("cpu")).type, "cpu"])
+        self._precision = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self.passes = 0  # through prefixes, of which each ends once
+
+    @contextmanager
+    def surrounded(self) -> Iterator[tuple[Callable[..., Any], Any, Any]]:
+        """Yields the call, its arguments and its named arguments, in the modes in which it was run."""
+        now = [(module, module.training) for module, _ in self._training]
+        with ExitStack() as stack:
+            stack.callback(_put_modes, now)
+            _put_modes(self._training)
+            stack.enter_context(torch.inference_mode(self._inference))
+            stack.enter_context(torch.set_grad_enabled(self._graph))
+            for kind, enabled, dtype in self._precision:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            yield self._run, self._args, self._kwargs
+
+
+def _put_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
