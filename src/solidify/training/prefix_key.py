@@ -18,6 +18,23 @@ from solidify.weights import hashing
 
 _SMALL = 2**20  # bytes that are read in every pass
 _DEEPEST = 8  # settings in settings that are looked into
+_SETTINGS = (  # of PyTorch, which choose kernels, or their last bits; a version without one has None
+    *("get_default_dtype", "get_default_device", "get_num_threads", "get_float32_matmul_precision"),
+    *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled"),
+    *("utils.deterministic.fill_uninitialized_memory", "backends.cpu.get_cpu_capability", "backends.fp32_precision"),
+    *("backends.cuda.flash_sdp_enabled", "backends.cuda.mem_efficient_sdp_enabled"),
+    *("backends.cuda.math_sdp_enabled", "backends.cuda.cudnn_sdp_enabled"),
+    *("backends.cuda.fp16_bf16_reduction_math_sdp_allowed", "backends.cuda.matmul.fp32_precision"),
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation",
+    *("backends.cudnn.enabled", "backends.cudnn.benchmark", "backends.cudnn.deterministic"),
+    *("backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision", "backends.cudnn.rnn.fp32_precision"),
+    *("backends.mkldnn.enabled", "backends.mkldnn.deterministic", "backends.mkldnn.fp32_precision"),
+    *("backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision"),
+    *("backends.mha.get_fastpath_enabled", "backends.opt_einsum.enabled", "backends.opt_einsum.strategy"),
+    "backends.quantized.engine",
+)
 _UNREAD = ("num_items_in_batch",)  # transformers hands it down to layers, for the loss alone
 
 
@@ -177,13 +194,22 @@ def surroundings(owner: nn.Module) -> list[Any]:
     return [
         torch.__version__,
         transformers.__version__,
-        torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cpu.get_cpu_capability(),
+        [_read_setting(name) for name in _SETTINGS],
         [str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "" for kind in {device, "cpu"}],
         gradient_modes(),
         _tell_settings(getattr(owner, "config", None)),
     ]
+
+
+def _read_setting(name: str) -> str:
+    """Returns what PyTorch has under a name, or says when it is called; older names may refuse where a newer is set."""
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    try:
+        return str(found() if callable(found) else found)
+    except RuntimeError as error:
+        return str(error)
 
 
 def gradient_modes() -> tuple[bool, bool]:
