@@ -49,6 +49,11 @@ _OF_EVERY_CLASS = {
     *("__firstlineno__", "__static_attributes__", "__dataclass_fields__", "__dataclass_params__"),
     "_autograd_function_id",  # a number of PyTorch's for each function, another in another process
 }
+_OF_EVERY_MEMBER = {"_value_", "_name_", "_sort_order_", "__objclass__"}  # of an enumeration
+_DESCRIPTORS = (  # what makes slots and methods of compiled classes, and has no content
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType),
+    *(types.MethodDescriptorType, types.ClassMethodDescriptorType, types.MethodWrapperType),
+)
 Digest = Callable[[torch.Tensor, str], str]
 Classes = dict[type, "ClassContent"]
 
@@ -116,11 +121,17 @@ class _Teller:
                     continue
             self._where = f"{name.rstrip('.')}.{key}" if not depth else self._where
             told.append([key, self.tell(value, depth + 1)])
-        return [sorted(told, key=lambda each: str(each[0])), [*own_parameters(module)], [*own_buffers(module)]]
+        self._where = self._where if depth else name
+        return [
+            sorted(told, key=lambda each: str(each[0])),
+            [[key, self._tell_attributes(each, depth + 1)] for key, each in own_parameters(module).items()],
+            [[key, self._tell_attributes(each, depth + 1)] for key, each in own_buffers(module).items()],
+            [[key, self.tell(each, depth + 1)] for key, each in own_slots(module)],
+        ]
 
     def tell(self, value: Any, depth: int = 0) -> Any:
         """Returns plain words for a value."""
-        if isinstance(value, SCALARS):
+        if isinstance(value, SCALARS) and not _has_attributes(value):
             return repr(value)
         if isinstance(value, torch.Tensor):
             if value.requires_grad:
@@ -130,7 +141,7 @@ class _Teller:
                 )
             if odd := odd_kind(value):
                 raise self._refusal(f"holds {odd}")
-            return self._digest(value, self._where)
+            return [self._digest(value, self._where), self._tell_attributes(value, depth)]
         if isinstance(value, type):
             return self.tell_class(value, self._where)
         if id(value) in self._modules:
@@ -142,7 +153,22 @@ class _Teller:
             raise self._refusal(f"holds objects in objects, more than {_DEEPEST} deep")
         return [self.tell_class(type(value), self._where), self._tell_object(value, depth + 1)]
 
+    def _tell_attributes(self, value: Any, depth: int) -> list[Any]:
+        """Returns what is told of attributes that a user put on a tensor, a number, or a container."""
+        own = {} if value is None else _own_attributes(value)
+        slots = [] if value is None else own_slots(value)
+        return [[key, self.tell(each, depth + 1)] for key, each in (*sorted(own.items()), *slots)]
+
     def _tell_object(self, value: Any, depth: int) -> Any:
+        """Returns what is in an object, and, of the classes that are no library's, what stands on it."""
+        content = self._tell_content(value, depth)
+        if isinstance(value, (nn.Module, *FUNCTIONS)) or is_library(type(value).__module__):
+            return content
+        return [content, self._tell_attributes(value, depth)]
+
+    def _tell_content(self, value: Any, depth: int) -> Any:
+        if isinstance(value, SCALARS):
+            return repr(value)
         if isinstance(value, nn.Module):
             inner = [*value.named_children()]
             held = [
@@ -170,11 +196,12 @@ class _Teller:
             return [str(value.dtype), value.shape, hashing.digest_bytes(value.tobytes())]
         if (state := _tell_numbers(value)) is not None:
             return state
+        if isinstance(value, _IN_WORDS):
+            return repr(value)
+        if not is_library(type(value).__module__) and (hasattr(value, "__dict__") or own_slots(value)):
+            return None  # what stands on it is all
         if hasattr(value, "__dict__"):
             return [(key, self.tell(each, depth)) for key, each in sorted(vars(value).items())]
-        slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
-        if slots and not is_library(type(value).__module__):
-            return [(name, self.tell(getattr(value, name, None), depth)) for name in slots]
         return self._tell_opaque(value)
 
     def tell_class(self, kind: type, where: str) -> Any:
@@ -255,8 +282,6 @@ class _Teller:
         """Returns what there is in an object without attributes: its bytes, or words, or that it is still the same."""
         with suppress(TypeError, ValueError, BufferError):
             return hashing.digest_bytes(memoryview(value).tobytes())
-        if isinstance(value, _IN_WORDS):
-            return repr(value)
         if isinstance(value, Iterator):
             raise self._refusal("holds an iterator, whose place cannot be told")
         if not callable(value) and not is_library(type(value).__module__):
@@ -303,11 +328,32 @@ class ClassContent:
         for name, value in vars(self._kind).items():
             made = name == "__init__" and issubclass(self._kind, nn.Module)  # construction is over
             function = plain_function(value)
-            descriptor = hasattr(type(function), "__get__") and not isinstance(function, (types.FunctionType, type))
+            descriptor = isinstance(function, _DESCRIPTORS)
             told = name not in _OF_EVERY_CLASS and type(value).__module__ != "_abc"  # tables of abstract classes
             if told and not made and not descriptor:
                 found.append((name, value))
         return found
+
+
+def own_slots(value: Any) -> list[tuple[str, Any]]:
+    """Returns names and values of the slots of an object whose class is no library's, under their private names."""
+    found = []
+    for kind in type(value).__mro__ if not is_library(type(value).__module__) else ():
+        for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
+            with suppress(AttributeError):  # it has no value
+                if isinstance(member, types.MemberDescriptorType):
+                    found.append((f"{kind.__qualname__}.{name}", member.__get__(value, kind)))
+    return found
+
+
+def _own_attributes(value: Any) -> dict[str, Any]:
+    own = getattr(value, "__dict__", {})
+    return {key: each for key, each in own.items() if not (isinstance(value, enum.Enum) and key in _OF_EVERY_MEMBER)}
+
+
+def _has_attributes(value: Any) -> bool:
+    """Returns whether a number, a string or a member of an enumeration has attributes beside what it is."""
+    return bool(_own_attributes(value) or own_slots(value))
 
 
 def _is_content(value: Any) -> bool:
