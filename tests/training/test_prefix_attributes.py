@@ -15,6 +15,7 @@ from frozen import Around, both, put, small, train
 from torch import nn
 
 import solidify
+from solidify.errors import ObjectiveError
 
 
 class List(list[Any]):
@@ -150,4 +151,43 @@ def test_a_descriptor_of_a_class_is_told(name: str, tmp_path: Path) -> None:
         found = train(model, change)
     put_back()
     assert found == plain != train(small(put(Described, 0)))
+    assert (cached.computed, cached.read) == (4, 2)
+
+
+class Loose(Around):
+    """Holds a table that is no buffer."""
+
+    place = 250_000
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.table = torch.ones(600_000)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.table[self.place]
+
+
+def write_loose(model: Any) -> None:
+    model.model.layers[0].mlp.table.numpy()[Loose.place] = 3
+
+
+class Less(Loose):
+    """Holds a small one."""
+
+    place = 10_000
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.table = torch.ones(100_000)
+
+
+def write_less(model: Any) -> None:
+    model.model.layers[0].mlp.table.data[Less.place] = 3
+
+
+def test_a_loose_tensor_is_read_whole(tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"model\.layers\.0\.mlp\.table was written to through `\.data`"):
+        both(tmp_path / "kept", put(Loose, 0), write_loose)
+    plain, found, cached = both(tmp_path / "kept", put(Less, 0), write_less)
+    assert found == plain
     assert (cached.computed, cached.read) == (4, 2)
