@@ -168,6 +168,29 @@ def test_a_batch_whose_settings_are_gone_is_no_false_alarm(tmp_path: Path) -> No
     assert (cached.computed, cached.read) == (2, 4)
 
 
+def ask_for_a_cache(model: Any) -> None:
+    model.config.use_cache = True
+
+
+def look_inside(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def set_attribute(model: Any) -> None:
+    model.model.layers[0].mlp.calls = 5
+
+
+def let_all_learn(model: Any) -> None:
+    model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("act", [ask_for_a_cache, look_inside, set_attribute, let_all_learn])
+def test_what_is_done_openly_after_the_last_read_is_no_false_alarm(act: Callable[[Any], None], tmp_path: Path) -> None:
+    plain, found, cached = both(tmp_path / "kept", put(OfEnvironment, 0), act, 5)
+    assert found == plain
+    assert (cached.computed, cached.read) == (2, 4)
+
+
 class Act(TrainerCallback):
     """Changes the environment at an event of a trainer, once it has come a number of times."""
 

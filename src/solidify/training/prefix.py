@@ -209,8 +209,8 @@ class CachedPrefix:
     def compare_last(self) -> None:
         """Runs the last batch of each kind of call that was read again, up to the end of its prefixes, and compares.
 
-        Random states, buffers and attributes are what they were afterwards. A batch is left out where what decides the
-        key (a setting, an attribute of the layers) is another by now.
+        Random states, buffers and attributes are what they were afterwards. A batch is left out where the
+        layers are others by now in what is looked at (a setting, an attribute, a hook).
 
         Raises:
             ObjectiveError: the layers return something else than what was read.
@@ -220,6 +220,8 @@ class CachedPrefix:
             before = State(self.model)
             words = "cache_prefix: the last batch that was read does not run again"
             with call.surrounded() as (run, args, kwargs), unseen(), foreign.calling(words, ObjectiveError):
+                if self._name_kind(args, kwargs) != kind:
+                    continue
                 self.run.until = call.passes
                 with suppress(Compared):
                     self._run_as(AGAIN, self._proved[kind], run, args, kwargs)
@@ -260,7 +262,7 @@ class CachedPrefix:
                 run = stack.around(run)
         if self.run.way is not PLAIN:
             return run(*args, **kwargs)
-        kind = name_kind([self.model, *(stack.owner for stack in self._stacks)], args, kwargs)
+        kind = self._name_kind(args, kwargs)
         if kind in self._proved:
             return self._run_used(kind, run, args, kwargs)
         if not self._proved and not (self.model.training and torch.is_grad_enabled()):
@@ -269,6 +271,9 @@ class CachedPrefix:
             self._say_plain()
             return run(*args, **kwargs)
         return self._prove(kind, run, args, kwargs)
+
+    def _name_kind(self, args: Any, kwargs: Any) -> str:
+        return name_kind([self.model, *(stack.owner for stack in self._stacks)], args, kwargs)
 
     def _say_plain(self) -> None:
         if not self._plain_said:

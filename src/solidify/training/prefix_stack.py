@@ -153,7 +153,8 @@ class Stack:
                 output = self._skip(now, number, hidden)
             else:
                 output = own(*args, **kwargs)
-                self._note(now, number, output)
+                if not self.faults:
+                    self._note(now, number, output)
             now.next, now.last = number + 1, output[0] if isinstance(output, tuple) and output else output
             now.writes = count_writes(now.last) if isinstance(now.last, torch.Tensor) else 0
             if number == len(self.layers) - 1:
@@ -164,16 +165,21 @@ class Stack:
 
     def _look(self, now: _Pass, number: int, hidden: Any, given: Any) -> None:
         """Finds what forbids skipping a layer: its place, and what it is given."""
+        fault = ""
         if not isinstance(hidden, torch.Tensor) or number != now.next or (number and hidden is not now.last):
-            self._fault("is not called once, in its place, with what the layer before it returned", number)
+            fault = "is not called once, in its place, with what the layer before it returned"
         elif number and count_writes(hidden) != now.writes:
-            self._fault("is given what the layer before it returned, and what was written to in between", number)
+            fault = "is given what the layer before it returned, and what was written to in between"
         elif any(has_history(tensor) for _, tensor in flatten("", given)):
-            self._fault("is given something that depends on what learns (trained embeddings, for one)", number)
+            fault = "is given something that depends on what learns (trained embeddings, for one)"
         elif any(parameter.requires_grad for parameter in self.layers[number].parameters()):
-            self._fault("learns by now", number)
-        elif hooked := next((each for each in map(hook_fault, self.layers[number].modules()) if each), ""):
-            self._fault(hooked, number)
+            fault = "learns by now"
+        else:
+            fault = next((each for each in map(hook_fault, self.layers[number].modules()) if each), "")
+        if fault and self.run.way is AGAIN:
+            self.faults.append(fault)  # what may be seen ends no training behind its last read
+        elif fault:
+            self._fault(fault, number)
 
     def _begin(self, now: _Pass, given: Any) -> None:
         """Finds the key, and what is kept under it."""
@@ -346,7 +352,7 @@ class Stack:
         except TypeError as error:
             fault = f"{where} is given {error}, of which nothing can be told before it is used"
             fault += "; set use_cache to false" if str(error).endswith("Cache") else ""
-            if self.run.way is not TRIAL:
+            if self.run.way not in (TRIAL, AGAIN):
                 raise ObjectiveError(f"cache_prefix: {fault}") from error
             self.faults.append(fault)
             return None
