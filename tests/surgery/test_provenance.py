@@ -145,3 +145,30 @@ def test_values_that_another_place_s_constructor_wrote_are_not_those_of_the_base
     assert first.tensors["model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
     assert second.tensors["model.layers.1.mlp.up_proj.weight"] is None
     assert second.tensors["model.layers.1.mlp.down_proj.weight"] == "model.layers.1.mlp.down_proj.weight"
+
+
+class Sums(nn.Module):
+    """An MLP that takes a buffer over, and once writes into another place's."""
+
+    other: Any = None
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = original.up_proj, original.down_proj
+        self.register_buffer("scale", original.scale)
+        if Sums.other is not None:
+            Sums.other.mul_(2)
+            Sums.other = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x)) * self.scale.mean()
+
+
+def test_a_buffer_that_another_place_s_constructor_wrote_is_not_that_of_the_base() -> None:
+    model = pico.llama()
+    for layer in model.model.layers:
+        layer.mlp.register_buffer("scale", torch.rand(4))
+    Sums.other = model.model.layers[1].mlp.scale
+    first, second = solidify.replace(model, "model.layers.*.mlp", Sums)
+    assert first.tensors["model.layers.0.mlp.scale"] == "model.layers.0.mlp.scale"
+    assert second.tensors["model.layers.1.mlp.scale"] is None

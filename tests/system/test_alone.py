@@ -137,9 +137,11 @@ def test_a_relative_path_of_modules_leads_where_it_did(tmp_path: Path, monkeypat
     (tmp_path / "deps").mkdir()
     (tmp_path / "deps" / "library_of_theirs.py").write_text("NUMBER = 7")
     script = tmp_path / "script.py"
-    words = "open(request['answer'], 'w').write(json.dumps({'found': library_of_theirs.NUMBER}))"
-    script.write_text(f"import json, sys, library_of_theirs\nrequest = json.loads(sys.stdin.read())\n{words}")
+    found = "{'found': library_of_theirs.NUMBER, 'home': os.environ['HF_HOME']}"
+    words = f"open(request['answer'], 'w').write(json.dumps({found}))"
+    script.write_text(f"import json, os, sys, library_of_theirs\nrequest = json.loads(sys.stdin.read())\n{words}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["deps", str(tmp_path / "elsewhere")]))
+    monkeypatch.setenv("HF_HOME", "home")
     with Alone(script) as process:
-        assert process.ask({}) == {"found": 7}
+        assert process.ask({}) == {"found": 7, "home": str(tmp_path / "home")}

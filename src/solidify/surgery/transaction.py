@@ -81,8 +81,9 @@ class _Before:
                 self._remember_object(value)
 
     def list_values(self) -> dict[int, torch.Tensor]:
-        """Returns the values of parameters that are kept, by the parameters' identity."""
-        return {id(p.parameter): p.values for p in self._parameters if p.values is not None}
+        """Returns the values of parameters and buffers that are kept, by the tensors' identity."""
+        found = {id(p.parameter): p.values for p in self._parameters if p.values is not None}
+        return found | {id(buffer): copy for buffer, _, copy in self._buffers}
 
     def put_back(self) -> list[str]:
         """Puts everything back; returns the names of parameters whose values could not be."""

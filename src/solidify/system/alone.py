@@ -13,6 +13,9 @@ from typing import Any
 from solidify.errors import ArtifactError
 from solidify.system import disk
 
+# What leads to files, as Python, the hub's client, torch and we read it.
+_PATHS = {"PYTHONPATH", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "TORCH_HOME", "SOLIDIFY_HOME"}
+
 
 class Alone:
     """A fresh Python process, with a code cache of its own, that runs a script.
@@ -84,8 +87,8 @@ def environment(scratch: Path) -> dict[str, str]:
     It runs in another directory, so paths that this one's lead to get their full names.
     """
     found = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    if paths := os.environ.get("PYTHONPATH"):
-        found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
+    for name in _PATHS & found.keys():
+        found[name] = os.pathsep.join(os.path.abspath(path) for path in found[name].split(os.pathsep) if path)
     return found
 
 

@@ -45,6 +45,7 @@ NAMES = {
     "C64": "torch.complex64",
 }
 _ODD = (ArithmeticError, struct.error)  # numbers in a header that are none, or that end too soon
+_MOST = 10_000  # tensors; of those that are left, which are small, each costs more to announce than to read
 State = tuple[int, ...]
 
 
@@ -69,7 +70,7 @@ def begun(directory: Path) -> Iterator[None]:
 
     What cannot be read is left to those who read it for themselves, and say why it cannot.
     """
-    parts = sorted(_list_parts(directory), key=lambda part: -part.count)
+    parts = sorted(_list_parts(directory), key=lambda part: -part.count)[:_MOST]
     stopped = threading.Event()
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="digesting")
     _begun.update({part: pool.submit(_digest_part, part, stopped) for part in parts})
