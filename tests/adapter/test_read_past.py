@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import past_nets
 import pico
 import pytest
@@ -36,6 +37,23 @@ def test_a_layer_that_is_read_past_is_refused_by_name(target: dict[str, list[str
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_layer_that_is_read_past_inside_a_text_model_is_refused() -> None:
+    """Of a text model the inputs are known, and nothing is tried with it."""
+    model = pico.llama()
+    model.model.layers[0].mlp = nn.TransformerEncoderLayer(model.config.hidden_size, 2, 16, batch_first=True).eval()
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.linear1.* does not call it"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.0.mlp.linear1"]})
+
+
+def test_a_layer_that_only_a_failed_try_reads_is_taken() -> None:
+    """Inkling2 asks this layer for its dtype, with images that it then cannot place: the model runs with text alone."""
+    name = "model.vision_tower.embeddings.patch_embedding"
+    model = families.tiny("inkling2", "AutoModelForImageTextToText")
+    assert name not in weight_reads.read_by_others(model)
+    adapted = solidify.attach(model, lora={"r": 2, "target_modules": [name]})
+    assert any(f"{name}.lora_A" in key for key, _ in adapted.named_parameters())
 
 
 def test_what_the_sentence_advises_has_an_effect() -> None:

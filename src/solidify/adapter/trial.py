@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from solidify.adapter import lookup
 from solidify.adapter import past as past_layers
+from solidify.behaviour import calling
 from solidify.errors import AdapterError, refuse
 from solidify.model import anatomy, probing, weight_reads
 from solidify.model.extent import Extent
@@ -20,16 +21,19 @@ from solidify.system import foreign
 def inputs(model: nn.Module) -> tuple[Inputs | None, set[nn.Module]]:
     """Makes inputs for a small model; None where it is not run, or takes none that we know.
 
-    Returns also the modules whose `weight` others read in that run, and which are not called: torch's encoder layers
-    do so in evaluation, without gradients.
+    Returns also the modules whose `weight` others read in a run with them, and which are not called: torch's encoder
+    layers do so in evaluation, without gradients. What was tried before, and failed, is no such run.
     """
     plain = lookup.plain_model(model)
     if not isinstance(plain, PreTrainedModel) or anatomy.is_meta(plain) or not Extent.of(plain).whole:
         return None, set()
     read: set[nn.Module] = set()
     called: set[nn.Module] = set()
-    with weight_reads.watching_reads(read, called):
-        made = foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value
+    made = foreign.attempt(probing.probe_inputs, plain, run=anatomy.answer).value
+    if made is None:
+        return None, set()
+    with calling.chance_kept(), weight_reads.watching_reads(read, called):
+        foreign.attempt(anatomy.answer, plain, made)
     return made, read - called
 
 

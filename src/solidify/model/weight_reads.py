@@ -24,11 +24,10 @@ def read_by_others(model: PreTrainedModel) -> list[str]:
     linear = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     found: set[nn.Module] = set()
 
-    def run() -> None:
-        anatomy.answer(model, probing.probe_inputs(model, run=anatomy.answer))
-
-    with watching_reads(found, set()):
-        foreign.attempt(run)
+    made = foreign.attempt(probing.probe_inputs, model, run=anatomy.answer).value
+    if made is not None:  # what was tried before, and failed, does not count
+        with watching_reads(found, set()):
+            foreign.attempt(anatomy.answer, model, made)
     return [name for module, name in linear.items() if module in found]
 
 
