@@ -84,8 +84,7 @@ def test_a_layer_that_is_read_for_its_dtype_and_called_is_taken(tmp_path: Path) 
 
 
 def test_a_second_adapter_is_refused_too() -> None:
-    model = solidify.wrap(make_encoder(), ROWS)
-    solidify.attach(model, lora={"r": 2, "target_modules": ["module.1"]})
+    model = solidify.attach(solidify.wrap(make_encoder(), ROWS), lora={"r": 2, "target_modules": ["module.1"]})
     with pytest.raises(AdapterError, match=r"module.0.linear2"):
         solidify.attach(model, lora={"r": 2, "target_modules": ["module.0.linear2"]}, name="second")
 
@@ -121,6 +120,53 @@ def test_layers_that_are_called_are_taken(kind: type[nn.Module]) -> None:
     assert not model.training and type(model.module.up.base_layer.weight) is nn.Parameter
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (past_nets.WithoutGradients, "in evaluation"),
+        (past_nets.ByNumber, "in evaluation"),
+        (past_nets.ByNumpy, "in evaluation"),
+        (past_nets.WhereNothingLearns, "in evaluation, without gradients"),
+        (past_nets.InTrainingByData, "in training"),
+    ],
+)
+def test_a_weight_is_not_read_past_its_layer_where_no_graph_shows_it(kind: type[nn.Module], mode: str) -> None:
+    model = solidify.wrap(kind(), FLAT)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    chance = torch.get_rng_state()
+    with pytest.raises(AdapterError, match=rf"depends on the weight of module\.up, and not on .* \({mode}\)"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["module.up", "module.down"]})
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    solidify.attach(model, lora={"r": 2, "target_modules": ["module.down"]})
+
+
+def test_a_weight_is_not_read_past_its_layer_by_its_data() -> None:
+    with pytest.raises(AdapterError, match=r"reads the weight of module\.up and does not call it"):
+        solidify.attach(solidify.wrap(past_nets.ByData(), FLAT), lora={"r": 2, "target_modules": ["module.up"]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [
+        (past_nets.Gated, False),
+        (past_nets.Unreached, False),
+        (past_nets.Skipping, True),
+        (past_nets.Choosing, True),
+    ],
+)
+def test_a_layer_of_which_nothing_is_seen_is_taken(
+    kind: type[nn.Module], seen: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = solidify.wrap(kind(), FLAT)
+    adapted = solidify.attach(model, lora={"r": 2, "lora_dropout": 0.1, "target_modules": ["module.up"]})
+    words = " ".join(capsys.readouterr().err.split())
+    assert ("not looked at whether an update of module.up has an effect" in words) is not seen
+    factors = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(factors) == 2 and all(p.grad is None for p in adapted.parameters())
+    assert not factors["base_model.model.module.up.lora_B.default.weight"].any()
+
+
 def test_an_adapter_that_has_no_effect_is_not_loaded(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -130,4 +176,16 @@ def test_an_adapter_that_has_no_effect_is_not_loaded(tmp_path: Path) -> None:
     get_peft_model(solidify.load(base), configuration).save_pretrained(tmp_path / "theirs")
     for trainable in (True, False):
         with pytest.raises(AdapterError, match=r"reads the weight of module\.0\.linear1"):
+            solidify.load_adapter(solidify.load(base), tmp_path / "theirs", trainable=trainable)
+
+
+def test_an_adapter_past_which_a_weight_is_read_without_a_graph_is_not_loaded(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    pico.artifact(solidify.wrap(past_nets.WhereNothingLearns(), FLAT), [], base)
+    configuration = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+    get_peft_model(solidify.load(base), configuration).save_pretrained(tmp_path / "theirs")
+    for trainable in (True, False):
+        with pytest.raises(AdapterError, match=r"depends on the weight of module\.up"):
             solidify.load_adapter(solidify.load(base), tmp_path / "theirs", trainable=trainable)

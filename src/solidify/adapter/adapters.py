@@ -33,6 +33,7 @@ from solidify.adapter.data_starts import DataStart
 from solidify.adapter.parameters import NAME as PARAMETERS
 from solidify.adapter.parameters import TrainedParameters
 from solidify.adapter.plan import AdapterPlan
+from solidify.behaviour import calling
 from solidify.errors import AdapterError, refuse
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
@@ -79,9 +80,9 @@ def attach(
     _refuse_unfed(lora, batches)
     console.words.print(wanted.table())
     single = _find_single_parameters(model, wanted.modules)
-    probe, read = trial.inputs(model)
-    trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], probe, read)
-    with transaction(existing if existing is not None else model, Extent.of(model)):
+    probe = trial.inputs(model)
+    trial.refuse_read_past(model, [*wanted.lora_modules, *wanted.lora_parameters], probe)
+    with calling.chance_kept_at_failure(), transaction(existing if existing is not None else model, Extent.of(model)):
         found = DataStart()
         if lora is not None and (start := start_kinds.fed(lora)) is not None:
             found = data_starts.prepare(model, lora, wanted.lora_modules, start, batches or ())
@@ -96,6 +97,7 @@ def attach(
         faults += [*tied.parted(peft_model, lora), *tokens.faults(peft_model, wanted.tokens, name)]
         faults = [*planning.compare(peft_model, wanted), *faults, *trial.faults(peft_model, probe)]
         refuse(AdapterError, "PEFT did not do what was declared", faults)
+        trial.refuse_without_effect(peft_model, name, probe)
     release_originals(peft_model)
     return peft_model
 

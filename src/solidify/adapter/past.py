@@ -35,11 +35,7 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
             holders.setdefault(id(parameter), []).append(part)
     for mode, words in MODES.items():
         with ExitStack() as stack:
-            stack.enter_context(_kept(model))
-            stack.enter_context(calling.buffers_kept(model))
-            stack.enter_context(calling.chance_kept())
-            stack.enter_context(anatomy.evaluation(model))
-            stack.enter_context(anatomy.caches_off(model))
+            stack.enter_context(kept(model))
             stack.enter_context(torch.enable_grad())
             leaves = {name: stack.enter_context(_called_outside(each, holders)) for name, each in layers.items()}
             model.train(mode)
@@ -52,8 +48,20 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Gives the modules back the attributes that they had."""
+def kept(model: nn.Module) -> Iterator[None]:
+    """Has a model run without caches, and gives it back its modes, buffers and attributes, and the random numbers."""
+    with (
+        _attributes_kept(model),
+        calling.buffers_kept(model),
+        calling.chance_kept(),
+        anatomy.evaluation(model),
+        anatomy.caches_off(model),
+    ):
+        yield
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
     before = [(part, dict(vars(part))) for part in model.modules()]
     try:
         yield
@@ -120,7 +128,7 @@ def _hooked(part: nn.Module, called: Collection[nn.Module], identities: set[int]
 
 def _walk_graph(output: Any) -> Iterator[int]:
     """Yields the identities of the tensors that the graph of an output ends in."""
-    waiting = [tensor.grad_fn for tensor in _walk_tensors(output)]
+    waiting = [tensor.grad_fn for tensor in walk_tensors(output)]
     seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
@@ -132,12 +140,13 @@ def _walk_graph(output: Any) -> Iterator[int]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def _walk_tensors(value: Any) -> Iterator[torch.Tensor]:
+def walk_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors of an output, whatever they are nested in."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for each in value.values():
-            yield from _walk_tensors(each)
+            yield from walk_tensors(each)
     elif isinstance(value, (tuple, list)):
         for each in value:
-            yield from _walk_tensors(each)
+            yield from walk_tensors(each)

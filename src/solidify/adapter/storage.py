@@ -32,6 +32,7 @@ from solidify.adapter import (
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import release_originals, train_parameters, without_heads
 from solidify.artifact import autos, cards, loading, quantizing, stock
+from solidify.behaviour import calling
 from solidify.directory import manifest, packages, results, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError, refuse
@@ -224,8 +225,9 @@ def _inject(
     configuration.inference_mode = not trainable
     configuration.task_type = without_heads(configuration.task_type)
     bare, moved = record.trained["parameters"], record.trained.get("buffers", [])
-    trial.refuse_read_past(model, record.trained["lora"], *trial.inputs(model))
-    with transaction(existing if existing is not None else model, Extent.of(model)):
+    probe = trial.inputs(model)
+    trial.refuse_read_past(model, record.trained["lora"], probe)
+    with calling.chance_kept_at_failure(), transaction(existing if existing is not None else model, Extent.of(model)):
         puts = foreign.calling(f"PEFT refuses the adapter {named}", AdapterError)
         with puts, patterns.without_false_alarms(configuration):
             if existing is None:
@@ -251,6 +253,7 @@ def _inject(
             f"{named} was not loaded completely",
             adapter_tensors.load_faults(peft_model, state, name, moved),
         )
+        trial.refuse_without_effect(peft_model, name, probe)
     peft_model.base_model.note_failed(name, record.failed)
     release_originals(peft_model)
     return peft_model.train(trainable)

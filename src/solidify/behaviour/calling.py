@@ -133,6 +133,17 @@ def chance_kept() -> Iterator[None]:
         put_random_states(before)
 
 
+@contextmanager
+def chance_kept_at_failure() -> Iterator[None]:
+    """Gives random numbers back as they were if the block raises."""
+    before = random_states()
+    try:
+        yield
+    except BaseException:
+        put_random_states(before)
+        raise
+
+
 def _accelerator_in_use() -> Any:
     """Returns the module of torch of an accelerator on which something has been done (`torch.cuda`); None for none."""
     device = torch.accelerator.current_accelerator()

@@ -59,3 +59,83 @@ class Counting(Called):
     def rise(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += self.training
         return self.up(x)
+
+
+class ByData(Called):
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.up.weight.data)
+
+
+class WithoutGradients(Called):
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            weight = F.normalize(next(self.up.parameters()))
+        return F.linear(x, weight)
+
+
+class ByNumber(Called):
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 4)) * next(self.up.parameters()).norm().item()
+
+
+class ByNumpy(Called):
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.from_numpy(next(self.up.parameters()).detach().numpy()).t()
+
+
+class WhereNothingLearns(Called):
+    """Calls the layer where gradients are on, and computes with its weight elsewhere."""
+
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return self.up(x)
+        return F.linear(x, next(self.up.parameters()), self.up.bias)
+
+
+class InTrainingByData(Called):
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, next(self.up.parameters()).data) if self.training else self.up(x)
+
+
+class Gated(Called):
+    """A branch that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.gate * self.down(F.relu(self.rise(x))))
+
+
+class Skipping(Called):
+    """Asks the weight for its dtype, and leaves the layer out in evaluation."""
+
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.up.weight.dtype)
+        return self.up(x) if self.training else F.pad(x, (0, 4))
+
+
+class Unreached(Called):
+    """Experts in a list, of which the inputs reach the first alone; the second is `up`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = x.new_zeros(len(x), 8)
+        for number, expert in enumerate((self.first, self.up)):
+            rows = (x[:, 0] > 100).long() == number
+            if rows.any():
+                outputs[rows] = expert(x[rows].to(self.up.weight.dtype))
+        return outputs
+
+
+class Choosing(Called):
+    """A router that chooses without a gradient: an update moves the output, and learns nothing."""
+
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            chosen = self.up(x).argmax(-1)
+        return F.one_hot(chosen, 8).to(x.dtype)
