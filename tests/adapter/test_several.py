@@ -297,3 +297,27 @@ def test_what_failed_of_an_adapter_is_its_own(wrapped_artifact: Path, tmp_path: 
     assert failed("two") == ["a check of two"]
     model.add_weighted_adapter(["one", "two and one"], [0.5, 0.5], "again", combination_type="linear")
     assert failed("again") == ["a check of two", "a check of one"]
+
+
+@pytest.mark.parametrize("other", [Q, V])
+@pytest.mark.parametrize("way", ["modules", "no lora"])
+def test_the_plain_model_inside_is_not_taken_for_one_without_adapters(
+    wrapped_artifact: Path, tmp_path: Path, way: str, other: str
+) -> None:
+    plain = solidify.load(wrapped_artifact)
+    model = perturb(solidify.attach(plain, name="one", **WAYS[way]), 1)
+    solidify.save_adapter(model, tmp_path / "one", name="one")
+    expected, keys = logits(model), {*plain.state_dict()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    words = r"plain one inside a PeftModel \(of the adapter 'one'\).*give the PeftModel that `attach`"
+    for inside in (plain, model.base_model):
+        with pytest.raises(AdapterError, match=words):
+            solidify.attach(inside, name="two", lora={"r": 2, "target_modules": [other]})
+        with pytest.raises(AdapterError, match=words):
+            solidify.load_adapter(inside, tmp_path / "one", name="two")
+    assert torch.equal(logits(model), expected) and {*plain.state_dict()} == keys
+    assert all(p is q for p, q in zip(trained, (p for p in model.parameters() if p.requires_grad), strict=True))
+    assert [*model.peft_config] == ["one"] and model.active_adapter == "one"
+    apart = {"lora": {"r": 2, "target_modules": [V]}}
+    assert [*solidify.attach(model, name="two", **apart).peft_config] == ["one", "two"]
+    assert isinstance(solidify.attach(model.unload(), lora={"r": 2, "target_modules": [V]}), PeftModel)

@@ -62,9 +62,8 @@ def attach(
             trainable than was declared. The model is then as it was, as after any other exception.
     """
     keep_as_quantized(model)
+    together.refuse_taken(model, name)
     existing = lookup.peft_model(model)
-    if existing is not None and name in existing.peft_config:
-        raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
     base = base_state.find(model)
     if base is not None:
         base_state.refuse_changed(model, base)

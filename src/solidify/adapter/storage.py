@@ -186,22 +186,16 @@ def load_adapter(
 
 def _put_on(model: nn.Module, directory: Path, record: Manifest, name: str, *, trainable: bool) -> PeftModel:
     """Puts an adapter, whose files were compared with its manifest, on a model."""
+    together.refuse_taken(model, name)
     refuse_wrong_base(model, record, directory)
-    _refuse_taken(model, name)
     base_state.refuse_changed(model, base_state.require(model))
     return _inject(model, directory, record, name, trainable=trainable)
-
-
-def _refuse_taken(model: nn.Module, name: str) -> None:
-    existing = lookup.peft_model(model)
-    if existing is not None and name in existing.peft_config:
-        raise AdapterError(f"the model already has an adapter {name!r}; give this one another name")
 
 
 def _put_plain(model: nn.Module, directory: Path, name: str, *, trainable: bool, layout: str | None) -> PeftModel:
     """Puts an adapter that plain PEFT wrote on a model, and says what nothing tells of it."""
     foreign_adapter.require_weights(directory)
-    _refuse_taken(model, name)
+    together.refuse_taken(model, name)
     if (base := base_state.find(model)) is not None:
         base_state.refuse_changed(model, base)
     with expert_files.in_own_layout(directory, model, layout) as own:

@@ -1,4 +1,4 @@
-"""Which adapters can stand on one model: what one trains in full, another may not train a part of."""
+"""Which adapters can stand on one model: each has a name, and what one trains in full, another trains no part of."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from collections.abc import Sequence
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
 from solidify.adapter import lookup, tokens
 from solidify.errors import AdapterError, refuse
-from solidify.upstream.peft import layer_adapters
+from solidify.upstream.peft import layer_adapters, wrapped_adapters
+
+
+def refuse_taken(model: nn.Module, name: str) -> None:
+    """Refuses a model that cannot take an adapter of this name.
+
+    Raises:
+        AdapterError: it has one of that name, or it is the plain model inside a PeftModel, which knows the adapters.
+    """
+    existing = lookup.peft_model(model)
+    if existing is None:
+        if held := _find_held(model):
+            raise AdapterError(
+                f"the model is the plain one inside a PeftModel (of the adapter {', '.join(map(repr, sorted(held)))}), "
+                "which alone knows what stands on it; give the PeftModel that `attach` or `load_adapter` returned"
+            )
+    elif name in existing.peft_config:
+        raise AdapterError(f"the model already has an adapter {name!r}; give the new one another name")
+
+
+def _find_held(model: nn.Module) -> set[str]:
+    """Names the adapters of which a module of a model has a part."""
+    found: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            found |= {*layer_adapters(module)}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            found |= {*wrapped_adapters(module)}
+    return found
 
 
 def refuse_overlaps(
