@@ -200,6 +200,26 @@ def many(length: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": pico.tokens(1, length, seed=seed)} for seed in range(4)]
 
 
+def padded(*rows: int) -> dict[str, torch.Tensor]:
+    """A batch of which some of two rows are all padding."""
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[list(rows)] = 0
+    return {"input_ids": pico.tokens(2), "attention_mask": mask}
+
+
+def test_corda_leaves_out_a_row_that_is_all_padding() -> None:
+    rows = [padded(1)], [{key: value[:1] for key, value in padded(1).items()}]
+    one, other = (solidify.attach(pico.llama(), lora=declared("corda"), batches=each) for each in rows)
+    pairs = zip(layers(one).values(), layers(other).values(), strict=True)
+    assert all(torch.equal(a, b) for pair in pairs for a, b in zip(*map(factors, pair), strict=True))
+
+
+@pytest.mark.parametrize("rank", [{"r": 16}, {"r": 40, "rank_pattern": {Q: 16, LAST: 16}}])
+def test_the_largest_rank_that_lora_ga_can_start_with_is_taken(rank: dict[str, Any]) -> None:
+    attached = solidify.attach(pico.llama(), lora={**declared("lora_ga"), **rank}, batches=batches())
+    assert {len(factors(layer)[0]) for layer in layers(attached).values()} == {16}
+
+
 @pytest.mark.parametrize(
     ("start", "given", "data", "words"),
     [
@@ -223,7 +243,16 @@ def many(length: int) -> list[dict[str, torch.Tensor]]:
         ("eva", {"target_modules": ["model.embed_tokens"]}, batches, "(Embedding) does not support the start 'eva'"),
         ("eva", {"use_bdlora": {"nblocks": 2}}, batches, "use_bdlora and init_lora_weights='eva' cannot be combined"),
         ("pissa", {"eva_config": {"rho": 1.0}}, None, "eva_config belongs to the start 'eva'"),
-        ("corda", {"r": 40}, batches, "PEFT finds no start 'corda' on these batches"),
+        ("corda", {"r": 33}, batches, "CorDA takes 33 directions (the rank) of the weight of model.layers.0.self_"),
+        ("lora_ga", {"r": 17}, batches, "LoRA-GA takes 34 directions (twice the rank 17) of the gradient of model."),
+        (
+            "eva",
+            {"r": 17, "eva_config": {"rho": 2.0}},
+            batches,
+            "EVA looks for 34 directions (the rank 17 times eva_config's rho) in what model.layers.0.self_attn.q_proj "
+            "reads, which has 32; give a lower r, or a lower rho in eva_config",
+        ),
+        ("corda", {}, lambda: [padded(0, 1)], "the start 'corda' is made from data, and every row of `batches` is all"),
         (
             "lora_ga",
             {},

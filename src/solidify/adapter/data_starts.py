@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,7 @@ def prepare(
     given = [_move_batch(batch, next(plain.parameters()).device) for batch in given]
     paths = _find_paths(model, plain, targets)
     configuration = _build_probe(lora, paths, start)
+    refuse(AdapterError, _TITLE, _find_rank_faults(plain, configuration, paths, start))
     with _left_as_it_was(model, plain):
         with foreign.calling("the model does not run on the first of `batches`", AdapterError):
             _refuse_idle(plain.eval(), paths, given[0])
@@ -120,6 +121,26 @@ def _build_probe(lora: Mapping[str, Any], paths: Mapping[str, str], start: str) 
             init_lora_weights=start,
             **settings(lora, start),
         )
+
+
+def _find_rank_faults(plain: nn.Module, probe: LoraConfig, paths: Mapping[str, str], start: str) -> Iterator[str]:
+    """Yields which targets have fewer directions than a start takes for their rank."""
+    for path, name in paths.items():
+        module: Any = plain.get_submodule(path)
+        rank = probe.rank_pattern.get(patterns.exactly(path), probe.r)
+        conv = isinstance(module, Conv1D)
+        sizes = tuple(module.weight.shape) if conv else (module.in_features, module.out_features)
+        if start == "eva":
+            need, has, remedy = round(rank * probe.eva_config.rho), sizes[0], "a lower r, or a lower rho in eva_config"
+            what = f"EVA looks for {need} directions (the rank {rank} times eva_config's rho) in what {name} reads"
+        elif start == "lora_ga":
+            need, has, remedy = 2 * rank, min(sizes), "a lower r"
+            what = f"LoRA-GA takes {need} directions (twice the rank {rank}) of the gradient of {name}"
+        else:
+            need, has, remedy = rank, min(sizes), "a lower r"
+            what = f"CorDA takes {need} directions (the rank) of the weight of {name}"
+        if need > has:
+            yield f"LoRA: {what}, which has {has}; give {remedy} (or `rank_pattern` for this layer)"
 
 
 def settings(lora: Mapping[str, Any], start: str) -> dict[str, Any]:
@@ -206,10 +227,12 @@ def _limited(steps: int) -> Callable[[Any, Batch], Any]:
 def _find_corda(plain: Any, probe: LoraConfig, paths: Mapping[str, str], batches: Sequence[Batch]) -> DataStart:
     def run() -> None:
         """Runs the model, as PEFT asks for it."""
-        for batch in batches:
-            for row in _split_rows(batch):
-                plain(**row)
+        for row in rows:
+            plain(**row)
 
+    rows = [row for batch in batches for row in _split_rows(batch)]
+    if not rows:
+        raise AdapterError("LoRA: the start 'corda' is made from data, and every row of `batches` is all padding")
     preprocess_corda(plain, probe, run_model=run)
     return DataStart(
         layer={name: ("eigens", vars(plain.get_submodule(path)).pop("eigens")) for path, name in paths.items()}
@@ -217,7 +240,10 @@ def _find_corda(plain: Any, probe: LoraConfig, paths: Mapping[str, str], batches
 
 
 def _split_rows(batch: Batch) -> Iterable[dict[str, Any]]:
-    """Yields each row of a batch without its padding: CorDA's sums take one row, and all of its positions."""
+    """Yields each row of a batch without its padding: CorDA's sums take one row, and all of its positions.
+
+    A row that is all padding is left out.
+    """
     size = max(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
     mask = batch.get("attention_mask")
     for place in range(size):
@@ -230,6 +256,8 @@ def _split_rows(batch: Batch) -> Iterable[dict[str, Any]]:
         }
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             kept = mask[place].bool()
+            if not kept.any():
+                continue
             row = {
                 key: value[:, kept] if isinstance(value, torch.Tensor) and value.shape == (1, len(kept)) else value
                 for key, value in row.items()
