@@ -190,6 +190,27 @@ def test_one_block_alone_comes_back_too(family: str, tmp_path: Path) -> None:
     assert torch.equal(experts.logits(solidify.load(tmp_path / "artifact").eval(), ids), expected)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v4", *SELDOM])
+def test_blocks_may_differ_in_how_many_experts_they_have(family: str, tmp_path: Path) -> None:
+    """What transformers cannot record then, the logits of all routers together, says nothing of the rest."""
+    model, ids = opinionated(family, 8, torch.float32), experts.tokens()
+    counts = dict(zip(blocks(model), (8, 6, 5), strict=False))
+    edits = solidify.rearrange_experts(model, list(counts), {name: list(range(n)) for name, n in counts.items()})
+    assert {edit.name: edit.arguments["order"] for edit in edits} == {n: list(range(c)) for n, c in counts.items()}
+    expected = experts.logits(model, ids)
+    solidify.build(model, edits, tmp_path / "artifact")
+    assert torch.equal(experts.logits(solidify.load(tmp_path / "artifact").eval(), ids), expected)
+
+
+def test_a_number_a_token_that_a_familys_code_does_not_take_is_told() -> None:
+    """LongCat-Flash squeezes the axis of a token's experts, where there is one."""
+    model = opinionated("longcat_flash", 8, torch.float32)
+    before = experts.logits(model, experts.tokens())
+    with pytest.raises(SurgeryError, match=r"with 1 of these experts a token .* give another experts_per_token"):
+        solidify.rearrange_experts(model, blocks(model), experts_per_token=1)
+    assert torch.equal(experts.logits(model, experts.tokens()), before)
+
+
 def test_a_table_says_nothing_of_another_number_a_token() -> None:
     model = opinionated("deepseek_v4", 8)
     names = blocks(model)

@@ -150,14 +150,16 @@ def _run_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Ten
     flags = [key for key in RECORDS if _can_record(watched, key)]
     found = None
     if not watched.leave:
-        for asked in dict.fromkeys((tuple(flags), ("hidden_states",), ("router_logits",))):
-            wanted = {f"output_{key}": True for key in asked if key in flags}
-            found = watched.try_call(reading, asked[0] if asked else "", inputs, rows=1 if alone else None, **wanted)
-            if found is not None:
-                reading.recorded |= {k: v for k, v in found.recorded.items() if k in asked}
-                break
-        error = reading.errors.pop("hidden_states", "")  # of all that were asked for at once
-        reading.errors |= {key: error for key in flags if error and key not in reading.recorded}
+        for asked in (flags, *([key] for key in flags)):  # all at once; if that fails, it says nothing of each
+            wanted = {f"output_{key}": True for key in asked}
+            each = watched.try_call(reading, asked[0], inputs, rows=1 if alone else None, **wanted)
+            if each is not None:
+                reading.recorded |= {k: v for k, v in each.recorded.items() if k in asked}
+                found = found or each
+            if asked is flags:
+                if each is not None:
+                    break
+                reading.errors.pop(asked[0], None)
     if found is None:
         found = watched.try_call(reading, "rows", inputs, rows=1 if alone else None)
     if alone and found is not None:

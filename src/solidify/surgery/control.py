@@ -153,10 +153,13 @@ def take_whole(model: PreTrainedModel, extent: Extent) -> Control:
     return dataclasses.replace(before, reading=reading, output=output)
 
 
-def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorded: Collection[str] = ()) -> bool:
+def judge_whole(
+    model: PreTrainedModel, before: Control, what: str, *, unrecorded: Collection[str] = (), advice: str = ""
+) -> bool:
     """Returns whether the model computes what it did before; refuses what no rearrangement may bring about.
 
-    How many outputs are recorded may change; that none are, of the `unrecorded` kinds alone.
+    How many outputs are recorded may change; that none are, of the `unrecorded` kinds alone. `advice` says what to do
+    where the model does not run.
 
     Raises:
         SurgeryError: it does not run, or does not behave as before.
@@ -166,7 +169,7 @@ def judge_whole(model: PreTrainedModel, before: Control, what: str, *, unrecorde
     with anatomy.sparing(model):
         output = foreign.attempt(anatomy.run, model, before.inputs)
     if output.error is not None:
-        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}")
+        raise SurgeryError(f"with {what} the model does not run: {foreign.said(output.error)}{advice}")
     assert output.value is not None
     old = before.output
     if old is not None and output.value.shape != old.shape:

@@ -106,7 +106,8 @@ def change(
             new |= expert_tables.rewrite(blocks[name], plans[name], numbers[name])
             edits.append(_change_one(model, name, settings[name], choice or merging, new, extent))
         unrecorded = ("router_logits",) if mixed else ()  # transformers balances the load over equal blocks alone
-        identical = control.judge_whole(model, before, "these experts", unrecorded=unrecorded)
+        what, advice = _describe(chosen)
+        identical = control.judge_whole(model, before, what, unrecorded=unrecorded, advice=advice)
         if same:
             _refuse_moved(model, before, same, [f for plan in plans.values() for f in plan.get("further", {}).values()])
     probed = before.inputs is not None
@@ -125,6 +126,14 @@ def _plan_one(model: PreTrainedModel, name: str, order: list[int], chosen: Mappi
 
 def _renumber(plan: Mapping[str, Any]) -> list[list[int]]:
     return expert_tables.places(plan["order"], plan["size"])
+
+
+def _describe(chosen: Mapping[str, int] | None) -> tuple[str, str]:
+    """Returns what a model got, in words, and what to do where its own code does not take it."""
+    if chosen is None:
+        return "these experts", ""
+    numbers = " or ".join(map(str, sorted({*chosen.values()})))
+    return f"{numbers} of these experts a token", "; its code does not take that number: give another experts_per_token"
 
 
 def _describe_silent(name: str) -> str:
