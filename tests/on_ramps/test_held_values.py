@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ KEPT: dict[str, Any] = {
     "no flag": held_nets.Ways(0),
     "ordered": collections.OrderedDict(b=1, a=2),
     "nested": held_nets.nest(50),
+    "row": held_nets.Row([1, [2]]),
 }
 
 
@@ -46,6 +48,12 @@ def list_kinds(value: Any) -> Any:
     return type(value).__name__, getattr(value, "value", value)
 
 
+def test_what_is_not_a_number_comes_back(tmp_path: Path) -> None:
+    """It is not equal to itself; the fresh process took it for another value."""
+    solidify.build(solidify.wrap(held_nets.Held(5, float("nan")), {"inputs": X}), [], tmp_path / "net")
+    assert math.isnan(solidify.load(tmp_path / "net").module.value)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a module of Python": (functional, r"module\.value is module, which config.json cannot hold"),
     "another": (np, r"module\.value is module, which config.json cannot hold"),
@@ -54,6 +62,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an operator": (torch.ops.aten.relu, r"module\.value is .* which config.json cannot hold"),
     "a mapping with a default": (collections.defaultdict(list), r"module\.value is defaultdict, which config.json"),
     "a mapping that counts": (collections.Counter("aab"), r"module\.value is Counter, which config.json cannot hold"),
+    "half a character": ("a\ud800b", r"module\.value is 'a.ud800b', which has half a character in it"),
+    "half a character as a key": ({"a\ud800b": 1}, r"module\.value is 'a.ud800b', which has half a character in it"),
+    "a list that remembers": (held_nets.remember(), r"module\.value is \[1\] \(Row\), and \[1\] \(list\)"),
     "a view": (types.MappingProxyType({"a": 1}), r"module\.value is mappingproxy, which config.json cannot hold"),
 }
 

@@ -72,11 +72,15 @@ def test_a_refused_module_is_as_it_was() -> None:
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")  # torch's
 def test_complex_parameters_that_learn_are_refused(tmp_path: Path) -> None:
     """transformers loads them frozen."""
-    model = solidify.wrap(trained_nets.Spectral(), {"inputs": X})
-    with pytest.raises(ArtifactError, match=r"module\.scale is a complex parameter, which transformers loads frozen"):
-        solidify.build(model, [], tmp_path / "net")
-    model.module.scale.requires_grad_(False)
-    frozen = solidify.wrap(model.module, {"inputs": X})
+    words, module = r"module\.scale is a complex parameter, which transformers loads frozen", trained_nets.Spectral()
+    with pytest.raises(ModelError, match=words):
+        solidify.wrap(module, {"inputs": X})
+    module.scale.requires_grad_(False)
+    frozen = solidify.wrap(module, {"inputs": X})
+    module.scale.requires_grad_(True)
+    with pytest.raises(ArtifactError, match=words):
+        solidify.build(frozen, [], tmp_path / "net")
+    module.scale.requires_grad_(False)
     assert not solidify.build(frozen, [], tmp_path / "net").manifest.failed
 
 

@@ -255,13 +255,17 @@ def _collect_state(model: Any, known_as: Any, module_names: list[str]) -> dict[s
 
 
 def _compare_state(found: dict[str, Any], wanted: dict[str, Any], digest: Any, *, additional: bool) -> dict[str, Any]:
-    equal = {name for name, value in found.items() if name in wanted and digest(value) == wanted[name]}
+    equal = {name for name, value in found.items() if name in wanted and _is_same(digest(value), wanted[name])}
     return {
         "absent": sorted(name for name in wanted if name not in found),
         "additional": sorted(name for name in found if name not in wanted) if additional else [],
         "different": sorted(name for name in found if name in wanted and name not in equal),
         "equal": len(equal),
     }
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return bool(value == other) or (value != value and other != other)  # not a number
 
 
 def _compare_outputs(certificate: Path, model: Any, kind: str, whole: bool, behaviour: Any) -> dict[str, Any]:

@@ -14,14 +14,16 @@ from torch.nn.utils import parametrize
 from solidify.model import anatomy
 from solidify.model.operations import list_marks, shared_keys
 from solidify.system import foreign
-from solidify.upstream.torch import TENSOR_HOOKS, own_buffers, unsaved_buffers
+from solidify.upstream.torch import TENSOR_HOOKS, own_buffers, own_parameters, unsaved_buffers
+from solidify.weights.format import DTYPES
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_UNKEPT = "which weight files do not hold"
 
 
 def find_faults(module: nn.Module, within: str) -> list[str]:
     """Says why a module cannot be wrapped as it stands; `within` is the name that it will have."""
-    if faults := [*_find_lazy(module, within), *_find_parametrized(module, within)]:
+    if faults := [*_find_lazy(module, within), *_find_parametrized(module, within), *find_unstorable(module, within)]:
         return faults
     with anatomy.evaluation(module):
         module.train().eval()  # what is kept from one call to the next in evaluation alone is let go
@@ -53,6 +55,48 @@ def _find_parametrized(module: nn.Module, within: str) -> Iterator[str]:
                 f"module after torch.nn.utils.parametrize.remove_parametrizations({where}, {key!r}), or write the "
                 "computation into a module of your own"
             )
+
+
+def find_unstorable(module: nn.Module, within: str) -> Iterator[str]:
+    """Names tensors that no file brings back: what the state holds, and what cannot be compared, wherever it is."""
+    for name, part in module.named_modules():
+        saved = {key: held for key, held in own_buffers(part).items() if key not in unsaved_buffers(part)}
+        saved |= own_parameters(part)
+        values = {key: value for key, value in vars(part).items() if key not in _OF_EVERY_MODULE}
+        for key, value in {**values, **own_buffers(part), **saved}.items():
+            where = f"{within}.{name}.{key}".replace("..", ".")
+            tensors = [tensor for tensor in _walk_tensors(value, set()) if not is_lazy(tensor)]
+            said = [
+                words for tensor in tensors if (words := _say_strange(tensor) or _say_unsaved(tensor, key in saved))
+            ]
+            if said:
+                yield f"{where} {'is' if isinstance(value, torch.Tensor) else 'holds'} {said[0]}"
+
+
+def _say_strange(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:
+        return f"a nested tensor, {_UNKEPT}; keep its values and its offsets, and make it of them in forward"
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        return f"a sparse tensor ({layout}), {_UNKEPT}; keep its values and its indices, and make it of them in forward"
+    return ""
+
+
+def _say_unsaved(tensor: torch.Tensor, saved: bool) -> str:
+    """Says why a tensor of a state is not saved, or not loaded as it is."""
+    if not saved:
+        return ""
+    if tensor.is_meta:
+        return "a tensor without values (on the meta device); fill it first"
+    if tensor.is_quantized:
+        return f"a quantised tensor ({tensor.dtype}), {_UNKEPT}; keep whole numbers and a scale, or dequantize() it"
+    if isinstance(tensor, nn.Parameter) and tensor.is_complex() and tensor.requires_grad:
+        return "a complex parameter, which transformers loads frozen; hold it as real numbers (torch.view_as_real)"
+    if tensor.dtype not in DTYPES.values():
+        return f"a tensor of {tensor.dtype}, {_UNKEPT}; keep it in another dtype"
+    if tensor.is_conj() or tensor.is_neg():
+        return "conjugated or negated as it is read (a view); make it one of its own: resolve_conj().resolve_neg()"
+    return ""
 
 
 def _find_tensor_faults(module: nn.Module, within: str) -> Iterator[str]:
@@ -137,7 +181,8 @@ def _find_aliases(module: nn.Module, within: str) -> Iterator[str]:
         for key, value in vars(part).items():
             if key in _OF_EVERY_MODULE or (key == "_flat_weights" and isinstance(part, nn.RNNBase)):  # torch keeps it
                 continue
-            held = next((registered[m] for t in _walk_tensors(value, set()) if (m := _memory_of(t)) in registered), "")
+            tensors = [tensor for tensor in _walk_tensors(value, set()) if tensor.numel()]
+            held = next((registered[m] for tensor in tensors if (m := _memory_of(tensor)) in registered), "")
             if held:
                 where = f"{within}.{name}.{key}".replace("..", ".")
                 yield (
@@ -156,8 +201,7 @@ def _walk_tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
             continue
         seen.add(id(each))
         if isinstance(each, torch.Tensor):
-            if each.numel() and not each.is_meta:
-                yield each
+            yield each
         elif isinstance(each, Mapping):
             waiting += each.values()
         elif isinstance(each, (list, tuple, set, frozenset)):

@@ -28,6 +28,8 @@ from solidify.surgery.dissecting import dissect, keep_tensors, unsaved_tensors
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.encoding import Classes
 from solidify.system import foreign
+from solidify.upstream.torch import own_buffers, unsaved_buffers
+from solidify.weights.format import same_bits
 
 NAME = "module"  # where it stands in the model
 _KINDS: dict[str, type[wrapped_module.Wrapped]] = {
@@ -74,8 +76,10 @@ def wrap(
             f"{type(module).__name__} has no parameters of real numbers, and a model of transformers has some"
         )
     name, given = _read_example(example_inputs)
-    before = _call(module, given)
-    tree, classes, note = _describe(module, given, before, arguments)
+    with _laid_out(module):
+        before = _call(module, given)
+        refuse(ModelError, f"{type(module).__name__} cannot be wrapped", _find_counting(module, given))
+        tree, classes, note = _describe(module, given, before, arguments)
     config = wrapped_module.WrappedConfig(
         example_inputs=_describe_input(name, given, anatomy.main_dtype(module)),
         num_labels=before.shape[-1] if before.ndim == 2 else 1,
@@ -140,6 +144,56 @@ def _call(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
     return outcome.value
 
 
+@contextmanager
+def _laid_out(module: nn.Module) -> Iterator[None]:
+    """Has the tensors of a state lie in memory as a file brings them back, row by row, where the block does not raise.
+
+    Torch multiplies a transposed matrix in another order, and rounds otherwise.
+    """
+    buffers = [
+        held for part in module.modules() for k, held in own_buffers(part).items() if k not in unsaved_buffers(part)
+    ]
+    tensors = [each for each in (*module.parameters(), *buffers) if each is not None and not each.is_contiguous()]
+    moved = [(tensor, tensor.data) for tensor in tensors]
+    for tensor, data in moved:
+        tensor.data = data.contiguous()
+    try:
+        yield
+    except BaseException:
+        for tensor, data in moved:
+            tensor.data = data
+        raise
+
+
+def _find_counting(module: nn.Module, given: torch.Tensor) -> list[str]:
+    """Names what another call in evaluation changes and no artifact brings back; it is put back."""
+    parts = {f"{NAME}.{name}".rstrip("."): part for name, part in module.named_modules()}
+    numbers = {name: _read_numbers(part) for name, part in parts.items()}
+    parameters = {f"{NAME}.{key}": (p, p.detach().clone()) for key, p in module.named_parameters()}
+    _call(module, given)
+    counted = [
+        (part, key, before, f"{name}.{key}")
+        for name, part in parts.items()
+        for key, before in numbers[name].items()
+        if not foreign.attempt(lambda now, then: bool(now == then), vars(part).get(key), before).value
+    ]
+    written = [(p, before, key) for key, (p, before) in parameters.items() if not same_bits(p.detach(), before)]
+    for part, key, number, _ in counted:
+        vars(part)[key] = number
+    for parameter, values, _ in written:
+        parameter.data.copy_(values)
+    return [
+        f"{name} changes whenever the module is called in evaluation; keep it in a buffer (register_buffer), which "
+        "comes back as it was"
+        for name in (*(where for *_, where in counted), *(key for *_, key in written))
+    ]
+
+
+def _read_numbers(part: nn.Module) -> dict[str, Any]:
+    held = vars(part).items()
+    return {k: v for k, v in held if type(v) in (bool, int, float, str) and not k.startswith("_") and v == v}
+
+
 def _describe(
     module: nn.Module, given: torch.Tensor, before: torch.Tensor, arguments: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], Classes, str]:
@@ -161,7 +215,7 @@ def _describe(
     unlike = classes.faults
     if not unlike:
         undo = keep_tensors(module)
-        unlike = _unlike(module, tree, classes, given, before)
+        unlike = [*unfit.find_unstorable(module, NAME)] or _unlike(module, tree, classes, given, before)
         if unlike:
             undo()
     lost = [f"{NAME}.{key} is a tensor that its state does not hold" for key in unsaved]

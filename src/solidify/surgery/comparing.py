@@ -92,7 +92,10 @@ def _compare_held(module: nn.Module, again: nn.Module, within: str) -> Iterator[
             a, b = first.get(key, _MISSING), second.get(key, _MISSING)
             same = foreign.attempt(comparison.are_same, a, b).value  # classes may raise when they are compared
             if not same and not (key == "forward" and a is _MISSING):
-                yield f"{where}.{key}", f"{where}.{key} is {_show(a)}, and {_show(b)}"
+                words = [_show(a), _show(b)]
+                if words[0] == words[1]:
+                    words = [f"{text} ({type(value).__qualname__})" for text, value in zip(words, (a, b), strict=True)]
+                yield f"{where}.{key}", f"{where}.{key} is {words[0]}, and {words[1]}"
 
 
 def _read_held(part: Any) -> dict[str, Any]:

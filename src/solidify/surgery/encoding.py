@@ -93,6 +93,9 @@ def _encode_value(where: str, value: Any, classes: Classes, describe: Describe, 
             if member
             else _made_of(value.value, value, classes)
         )
+    if isinstance(value, str) and not _is_text(value):
+        classes.faults.append(f"{where} is {value!r}, which has half a character in it, and is no text for config.json")
+        return None
     if type(value) in PLAIN:
         return value
     if isinstance(value, np.generic) and type(value.item()) in PLAIN:
@@ -129,6 +132,11 @@ def _made_of(plain: Any, value: Any, classes: Classes) -> dict[str, Any]:
     return {"class": classes.number(type(value)), "tuple": [plain], "named": True}
 
 
+def _is_text(value: str) -> bool:
+    """Returns whether all of a text can be written: half a character (a lone surrogate) cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _has_attributes(value: Any) -> bool:
     return bool(getattr(value, "__dict__", None))
 
@@ -141,9 +149,15 @@ def _is_made_of_pairs(value: Mapping[Any, Any]) -> bool:
     return made is not None and list(made.items()) == list(value.items()) and not _has_attributes(value)
 
 
+def _is_made_of_items(value: list[Any]) -> bool:
+    """Returns whether a class of lists makes the same of the items, and it holds nothing besides."""
+    made = foreign.attempt(type(value), list(value)).value
+    return made is not None and list(made) == list(value) and not _has_attributes(value)
+
+
 def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> Any:
     row = [inner(each) for each in value]
-    if isinstance(value, list) or not classes.exact:
+    if not classes.exact or type(value) is list or (isinstance(value, list) and not _is_made_of_items(value)):
         return row
     if type(value) is tuple:
         return {"tuple": row}
@@ -153,7 +167,7 @@ def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> An
 
 def _encode_mapping(value: Mapping[Any, Any], classes: Classes, inner: Callable[[Any], Any]) -> Any:
     plain = type(value) is dict
-    ordered = all(type(key) is str for key in value) and list(value) == sorted(value)
+    ordered = all(type(key) is str and _is_text(key) for key in value) and list(value) == sorted(value)
     if plain and ordered:  # files sort the keys of a mapping
         return {"mapping": {key: inner(each) for key, each in value.items()}}
     pairs = {"pairs": [[inner(key), inner(each)] for key, each in value.items()]}

@@ -45,3 +45,14 @@ def nest(depth: int) -> list[Any]:
     for _ in range(depth):
         value = [value]
     return value
+
+
+class Row(list[Any]):
+    """A list of a class of its own."""
+
+
+def remember() -> Row:
+    """A list that holds more than its items."""
+    row = Row([1])
+    row.note = "x"  # type: ignore[attr-defined]
+    return row
