@@ -40,7 +40,10 @@ OBJECTS = (  # of the libraries, what the package holds in its hands
     "accelerate.Accelerator",
     "accelerate.data_loader.DataLoaderShard",
 )
-PUBLIC = {"_fields": "Python's documentation promises it for named tuples"}  # private by its underscore alone
+PUBLIC = {  # private by their underscore alone
+    "_fields": "Python's documentation promises it for named tuples",
+    "_exit": "Python's documentation has it, in `os`",
+}
 DOCUMENTED = {  # though no package exports them
     "peft.tuners.tuners_utils.BaseTuner": "PEFT's reference, page `tuners`",
     "peft.tuners.tuners_utils.BaseTunerLayer": "likewise",
