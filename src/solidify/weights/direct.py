@@ -20,7 +20,7 @@ from types import TracebackType
 from solidify.errors import ArtifactError
 
 LARGE = 2**29  # bytes; files from this size on are read and written past the cache
-STEP = 2**23  # bytes that the disk is asked for at a time
+STEP = 2**25  # bytes that the disk is asked for at a time
 _BLOCK = 4096  # bytes; no disk asks for more
 _LITTLE = 2**20  # bytes; less is not worth an alignment
 _FLAG = getattr(os, "O_DIRECT", 0)
