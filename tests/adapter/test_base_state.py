@@ -318,8 +318,8 @@ def test_a_model_with_weight_norm_is_its_artifact(tmp_path: Path) -> None:
     loaded = solidify.load(tmp_path / "artifact")
     convolution = loaded.wav2vec2.encoder.pos_conv_embed.conv
     assert type(convolution).__name__ == "ParametrizedConv1d"
-    solidify.attach(loaded, lora={"r": 2, "target_modules": ["**.q_proj"]})
+    adapted = solidify.attach(loaded, lora={"r": 2, "target_modules": ["**.q_proj"]})
     with torch.no_grad():
         convolution.parametrizations.weight.original1.add_(0.1)
     with pytest.raises(AdapterError, match=r"pos_conv_embed\.conv\.parametrizations\.weight\.original1"):
-        solidify.attach(loaded, lora={"r": 2, "target_modules": ["**.v_proj"]}, name="other")
+        solidify.attach(adapted, lora={"r": 2, "target_modules": ["**.v_proj"]}, name="other")

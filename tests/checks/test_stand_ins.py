@@ -77,16 +77,16 @@ class Deciding(nn.Module):
 
 
 class Paired(nn.Module):
-    """Has a linear layer of its own whose weight it also uses itself, so that nothing is mixed."""
+    """Has a linear layer of its own, in a list, whose weight it also uses itself, so that nothing is mixed."""
 
     def __init__(self, original: nn.Module, config: Any) -> None:
         super().__init__()
         self.original = original
-        self.inner = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.inner = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         before = functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
-        alone = self.inner(hidden_states + before) - functional.linear(before, self.inner.weight)
+        alone = self.inner(hidden_states + before) - functional.linear(before, self.inner[0].weight)
         found: torch.Tensor = self.original(hidden_states) + alone
         return found
 

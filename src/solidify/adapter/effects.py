@@ -109,7 +109,7 @@ class _Answer:
     reached: set[int]
 
     def equals(self, other: _Answer) -> bool:
-        """Returns whether all tensors are the same, bit by bit."""
+        """Returns whether all tensors hold the same numbers; one that is none equals itself."""
         return len(self.outputs) == len(other.outputs) and all(map(_same_tensor, self.outputs, other.outputs))
 
 

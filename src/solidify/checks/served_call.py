@@ -65,7 +65,7 @@ class Observed:
 def observe(backbone: PreTrainedModel) -> Observed:
     """Calls a model without its head as it is, and as a server does; the model is unchanged.
 
-    Of a large model the weights of linear layers are not read (`stand_ins.py`), unless it does not run without them.
+    Of a large model a few rows alone of linear layers are read (`stand_ins.py`), unless it does not run like that.
     """
     if anatomy.size(backbone) >= anatomy.LARGE:
         with stand_ins.standing_in(backbone) as others:

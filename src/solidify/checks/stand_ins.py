@@ -1,10 +1,11 @@
-"""Small products in the place of the large linear layers of a model, so that a call of it reads none of their weights.
+"""Small products in the place of the large linear layers of a model: a call of it reads a few rows of their weights.
 
 What is looked for when a model is called as servers call it (who calls the attention, what mixes positions, what is
 called at all) hangs on what the modules do. What a plain `nn.Linear` does is known: it maps every position by itself,
 and reads all of its inputs for every output. So does what stands in for it, with numbers of its own and of rank 16,
-about as large as the layer's. Only layers within modules of transformers and of torch are stood in for, and not where
-the model reads values to decide what it does: with its own numbers it may decide otherwise.
+about as large as the layer's. No layer within a module of the user's is stood in for, unless a block of transformers
+stands between them, and none where the model reads values to decide what it does: with its own numbers it may decide
+otherwise.
 """
 
 from __future__ import annotations
@@ -110,16 +111,28 @@ class _Values(TorchFunctionMode):
 
 
 def _find_layers(model: nn.Module) -> Iterator[nn.Linear]:
-    """Yields plain linear layers that no module but those of the known packages owns."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for child in module.children():
-            owners.setdefault(id(child), []).append(module)
-    for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
-            above = owners.get(id(module), ())
-            if all(type(owner).__module__.partition(".")[0] in _KNOWN for owner in above):
-                yield module
+    """Yields plain linear layers, at whatever names they have, that no module of the user's holds."""
+    kinds = {name: type(module).__module__.partition(".")[0] for name, module in _list_names(model)}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in _list_names(model):
+        names.setdefault(module, []).append(name)
+    for module, found in names.items():
+        plain = type(module) is nn.Linear and "forward" not in vars(module)
+        if plain and all(_find_holder(name, kinds) in _KNOWN for name in found):
+            yield module  # type: ignore[misc]  # a Linear
+
+
+def _list_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def _find_holder(name: str, kinds: Mapping[str, str]) -> str:
+    """Returns the package of the module that holds one of this name: the first around it that is not torch's own."""
+    while name:
+        name = name.rpartition(".")[0]
+        if kinds[name] != "torch":
+            return kinds[name]
+    return "torch"
 
 
 def _is_large(weight: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
 """What a merged model's files hold of every changed tensor, read back and compared with the files of base and adapter.
 
 For models that are too large to be run. safetensors reads the adapter, and what a low-rank update comes to is computed
-in `sums`: of the merge nothing is used but its plan, which of the adapter's tensors change which tensor. Of large
-tensors some rows are compared, evenly spread, the first and the last among them.
+in `sums`: of the merge its plan is used (which of the adapter's tensors change which tensor, by what settings) and its
+reader of layouts, and not its reading of the adapter, its arithmetic or its writing. Of large tensors some rows are
+compared, evenly spread, the first and the last among them; of stacks some experts, at some rows.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def compare(prepared: Prepared, adapter: Path, directory: Path) -> Comparison:
     """Compares every changed tensor of the merged model in `directory` with what base and adapter add up to.
 
     Raises:
-        ArtifactError: the directory lacks a tensor of the base.
+        ArtifactError: the directory lacks a tensor of the base, or the base one that the adapter changes.
     """
     made = Comparison()
     after = prepared.stored.at(checkpoint.read(directory))
@@ -104,7 +105,7 @@ class _Reading:
 
     @property
     def name(self) -> str:
-        """Its name in the base's file or that of what it is tied to."""
+        """Its name in the base's model, or that of the tensor that it is tied to."""
         return next(iter(self.after.shapes)) if self.after.entry is not None else self.change.name
 
     def compare(self) -> tuple[Off, bool]:

@@ -75,7 +75,7 @@ def _list_tops(found: Distribution) -> set[str]:
     """Returns the top-level names that a distribution provides: those that it declares, or those of its files."""
     if not found.metadata["Name"] or not found.version:
         return set()
-    found.read_text("RECORD")  # which cannot be read, in a broken one
+    found.read_text("RECORD")  # bytes that are no text, in a broken one
     if declared := (found.read_text("top_level.txt") or "").split():
         return set(declared)
     firsts = (file.parts[0] if len(file.parts) > 1 else inspect.getmodulename(file.name) for file in found.files or ())
@@ -91,7 +91,7 @@ def _read_time(path: str) -> int:
 
 
 def surroundings(tops: Collection[str]) -> Surroundings:
-    """Looks at what is installed now; files that were written a moment ago are found, too."""
+    """Forgets which files the finders know, so that those that were written a moment ago are found, too."""
     importlib.invalidate_caches()
     return Surroundings(frozenset(tops))
 

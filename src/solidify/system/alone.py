@@ -84,7 +84,7 @@ def _read_answer(path: Path) -> dict[str, Any] | None:
 def environment(scratch: Path) -> dict[str, str]:
     """Returns the environment of such a process, whose code cache is in a directory of its own.
 
-    It runs in another directory, so paths that this one's lead to get their full names.
+    It runs in another directory, so relative paths in variables are made absolute.
     """
     found = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     for name in _PATHS & found.keys():
@@ -93,6 +93,6 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def _list_flags() -> list[str]:
-    """Returns what isolates the process as this one is: without its script's directory, and, if so here, the user's."""
+    """Returns the flags that isolate the process as this one is, and without its script's directory."""
     asked = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
     return ["-P", *(flag for flag, given in asked.items() if given)]

@@ -128,8 +128,8 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
     shape.
 
     The first batch that is trained on is run plainly twice, and from what is kept; until then, and for calls of another
-    kind until their first batch was (an evaluation), nothing is kept. The first batch that is read, the first of each
-    epoch, others now and then, and at the end of the block the last one are computed all the same, and compared.
+    kind until their first batch was (an evaluation), nothing is kept. A sample of the batches that are read
+    (`prefix_sample.py`), and at the end of the block the last one, are computed all the same, and compared.
 
     Raises:
         ObjectiveError: no layer can be skipped, or there is anything else in the directory, or skipping changes the

@@ -20,8 +20,8 @@ from solidify.training.prefix_state import accelerator
 # One of 97 reads costs 1 per cent of the passes that are spared. A prime, so that with any number of batches in an
 # epoch another batch is compared each time.
 EVERY = 97
-EPOCHS = 8  # whose first reads are all compared; later ones only
-APART = 48  # reads after the last comparison, so that epochs of few batches cost 2 per cent, too
+EPOCHS = 8  # whose first reads are all compared
+APART = 48  # reads since the last comparison, from which on later epochs' first reads are: so they cost 2 per cent
 
 
 @dataclass
@@ -37,7 +37,8 @@ class _Counted:
 
 @dataclass
 class Sample:
-    """Chooses reads of one prefix: the first, the first of each epoch, and one in so many."""
+    """Chooses reads of one prefix: one in `EVERY`, the first of each of `EPOCHS` epochs, and of later epochs the first
+    if `APART` reads have passed since one was chosen."""
 
     _kinds: dict[str, _Counted] = field(default_factory=dict)
 

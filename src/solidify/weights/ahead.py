@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from solidify.errors import ArtifactError
 from solidify.weights import hashing
 from solidify.weights.direct import Source
 
@@ -61,7 +62,7 @@ class Part:
     sizes: tuple[int, ...]
 
 
-_begun: dict[Part, Future[str]] = {}
+_begun: dict[Part, Future[str | None]] = {}
 
 
 @contextmanager
@@ -83,8 +84,11 @@ def begun(directory: Path) -> Iterator[None]:
             _begun.pop(part, None)
 
 
-def find(part: Part) -> Future[str] | None:
-    """Returns the digest of a tensor, which may still be computed; None where nobody has begun with it."""
+def find(part: Part) -> Future[str | None] | None:
+    """Returns the digest of a tensor, which may still be computed; None where nobody has begun with it.
+
+    The digest itself is None where it could not be computed.
+    """
     return _begun.get(part)
 
 
@@ -93,16 +97,18 @@ def state_of(found: os.stat_result) -> State:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _digest_part(part: Part, stopped: threading.Event) -> str:
+def _digest_part(part: Part, stopped: threading.Event) -> str | None:
+    """Returns the digest; None where the file is another by now, cannot be read, or nobody waits for it."""
     hasher = hashing.tensor_hasher(part.dtype, part.sizes)
-    with Source(part.path, "a tensor") as source:
+    with suppress(ArtifactError, OSError), Source(part.path, "a tensor") as source:
         if state_of(source.stat()) != part.state:
-            return ""  # another file has the name by now
+            return None
         for piece in source.pieces(part.start, part.count):
             if stopped.is_set():
-                return ""  # nobody waits for it
+                return None
             hasher.update(piece)
-    return hasher.hexdigest()
+        return hasher.hexdigest()
+    return None
 
 
 def _list_parts(directory: Path) -> Iterator[Part]:

@@ -79,22 +79,24 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def index_of(directory: Path) -> Path | None:
-    """Returns the index of a directory, if it has one that counts: beside a single file of all weights none does.
+    """Returns the index of a directory, if it has one that counts: beside a single file of all weights, only its own.
 
     transformers then reads that file, whatever other files the index names (`_get_resolved_checkpoint_files` of
     `modeling_utils.py`).
 
     Raises:
-        ArtifactError: it is unreadable, and there is no such file.
+        ArtifactError: it is unreadable, and there is no such file; or it names files in other directories.
     """
     index = directory / INDEX
     if not index.is_file():
         return None
-    if (directory / WEIGHTS).is_file():
-        with suppress(ArtifactError):
-            return index if set(_weight_map(index).values()) == {WEIGHTS} else None
-        return None
-    return index
+    if not (directory / WEIGHTS).is_file():
+        return index
+    named: set[str] = set()
+    with suppress(ArtifactError):
+        named = set(_read_weight_map(index).values())
+    disk.refuse_names(index, named)
+    return index if named == {WEIGHTS} else None
 
 
 @contextmanager
@@ -126,16 +128,21 @@ def _read_state(path: Path) -> tuple[int, ...]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    found = _read_weight_map(index)
+    disk.refuse_names(index, set(found.values()))
+    refuse(ArtifactError, f"{index} does not name weight files beside it", [
+        repr(name) for name in sorted(set(found.values())) if "/" in name or not name.endswith(".safetensors")
+    ])  # fmt: skip
+    return found
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         found = files.document(index).get("weight_map")
     except ArtifactError as error:
         raise ArtifactError(f"{index.name} is not a safetensors index: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ArtifactError(f"{index} is not a safetensors index: its weight_map does not map tensors to files")
-    disk.refuse_names(index, set(found.values()))
-    refuse(ArtifactError, f"{index} does not name weight files beside it", [
-        repr(name) for name in sorted(set(found.values())) if "/" in name or not name.endswith(".safetensors")
-    ])  # fmt: skip
     return found
 
 
