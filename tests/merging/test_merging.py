@@ -468,6 +468,33 @@ def test_a_merge_that_reads_or_writes_wrongly_is_seen(
     assert found.finding(list(found.found)).verdict == ("proved" if fault == "nothing" else "failed")
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rows_of_many_tokens_are_read_once(
+    bases: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """However many parts of a large embedding are compared; another order of the rows is seen."""
+    monkeypatch.setattr(read_back, "_WHOLE", 16)
+    base, ids = bases["hub", torch.float32], [9, 2, 30, 31, 7]
+    tokens = {"target_modules": Q, "trainable_token_indices": {"embed_tokens": ids}}
+    adapter = save_adapter(base, tmp_path / "adapter", **tokens)
+    read: list[str] = []
+    given = read_back._Reading._read_given
+
+    def noted(self: Any, key: str, part: Any) -> torch.Tensor:
+        read.append(key)
+        return given(self, key, part)
+
+    monkeypatch.setattr(read_back._Reading, "_read_given", noted)
+    if wrong:
+        merged = mathematics.Merger._with_rows
+        monkeypatch.setattr(
+            mathematics.Merger, "_with_rows", lambda self, change, ids, *rest: merged(self, change, ids[::-1], *rest)
+        )
+    found = read_again(base, adapter, tmp_path / "merged")
+    assert len([key for key in read if "token" in key]) == 1
+    assert found.finding(list(found.found)).verdict == ("failed" if wrong else "measured")
+
+
 def test_a_row_of_zeros_has_no_direction(bases: dict[Any, Path], tmp_path: Path) -> None:
     """DoRA gives it the direction of the update."""
     model = in_float32(bases, tmp_path, use_dora=True)

@@ -30,20 +30,6 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tensors that were read to be digested after the imports, as they are."""
-    found: list[str] = []
-    digest = format.Entry.digest
-
-    def noted(entry: format.Entry, **given: bool) -> str:
-        found.append(entry.name)
-        return digest(entry, **given)
-
-    monkeypatch.setattr(format.Entry, "digest", noted)
-    return found
-
-
 def files_of(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 

@@ -30,20 +30,6 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tensors that were read to be digested, as they are."""
-    found: list[str] = []
-    digest = format.Entry.digest
-
-    def noted(entry: format.Entry, **given: bool) -> str:
-        found.append(entry.name)
-        return digest(entry, **given)
-
-    monkeypatch.setattr(format.Entry, "digest", noted)
-    return found
-
-
 def test_what_is_known_is_not_read_again_unless_asked(weights: Path, reads: list[str]) -> None:
     first = digest_cache.digests([weights])
     assert sorted(reads) == ["a", "b"]

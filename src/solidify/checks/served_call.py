@@ -179,6 +179,8 @@ def _hook_modules(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
     """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output."""
 
     def bind(name: str) -> Any:
+        """Makes the hook of the module of one name."""
+
         def call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             """Calls it; what it reads is no business of the model's."""
             with stand_ins.reading():

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class _Reading:
         own = change.instead or (change.keys[0] if layer is None and change.tokens is None else None)
         base = self.before.read(part)[self.name] if own is None else self._read_given(own, part).to(found.dtype)
         if layer is None:
-            wanted = base if change.tokens is None else self._with_rows(base, change.tokens, part)
+            wanted = base if change.tokens is None else self._with_rows(base, part)
             return (_SAME if torch.equal(wanted, found) else _OTHER), True
         places = _EVERY if part is None else slice(part.start, part.stop)
         if change.name.endswith(".bias"):
@@ -161,14 +162,23 @@ class _Reading:
         step = min(-(-found.numel() // _SAMPLED), found.shape[sums.row_axis(layer)])
         return slice(step // 2, None, step)
 
-    def _with_rows(self, base: torch.Tensor, ids: Sequence[int], part: range | None) -> torch.Tensor:
+    def _with_rows(self, base: torch.Tensor, part: range | None) -> torch.Tensor:
         """Puts the adapter's rows of tokens into some rows of the base."""
         first = 0 if part is None else part.start
-        values, expected = self._read_given(self.change.keys[0], None), base.clone()
-        for number, value in zip(ids, values, strict=True):
-            if first <= number < first + len(base):
-                expected[number - first] = value.to(base.dtype)
+        expected = base.clone()
+        for place in range(len(base)):
+            if (row := self._places.get(first + place)) is not None:
+                expected[place] = self._given_rows[row].to(base.dtype)
         return expected
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Where the rows of tokens stand in the adapter, by the tokens' numbers."""
+        return {number: place for place, number in enumerate(self.change.tokens or ())}
+
+    @cached_property
+    def _given_rows(self) -> torch.Tensor:
+        return self._read_given(self.change.keys[0], None)
 
     def _read_given(self, key: str, part: range | None) -> torch.Tensor:
         """Reads a tensor of the adapter, or some of it along the first axis."""
