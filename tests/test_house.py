@@ -193,10 +193,10 @@ def test_verbs_without_training_import_nothing_of_it() -> None:
     assert done.stdout.split() == [] and done.stderr == ""
 
 
-@pytest.mark.parametrize("module", ["artifact.solidify", "checks.check"])
-def test_what_needs_no_adapter_imports_no_peft(module: str) -> None:
+def test_what_needs_no_adapter_imports_no_peft() -> None:
     """It brings accelerate, and bitsandbytes half of torch's compiler: a second or two."""
-    script = f"import sys, solidify.{module}; print('peft' in sys.modules)"
+    used = ["building", "adapter.loading", "checks.check", "exporting.forms", "recipe.dry_run"]
+    script = f"import sys, {', '.join(f'solidify.{name}' for name in used)}; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from solidify import losses as losses
     from solidify.adapter.adapters import attach as attach
     from solidify.adapter.expert_factors import factor_experts as factor_experts
-    from solidify.adapter.storage import load as load
+    from solidify.adapter.loading import load as load
     from solidify.adapter.storage import load_adapter as load_adapter
     from solidify.adapter.storage import save_adapter as save_adapter
     from solidify.artifact.pushing import push as push
@@ -131,7 +131,7 @@ _WHERE = {
     "from_patched": "on_ramps.patched",
     "heal": "recipe.stages",
     "insert": "surgery.depth",
-    "load": "adapter.storage",
+    "load": "adapter.loading",
     "load_adapter": "adapter.storage",
     "mask": "surgery.masks",
     "merge": "merging.export",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pico
 import torch
 from pico import wrappers
 
 import solidify
+from solidify.adapter import lookup
 from solidify.artifact import tensors
 from solidify.checks import structure
 from solidify.model import anatomy, probing
@@ -44,7 +46,8 @@ def test_structure_sees_a_child_with_a_dotted_name() -> None:
 def test_structure_reads_through_an_adapter() -> None:
     model, edits, _ = operated()
     peft_model = solidify.attach(model, train=["model.layers.0.mlp"])
-    assert structure.structure(peft_model, edits).passed
+    find = partial(lookup.find_inner, peft_model)
+    assert structure.structure(lookup.plain_model(peft_model), edits, find).passed
 
 
 def test_a_module_without_effect_is_found() -> None:

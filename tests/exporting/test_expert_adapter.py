@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 import solidify
 from solidify.__main__ import main
-from solidify.adapter import expert_files, expert_layouts, expert_writing
+from solidify.adapter import expert_layouts, expert_writing
 from solidify.errors import AdapterError, ArtifactError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LAYOUTS = tuple(expert_files.LAYOUTS)
+LAYOUTS = tuple(expert_layouts.NAMES)
 
 
 def olmoe() -> PreTrainedModel:

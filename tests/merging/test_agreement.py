@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from solidify.findings import Finding
 from solidify.merging import agreement, sums
+from solidify.model import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of adapters of these kinds
 
@@ -52,8 +53,8 @@ def judged(base: PreTrainedModel, fault: Fault | None = None, **lora: Any) -> tu
         with torch.no_grad():
             fault(state, plain, changed)
     weights = sums.effective(model, "default")
-    answers, expected = agreement.answers(model, INPUTS), agreement.chosen(weights, changed)
-    outputs = agreement.merged_equals_attached(answers, merged, base, INPUTS, expected)
+    output, expected = answers.collect(model, INPUTS), agreement.chosen(weights, changed)
+    outputs = agreement.merged_equals_attached(output, merged, base, INPUTS, expected)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in base.state_dict().items())  # it is as it was
     assert not any(module._forward_hooks for module in base.modules())
     return sums.compare(weights, state, changed), outputs
@@ -177,7 +178,7 @@ def test_every_output_is_compared() -> None:
     """A head's answer that is not the attached one's, beside logits that are."""
     torch.manual_seed(0)
     model, inputs = Answering(), {"x": {"x": torch.randn(3, 4)}}
-    base = agreement.answers(model, inputs)
+    base = answers.collect(model, inputs)
     assert set(base.tensors) == {
         "x/logits", "x/hidden_states/0", "x/hidden_states/1", "x/head/score", "x/head/class"
     }  # fmt: skip
@@ -205,9 +206,9 @@ def test_an_attached_model_that_answers_otherwise_is_found() -> None:
         trained.second.weight.add_(0.1 * torch.randn(4, 4))
     weight = sums.Weight(trained.second.weight.detach(), trained.second.weight.detach())
     weights = {"second.weight": lambda: weight}
-    base = agreement.answers(trained, inputs)
+    base = answers.collect(trained, inputs)
     assert agreement.merged_equals_attached(base, trained, copy.deepcopy(plain), inputs, weights).passed
-    frozen = agreement.answers(plain, inputs)
+    frozen = answers.collect(plain, inputs)
     found = agreement.merged_equals_attached(frozen, trained, copy.deepcopy(plain), inputs, weights)
     assert found.passed is False
     assert "x/head/score differs by" in found.evidence
@@ -220,7 +221,7 @@ def test_an_output_that_is_gone_is_told() -> None:
 
     model, fewer = Answering(), Fewer()
     inputs = {"x": {"x": torch.randn(3, 4)}}
-    found = agreement.merged_equals_attached(agreement.answers(model, inputs), fewer, model, inputs, {})
+    found = agreement.merged_equals_attached(answers.collect(model, inputs), fewer, model, inputs, {})
     assert found.passed is False
     assert "one returns x/head/class, x/head/score and the other does not" in found.evidence
 

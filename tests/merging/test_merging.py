@@ -21,6 +21,7 @@ from solidify.findings import Finding
 from solidify.merging import agreement, mathematics, read_back, rewriting, sums
 from solidify.merging.rewriting import Prepared, Rewritten
 from solidify.model import anatomy
+from solidify.model.answers import collect
 from solidify.weights import checkpoint, format
 
 Q = ["q_proj", "v_proj"]
@@ -202,7 +203,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         attached = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         x = {"x": {"input_ids": pico.tokens()}}
         weights = agreement.chosen(sums.effective(attached, "default"), list(made.given + made.added))
-        answers, plain = agreement.answers(attached, x), AutoModelForCausalLM.from_pretrained(base).eval()
+        answers, plain = collect(attached, x), AutoModelForCausalLM.from_pretrained(base).eval()
         finding = agreement.merged_equals_attached(answers, merged, plain, x, weights)
         assert finding.passed, f"{name}: {finding.evidence}"
         return merged, made

@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 import solidify
 from solidify.adapter import kinds, lookup, start_kinds
 from solidify.errors import AdapterError
-from solidify.merging import agreement
+from solidify.model import answers
 
 Q = {"r": 4, "lora_alpha": 6, "target_modules": ["model.layers.*.self_attn.q_proj"]}
 BIASED = {**Q, "target_modules": ["**.o_proj.down"]}
@@ -148,7 +148,7 @@ def fit(model: PeftModel, steps: int = 3) -> None:
 
 def outputs(model: Any) -> dict[str, torch.Tensor]:
     """All that a model returns."""
-    return agreement.answers(model, {"tokens": {"input_ids": pico.tokens(seed=7)}}).tensors
+    return answers.collect(model, {"tokens": {"input_ids": pico.tokens(seed=7)}}).tensors
 
 
 def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

@@ -26,12 +26,6 @@ from solidify.system import disk, files, foreign
 from solidify.upstream.torch import own_parameters
 from solidify.weights import format
 
-LAYOUTS = {
-    layouts.PEFT: "PEFT's fused layout",
-    layouts.GROUPED: "the fused layout grouped by expert, as unsloth-zoo trained it before September 2026",
-    "lists": "one by one, as transformers 4 and vLLM have them",
-    "stacked": "stacked by expert, as vLLM's adapters with shared factors have them",
-}
 FINDING = "layout of the experts"
 _GRANTED = "nothing marks another, and nothing speaks of another trainer"
 _LAST_TURNED = (0, 19, 0)  # until then, PEFT took the in_features of most experts for their out_features
@@ -81,14 +75,14 @@ class Pair:
 def in_own_layout(directory: Path, model: nn.Module, layout: str | None = None) -> Iterator[Reading]:
     """Yields an adapter of plain PEFT's form in our layout of experts: as it stands, or rewritten in a temporary place.
 
-    `model` may be on the meta device; `layout` is one of `LAYOUTS`, where the files do not tell.
+    `model` may be on the meta device; `layout` is one of `layouts.NAMES`, where the files do not tell.
 
     Raises:
         AdapterError: its layout is not known, or another than `layout`; or it cannot be written in ours.
     """
     title = f"the adapter {directory} cannot be used"
-    if layout is not None and layout not in LAYOUTS:
-        raise AdapterError(f"the layout {layout!r} is not known; take one of {', '.join(LAYOUTS)}")
+    if layout is not None and layout not in layouts.NAMES:
+        raise AdapterError(f"the layout {layout!r} is not known; take one of {', '.join(layouts.NAMES)}")
     configured.read(directory, marked=True)  # its kind first: of other kinds nothing is looked at
     document, header = configured.document(directory), format.read_header(directory / configured.WEIGHTS)
     shapes = {key: entry.shape.sizes for key, entry in header.items()}
@@ -98,18 +92,18 @@ def in_own_layout(directory: Path, model: nn.Module, layout: str | None = None) 
         yield Reading(directory)
         return
     if apart is not None:
-        other = f"its experts are {LAYOUTS[apart]} ({apart}), and the layout is said to be {layout}"
+        other = f"its experts are {layouts.NAMES[apart]} ({apart}), and the layout is said to be {layout}"
         refuse(AdapterError, title, [other] if layout not in (None, apart) else [])
         with disk.temporary() as scratch:
             words = _write_fused(directory, scratch, document, apart, model)
             yield Reading(
-                scratch, apart, "; ".join([f"its experts are laid out {LAYOUTS[apart]} (by their keys)", *words])
+                scratch, apart, "; ".join([f"its experts are laid out {layouts.NAMES[apart]} (by their keys)", *words])
             )
         return
     orders, why = _orders(directory, document, pairs, layout, title)
     turned = _find_turned(pairs, shapes, document, layout, title)
     found = layouts.GROUPED if layouts.GROUPED in orders.values() else layouts.PEFT
-    told = f"its experts have {LAYOUTS[found]} ({why})"
+    told = f"its experts have {layouts.NAMES[found]} ({why})"
     if not turned and found == layouts.PEFT:
         yield Reading(directory, found, told, why != _GRANTED)
         return
@@ -127,8 +121,8 @@ def refuse_layout(directory: Path, layout: str | None) -> None:
     """
     if layout not in (None, layouts.PEFT):
         raise AdapterError(
-            f"{directory} was saved by solidify, in {LAYOUTS[layouts.PEFT]}, and the layout is said to be {layout}; "
-            "leave that out"
+            f"{directory} was saved by solidify, in {layouts.NAMES[layouts.PEFT]}, and the layout is said to "
+            f"be {layout}; leave that out"
         )
 
 

@@ -18,6 +18,12 @@ import torch
 
 PEFT, GROUPED = "peft", "grouped"
 ORDERS = (PEFT, GROUPED)
+NAMES = {
+    PEFT: "PEFT's fused layout",
+    GROUPED: "the fused layout grouped by expert, as unsloth-zoo trained it before September 2026",
+    "lists": "one by one, as transformers 4 and vLLM have them",
+    "stacked": "stacked by expert, as vLLM's adapters with shared factors have them",
+}
 
 
 class Factors(NamedTuple):

@@ -82,6 +82,12 @@ def at(model: nn.Module, name: str) -> Located | None:
     return Located(name, called, unwrap(called))
 
 
+def find_inner(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns the active module of the plain model's kind under one of its module names, or None."""
+    located = at(model, name)
+    return None if located is None else located.inner
+
+
 def _walk_modules(name: str, called: nn.Module, seen: set[int]) -> Iterator[Located]:
     inner = unwrap(called)
     if id(inner) in seen or isinstance(inner, HOLDERS):

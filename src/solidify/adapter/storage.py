@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from solidify.adapter import (
     adapter_tensors,
@@ -31,7 +30,7 @@ from solidify.adapter import (
 )
 from solidify.adapter import plan as planning
 from solidify.adapter.adapters import release_originals, train_parameters, without_heads
-from solidify.artifact import autos, cards, loading, quantizing, stock
+from solidify.artifact import autos, cards, quantizing, stock
 from solidify.behaviour import calling
 from solidify.directory import manifest, packages, results, writing
 from solidify.directory.manifest import Manifest
@@ -272,35 +271,24 @@ def refuse_wrong_base(model: nn.Module, record: Manifest, directory: Path) -> No
     )
 
 
-def load(
+def load_with_adapter(
     directory: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path,
     *,
     trust_remote_code: bool = False,
     quantization: quantizing.Asked | None = None,
     keep: str | Sequence[str] = (),
     layout: str | None = None,
     **options: Any,
-) -> PreTrainedModel | PeftModel:
-    """Loads an artifact, and an adapter on it when one is named; digests are verified before any code runs.
-
-    With `quantization` (`nf4`, `int8`, or the fields of one of transformers' quantization configs) the base's linear
-    layers are quantised as they are loaded. What surgery made new, the head, what the adapter trains in full and what
-    `keep` names stay in their dtype. An adapter is loaded on a quantised base and on one that is not, however it was
-    trained.
-
-    With an adapter, the directory may hold a plain model that has no manifest: it is compared with what the adapter
-    says of its base. `layout` is that of the adapter's experts, as in `load_adapter`.
+) -> PeftModel:
+    """Loads an artifact or a plain model, and an adapter on it, as `solidify.load` says.
 
     Raises:
-        ArtifactError, AdapterError: as `load_artifact` and `load_adapter`.
-        ModelError: the artifact cannot be quantised as asked.
+        ArtifactError, AdapterError, ModelError: as `solidify.load`.
     """
-    if quantization is not None and adapter is not None:
+    if quantization is not None:
         keep = [*([keep] if isinstance(keep, str) else keep), *_trained_apart(Path(adapter))]
     asked: dict[str, Any] = {"trust_remote_code": trust_remote_code, "quantization": quantization, "keep": keep}
-    if adapter is None:
-        return loading.load_artifact(directory, **asked, **options)
     return load_adapter(stock.load(directory, **asked, **options), adapter, layout=layout)
 
 

@@ -162,6 +162,18 @@ def set_seed(number: int) -> None:
     random.seed(number)
 
 
+def seed_everything(number: int) -> None:
+    """Seeds the random numbers of torch on every device, of Python and of NumPy, as `transformers.set_seed` does.
+
+    That one imports transformers' trainer, which imports PEFT.
+    """
+    from numpy import random as numpy_random  # a fresh process that draws none of its numbers begins without it
+
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy_random.seed(number)
+
+
 def get_state() -> tuple[Any, Any]:
     """Returns the state of random numbers, in a form that can be compared."""
     return torch.random.get_rng_state().numpy().tobytes(), random.getstate()

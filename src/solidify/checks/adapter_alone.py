@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 gc.disable()  # what is imported stays: to look through it for garbage, again and again, takes a third of the time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from solidify.adapter import base_state, storage  # noqa: E402
+from solidify.adapter import base_state, lookup, storage  # noqa: E402
 from solidify.artifact import certificate, quantizing, stock  # noqa: E402
 from solidify.checks import roundtrip, structure, trainable  # noqa: E402
 from solidify.directory import manifest, trust  # noqa: E402
@@ -52,9 +53,10 @@ def main() -> None:
     model = storage.load_adapter(plain, directory)
     with_adapter = roundtrip.outputs(model, inputs)
     again = PeftModel.from_pretrained(other, directory).eval()
+    find = partial(lookup.find_inner, model)
     findings = [
         Finding("loads completely", True, "every tensor of the adapter was used once"),
-        *([structure.structure(model, record.edits)] if record.edits else []),
+        *([structure.structure(lookup.plain_model(model), record.edits, find)] if record.edits else []),
         trainable.frozen(model, base_state.with_digests(model, base, record)),
         *roundtrip.adapter_effect(model, expected, inputs),
         roundtrip.wrong_base_refused(model, manifest.read(directory, "adapter"), directory),

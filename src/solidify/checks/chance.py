@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from numpy import random as numpy_random
 from torch import nn
 
-from solidify.behaviour.calling import chance_kept, set_seed
+from solidify.behaviour.calling import chance_kept, seed_everything
 from solidify.upstream.torch import TorchDispatchMode, is_dropout, schema
 
 Call = Mapping[str, Any]  # an operation's arguments by name
@@ -200,6 +199,5 @@ def without(model: nn.Module, *, everywhere: bool = True) -> Iterator[Chanceless
 def other_numbers(seed: int) -> Iterator[None]:
     """Starts every generator with another state while the block lasts, and puts all of them back."""
     with chance_kept():
-        set_seed(seed)
-        numpy_random.seed(seed)
+        seed_everything(seed)
         yield

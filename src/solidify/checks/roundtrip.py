@@ -15,14 +15,14 @@ from solidify.adapter import readback, storage
 from solidify.directory.manifest import Manifest
 from solidify.errors import AdapterError
 from solidify.findings import Finding
-from solidify.merging import agreement
+from solidify.model import answers
 from solidify.weights.format import same_bits
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Returns every tensor that the model returns, by `case/where`, in the state in which models are compared."""
     with readback.alike(model):
-        return agreement.answers(model, inputs).tensors
+        return answers.collect(model, inputs).tensors
 
 
 def adapter_effect(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solidify.adapter import lookup
 from solidify.artifact import tensors
 from solidify.artifact.tensors import Standing
 from solidify.findings import Finding
@@ -21,23 +21,26 @@ from solidify.upstream.torch import own_modules
 IN_USE = "every new module is in use"
 START = "start identical"
 UNTOUCHED = "unchanged tensors identical"
+Find = Callable[[str], nn.Module | None]
 
 
-def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
-    """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it."""
-    plain = lookup.plain_model(model)
+def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]], find: Find | None = None) -> Finding:
+    """Compares the model with the edits' records (`name`, `new_class`): what stands where, and nothing beside it.
+
+    `find` leads from a name of a module to what stands there, where an adapter has been put around modules.
+    """
+    find = find or partial(_find_module, model)
     declared = ledger.new_modules(edits)
     faults = []
     for name, edit in declared.items():
-        located = lookup.at(model, name)
-        kind = type(located.inner).__name__ if located else "nothing"
+        kind = type(module).__name__ if (module := find(name)) is not None else "nothing"
         if kind != edit["new_class"]:
             faults.append(f"{name} is {kind}, not {edit['new_class']}")
-    shaped = {name: _inspect_shape(model, name, edit) for name, edit in ledger.reshaped_modules(edits).items()}
+    shaped = {name: _inspect_shape(find(name), edit) for name, edit in ledger.reshaped_modules(edits).items()}
     faults += [f"{name} {fault}" for name, (_, wrong) in shaped.items() for fault in wrong]
     faults += [
         f"{owner or 'the model'} has a child with the dotted name {child!r}, which its forward never calls"
-        for owner, module in plain.named_modules()
+        for owner, module in model.named_modules()
         for child in own_modules(module)
         if "." in child
     ]
@@ -53,10 +56,17 @@ def structure(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("structure", not faults, "; ".join(faults or said))
 
 
-def _inspect_shape(model: nn.Module, name: str, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns what stands under a name, or None; `get_submodule` would raise, and read other attributes, too."""
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        module = None if module is None else own_modules(module).get(part)
+    return module
+
+
+def _inspect_shape(module: nn.Module | None, edit: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Returns what shape a module has, and what is not as the edit says."""
-    located = lookup.at(model, name)
-    return catalogue.of(edit).inspect(located.inner, edit) if located else ("", ["is gone"])
+    return ("", ["is gone"]) if module is None else catalogue.of(edit).inspect(module, edit)
 
 
 def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]], extent: Extent) -> Finding:
@@ -72,13 +82,13 @@ def in_use(model: PreTrainedModel, edits: Sequence[Mapping[str, Any]], extent: E
     inputs = probing.probe_inputs(model)
     idle = []
     for name, edit in declared.items():
-        located = lookup.at(model, name)
+        module = _find_module(model, name)
         key = name if catalogue.of(edit).adds else None
         before = _collect_logits(model, inputs, key)
-        if located is None:
+        if module is None:
             idle.append(name)
             continue
-        handle = located.called.register_forward_hook(_double_output)
+        handle = module.register_forward_hook(_double_output)
         try:
             if torch.equal(_collect_logits(model, inputs, key), before):
                 idle.append(name)
@@ -160,7 +170,7 @@ def exact_up_to(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> int | N
 
     A window is its original until a text outgrows it: such a module says so by an attribute `exact_up_to`.
     """
-    modules = [located.inner for name in ledger.new_modules(edits) if (located := lookup.at(model, name)) is not None]
+    modules = [module for name in ledger.new_modules(edits) if (module := _find_module(model, name)) is not None]
     limits = [limit for m in modules if isinstance(limit := getattr(m, "exact_up_to", None), int)]
     return min(limits, default=None)
 

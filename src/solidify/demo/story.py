@@ -99,7 +99,7 @@ def _effect_table(rows: list[Row]) -> Any:
 def _try_adapter(output: Path) -> list[Finding]:
     """Generates with the adapter, without it, and with the merged model; switches between two adapters."""
     tokenizer = loading.load_tokenizer(output / "artifact")
-    model = storage.load(output / "artifact", output / "adapter")
+    model = storage.load_with_adapter(output / "artifact", output / "adapter")
     storage.load_adapter(model, output / "adapter", name="second")
     texts = {"second": effect.generate(model, tokenizer, PROMPT)}
     model.set_adapter("default", inference_mode=True)
@@ -150,7 +150,7 @@ def _measure_losses(loaded: Recipe, output: Path) -> list[Row]:
         can = loading.load_artifact(output / "artifact")
         effect.calibrate(can, training, (top_k - 1) / top_k)
         untrained = Row("trash can, threshold set, untrained", held_out.kept(can), held_out.loss(can))
-        trained_model = storage.load(output / "artifact", output / "adapter")
+        trained_model = storage.load_with_adapter(output / "artifact", output / "adapter")
         trained = Row("trash can, trained (this run)", held_out.kept(trained_model), held_out.loss(trained_model))
     healed = _train_plainly(loaded, base.model, training, collate)
     lora = Row(f"top-{top_k - 1}, same LoRA training", smaller.kept, held_out.loss(healed))

@@ -9,7 +9,7 @@ import safetensors.torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from solidify.adapter import adapter_tensors, configured, expert_files, expert_writing, patterns
+from solidify.adapter import adapter_tensors, configured, expert_files, expert_layouts, expert_writing, patterns
 from solidify.artifact import loading
 from solidify.directory import manifest, writing
 from solidify.errors import AdapterError, refuse
@@ -25,8 +25,8 @@ def export(adapter: Path, output: Path, layout: str, base: str | Path | None, tr
         AdapterError: the layout is unknown, the adapter's base is not found or is not fitted by its file, it holds no
             experts or more than the layout has a place for, or what was written is not read back as it was.
     """
-    if layout not in expert_files.LAYOUTS:
-        known = ", ".join(expert_files.LAYOUTS)
+    if layout not in expert_layouts.NAMES:
+        known = ", ".join(expert_layouts.NAMES)
         raise AdapterError(f"{adapter} is an adapter, which cannot be exported as {layout!r}; there are {known}")
     _refuse_adapter(output)
     writing.refuse_foreign(output, [adapter], work="export")
@@ -42,7 +42,7 @@ def export(adapter: Path, output: Path, layout: str, base: str | Path | None, tr
             wrong = expert_writing.find_differences(own.directory, staging, layout, skeleton)
         if wrong:
             raise AdapterError(f"{adapter} was not read back as it was from {layout}: {', '.join(wrong[:4])}")
-    evidence = f"{layout}: {expert_files.LAYOUTS[layout]}; read back, every update is the same bits and scale"
+    evidence = f"{layout}: {expert_layouts.NAMES[layout]}; read back, every update is the same bits and scale"
     return [Finding(expert_files.FINDING, True, evidence)]
 
 

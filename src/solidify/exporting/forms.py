@@ -9,12 +9,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from solidify.adapter import expert_files
+from solidify.adapter import expert_layouts
 from solidify.artifact import companions, loading, quantizing
 from solidify.directory import manifest, packages, results, trust, writing
 from solidify.directory.manifest import Manifest
 from solidify.errors import ArtifactError, refuse
-from solidify.exporting import expert_adapter, graph, precision, stock
+from solidify.exporting import graph, precision, stock
 from solidify.findings import Finding, Report, tell
 from solidify.system import console, files, markup
 from solidify.weights import checkpoint, format, hashing
@@ -80,8 +80,10 @@ def export(
     """
     directory, output = Path(directory).resolve(), Path(output)
     if files.is_file(directory / manifest.ADAPTER_CONFIG) and not files.is_file(directory / "config.json"):
+        from solidify.exporting import expert_adapter  # which imports PEFT
+
         return Exported(output, None, expert_adapter.export(directory, output, form, base, trust_remote_code))
-    if form in expert_files.LAYOUTS:
+    if form in expert_layouts.NAMES:
         raise ArtifactError(f"{form} is a layout of an adapter's experts, and {directory} is no adapter")
     if form not in FORMS:
         why = GGUF if form == "gguf" else f"there are {', '.join(FORMS)}"

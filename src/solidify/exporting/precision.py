@@ -24,8 +24,7 @@ from solidify.errors import ArtifactError, ModelError, raised_as, refuse
 from solidify.exporting import comparison
 from solidify.exporting.comparison import Answer
 from solidify.findings import Finding
-from solidify.merging import agreement
-from solidify.model import anatomy, cost, probing, quantized, weight_reads
+from solidify.model import anatomy, answers, cost, probing, quantized, weight_reads
 from solidify.model.extent import Extent
 from solidify.system import console, disk, foreign
 from solidify.upstream.bitsandbytes import REPACKS
@@ -115,10 +114,10 @@ def _measure(model: PreTrainedModel, made: PreTrainedModel, word: str, inputs: _
     if inputs is None:
         return Finding.unseen(_ERROR, "a model of this size is not run as a whole")
     full, found = (
-        agreement.answers(each, {case: _cast(batch, each.dtype) for case, batch in inputs.items()}).tensors
+        answers.collect(each, {case: _cast(batch, each.dtype) for case, batch in inputs.items()}).tensors
         for each in (model, made)
     )
-    off = {key: agreement.distance(tensor, found[key]) for key, tensor in full.items() if key in found}
+    off = {key: answers.distance(tensor, found[key]) for key, tensor in full.items() if key in found}
     worst = max(off, key=lambda key: off[key])
     size, before = (console.size(cost.cost(each).bytes) for each in (made, model))
     most = f"of {len(off)} outputs {worst} differs most, by {off[worst]:.1e} of its size"

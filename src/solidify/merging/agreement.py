@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from solidify.findings import Finding
 from solidify.merging import rounding, sums
 from solidify.merging.sums import Weight
-from solidify.model import anatomy
+from solidify.model.answers import Output, collect, distance
 from solidify.upstream.torch import own_buffers, own_parameters
 
 # Draws with which every judgement begins, and at most. Base + adapter and the merged model differ like two draws of
@@ -30,45 +29,6 @@ from solidify.upstream.torch import own_buffers, own_parameters
 _DRAWS, _MOST = 8, 128
 
 NAME = "merged equals attached"
-Answers = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a model returned for some inputs: every tensor by where it stands, and what is no tensor by its class."""
-
-    tensors: Answers
-    others: dict[str, str]
-
-
-def answers(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> Output:
-    """Runs the model on every case, and returns all that it returns; what it draws at random is the same each time."""
-    found = Output({}, {})
-    for case, batch in inputs.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            answer = anatomy.answer(model, batch)
-        for name, value in _yield_leaves(case, answer):
-            if isinstance(value, torch.Tensor):
-                found.tensors[name] = value
-            elif value is not None:
-                found.others[name.partition("/")[2]] = type(value).__name__
-    return found
-
-
-def _yield_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what is nested in a model's answer, by path."""
-    if isinstance(value, Mapping):
-        parts: Any = value.items()
-    elif isinstance(value, (tuple, list)):
-        parts = enumerate(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
-    else:
-        yield name, value
-        return
-    for key, part in parts:
-        yield from _yield_leaves(f"{name}/{key}", part)
 
 
 def merged_equals_attached(
@@ -83,7 +43,7 @@ def merged_equals_attached(
     `weights` are what the changed tensors must be, by name (`sums.effective`), and `base` is the base without adapter,
     which is left as it was. The finding fails when some output of the two is further apart than that of any two draws.
     """
-    found = answers(merged, inputs)
+    found = collect(merged, inputs)
     missing = sorted(attached.tensors.keys() ^ found.tensors.keys())
     if missing or not attached.tensors:
         both = f"one returns {', '.join(missing[:4])} and the other does not" if missing else "no tensor is returned"
@@ -92,7 +52,7 @@ def merged_equals_attached(
     reach, drawn, last = dict.fromkeys(off, 0.0), 0, dict[str, torch.Tensor]()
     while drawn <= _MOST and (drawn <= _DRAWS or any(off[key] > reach[key] for key in off)):
         with moved(base, weights, seed=drawn):
-            noisy = answers(base, inputs).tensors
+            noisy = collect(base, inputs).tensors
         pairs = {key: (last[key], noisy[key]) for key in off if key in last and key in noisy}
         reach |= {key: max(reach[key], distance(*pair)) for key, pair in pairs.items()}
         drawn, last = drawn + 1, noisy
@@ -116,21 +76,6 @@ def _name_outputs(keys: Iterable[str]) -> str:
     """Names outputs, the cases left out."""
     paths = list(dict.fromkeys(key.partition("/")[2] or key for key in keys))
     return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Returns the root mean square of a difference as a share of `a`'s; of whole numbers, the share that differs."""
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.is_floating_point():
-        return float((a != b).double().mean()) if a.numel() else 0.0
-    there = torch.isfinite(a)
-    same = torch.where(there, torch.isfinite(b), (a == b) | (a.isnan() & b.isnan()))
-    if not bool(same.all()):
-        return float("inf")
-    first, second = a[there].double(), b[there].double()
-    off, size = (first - second).norm(), first.norm()
-    return 0.0 if float(off) == 0 else float(off / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from solidify.merging import agreement, changes, inputs, mathematics, quantized,
 from solidify.merging.inputs import Sources
 from solidify.merging.mathematics import Merger
 from solidify.merging.rewriting import Rewritten
-from solidify.model import anatomy, probing
+from solidify.model import anatomy, answers, probing
 from solidify.model.extent import Extent
 from solidify.system import files, foreign
 from solidify.system.alone import Alone
@@ -88,7 +88,7 @@ class _Attached:
     model: PeftModel
     base: PreTrainedModel
     inputs: dict[str, probing.Inputs]
-    output: agreement.Output | None
+    output: answers.Output | None
     why: str
 
     @classmethod
@@ -101,7 +101,7 @@ class _Attached:
             assert made.error is not None
             return cls(model, plain, {}, None, foreign.said(made.error))
         with foreign.calling("the base runs, but not with the adapter on", AdapterError):
-            return cls(model, plain, made.value, agreement.answers(model, made.value), "")
+            return cls(model, plain, made.value, answers.collect(model, made.value), "")
 
     def findings(self, merged: PreTrainedModel, merger: Merger) -> list[Finding]:
         """Compares the merged model with this one, by its changed tensors and by all that it returns."""

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from solidify.artifact import quantizing
 from solidify.errors import ModelError, SolidifyError
 from solidify.findings import Finding
-from solidify.merging import agreement
-from solidify.model import probing
+from solidify.model import answers, probing
 from solidify.system import foreign
 
 NAME = "merged against trained (quantised base)"
@@ -43,14 +42,14 @@ def findings(
     word = quantizing.describe(config)
     try:
         with foreign.calling(f"the base cannot be loaded as {word}", ModelError):
-            trained = agreement.answers(attach(config), inputs).tensors
+            trained = answers.collect(attach(config), inputs).tensors
     except SolidifyError as error:
         return [Finding.unseen(name, str(error)) for name in (NAME, AGAIN)]
-    found = [_measure(NAME, word, trained, agreement.answers(merged, inputs).tensors)]
+    found = [_measure(NAME, word, trained, answers.collect(merged, inputs).tensors)]
     del merged
     try:
         with foreign.calling(f"the merged model cannot be loaded as {word}", ModelError):
-            packed = agreement.answers(load(quantizing.again(quantization)), inputs).tensors
+            packed = answers.collect(load(quantizing.again(quantization)), inputs).tensors
     except SolidifyError as error:
         return [*found, Finding.unseen(AGAIN, str(error))]
     return [*found, _measure(AGAIN, word, trained, packed)]
@@ -61,8 +60,8 @@ def not_looked_at(why: str) -> list[Finding]:
     return [Finding.unseen(name, why) for name in (NAME, AGAIN)]
 
 
-def _measure(name: str, word: str, trained: agreement.Answers, found: agreement.Answers) -> Finding:
-    off = {key: agreement.distance(tensor, found[key]) for key, tensor in trained.items() if key in found}
+def _measure(name: str, word: str, trained: answers.Answers, found: answers.Answers) -> Finding:
+    off = {key: answers.distance(tensor, found[key]) for key, tensor in trained.items() if key in found}
     if not off:
         return Finding.unseen(name, "the two return no output of the same name")
     worst = max(off, key=lambda key: off[key])

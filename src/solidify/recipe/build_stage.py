@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from solidify.artifact import certificate, fresh, stock, tensors, vocabulary
 from solidify.artifact.data_facts import DataFacts
 from solidify.artifact.loading import BaseModel
 from solidify.artifact.solidify import build as build_artifact
+from solidify.behaviour.calling import seed_everything
 from solidify.checks import structure
 from solidify.directory import manifest, results, writing
 from solidify.errors import RecipeError
@@ -83,7 +84,7 @@ def build(
         return report
     if not recipe.surgery:
         return _build_plain(recipe, target, report, link)
-    set_seed(int(recipe.training.get("seed", SEED)))
+    seed_everything(int(recipe.training.get("seed", SEED)))
     writing.refuse_unwritable(directory)
     with writing.scratch(target, recipe.inputs()) as scratch, fresh.started() as process:
         with console.stage("Loading the base"):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from transformers import set_seed
-
 from solidify.adapter import adapters, base_state
 from solidify.adapter import plan as planning
 from solidify.artifact import certificate
+from solidify.behaviour.calling import seed_everything
 from solidify.checks import roundtrip, trainable
 from solidify.directory import manifest, ours, results, writing
 from solidify.errors import CheckFailed, RecipeError, SolidifyError
@@ -176,7 +175,7 @@ def train(recipe: Recipe, directory: Path, *, report: Report | None = None, resu
         console.words.print(f"The training is finished: {kept.evidence}; nothing is repeated")
         return report
     report.carry("build", results.failures(healing.healed(recipe, directory)))
-    set_seed(int(recipe.training.get("seed", SEED)))
+    seed_everything(int(recipe.training.get("seed", SEED)))
     with console.stage("Loading the artifact and attaching the adapter"):
         model, processor = processes.in_turn(lambda: training.load_artifact(recipe, directory))
         wanted = planning.plan(model, recipe.adapter.lora, recipe.adapter.train)

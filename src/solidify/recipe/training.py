@@ -146,7 +146,7 @@ def keep_adapter(
         figures = {key: value for key, value in report.measured.items() if key.startswith("heldout_")}
         found = [*report.stages["train"], UNFINISHED]  # until the rest is looked at, whatever ends this
         storage.save_adapter(model, target, recipe=recipe.document(), measured=figures, found=found)
-        again = storage.load(
+        again = storage.load_with_adapter(
             healing.healed(recipe, directory),
             target,
             trust_remote_code=recipe.base.trust_remote_code,
