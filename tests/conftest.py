@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 # Files that take long, though they hold few tests. They begin first, so that no process is left alone with one at the
-# end; those from the second to `test_agreement.py` need no base, so that they run while the first has the base trained.
+# end; those from the second to `test_masks.py` need no base, so that they run while the first has the base trained.
 LONG = (
     "test_blocks.py",
     "test_faults.py",
@@ -28,6 +28,9 @@ LONG = (
     "merging/test_export.py",
     "adapter/test_buffers.py",
     "merging/test_agreement.py",
+    "source/test_closure.py",
+    "test_families.py",
+    "surgery/test_masks.py",
     "system/test_processes.py",
     "command/test_cli.py",
     "test_demo.py",
