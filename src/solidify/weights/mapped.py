@@ -41,8 +41,9 @@ class Maps:
     """The process's file mappings as they are now."""
 
     def __init__(self) -> None:
-        self._areas = sorted(_list_areas(), key=lambda area: area.begin)
-        self._begins = [area.begin for area in self._areas]
+        self._lines = sorted(_list_lines(), key=lambda line: int(line[0], 16))
+        self._begins = [int(line[0], 16) for line in self._lines]
+        self._areas: dict[int, _Area] = {}  # of those that were asked for: a process maps hundreds of files
         self._same: dict[_Area, bool] = {}
 
     def find_region(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
@@ -51,12 +52,19 @@ class Maps:
             return None
         address = tensor.data_ptr()
         index = bisect.bisect_right(self._begins, address) - 1
-        area = self._areas[index] if index >= 0 else None
+        area = self._area_at(index) if index >= 0 else None
         if area is None or address + tensor.nbytes > area.end or not self._is_mapped(area):
             return None
         if _is_written(address, tensor.nbytes):
             return None
         return Path(area.path), area.offset + address - area.begin
+
+    def _area_at(self, index: int) -> _Area:
+        if index not in self._areas:
+            begin, end, offset, major, minor, inode, path = self._lines[index]
+            device = os.makedev(int(major, 16), int(minor, 16))
+            self._areas[index] = _Area(int(begin, 16), int(end, 16), int(offset, 16), (device, int(inode)), path)
+        return self._areas[index]
 
     def _is_mapped(self, area: _Area) -> bool:
         """Returns whether the file of that name is still the one that is mapped."""
@@ -70,14 +78,11 @@ class Maps:
         return self._same[area]
 
 
-def _list_areas() -> Iterator[_Area]:
-    """Yields where files are mapped; nothing where the system does not say what was written there."""
+def _list_lines() -> list[tuple[str, ...]]:
+    """Returns where files are mapped, as fields of `_FILES`; nothing where the system does not say what was written."""
     if not _MAPS.is_file() or not os.access(_PAGES, os.R_OK):
-        return
-    text = _MAPS.read_text(encoding="utf-8", errors="surrogateescape")
-    for begin, end, offset, major, minor, inode, path in _FILES.findall(text):
-        device = os.makedev(int(major, 16), int(minor, 16))
-        yield _Area(int(begin, 16), int(end, 16), int(offset, 16), (device, int(inode)), path)
+        return []
+    return _FILES.findall(_MAPS.read_text(encoding="utf-8", errors="surrogateescape"))
 
 
 def _is_written(address: int, length: int) -> bool:
