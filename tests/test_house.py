@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import private_names
@@ -60,8 +61,18 @@ ALONE = {
     *(PACKAGE / "modules").glob("*.py"),
     PACKAGE / "checks" / "vllm_alone.py",
 }
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
-OURS = private_names.defined(list(TREES.values()))
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Parses every file, once it is asked for: the process that only collects tests needs none."""
+    return {path: ast.parse(path.read_text()) for path in FILES}
+
+
+@cache
+def ours() -> set[str]:
+    """Names what is private of ours."""
+    return private_names.defined(list(trees().values()))
 
 
 def name_of(path: Path) -> str:
@@ -121,9 +132,9 @@ def test_imports_point_left(path: Path) -> None:
         assert not used
     if parts[0] == "behaviour":  # it also runs without the package, by its path: its files name one another relatively
         assert {name.rpartition(".")[0] for name in used} <= {"solidify.behaviour"}
-        assert all(n.level == 1 for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and is_ours(n))
+        assert all(n.level == 1 for n in ast.walk(trees()[path]) if isinstance(n, ast.ImportFrom) and is_ours(n))
     else:
-        assert not any(n.level for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom))
+        assert not any(n.level for n in ast.walk(trees()[path]) if isinstance(n, ast.ImportFrom))
 
 
 def test_at_most_six_files_stand_at_the_top() -> None:
@@ -172,7 +183,7 @@ def test_all_names_are_there_and_no_others() -> None:
         _ = solidify.solid
 
 
-VERBS = ("recipe.build_stage", "recipe.dry_run", "merging.export", "checks.check", "exporting.forms")
+PLAIN = ("building", "adapter.loading", "recipe.build_stage", "recipe.dry_run", "checks.check", "exporting.forms")
 
 
 def test_the_light_parts_stay_light() -> None:
@@ -183,22 +194,24 @@ def test_the_light_parts_stay_light() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_verbs_without_training_import_nothing_of_it() -> None:
-    """TRL brings wandb and datasets, and datasets pandas: a second or two."""
+def test_verbs_import_nothing_that_they_do_not_need() -> None:
+    """PEFT brings accelerate, and bitsandbytes half of torch's compiler: a second or two, for what has an adapter alone.
+
+    TRL brings wandb and datasets, and datasets pandas: as long, for what trains alone.
+    """
     names = ["trl", "datasets", "wandb", "pandas", "transformers.trainer"]
-    used = ", ".join(f"solidify.{name}" for name in VERBS)
-    imported = f"from solidify.command.quiet import start_verb\nwith start_verb():\n    import {used}"
-    script = f"{imported}\nimport sys; print(*(m for m in {names} if m in sys.modules))"
+    plain, merge = (", ".join(f"solidify.{name}" for name in used) for used in (PLAIN, ["merging.export"]))
+    script = f"""
+import sys
+from solidify.command.quiet import start_verb
+with start_verb():
+    import {plain}
+    without = "peft" in sys.modules
+    import {merge}
+print(without, "peft" in sys.modules, *(m for m in {names} if m in sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [] and done.stderr == ""
-
-
-def test_what_needs_no_adapter_imports_no_peft() -> None:
-    """It brings accelerate, and bitsandbytes half of torch's compiler: a second or two."""
-    used = ["building", "adapter.loading", "checks.check", "exporting.forms", "recipe.dry_run"]
-    script = f"import sys, {', '.join(f'solidify.{name}' for name in used)}; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+    assert done.stdout.split() == ["False", "True"] and done.stderr == ""
 
 
 def test_cases_that_are_kept_quick_are_there() -> None:
@@ -263,18 +276,18 @@ def test_no_room_hides_a_public_name() -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "upstream" and p not in ALONE], ids=name_of)
 def test_private_names_of_libraries_stand_in_upstream(path: Path) -> None:
-    found = [f"line {line}: {name}" for line, name in private_names.uses(TREES[path], OURS)]
+    found = [f"line {line}: {name}" for line, name in private_names.uses(trees()[path], ours())]
     assert not found, f"{name_of(path)} uses private names of a library; name them in upstream/: {found}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "upstream" and p not in ALONE], ids=name_of)
 def test_undocumented_names_of_libraries_stand_in_upstream(path: Path) -> None:
-    found = private_names.undocumented(TREES[path])
+    found = private_names.undocumented(trees()[path])
     assert not found, f"{name_of(path)} uses names that no package exports; name them in upstream/: {sorted(found)}"
 
 
 def test_what_stands_alone_names_the_undocumented_that_upstream_lists() -> None:
-    used = set[str]().union(*(private_names.undocumented(TREES[path]) for path in ALONE))
+    used = set[str]().union(*(private_names.undocumented(trees()[path]) for path in ALONE))
     listed = {f"transformers.{name}" for name in transformers_names.STANDING_ALONE_UNDOCUMENTED}
     assert used == listed, used ^ listed
 
@@ -293,7 +306,9 @@ def test_no_class_overrides_a_private_name_outside_upstream() -> None:
 
 def test_what_stands_alone_names_what_upstream_lists() -> None:
     listed = {**transformers_names.STANDING_ALONE, **torch_names.STANDING_ALONE}
-    used = {name for path in ALONE for _, name in private_names.uses(TREES[path], private_names.defined([TREES[path]]))}
+    used = {
+        name for path in ALONE for _, name in private_names.uses(trees()[path], private_names.defined([trees()[path]]))
+    }
     for template in (PACKAGE / "artifact" / "templates").glob("*.py.jinja"):
         used |= {word for word in re.findall(r"\b_\w+", template.read_text()) if word in private_names.foreign()}
     assert used == set(listed), used ^ set(listed)
