@@ -195,9 +195,9 @@ def test_the_light_parts_stay_light() -> None:
 
 
 def test_verbs_import_nothing_that_they_do_not_need() -> None:
-    """PEFT brings accelerate, and bitsandbytes half of torch's compiler: a second or two, for what has an adapter alone.
+    """PEFT brings accelerate, and bitsandbytes half of torch's compiler: a second or two, for adapters alone.
 
-    TRL brings wandb and datasets, and datasets pandas: as long, for what trains alone.
+    TRL brings wandb and datasets, and datasets pandas: as long, for training alone.
     """
     names = ["trl", "datasets", "wandb", "pandas", "transformers.trainer"]
     plain, merge = (", ".join(f"solidify.{name}" for name in used) for used in (PLAIN, ["merging.export"]))
