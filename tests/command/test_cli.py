@@ -108,6 +108,14 @@ def test_bad_input_gets_one_message_exit_code_2_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_whose_name_is_misspelt_is_looked_for_beside_the_recipe(cli: Solidify, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe", base__model="neoxx")
+    (path.parent / "neox").mkdir()
+    code, _, err = cli("plan", path)
+    assert code == 2
+    assert f"nor is there a directory {path.parent / 'neoxx'} (close to it: neox)" in err
+
+
 def test_weights_of_a_wrong_shape_are_refused(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -55,6 +55,37 @@ def says(words: str, *command: str, code: int = 2) -> str:
     return told
 
 
+@pytest.mark.parametrize(("pause", "lines"), [(0, 3), (30, 0)])
+def test_a_file_is_told_how_far_long_work_is(
+    pause: float, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_PAUSE", pause)
+    with console.progress("Reading", 3) as advance:
+        for number in range(3):
+            advance(f"loss {number}")
+    told = capsys.readouterr().err
+    assert told.count("… Reading: ") == lines
+    assert not lines or "… Reading: 2 of 3, loss 1\n" in told
+    with console.bytes_progress("Writing", 3 * 2**28) as advance:
+        for _ in range(3):
+            advance(2**28)
+    told = capsys.readouterr().err
+    assert told.count("… Writing: ") == lines
+    assert not lines or "… Writing: 537 MB of 805 MB\n" in told
+
+
+def test_a_terminal_sees_the_bar_move_and_gets_no_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_PAUSE", 0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes what it writes to for a terminal
+    monkeypatch.setattr(console, "words", type(console.words)(stderr=True))
+    assert console.words.is_terminal
+    with console.progress("Reading", 2) as advance:
+        advance()
+    assert "… Reading" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["words", "results"])
 def test_nothing_that_is_printed_steers_the_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     to = getattr(console, name)

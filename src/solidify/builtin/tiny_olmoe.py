@@ -69,7 +69,8 @@ def report() -> dict[str, float]:
 def _make_model(staging: Path, train: Sequence[str], heldout: Sequence[str]) -> None:
     tokenizer = _train_tokenizer(train)
     tokens, unseen = _encode_texts(tokenizer, train), _encode_texts(tokenizer, heldout)
-    with torch.random.fork_rng():
+    training = "Training builtin:tiny-olmoe, once (a minute or two of two quiet cores)"
+    with console.stage(training), torch.random.fork_rng():
         torch.manual_seed(int(TRAINING["seed"]))
         model = OlmoeForCausalLM(OlmoeConfig(**CONFIG, bos_token_id=None))
         _train_model(model, tokens)
@@ -119,7 +120,7 @@ def _train_model(model: OlmoeForCausalLM, tokens: torch.Tensor) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(int(TRAINING["seed"]))
     model.train()
-    with console.progress("Training the embedded OLMoE (once)", steps) as advance:
+    with console.progress("Training", steps) as advance:
         for _ in range(steps):
             starts = torch.randint(0, len(tokens) - length, (batch_size,), generator=generator)
             batch = torch.stack([tokens[start : start + length] for start in starts])

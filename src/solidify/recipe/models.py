@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +44,35 @@ def _load_model(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scra
         return _read_model(recipe, source, device, scratch)
 
 
+@contextmanager
+def _looked_for(local: Path) -> Iterator[None]:
+    """Says where a directory was looked for, and what stands close to it, when what is no directory is not loaded."""
+    try:
+        yield
+    except ModelError as error:
+        if files.is_directory(local) or not local.parent.is_dir():
+            raise
+        close = get_close_matches(local.name, [path.name for path in local.parent.iterdir() if path.is_dir()], n=2)
+        told = f" (close to it: {', '.join(close)})" if close else ""
+        raise ModelError(f"{error}; nor is there a directory {local}{told}") from error
+
+
 def _read_model(recipe: Recipe, source: Base, device: str, scratch: Scratch | None) -> BaseModel:
     name = source.model
     if (built_in := bases.directory(name)) is not None:
         loaded = loading.load_base(str(built_in), dtype=source.dtype, device=device)
         return replace(loaded, origin={**loaded.origin, "model": name})
     local = recipe.directory / name
-    loaded = loading.load_base(
-        str(local) if name and files.is_directory(local) else name,
-        revision=source.revision,
-        dtype=source.dtype,
-        device=device,
-        trust_remote_code=source.trust_remote_code,
-        scratch=scratch,
-        quantized=source is recipe.teacher,  # which only answers
-    )
+    with _looked_for(local):
+        loaded = loading.load_base(
+            str(local) if name and files.is_directory(local) else name,
+            revision=source.revision,
+            dtype=source.dtype,
+            device=device,
+            trust_remote_code=source.trust_remote_code,
+            scratch=scratch,
+            quantized=source is recipe.teacher,  # which only answers
+        )
     if loaded.tokenizer is None and (standing := companions.directory_of(loaded.model.config)) is not None:
         companions.refuse_broken_tokenizer(standing)
     return loaded

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -35,6 +36,7 @@ from solidify.errors import SolidifyError
 from solidify.findings import FAILED, NOT_LOOKED_AT, PROVED
 
 _HARMLESS = {"Zs", "Co"}  # spaces of every width, and signs of private fonts: printed, though no letters
+_PAUSE = 30  # seconds between two lines that say how far something is
 _JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
 
 
@@ -138,13 +140,18 @@ def _make_column(format: str) -> TextColumn:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
-    """Shows a bar and yields a function `advance(note)` that moves it by one and replaces the note beside it."""
+    """Shows a bar and yields a function `advance(note)` that moves it by one and replaces the note beside it.
+
+    Where nobody sees it move (a file, a pipe), a line says every half minute how far it is.
+    """
     columns = (_make_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, _make_column("{task.fields[note]}"), console=words) as bar:
         task = bar.add_task(description, total=total, note="")
+        tell = _make_teller(description, str(total), str)
 
         def advance(note: str = "") -> None:
             bar.update(task, advance=1, note=note)
+            tell(int(bar.tasks[0].completed), note)
 
         yield advance
 
@@ -158,7 +165,26 @@ def bytes_progress(description: str, total: int) -> Iterator[Any]:
     columns = (_make_column("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=words) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda count: bar.update(task, advance=count)
+        tell = _make_teller(description, size(total), size)
+
+        def advance(count: int) -> None:
+            bar.update(task, advance=count)
+            tell(int(bar.tasks[0].completed), "")
+
+        yield advance
+
+
+def _make_teller(description: str, total: str, write: Callable[[int], str]) -> Callable[[int, str], None]:
+    """Makes what prints how far something is, at most twice a minute, and in a terminal or a notebook nothing."""
+    last, seen = time.monotonic(), words.is_terminal or words.is_jupyter
+
+    def tell(done: int, note: str) -> None:
+        nonlocal last
+        if not seen and time.monotonic() - last >= _PAUSE:
+            last = time.monotonic()
+            words.print(f"… {description}: {write(done)} of {total}" + (f", {note}" if note else ""))
+
+    return tell
 
 
 def print_all(shown: Iterable[Any]) -> None:
