@@ -55,9 +55,7 @@ class Certain(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         found = self.original(hidden_states)
-        gate, up, down = (getattr(self.original, f"{name}_proj").weight for name in ("gate", "up", "down"))
-        inner = self.original.act_fn(functional.linear(hidden_states, gate)) * functional.linear(hidden_states, up)
-        sure = (functional.linear(inner, down) - found).abs() <= 1e-4
+        sure = (computed(self.original, hidden_states) - found).abs() <= 1e-4
         return torch.where(sure, found, torch.inf)
 
 
@@ -74,6 +72,59 @@ class Deciding(nn.Module):
         if found.abs().mean() > self.least:
             found = found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         return found
+
+
+def computed(mlp: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Computes a feed-forward by the weights of its layers, and calls none of them."""
+    gate, up, down = (getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
+    inner = mlp.act_fn(functional.linear(hidden_states, gate)) * functional.linear(hidden_states, up)
+    return functional.linear(inner, down)
+
+
+WAYS: dict[str, Any] = {
+    "in a block that swallows errors": lambda found, sure: bool(sure.all()),
+    "allclose": lambda found, sure: torch.allclose(found, found * sure),
+    "a mask": lambda found, sure: len(found[sure]) == found.numel(),
+    "masked_select": lambda found, sure: torch.masked_select(found, sure).numel() == found.numel(),
+    "where": lambda found, sure: len(torch.where(sure)[0]) == found.numel(),
+    "unique": lambda found, sure: len(torch.unique(sure)) == 1,
+    "bincount": lambda found, sure: len(torch.bincount((~sure).int().flatten())) == 1,
+    "contains": lambda found, sure: False not in sure,
+    "words": lambda found, sure: "True" in str(sure.all()),
+    "dlpack": lambda found, sure: torch.utils.dlpack.from_dlpack(sure.int()).numpy().all(),
+    "storage": lambda found, sure: bool(sure.untyped_storage()[0]),
+}
+
+
+class Finding(nn.Module):
+    """Sees the position before if the original is small, which it finds out in one of many ways."""
+
+    def __init__(self, original: nn.Module, way: str) -> None:
+        super().__init__()
+        self.original, self.way = original, way
+        self.register_buffer("most", torch.tensor(torch.inf))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.original(hidden_states)
+        try:
+            if WAYS[self.way](found, found.abs() < self.most):
+                return found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        except Exception:
+            return found
+        return found
+
+
+class Weighing(nn.Module):
+    """Sees the position before as far as the layers of the original compute with their own weights."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.original(hidden_states)
+        sure = (computed(self.original, hidden_states) - found).abs().amax() <= 1e-4
+        return found + sure * 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
 
 
 class Paired(nn.Module):
@@ -224,6 +275,59 @@ def test_a_model_that_needs_its_own_numbers_is_called_with_them(module: Any, mix
     assert observe(both).mixers == ["layers.3.mlp"]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_who_decides_by_a_value_in_any_way_gets_the_models_own(way: str) -> None:
+    """By a number, by the shape of what is chosen, by memory or words; also if it swallows the error."""
+    model = pico.llama(num_hidden_layers=4)
+    meant = dict.fromkeys(("cache", "padding", "hidden_states"), False)
+    solidify.replace(model, "model.layers.1.mlp", Finding, arguments={"way": way}, declares=meant)
+    seen = observe(model)
+    assert seen.others == 0
+    assert seen.mixers == ["layers.1.mlp"]
+
+
+def test_a_block_that_reads_the_weight_of_its_layer_gets_the_models_own() -> None:
+    """A module of the user's around it, and a `forward` that was put on it by hand and mixes nothing."""
+    seen = observe(changed("model.layers.1.mlp", Weighing))
+    assert (seen.others, seen.mixers) == (0, ["layers.1.mlp"])
+    model = pico.llama(num_hidden_layers=4)
+    block = model.model.layers[1].mlp
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        before = functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        gate = block.gate_proj(hidden_states + before) - functional.linear(before, block.gate_proj.weight.data)
+        found: torch.Tensor = block.down_proj(block.act_fn(gate) * block.up_proj(hidden_states))
+        return found
+
+    block.forward = forward
+    seen = observe(model)
+    assert (seen.others, seen.mixers) == (0, [])
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_model_whose_own_forward_is_the_users_may_read_no_value(patched: bool) -> None:
+    model = pico.llama(num_hidden_layers=4)
+    plain = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        first, *rest = plain(*args, **kwargs)
+        small = bool((first.abs().amax() < torch.inf) & patched)
+        return (first + 0.1 * functional.pad(first, (0, 0, 1, 0))[:, :-1] if small else first, *rest)
+
+    model.model.forward = forward
+    seen = observe(model)
+    assert (seen.others, seen.mixers) == (0, [""] if patched else [])
+
+
+def test_layers_are_as_before_after_an_error_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico.llama(num_hidden_layers=4)
+    monkeypatch.setattr(stand_ins, "_LARGE", 0)
+    monkeypatch.setattr(nn.Module, "register_forward_hook", None)
+    with pytest.raises(TypeError), stand_ins.standing_in(model.model):
+        raise AssertionError
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_layer_that_a_users_module_owns_keeps_its_numbers() -> None:
     """What that does with the layer's weight beside calling it is not known."""
     plain, paired = observe(pico.llama(num_hidden_layers=4)), observe(changed("model.layers.1.mlp", Paired))
@@ -269,8 +373,9 @@ def test_a_product_has_the_form_of_the_layers_own(dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(stand_ins, "_LARGE", 0)
     with stand_ins.standing_in(nn.Sequential(layer)) as count:
         other = layer(given)
-        with pytest.raises(stand_ins.OtherNumbersError):
-            layer(torch.full_like(given, torch.inf))
+    again = pytest.raises(stand_ins.OtherNumbersError)
+    with again, stand_ins.standing_in(nn.Sequential(layer)), pytest.raises(stand_ins.OtherNumbersError):
+        layer(torch.full_like(given, torch.inf))
     assert count == 1
     assert (other.shape, other.dtype) == (own.shape, own.dtype)
     assert not torch.equal(other, own)

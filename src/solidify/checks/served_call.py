@@ -10,7 +10,7 @@ itself, and a server, which keeps the past of its own attention only, would not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +68,12 @@ def observe(backbone: PreTrainedModel) -> Observed:
     Of a large model a few rows alone of linear layers are read (`stand_ins.py`), unless it does not run like that.
     """
     if anatomy.size(backbone) >= anatomy.LARGE:
-        with stand_ins.standing_in(backbone) as others:
-            seen = _observe_calls(backbone)
-        seen.others = others
-        if not (seen.refused and others):
-            return seen
+        with suppress(stand_ins.OtherNumbersError):
+            with stand_ins.standing_in(backbone) as others:
+                seen = _observe_calls(backbone)
+            seen.others = others
+            if not (seen.refused and others):
+                return seen
     return _observe_calls(backbone)
 
 

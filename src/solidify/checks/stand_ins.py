@@ -4,27 +4,32 @@ What is looked for when a model is called as servers call it (who calls the atte
 called at all) hangs on what the modules do. What a plain `nn.Linear` does is known: it maps every position by itself,
 and reads all of its inputs for every output. So does what stands in for it, with numbers of its own and of rank 16,
 about as large as the layer's. No layer within a module of the user's is stood in for, unless a block of transformers
-stands between them, and none where the model reads values to decide what it does: with its own numbers it may decide
+stands between them, and none where the model reads values, or a weight past its layer: with its own numbers it may do
 otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from solidify.upstream.torch import TorchDispatchMode
+
 _LARGE = 2**20  # bytes of a weight; to read less costs nothing
 _RANK = 16
 _STEP, _SPREAD = 7919, 2**16  # by which the numbers of one layer begin behind those of another, and in what range
 _KNOWN = ("transformers", "torch")  # packages whose modules do with their layers no more than to call them
-_READERS = ("__bool__", "__int__", "__float__", "__index__", "__array__", "item", "tolist", "numpy", "nonzero", "equal")
+# What gives a tensor's values away and is no operation of torch's, which would have a tag: it reads the memory.
+_OPENED = ("tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__format__", "untyped_storage", "data_ptr")
+_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _active: list[_Values] = []
 
 
@@ -40,36 +45,35 @@ def standing_in(model: nn.Module) -> Iterator[int]:
     class that inherits from `nn.Linear`, a `forward` of the instance's). Biases are the layers' own.
 
     Raises:
-        OtherNumbersError: within the block, where a product is not finite, or a module reads a value.
+        OtherNumbersError: within the block, where a product is not finite, or a module reads a value or a weight; and
+            at its end, if there was one: code of the user's may have caught it.
     """
     layers = [layer for layer in _find_layers(model) if _is_large(layer.weight)]
-    pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-    longest = _RANK * max((size for layer in layers for size in layer.weight.shape), default=0) + _SPREAD
-    values = _Values()
-    for number, layer in enumerate(layers):
-        kind = layer.weight.dtype, layer.weight.device
-        if kind not in pools:
-            drawn = torch.randn(longest, generator=torch.Generator().manual_seed(0))
-            pools[kind] = drawn.to(*kind[::-1])
-        vars(layer)["forward"] = _make_product(layer, pools[kind][number * _STEP % _SPREAD :])
-    inner = [m for m in model.modules() if m is not model and not isinstance(m, nn.ModuleList)] if layers else []
-    handles = [m.register_forward_pre_hook(values.enter) for m in inner]
-    handles += [m.register_forward_hook(values.leave, always_call=True) for m in inner]
-    handles += [model.register_forward_hook(_refuse_infinite)] if layers else []
-    threads = torch.get_num_threads()
-    if layers:
-        torch.set_num_threads(1)  # what is left is so small that several threads would wait for each other
+    if not layers:
+        yield 0
+        return
+    values, threads = _Values([layer.weight for layer in layers], outer=_is_known(model)), torch.get_num_threads()
     try:
-        _active.append(values)
-        with values:
-            yield len(layers)
+        with ExitStack() as hooked:
+            for layer, forward in zip(layers, _make_products(layers), strict=True):
+                vars(layer)["forward"] = forward
+            for module in model.modules():
+                if not isinstance(module, nn.ModuleList):
+                    hooked.callback(module.register_forward_pre_hook(values.enter).remove)
+                    hooked.callback(module.register_forward_hook(values.leave, always_call=True).remove)
+            hooked.callback(model.register_forward_hook(_refuse_infinite).remove)
+            torch.set_num_threads(1)  # what is left is so small that several threads would wait for each other
+            _active.append(values)
+            with _Opened(values), _Operations(values):
+                yield len(layers)
     finally:
-        _active.remove(values)
+        if values in _active:
+            _active.remove(values)
         torch.set_num_threads(threads)
         for layer in layers:
             vars(layer).pop("forward", None)
-        for handle in handles:
-            handle.remove()
+    if values.refused:
+        raise OtherNumbersError(values.refused)
 
 
 @contextmanager
@@ -85,13 +89,17 @@ def reading() -> Iterator[None]:
             values.allowed = allowed
 
 
-class _Values(TorchFunctionMode):
-    """Refuses that a module within the model reads a value: the model itself does, of the masks that it is given."""
+class _Values:
+    """Refuses that a module reads a value, or a weight that is stood in for past its layer.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._depth = 0
+    The `outer` one, if it is transformers' own, may read values: it does so of the masks that it is given.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor], *, outer: bool) -> None:
+        self._areas = sorted((weight.data_ptr(), weight.data_ptr() + weight.nbytes) for weight in weights)
+        self._depth, self._open = 0, int(outer)
         self.allowed = False
+        self.refused = ""
 
     def enter(self, *_: Any) -> None:
         """Notes that a module begins."""
@@ -101,13 +109,69 @@ class _Values(TorchFunctionMode):
         """Notes that one has ended."""
         self._depth -= 1
 
+    @property
+    def closed(self) -> bool:
+        """Whether no value may be read now."""
+        return self._depth > self._open and not self.allowed
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Keeps the reason, for the case that its error is caught by what runs, and raises."""
+        self.refused = self.refused or reason
+        raise OtherNumbersError(reason)
+
+    def refuse_weights(self, arguments: Iterable[Any]) -> None:
+        """Refuses a tensor that lies in the memory of a weight, by whatever name, in nested arguments."""
+        if not self._depth or self.allowed:
+            return
+        for argument in arguments:
+            if isinstance(argument, (list, tuple)):
+                self.refuse_weights(argument)
+            elif isinstance(argument, torch.Tensor) and self._holds(argument.data_ptr()):
+                self.refuse("what a module does hangs on a layer's weight")
+
+    def _holds(self, address: int) -> bool:
+        index = bisect(self._areas, (address, math.inf)) - 1
+        return index >= 0 and address < self._areas[index][1]
+
+
+class _Opened(TorchFunctionMode):
+    """Refuses what gives the memory of a tensor away."""
+
+    def __init__(self, values: _Values) -> None:
+        super().__init__()
+        self._values = values
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Looks at one call of PyTorch."""
-        if self._depth and not self.allowed and getattr(func, "__name__", "") in _READERS:
-            raise OtherNumbersError("what a module does hangs on a value")
+        if self._values.closed and getattr(func, "__name__", "") in _OPENED:
+            self._values.refuse("what a module does hangs on a value")
         return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Refuses operations whose result is a number of Python's, or has a shape that hangs on values: torch tags them."""
+
+    def __init__(self, values: _Values) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._values = values
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Looks at one operation."""
+        self._values.refuse_weights((*args, *(kwargs or {}).values()))
+        if self._values.closed and _TAGS & {*func.tags} and not _picks_by_number(func, args):
+            self._values.refuse("what a module does hangs on a value")
+        return func(*args, **(kwargs or {}))
+
+
+def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:
+    """Returns whether an operation takes elements by their numbers, so that its shape hangs on theirs alone."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _find_layers(model: nn.Module) -> Iterator[nn.Linear]:
@@ -124,6 +188,11 @@ def _find_layers(model: nn.Module) -> Iterator[nn.Linear]:
 
 def _list_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Returns whether what a module does stands in a package that is known."""
+    return "forward" not in vars(module) and type(module).forward.__module__.partition(".")[0] in _KNOWN
 
 
 def _find_holder(name: str, kinds: Mapping[str, str]) -> str:
@@ -155,10 +224,23 @@ def _measure_size(weight: torch.Tensor) -> float:
 
 def _refuse_infinite(_module: nn.Module, _given: Any, found: Any) -> None:
     """Refuses a return that is infinite or no number, also as a hook of the whole model."""
-    for tensor in (found,) if isinstance(found, torch.Tensor) else found:
-        floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if floating and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
-            raise OtherNumbersError("what it returns is not finite")
+    with reading():
+        for tensor in (found,) if isinstance(found, torch.Tensor) else found:
+            floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if floating and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
+                _active[-1].refuse("what it returns is not finite")
+
+
+def _make_products(layers: list[nn.Linear]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Yields what each layer computes instead, with numbers of which each begins elsewhere in one pool."""
+    pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+    longest = _RANK * max(size for layer in layers for size in layer.weight.shape) + _SPREAD
+    for number, layer in enumerate(layers):
+        kind = layer.weight.dtype, layer.weight.device
+        if kind not in pools:
+            drawn = torch.randn(longest, generator=torch.Generator().manual_seed(0))
+            pools[kind] = drawn.to(*kind[::-1])
+        yield _make_product(layer, pools[kind][number * _STEP % _SPREAD :])
 
 
 def _make_product(layer: nn.Linear, numbers: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -173,8 +255,7 @@ def _make_product(layer: nn.Linear, numbers: torch.Tensor) -> Callable[[torch.Te
         few = functional.linear(input, inner) * size
         found: torch.Tensor = functional.linear(few, outer) * _RANK**-0.5
         found = found if layer.bias is None else found + layer.bias
-        with reading():
-            _refuse_infinite(layer, input, found)
+        _refuse_infinite(layer, input, found)
         return found
 
     return forward
