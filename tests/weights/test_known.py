@@ -100,6 +100,42 @@ def test_a_file_written_a_moment_ago_is_not_noted(tmp_path: Path, reads: list[st
     assert reads == ["a", "a"]
 
 
+def test_a_file_written_a_moment_ago_is_not_noted_whatever_its_time_says(weights: Path, reads: list[str]) -> None:
+    """Two changes within a tick of the clock, each with the time set back, would look alike."""
+    with_its_time_set_back(weights)
+    digest_cache.digests([weights])
+    assert digest_cache.recall(weights) is None
+    time.sleep(0.1)
+    digest_cache.digests([weights])
+    assert digest_cache.recall(weights) is not None
+
+
+def test_a_file_that_changes_within_a_tick_while_it_is_read_is_not_noted(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read began a moment after a change: the next one may have had the same time."""
+    flip(weights)
+    digest = format.Entry.digest
+
+    def slowly(entry: format.Entry, **given: bool) -> str:
+        time.sleep(0.1)
+        return digest(entry, **given)
+
+    monkeypatch.setattr(format.Entry, "digest", slowly)
+    digest_cache.digests([weights])
+    assert digest_cache.recall(weights) is None
+
+
+@pytest.mark.parametrize("note", [[], {}, "words", {"a": "0"}, {"a": 1, "b": 2}, {"a": "0", "b": "0", "c": "0"}])
+def test_a_note_that_does_not_fit_its_file_counts_for_nothing(weights: Path, note: Any) -> None:
+    wanted = digest_cache.digests([weights])
+    digest_cache._write_note(weights.stat(), note)
+    assert digest_cache.digests([weights]) == wanted
+    entries = format.read_header(weights).values()
+    digest_cache._write_note(weights.stat(), note)
+    assert digest_cache.recall_entries(entries) == {}
+
+
 def test_links_made_and_removed_leave_it_known(weights: Path, tmp_path: Path, reads: list[str]) -> None:
     first = digest_cache.digests([weights])
     assert transfer.link_or_copy(weights, tmp_path / "linked", link=True)

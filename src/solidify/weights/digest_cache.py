@@ -3,9 +3,9 @@
 A file is known by device, inode, size and both of its times. A program can set the time of modification back, but not
 the time of change, which the system sets by itself; it also does so when a hard link is made or removed. Where that is
 done here, what was known stays known (`kept`); where others do it, the file is read once more. Files that were touched
-a moment ago are not noted, because two changes within a tick of the clock cannot be told apart. What a program that
-has a file mapped writes shows in its times when the system writes it to the disk, and not before. `solidify check`
-reads everything, whatever is noted.
+a moment before they were read are not noted, because two changes within a tick of the clock cannot be told apart.
+What a program that has a file mapped writes shows in its times when the system writes it to the disk, and not before.
+`solidify check` reads everything, whatever is noted.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
         ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
     """
     headers = {path: format.read_header(path) for path in files}
-    recalled = {} if fresh else {path: found for path in files if (found := recall(path)) is not None}
+    recalled = {} if fresh else {p: found for p, header in headers.items() if (found := _recall_all(p, header))}
     begun = {path: path.stat() for path in files}
+    settled = {path for path, state in begun.items() if is_settled(state)}
     entries = [entry for path in files if path not in recalled for entry in headers[path].values()]
 
     # The largest first, so that no worker is left alone with one at the end.
@@ -57,7 +58,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     result: dict[str, str] = {}
     for path, header in headers.items():
         found = recalled.get(path) or {name: computed[path, name] for name in header}
-        if path not in recalled:
+        if path in settled - recalled.keys():
             remember(path, found, begun[path])
         twice = next((name for name in found if name in result), None)
         if twice is not None:
@@ -78,9 +79,21 @@ def _recall(now: os.stat_result) -> dict[str, str] | None:
     try:
         note = files.document(_get_note_path(now))
         found: dict[str, str] = note["digests"]
-        return found if note["changed"] == now.st_ctime_ns else None
-    except (OSError, ValueError, KeyError, TypeError):
+        words = all(isinstance(digest, str) for digest in found.values())
+        return found if words and note["changed"] == now.st_ctime_ns else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _recall_all(path: Path, header: Mapping[str, format.Entry]) -> dict[str, str] | None:
+    """Returns the known digests of a file; None where they are not of the tensors that its header has."""
+    found = recall(path)
+    return found if found is not None and found.keys() == header.keys() else None
+
+
+def is_settled(found: os.stat_result) -> bool:
+    """Returns whether a file was last touched so long ago that its next change will have another time."""
+    return time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) >= TICK
 
 
 @contextmanager
@@ -116,24 +129,23 @@ def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:
     wanted = {entry.place for entry in entries}
     found: dict[format.Place, str] = {}
     for path in dict.fromkeys(path for path, _, _ in wanted):
-        if (known := recall(path)) is None:
-            continue
-        here = {entry.place: name for name, entry in format.read_header(path).items()}
-        found |= {place: known[name] for place, name in here.items() if place in wanted and name in known}
+        header = format.read_header(path)
+        if known := _recall_all(path, header):
+            found |= {entry.place: known[name] for name, entry in header.items() if entry.place in wanted}
     return found
 
 
 def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = None) -> None:
     """Notes the digests of a file's tensors.
 
-    `begun` is the file's state before it was read: nothing is noted if it has changed since. Without it the caller
-    vouches that the file holds what was digested.
+    `begun` is the file's state before it was read, when it was settled: nothing is noted if it has changed since.
+    Without it the caller vouches that the file holds what was digested.
     """
     now = path.stat()
-    age = time.time_ns() - now.st_mtime_ns
-    if begun is not None and (ahead.state_of(begun) != ahead.state_of(now) or age < TICK):
+    if begun is not None and ahead.state_of(begun) != ahead.state_of(now):
         return
-    if 0 <= age < TICK:
+    age = time.time_ns() - max(now.st_mtime_ns, now.st_ctime_ns)
+    if begun is None and 0 <= age < TICK:
         time.sleep((TICK - age) / 1e9)
         now = path.stat()
     _write_note(now, found)

@@ -43,6 +43,7 @@ def store(
     linked = {name for header in whole.values() for name in header}
     left = {name: tensor for name, tensor in kept.items() if name not in linked}
     begun = {entry.file: entry.file.stat() for entry in stored.values()}
+    settled = {path: state for path, state in begun.items() if digest_cache.is_settled(state)}
     known = digest_cache.recall_entries(stored[name] for name in left if name in stored)
     sources = {
         name: TensorSource.stored(name, entry, known.get(entry.place))
@@ -54,13 +55,13 @@ def store(
     entries = checkpoint.read(directory).entries
     taken = {name: stored[name] for name in sources if name in stored and stored[name].place in known}
     transfer.refuse_other(begun, [(entry.file, entries[name], digests[name]) for name, entry in taken.items()])
-    _remember_sources({entry.place: digests[name] for name, entry in stored.items() if name in sources}, begun)
+    _remember_sources({entry.place: digests[name] for name, entry in stored.items() if name in sources}, settled)
     return digests
 
 
 def _remember_sources(passed: Mapping[Place, str], begun: Mapping[Path, os.stat_result]) -> None:
     """Notes the digests of files that were digested as a whole while their tensors were written elsewhere."""
-    for path in dict.fromkeys(path for path, _, _ in passed):
+    for path in dict.fromkeys(path for path, _, _ in passed if path in begun):
         with suppress(ArtifactError):
             header = format.read_header(path)
             if all(entry.place in passed for entry in header.values()) and digest_cache.recall(path) is None:
