@@ -81,9 +81,12 @@ def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> 
     assert not fresh.is_on_artifact(trash_artifact, None) and not fresh.is_on_artifact(tmp_path, None)
     (tmp_path / "solidify.json").write_text(json.dumps({"kind": "adapter", "base": {"path": str(trash_artifact)}}))
     assert fresh.is_on_artifact(tmp_path, None) and not fresh.is_on_artifact(tmp_path, str(tmp_path))
-    for text in ("[]", "{", '{"kind": ["artifact"]}', '{"base": "here"}', "\ud800"):
+    for text in ("[]", "{", '{"kind": ["artifact"]}', '{"base": "here"}', "\ud800", "[" * 100_000):
         (tmp_path / "solidify.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         assert not fresh.is_artifact(tmp_path) and not fresh.is_on_artifact(tmp_path, None)
+    (tmp_path / "solidify.json").unlink()
+    os.mkfifo(tmp_path / "solidify.json")  # who opened it would wait for a writer
+    assert not fresh.is_artifact(tmp_path) and not fresh.is_on_artifact(tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +148,11 @@ def test_a_relative_path_of_modules_leads_where_it_did(tmp_path: Path, monkeypat
     monkeypatch.setenv("HF_HOME", "home")
     with Alone(script) as process:
         assert process.ask({}) == {"found": 7, "home": str(tmp_path / "home")}
+    monkeypatch.chdir(tmp_path / "deps")
+    for empty in (f"{os.pathsep}/elsewhere", f"/elsewhere{os.pathsep}"):  # as Python reads it: where one is
+        monkeypatch.setenv("PYTHONPATH", empty)
+        with Alone(script) as process:
+            assert process.ask({})["found"] == 7
+    monkeypatch.setenv("PYTHONPATH", "")
+    with Alone(script) as process, pytest.raises(ArtifactError, match="No module named 'library_of_theirs'"):
+        process.ask({})

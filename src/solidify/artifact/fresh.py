@@ -5,12 +5,13 @@ It takes as long for its imports as this process does for its own, and does them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from solidify.errors import ArtifactError
+from solidify.system import files
 from solidify.system.alone import Alone
 
 WITNESS = Path(__file__).with_name("witness.py")
@@ -64,8 +65,6 @@ def is_on_artifact(adapter: Path, base: str | None) -> bool:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        document = json.loads((directory / "solidify.json").read_text(encoding="utf-8"))
-        if isinstance(document, dict):
-            return document
+    with suppress(ArtifactError):
+        return files.document(directory / "solidify.json")
     return {}

@@ -84,11 +84,13 @@ def _read_answer(path: Path) -> dict[str, Any] | None:
 def environment(scratch: Path) -> dict[str, str]:
     """Returns the environment of such a process, whose code cache is in a directory of its own.
 
-    It runs in another directory, so relative paths in variables are made absolute.
+    It runs in another directory, so relative paths in variables are made absolute. To Python, an empty one among
+    several is the directory that one is in.
     """
     found = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     for name in _PATHS & found.keys():
-        found[name] = os.pathsep.join(os.path.abspath(path) for path in found[name].split(os.pathsep) if path)
+        paths = found[name].split(os.pathsep) if found[name] else []
+        found[name] = os.pathsep.join(os.path.abspath(path) for path in paths if path or name == "PYTHONPATH")
     return found
 
 
