@@ -317,6 +317,21 @@ def test_what_an_interrupted_installation_left_is_passed_over(
         assert owner == ("installed" if name in here.distributions else "own")
 
 
+@pytest.mark.parametrize("record", ["theirs/__init__.py,,many\n", "", None])
+def test_of_two_that_provide_a_module_one_may_list_its_files_wrongly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str | None
+) -> None:
+    for name in ("broken", "whole"):
+        information = tmp_path / f"their_{name}-1.2.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: their-{name}\nVersion: 1.2\n")
+        (information / "top_level.txt").write_text("theirs\n")
+        if (content := "theirs/__init__.py,,\n" if name == "whole" else record) is not None:
+            (information / "RECORD").write_text(content)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert ownership.requirement("theirs", ownership.surroundings(())) == ("their-whole", "1.2")
+
+
 def test_what_an_optional_file_needs_is_optional(tmp_path: Path) -> None:
     text = gate("try:\n    from .fast import F\nexcept (ImportError, OSError):\n    F = 1.0", "F")
     found = closure.collect([project(tmp_path, {"proj/gate.py": text, "proj/fast.py": "import no_such_kernel\nF = 2"})])

@@ -118,8 +118,9 @@ def requirement(name: str, here: Surroundings) -> tuple[str, str]:
     start = name.replace(".", "/")  # in a namespace, that several fill, the one with most files there
 
     def count(found: Distribution) -> int:
-        """Counts the files of a distribution in the module."""
-        return sum(str(file).startswith(start) for file in found.files or [])
+        """Counts the files of a distribution in the module; of one whose list of them is broken, there are none."""
+        files = foreign.attempt(lambda: found.files).value or ()
+        return sum(str(file).startswith(start) for file in files)
 
     best = max(candidates, key=count) if len(candidates) > 1 else candidates[0]
     return best.name, best.version
