@@ -27,7 +27,14 @@ def weights(tmp_path: Path) -> Path:
     save_file({"a": torch.randn(16, 16), "b": torch.randn(64), "none": torch.zeros(0, 3)}, tmp_path / "1.safetensors")
     save_file({"c": torch.randn(7, 9).bfloat16(), "d": torch.arange(5)}, tmp_path / "2.safetensors")
     time.sleep(0.1)
-    return tmp_path
+    return listed(tmp_path)
+
+
+def listed(directory: Path) -> Path:
+    """Gives a directory a manifest that lists its weight files."""
+    document = {"headers": {path.name: "" for path in directory.glob("*.safetensors")}}
+    (directory / "solidify.json").write_text(json.dumps(document))
+    return directory
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -109,9 +116,28 @@ def test_a_file_that_changes_meanwhile_is_read_again(
 
 def test_a_file_that_was_just_written_is_left_to_later(tmp_path: Path, reads: list[str]) -> None:
     save_file({"a": torch.randn(4)}, tmp_path / "new.safetensors")
-    with ahead.begun(tmp_path):
+    with ahead.begun(listed(tmp_path)):
         digest_cache.digests(files_of(tmp_path), fresh=True)
     assert reads == ["a"]
+
+
+@pytest.mark.parametrize("manifest", ["1.safetensors", "", None, "[]", '{"headers": ["2.safetensors"]}', "pipe"])
+def test_a_file_that_no_manifest_lists_is_not_opened(
+    weights: Path, manifest: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check refuses it before anything of it is read: its header may be as large as memory."""
+    (weights / "solidify.json").unlink()
+    if manifest == "pipe":
+        os.mkfifo(weights / "solidify.json")
+    elif manifest is not None:
+        text = json.dumps({"headers": {manifest: ""}}) if manifest == "1.safetensors" else manifest
+        (weights / "solidify.json").write_text(text)
+    opened: list[str] = []
+    read = ahead._read_parts
+    monkeypatch.setattr(ahead, "_read_parts", lambda path, state: opened.append(path.name) or read(path, state))
+    with ahead.begun(weights):
+        pass
+    assert opened == (["1.safetensors"] if manifest == "1.safetensors" else [])
 
 
 def lying(document: object, content: bytes = bytes(16)) -> bytes:
@@ -139,7 +165,7 @@ def test_what_cannot_be_read_is_told_by_who_reads_it(tmp_path: Path, kind: str) 
     time.sleep(0.1)
     with pytest.raises(ArtifactError) as plain:
         digest_cache.digests([path], fresh=True)
-    with ahead.begun(tmp_path), pytest.raises(ArtifactError) as found:
+    with ahead.begun(listed(tmp_path)), pytest.raises(ArtifactError) as found:
         digest_cache.digests([path], fresh=True)
     assert str(found.value) == str(plain.value)
 
@@ -148,7 +174,7 @@ def test_pipes_links_and_directories_are_passed_over(weights: Path, reads: list[
     os.mkfifo(weights / "pipe.safetensors")
     (weights / "link.safetensors").symlink_to("1.safetensors")
     (weights / "directory.safetensors").mkdir()
-    with ahead.begun(weights):
+    with ahead.begun(listed(weights)):
         digest_cache.digests([weights / "1.safetensors", weights / "2.safetensors"], fresh=True)
     assert not reads
     with ahead.begun(weights / "nowhere"):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solidify.errors import ArtifactError
+from solidify.system import files
 from solidify.weights import hashing
 from solidify.weights.direct import Source
 
@@ -67,9 +68,10 @@ _begun: dict[Part, Future[str | None]] = {}
 
 @contextmanager
 def begun(directory: Path) -> Iterator[None]:
-    """Digests the tensors of a directory's weight files while the block lasts, the largest first.
+    """Digests the tensors of the weight files that a manifest lists while the block lasts, the largest first.
 
-    What cannot be read is left to those who read it for themselves, and say why it cannot.
+    No other file is opened: what is not listed is refused before it is read. What cannot be read is left to those who
+    read it for themselves, and say why it cannot.
     """
     parts = sorted(_list_parts(directory), key=lambda part: -part.count)[:_MOST]
     stopped = threading.Event()
@@ -112,9 +114,12 @@ def _digest_part(part: Part, stopped: threading.Event) -> str | None:
 
 
 def _list_parts(directory: Path) -> Iterator[Part]:
-    """Yields what the headers of a directory's own weight files speak of; of a file that was just changed, nothing."""
-    with suppress(OSError, RuntimeError):  # as of links that lead in a circle
-        for path in sorted(directory.resolve().glob("*.safetensors")):
+    """Yields what the headers of a directory's listed files speak of; of a file that was just changed, nothing."""
+    with suppress(OSError, RuntimeError, ArtifactError):  # as of links that lead in a circle
+        listed = files.document(directory / "solidify.json").get("headers")
+        for path in sorted(directory.resolve().glob("*.safetensors")) if isinstance(listed, dict) else ():
+            if path.name not in listed:
+                continue
             with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, *_ODD):
                 found = path.lstat()
                 if stat.S_ISREG(found.st_mode) and time.time_ns() - found.st_ctime_ns > TICK:
