@@ -469,6 +469,27 @@ def test_a_merge_that_reads_or_writes_wrongly_is_seen(
     assert found.finding(list(found.found)).verdict == ("proved" if fault == "nothing" else "failed")
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_of_a_few_large_experts_each_is_read_back_in_each_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int
+) -> None:
+    """One that was left as it was is seen, be it the last, and be it the first half of a fused tensor alone."""
+    monkeypatch.setattr(read_back, "_WHOLE", 0)
+    monkeypatch.setattr(read_back, "_SAMPLED", 1)
+    base = tmp_path / "base"
+    pico.olmoe(1, num_experts=experts, num_experts_per_tok=1).save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", **KINDS["fused experts"])
+    prepared = prepare(base, adapter)
+    made = merge(base, adapter, tmp_path / "merged", prepared=prepared)
+    (file,) = made.files
+    right, plain = load_file(file), load_file(base / file.name)
+    assert read_back.compare(prepared, adapter, tmp_path / "merged").finding(made.changed).passed is None
+    assert len(made.changed) == 3 * experts
+    for name in made.changed:
+        save_file({**right, name: plain[name]}, file, {"format": "pt"})
+        assert read_back.compare(prepared, adapter, tmp_path / "merged").finding(made.changed).passed is False, name
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_rows_of_many_tokens_are_read_once(
     bases: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool

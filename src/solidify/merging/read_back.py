@@ -127,7 +127,7 @@ class _Reading:
             yield None
             return
         width = 1 if self.after.entry is not None else 2  # one expert alone may be no list of experts
-        count = min(max(_LEAST, _SAMPLED * rows // numbers), rows // width)
+        count = min(max(_LEAST, _SAMPLED * rows // numbers), rows - width + 1)
         places = {round(number * (rows - width) / (count - 1)) for number in range(count)} if count > 1 else {0}
         for place in sorted(places | {*(self.change.tokens or ())}):
             yield range(place, place + width)
@@ -159,7 +159,7 @@ class _Reading:
         if not stacked or found.numel() <= _WHOLE:
             return _EVERY
         assert layer is not None
-        step = min(-(-found.numel() // _SAMPLED), found.shape[sums.row_axis(layer)])
+        step = min(-(-found.numel() // _SAMPLED), max(1, found.shape[sums.row_axis(layer)] // _LEAST))
         return slice(step // 2, None, step)
 
     def _with_rows(self, base: torch.Tensor, part: range | None) -> torch.Tensor:
