@@ -4,15 +4,15 @@ What is looked for when a model is called as servers call it (who calls the atte
 called at all) hangs on what the modules do. What a plain `nn.Linear` does is known: it maps every position by itself,
 and reads all of its inputs for every output. So does what stands in for it, with numbers of its own and of rank 16,
 about as large as the layer's. No layer within a module of the user's is stood in for, unless a block of transformers
-stands between them, and none where the model reads values, or a weight past its layer: with its own numbers it may do
-otherwise.
+stands between them, none whose weight is read past it, and none at all where the model reads values: with its own
+numbers it may do otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -34,25 +34,32 @@ _active: list[_Values] = []
 
 
 class OtherNumbersError(ValueError):
-    """With the numbers of stand-ins a call tells nothing: it is not finite, or what the model does hangs on them."""
+    """With the numbers of stand-ins a call tells nothing: it is not finite, or what the model does hangs on them.
+
+    `layers` are those whose weight was read past them: with the numbers of their own it may tell something.
+    """
+
+    def __init__(self, reason: str, layers: Collection[nn.Linear] = ()) -> None:
+        super().__init__(reason)
+        self.layers = layers
 
 
 @contextmanager
-def standing_in(model: nn.Module) -> Iterator[int]:
-    """Lets large linear layers compute with other numbers while the block lasts; yields how many do.
+def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[int]:
+    """Lets large linear layers, but those that are `kept`, compute with other numbers in the block; yields how many do.
 
     A layer of zeros keeps them: what it lets through is nothing. So does one that computes in a way of its own (a
     class that inherits from `nn.Linear`, a `forward` of the instance's). Biases are the layers' own.
 
     Raises:
-        OtherNumbersError: within the block, where a product is not finite, or a module reads a value or a weight; and
-            at its end, if there was one: code of the user's may have caught it.
+        OtherNumbersError: within the block, where a product is not finite, or a module reads a value; and at its end,
+            if there was one, which code of the user's may have caught, or if a weight was read past its layer.
     """
-    layers = [layer for layer in _find_layers(model) if _is_large(layer.weight)]
+    layers = [layer for layer in _find_layers(model) if layer not in kept and _is_large(layer.weight)]
     if not layers:
         yield 0
         return
-    values, threads = _Values([layer.weight for layer in layers], outer=_is_known(model)), torch.get_num_threads()
+    values, threads = _Values(layers, outer=_is_known(model)), torch.get_num_threads()
     try:
         with ExitStack() as hooked:
             for layer, forward in zip(layers, _make_products(layers), strict=True):
@@ -72,8 +79,8 @@ def standing_in(model: nn.Module) -> Iterator[int]:
         torch.set_num_threads(threads)
         for layer in layers:
             vars(layer).pop("forward", None)
-    if values.refused:
-        raise OtherNumbersError(values.refused)
+    if values.refused or values.read:
+        raise OtherNumbersError(values.refused or "what a module does hangs on a layer's weight", values.read)
 
 
 @contextmanager
@@ -90,13 +97,15 @@ def reading() -> Iterator[None]:
 
 
 class _Values:
-    """Refuses that a module reads a value, or a weight that is stood in for past its layer.
+    """Refuses that a module reads a value, and notes which layers' weights are `read` past them.
 
     The `outer` one, if it is transformers' own, may read values: it does so of the masks that it is given.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor], *, outer: bool) -> None:
-        self._areas = sorted((weight.data_ptr(), weight.data_ptr() + weight.nbytes) for weight in weights)
+    def __init__(self, layers: Iterable[nn.Linear], *, outer: bool) -> None:
+        self._layers = {layer.weight.data_ptr(): layer for layer in layers}
+        self._begins = sorted(self._layers)
+        self.read: set[nn.Linear] = set()
         self._depth, self._open = 0, int(outer)
         self.allowed = False
         self.refused = ""
@@ -119,19 +128,21 @@ class _Values:
         self.refused = self.refused or reason
         raise OtherNumbersError(reason)
 
-    def refuse_weights(self, arguments: Iterable[Any]) -> None:
-        """Refuses a tensor that lies in the memory of a weight, by whatever name, in nested arguments."""
+    def note_weights(self, arguments: Iterable[Any]) -> None:
+        """Notes what lies in the memory of a weight, by whatever name, among nested arguments."""
         if not self._depth or self.allowed:
             return
         for argument in arguments:
             if isinstance(argument, (list, tuple)):
-                self.refuse_weights(argument)
-            elif isinstance(argument, torch.Tensor) and self._holds(argument.data_ptr()):
-                self.refuse("what a module does hangs on a layer's weight")
+                self.note_weights(argument)
+            elif isinstance(argument, torch.Tensor):
+                self._note_weight(argument.data_ptr())
 
-    def _holds(self, address: int) -> bool:
-        index = bisect(self._areas, (address, math.inf)) - 1
-        return index >= 0 and address < self._areas[index][1]
+    def _note_weight(self, address: int) -> None:
+        index = bisect(self._begins, address) - 1
+        layer = self._layers[self._begins[index]] if index >= 0 else None
+        if layer is not None and address < self._begins[index] + layer.weight.nbytes:
+            self.read.add(layer)
 
 
 class _Opened(TorchFunctionMode):
@@ -161,7 +172,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Looks at one operation."""
-        self._values.refuse_weights((*args, *(kwargs or {}).values()))
+        self._values.note_weights((*args, *(kwargs or {}).values()))
         if self._values.closed and _TAGS & {*func.tags} and not _picks_by_number(func, args):
             self._values.refuse("what a module does hangs on a value")
         return func(*args, **(kwargs or {}))
