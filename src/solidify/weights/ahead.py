@@ -116,8 +116,9 @@ def _digest_part(part: Part, stopped: threading.Event) -> str | None:
 def _list_parts(directory: Path) -> Iterator[Part]:
     """Yields what the headers of a directory's listed files speak of; of a file that was just changed, nothing."""
     with suppress(OSError, RuntimeError, ArtifactError):  # as of links that lead in a circle
-        listed = files.document(directory / "solidify.json").get("headers")
-        for path in sorted(directory.resolve().glob("*.safetensors")) if isinstance(listed, dict) else ():
+        headers = files.document(directory / "solidify.json").get("headers")
+        listed = headers if isinstance(headers, dict) else {}
+        for path in sorted(directory.resolve().glob("*.safetensors")):
             if path.name not in listed:
                 continue
             with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, *_ODD):
