@@ -469,6 +469,24 @@ def test_a_merge_that_reads_or_writes_wrongly_is_seen(
     assert found.finding(list(found.found)).verdict == ("proved" if fault == "nothing" else "failed")
 
 
+def test_a_zero_of_another_sign_is_not_what_was_trained(bases: dict[Any, Path], tmp_path: Path) -> None:
+    base = bases["hub", torch.float32]
+    adapter = save_adapter(base, tmp_path / "adapter", **KINDS["modules in full"])
+    given = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in given if "lm_head" in key)
+    given[key][0, 0] = 0.0
+    save_file(given, adapter / "adapter_model.safetensors", {"format": "pt"})
+    prepared = prepare(base, adapter)
+    made = merge(base, adapter, tmp_path / "merged", prepared=prepared)
+    changed = list(prepared.merger.changes)
+    assert read_back.compare(prepared, adapter, tmp_path / "merged").finding(changed).passed is True
+    file = next(path for path in made.files if "lm_head.weight" in load_file(path))
+    state = load_file(file)
+    state["lm_head.weight"][0, 0] = -0.0
+    save_file(state, file, {"format": "pt"})
+    assert read_back.compare(prepared, adapter, tmp_path / "merged").finding(changed).passed is False
+
+
 @pytest.mark.parametrize("experts", [1, 2, 3])
 def test_of_a_few_large_experts_each_is_read_back_in_each_of_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int

@@ -31,6 +31,7 @@ from solidify.merging.sums import Off
 from solidify.system import console
 from solidify.upstream.torch import own_parameters
 from solidify.weights import checkpoint
+from solidify.weights.format import same_bits
 from solidify.weights.reverting import Stored, Unit
 
 _WHOLE, _SAMPLED = 2**18, 2**16  # numbers: a tensor with more is sampled, at about so many
@@ -144,7 +145,7 @@ class _Reading:
         base = self.before.read(part)[self.name] if own is None else self._read_given(own, part).to(found.dtype)
         if layer is None:
             wanted = base if change.tokens is None else self._with_rows(base, part)
-            return (_SAME if torch.equal(wanted, found) else _OTHER), True
+            return (_SAME if same_bits(wanted, found) else _OTHER), True
         places = _EVERY if part is None else slice(part.start, part.stop)
         if change.name.endswith(".bias"):
             return sums.off_by(sums.bias(layer, NAME, base, places), found), True
