@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,25 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
         store.release()
 
 
+class _Forward:
+    """What stands in the place of a module's forward; a copy of the module, or what is read from a pickle of it, has
+    the forward that the module had before."""
+
+    def __init__(self, module: nn.Module, before: Any, own: Any, call: Callable[..., Any]) -> None:
+        update_wrapper(self, own)
+        self._module, self._call = module, call
+        vars(self)[BEFORE] = before  # which is what the module's attributes are told to be
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's own forward, or not."""
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Says what a copy is made of: the method of the copied module, or what its attribute was."""
+        before = vars(self)[BEFORE]
+        return (getattr, (self._module, "forward")) if before is None else (partial, (before,))
+
+
 class CachedPrefix:
     """A model whose frozen layers are skipped, those of its `prefixes`."""
 
@@ -245,13 +264,10 @@ class CachedPrefix:
     def _put_forward(self, module: nn.Module, step: Callable[..., Any]) -> None:
         before, own = vars(module).get("forward"), module.forward
 
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            """Calls the module's own forward, or not."""
+        def call(*args: Any, **kwargs: Any) -> Any:
             return step(own, args, kwargs) if self._stacks else own(*args, **kwargs)
 
-        vars(forward)[BEFORE] = before  # which is what the module's attributes are told to be
-        vars(module)["forward"] = forward
+        forward = vars(module)["forward"] = _Forward(module, before, own, call)
         self._forwards.append((module, before, forward))
 
     def _run_model(self, own: Any, args: Any, kwargs: Any) -> Any:

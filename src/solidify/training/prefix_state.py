@@ -180,4 +180,6 @@ def look(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
         return id(value), [look(each, depth + 1) for each in value]
     attributes = getattr(value, "__dict__", None)
-    return id(value), None if attributes is None else look(dict(attributes), depth + 1)[1]
+    if attributes is None:
+        return id(value), None
+    return id(value), [(key, look(each, depth + 1)) for key, each in attributes.items()]

@@ -1,0 +1,83 @@
+"""A model is copied while `cache_prefix` is on."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from frozen import batches, both, nothing, small, train
+from torch.optim.swa_utils import AveragedModel
+
+import solidify
+
+
+def loss_of(model: Any) -> float:
+    with torch.no_grad():
+        return float(model.eval()(**batches(1)[0]).loss)
+
+
+def pickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def patch_forward(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.forward = partial(type(layer).forward, layer)
+
+
+@pytest.mark.parametrize("prepare", [nothing, patch_forward])
+@pytest.mark.parametrize("kind", [copy.deepcopy, pickled])
+def test_a_copy_computes_with_its_own_weights(
+    kind: Callable[[Any], Any], prepare: Callable[[Any], None], tmp_path: Path
+) -> None:
+    model, made = small(prepare), list[Any]()
+
+    def act(model: Any) -> None:
+        made.append(kind(model))
+        with torch.no_grad():
+            for parameter in made[0].parameters():
+                parameter.mul_(0.5)
+        made.append(loss_of(made[0]))
+
+    with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+        train(model, act, 2)
+    plain = small(prepare)
+    plain.load_state_dict(made[0].state_dict())
+    assert loss_of(plain) == made[1] == loss_of(made[0]) != loss_of(model)
+    assert cached.read == 4
+
+
+def test_an_average_of_weights_is_evaluated(tmp_path: Path) -> None:
+    def run(model: Any) -> float:
+        made = AveragedModel(model)
+        train(model, made.update_parameters, 2)
+        return loss_of(made)
+
+    plain, model = run(small()), small()
+    with solidify.cache_prefix(model, tmp_path / "kept"):
+        assert run(model) == plain
+
+
+class Nested:
+    """An object in an object, and so on."""
+
+    def __init__(self, depth: int) -> None:
+        self.inner = Nested(depth - 1) if depth else None
+
+
+def test_objects_that_hold_objects_are_no_traceback(tmp_path: Path) -> None:
+    def prepare(model: Any) -> None:
+        model.held = [Nested(9)]
+
+    plain, found, cached = both(tmp_path / "kept", prepare)
+    assert found == plain
+    assert cached.read == 4
