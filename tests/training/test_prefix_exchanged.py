@@ -1,4 +1,4 @@
-"""A model is copied while `cache_prefix` is on."""
+"""A model is copied while `cache_prefix` is on, or is given other layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from frozen import batches, both, nothing, small, train
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import solidify
@@ -65,6 +66,58 @@ def test_an_average_of_weights_is_evaluated(tmp_path: Path) -> None:
     plain, model = run(small()), small()
     with solidify.cache_prefix(model, tmp_path / "kept"):
         assert run(model) == plain
+
+
+def scaled(by: float) -> Any:
+    """Returns a frozen layer of other weights."""
+    layer = small().model.layers[2].requires_grad_(False)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(by)
+    return layer
+
+
+def exchange_last(model: Any) -> None:
+    model.model.layers[2] = scaled(1.5)
+
+
+def exchange_first(model: Any) -> None:
+    model.model.layers[0] = scaled(1.5)
+
+
+def leave_out(model: Any) -> None:
+    model.model.layers = nn.ModuleList([*model.model.layers[:2], model.model.layers[3]])
+
+
+def turn_round(model: Any) -> None:
+    one, two, *rest = model.model.layers
+    model.model.layers = nn.ModuleList([two, one, *rest])
+
+
+@pytest.mark.parametrize("act", [exchange_last, exchange_first, leave_out, turn_round])
+def test_other_layers_in_the_list_are_run(
+    act: Callable[[Any], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, found, cached = both(tmp_path / "kept", between=act, after=3)
+    assert found == plain
+    assert cached.read == 2
+    assert capsys.readouterr().err.count("model.layers holds other layers than when cache_prefix began") == 1
+
+
+def test_layers_that_are_left_for_a_while_are_found_again(tmp_path: Path) -> None:
+    def exit_early(model: Any) -> float:
+        whole = model.model.layers
+        model.model.layers = whole[:2]
+        found = loss_of(model)
+        model.model.layers = whole
+        model.train()
+        return found
+
+    plain, model, found = exit_early(small()), small(), list[float]()
+    with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+        losses = train(model, lambda _: found.append(exit_early(model)), 3)
+    assert (found, losses) == ([plain], train(small()))
+    assert cached.read == 4
 
 
 class Nested:

@@ -111,7 +111,7 @@ class Stack:
         self._forms: dict[int, Returned] = {}
         self._pass: _Pass | None = None
         self.tried: dict[str, Kept] = {}  # what a trial kept
-        self.stopped = False
+        self.stopped, self._said = False, False
         self._misses, self._sample = _Misses(), Sample()
         self._digests = LayerDigests(self.layers)
 
@@ -128,12 +128,33 @@ class Stack:
         """Begins a pass through the layers, and ends it."""
         if self.run.way is PLAIN or not self.taken or (self.stopped and self.run.way is not AGAIN):
             return own(*args, **kwargs)
-        self._pass, self.called, self.hit = _Pass(None), True, False
-        self._pass.given = self._describe(f"what holds {self.name}", (args, kwargs), self._pass.known)
-        try:
+        if not self._is_in_place():
             return own(*args, **kwargs)
+        now = self._pass = _Pass(None)
+        self.called, self.hit = True, False
+        now.given = self._describe(f"what holds {self.name}", (args, kwargs), now.known)
+        try:
+            output = own(*args, **kwargs)
         finally:
             self._pass = None
+        if now.kept is not None and now.next < len(self.layers):
+            raise ObjectiveError(
+                f"cache_prefix: a pass left out {self.name}.{now.next} and what follows it, which are skipped, so what "
+                "they return was not read; leave cache_prefix out"
+            )
+        return output
+
+    def _is_in_place(self) -> bool:
+        """Returns whether the list still begins with the layers; says once that it does not."""
+        listed: Any = getattr(self.owner, self.name.rpartition(".")[2])
+        same = [*map(id, self.layers)] == [*map(id, listed)][: len(self.layers)]
+        if not same and not self._said:
+            self._said = True
+            console.words.print(
+                f"cache_prefix: {self.name} holds other layers than when cache_prefix began, and is run plainly "
+                "as long as it does"
+            )
+        return same
 
     def make_step(self, number: int) -> Callable[..., Any]:
         """Returns what is done where a layer is called."""
