@@ -1,4 +1,4 @@
-"""A model is copied while `cache_prefix` is on, or is given other layers."""
+"""A model is copied while `cache_prefix` is on, is given other layers, or has layers that write into their arguments."""
 
 from __future__ import annotations
 
@@ -118,6 +118,76 @@ def test_layers_that_are_left_for_a_while_are_found_again(tmp_path: Path) -> Non
         losses = train(model, lambda _: found.append(exit_early(model)), 3)
     assert (found, losses) == ([plain], train(small()))
     assert cached.read == 4
+
+
+class Writing(nn.Module):
+    """A layer that writes, into what it is given, for batches of another length than the first."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        super().__init__()
+        self.inner, self.name = inner, name
+        self.length = batches(1)[0]["input_ids"].shape[1]
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        found: torch.Tensor = self.inner(hidden_states, **given)
+        if hidden_states.shape[1] != self.length:
+            cosine, _ = given["position_embeddings"]
+            {"cosine": cosine, "hidden": hidden_states}[self.name].mul_(1.1)
+        return found
+
+
+class Remembering(nn.Module):
+    """A layer that reads the embeddings too."""
+
+    def __init__(self, inner: Any, embedding: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.held = inner, list[torch.Tensor]()
+        embedding.register_forward_hook(lambda _module, _args, output: self.held.append(output))
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> Any:
+        return self.inner(hidden_states + self.held.pop(), **given)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("cosine", 1), ("hidden", 0), ("cosine", 0)])
+def test_what_layers_write_into_what_others_read_is_written(name: str, layer: int, tmp_path: Path) -> None:
+    def prepare() -> Any:
+        model = small()
+        model.model.layers[layer] = Writing(model.model.layers[layer], name).requires_grad_(False)
+        model.model.layers[3] = Remembering(model.model.layers[3], model.model.embed_tokens)
+        return model.train()
+
+    def run(model: Any) -> list[float]:
+        losses = [model(**batch).loss for _ in range(3) for batch in batches(3)]
+        return [float(loss.detach()) for loss in losses]
+
+    assert len({batch["input_ids"].shape for batch in batches(3)}) == 2
+    plain, model = run(prepare()), prepare()
+    with solidify.cache_prefix(model, tmp_path / "kept") as cached:
+        assert run(model) == plain
+    assert (cached.computed, cached.read) == (2, 4)
+
+
+def test_what_a_layer_writes_into_its_own_input_is_kept(tmp_path: Path) -> None:
+    """What the layer before it returned, nobody else has."""
+
+    def prepare(model: Any) -> None:
+        model.model.layers[1] = Writing(model.model.layers[1], "hidden")
+        model.model.layers[1].length = 0
+
+    plain, found, cached = both(tmp_path / "kept", prepare)
+    assert found == plain
+    assert cached.read == 4
+
+
+def test_a_layer_that_always_writes_into_positions_is_refused(tmp_path: Path) -> None:
+    model = small()
+    model.model.layers[1] = Writing(model.model.layers[1], "cosine").requires_grad_(False)
+    model.model.layers[1].length = 0
+    with (
+        pytest.raises(solidify.SolidifyError, match=r"layers\.1 writes into what it is given \(a mask, positions\)"),
+        solidify.cache_prefix(model, tmp_path / "kept"),
+    ):
+        train(model)
 
 
 class Nested:

@@ -173,7 +173,10 @@ class Stack:
             if now.kept is not None and not self.faults:
                 output = self._skip(now, number, hidden)
             else:
+                written = self._count_given(number, hidden, (args, kwargs))
                 output = own(*args, **kwargs)
+                if not self.faults and any(count_writes(tensor) != count for tensor, count in written):
+                    self._refuse_writing(now, number)
                 if not self.faults:
                     self._note(now, number, output)
             now.next, now.last = number + 1, output[0] if isinstance(output, tuple) and output else output
@@ -201,6 +204,18 @@ class Stack:
             self.faults.append(fault)  # what may be seen ends no training behind its last read
         elif fault:
             self._fault(fault, number)
+
+    def _count_given(self, number: int, hidden: Any, given: Any) -> list[tuple[torch.Tensor, int]]:
+        """Returns what a layer is given and others may read too, and how often each was written to."""
+        own = hidden if number else None  # which the layer before it returned
+        return [(tensor, count_writes(tensor)) for _, tensor in flatten("", given) if tensor is not own]
+
+    def _refuse_writing(self, now: _Pass, number: int) -> None:
+        """Keeps nothing of a pass in which a layer wrote into what others may read; refuses one that was kept."""
+        if self.run.way is USED and now.sampled is None:
+            now.key = ""
+        else:
+            self._fault("writes into what it is given (a mask, positions), which other layers may read", number)
 
     def _begin(self, now: _Pass, given: Any) -> None:
         """Finds the key, and what is kept under it."""
