@@ -109,7 +109,7 @@ def test_a_weight_is_not_read_past_its_layer_in_any_way(kind: type[nn.Module], m
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
-@pytest.mark.parametrize("kind", [past_nets.Called, past_nets.Asking, past_nets.Counting])
+@pytest.mark.parametrize("kind", [past_nets.Called, past_nets.ByForward, past_nets.Asking, past_nets.Counting])
 def test_layers_that_are_called_are_taken(kind: type[nn.Module]) -> None:
     model = solidify.wrap(kind(), FLAT)
     adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["module.up"]})

@@ -6,8 +6,9 @@ layer that is called gets a copy outside the graph for the time of the call; wha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -116,14 +117,33 @@ def _hooked(part: nn.Module, called: Collection[nn.Module], identities: set[int]
         if depth == 0:
             table.update(held)
 
+    def surround(own: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a forward for those who call it by its name, which runs no hooks."""
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            enter()
+            try:
+                return own(*args, **kwargs)
+            finally:
+                leave()
+
+        return forward
+
+    before = [(each, {k: v for k, v in vars(each).items() if k == "forward"}) for each in called]
     handles = [each.register_forward_pre_hook(enter, prepend=True) for each in called]
     handles += [each.register_forward_hook(leave, always_call=True) for each in called]
+    for each in called:
+        vars(each)["forward"] = surround(each.forward)
     try:
         yield
     finally:
         table.update(held)
         for handle in handles:
             handle.remove()
+        for each, own in before:
+            vars(each).pop("forward", None)
+            vars(each).update(own)
 
 
 def _walk_graph(output: Any) -> Iterator[int]:

@@ -27,6 +27,13 @@ class Asking(Called):
         return self.up(x.to(self.up.weight.dtype))
 
 
+class ByForward(Called):
+    """Calls the layer by its `forward`, which runs no hooks."""
+
+    def rise(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up.forward(x)
+
+
 class ByParameters(Called):
     def rise(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, next(self.up.parameters()))
