@@ -159,13 +159,32 @@ def test_the_last_batch_runs_again_in_its_own_precision(tmp_path: Path) -> None:
     assert (cached.read, cached.compared) == (4, 3)
 
 
-def test_a_batch_whose_settings_are_gone_is_no_false_alarm(tmp_path: Path) -> None:
+def test_a_batch_whose_settings_are_gone_is_no_false_alarm_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = small()
     with solidify.cache_prefix(model, tmp_path / "kept") as cached:
         for step in range(6):
             with sdpa_kernel(SDPBackend.MATH):
                 model(**batches(2)[step % 2]).loss.backward()
-    assert (cached.computed, cached.read) == (2, 4)
+    assert (cached.computed, cached.read, cached.compared, cached.left_out) == (2, 4, 2, 1)
+    assert "could not be computed again" in capsys.readouterr().err
+
+
+def test_a_batch_whose_tensors_hold_the_next_one_is_compared(tmp_path: Path) -> None:
+    model, given = small(put(OfEnvironment, 0)), batches(2)
+    held = {key: tensor.clone() for key, tensor in given[0].items()}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ObjectiveError, match="returns something else"),
+        solidify.cache_prefix(model, tmp_path / "kept"),
+    ):
+        for step in range(6):
+            patch.setenv("SOLIDIFY_TEST_BY", "3" if step == 5 else "1")
+            for key, tensor in given[step % 2].items():
+                held[key].copy_(tensor)
+            model(**held).loss.backward()
+        held["input_ids"].fill_(5)
 
 
 def ask_for_a_cache(model: Any) -> None:
@@ -188,7 +207,7 @@ def let_all_learn(model: Any) -> None:
 def test_what_is_done_openly_after_the_last_read_is_no_false_alarm(act: Callable[[Any], None], tmp_path: Path) -> None:
     plain, found, cached = both(tmp_path / "kept", put(OfEnvironment, 0), act, 5)
     assert found == plain
-    assert (cached.computed, cached.read) == (2, 4)
+    assert (cached.computed, cached.read, cached.left_out) == (2, 4, 1)
 
 
 class Act(TrainerCallback):

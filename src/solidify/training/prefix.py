@@ -185,6 +185,7 @@ class CachedPrefix:
         self._stacks = [Stack(self.run, model, prefix.name, prefix.frozen) for prefix in prefixes]
         self._proved: dict[str, list[Stack]] = {}
         self._held: dict[str, HeldCall] = {}  # the last call of each kind, where what it read is not compared
+        self.left_out = 0  # last batches that could not be compared
         self._plain_said = False
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
 
@@ -228,23 +229,33 @@ class CachedPrefix:
     def compare_last(self) -> None:
         """Runs the last batch of each kind of call that was read again, up to the end of its prefixes, and compares.
 
-        Random states, buffers and attributes are what they were afterwards. A batch is left out where the
-        layers are others by now in what is looked at (a setting, an attribute, a hook).
+        Random states, buffers and attributes are what they were afterwards. A batch is left out, which is said, where
+        the layers are others by now in what is looked at (a setting, an attribute, a hook).
 
         Raises:
             ObjectiveError: the layers return something else than what was read.
         """
         calls, self._held = self._held, {}
         for kind, call in calls.items():
-            before = State(self.model)
+            before, wanted = State(self.model), self.run.compared + call.reads
             words = "cache_prefix: the last batch that was read does not run again"
             with call.surrounded() as (run, args, kwargs), unseen(), foreign.calling(words, ObjectiveError):
-                if self._name_kind(args, kwargs) != kind:
-                    continue
-                self.run.until = call.passes
-                with suppress(Compared):
-                    self._run_as(AGAIN, self._proved[kind], run, args, kwargs)
+                if self._name_kind(args, kwargs) == kind:
+                    self.run.until = call.passes
+                    with suppress(Compared):
+                        self._run_as(AGAIN, self._proved[kind], run, args, kwargs)
             before.put_back()
+            if self.run.compared < wanted:
+                self._note_left_out()
+
+    def _note_left_out(self) -> None:
+        self.left_out += 1
+        if self.left_out == 1:
+            console.words.print(
+                "cache_prefix: a last batch that was read could not be computed again, because settings, layers or what "
+                "is kept are others by now; whether something unseen had changed since "
+                f"{self.run.agreed or 'the first batch'} is not known"
+            )
 
     def refuse_written(self) -> None:
         """Raises ObjectiveError where a tensor of the skipped layers was written to unnoticed; reads all of them."""
@@ -306,7 +317,7 @@ class CachedPrefix:
         if self.run.read > read:
             self._held.pop(kind, None)
         if self.run.unseen:
-            call.passes, self._held[kind] = self.run.ended, call
+            call.passes, call.reads, self._held[kind] = self.run.ended, self.run.unseen, call
         return output
 
     def _run_as(self, way: str, stacks: Sequence[Stack], run: Any, args: Any, kwargs: Any, kind: str = "") -> Any:

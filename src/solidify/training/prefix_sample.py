@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from solidify.training.prefix_key import gradient_modes
-from solidify.training.prefix_state import accelerator
+from solidify.training.prefix_state import accelerator, odd_kind
 
 # One of 97 reads costs 1 per cent of the passes that are spared. A prime, so that with any number of batches in an
 # epoch another batch is compared each time.
@@ -62,15 +62,19 @@ class Sample:
 
 
 class HeldCall:
-    """One call of a model, with the modes and the precision in which it was run."""
+    """One call of a model, with the modes and the precision in which it was run.
+
+    What it was given is copied: a loop may write the next batch into the same tensors.
+    """
 
     def __init__(self, model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self._run, self._args, self._kwargs = run, args, kwargs
+        self._run, self._args, self._kwargs = run, _copy_given(args), _copy_given(kwargs)
         self._training = [(module, module.training) for module in model.modules()]
         self._graph, self._inference = gradient_modes()
         kinds = dict.fromkeys([(accelerator() or torch.device("cpu")).type, "cpu"])
         self._precision = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self.passes = 0  # through prefixes, of which each ends once
+        self.reads = 0  # that were not compared
 
     @contextmanager
     def surrounded(self) -> Iterator[tuple[Callable[..., Any], Any, Any]]:
@@ -84,6 +88,15 @@ class HeldCall:
             for kind, enabled, dtype in self._precision:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             yield self._run, self._args, self._kwargs
+
+
+def _copy_given(value: Any) -> Any:
+    """Copies the tensors in arguments; what is in an object of another kind stays."""
+    if isinstance(value, torch.Tensor):
+        return value if odd_kind(value) else value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) in (list, tuple):
+        return type(value)(map(_copy_given, value))
+    return {key: _copy_given(each) for key, each in value.items()} if type(value) is dict else value
 
 
 def _put_modes(modes: list[tuple[nn.Module, bool]]) -> None:

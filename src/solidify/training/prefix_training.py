@@ -99,6 +99,8 @@ def caching(trainer: Any) -> Iterator[None]:
         finally:
             trainer.prefix = None
     again = f"{cached.compared} of {cached.read} reads were computed again, all bit-equal"
+    if cached.left_out:
+        again += f"; {cached.left_out} last batches before a checkpoint, figures or the end could not be"
     trainer.prefix_findings = [Finding("frozen layers are read as they are computed", None, again)]
     console.words.print(f"cache_prefix: {cached.computed} passes were computed; {again}")
     trainer.accelerator.wait_for_everyone()
