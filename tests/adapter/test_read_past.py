@@ -141,6 +141,17 @@ def test_a_weight_is_not_read_past_its_layer_where_no_graph_shows_it(kind: type[
     solidify.attach(model, lora={"r": 2, "target_modules": ["module.down"]})
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode"), [(past_nets.InSteps, "cache"), (past_nets.InStepsWithoutGradients, "cache, without gradients")]
+)
+def test_a_weight_is_not_read_past_its_layer_in_single_steps(kind: type[nn.Module], mode: str) -> None:
+    model = pico.llama()
+    solidify.replace(model, "model.layers.*.mlp", kind)
+    with pytest.raises(AdapterError, match=rf"inner\.gate_proj, and not on .* \(in a single step over a {mode}\)"):
+        solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.mlp.inner.*_proj"]})
+    solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.mlp.inner.up_proj"]})
+
+
 def test_a_weight_is_not_read_past_its_layer_by_its_data() -> None:
     with pytest.raises(AdapterError, match=r"reads the weight of module\.up and does not call it"):
         solidify.attach(solidify.wrap(past_nets.ByData(), FLAT), lora={"r": 2, "target_modules": ["module.up"]})

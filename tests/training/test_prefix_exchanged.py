@@ -1,4 +1,4 @@
-"""A model is copied while `cache_prefix` is on, is given other layers, or has layers that write into their arguments."""
+"""A model is copied while `cache_prefix` is on, or given other layers, or its layers write into their arguments."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ token is routed there, a gate is zero, a tower has no input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,17 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from transformers import Cache
 
 from solidify.adapter import lookup, past
 from solidify.behaviour import calling, values
-from solidify.model.probing import Inputs
 from solidify.system import foreign
 from solidify.upstream.peft import layer_adapters
 from solidify.upstream.torch import own_parameters
+
+Inputs = Mapping[str, Any]  # tensors, and, of a single step, a cache
+
+_TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class _Trial:
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout.eval()  # the weight itself has none
-            run = foreign.attempt(self.model, **calling.copy_tensors(self.inputs))
+            run = foreign.attempt(self.model, **_copy_inputs(self.inputs))
             if run.failed:
                 return None
             outputs = list(past.walk_tensors(run.value))
@@ -128,11 +133,7 @@ def find(model: PeftModel, adapter: str, inputs: Inputs) -> tuple[dict[str, str]
     passed: dict[str, str] = {}
     seen: set[str] = set()
     evaluated = None
-    for trial in (
-        _Trial(plain, inputs, "in evaluation"),
-        _Trial(plain, inputs, "in evaluation, without gradients", gradients=False),
-        _Trial(plain, inputs, "in training", training=True),
-    ):
+    for trial in _list_trials(plain, inputs):
         answer = trial.answer(noise, leaves if trial.gradients else ())
         if answer is None:
             continue
@@ -145,6 +146,36 @@ def find(model: PeftModel, adapter: str, inputs: Inputs) -> tuple[dict[str, str]
         seen |= reached | moving
         passed = {**dict.fromkeys(sorted(without), trial.words), **passed}
     return passed, [each.name for each in updates if each.name not in seen and each.name not in passed]
+
+
+def _list_trials(plain: nn.Module, inputs: Inputs) -> Iterator[_Trial]:
+    for words, given in (("in evaluation", inputs), ("in a single step over a cache", _make_step(plain, inputs))):
+        if given is not None:
+            yield _Trial(plain, given, words)
+            yield _Trial(plain, given, f"{words}, without gradients", gradients=False)
+    yield _Trial(plain, inputs, "in training", training=True)
+
+
+def _make_step(plain: nn.Module, inputs: Inputs) -> Inputs | None:
+    """Makes the last position of the first row, over a cache of those before it, as generation asks for it; None where
+    the inputs are no text, or the model returns no cache of keys and values."""
+    tokens = inputs.get("input_ids")
+    if tokens is None or tokens.ndim != 2 or tokens.shape[1] < 2 or not {*inputs} <= {*_TEXT}:
+        return None
+    row = {key: value[:1] for key, value in inputs.items()}
+    with past.kept(plain), torch.no_grad():
+        before = {key: value[:, :-1] for key, value in row.items()}
+        cache = getattr(foreign.attempt(plain, **before, use_cache=True).value, "past_key_values", None)
+    last = {key: value if key == "attention_mask" else value[:, -1:] for key, value in row.items()}
+    return {**last, "past_key_values": cache, "use_cache": True} if isinstance(cache, Cache) else None
+
+
+def _copy_inputs(inputs: Inputs) -> dict[str, Any]:
+    """Copies tensors and caches, into which a model writes."""
+    return {
+        key: copy.deepcopy(value) if isinstance(value, Cache) else value
+        for key, value in calling.copy_tensors(inputs).items()
+    }
 
 
 def _find_updates(model: PeftModel, adapter: str) -> Iterator[_Update]:

@@ -252,8 +252,8 @@ class CachedPrefix:
         self.left_out += 1
         if self.left_out == 1:
             console.words.print(
-                "cache_prefix: a last batch that was read could not be computed again, because settings, layers or what "
-                "is kept are others by now; whether something unseen had changed since "
+                "cache_prefix: a last batch that was read could not be computed again: settings, layers or what is "
+                "kept are others by now; whether something unseen had changed since "
                 f"{self.run.agreed or 'the first batch'} is not known"
             )
 

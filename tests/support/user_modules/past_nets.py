@@ -146,3 +146,22 @@ class Choosing(Called):
         with torch.no_grad():
             chosen = self.up(x).argmax(-1)
         return F.one_hot(chosen, 8).to(x.dtype)
+
+
+class InSteps(nn.Module):
+    """Around a feed-forward part: computes with a weight where there is one position, as generation does."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.inner = original
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 1:
+            return self.inner(x)
+        gate = F.linear(x, next(self.inner.gate_proj.parameters()).data)
+        return self.inner.down_proj(F.silu(gate) * self.inner.up_proj(x))
+
+
+class InStepsWithoutGradients(InSteps):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if torch.is_grad_enabled() else super().forward(x)
