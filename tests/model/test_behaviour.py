@@ -62,6 +62,7 @@ PLANTED_ATTENTION = {
     "BatchMean": "other rows",
     "Counter": "earlier calls",
     "Noisy": "random numbers",
+    "Rewriting": "gradient",
 }
 
 

@@ -191,7 +191,8 @@ _NUDGE = 1e-2  # of the mean size: seen in half precision too, and small beside 
 _ALONE = {"gradient", "half_precision"}  # habits that are tried by further calls
 
 _BROKEN = {
-    "gradient": "no gradient reaches what it is given, so nothing below it could be trained; do not detach it",
+    "gradient": "no gradient reaches what it is given, so nothing below it could be trained; do not detach it, nor "
+    "write in place into what a gradient needs",
     "inputs": "it writes into what it is given, which others read too; work on a copy",
     "half_precision": "in bfloat16 it does not return finite bfloat16, as the original does; give what it makes the "
     "dtype of what it is given",
@@ -268,7 +269,11 @@ def _lets_gradient_through(module: nn.Module, call: Call) -> torch.Tensor | bool
             if first is None or not first.requires_grad:
                 return False
             weights = torch.linspace(0.5, 1.5, first.numel(), device=first.device).view(first.shape).to(first.dtype)
-            found, *more = torch.autograd.grad((first * weights).sum(), leaves, allow_unused=True)
+            total = (first * weights).sum()
+            passed = foreign.attempt(torch.autograd.grad, total, leaves, allow_unused=True)
+            if passed.value is None:  # it failed: something that a gradient needs was written to in place
+                return False
+            found, *more = passed.value
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
