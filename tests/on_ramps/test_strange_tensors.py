@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import solidify
-from solidify.errors import ModelError
+from solidify.errors import ArtifactError, ModelError
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 pytestmark = [
@@ -56,7 +56,7 @@ def test_what_counts_calls_where_no_artifact_brings_it_back_is_refused(kind: typ
 
 
 def test_a_transposed_weight_and_what_is_remembered_of_a_call_come_back(tmp_path: Path) -> None:
-    for kind in (strange_nets.Transposed, strange_nets.Remembering):
+    for kind in (strange_nets.Transposed, strange_nets.LastChannels, strange_nets.Remembering):
         torch.manual_seed(0)
         module = kind()
         with torch.no_grad():
@@ -77,3 +77,10 @@ def test_a_wrap_that_is_refused_leaves_a_transposed_weight_as_it_lies() -> None:
     with pytest.raises(ModelError, match=r"module\.1\.calls changes"):
         solidify.wrap(module, X)
     assert module[0].inner.weight is weight and weight.stride() == (1, 3)
+
+
+def test_a_text_that_is_none_is_one_sentence_when_it_is_built(tmp_path: Path) -> None:
+    model = solidify.wrap(strange_nets.Naming(), X)
+    with pytest.raises(ArtifactError, match=r"half a character .* no text.*: module\.title is '\\ud800'"):
+        solidify.build(model, [], tmp_path / "built")
+    assert not (tmp_path / "built").exists()

@@ -21,12 +21,13 @@ from solidify.behaviour import calling, probes, properties
 from solidify.behaviour.values import noise
 from solidify.behaviour.watching import Watched
 from solidify.directory import packages
-from solidify.errors import ArtifactError
+from solidify.errors import ArtifactError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy, probing
 from solidify.model.extent import Extent
 from solidify.model.probing import Inputs
 from solidify.surgery import catalogue, control
+from solidify.surgery.encoding import is_text
 from solidify.system import files, foreign
 from solidify.system.alone import Alone
 from solidify.upstream.transformers import implementation
@@ -105,6 +106,8 @@ def write(
     }
     document["contract"], given = _measure_contract(model, config["surgery"], edits, extent)
     safetensors.torch.save_file(given, target / "contract.safetensors")
+    broken = [f"{name} is {value!r}" for name, value in document["values"].items() if not is_text(str(value))]
+    refuse(ArtifactError, "half a character (a lone surrogate) is no text, and no file holds it; change it", broken)
     (target / "state.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

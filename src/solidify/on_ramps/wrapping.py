@@ -148,15 +148,17 @@ def _call(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
 def _laid_out(module: nn.Module) -> Iterator[None]:
     """Has the tensors of a state lie in memory as a file brings them back, row by row, where the block does not raise.
 
-    Torch multiplies a transposed matrix in another order, and rounds otherwise.
+    Torch multiplies a transposed matrix in another order, and rounds otherwise; and it chooses a convolution by strides
+    of axes of length one too, by which a tensor is contiguous either way.
     """
     buffers = [
         held for part in module.modules() for k, held in own_buffers(part).items() if k not in unsaved_buffers(part)
     ]
-    tensors = [each for each in (*module.parameters(), *buffers) if each is not None and not each.is_contiguous()]
+    held = [each for each in (*module.parameters(), *buffers) if each is not None and each.layout is torch.strided]
+    tensors = [each for each in held if each.stride() != torch.empty(each.shape, device="meta").stride()]
     moved = [(tensor, tensor.data) for tensor in tensors]
     for tensor, data in moved:
-        tensor.data = data.contiguous()
+        tensor.data = data.clone(memory_format=torch.contiguous_format)
     try:
         yield
     except BaseException:

@@ -93,7 +93,7 @@ def _encode_value(where: str, value: Any, classes: Classes, describe: Describe, 
             if member
             else _made_of(value.value, value, classes)
         )
-    if isinstance(value, str) and not _is_text(value):
+    if isinstance(value, str) and not is_text(value):
         classes.faults.append(f"{where} is {value!r}, which has half a character in it, and is no text for config.json")
         return None
     if type(value) in PLAIN:
@@ -132,7 +132,7 @@ def _made_of(plain: Any, value: Any, classes: Classes) -> dict[str, Any]:
     return {"class": classes.number(type(value)), "tuple": [plain], "named": True}
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Returns whether all of a text can be written: half a character (a lone surrogate) cannot."""
     return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
@@ -167,7 +167,7 @@ def _encode_row(value: Any, classes: Classes, inner: Callable[[Any], Any]) -> An
 
 def _encode_mapping(value: Mapping[Any, Any], classes: Classes, inner: Callable[[Any], Any]) -> Any:
     plain = type(value) is dict
-    ordered = all(type(key) is str and _is_text(key) for key in value) and list(value) == sorted(value)
+    ordered = all(type(key) is str and is_text(key) for key in value) and list(value) == sorted(value)
     if plain and ordered:  # files sort the keys of a mapping
         return {"mapping": {key: inner(each) for key, each in value.items()}}
     pairs = {"pairs": [[inner(key), inner(each)] for key, each in value.items()]}

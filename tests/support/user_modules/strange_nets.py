@@ -48,6 +48,17 @@ class Transposed(Plain):
         return self.inner(x) * self.mask[0]
 
 
+class LastChannels(Plain):
+    """A convolution of one channel, whose weight is contiguous in two orders of memory, and chosen for by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(1, 2, 2).to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x[:, None, None].expand(-1, 1, 2, -1)).flatten(1)
+
+
 class CountingInAttribute(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -102,3 +113,11 @@ def conjugated() -> torch.Tensor:
 
 def wide() -> torch.Tensor:
     return torch.ones(3, dtype=torch.complex128)
+
+
+class Naming(Plain):
+    """Holds half a character."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title = "\ud800"
