@@ -12,7 +12,7 @@ import pico
 import pytest
 import torch
 import transformers
-from frozen import batches
+from frozen import batches, small, train
 from frozen_trainer import BERT, adapted, losses_of, olmoe, trainer
 from torch import nn
 from trl import DistillationConfig, GRPOConfig
@@ -216,3 +216,15 @@ def test_trainers_that_write_answers_are_refused(lmbda: float, written: bool, tm
             setting_faults(settings(kind, num_generations=2) if kind is GRPOConfig else settings(kind), runner)
             == refused
         )
+
+
+def test_activation_checkpointing_is_named(tmp_path: Path) -> None:
+    model = small()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with (
+        pytest.raises(
+            ObjectiveError, match=r"model\.layers\.0 builds a graph, .* set activation_checkpointing .* false"
+        ),
+        cache_prefix(model, tmp_path / "kept"),
+    ):
+        train(model)

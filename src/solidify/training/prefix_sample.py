@@ -1,4 +1,4 @@
-"""Which of the reads of frozen layers are computed again, and how a call is held to be run again later.
+"""Which of the reads of frozen layers are computed again, how a call is held to be run again, and when none is found.
 
 What the code of frozen layers may read never ends, so digests do not know all of it: a sample of what is read is
 computed plainly in its place, and compared bit for bit.
@@ -22,6 +22,7 @@ from solidify.training.prefix_state import accelerator, odd_kind
 EVERY = 97
 EPOCHS = 8  # whose first reads are all compared
 APART = 48  # reads since the last comparison, from which on later epochs' first reads are: so they cost 2 per cent
+_CHANGES = 16  # states of the layers, none of which came again, until nothing is kept any more
 
 
 @dataclass
@@ -59,6 +60,25 @@ class Sample:
         """Notes a pass that found nothing: the layers may be others now, and the first key of an epoch another."""
         if kind in self._kinds:
             self._kinds[kind].first = ""
+
+
+class Misses:
+    """Passes that found nothing since the last that did: states of the layers, and batches that came again."""
+
+    def __init__(self) -> None:
+        self._states: set[str] = set()
+        self._given: set[str] = set()
+        self._again = 0
+
+    def note(self, hit: bool, state: str, given: str) -> bool:
+        """Notes a pass; returns whether layers change so often that nothing will ever be found."""
+        if hit:
+            self._states, self._again = set(), 0
+        else:
+            self._states.add(state)
+            self._again += given in self._given
+        self._given.add(given)
+        return len(self._states) >= _CHANGES or self._again > max(_CHANGES, len(self._given))
 
 
 class HeldCall:

@@ -14,14 +14,17 @@ from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
 from solidify.system import console
 from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
-from solidify.training.prefix_sample import Sample
+from solidify.training.prefix_sample import Misses, Sample
 from solidify.training.prefix_state import name_moved, odd_kind
 from solidify.training.prefix_store import Kept, Returned, Store
 from solidify.training.prefix_told import hook_fault
 from solidify.weights import format, hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again
-_CHANGES = 16  # states of the layers, none of which came again, until nothing is kept any more
+_GRAPH = (
+    "builds a graph, because the embeddings ask for gradients (activation checkpointing has them do so); set "
+    "activation_checkpointing (gradient_checkpointing) to false: what is read needs no activations"
+)
 PLAIN, TRIAL, TWICE, USED, AGAIN = "plain", "trial", "twice", "used", "again"
 
 
@@ -72,30 +75,12 @@ class _Pass:
     last: torch.Tensor | None = None
     writes: int = 0  # to that, when it was returned
     key: str = ""
+    asked: bool = False  # whether the first layer was given what asks for gradients
     layers: Any = None
     kept: Kept | None = None
     sampled: Kept | None = None  # what is kept, where the layers are run all the same, and compared with it
     known: Known = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)  # digests of what each layer is given beside hidden states
-
-
-class _Misses:
-    """Passes that found nothing since the last that did: states of the layers, and batches that came again."""
-
-    def __init__(self) -> None:
-        self._states: set[str] = set()
-        self._given: set[str] = set()
-        self._again = 0
-
-    def note(self, hit: bool, state: str, given: str) -> bool:
-        """Notes a pass; returns whether layers change so often that nothing will ever be found."""
-        if hit:
-            self._states, self._again = set(), 0
-        else:
-            self._states.add(state)
-            self._again += given in self._given
-        self._given.add(given)
-        return len(self._states) >= _CHANGES or self._again > max(_CHANGES, len(self._given))
 
 
 class Stack:
@@ -112,7 +97,7 @@ class Stack:
         self._pass: _Pass | None = None
         self.tried: dict[str, Kept] = {}  # what a trial kept
         self.stopped, self._said = False, False
-        self._misses, self._sample = _Misses(), Sample()
+        self._misses, self._sample = Misses(), Sample()
         self._digests = LayerDigests(self.layers)
 
     def begin_run(self, *, taken: bool) -> None:
@@ -222,6 +207,7 @@ class Stack:
         described = self._describe(f"{self.name}.0", given, now.known)
         if self.faults:
             return
+        now.asked = any(tensor.requires_grad for _, tensor in flatten("", given))
         now.layers = self._digests.values()
         place = [self.name, len(self.layers), surroundings(self.owner)]
         asked = [tensor.requires_grad for _, tensor in flatten("", given)]
@@ -301,7 +287,9 @@ class Stack:
             self._fault(f"returns {_name_output(output)}, which is no plain tensor and no tuple of them", number)
             return
         if any(has_history(part) for part in returned.tensors()):
-            self._fault("returns something that depends on what learns, which is no part of it", number)
+            self._fault(
+                _GRAPH if now.asked else "returns something that depends on what learns, which is no part of it", number
+            )
             return
         empty = tuple(None if part is None else torch.empty(0) for part in returned.parts)
         self._forms[number] = Returned(empty, returned.alone)
