@@ -49,6 +49,7 @@ PLANTED = {
     "Ema": "earlier calls",
     "Noisy": "random numbers",
     "PyNoisy": "random numbers",
+    "Reseeding": "random numbers",
     "Always": "random numbers",
     "Detached": "gradient",
     "InPlace": "writes into",

@@ -12,6 +12,7 @@ from .properties import FAILED, RECORDS, Fault, Parts, Reading, allowed, apart, 
 from .values import substitute_values
 from .watching import Watched, change_tokens
 
+_SEEDS = (1_741_392_587, 903_146_621)  # that no module sets itself: after one of its own, it seemed to draw nothing
 _TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
@@ -58,7 +59,7 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
     packs = [(control.packed, control.padded)] if control is not None else watched.list_packs()
     for packed, padded in packs:
         batch = watched.make_batch(packed, padded)
-        set_seed(0)
+        set_seed(_SEEDS[0])
         try:
             plain = watched.call(batch)
         except Exception:
@@ -66,7 +67,7 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
                 raise
             continue
         reading.packed, reading.padded, reading.plain = packed, padded, plain.parts
-        drawn = reading.draws = get_state() != get_seeded_state(0)
+        drawn = reading.draws = get_state() != get_seeded_state(_SEEDS[0])
         _look_ahead(watched, reading, batch, plain.parts)
         # Padding on the left says something of models alone in which no position sees a later one.
         if (
@@ -185,7 +186,7 @@ def _repeat_reading(
     """
     rows = len(next(iter(plain.values())))
     turn = list(reversed(range(rows))) if all(len(t) == rows for t in batch.values()) else list(range(rows))
-    set_seed(1)
+    set_seed(_SEEDS[1])
     found = watched.try_call(reading, "stateless", {k: t[turn] if len(t) == rows else t for k, t in batch.items()})
     if found is None:
         return
@@ -193,9 +194,9 @@ def _repeat_reading(
     reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
     if far <= allowed("stateless", 0.0, watched.dtype) and not (drawn and far > 0):
         return
-    set_seed(1)
+    set_seed(_SEEDS[1])
     other = watched.try_call(reading, "stateless", batch)
-    set_seed(0)
+    set_seed(_SEEDS[0])
     same = watched.try_call(reading, "stateless", batch)
     if other is None or same is None:
         return

@@ -158,6 +158,15 @@ class Noisy(Base):
         return out0(self.inner(*a, **k), lambda x: x + 0.01 * torch.randn_like(x))
 
 
+class Reseeding(Base):
+    """gives every call, and all that comes after it, the same random numbers"""
+
+    def forward(self, *a, **k):
+        torch.manual_seed(0)
+        random.seed(0)
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
 class PyNoisy(Base):
     def forward(self, *a, **k):
         return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * random.random()))
