@@ -129,6 +129,10 @@ KEPT: dict[str, tuple[str, ...]] = {
     "training/test_prefix.py::test_what_is_kept_outlives_an_interruption": (),
     "training/test_reinforcing.py::test_the_gradient_does_not_depend_on_the_split": ("dapo",),
     "training/test_reports.py::test_wandb": (),
+    "training/test_resume.py::test_a_resumed_training_ends_where_an_uninterrupted_one_does": (
+        "LoRA, a module",
+        "a start",
+    ),
     "training/test_short_runs.py::test_a_short_run_without_evaluation_data_is_no_failure": (),
     "training/test_teaching.py::test_a_resumed_training_writes_what_it_would_have_written": (),
     "training/test_teaching.py::test_activation_checkpointing_changes_nothing": (),
