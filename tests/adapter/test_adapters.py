@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import solidify
 from solidify.adapter import adapters, lookup, storage
 from solidify.errors import AdapterError, ArtifactError
 from solidify.model import anatomy
+from training import awake
 
 Q = "model.layers.*.self_attn.q_proj"
 INNER = ["**.o_proj.down", "**.o_proj.up"]
@@ -366,3 +368,12 @@ def test_what_is_trained_in_full_is_in_memory_once(trash_artifact: Path, tmp_pat
     path = solidify.save_adapter(tuned, tmp_path / "adapter")
     again = solidify.load(trash_artifact, path)
     assert torch.equal(anatomy.run(again, inputs), anatomy.run(tuned, inputs))
+
+
+def test_nothing_that_only_upstream_can_change_is_warned_of(trash_artifact: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solidify.save_adapter(awake(trash_artifact), tmp_path / "adapter")
+        solidify.load(trash_artifact, tmp_path / "adapter")
+        solidify.merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not [str(each.message) for each in caught if issubclass(each.category, FutureWarning)]

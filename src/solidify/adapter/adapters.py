@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, foreign, processes
 from solidify.upstream.bitsandbytes import keep_as_quantized
+from solidify.upstream.peft import put_on
 from solidify.weights import mapped
 
 
@@ -158,7 +159,7 @@ def _attach_adapter(
 
 def _inject_adapter(model: Any, existing: PeftModel | None, configuration: LoraConfig, name: str) -> PeftModel:
     if existing is None:
-        return get_peft_model(model, configuration, adapter_name=name)
+        return put_on(model, configuration, name)
     existing.add_adapter(name, configuration)
     existing.set_adapter(name)
     return existing

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from solidify.adapter import (
@@ -41,6 +41,7 @@ from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 from solidify.system import console, files, foreign
 from solidify.upstream.bitsandbytes import keep_as_quantized
+from solidify.upstream.peft import put_on
 from solidify.weights import checkpoint, format, hashing
 from solidify.weights.format import TensorSource
 
@@ -224,7 +225,7 @@ def _inject(
         puts = foreign.calling(f"PEFT refuses the adapter {named}", AdapterError)
         with puts, patterns.without_false_alarms(configuration):
             if existing is None:
-                peft_model = get_peft_model(model, configuration, adapter_name=name)
+                peft_model = put_on(model, configuration, name)
             else:
                 rows = record.trained.get("tokens", [])
                 copied = configuration.modules_to_save or ()

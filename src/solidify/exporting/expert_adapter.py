@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import safetensors.torch
-from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from solidify.adapter import adapter_tensors, configured, expert_files, expert_layouts, expert_writing, patterns
@@ -16,6 +15,7 @@ from solidify.errors import AdapterError, refuse
 from solidify.findings import Finding
 from solidify.merging import inputs
 from solidify.system import files, foreign
+from solidify.upstream.peft import put_on
 
 
 def export(adapter: Path, output: Path, layout: str, base: str | Path | None, trust_remote_code: bool) -> list[Finding]:
@@ -68,7 +68,7 @@ def _find_faults(directory: Path, skeleton: PreTrainedModel) -> list[str]:
         foreign.calling(f"PEFT refuses the adapter {directory}", AdapterError),
         patterns.without_false_alarms(configuration),
     ):
-        model = get_peft_model(deepcopy(skeleton), configuration)
+        model = put_on(deepcopy(skeleton), configuration)
     state = safetensors.torch.load_file(directory / configured.WEIGHTS)
     wild = [f"{key} holds numbers that are not finite" for key, tensor in state.items() if not tensor.isfinite().all()]
     return [*adapter_tensors.key_faults(adapter_tensors.held(model, "default"), state), *wild][:8]

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,7 +29,7 @@ from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
 from solidify.errors import AdapterError, refuse
 from solidify.system import foreign
-from solidify.upstream.peft import Conv1d, forget_caches
+from solidify.upstream.peft import Conv1d, forget_caches, put_on
 from solidify.upstream.torch import own_parameters
 from solidify.weights import reverting
 from solidify.weights.format import Entry, Shape
@@ -199,7 +199,7 @@ def attach(skeleton: PreTrainedModel, configuration: LoraConfig, bare: Sequence[
     configuration.inference_mode, configuration.init_lora_weights = True, True
     puts = foreign.calling("PEFT cannot put the adapter on its base", AdapterError)
     with puts, patterns.without_false_alarms(configuration):
-        model = get_peft_model(skeleton, configuration, adapter_name=NAME)
+        model = put_on(skeleton, configuration, NAME)
     train_parameters(model, bare, NAME)
     return model
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig as CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as preprocess_corda
 from peft.tuners.lora.layer import Conv1d as Conv1d
@@ -28,6 +30,16 @@ UNDOCUMENTED = {
     "utils.other.get_pattern_key": "which key of `alpha_pattern` counts for a module of an adapter of others",
     "utils.constants.DUMMY_TARGET_MODULES": "without this word PEFT refuses an adapter without low-rank targets",
 }
+
+
+def put_on(model: nn.Module, configuration: PeftConfig, name: str = "default") -> PeftModel:
+    """Puts an adapter on a model (`get_peft_model`), and leaves out what nobody here can change.
+
+    PEFT 0.21.2 reads `is_gradient_checkpointing`, of which transformers 5.23 warns that it will be gone.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, configuration, adapter_name=name)
 
 
 class TrainingWrapper(AuxiliaryTrainingWrapper):  # type: ignore[misc]
