@@ -81,6 +81,9 @@ def test_it_begins_for_artifacts_alone(trash_artifact: Path, tmp_path: Path) -> 
     assert not fresh.is_on_artifact(trash_artifact, None) and not fresh.is_on_artifact(tmp_path, None)
     (tmp_path / "solidify.json").write_text(json.dumps({"kind": "adapter", "base": {"path": str(trash_artifact)}}))
     assert fresh.is_on_artifact(tmp_path, None) and not fresh.is_on_artifact(tmp_path, str(tmp_path))
+    assert fresh.find_weights(tmp_path, None).samefile(trash_artifact)
+    assert fresh.find_weights(tmp_path, str(tmp_path / "gone")) == tmp_path
+    assert fresh.find_weights(trash_artifact, str(tmp_path)) == trash_artifact
     for text in ("[]", "{", '{"kind": ["artifact"]}', '{"base": "here"}', "\ud800", "[" * 100_000):
         (tmp_path / "solidify.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         assert not fresh.is_artifact(tmp_path) and not fresh.is_on_artifact(tmp_path, None)

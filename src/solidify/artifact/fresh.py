@@ -58,10 +58,21 @@ def is_artifact(directory: Path) -> bool:
 
 def is_on_artifact(adapter: Path, base: str | None) -> bool:
     """Returns whether an adapter's base is an artifact: the one that is given, or the one that its manifest names."""
+    return any(is_artifact(each) for each in _list_bases(adapter, base))
+
+
+def find_weights(directory: Path, base: str | None) -> Path:
+    """Returns the directory whose weights a check of another reads: of an adapter, its base's."""
+    if _read_manifest(directory).get("kind") != "adapter":
+        return directory
+    return next((each for each in _list_bases(directory, base) if files.is_file(each / "solidify.json")), directory)
+
+
+def _list_bases(adapter: Path, base: str | None) -> list[Path]:
+    """Lists where an adapter's base may stand, as `find_base` (adapter/storage.py) looks for it."""
     named = _read_manifest(adapter).get("base")
     named = named if isinstance(named, dict) else {}
-    given = [Path(base)] if base is not None else [adapter / str(named.get("relative")), Path(str(named.get("path")))]
-    return any(is_artifact(each) for each in given)
+    return [Path(base)] if base is not None else [Path(str(named.get("path"))), adapter / str(named.get("relative"))]
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Runs every check that applies to a directory, in a fresh process; exit code 1 if one fails."""
-    with fresh.begun(fresh.is_artifact(directory)), ahead.begun(directory):
+    with fresh.begun(fresh.is_artifact(directory)), ahead.begun(fresh.find_weights(directory, base)):
         with _start_verb():
             from solidify.checks.check import check as check_directory
 
