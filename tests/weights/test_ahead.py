@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from solidify.artifact import certificate
 from solidify.checks import check as checks
 from solidify.errors import ArtifactError
-from solidify.weights import ahead, digest_cache, direct, format
+from solidify.weights import ahead, digest_cache, direct, format, header
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_each_tensor_is_read_once(
 
 
 def test_the_words_for_dtypes_are_torchs_own() -> None:
-    assert {word: str(dtype) for word, dtype in format.DTYPES.items()} == ahead.NAMES
+    assert {word: str(dtype) for word, dtype in format.DTYPES.items()} == header.NAMES
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "d"])

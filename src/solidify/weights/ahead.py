@@ -7,7 +7,6 @@ that has not changed since; nothing else is taken from here.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
@@ -21,31 +20,11 @@ from pathlib import Path
 
 from solidify.errors import ArtifactError
 from solidify.system import files
-from solidify.weights import hashing
+from solidify.weights import hashing, header
 from solidify.weights.direct import Source
 
 WORKERS = min(4, os.cpu_count() or 1)  # copying and digesting release the interpreter's lock
-LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 TICK = 50_000_000  # nanoseconds; longer than the clock's steps in file systems
-NAMES = {
-    "F64": "torch.float64",
-    "F32": "torch.float32",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "F8_E4M3": "torch.float8_e4m3fn",
-    "F8_E5M2": "torch.float8_e5m2",
-    "F8_E8M0": "torch.float8_e8m0fnu",
-    "I64": "torch.int64",
-    "I32": "torch.int32",
-    "I16": "torch.int16",
-    "I8": "torch.int8",
-    "U64": "torch.uint64",
-    "U32": "torch.uint32",
-    "U16": "torch.uint16",
-    "U8": "torch.uint8",
-    "BOOL": "torch.bool",
-    "C64": "torch.complex64",
-}
 _ODD = (ArithmeticError, struct.error)  # numbers in a header that are none, or that end too soon
 _MOST = 10_000  # tensors; of those that are left, which are small, each costs more to announce than to read
 State = tuple[int, ...]
@@ -129,12 +108,10 @@ def _list_parts(directory: Path) -> Iterator[Part]:
 
 def _read_parts(path: Path, state: State) -> list[Part]:
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        document = json.loads(file.read(min(length, LARGEST_HEADER)))
+        tensors, begin = header.read(file, os.fstat(file.fileno()).st_size)
     parts = []
-    for name, values in document.items():
-        if name != "__metadata__":
-            start, end = map(int, values["data_offsets"])
-            sizes = tuple(map(int, values["shape"]))
-            parts.append(Part(path, state, 8 + length + start, end - start, NAMES[values["dtype"]], sizes))
+    for values in tensors.values():
+        start, end = map(int, values["data_offsets"])
+        sizes = tuple(map(int, values["shape"]))
+        parts.append(Part(path, state, begin + start, end - start, header.NAMES[values["dtype"]], sizes))
     return parts

@@ -9,7 +9,6 @@ its own).
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -24,14 +23,16 @@ import torch
 
 from solidify.errors import ArtifactError
 from solidify.system import console, files
-from solidify.weights import hashing
-from solidify.weights.ahead import LARGEST_HEADER, NAMES, WORKERS, Part, State
+from solidify.weights import hashing, header
+from solidify.weights.ahead import WORKERS, Part, State
 from solidify.weights.direct import STEP, Source, Target
 
 ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
 CHUNK = 2**21  # bytes that are digested and written at a time; more does not stay in a core's cache
 _MOVED = 2**26  # bytes that the kernel is asked to copy at a time, so that a bar moves
-DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name.removeprefix("torch.")) for word, name in NAMES.items()}
+DTYPES: dict[str, torch.dtype] = {
+    word: getattr(torch, name.removeprefix("torch.")) for word, name in header.NAMES.items()
+}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of the same bits, by bytes
 
@@ -155,19 +156,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(LARGEST_HEADER, size - 8):
-                raise ValueError("its header is longer than the file")
-            document = json.loads(file.read(length))
-        document.pop("__metadata__", None)
+            tensors, begin = header.read(file, size)
         entries = {}
-        for name, values in sorted(document.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, values in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = values["data_offsets"]
             shape = Shape(DTYPES[values["dtype"]], tuple(values["shape"]))
             if end - start != shape.nbytes:
                 raise ValueError(f"{name} has {end - start} bytes and not {shape.nbytes}")
-            entries[name] = Entry(path, name, shape, 8 + length + start)
-        _refuse_gaps(entries, 8 + length, size)
+            entries[name] = Entry(path, name, shape, begin + start)
+        _refuse_gaps(entries, begin, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ArtifactError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
     return entries
@@ -187,12 +184,11 @@ def _refuse_gaps(entries: Mapping[str, Entry], begin: int, size: int) -> None:
 def header_digest(path: Path) -> str:
     """Returns the digest of what stands before the tensors in a safetensors file."""
     files.require_regular(path)
-    with path.open("rb") as file:
-        length = file.read(8)
-        count = struct.unpack("<Q", length)[0] if len(length) == 8 else LARGEST_HEADER + 1
-        if count > LARGEST_HEADER:
-            raise ArtifactError(f"{path} cannot be read as safetensors: its header is longer than the file")
-        return hashing.digest_bytes(length + file.read(count))
+    try:
+        with path.open("rb") as file:
+            return hashing.digest_bytes(b"".join(header.read_bytes(file)))
+    except (ValueError, struct.error) as error:
+        raise ArtifactError(f"{path} cannot be read as safetensors: its header is longer than the file") from error
 
 
 @dataclass(frozen=True)
@@ -239,16 +235,16 @@ def write_file(
         ArtifactError: a source gave more or less than it said, or there is no room.
     """
     shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
-    header, starts = _make_header(shapes)
+    head, starts = _make_header(shapes)
     digests: dict[str, str] = {}
-    size = len(header) + sum(shape.nbytes for shape in shapes.values())
+    size = len(head) + sum(shape.nbytes for shape in shapes.values())
     try:
         with Target(path, size) as target:
-            target.write(memoryview(header), 0)
+            target.write(memoryview(head), 0)
 
             def work(source: TensorSource) -> dict[str, str]:
                 """Puts the tensors of one source where they belong."""
-                offsets = {name: len(header) + starts[name] for name in source.shapes}
+                offsets = {name: len(head) + starts[name] for name in source.shapes}
                 if source.moved is not None and _move_bytes(source.moved[0], target, offsets, advance):
                     return dict.fromkeys(source.shapes, source.moved[1])
                 return _write_tensors(source, target, offsets, advance)
@@ -275,18 +271,16 @@ def unwritten(error: OSError, path: Path, size: int) -> ArtifactError:
 
 def _make_header(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
     """Makes what stands before the tensors, padded so that they begin aligned, and their offsets behind it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    tensors: dict[str, dict[str, Any]] = {}
     starts, end = {}, 0
     for name, shape in shapes.items():
         starts[name], end = end, end + shape.nbytes
-        header[name] = {
+        tensors[name] = {
             "dtype": _WORDS[shape.dtype],
             "shape": list(shape.sizes),
             "data_offsets": [starts[name], end],
         }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text, starts
+    return header.make(tensors, ALIGNMENT), starts
 
 
 def _move_bytes(entry: Entry, target: Target, offsets: Mapping[str, int], advance: Callable[[int], None]) -> bool:
