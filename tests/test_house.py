@@ -49,6 +49,7 @@ ROOMS = (
 TOP_BELOW = {"errors", "findings"}  # known to every room
 TOP_ABOVE = {"edits", "building"}  # what functions of the package are: `build`, `wrap`, ...
 FILES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = sorted(p.parent.relative_to(PACKAGE).as_posix() for p in FILES if p.name == "__init__.py")[1:]  # rooms, too
 # What is copied into artifacts, or runs in a process without solidify, and so cannot import `upstream`.
 ALONE = {
     *(
@@ -124,7 +125,7 @@ def test_imports_point_left(path: Path) -> None:
         return
     used = imports(path, lazily=True)
     assert "solidify" not in used
-    assert not used & {f"solidify.{room}" for room in ROOMS if room != "losses"}  # a catalogue
+    assert not used & {f"solidify.{room.replace('/', '.')}" for room in FOLDERS if room != "losses"}  # a catalogue
     if parts[0] in ROOMS:
         allowed = {*ROOMS[: ROOMS.index(parts[0]) + 1], *TOP_BELOW}
         assert {name.split(".")[1] for name in used} <= allowed, used
@@ -147,7 +148,7 @@ def test_the_recipe_is_known_to_its_room_the_command_line_and_the_demo_alone() -
     assert others == {f"solidify{part}" for part in ("", ".building", ".command.cli", ".demo.story")}
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", FOLDERS)
 def test_a_rooms_init_is_a_docstring_only(room: str) -> None:
     if room == "losses":  # the catalogue of names that recipes use
         return
@@ -243,12 +244,14 @@ def test_the_demos_recipe_is_the_example() -> None:
 def drawn_tree() -> dict[str, str]:
     """Returns the tree of docs/architecture.md: each file by its path, with what is said of it, in order."""
     found: dict[str, str] = {}
-    room = ""
+    folders: list[str] = []
     for line in (PACKAGE.parents[1] / "docs" / "architecture.md").read_text().split("```text")[1].splitlines():
-        if entry := re.fullmatch(r"(│   |    )?[├└]── ([\w.]+)(/?) +(\S.*)", line):
-            inner, name, is_room, words = entry.groups()
-            room = name if is_room else room if inner else ""
-            found[f"{room}/" if is_room else f"{room}/{name}".lstrip("/")] = words
+        if entry := re.fullmatch(r"((?:│   |    )*)[├└]── ([\w.]+/?) +(\S.*)", line):
+            indent, name, words = entry.groups()
+            folders = folders[: len(indent) // 4]
+            found["".join([*folders, name])] = words
+            if name.endswith("/"):
+                folders.append(name)
     return found
 
 
@@ -256,7 +259,9 @@ def test_the_tree_in_the_documents_has_every_file_once_with_its_words() -> None:
     drawn = drawn_tree()
     files = {path.relative_to(PACKAGE).as_posix() for path in FILES if path.name not in ("__init__.py", "__main__.py")}
     assert {name for name in drawn if not name.endswith("/")} == files
-    assert tuple(name[:-1] for name in drawn if name.endswith("/")) == ROOMS
+    folders = [name[:-1] for name in drawn if name.endswith("/")]
+    assert tuple(name for name in folders if "/" not in name) == ROOMS
+    assert sorted(folders) == FOLDERS
     assert len(set(drawn.values())) == len(drawn), "two files are told by the same words"
 
 

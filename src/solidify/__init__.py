@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from solidify.surgery.vocabulary import add_tokens as add_tokens
     from solidify.training.distilling import ObjectiveDistillationTrainer as ObjectiveDistillationTrainer
     from solidify.training.preference import ObjectiveDPOTrainer as ObjectiveDPOTrainer
-    from solidify.training.prefix import cache_prefix as cache_prefix
+    from solidify.training.prefix.cached import cache_prefix as cache_prefix
     from solidify.training.reinforcing import ObjectiveGRPOTrainer as ObjectiveGRPOTrainer
     from solidify.training.rewarding import ObjectiveRewardTrainer as ObjectiveRewardTrainer
     from solidify.training.sft import ObjectiveSFTTrainer as ObjectiveSFTTrainer
@@ -121,7 +121,7 @@ _WHERE = {
     "align": "healing.align",
     "attach": "adapter.adapters",
     "build": "building",
-    "cache_prefix": "training.prefix",
+    "cache_prefix": "training.prefix.cached",
     "check": "checks.check",
     "cluster_experts": "surgery.expert_clusters",
     "distill": "healing.distilling",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import solidify
-from solidify.training.prefix import CachedPrefix
+from solidify.training.prefix.cached import CachedPrefix
 
 Act = Callable[[Any], Any]
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 
 import solidify
 from solidify.objective.objective import Objective, Term
-from solidify.training.prefix import CachedPrefix, cache_prefix
+from solidify.training.prefix.cached import CachedPrefix, cache_prefix
 from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
 

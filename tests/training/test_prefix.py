@@ -26,8 +26,8 @@ from solidify.errors import ObjectiveError
 from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.objective.objective import Objective, Term
 from solidify.training.preference import ObjectiveDPOTrainer
-from solidify.training.prefix import cache_prefix
-from solidify.training.prefix_store import Store
+from solidify.training.prefix.cached import cache_prefix
+from solidify.training.prefix.store import Store
 from training import arguments, pairs
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

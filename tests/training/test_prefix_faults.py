@@ -18,7 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import solidify
 from solidify.errors import ObjectiveError
-from solidify.training.prefix import CachedPrefix
+from solidify.training.prefix.cached import CachedPrefix
 
 
 def test_whole_files_are_read(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_number_written_unnoticed_is_refused_at_the_end(tmp_path: Path) -> Non
 def test_a_number_written_unnoticed_is_refused_after_some_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("solidify.training.prefix_stack._WHOLE", 2)
+    monkeypatch.setattr("solidify.training.prefix.stack._WHOLE", 2)
     model, steps = small(large), list[Any]()
     model.register_forward_hook(lambda *_: steps.append(1))
     with (

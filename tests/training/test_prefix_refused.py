@@ -21,8 +21,8 @@ from solidify import losses
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Term
 from solidify.training.distilling import DistillationRunner
-from solidify.training.prefix import cache_prefix, find_prefixes
-from solidify.training.prefix_training import setting_faults
+from solidify.training.prefix.cached import cache_prefix, find_prefixes
+from solidify.training.prefix.in_trainer import setting_faults
 from solidify.training.reinforcing import GRPORunner
 from training import arguments
 

@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 import solidify
 from solidify.errors import ObjectiveError
 from solidify.objective.objective import Objective, Term
-from solidify.training.prefix_sample import Sample
+from solidify.training.prefix.sample import Sample
 from solidify.training.trainer import ObjectiveTrainer
 from training import arguments
 

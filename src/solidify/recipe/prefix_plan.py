@@ -11,7 +11,7 @@ from solidify.objective.objective import Objective
 from solidify.recipe import datasets, kinds
 from solidify.recipe.kinds import Kind
 from solidify.recipe.schema import Recipe
-from solidify.training import prefix, prefix_training
+from solidify.training.prefix import cached, in_trainer
 
 
 def refuse_uncacheable(recipe: Recipe, kind: Kind, arguments: Any) -> None:
@@ -19,7 +19,7 @@ def refuse_uncacheable(recipe: Recipe, kind: Kind, arguments: Any) -> None:
     assert recipe.data is not None
     if not recipe.cache_prefix:
         return
-    faults = prefix_training.setting_faults(arguments, kind.trainer.runner_of, recipe.data.group_by)
+    faults = in_trainer.setting_faults(arguments, kind.trainer.runner_of, recipe.data.group_by)
     if recipe.data.streaming:
         faults.append("data.streaming gives rows as a stream, which may come otherwise in each epoch; leave it out")
     refuse(RecipeError, f"cache_prefix: trainer: {kind.name} cannot compute frozen layers once", faults)
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, peft_model: Any, objective: Objective, read: Mapping[st
     assert recipe.data is not None
     looked = [name for spec in objective.captures.values() for name in spec.find(peft_model)]
     with raised_as(RecipeError, of=ObjectiveError):
-        found = prefix.refuse_none(prefix.find_prefixes(peft_model, looked))
+        found = cached.refuse_none(cached.find_prefixes(peft_model, looked))
     if read["format"] == "masked":
         raise RecipeError(
             "cache_prefix: other tokens are hidden in each epoch (format: masked), so no batch comes again"
@@ -55,5 +55,5 @@ def plan(recipe: Recipe, peft_model: Any, objective: Objective, read: Mapping[st
     if not tokens:
         rows = sum(len(each) for each in datasets.read_rows(recipe) if each is not None)
         tokens = rows * recipe.data.max_length * kinds.find(recipe).trainer.runner_of.texts
-    size = prefix_training.measure(found, lookup.plain_model(peft_model), tokens)
+    size = in_trainer.measure(found, lookup.plain_model(peft_model), tokens)
     return {"layers": [str(each) for each in found], "bytes": size}

@@ -25,9 +25,10 @@ from solidify.objective.objective import Objective
 from solidify.objective.runner import Scaling
 from solidify.objective.sanity import Sanity
 from solidify.system import console
-from solidify.training import batching, checkpoints, kernels, prefix_training
+from solidify.training import batching, checkpoints, kernels
 from solidify.training.groups import Groups, ParameterGroup
-from solidify.training.prefix import CachedPrefix
+from solidify.training.prefix import in_trainer
+from solidify.training.prefix.cached import CachedPrefix
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.torch import leave_out_of_broadcast
 from solidify.upstream.transformers import TrainerSeams, output_directory, write_model
@@ -92,7 +93,7 @@ class ObjectiveMixin(TrainerSeams):
         self.prefix: CachedPrefix | None = None  # while it trains
         self.prefix_findings: list[Any] = []
         if cache_prefix:
-            prefix_training.refuse_uncacheable(self)
+            in_trainer.refuse_uncacheable(self)
 
     args: TrainingArguments
     model: Any
@@ -147,7 +148,7 @@ class ObjectiveMixin(TrainerSeams):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; with `cache_prefix` frozen layers at the beginning are computed once for each batch."""
-        with prefix_training.caching(self):
+        with in_trainer.caching(self):
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def train_sampler(self, train_dataset: Any = None) -> Any:
@@ -167,14 +168,14 @@ class ObjectiveMixin(TrainerSeams):
         """Opens the step with its first micro-batch; then as the trainer does."""
         opened = self.open_step(model, inputs)
         last = not self._ready and self.state.global_step + 1 == self.state.max_steps
-        with prefix_training.comparing(self, last=last):
+        with in_trainer.comparing(self, last=last):
             step: torch.Tensor = super().training_step(model, opened, num_items_in_batch)  # type: ignore[misc]
         return step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; what was read of frozen layers is compared before any figure is told."""
         found = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
-        prefix_training.compare_last(self)
+        in_trainer.compare_last(self)
         return found
 
     def open_step(self, model: nn.Module, inputs: Any) -> Any:
@@ -236,7 +237,7 @@ class ObjectiveMixin(TrainerSeams):
 
         Before, what was read of frozen layers is compared.
         """
-        prefix_training.compare_last(self)
+        in_trainer.compare_last(self)
         if self.args.should_save:
             target = checkpoints.locate_checkpoint(output_directory(self, trial), self.state.global_step)
             checkpoints.write(target, self._collect_state())
@@ -343,7 +344,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Brings back the model's dtype, and names the terms that taught nothing; compares what was read last."""
-        prefix_training.compare_last(self.trainer)
+        in_trainer.compare_last(self.trainer)
         self.trainer.settle()
         for name in self.trainer.engine.sanity.silent if state.is_world_process_zero else ():
             console.words.print(f"The term {name} never had a gradient: it has changed nothing.")

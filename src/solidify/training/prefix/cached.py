@@ -1,10 +1,10 @@
 """A frozen prefix: layers that learn nothing are computed once for each batch, and read from disk when it recurs.
 
 The first layers of a list in which nothing learns return the same numbers in every epoch for the same batch. Here they
-are kept (`prefix_store.py`) under a digest of all that decides them, and the layers are skipped when the batch comes
+are kept (`store.py`) under a digest of all that decides them, and the layers are skipped when the batch comes
 again: all but the last hand on what they are given, and the last returns what it returned. All else of the model runs
 as it does. The first batch is run plainly twice, and without the layers: all outputs must have the same bits. Of what
-is read later a sample is computed again (`prefix_sample.py`): what differs ends the training.
+is read later a sample is computed again (`sample.py`): what differs ends the training.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from solidify.adapter import lookup
 from solidify.errors import ObjectiveError, refuse
 from solidify.objective.capture import unseen
 from solidify.system import console, foreign
-from solidify.training.prefix_key import flatten, name_kind
-from solidify.training.prefix_sample import HeldCall
-from solidify.training.prefix_stack import AGAIN, PLAIN, TRIAL, TWICE, USED, Compared, Run, Stack
-from solidify.training.prefix_state import State
-from solidify.training.prefix_store import Store
-from solidify.training.prefix_told import BEFORE, hook_fault
+from solidify.training.prefix.key import flatten, name_kind
+from solidify.training.prefix.sample import HeldCall
+from solidify.training.prefix.stack import AGAIN, PLAIN, TRIAL, TWICE, USED, Compared, Run, Stack
+from solidify.training.prefix.state import State
+from solidify.training.prefix.store import Store
+from solidify.training.prefix.told import BEFORE, hook_fault
 from solidify.upstream.torch import is_dropout
 from solidify.weights.format import same_bits
 
@@ -129,7 +129,7 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
 
     The first batch that is trained on is run plainly twice, and from what is kept; until then, and for calls of another
     kind until their first batch was (an evaluation), nothing is kept. A sample of the batches that are read
-    (`prefix_sample.py`), and at the end of the block the last one, are computed all the same, and compared.
+    (`sample.py`), and at the end of the block the last one, are computed all the same, and compared.
 
     Raises:
         ObjectiveError: no layer can be skipped, or there is anything else in the directory, or skipping changes the

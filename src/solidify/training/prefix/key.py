@@ -11,8 +11,8 @@ from torch import nn
 
 from solidify.artifact import tensors
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_state import accelerator, describe_tensor, odd_kind
-from solidify.training.prefix_told import SCALARS, Attributes
+from solidify.training.prefix.state import accelerator, describe_tensor, odd_kind
+from solidify.training.prefix.told import SCALARS, Attributes
 from solidify.upstream.torch import writes
 from solidify.weights import hashing
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from solidify.training.prefix_key import gradient_modes
-from solidify.training.prefix_state import accelerator, odd_kind
+from solidify.training.prefix.key import gradient_modes
+from solidify.training.prefix.state import accelerator, odd_kind
 
 # One of 97 reads costs 1 per cent of the passes that are spared. A prime, so that with any number of batches in an
 # epoch another batch is compared each time.

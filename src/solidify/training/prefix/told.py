@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from solidify.errors import ObjectiveError
-from solidify.training.prefix_code import (
+from solidify.training.prefix.code import (
     SKIPPED,
     digest_code,
     is_known,
@@ -34,11 +34,11 @@ from solidify.training.prefix_code import (
     reads_of,
     stands_still,
 )
-from solidify.training.prefix_state import FUNCTIONS, odd_kind
+from solidify.training.prefix.state import FUNCTIONS, odd_kind
 from solidify.upstream.torch import module_hooks, other_hooks, own_buffers, own_parameters
 from solidify.weights import hashing
 
-BEFORE = "before_prefix"  # what a forward that `prefix.py` puts before a module's own says of that: none, or which
+BEFORE = "before_prefix"  # what a forward that `cached.py` puts before a module's own says of that: none, or which
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}  # tables of what is told apart, and of hooks
 _DEEPEST = 24

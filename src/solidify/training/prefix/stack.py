@@ -13,11 +13,11 @@ from solidify.adapter import lookup
 from solidify.behaviour.calling import RandomStates, random_states
 from solidify.errors import ObjectiveError
 from solidify.system import console
-from solidify.training.prefix_key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
-from solidify.training.prefix_sample import Misses, Sample
-from solidify.training.prefix_state import name_moved, odd_kind
-from solidify.training.prefix_store import Kept, Returned, Store
-from solidify.training.prefix_told import hook_fault
+from solidify.training.prefix.key import Known, LayerDigests, count_writes, describe, flatten, has_history, surroundings
+from solidify.training.prefix.sample import Misses, Sample
+from solidify.training.prefix.state import name_moved, odd_kind
+from solidify.training.prefix.store import Kept, Returned, Store
+from solidify.training.prefix.told import hook_fault
 from solidify.weights import format, hashing
 
 _WHOLE = 256  # passes that are read until all tensors are read whole again

@@ -16,9 +16,9 @@ from solidify.errors import ObjectiveError, refuse
 from solidify.findings import Finding
 from solidify.model import anatomy
 from solidify.system import console, foreign, processes
-from solidify.training.prefix import Prefix, cache_prefix, find_prefixes, refuse_none
-from solidify.training.prefix_key import flatten
-from solidify.training.prefix_store import Store
+from solidify.training.prefix.cached import Prefix, cache_prefix, find_prefixes, refuse_none
+from solidify.training.prefix.key import flatten
+from solidify.training.prefix.store import Store
 from solidify.training.runner import TrainerRunner
 from solidify.upstream.transformers_training import has_length
 from solidify.weights.format import same_bits

@@ -1,0 +1,1 @@
+"""Frozen layers at the beginning of a model are computed once for each batch."""
