@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from solidify.adapter import lookup, patterns, readback, start_kinds, starts
+from solidify.behaviour import calling
 from solidify.errors import AdapterError, refuse
 from solidify.system import console, foreign
 from solidify.upstream.peft import preprocess_corda
@@ -77,7 +78,7 @@ def prepare(
 @contextmanager
 def _left_as_it_was(model: nn.Module, plain: nn.Module) -> Any:
     existing = lookup.peft_model(model)
-    training = [(module, module.training) for module in plain.modules()]
+    modes = calling.training_modes(plain.modules())
     noted = vars(plain).pop("peft_config", None)  # by it PEFT takes the plain model for one with adapters to look at
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
@@ -87,8 +88,7 @@ def _left_as_it_was(model: nn.Module, plain: nn.Module) -> Any:
         try:
             yield
         finally:
-            for module, flag in training:
-                module.training = flag
+            calling.put_training_modes(modes)
             if noted is not None:
                 plain.peft_config = noted
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -31,8 +30,7 @@ Inputs = Mapping[str, Any]  # tensors, and, of a single step, a cache
 _TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-@dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """Another parameter for one place of a module's table."""
 
     table: dict[str, nn.Parameter | None]
@@ -56,7 +54,7 @@ class _Update:
         plain = table.get(key)
         if plain is None or not plain.is_floating_point():
             return []
-        with torch.no_grad(), _put(self.factors):
+        with torch.no_grad(), values.substitute_entries(self.factors):
             delta = foreign.attempt(self.layer.get_delta_weight, self.adapter).value
         if delta is None or delta.shape != plain.shape:
             return []
@@ -77,7 +75,7 @@ class _Trial:
 
     def answer(self, changes: Sequence[_Change], leaves: Sequence[nn.Parameter] = ()) -> _Answer | None:
         """Runs the model with changes; None where it fails."""
-        with past.kept(self.model), _put(changes), torch.set_grad_enabled(self.gradients):
+        with past.kept(self.model), values.substitute_entries(changes), torch.set_grad_enabled(self.gradients):
             self.model.train(self.training)
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
@@ -214,15 +212,3 @@ def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-@contextmanager
-def _put(changes: Sequence[_Change]) -> Iterator[None]:
-    before: list[tuple[dict[str, Any], str, Any]] = [(c.table, c.key, c.table[c.key]) for c in changes]
-    for change in changes:
-        change.table[change.key] = change.value
-    try:
-        yield
-    finally:
-        for table, key, parameter in before:
-            table[key] = parameter

@@ -36,17 +36,27 @@ def takes(model: nn.Module) -> set[str]:
     return found
 
 
+def training_modes(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]]:
+    """Returns each module and whether it is in training mode."""
+    return [(module, module.training) for module in modules]
+
+
+def put_training_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Gives each module its mode, and those that have it already nothing."""
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
+
+
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Puts every module into evaluation mode and gives each its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = training_modes(model.modules())
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            if module.training != training:
-                module.training = training
+        put_training_modes(modes)
 
 
 @contextmanager

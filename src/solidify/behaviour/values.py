@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,11 +38,20 @@ def substitute_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> I
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     wanted = {id(own[name]): value for name, value in values.items()}
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
-    before = [(table, key, tensor) for table in tables for key, tensor in table.items()]
-    for table, key, tensor in before:
-        table[key] = wanted.get(id(tensor), tensor)
+    entries = [(table, key, wanted.get(id(t), t)) for table in tables for key, t in table.items()]
+    with substitute_entries(entries):
+        yield
+
+
+@contextmanager
+def substitute_entries(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Puts something else in some places of modules' tables, each given by its table, its name and what stands there
+    while the block lasts."""
+    before = [(table, key, table[key]) for table, key, _ in entries]
     try:
+        for table, key, value in entries:
+            table[key] = value
         yield
     finally:
-        for table, key, tensor in before:
-            table[key] = tensor
+        for table, key, value in before:
+            table[key] = value

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from solidify.adapter import adapter_tensors, kinds, lookup, patterns, tokens
 from solidify.adapter.adapters import train_parameters
 from solidify.adapter.parameters import TrainedParameters
+from solidify.behaviour.values import substitute_entries
 from solidify.errors import AdapterError, refuse
 from solidify.system import foreign
 from solidify.upstream.peft import Conv1d, forget_caches, put_on
@@ -134,17 +135,13 @@ class Merger:
         if layer.lora_bias.get(NAME):  # PEFT merges weight and bias together; here the other one does not matter
             other = "weight" if attribute == "bias" else "bias"
             puts.append((owner, other, torch.zeros(owner.get_parameter(other).shape)))
-        before = [(module, name, own_parameters(module)[name]) for module, name, _ in puts]
         experts = getattr(layer, "num_experts", None)
         try:
-            for module, name, tensor in puts:
-                own = own_parameters(module)[name]
-                assert own is not None
-                own_parameters(module)[name] = nn.Parameter(tensor.to(own.dtype), requires_grad=False)
-            if experts is not None and rows is not None:
-                layer.num_experts = len(rows)
-            layer.merge(safe_merge=True, adapter_names=[NAME])
-            result: torch.Tensor = owner.get_parameter(attribute).data
+            with substitute_entries([_make_entry(*put) for put in puts]):
+                if experts is not None and rows is not None:
+                    layer.num_experts = len(rows)
+                layer.merge(safe_merge=True, adapter_names=[NAME])
+                result: torch.Tensor = owner.get_parameter(attribute).data
             return result
         except ValueError:  # PEFT's word for NaN
             self._record_fault(f"{change.name} would hold NaN or infinity")
@@ -152,8 +149,6 @@ class Merger:
         except Exception as error:
             raise AdapterError(f"PEFT cannot merge {change.name}: {foreign.said(error)}") from error
         finally:
-            for module, name, parameter in before:
-                own_parameters(module)[name] = parameter
             if experts is not None:
                 layer.num_experts = experts
             layer.merged_adapters.clear()
@@ -331,6 +326,14 @@ def _is_splittable(change: Change, shape: Shape) -> bool:
     if isinstance(layer, Linear):
         return not layer.fan_in_fan_out and type(variant).__name__ in ("NoneType", "DoraLinearVariant")
     return isinstance(layer, Embedding) and variant is None
+
+
+def _make_entry(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[dict[str, Any], str, nn.Parameter]:
+    """Makes values, in the dtype of a module's own parameter, what stands in its place."""
+    table = own_parameters(module)
+    own = table[name]
+    assert own is not None
+    return table, name, nn.Parameter(tensor.to(own.dtype), requires_grad=False)
 
 
 def _take_rows(

@@ -9,8 +9,7 @@ compared, evenly spread, the first and the last among them; of stacks some exper
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 from solidify.adapter import storage
+from solidify.behaviour.values import substitute_entries
 from solidify.errors import ArtifactError
 from solidify.findings import Finding
 from solidify.merging import sums
@@ -113,7 +113,7 @@ class _Reading:
     def compare(self) -> tuple[Off, bool]:
         """Returns how far it is off, and whether that is of all of it."""
         offs, every = [], True
-        with self._filled_layer():
+        with substitute_entries(self._list_factors()):
             for part in self._choose_parts():
                 off, whole = self._compare_part(part)
                 offs.append(off)
@@ -186,20 +186,12 @@ class _Reading:
         tensor: torch.Tensor = self.given.get_slice(key)[part.start : part.stop] if part else self.given.get_tensor(key)
         return tensor
 
-    @contextmanager
-    def _filled_layer(self) -> Iterator[None]:
-        """Gives a layer, while the block lasts, the adapter's factors."""
-        layer = self.change.layer
-        keys = [key for key in self.change.keys if layer is not None and key != self.change.instead]
-        before: Mapping[str, nn.Parameter | None] = {
-            key: own_parameters(self.merger.parts[key][0])[self.merger.parts[key][1]] for key in keys
-        }
-        try:
-            for key in keys:
-                owner, attribute = self.merger.parts[key]
-                own_parameters(owner)[attribute] = nn.Parameter(self.given.get_tensor(key), requires_grad=False)
-            yield
-        finally:
-            for key, parameter in before.items():
-                owner, attribute = self.merger.parts[key]
-                own_parameters(owner)[attribute] = parameter
+    def _list_factors(self) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+        """Reads the adapter's factors of a layer, and returns each with its place there."""
+        change = self.change
+        return [
+            (own_parameters(owner), attribute, nn.Parameter(self.given.get_tensor(key), requires_grad=False))
+            for key in (change.keys if change.layer is not None else ())
+            if key != change.instead
+            for owner, attribute in [self.merger.parts[key]]
+        ]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, cache_layers, operations
 from solidify.model.extent import Extent
@@ -260,7 +261,7 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
     supplied = constructing.supplied_to(module)
     if "layer_idx" in supplied and operations.layer_index(model, name) is None:
         raise SurgeryError(f"{name} has no number in its name, so there is no layer_idx for {module.__name__}")
-    modes = [(m, m.training) for m in original.modules()]
+    modes = calling.training_modes(original.modules())
     own = {id(m) for m in original.modules()}
     reference = anatomy.any_tensor(original)
     device = reference.device if reference is not None else model.device
@@ -278,8 +279,7 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
         for tensor in (*own_parameters(inner).values(), *own_buffers(inner).values()):
             if tensor is not None and id(tensor) not in kept:
                 tensor.data = tensor.data.to(device)
-    for inner, training in modes:
-        inner.training = training
+    calling.put_training_modes(modes)
     return new
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.behaviour.calling import put_training_modes, training_modes
 from solidify.training.prefix.key import gradient_modes
 from solidify.training.prefix.state import accelerator, odd_kind
 
@@ -89,7 +90,7 @@ class HeldCall:
 
     def __init__(self, model: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self._run, self._args, self._kwargs = run, _copy_given(args), _copy_given(kwargs)
-        self._training = [(module, module.training) for module in model.modules()]
+        self._training = training_modes(model.modules())
         self._graph, self._inference = gradient_modes()
         kinds = dict.fromkeys([(accelerator() or torch.device("cpu")).type, "cpu"])
         self._precision = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
@@ -99,10 +100,10 @@ class HeldCall:
     @contextmanager
     def surrounded(self) -> Iterator[tuple[Callable[..., Any], Any, Any]]:
         """Yields the call, its arguments and its named arguments, in the modes in which it was run."""
-        now = [(module, module.training) for module, _ in self._training]
+        now = training_modes(module for module, _ in self._training)
         with ExitStack() as stack:
-            stack.callback(_put_modes, now)
-            _put_modes(self._training)
+            stack.callback(put_training_modes, now)
+            put_training_modes(self._training)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._graph))
             for kind, enabled, dtype in self._precision:
@@ -117,8 +118,3 @@ def _copy_given(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copy_given, value))
     return {key: _copy_given(each) for key, each in value.items()} if type(value) is dict else value
-
-
-def _put_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
