@@ -187,7 +187,7 @@ def test_a_mixer_in_one_layer_is_seen(part: str, module: str, layer: int) -> Non
     """A layer of another kind, first, in the middle or last."""
     seen = observe(changed(f"model.layers.{layer}.{part}", getattr(served, module)))
     assert seen.mixers == [f"layers.{layer}.{part}"]
-    assert seen.others > 20
+    assert seen.stood_in > 20
     assert len(seen.arrivals) == (4 if part == "mlp" else 3)
 
 
@@ -198,7 +198,7 @@ def test_an_attention_by_the_interface_mixes_nothing() -> None:
         (f"layers.{n}.self_attn", n, True) for n in range(4)
     ]
     assert seen.causal is True
-    assert seen.others > 20
+    assert seen.stood_in > 20
 
 
 @pytest.mark.parametrize("open_in", [None, 0, 2, 3])
@@ -249,7 +249,7 @@ def test_what_is_seen_of_experts_is_what_a_small_model_shows(module: str) -> Non
 
 def compare(model: PreTrainedModel) -> None:
     big, small = call(model), served_call.observe(model.base_model)
-    assert small.others == 0
+    assert small.stood_in == 0
     assert (big.refused, big.runs_without, big.causal) == (small.refused, small.runs_without, small.causal)
     assert (big.arrivals, big.received, big.called) == (small.arrivals, small.received, small.called)
     assert (big.mixers, big.experts) == (small.mixers, small.experts)
@@ -272,7 +272,7 @@ def test_no_weight_of_a_large_linear_layer_is_used_or_changed() -> None:
 def test_a_model_that_needs_its_own_numbers_is_called_with_them(module: Any, mixing: bool) -> None:
     """As one that gives what is not finite with others, or reads a value to decide what it does."""
     seen = observe(changed("model.layers.1.mlp", module))
-    assert seen.others == 0
+    assert seen.stood_in == 0
     assert seen.mixers == (["layers.1.mlp"] if mixing else [])
     assert len(seen.arrivals) == 4
     both = changed("model.layers.3.mlp", served.Shift, changed("model.layers.1.mlp", Certain))
@@ -286,15 +286,15 @@ def test_who_decides_by_a_value_in_any_way_gets_the_models_own(way: str) -> None
     meant = dict.fromkeys(("cache", "padding", "hidden_states"), False)
     solidify.replace(model, "model.layers.1.mlp", Finding, arguments={"way": way}, declares=meant)
     seen = observe(model)
-    assert seen.others == 0
+    assert seen.stood_in == 0
     assert seen.mixers == ["layers.1.mlp"]
 
 
 def test_layers_whose_weight_is_read_past_them_keep_their_numbers() -> None:
     """By a module of the user's around, by a `forward` that was put there by hand and mixes nothing, by a family's."""
-    every = observe(pico.llama(num_hidden_layers=4)).others
+    every = observe(pico.llama(num_hidden_layers=4)).stood_in
     seen = observe(changed("model.layers.1.mlp", Weighing))
-    assert (seen.others, seen.mixers) == (every - 3, ["layers.1.mlp"])
+    assert (seen.stood_in, seen.mixers) == (every - 3, ["layers.1.mlp"])
     model = pico.llama(num_hidden_layers=4)
     block = model.model.layers[1].mlp
 
@@ -306,11 +306,11 @@ def test_layers_whose_weight_is_read_past_them_keep_their_numbers() -> None:
 
     block.forward = forward
     seen = observe(model)
-    assert (seen.others, seen.mixers) == (every - 1, [])
+    assert (seen.stood_in, seen.mixers) == (every - 1, [])
     mixing = families.tiny("jamba")
     families.give_opinions(mixing)
     compare(mixing)
-    assert observe(mixing).others > 10
+    assert observe(mixing).stood_in > 10
 
 
 @pytest.mark.parametrize("patched", [True, False])
@@ -325,7 +325,7 @@ def test_a_model_whose_own_forward_is_the_users_may_read_no_value(patched: bool)
 
     model.model.forward = forward
     seen = observe(model)
-    assert (seen.others, seen.mixers) == (0, [""] if patched else [])
+    assert (seen.stood_in, seen.mixers) == (0, [""] if patched else [])
 
 
 def test_layers_are_as_before_after_an_error_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_a_layer_that_a_users_module_owns_keeps_its_numbers() -> None:
     """What that does with the layer's weight beside calling it is not known."""
     plain, paired = observe(pico.llama(num_hidden_layers=4)), observe(changed("model.layers.1.mlp", Paired))
     assert paired.mixers == []
-    assert paired.others == plain.others > 20
+    assert paired.stood_in == plain.stood_in > 20
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])

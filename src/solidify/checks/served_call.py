@@ -48,8 +48,8 @@ class Observed:
 
     `causal` is None where the model cannot be called at all. `received` names the modules that were given the keyword,
     `mixers` those that mix positions by themselves (inner ones first), and `experts` says for modules of that name with
-    how many positional arguments they were called. `called` names every module that was called as one. `others` is the
-    number of linear layers that computed with other numbers than their own.
+    how many positional arguments they were called. `called` names every module that was called as one. `stood_in` is
+    the number of linear layers that computed with other numbers than their own.
     """
 
     refused: str = ""
@@ -60,7 +60,7 @@ class Observed:
     mixers: list[str] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
-    others: int = 0
+    stood_in: int = 0
 
 
 def observe(backbone: PreTrainedModel) -> Observed:
@@ -71,15 +71,15 @@ def observe(backbone: PreTrainedModel) -> Observed:
     kept: set[nn.Module] = set()
     for _ in range(_TRIES if anatomy.size(backbone) >= anatomy.LARGE else 0):
         try:
-            with stand_ins.standing_in(backbone, kept) as others:
+            with stand_ins.standing_in(backbone, kept) as stood_in:
                 seen = _observe_calls(backbone)
         except stand_ins.OtherNumbersError as error:
             if not error.layers:
                 break
             kept |= {*error.layers}
         else:
-            seen.others = others
-            if not (seen.refused and others):
+            seen.stood_in = stood_in
+            if not (seen.refused and stood_in):
                 return seen
             break
     return _observe_calls(backbone)
@@ -116,9 +116,9 @@ def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], position:
         backbone(**inputs)
     changed = ids.clone()
     changed[0, position] = next(token for token in ids[0] if token != ids[0, position])
-    others = [index for index in range(ids.shape[1]) if index != position % ids.shape[1]]
+    other_positions = [index for index in range(ids.shape[1]) if index != position % ids.shape[1]]
     arrived = len(seen.arrivals)
-    with _hook_modules(names, _make_comparison(first, found, others)):
+    with _hook_modules(names, _make_comparison(first, found, other_positions)):
         backbone(**{**inputs, "input_ids": changed})
     del seen.arrivals[arrived:]
     return found
@@ -223,7 +223,7 @@ def _make_keeper(first: dict[tuple[str, int], Any], seen: Observed) -> Hook:
     return keep
 
 
-def _make_comparison(first: Mapping[tuple[str, int], Any], found: list[str], others: list[int]) -> Hook:
+def _make_comparison(first: Mapping[tuple[str, int], Any], found: list[str], other_positions: list[int]) -> Hook:
     """Makes a hook that finds modules whose output at other positions moved although their input there did not.
 
     What moved, if only by rounding, is put back: so rounding does not add up, and a mixer does not hide the next.
@@ -238,32 +238,32 @@ def _make_comparison(first: Mapping[tuple[str, int], Any], found: list[str], oth
         now, out = _list_tensors((args, kwargs)), _list_tensors(output)
         if [t.shape for t in given + returned] != [t.shape for t in now + out]:
             return output
-        if any(_has_moved(a, b, others) for a, b in zip(given, now, strict=True)):
+        if any(_has_moved(a, b, other_positions) for a, b in zip(given, now, strict=True)):
             return output
-        if any(_has_moved(a, b, others) for a, b in zip(returned, out, strict=True)):
+        if any(_has_moved(a, b, other_positions) for a, b in zip(returned, out, strict=True)):
             found.append(name)
         before = iter(returned)
-        return _map_tensors(output, lambda tensor: _put_back(next(before), tensor, others))
+        return _map_tensors(output, lambda tensor: _put_back(next(before), tensor, other_positions))
 
     return compare
 
 
-def _find_axis(tensor: torch.Tensor, others: list[int]) -> int | None:
+def _find_axis(tensor: torch.Tensor, other_positions: list[int]) -> int | None:
     """Returns the one axis that runs along the positions."""
-    axes = [axis for axis, size in enumerate(tensor.shape) if size == len(others) + 1]
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == len(other_positions) + 1]
     return axes[0] if len(axes) == 1 else None
 
 
-def _has_moved(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> bool:
+def _has_moved(before: torch.Tensor, after: torch.Tensor, other_positions: list[int]) -> bool:
     """Returns whether a tensor differs at the other positions by more than rounding.
 
     Each position is judged by its own size, and by the mean of its values beside the largest: one position, or a few
     values at every position, may be a thousand times as large as the rest (arXiv 2402.17762).
     """
-    axis = _find_axis(before, others)
+    axis = _find_axis(before, other_positions)
     if axis is None:
         return False
-    index = torch.tensor(others, device=before.device)
+    index = torch.tensor(other_positions, device=before.device)
     a, b = (tensor.index_select(axis, index).movedim(axis, 0).flatten(1) for tensor in (before, after))
     if torch.equal(a, b):
         return False
@@ -285,11 +285,11 @@ def _take_mean(values: torch.Tensor) -> torch.Tensor:
     return values.mean(dim=1)
 
 
-def _put_back(before: torch.Tensor, after: torch.Tensor, others: list[int]) -> torch.Tensor:
-    axis = _find_axis(before, others)
+def _put_back(before: torch.Tensor, after: torch.Tensor, other_positions: list[int]) -> torch.Tensor:
+    axis = _find_axis(before, other_positions)
     if axis is None:
         return after
-    index = torch.tensor(others, device=before.device)
+    index = torch.tensor(other_positions, device=before.device)
     return after.index_copy(axis, index, before.index_select(axis, index))
 
 

@@ -192,7 +192,7 @@ def _judge_attention(model: PreTrainedModel, seen: Observed) -> Rule:
         faults.append("not known, because the call fails")
     elif not numbers and not faults:
         faults.append("no module uses it")
-    tried = f" (tried with other numbers in {seen.others} linear layers)" if seen.others else ""
+    tried = f" (tried with other numbers in {seen.stood_in} linear layers)" if seen.stood_in else ""
     return Rule(
         "attention goes through ALL_ATTENTION_FUNCTIONS",
         list(dict.fromkeys(faults)),

@@ -67,8 +67,8 @@ def merged_equals_attached(
         f"{_name_outputs(off)}: {worst} differs most, by {off[worst]:.1e}; moved by one unit in the last place, the "
         f"changed tensors make up to {reach[worst]:.1e} of it"
     )
-    if attached.others:
-        evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.others.items())}"
+    if attached.no_tensors:
+        evidence += f"; not looked at: {', '.join(f'{k} ({v})' for k, v in attached.no_tensors.items())}"
     return Finding(NAME, not faults, "; ".join(faults[:4]) or evidence)
 
 
@@ -95,7 +95,7 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
             return tuple(rounded(part, terms) for part in output)
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
             return output
-        return output + (steps(output) * rounding.unit(output, terms)).to(output.dtype)
+        return output + (steps(output) * rounding.ulp(output, terms)).to(output.dtype)
 
     before: list[tuple[dict[str, Any], str, Any]] = []
     owners = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in weights}
@@ -114,7 +114,7 @@ def moved(model: nn.Module, weights: Mapping[str, Callable[[], Weight]], *, seed
             expected, dtype = weight(), held[key].dtype
             value = expected.wanted
             if dtype.is_floating_point:
-                value = value + steps(value) * sums.unit(expected, dtype)
+                value = value + steps(value) * sums.ulp(expected, dtype)
             value = value.to(dtype)
             held[key] = nn.Parameter(value, requires_grad=False) if held is own_parameters(module) else value
         yield

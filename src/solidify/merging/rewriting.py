@@ -117,7 +117,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     plan = _plan_ties(prepared)
     writing = _Writing(stored, merger, plan, directory, expected)
     before = {path: transfer.read_state(path) for path in stored.checkpoint.files}
-    begun = {path: path.stat() for path in stored.checkpoint.files}
+    at_first = {path: path.stat() for path in stored.checkpoint.files}
     touched = [path for path in stored.checkpoint.files if writing.touches(path)]
     kept = [path for path in stored.checkpoint.files if path not in touched]
     copies = transfer.copied(kept, directory, link=link)
@@ -147,7 +147,7 @@ def rewrite(prepared: Prepared, directory: Path, *, expected: Mapping[str, str],
     refuse(ArtifactError, f"{stored.checkpoint.directory} changed while it was read", faults)
     entries = {path: format.read_header(directory / path.name) for path in touched}
     known = [(p, entries[p][key], digest) for p, found in writing.known.items() for key, digest in found.items()]
-    transfer.refuse_other({path: begun[path] for path in touched}, known)
+    transfer.refuse_other({path: at_first[path] for path in touched}, known)
     for path in touched:
         target = directory / path.name
         digest_cache.remember(target, {name: writing.digests[name] for name in format.read_header(target)})

@@ -16,7 +16,7 @@ from solidify.upstream.torch import own_parameters
 _MIXERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)  # odd numbers of 32 bits, one for each draw
 
 
-def unit(output: torch.Tensor, terms: int) -> torch.Tensor:
+def ulp(output: torch.Tensor, terms: int) -> torch.Tensor:
     """Returns how far rounding moves every number of a module's output, each a sum of `terms` products.
 
     Sums are kept in float32: in sixteen lanes, of n products, with half a unit each time, evenly to both sides.
@@ -61,4 +61,4 @@ def _move_output(count: int, mixer: int, _module: nn.Module, _given: Any, output
     bits = seen.float().contiguous().view(torch.int32)  # the output's shape
     mixed = (bits.long() + positions) * mixer
     steps = (mixed >> 16) % 3 - 1
-    return output + (steps * unit(seen, count)).to(output.dtype)
+    return output + (steps * ulp(seen, count)).to(output.dtype)

@@ -48,13 +48,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Off:
-    """How far merged weights are off: by shares of what roundings may come to (`units`), and along their update.
+    """How far merged weights are off: by shares of what roundings may come to (`roundings`), and along their update.
 
     `power` sums the squares of the update, and `along` the products of it and the differences. `variance` is that of
     `along` if only roundings differ, and `most` the largest product that they can come to.
     """
 
-    units: float
+    roundings: float
     along: float = 0.0
     power: float = 0.0
     variance: float = 0.0
@@ -63,7 +63,7 @@ class Off:
     @property
     def lean(self) -> float:
         """The share of the update that the differences add up to (0.01: it is one percent too strong)."""
-        return self.along / self.power if self.power and math.isfinite(self.units) else 0.0
+        return self.along / self.power if self.power and math.isfinite(self.roundings) else 0.0
 
     @property
     def allowed(self) -> float:
@@ -79,8 +79,8 @@ class Off:
     def of_all(cls, found: Sequence[Off]) -> Off:
         """Returns how far several parts are off together."""
         along, power, variance = (sum(getattr(off, key) for off in found) for key in ("along", "power", "variance"))
-        units = math.nan if any(math.isnan(off.units) for off in found) else max(off.units for off in found)
-        return cls(units, along, power, variance, max(off.most for off in found))
+        roundings = math.nan if any(math.isnan(off.roundings) for off in found) else max(off.roundings for off in found)
+        return cls(roundings, along, power, variance, max(off.most for off in found))
 
 
 def weight(
@@ -179,7 +179,7 @@ def _convert_tensor(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float64 if like.numel() <= _EXACT else torch.float32)
 
 
-def unit(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
+def ulp(expected: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Returns one unit in the last place of each element: of the largest that is rounded, the result and its summands.
 
     Where products nearly cancel inside the update, `Weight.slack` says how far float32 may be off.
@@ -197,20 +197,20 @@ def off_by(expected: Weight, found: torch.Tensor) -> Off:
     rounded once differs from what was rounded twice where a sum lies near the middle of two numbers, by one unit with
     a probability of the first rounding over a unit, evenly to both sides.
     """
-    one = unit(expected, found.dtype)
+    one = ulp(expected, found.dtype)
     error = found.to(expected.wanted.dtype) - expected.wanted
     allowed = one + expected.slack
     if expected.wanted.dtype == torch.float32:  # then what is expected is no more exact than what PEFT computes
         allowed = allowed + expected.slack + one / 2
     update = (expected.wanted - expected.without).double()
-    units = float((error.abs() / allowed).max()) if error.numel() else 0.0
-    if not math.isfinite(units):
-        return Off(units)
+    roundings = float((error.abs() / allowed).max()) if error.numel() else 0.0
+    if not math.isfinite(roundings):
+        return Off(roundings)
     twice = (found.double() - expected.wanted.to(found.dtype).double()) * update
     first = torch.finfo(found.dtype).eps * update.abs() / 4
     variance = update.square() * (one * first + torch.as_tensor(expected.slack).square())
     most = float((allowed * update.abs()).max()) if error.numel() else 0.0
-    return Off(units, float(twice.sum()), float(update.square().sum()), float(variance.sum()), most)
+    return Off(roundings, float(twice.sum()), float(update.square().sum()), float(variance.sum()), most)
 
 
 def effective(model: PeftModel, adapter: str) -> dict[str, Callable[[], Weight]]:
@@ -277,8 +277,8 @@ def _measure_off(expected: Weight, found: torch.Tensor) -> Off:
 
 def fault(name: str, off: Off) -> list[str]:
     """Says what is wrong with a merged weight; nothing when roundings explain it."""
-    if not off.units <= 1:
-        return [f"{name} is off by {off.units:.1f} times what rounding explains"]
+    if not off.roundings <= 1:
+        return [f"{name} is off by {off.roundings:.1f} times what rounding explains"]
     if not abs(off.lean) <= off.allowed:
         return [f"{name} has its update {1 + off.lean:.4f} times (allowed 1 ± {off.allowed:.1e})"]
     return []

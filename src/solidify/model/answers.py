@@ -19,7 +19,7 @@ class Output:
     """What a model returned for some inputs: every tensor by where it stands, and what is no tensor by its class."""
 
     tensors: Answers
-    others: dict[str, str]
+    no_tensors: dict[str, str]
 
 
 def collect(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> Output:
@@ -33,7 +33,7 @@ def collect(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) 
             if isinstance(value, torch.Tensor):
                 found.tensors[name] = value
             elif value is not None:
-                found.others[name.partition("/")[2]] = type(value).__name__
+                found.no_tensors[name.partition("/")[2]] = type(value).__name__
     return found
 
 

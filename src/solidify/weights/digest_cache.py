@@ -38,8 +38,8 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     """
     headers = {path: format.read_header(path) for path in files}
     recalled = {} if fresh else {p: found for p, header in headers.items() if (found := _recall_all(p, header))}
-    begun = {path: path.stat() for path in files}
-    settled = {path for path, state in begun.items() if is_settled(state)}
+    at_first = {path: path.stat() for path in files}
+    settled = {path for path, state in at_first.items() if is_settled(state)}
     entries = [entry for path in files if path not in recalled for entry in headers[path].values()]
 
     # The largest first, so that no worker is left alone with one at the end.
@@ -48,7 +48,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
 
         def compute(entry: format.Entry) -> str:
             """Reads one tensor, and moves the bar."""
-            early = ahead.find(entry.part(ahead.state_of(begun[entry.file]))) if fresh else None
+            early = ahead.find(entry.part(ahead.state_of(at_first[entry.file]))) if fresh else None
             digest = (early and early.result()) or entry.digest(keep=not fresh)
             advance(entry.shape.nbytes)
             return digest
@@ -59,7 +59,7 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     for path, header in headers.items():
         found = recalled.get(path) or {name: computed[path, name] for name in header}
         if path in settled - recalled.keys():
-            remember(path, found, begun[path])
+            remember(path, found, at_first[path])
         twice = next((name for name in found if name in result), None)
         if twice is not None:
             raise ArtifactError(f"{path} holds {twice!r}, which another file holds too")
@@ -135,17 +135,17 @@ def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:
     return found
 
 
-def remember(path: Path, found: dict[str, str], begun: os.stat_result | None = None) -> None:
+def remember(path: Path, found: dict[str, str], at_first: os.stat_result | None = None) -> None:
     """Notes the digests of a file's tensors.
 
-    `begun` is the file's state before it was read, when it was settled: nothing is noted if it has changed since.
+    `at_first` is the file's state before it was read, when it was settled: nothing is noted if it has changed since.
     Without it the caller vouches that the file holds what was digested.
     """
     now = path.stat()
-    if begun is not None and ahead.state_of(begun) != ahead.state_of(now):
+    if at_first is not None and ahead.state_of(at_first) != ahead.state_of(now):
         return
     age = time.time_ns() - max(now.st_mtime_ns, now.st_ctime_ns)
-    if begun is None and 0 <= age < TICK:
+    if at_first is None and 0 <= age < TICK:
         time.sleep((TICK - age) / 1e9)
         now = path.stat()
     _write_note(now, found)
@@ -165,9 +165,9 @@ def _write_note(now: os.stat_result, found: Mapping[str, str]) -> None:
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 
 
-def touched(path: Path, begun: os.stat_result) -> bool:
+def touched(path: Path, at_first: os.stat_result) -> bool:
     """Returns whether anything was done to a file since it had a state, if only that a link to it was made."""
-    return ahead.state_of(path.stat()) != ahead.state_of(begun)
+    return ahead.state_of(path.stat()) != ahead.state_of(at_first)
 
 
 def _get_note_path(found: os.stat_result) -> Path:

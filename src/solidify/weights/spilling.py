@@ -33,9 +33,9 @@ def spill(name: str, module: nn.Module, kept: Iterable[torch.Tensor], directory:
 
     Nothing is done without a directory, nor for what is small.
     """
-    others = {id(tensor) for tensor in kept}
+    kept_ids = {id(tensor) for tensor in kept}
     state = {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
-    state = {key: tensor for key, tensor in state.items() if id(tensor) not in others}
+    state = {key: tensor for key, tensor in state.items() if id(tensor) not in kept_ids}
     if directory is None or sum(tensor.nbytes for tensor in state.values()) < _SMALL:
         return
     standing = mapped.file_regions(state)

@@ -42,8 +42,8 @@ def store(
     whole = _whole_files({name: entry for name, entry in stored.items() if name in kept})
     linked = {name for header in whole.values() for name in header}
     left = {name: tensor for name, tensor in kept.items() if name not in linked}
-    begun = {entry.file: entry.file.stat() for entry in stored.values()}
-    settled = {path: state for path, state in begun.items() if digest_cache.is_settled(state)}
+    at_first = {entry.file: entry.file.stat() for entry in stored.values()}
+    settled = {path: state for path, state in at_first.items() if digest_cache.is_settled(state)}
     known = digest_cache.recall_entries(stored[name] for name in left if name in stored)
     sources = {
         name: TensorSource.stored(name, entry, known.get(entry.place))
@@ -54,19 +54,19 @@ def store(
     digests = write(directory, sources, whole=whole, link=link)
     entries = checkpoint.read(directory).entries
     taken = {name: stored[name] for name in sources if name in stored and stored[name].place in known}
-    transfer.refuse_other(begun, [(entry.file, entries[name], digests[name]) for name, entry in taken.items()])
+    transfer.refuse_other(at_first, [(entry.file, entries[name], digests[name]) for name, entry in taken.items()])
     _remember_sources({entry.place: digests[name] for name, entry in stored.items() if name in sources}, settled)
     return digests
 
 
-def _remember_sources(passed: Mapping[Place, str], begun: Mapping[Path, os.stat_result]) -> None:
+def _remember_sources(passed: Mapping[Place, str], at_first: Mapping[Path, os.stat_result]) -> None:
     """Notes the digests of files that were digested as a whole while their tensors were written elsewhere."""
-    for path in dict.fromkeys(path for path, _, _ in passed if path in begun):
+    for path in dict.fromkeys(path for path, _, _ in passed if path in at_first):
         with suppress(ArtifactError):
             header = format.read_header(path)
             if all(entry.place in passed for entry in header.values()) and digest_cache.recall(path) is None:
                 found = {name: passed[entry.place] for name, entry in header.items()}
-                digest_cache.remember(path, found, begun[path])
+                digest_cache.remember(path, found, at_first[path])
 
 
 def write(

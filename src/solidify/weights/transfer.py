@@ -30,7 +30,7 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
         ArtifactError: the file cannot be read, or there is no room.
     """
     source = source.resolve()  # in the hub's cache, files are symbolic links into a store
-    begun = source.stat()
+    at_first = source.stat()
     noted = digest_cache.recall(source)
     if link:
         try:
@@ -40,7 +40,7 @@ def link_or_copy(source: Path, target: Path, *, link: bool) -> bool:
             link = False
     if not link:
         _copy_bytes(source, target)
-    if noted is not None and not link and not digest_cache.touched(source, begun):
+    if noted is not None and not link and not digest_cache.touched(source, at_first):
         digest_cache.remember(target, noted)
     return link
 
@@ -56,7 +56,7 @@ def read_state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def refuse_other(begun: Mapping[Path, os.stat_result], copies: Iterable[tuple[Path, Entry, str]]) -> None:
+def refuse_other(at_first: Mapping[Path, os.stat_result], copies: Iterable[tuple[Path, Entry, str]]) -> None:
     """Makes sure of copies that were given a digest that was known: of a file that was touched since, they are read.
 
     Each copy is the file that it was taken from, where it stands now, and its digest. A link that another program makes
@@ -65,7 +65,7 @@ def refuse_other(begun: Mapping[Path, os.stat_result], copies: Iterable[tuple[Pa
     Raises:
         ArtifactError: one is not what was known.
     """
-    touched = {path for path, state in begun.items() if digest_cache.touched(path, state)}
+    touched = {path for path, state in at_first.items() if digest_cache.touched(path, state)}
     faults = {path for path, entry, digest in copies if path in touched and entry.digest() != digest}
     refuse(
         ArtifactError,
