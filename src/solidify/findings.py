@@ -21,6 +21,7 @@ from solidify.system import disk, files, markup
 
 _OF_CLASS = re.compile(r"(.+) \(Auto\w+\)")
 PROVED, FAILED, MEASURED, NOT_LOOKED_AT = VERDICTS = ("proved", "failed", "measured", "not looked at")
+_LABELS = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
 
 
 @dataclass(frozen=True)
@@ -188,3 +189,8 @@ def tell(counts: Mapping[str, int]) -> str:
     """Writes how many findings have each verdict: `31 proved, 2 measured, 1 not looked at`."""
     counted = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     return ", ".join(counted) or "nothing was looked at"
+
+
+def label_of(verdict: str) -> str | tuple[str, str]:
+    """Returns how a verdict is shown on a line of the console: its words, with their colour where it has one."""
+    return _LABELS.get(verdict, verdict)

@@ -106,10 +106,10 @@ def test_nothing_that_is_printed_steers_the_terminal(name: str, capsys: pytest.C
 
 
 def test_what_is_coloured_on_purpose_is() -> None:
-    told = {word: console.verdict(word) for word in findings.VERDICTS}
+    told = {word: console.line(findings.label_of(word)) for word in findings.VERDICTS}
     assert [text.plain for text in told.values()].count("FAILED") == 1
     assert str(told[findings.FAILED].spans[0].style) == "red" and str(told[findings.PROVED].spans[0].style) == "green"
-    assert console.verdict("[red]odd").plain == "[red]odd"
+    assert console.line(findings.label_of("[red]odd")).plain == "[red]odd"
 
 
 def test_words_of_people_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

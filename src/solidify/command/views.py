@@ -11,7 +11,7 @@ from rich.text import Text
 
 from solidify.artifact.inspection import Branch, ranges
 from solidify.behaviour.properties import PROPERTIES
-from solidify.findings import PROVED, VERDICTS, Finding, fold, tell
+from solidify.findings import PROVED, VERDICTS, Finding, fold, label_of, tell
 from solidify.model import anatomy
 from solidify.model.cost import Cost
 from solidify.surgery import catalogue
@@ -413,7 +413,7 @@ def _make_rows(stage: str, found: Sequence[Finding], verbose: bool) -> Iterator[
     folds = not verbose and len(proved) > 1
     if folds:
         names = textwrap.shorten(_join_names(proved), _NAMED, placeholder=" …")
-        yield stage, f"{len(proved)} promises", console.verdict(PROVED), names
+        yield stage, f"{len(proved)} promises", console.line(label_of(PROVED)), names
     for each in found if verbose else fold(found):
         if not folds or each.verdict != PROVED:
-            yield stage, each.name, console.verdict(each.verdict), each.evidence
+            yield stage, each.name, console.line(label_of(each.verdict)), each.evidence

@@ -13,7 +13,7 @@ from solidify.artifact import loading
 from solidify.builtin import corpus, tiny_olmoe
 from solidify.demo import effect
 from solidify.demo.effect import HeldOut, Row
-from solidify.findings import Finding, Report
+from solidify.findings import Finding, Report, label_of
 from solidify.losses import forward_kl
 from solidify.objective.objective import Objective, Term
 from solidify.recipe import reporting, schema, stages
@@ -74,9 +74,10 @@ def tell(output: Path) -> Report:
 def _proof_table(report: Report) -> Any:
     by_name = {finding.name: finding for finding in report.findings}
     rows = [
-        (promise, console.verdict(by_name[name].verdict), by_name[name].evidence) for promise, name in PROVED.items()
+        (promise, console.line(label_of(by_name[name].verdict)), by_name[name].evidence)
+        for promise, name in PROVED.items()
     ]
-    rows += [(f.name, console.verdict(f.verdict), f.evidence) for f in report.stages["inference"]]
+    rows += [(f.name, console.line(label_of(f.verdict)), f.evidence) for f in report.stages["inference"]]
     return console.table("What was proved", ("promise", "verdict", "evidence"), rows)
 
 

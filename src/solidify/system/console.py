@@ -33,7 +33,6 @@ from rich.table import Table
 from rich.text import Text
 
 from solidify.errors import SolidifyError
-from solidify.findings import FAILED, NOT_LOOKED_AT, PROVED
 
 _HARMLESS = {"Zs", "Co"}  # spaces of every width, and signs of private fonts: printed, though no letters
 _PAUSE = 30  # seconds between two lines that say how far something is
@@ -261,12 +260,6 @@ def silence() -> Iterator[None]:
         yield
     finally:
         words.quiet = before
-
-
-def verdict(word: str) -> Text:
-    """Returns a finding's verdict with its colour."""
-    labels = {PROVED: ("proved", "green"), FAILED: ("FAILED", "red"), NOT_LOOKED_AT: ("not looked at", "dim")}
-    return line(labels.get(word, word))
 
 
 @contextmanager
