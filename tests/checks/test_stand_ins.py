@@ -380,12 +380,12 @@ def test_a_product_has_the_form_of_the_layers_own(dtype: torch.dtype, monkeypatc
     given = torch.randn(2, 5, 48).to(dtype)
     own = layer(given)
     monkeypatch.setattr(stand_ins, "_LARGE", 0)
-    with stand_ins.standing_in(nn.Sequential(layer)) as count:
+    with stand_ins.standing_in(nn.Sequential(layer)) as made:
         other = layer(given)
     again = pytest.raises(stand_ins.OtherNumbersError)
     with again, stand_ins.standing_in(nn.Sequential(layer)), pytest.raises(stand_ins.OtherNumbersError):
         layer(torch.full_like(given, torch.inf))
-    assert count == 1
+    assert made.count == 1
     assert (other.shape, other.dtype) == (own.shape, own.dtype)
     assert not torch.equal(other, own)
     assert torch.equal(layer(given), own)

@@ -10,7 +10,7 @@ itself, and a server, which keeps the past of its own attention only, would not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ KEYWORD = "attention_instances"
 NAME = "solidify_served_call"
 _TRIES = 3  # with stand-ins: whose weight is read past it keeps its numbers in the next
 _LENGTHS = (13, 17, 19, 23, 29, 31, 37)
+
+Hook = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
+Reading = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -71,32 +74,32 @@ def observe(backbone: PreTrainedModel) -> Observed:
     kept: set[nn.Module] = set()
     for _ in range(_TRIES if anatomy.size(backbone) >= anatomy.LARGE else 0):
         try:
-            with stand_ins.standing_in(backbone, kept) as stood_in:
-                seen = _observe_calls(backbone)
+            with stand_ins.standing_in(backbone, kept) as made:
+                seen = _observe_calls(backbone, made.reading)
         except stand_ins.OtherNumbersError as error:
             if not error.layers:
                 break
             kept |= {*error.layers}
         else:
-            seen.stood_in = stood_in
-            if not (seen.refused and stood_in):
+            seen.stood_in = made.count
+            if not (seen.refused and made.count):
                 return seen
             break
-    return _observe_calls(backbone)
+    return _observe_calls(backbone, nullcontext)
 
 
-def _observe_calls(backbone: PreTrainedModel) -> Observed:
+def _observe_calls(backbone: PreTrainedModel, reading: Reading) -> Observed:
     seen = Observed()
     inputs = _make_inputs(backbone, _choose_length(backbone))
     with torch.no_grad(), anatomy.evaluation(backbone), anatomy.sparing(backbone):
-        alone = foreign.attempt(_find_mixers, backbone, inputs, -1, Observed())
+        alone = foreign.attempt(_find_mixers, backbone, inputs, -1, Observed(), reading)
         if alone.error is not None:
             seen.refused = foreign.said(alone.error)
             return seen
         seen.causal = not alone.value
         with _isolate_positions(backbone, seen):
             middle = inputs["input_ids"].shape[1] // 2
-            served = foreign.attempt(_find_mixers, backbone, {**inputs, KEYWORD: seen}, middle, seen)
+            served = foreign.attempt(_find_mixers, backbone, {**inputs, KEYWORD: seen}, middle, seen, reading)
             seen.mixers = served.value or []
             if served.error is not None:
                 seen.refused = foreign.said(served.error)
@@ -106,19 +109,21 @@ def _observe_calls(backbone: PreTrainedModel) -> Observed:
     return seen
 
 
-def _find_mixers(backbone: PreTrainedModel, inputs: Mapping[str, Any], position: int, seen: Observed) -> list[str]:
+def _find_mixers(
+    backbone: PreTrainedModel, inputs: Mapping[str, Any], position: int, seen: Observed, reading: Reading
+) -> list[str]:
     """Changes the token at one position and names the modules that let it reach the output at other positions."""
     names = {module: name for name, module in backbone.named_modules()}
     first: dict[tuple[str, int], Any] = {}
     found: list[str] = []
     ids = inputs["input_ids"]
-    with _hook_modules(names, _make_keeper(first, seen)):
+    with _hook_modules(names, _make_keeper(first, seen), reading):
         backbone(**inputs)
     changed = ids.clone()
     changed[0, position] = next(token for token in ids[0] if token != ids[0, position])
     other_positions = [index for index in range(ids.shape[1]) if index != position % ids.shape[1]]
     arrived = len(seen.arrivals)
-    with _hook_modules(names, _make_comparison(first, found, other_positions)):
+    with _hook_modules(names, _make_comparison(first, found, other_positions), reading):
         backbone(**{**inputs, "input_ids": changed})
     del seen.arrivals[arrived:]
     return found
@@ -180,19 +185,19 @@ def _isolate_positions(backbone: PreTrainedModel, seen: Observed) -> Iterator[No
         withdraw_attention(NAME)
 
 
-Hook = Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any]
-
-
 @contextmanager
-def _hook_modules(names: Mapping[nn.Module, str], hook: Hook) -> Iterator[None]:
-    """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output."""
+def _hook_modules(names: Mapping[nn.Module, str], hook: Hook, reading: Reading) -> Iterator[None]:
+    """Calls `hook` after every module with its name, arguments and output; what it returns becomes the output.
+
+    `reading` lets it read values where stand-ins would refuse that.
+    """
 
     def bind(name: str) -> Any:
         """Makes the hook of the module of one name."""
 
         def call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             """Calls it; what it reads is no business of the model's."""
-            with stand_ins.reading():
+            with reading():
                 return hook(name, args, kwargs, output)
 
         return call

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -30,7 +30,6 @@ _KNOWN = ("transformers", "torch")  # packages whose modules do with their layer
 # What gives a tensor's values away and is no operation of torch's, which would have a tag: it reads the memory.
 _OPENED = ("tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__format__", "untyped_storage", "data_ptr")
 _TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_active: list[_Values] = []
 
 
 class OtherNumbersError(ValueError):
@@ -45,8 +44,8 @@ class OtherNumbersError(ValueError):
 
 
 @contextmanager
-def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[int]:
-    """Lets large linear layers, but those that are `kept`, compute with other numbers in the block; yields how many do.
+def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[StandIns]:
+    """Has large linear layers, but those `kept`, compute with other numbers in the block; yields what stands in.
 
     A layer of zeros keeps them: what it lets through is nothing. So does one that computes in a way of its own (a
     class that inherits from `nn.Linear`, a `forward` of the instance's). Biases are the layers' own.
@@ -56,59 +55,54 @@ def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[
             if there was one, which code of the user's may have caught, or if a weight was read past its layer.
     """
     layers = [layer for layer in _find_layers(model) if layer not in kept and _is_large(layer.weight)]
+    made, threads = StandIns(layers, outer=_is_known(model)), torch.get_num_threads()
     if not layers:
-        yield 0
+        yield made
         return
-    values, threads = _Values(layers, outer=_is_known(model)), torch.get_num_threads()
     try:
         with ExitStack() as hooked:
-            for layer, forward in zip(layers, _make_products(layers), strict=True):
+            for layer, forward in zip(layers, _make_products(layers, made), strict=True):
                 vars(layer)["forward"] = forward
             for module in model.modules():
                 if not isinstance(module, nn.ModuleList):
-                    hooked.callback(module.register_forward_pre_hook(values.enter).remove)
-                    hooked.callback(module.register_forward_hook(values.leave, always_call=True).remove)
-            hooked.callback(model.register_forward_hook(_refuse_infinite).remove)
+                    hooked.callback(module.register_forward_pre_hook(made.enter).remove)
+                    hooked.callback(module.register_forward_hook(made.leave, always_call=True).remove)
+            hooked.callback(model.register_forward_hook(lambda *given: made.refuse_infinite(given[-1])).remove)
             torch.set_num_threads(1)  # what is left is so small that several threads would wait for each other
-            _active.append(values)
-            with _Opened(values), _Operations(values):
-                yield len(layers)
+            with _Opened(made), _Operations(made):
+                yield made
     finally:
-        if values in _active:
-            _active.remove(values)
         torch.set_num_threads(threads)
         for layer in layers:
             vars(layer).pop("forward", None)
-    if values.refused or values.read:
-        raise OtherNumbersError(values.refused or "what a module does hangs on a layer's weight", values.read)
+    if made.refused or made.read:
+        raise OtherNumbersError(made.refused or "what a module does hangs on a layer's weight", made.read)
 
 
-@contextmanager
-def reading() -> Iterator[None]:
-    """Lets a hook of ours read values, while the block lasts, within a module of a model with stand-ins."""
-    before = [(values, values.allowed) for values in _active]
-    for values, _ in before:
-        values.allowed = True
-    try:
-        yield
-    finally:
-        for values, allowed in before:
-            values.allowed = allowed
+class StandIns:
+    """What stands in for so many layers of a model (`count`): with it no module may read a value.
 
-
-class _Values:
-    """Refuses that a module reads a value, and notes which layers' weights are `read` past them.
-
+    It refuses that, and notes which layers' weights are `read` past them.
     The `outer` one, if it is transformers' own, may read values: it does so of the masks that it is given.
     """
 
-    def __init__(self, layers: Iterable[nn.Linear], *, outer: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], *, outer: bool) -> None:
+        self.count = len(layers)
         self._layers = {layer.weight.data_ptr(): layer for layer in layers}
         self._begins = sorted(self._layers)
         self.read: set[nn.Linear] = set()
         self._depth, self._open = 0, int(outer)
         self.allowed = False
         self.refused = ""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Lets a hook of ours read values, while the block lasts, within a module of the model."""
+        before, self.allowed = self.allowed, True
+        try:
+            yield
+        finally:
+            self.allowed = before
 
     def enter(self, *_: Any) -> None:
         """Notes that a module begins."""
@@ -127,6 +121,14 @@ class _Values:
         """Keeps the reason, for the case that its error is caught by what runs, and raises."""
         self.refused = self.refused or reason
         raise OtherNumbersError(reason)
+
+    def refuse_infinite(self, found: Any) -> None:
+        """Refuses a return that is infinite or no number."""
+        with self.reading():
+            for tensor in (found,) if isinstance(found, torch.Tensor) else found:
+                floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+                if floating and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
+                    self.refuse("what it returns is not finite")
 
     def note_weights(self, arguments: Iterable[Any]) -> None:
         """Notes what lies in the memory of a weight, by whatever name, among nested arguments."""
@@ -148,33 +150,33 @@ class _Values:
 class _Opened(TorchFunctionMode):
     """Refuses what gives the memory of a tensor away."""
 
-    def __init__(self, values: _Values) -> None:
+    def __init__(self, stand_ins: StandIns) -> None:
         super().__init__()
-        self._values = values
+        self._stand_ins = stand_ins
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Looks at one call of PyTorch."""
-        if self._values.closed and getattr(func, "__name__", "") in _OPENED:
-            self._values.refuse("what a module does hangs on a value")
+        if self._stand_ins.closed and getattr(func, "__name__", "") in _OPENED:
+            self._stand_ins.refuse("what a module does hangs on a value")
         return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     """Refuses operations whose result is a number of Python's, or has a shape that hangs on values: torch tags them."""
 
-    def __init__(self, values: _Values) -> None:
+    def __init__(self, stand_ins: StandIns) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._values = values
+        self._stand_ins = stand_ins
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Looks at one operation."""
-        self._values.note_weights((*args, *(kwargs or {}).values()))
-        if self._values.closed and _TAGS & {*func.tags} and not _picks_by_number(func, args):
-            self._values.refuse("what a module does hangs on a value")
+        self._stand_ins.note_weights((*args, *(kwargs or {}).values()))
+        if self._stand_ins.closed and _TAGS & {*func.tags} and not _picks_by_number(func, args):
+            self._stand_ins.refuse("what a module does hangs on a value")
         return func(*args, **(kwargs or {}))
 
 
@@ -233,16 +235,7 @@ def _measure_size(weight: torch.Tensor) -> float:
     return float(rows.square().mean().sqrt())
 
 
-def _refuse_infinite(_module: nn.Module, _given: Any, found: Any) -> None:
-    """Refuses a return that is infinite or no number, also as a hook of the whole model."""
-    with reading():
-        for tensor in (found,) if isinstance(found, torch.Tensor) else found:
-            floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if floating and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
-                _active[-1].refuse("what it returns is not finite")
-
-
-def _make_products(layers: list[nn.Linear]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def _make_products(layers: list[nn.Linear], made: StandIns) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Yields what each layer computes instead, with numbers of which each begins elsewhere in one pool."""
     pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
     longest = _RANK * max(size for layer in layers for size in layer.weight.shape) + _SPREAD
@@ -251,10 +244,10 @@ def _make_products(layers: list[nn.Linear]) -> Iterator[Callable[[torch.Tensor],
         if kind not in pools:
             drawn = torch.randn(longest, generator=torch.Generator().manual_seed(0))
             pools[kind] = drawn.to(*kind[::-1])
-        yield _make_product(layer, pools[kind][number * _STEP % _SPREAD :])
+        yield _make_product(layer, pools[kind][number * _STEP % _SPREAD :], made)
 
 
-def _make_product(layer: nn.Linear, numbers: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _make_product(layer: nn.Linear, numbers: torch.Tensor, made: StandIns) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes what a layer computes instead: its outputs have about the size of those with its own numbers."""
     inner = numbers[: _RANK * layer.in_features].view(_RANK, layer.in_features)
     outer = numbers[: _RANK * layer.out_features].view(layer.out_features, _RANK)
@@ -266,7 +259,7 @@ def _make_product(layer: nn.Linear, numbers: torch.Tensor) -> Callable[[torch.Te
         few = functional.linear(input, inner) * size
         found: torch.Tensor = functional.linear(few, outer) * _RANK**-0.5
         found = found if layer.bias is None else found + layer.bias
-        _refuse_infinite(layer, input, found)
+        made.refuse_infinite(found)
         return found
 
     return forward
