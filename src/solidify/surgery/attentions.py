@@ -44,7 +44,7 @@ def give_mask(
     for hooked in (False, True) if by_itself else (True,):
         settings = {**asked, "hooked": hooked, **_find_configured(model, asked["kind"], all_named, hooked)}
         try:
-            with transaction(model, extent):
+            with transaction(model, extent, changes=()):
                 return _give_masks(model, names, settings, before, extent)
         except SurgeryError:
             if hooked:

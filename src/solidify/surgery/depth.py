@@ -124,7 +124,7 @@ def _rearrange_lists(
     what = "these layers"
     for wide in (False, True):
         try:
-            with transaction(model, extent):
+            with transaction(model, extent, changes=orders):
                 edits = [_rearrange_one(model, name, order, verb, zero, wide=wide) for name, order in orders.items()]
                 identical = control.judge_whole(model, before, what)
         except SurgeryError:

@@ -99,7 +99,7 @@ def change(
         expert_proof.refuse_unproved(model, plans, before.inputs, extent)
     mixed = any(expert_parts.is_mixed(blocks[name], settings[name]) for name in plans)
     layouts = merging.find_layouts(model, plans, before.inputs, extent) if merging and before.inputs else None
-    with transaction(model, extent):
+    with transaction(model, extent, changes=orders):
         edits = []
         for name in orders:
             new = merging.average(name, blocks[name], plans[name], layouts[name]) if merging and layouts else {}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from solidify.behaviour import calling
 from solidify.errors import SurgeryError, refuse
 from solidify.model import anatomy, operations
 from solidify.model.extent import Extent
@@ -64,7 +65,7 @@ def add(
     settings = {"reads": given, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
     called = foreign.calling(f"{module.__name__} cannot be built or fails on what {_list_words(sources)}")
-    with transaction(model, extent), called:
+    with transaction(model, extent, changes=[name]), called:
         with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
@@ -95,7 +96,7 @@ def _list_words(reads: Sequence[str]) -> str:
 def _try_head(model: PreTrainedModel, name: str, before: Control) -> None:
     """Runs the model once with the new module: its answer must be there, and nothing else may have moved."""
     assert before.inputs is not None and before.output is not None
-    with torch.no_grad(), anatomy.evaluation(model):
+    with torch.no_grad(), anatomy.evaluation(model), calling.buffers_kept(model):
         outputs = model(**before.inputs)
     if not _is_answer(outputs.get(name)):
         raise SurgeryError(f"{name} must return a tensor or a tuple of tensors, not {type(outputs.get(name)).__name__}")

@@ -17,6 +17,7 @@ from torch import nn
 
 from solidify.model import anatomy
 from solidify.model.extent import Extent
+from solidify.surgery.outside import take_sample
 from solidify.system import foreign
 
 
@@ -68,6 +69,22 @@ class Original:
         dropped = tuple(f"{name}.{key}" for key in self.tensors if f"{name}.{key}" not in used)
         open_ = self.open_questions(new) if traced is None else []
         return tensors, dropped, tuple(f"{name}.{key}" for key in open_ if state[key].is_meta)
+
+    def list_written(self, name: str, new: nn.Module, ledger: Mapping[str, str | None]) -> list[tuple[str, str]]:
+        """Returns which parameters that are the original's by the `ledger` no longer have its values: names, old ones.
+
+        Some values of each are compared: that they all were its own was seen when the ledger was made. Of a large
+        model, of whose values there is no copy, nothing is known.
+        """
+        if not self.values:
+            return []
+        named = {f"{name}.{key}": parameter for key, parameter in new.named_parameters(remove_duplicate=False)}
+        found = []
+        for key, origin in ledger.items():
+            before = self.values.get(origin.removeprefix(f"{name}.")) if origin is not None else None
+            if before is not None and key in named and not _are_alike(before, named[key].data):
+                found.append((key, str(origin)))
+        return found
 
     def _is_same(self, key: str, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor is one of the original, with the values that it had before the user's code ran."""
@@ -129,6 +146,10 @@ def _stand_in(original: nn.Module) -> nn.Module:
             else:
                 tensor.random_(0, 2, generator=generator)
     return made
+
+
+def _are_alike(before: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return before.shape == tensor.shape and torch.equal(take_sample(before), take_sample(tensor))
 
 
 def _are_equal(before: torch.Tensor, tensor: torch.Tensor) -> bool:

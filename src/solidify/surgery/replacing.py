@@ -109,7 +109,7 @@ def _put_modules(
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
     values = initial.read(weights) if weights is not None else None
-    with transaction(model, extent) as copies:
+    with transaction(model, extent, changes=names) as copies:
         new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
         edits = new.build(names, copies)
         title = f"{module.__name__} cannot be used there"
@@ -126,7 +126,7 @@ def _put_modules(
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
         judged = control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical)
-        refuse(SurgeryError, title, judged.faults)
+        refuse(SurgeryError, title, judged.faults + new.list_written(edits))
         declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
     said: dict[str, Any] = {"records": records, "control": before.distances, "declares": declares, "settings": settings}
@@ -153,6 +153,7 @@ class _Replacing:
         self.faults: list[str] = []
         self.built: dict[str, nn.Module] = {}
         self.originals: dict[str, tuple[nn.Module, object]] = {}
+        self.olds: dict[str, Original] = {}
         self.descents: dict[object, dict[str, str] | None] = {}
 
     def build(self, names: Sequence[str], copies: Mapping[int, torch.Tensor]) -> list[Edit]:
@@ -161,12 +162,13 @@ class _Replacing:
         for name in names:
             original = self.model.get_submodule(name)
             self.originals[name] = (original, control.kind_of(original))
-            old = Original.of(original, with_values=self.extent.whole, copies=copies)
+            old = self.olds[name] = Original.of(original, with_values=self.extent.whole, copies=copies)
             first = next(iter(self.built.values()), None)
             new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
-            edits.append(self._examine_replacement(name, old, new))
+            with calling.buffers_kept(self.model):  # a forward may count in another module's
+                edits.append(self._examine_replacement(name, old, new))
             self.built[name] = new
             if not self.extent.whole:
                 kept = original.state_dict(keep_vars=True).values()
@@ -212,6 +214,14 @@ class _Replacing:
             declares=dict(self.declares),
             unknown=unknown,
         )
+
+    def list_written(self, edits: Sequence[Edit]) -> list[str]:
+        """Says which tensors that were found to be the original's have other values since, as only a forward writes."""
+        return [
+            f"{new} is {origin} of the original, but was written to when the module ran; have `forward` work on a copy"
+            for edit in edits
+            for new, origin in self.olds[edit.name].list_written(edit.name, self.built[edit.name], edit.tensors)
+        ]
 
     def _trace_tensors(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:
         """Returns which tensors of the original the new module took over; None where that cannot be told."""

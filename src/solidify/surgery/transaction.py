@@ -3,12 +3,14 @@
 Remembered are: of every module its class (with what the class holds), attributes, children, parameters, buffers, hooks
 and mode; configurations with all they contain; of every parameter its storage, attributes, hooks, `requires_grad` and
 gradient; the values of buffers, and, where the model is small, those of parameters; whether gradients are computed.
+
+What a change was not asked to change has the values that it had, or the change is refused (`outside.py`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from solidify.errors import SurgeryError
 from solidify.model.extent import Extent
+from solidify.surgery.outside import Outside
 from solidify.upstream.torch import TENSOR_HOOKS, writes
 from solidify.weights.format import same_bits
 
@@ -25,18 +29,32 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 @contextmanager
-def transaction(model: nn.Module, extent: Extent) -> Iterator[dict[int, torch.Tensor]]:
+def transaction(
+    model: nn.Module, extent: Extent, changes: Collection[str] | None = None
+) -> Iterator[dict[int, torch.Tensor]]:
     """Runs the block; when it is left by any exception, an interrupt too, the model is put back as it was, in place.
 
     The block is given the values of parameters that are kept for it, by the parameters' `id`. Of a bounded model,
     values that the block wrote into a parameter's own memory cannot be put back; a note on the exception names them
-    then.
+    then. `changes` names the modules and tensors that the block is to change (None: nothing is compared).
+
+    Raises:
+        SurgeryError: the block ended, well or by such an error, but a tensor outside `changes` is not what it was.
     """
     before = _Before(model, extent)
+    outside = Outside(model, changes, before.list_values()) if changes is not None else None
     try:
-        yield before.list_values()
+        try:
+            yield before.list_values()
+        except SurgeryError:
+            if outside is not None:  # what was written elsewhere is the cause of what was refused
+                outside.refuse_changes()
+            raise
+        if outside is not None:
+            outside.refuse_changes()
     except BaseException as error:
-        lost = before.put_back()
+        written = outside.list_written() if outside is not None and not extent.whole else []
+        lost = before.put_back(written)
         if lost:
             error.add_note(f"values were written in place, and the model must be loaded again: {', '.join(lost[:4])}")
         raise
@@ -85,8 +103,8 @@ class _Before:
         found = {id(p.parameter): p.values for p in self._parameters if p.values is not None}
         return found | {id(buffer): copy for buffer, _, copy in self._buffers}
 
-    def put_back(self) -> list[str]:
-        """Puts everything back; returns the names of parameters whose values could not be."""
+    def put_back(self, written: Collection[str] = ()) -> list[str]:
+        """Puts everything back; returns the names of parameters whose values could not be, `written` ones too."""
         for value, kind, content in self._steps:
             if isinstance(value, _CONTAINERS) and type(value) is kind:
                 value.clear()
@@ -103,7 +121,8 @@ class _Before:
             buffer.data = data
             if not buffer.is_meta and not same_bits(buffer, copy):
                 buffer.data.copy_(copy)
-        return [parameter.name for parameter in self._parameters if not parameter.put_back()]
+        lost = [parameter.name for parameter in self._parameters if not parameter.put_back()]
+        return list(dict.fromkeys([*lost, *written]))
 
 
 class _Parameter:

@@ -141,7 +141,8 @@ def add_tokens(
     rows = _count_rows(plan.rows, additions, pad_to_multiple_of)
     refuse(SurgeryError, listing.TITLE, _find_strays(model, rows))
     before = _only_known(control.take_whole(model, extent), model, additions)
-    with transaction(model, extent):
+    grown = [f"{name}.{key}" if name else key for name, keys in plan.tensors.items() for key in keys]
+    with transaction(model, extent, changes=grown):
         edits = _grow(model, plan, additions, rows, extent)
         identical = False
         if not anatomy.is_meta(model):

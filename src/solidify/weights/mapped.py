@@ -164,6 +164,11 @@ def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     return release
 
 
+def is_written(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor that was an unchanged part of a file may have been written to since."""
+    return _is_written(tensor.data_ptr(), tensor.nbytes)
+
+
 def file_regions(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
     """Returns for every tensor of a state that is an unchanged part of a file, which part of which file it is."""
     maps = Maps()

@@ -1,0 +1,113 @@
+"""What a change was not asked to change, compared with what it was: by values, or by what shows a write without a copy.
+
+Of a small model there are copies of all values. Of a bounded one a write is seen by the number of writes that torch
+counts (not through `.data`), by the pages of a mapped file that became the process's own, and, of what is in memory, by
+a sample of the values. What a forward moves in buffers is put back by whoever runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from solidify.errors import SurgeryError
+from solidify.upstream.torch import own_buffers, own_parameters, unsaved_buffers, writes
+from solidify.weights import mapped
+from solidify.weights.format import same_bits
+
+_NAMED = 6  # at most, in a message
+_SAMPLE = 64  # values of a tensor, about
+
+
+class Outside:
+    """The tensors of a model's state that stand under no name that is to be changed, as they are now."""
+
+    def __init__(self, model: nn.Module, changes: Collection[str], copies: Mapping[int, torch.Tensor]) -> None:
+        self._model, self._changes = model, frozenset(changes)
+        tensors = self._list_tensors()
+        bare = {name: tensor for name, tensor in tensors.items() if id(tensor) not in copies and not tensor.is_meta}
+        regions = mapped.file_regions(bare) if bare else {}
+        self._values = {name: (t, copies[id(t)]) for name, t in tensors.items() if id(t) in copies and not t.is_meta}
+        self._traces = {name: _Trace.of(tensor, name in regions) for name, tensor in bare.items()}
+
+    def _list_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns parameters, and the buffers that a state holds, by every name that they have."""
+        found: dict[str, torch.Tensor] = {}
+        for owner, module in self._model.named_modules(remove_duplicate=False):
+            if self._is_changed(owner):
+                continue
+            unsaved = unsaved_buffers(module)
+            held = (*own_parameters(module).items(), *own_buffers(module).items())
+            for key, tensor in held:
+                name = f"{owner}.{key}" if owner else key
+                if tensor is not None and key not in unsaved and name not in self._changes:
+                    found[name] = tensor
+        return found
+
+    def _is_changed(self, name: str) -> bool:
+        """Returns whether a module is one that is to be changed, or within one."""
+        while name:
+            if name in self._changes:
+                return True
+            name = name.rpartition(".")[0]
+        return False
+
+    def list_changed(self) -> list[str]:
+        """Names the tensors that are gone, are others, or hold other values."""
+        now = self._list_tensors()
+        changed = [n for n, (_, values) in self._values.items() if n not in now or not same_bits(now[n], values)]
+        return changed + [n for n, trace in self._traces.items() if n not in now or trace.is_other(now[n])]
+
+    def list_written(self) -> list[str]:
+        """Names the tensors of which no copies are kept that were written to in their own memory."""
+        return [name for name, trace in self._traces.items() if trace.is_written()]
+
+    def refuse_changes(self) -> None:
+        """Raises SurgeryError for what is no longer what it was."""
+        changed = self.list_changed()
+        if not changed:
+            return
+        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        raise SurgeryError(
+            f"{', '.join(changed[:_NAMED])}{more}: outside what is changed, but no longer what it was before the "
+            "change; a constructor, `adopt` and `forward` may read what other modules hold, and write to what is "
+            "their own alone: have them work on a copy"
+        )
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A tensor of whose values there is no copy: its memory (`data`), how often it was written to, a sample."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    writes: int
+    is_mapped: bool
+    sample: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, is_mapped: bool) -> _Trace:
+        """Looks at a tensor, one that is an unchanged part of a file or not."""
+        sample = None if is_mapped else take_sample(tensor.data)  # to read a mapped one would wait for the disk
+        return cls(tensor, tensor.data, writes(tensor), is_mapped, sample)
+
+    def is_written(self) -> bool:
+        """Returns whether the tensor's own memory was written to."""
+        if writes(self.tensor) != self.writes or (self.is_mapped and mapped.is_written(self.data)):
+            return True
+        return self.sample is not None and not same_bits(take_sample(self.data), self.sample)
+
+    def is_other(self, now: torch.Tensor) -> bool:
+        """Returns whether what stands at the tensor's name is another than it was; it may have moved in memory."""
+        moved = now is not self.tensor or now.data_ptr() != self.data.data_ptr()
+        return self.is_written() or (moved and not same_bits(now, self.data))
+
+
+def take_sample(data: torch.Tensor) -> torch.Tensor:
+    """Copies some 64 values of a tensor, spread over it; all of one that is not contiguous."""
+    if not data.is_contiguous():
+        return data.clone()
+    return data.view(-1)[:: max(1, data.numel() // _SAMPLE)].clone()

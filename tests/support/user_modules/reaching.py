@@ -1,0 +1,90 @@
+"""Modules that write to tensors of others: in their constructor, in `adopt`, or when they run."""
+
+import torch
+from torch import nn
+
+REACHED = {}  # "model": the model that they reach into, as a script's global is
+
+
+def scale(tensor):
+    tensor.data.mul_(1.5)
+
+
+def scale_in_place(tensor):
+    with torch.no_grad():
+        tensor.mul_(1.5)
+
+
+class Wrapped(nn.Module):
+    """Computes what the original does."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+
+    def forward(self, *args, **kwargs):
+        return self.original(*args, **kwargs)
+
+
+class InConstructor(Wrapped):
+    def __init__(self, original):
+        super().__init__(original)
+        REACHED["write"]()
+
+
+class InAdopt(Wrapped):
+    def adopt(self, original):
+        REACHED["write"]()
+
+
+class InForward(Wrapped):
+    def forward(self, *args, **kwargs):
+        if "write" in REACHED:
+            REACHED.pop("write")()
+        return self.original(*args, **kwargs)
+
+
+class LateInForward(Wrapped):
+    """Writes to what it took over, once it has been looked at by itself."""
+
+    def __init__(self, original):
+        super().__init__(original)
+        self.calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 8:
+            REACHED["write"]()
+        return self.original(*args, **kwargs)
+
+
+class Head(nn.Module):
+    """A new head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.out = nn.Linear(config.hidden_size, 1)
+        REACHED["write"]()
+
+    def forward(self, hidden_states):
+        return self.out(hidden_states)
+
+
+class OwnScaled(nn.Module):
+    """Takes the original's weight over and scales it: what it changes is its own."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.weight = original.weight
+        scale(self.weight)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class Counting(Wrapped):
+    """Counts its calls in a buffer of another module."""
+
+    def forward(self, *args, **kwargs):
+        REACHED["counter"].seen += 1
+        return self.original(*args, **kwargs)
