@@ -116,6 +116,35 @@ def test_a_fault_in_an_attention_is_named(family: str, name: str) -> None:
     assert PLANTED_ATTENTION[name] in judged(model, place, name)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("declares", [{}, {"rows": False}, {"rows": False, "padding": False, "cache": False}])
+def test_no_mask_means_causal_and_the_cause_is_said_first(family: str, declares: dict[str, bool]) -> None:
+    """In a batch with padding there is a mask; a row alone has none, and there alone it sees ahead."""
+    model, _, place = made(family)
+    with pytest.raises(SurgeryError) as caught:
+        solidify.replace(model, place, behaving.MaskAsGiven, declares=declares)
+    causal, *others = caught.value.faults
+    assert "looks ahead" in causal and "its attention_mask was None there, and no mask means causal" in causal
+    assert [other.partition(" depends")[0] for other in others] == ([] if declares else ["through MaskAsGiven a row"])
+    assert all("mend causal first" in other and "declare" not in other for other in others)
+
+
+def test_all_that_is_off_is_said_at_once_and_what_may_come_of_it_last() -> None:
+    model, place, _ = made("Llama")
+    with pytest.raises(SurgeryError) as caught:
+        solidify.replace(model, place, behaving.ChunkPool)
+    causal, *others = caught.value.faults
+    assert "looks ahead" in causal and "attention_mask" not in causal
+    assert [other.partition(",")[0] for other in others[:1]] == ["the model keeps a cache"]
+    assert others[1].startswith("padding reaches") and len(others) == 2
+    assert all("mend causal first" in other and "declare" not in other for other in others)
+    with pytest.raises(SurgeryError) as caught:
+        solidify.replace(model, place, behaving.Noisy)
+    chance, *others = caught.value.faults
+    assert "random numbers" in chance and others
+    assert all("mend deterministic first" in other and "declare" not in other for other in others)
+
+
 @pytest.mark.parametrize("name", [*HONEST, *(n for n in PLANTED if n != "Asserting"), "Float32Out"])
 def test_half_precision_hides_nothing(name: str) -> None:
     model, place, _ = made("Llama", torch.bfloat16)

@@ -86,6 +86,8 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
         _repeat_reading(watched, reading, batch, plain.parts, drawn)
     else:  # without chance, the unchanged model is taken to be the same again
         reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
+    if control is not None:
+        _look_ahead_alone(watched, reading, batch, plain.parts)
     return reading
 
 
@@ -100,9 +102,35 @@ def _look_ahead(watched: Watched, reading: Reading, batch: Mapping[str, torch.Te
         found = watched.try_call(reading, "causal", {**batch, watched.stream: tokens})
         if found is None:
             return
-        changed, before = found.parts, plain
+        changed, before, reading.unmasked = found.parts, plain, found.unmasked
     every = slice(None)
     reading.distances["causal"] = apart(cut_parts(changed, every, slice(-1)), cut_parts(before, every, slice(-1)))
+
+
+def _look_ahead_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
+    """Looks ahead in a row alone, where that is not what it is within the batch, nor by chance or from earlier calls.
+
+    Of a row that is not padded transformers gives no mask: what takes that for all positions sees ahead here alone.
+    """
+    stream, off = watched.stream, {n for n, far in reading.distances.items() if far > allowed(n, 0.0, watched.dtype)}
+    if stream is None or "rows" not in off or off & {"stateless", "deterministic"} or reading.draws:
+        return
+    inputs = _take_row(batch, len(next(iter(plain.values()))))
+    tokens = inputs[stream].clone()
+    tokens[:, -1] = change_tokens(tokens[:, -1])
+    before = watched.try_call(reading, "causal", inputs, rows=1)
+    after = watched.try_call(reading, "causal", {**inputs, stream: tokens}, rows=1)
+    if before is None or after is None:
+        return
+    far = apart(*(cut_parts(found.parts, slice(None), slice(-1)) for found in (after, before)))
+    if far > reading.distances.get("causal", 0.0):
+        reading.distances["causal"], reading.unmasked = far, after.unmasked
+
+
+def _take_row(batch: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """Returns the second row alone: rows stand before it and, in a packed batch, after it."""
+    alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
+    return {key: tensor[1:2] for key, tensor in batch.items()} if alone else dict(batch)
 
 
 def _measure_padding(watched: Watched, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:
@@ -146,8 +174,7 @@ def _run_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Ten
     """Runs the first row alone, and asks for what the model can record."""
     rows = len(next(iter(plain.values())))
     alone = rows > 1 and all(len(tensor) == rows for tensor in batch.values())
-    row = 1 if alone else 0  # rows stand before it and, in a packed batch, after it
-    inputs = {key: tensor[row : row + 1] for key, tensor in batch.items()} if alone else dict(batch)
+    inputs = _take_row(batch, rows)
     flags = [key for key in RECORDS if _can_record(watched, key)]
     found = None
     if not watched.leave:
@@ -164,7 +191,7 @@ def _run_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Ten
     if found is None:
         found = watched.try_call(reading, "rows", inputs, rows=1 if alone else None)
     if alone and found is not None:
-        reading.distances["rows"] = apart(found.parts, cut_parts(plain, slice(row, row + 1)))
+        reading.distances["rows"] = apart(found.parts, cut_parts(plain, slice(1, 2)))
 
 
 def _can_record(watched: Watched, key: str) -> bool:

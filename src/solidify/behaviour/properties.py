@@ -67,6 +67,7 @@ class Reading:
     dtype: torch.dtype = torch.float32
     way: tuple[str, str, str] = ("reordered", "crop", "all")
     draws: bool = False
+    unmasked: bool = False  # where a position saw a later one, a watched module was given no mask
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
             continue
         if before < FAILED and not after <= most:
             what = found.errors.get(name) or f"off by {after:.2g} of the output's size, where {most:.2g} is rounding"
+            if name == "causal" and found.unmasked:
+                what += "; its attention_mask was None there, and no mask means causal"
             result.append(Fault(name, after, most, f"{_WORDS.get(name, name)}: {what}"))
     is_reported = "deterministic" not in control.distances or any(fault.name == "deterministic" for fault in result)
     if found.draws and not control.draws and not is_reported:

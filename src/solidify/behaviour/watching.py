@@ -19,11 +19,15 @@ CACHES = ("past_key_values", "cache_params", "state")
 
 @dataclass
 class Seen:
-    """What one pass showed: what is watched, the caches that came back, and the shapes of what was recorded."""
+    """What one pass showed: what is watched, the caches that came back, and the shapes of what was recorded.
+
+    `unmasked` says that a watched module was given None as its attention mask.
+    """
 
     parts: Parts
     cache: dict[str, Any]
     recorded: dict[str, list[Any]]
+    unmasked: bool = False
 
 
 class _LeftError(Exception):
@@ -136,9 +140,10 @@ class Watched:
         inner: list[Any] = []
         got: dict[str, torch.Tensor] = {}
         handles = [self.model.base_model.register_forward_hook(lambda _m, _a, output: inner.append(output))]
-        handles += [
-            self.model.get_submodule(name).register_forward_hook(self._make_hook(name, got)) for name in self.at
-        ]
+        masks: list[Any] = []
+        for name in self.at:
+            hook = self._make_hook(name, got, masks)
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         outputs: Any = {}
         with caches_off(() if caching else self.configs):
             try:
@@ -156,15 +161,18 @@ class Watched:
             tensors += [t for value in (*inner[-1:], outputs) for t in _collect_tensors(value)]
             output = next((t for t in tensors if self._fits_stream(t, shape)), None)
             parts |= {"": output} if output is not None else {}
-        seen = Seen(parts, {key: outputs.get(key) for key in CACHES if hasattr(outputs, "get")}, {})
+        caches = {key: outputs.get(key) for key in CACHES if hasattr(outputs, "get")}
+        seen = Seen(parts, caches, {}, unmasked=any(mask is None for mask in masks))
         for key in RECORDS:
             if options.get(f"output_{key}"):
                 seen.recorded |= _collect_shapes(outputs, key)
         return seen
 
-    def _make_hook(self, name: str, got: dict[str, torch.Tensor]) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            """Keeps what the module returns first, and ends the pass after the last."""
+    def _make_hook(self, name: str, got: dict[str, torch.Tensor], masks: list[Any]) -> Any:
+        def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            """Keeps what the module returns first, and its mask, and ends the pass after the last."""
+            if "attention_mask" in kwargs:
+                masks.append(kwargs["attention_mask"])
             found = next((t for t in _collect_tensors(output) if t.is_floating_point()), None)
             if found is not None and name not in got:
                 got[name] = found.clone()

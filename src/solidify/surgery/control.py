@@ -39,6 +39,8 @@ _TITLES = {
     "attentions": "with {what} attentions are not recorded as before",
     "router_logits": "with {what} router logits are not recorded as before",
 }
+# What makes other properties seem broken, from what nothing here explains on.
+_CAUSES: tuple[set[str], ...] = ({"stateless", "deterministic"}, {"causal"}, {"rows"})
 _REMEDIES = {
     "causal": "mask or shift what it mixes",
     "cache": "keep what earlier positions leave behind in past_key_values, under its layer_idx",
@@ -326,21 +328,23 @@ def _is_finite(reading: Reading) -> bool:
 
 
 def sentences(faults: Sequence[Fault], what: str, declared: Mapping[str, bool], when: str = "") -> list[str]:
-    """Says each property that is not kept, by its first fault; what follows from a failed one is left out."""
+    """Says each property that is not kept, by its first fault; what may come of another stands behind it."""
     first: dict[str, Fault] = {}
     for fault in faults:
         first.setdefault(fault.property, fault)
     broken = {key: fault for key, fault in first.items() if declared.get(key) is not False}
-    if "causal" in broken:
-        broken.pop("cache", None)  # what looks ahead cannot be computed from a cache
-        broken.pop("crop", None)
     if "cache" in first or declared.get("cache") is False:
-        broken.pop("crop", None)  # and a cache that is wrong, or declared not to be kept, is not asked to be cut
-    first_of_all = {"stateless", "deterministic", "rows"} & set(broken)  # they make the others seem broken
-    if first_of_all:
-        broken = {key: fault for key, fault in broken.items() if key in first_of_all or key in RECORDS}
-    return [
-        f"{_TITLES[key].format(what=what)}{when}: {fault.words}; {_REMEDIES[key]}, or, if it is meant, declare "
+        broken.pop("crop", None)  # a cache that is wrong, or declared not to be kept, is not asked to be cut
+    causes = next((kinds & set(broken) for kinds in _CAUSES if kinds & set(broken)), set())
+    roots = [key for key in PROPERTIES if key in broken and (not causes or key in causes or key in RECORDS)]
+    said = [
+        f"{_TITLES[key].format(what=what)}{when}: {broken[key].words}; {_REMEDIES[key]}, or, if it is meant, declare "
         f"{{{key}: false}} ({PROPERTIES[key]})"
-        for key, fault in broken.items()
+        for key in roots
+    ]
+    mend = " and ".join(key for key in PROPERTIES if key in causes)
+    return said + [
+        f"{_TITLES[key].format(what=what)}{when}: {broken[key].words}; mend {mend} first: this may come of it"
+        for key in PROPERTIES
+        if key in broken and key not in roots
     ]

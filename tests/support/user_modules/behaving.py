@@ -5,6 +5,7 @@ import random
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 def out0(o, f):
@@ -124,6 +125,22 @@ class LateBidirectional(Base):
         self.inner.is_causal = False
         k["attention_mask"] = None
         return self.inner(*a, **k)
+
+
+class MaskAsGiven(Base):
+    """hands the mask on as it is, and never says `is_causal`: without a mask it sees all"""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **k):
+        inner, heads = self.inner, lambda x: x.unflatten(-1, (-1, self.inner.head_dim))
+        query, key, value = (heads(each(hidden_states)) for each in (inner.q_proj, inner.k_proj, inner.v_proj))
+        if hasattr(inner, "q_norm"):
+            query, key = inner.q_norm(query), inner.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, inner.layer_idx)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, enable_gqa=True)
+        return inner.o_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 class BatchMean(Base):
