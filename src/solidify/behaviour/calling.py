@@ -87,7 +87,7 @@ class RandomStates:
 
 def random_states() -> RandomStates:
     """Returns the states of the random numbers; no accelerator, and no library, is begun for it."""
-    module, numpy = _accelerator_in_use(), sys.modules.get("numpy.random")
+    module, numpy = _accelerator_in_use(), find_numpy()
     return RandomStates(
         torch.random.get_rng_state(),
         () if module is None else tuple(map(module.get_rng_state, range(module.device_count()))),
@@ -163,13 +163,21 @@ def _accelerator_in_use() -> Any:
     return module if getattr(module, "is_initialized", module.is_available)() else None
 
 
+def find_numpy() -> Any:
+    """Returns NumPy's module of random numbers; None where nothing has imported it."""
+    return sys.modules.get("numpy.random")
+
+
 def set_seed(number: int) -> None:
-    """Seeds the random numbers of torch, on accelerators that are in use too, and Python."""
+    """Seeds the random numbers of torch, on accelerators that are in use too, of Python, and of NumPy where in use."""
     if _accelerator_in_use() is not None:
         torch.manual_seed(number)
     else:  # otherwise `torch.manual_seed` writes the stack down for each kind of accelerator
         torch.default_generator.manual_seed(number)
     random.seed(number)
+    numpy = find_numpy()
+    if numpy is not None:
+        numpy.seed(number)
 
 
 def seed_everything(number: int) -> None:
@@ -184,16 +192,17 @@ def seed_everything(number: int) -> None:
     numpy_random.seed(number)
 
 
-def get_state() -> tuple[Any, Any]:
-    """Returns the state of random numbers, in a form that can be compared."""
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate()
+def get_state(numpy: Any = None) -> tuple[Any, ...]:
+    """Returns the state of random numbers, in a form that can be compared; `numpy`, its next, to read which is slow."""
+    drawn = None if numpy is None else numpy.random_sample()
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), drawn
 
 
-def get_seeded_state(number: int) -> tuple[Any, Any]:
-    """Returns the state of random numbers right after they were seeded."""
+def get_seeded_state(number: int, numpy: Any = None) -> tuple[Any, ...]:
+    """Returns the state of random numbers right after they were seeded, as `get_state` does."""
     now = torch.random.get_rng_state(), random.getstate()
     set_seed(number)
-    found = get_state()
+    found = get_state(numpy)
     torch.random.set_rng_state(now[0])
     random.setstate(now[1])
     return found

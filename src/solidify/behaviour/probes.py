@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .cache_probe import measure_cache
-from .calling import chance_kept, evaluation, get_seeded_state, get_state, set_seed
+from .calling import chance_kept, evaluation, find_numpy, get_seeded_state, get_state, set_seed
 from .properties import FAILED, RECORDS, Fault, Parts, Reading, allowed, apart, cut_parts, faults
 from .values import substitute_values
 from .watching import Watched, change_tokens
@@ -59,6 +59,7 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
     packs = [(control.packed, control.padded)] if control is not None else watched.list_packs()
     for packed, padded in packs:
         batch = watched.make_batch(packed, padded)
+        numpy = find_numpy()  # what a forward imports was not seeded
         set_seed(_SEEDS[0])
         try:
             plain = watched.call(batch)
@@ -67,7 +68,7 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
                 raise
             continue
         reading.packed, reading.padded, reading.plain = packed, padded, plain.parts
-        drawn = reading.draws = get_state() != get_seeded_state(_SEEDS[0])
+        drawn = reading.draws = get_state(numpy) != get_seeded_state(_SEEDS[0], numpy)
         _look_ahead(watched, reading, batch, plain.parts)
         # Padding on the left says something of models alone in which no position sees a later one.
         if (

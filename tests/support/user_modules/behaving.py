@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -187,6 +188,27 @@ class Reseeding(Base):
 class PyNoisy(Base):
     def forward(self, *a, **k):
         return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * random.random()))
+
+
+class NumpyNoisy(Base):
+    def forward(self, *a, **k):
+        return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * float(np.random.rand())))
+
+
+class NumpyReseeding(Base):
+    """gives all that comes after it the same random numbers of NumPy"""
+
+    def forward(self, *a, **k):
+        np.random.seed(0)
+        return out0(self.inner(*a, **k), lambda x: x * self.scale)
+
+
+class NumpySteady(Base):
+    """draws after it has seeded: the same number in every call, and what others draw is moved"""
+
+    def forward(self, *a, **k):
+        np.random.seed(0)
+        return out0(self.inner(*a, **k), lambda x: x * (1 + 0.01 * float(np.random.rand())))
 
 
 class Always(Base):
