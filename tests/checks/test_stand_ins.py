@@ -5,6 +5,7 @@ Each fault has an honest twin, of which nothing is said.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
@@ -97,6 +98,7 @@ WAYS: dict[str, Any] = {
     "words": lambda found, sure: "True" in str(sure.all()),
     "dlpack": lambda found, sure: torch.utils.dlpack.from_dlpack(sure.int()).numpy().all(),
     "storage": lambda found, sure: bool(sure.untyped_storage()[0]),
+    "what is not zero": lambda found, sure: sure.int().to_sparse()._nnz() == sure.numel(),
 }
 
 
@@ -116,6 +118,66 @@ class Finding(nn.Module):
         except Exception:
             return found
         return found
+
+
+class Before(nn.Module):
+    """Sees the position before if what it is given is small, which its own hook finds out before it is called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.register_buffer("most", torch.tensor(torch.inf))
+        self.register_forward_pre_hook(lambda _, args: self.decide(args[0]))
+
+    def decide(self, hidden_states: torch.Tensor) -> None:
+        self.small = bool((hidden_states.abs() < self.most).all())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.original(hidden_states)
+        return found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1] if self.small else found
+
+
+class Called(Before):
+    """The same, found out by how it is called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self._forward_pre_hooks.clear()
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        self.decide(hidden_states)
+        return super().__call__(hidden_states)
+
+
+class Listed(nn.ModuleList):
+    """The same, in a list that is called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__([original])
+        self.register_buffer("most", torch.tensor(torch.inf))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self[0](hidden_states)
+        small = bool((hidden_states.abs() < self.most).all())
+        return found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1] if small else found
+
+
+class Threaded(nn.Module):
+    """Decides in a thread of its own, which calls the original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.decide, hidden_states).result()
+
+    @torch.no_grad()
+    def decide(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.original(hidden_states)
+        small = bool((found.abs() < torch.inf).all())
+        return found + 0.1 * functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1] if small else found
 
 
 class Weighing(nn.Module):
@@ -288,6 +350,16 @@ def test_who_decides_by_a_value_in_any_way_gets_the_models_own(way: str) -> None
     seen = observe(model)
     assert seen.stood_in == 0
     assert seen.mixers == ["layers.1.mlp"]
+
+
+@pytest.mark.parametrize("kind", [Before, Called, Listed, Threaded])
+@pytest.mark.parametrize("name", ["norm", "layers.1.mlp"])
+def test_who_decides_around_its_forward_gets_the_models_own(name: str, kind: Any) -> None:
+    """Right within the model, which may read values of its masks, and deeper."""
+    model = pico.llama(num_hidden_layers=3)
+    model.set_submodule(f"model.{name}", kind(model.get_submodule(f"model.{name}")).eval())
+    seen = observe(model)
+    assert (seen.stood_in, seen.mixers) == (0, [name])
 
 
 def test_layers_whose_weight_is_read_past_them_keep_their_numbers() -> None:

@@ -11,6 +11,7 @@ numbers it may do otherwise.
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from solidify.system import foreign
 from solidify.upstream.torch import TorchDispatchMode
 
 _LARGE = 2**20  # bytes of a weight; to read less costs nothing
@@ -55,7 +57,7 @@ def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[
             if there was one, which code of the user's may have caught, or if a weight was read past its layer.
     """
     layers = [layer for layer in _find_layers(model) if layer not in kept and _is_large(layer.weight)]
-    made, threads = StandIns(layers, outer=_is_known(model)), torch.get_num_threads()
+    made, threads = StandIns(layers, outer=_is_known_around(model)), torch.get_num_threads()
     if not layers:
         yield made
         return
@@ -64,8 +66,8 @@ def standing_in(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[
             for layer, forward in zip(layers, _make_products(layers, made), strict=True):
                 vars(layer)["forward"] = forward
             for module in model.modules():
-                if not isinstance(module, nn.ModuleList):
-                    hooked.callback(module.register_forward_pre_hook(made.enter).remove)
+                if type(module) is not nn.ModuleList:
+                    hooked.callback(module.register_forward_pre_hook(made.enter, prepend=True).remove)
                     hooked.callback(module.register_forward_hook(made.leave, always_call=True).remove)
             hooked.callback(model.register_forward_hook(lambda *given: made.refuse_infinite(given[-1])).remove)
             torch.set_num_threads(1)  # what is left is so small that several threads would wait for each other
@@ -91,7 +93,7 @@ class StandIns:
         self._layers = {layer.weight.data_ptr(): layer for layer in layers}
         self._begins = sorted(self._layers)
         self.read: set[nn.Linear] = set()
-        self._depth, self._open = 0, int(outer)
+        self._depth, self._open, self._thread = 0, int(outer), threading.get_ident()
         self.allowed = False
         self.refused = ""
 
@@ -105,7 +107,9 @@ class StandIns:
             self.allowed = before
 
     def enter(self, *_: Any) -> None:
-        """Notes that a module begins."""
+        """Notes that a module begins, which must be in the thread whose operations are looked at."""
+        if threading.get_ident() != self._thread:
+            self.refuse("a module runs in another thread")
         self._depth += 1
 
     def leave(self, *_: Any) -> None:
@@ -131,14 +135,16 @@ class StandIns:
                     self.refuse("what it returns is not finite")
 
     def note_weights(self, arguments: Iterable[Any]) -> None:
-        """Notes what lies in the memory of a weight, by whatever name, among nested arguments."""
+        """Notes what lies in the memory of a weight, by whatever name, among nested arguments; refuses sparse ones."""
         if not self._depth or self.allowed:
             return
         for argument in arguments:
             if isinstance(argument, (list, tuple)):
                 self.note_weights(argument)
+            elif isinstance(argument, torch.Tensor) and argument.layout is not torch.strided:
+                self.refuse("what a module does hangs on which values are zero")  # as a sparse tensor's size does
             elif isinstance(argument, torch.Tensor):
-                self._note_weight(argument.data_ptr())
+                self._note_weight(foreign.attempt(argument.data_ptr).value or 0)  # one around others has no memory
 
     def _note_weight(self, address: int) -> None:
         index = bisect(self._begins, address) - 1
@@ -203,9 +209,14 @@ def _list_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Returns whether what a module does stands in a package that is known."""
-    return "forward" not in vars(module) and type(module).forward.__module__.partition(".")[0] in _KNOWN
+def _is_known_around(model: nn.Module) -> bool:
+    """Returns whether what a model does around its modules is known: its `forward`, and how each of them is called."""
+    around = [type(model).forward, *(type(module).__call__ for module in model.modules())]
+    return "forward" not in vars(model) and all(map(_is_of_known, around))
+
+
+def _is_of_known(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] in _KNOWN
 
 
 def _find_holder(name: str, kinds: Mapping[str, str]) -> str:
