@@ -200,3 +200,11 @@ def test_an_adapter_past_which_a_weight_is_read_without_a_graph_is_not_loaded(tm
     for trainable in (True, False):
         with pytest.raises(AdapterError, match=r"depends on the weight of module\.up"):
             solidify.load_adapter(solidify.load(base), tmp_path / "theirs", trainable=trainable)
+
+
+def test_a_cache_that_cannot_be_copied_ends_no_attach() -> None:
+    """No step over it is tried."""
+    model = pico.llama()
+    for layer in model.model.layers:
+        layer.self_attn = past_nets.Noting(layer.self_attn)
+    solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.self_attn.inner.q_proj"]})

@@ -80,7 +80,7 @@ class _Trial:
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout.eval()  # the weight itself has none
-            run = foreign.attempt(self.model, **_copy_inputs(self.inputs))
+            run = foreign.attempt(lambda: self.model(**_copy_inputs(self.inputs)))
             if run.failed:
                 return None
             outputs = list(past.walk_tensors(run.value))
@@ -169,7 +169,7 @@ def _make_step(plain: nn.Module, inputs: Inputs) -> Inputs | None:
 
 
 def _copy_inputs(inputs: Inputs) -> dict[str, Any]:
-    """Copies tensors and caches, into which a model writes."""
+    """Copies tensors and caches, into which a model writes; what code of the user's put into a cache may forbid it."""
     return {
         key: copy.deepcopy(value) if isinstance(value, Cache) else value
         for key, value in calling.copy_tensors(inputs).items()

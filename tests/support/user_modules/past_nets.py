@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -160,6 +163,19 @@ class InSteps(nn.Module):
             return self.inner(x)
         gate = F.linear(x, next(self.inner.gate_proj.parameters()).data)
         return self.inner.down_proj(F.silu(gate) * self.inner.up_proj(x))
+
+
+class Noting(nn.Module):
+    """Around an attention: leaves a thing in the cache that cannot be copied."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.inner = original
+
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.lock = threading.Lock()
+        return self.inner(*args, past_key_values=past_key_values, **kwargs)
 
 
 class InStepsWithoutGradients(InSteps):
