@@ -126,6 +126,27 @@ def test_a_file_that_changes_within_a_tick_while_it_is_read_is_not_noted(
     assert digest_cache.recall(weights) is None
 
 
+def test_a_file_that_is_exchanged_behind_its_header_is_not_noted(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digests are of the new file's bytes at the old one's places; its state is asked for before its header."""
+    other = weights.with_name("other")
+    save_file({"a": torch.zeros(3), "b": torch.ones(16, 20)}, other)
+    read_header = format.read_header
+
+    def exchanging(path: Path) -> dict[str, format.Entry]:
+        header = read_header(path)
+        if other.exists():
+            other.replace(path)
+            time.sleep(0.1)
+        return header
+
+    monkeypatch.setattr(format, "read_header", exchanging)
+    digest_cache.digests([weights])
+    assert digest_cache.recall(weights) is None
+    assert digest_cache.digests([weights]) == digest_cache.digests([weights], fresh=True)
+
+
 @pytest.mark.parametrize("note", [[], {}, "words", {"a": "0"}, {"a": 1, "b": 2}, {"a": "0", "b": "0", "c": "0"}])
 def test_a_note_that_does_not_fit_its_file_counts_for_nothing(weights: Path, note: Any) -> None:
     wanted = digest_cache.digests([weights])

@@ -36,9 +36,9 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
     Raises:
         ArtifactError: a file is truncated or not safetensors, or two files hold the same name.
     """
+    at_first = {path: _find_state(path) for path in files}  # before its header, by which the rest is read
     headers = {path: format.read_header(path) for path in files}
     recalled = {} if fresh else {p: found for p, header in headers.items() if (found := _recall_all(p, header))}
-    at_first = {path: path.stat() for path in files}
     settled = {path for path, state in at_first.items() if is_settled(state)}
     entries = [entry for path in files if path not in recalled for entry in headers[path].values()]
 
@@ -65,6 +65,11 @@ def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesti
             raise ArtifactError(f"{path} holds {twice!r}, which another file holds too")
         result |= found
     return result
+
+
+def _find_state(path: Path) -> os.stat_result:
+    files.require_regular(path)
+    return path.stat()
 
 
 def recall(path: Path) -> dict[str, str] | None:
