@@ -16,6 +16,7 @@ import yaml
 
 import solidify
 from solidify.__main__ import main
+from solidify.errors import RecipeError
 from training import awake
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -114,6 +115,28 @@ def test_a_base_whose_name_is_misspelt_is_looked_for_beside_the_recipe(cli: Soli
     code, _, err = cli("plan", path)
     assert code == 2
     assert f"nor is there a directory {path.parent / 'neoxx'} (close to it: neox)" in err
+
+
+def test_a_base_that_is_found_but_not_loaded_is_not_looked_for(
+    cli: Solidify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fault alone is told: a model of that name is in the hub's cache."""
+    snapshot = tmp_path / "hub" / "models--neoxx" / "snapshots" / "0"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "unheard_of"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, _, err = cli("plan", recipe(tmp_path / "recipe", base__model="neoxx"))
+    assert code == 2
+    assert "unheard_of" in err
+    assert "nor is there" not in err
+
+
+def test_a_base_whose_name_no_directory_can_have_is_refused(cli: Solidify, tmp_path: Path) -> None:
+    name = f"{'a' * 300}/b"
+    with pytest.raises(RecipeError, match=r"the base 'a+/b' cannot be loaded"):
+        solidify.plan(recipe(tmp_path / "recipe", base__model=name))
 
 
 def test_weights_of_a_wrong_shape_are_refused(cli: Solidify, tiny_base: Path, tmp_path: Path) -> None:

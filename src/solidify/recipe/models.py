@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 
 from solidify.artifact import companions, loading, sources, vocabulary
@@ -26,7 +27,7 @@ from solidify.source import closure
 from solidify.surgery import ledger
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.expert_scores import ExpertScores
-from solidify.system import console, files
+from solidify.system import console, files, foreign
 from solidify.weights import hashing
 
 
@@ -46,13 +47,15 @@ def _load_model(recipe: Recipe, source: Base, device: str = "cpu", scratch: Scra
 
 @contextmanager
 def _looked_for(local: Path) -> Iterator[None]:
-    """Says where a directory was looked for, and what stands close to it, when what is no directory is not loaded."""
+    """Says where a directory was looked for, and what stands close to it, when nothing of that name is found."""
     try:
         yield
     except ModelError as error:
-        if files.is_directory(local) or not local.parent.is_dir():
+        found = not isinstance(error.__cause__, (OSError, HFValidationError))
+        if found or files.is_directory(local) or not files.is_directory(local.parent):
             raise
-        close = get_close_matches(local.name, [path.name for path in local.parent.iterdir() if path.is_dir()], n=2)
+        beside = foreign.attempt(lambda: [path.name for path in local.parent.iterdir() if files.is_directory(path)])
+        close = get_close_matches(local.name, beside.value or (), n=2)
         told = f" (close to it: {', '.join(close)})" if close else ""
         raise ModelError(f"{error}; nor is there a directory {local}{told}") from error
 
