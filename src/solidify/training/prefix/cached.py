@@ -158,8 +158,8 @@ def cache_prefix(model: nn.Module, directory: str | Path, *, keep: bool = False)
 
 
 class _Forward:
-    """What stands in the place of a module's forward; a copy of the module, or what is read from a pickle of it, has
-    the forward that the module had before."""
+    """What stands in the place of a module's forward; a deep copy of the module, or what is read from a pickle of it,
+    has the forward that the module had before. A shallow copy has this one, as it has the module's parameters."""
 
     def __init__(self, module: nn.Module, before: Any, own: Any, call: Callable[..., Any]) -> None:
         update_wrapper(self, own)
