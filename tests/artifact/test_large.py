@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import solidify
-from solidify.artifact import certificate, conversion, loading
+from solidify.artifact import certificate, conversion, fresh, loading
 from solidify.directory import manifest
 from solidify.errors import ArtifactError, SolidifyError
 from solidify.findings import Finding
@@ -27,6 +27,7 @@ from solidify.modules.trashcan_moe import TrashCanMoE
 from solidify.recipe import stages
 from solidify.recipe.schema import load as load_recipe
 from solidify.surgery import contract
+from solidify.system.alone import Alone
 from solidify.weights import checkpoint, digest_cache, format, mapped, spilling, store
 
 WRAP = {
@@ -260,7 +261,8 @@ def test_its_witness_sees_faults(large: None, unwitnessed: None, tmp_path: Path)
         places[words] = tmp_path / fault.__name__
         shutil.copytree(artifact.directory, places[words])
         fault(places[words])
-    answers = certificate.witness_all([artifact.directory, *places.values()])
+    with Alone(fresh.WITNESS, fresh.FORBIDDEN) as process:
+        answers = certificate.witness_all([artifact.directory, *places.values()], process)
     # Of a large model samples are compared, which prove nothing of the whole.
     assert {finding.verdict for finding in answers[artifact.directory]} == {"proved", "measured"}
     for words, place in places.items():

@@ -42,6 +42,17 @@ def test_what_was_written_to_is_no_part_of_the_file(module: nn.Module, write: ob
     assert tensors.digests_where_they_stand(module.state_dict())["weight"] == tensors.digest(module.weight)
 
 
+def test_what_was_written_to_is_told_from_what_shares_its_page(module: nn.Module) -> None:
+    regions = mapped.file_regions(module.state_dict())
+    assert not any(mapped.is_written(parameter, regions[name]) for name, parameter in module.named_parameters())
+    module.bias.detach().numpy()[3] += 1  # 256 bytes before or behind the weight
+    assert mapped.is_written(module.bias, regions["bias"])
+    assert "weight" not in mapped.file_regions(module.state_dict())
+    assert not mapped.is_written(module.weight, regions["weight"])
+    module.weight.detach().numpy()[-1, -1] += 1
+    assert mapped.is_written(module.weight, regions["weight"])
+
+
 def test_other_memory_is_no_part_of_a_file(module: nn.Module, tmp_path: Path) -> None:
     assert mapped.file_regions({"made": torch.randn(8, 8), "turned": module.weight.T, "empty": torch.empty(0)}) == {}
     (tmp_path / "m.safetensors").unlink()

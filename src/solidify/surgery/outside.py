@@ -1,14 +1,15 @@
 """What a change was not asked to change, compared with what it was: by values, or by what shows a write without a copy.
 
 Of a small model there are copies of all values. Of a bounded one a write is seen by the number of writes that torch
-counts (not through `.data`), by the pages of a mapped file that became the process's own, and, of what is in memory, by
-a sample of the values. What a forward moves in buffers is put back by whoever runs it.
+counts (not through `.data`), by the pages of a mapped file that became the process's own and are no longer the file's,
+and, of what is in memory, by a sample of the values. What a forward moves in buffers is put back by whoever runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Outside:
         bare = {name: tensor for name, tensor in tensors.items() if id(tensor) not in copies and not tensor.is_meta}
         regions = mapped.file_regions(bare) if bare else {}
         self._values = {name: (t, copies[id(t)]) for name, t in tensors.items() if id(t) in copies and not t.is_meta}
-        self._traces = {name: _Trace.of(tensor, name in regions) for name, tensor in bare.items()}
+        self._traces = {name: _Trace.of(tensor, regions.get(name)) for name, tensor in bare.items()}
 
     def _list_tensors(self) -> dict[str, torch.Tensor]:
         """Returns parameters, and the buffers that a state holds, by every name that they have."""
@@ -80,24 +81,27 @@ class Outside:
 
 @dataclass(frozen=True)
 class _Trace:
-    """A tensor of whose values there is no copy: its memory (`data`), how often it was written to, a sample."""
+    """A tensor of whose values there is no copy: its memory (`data`), how often it was written to, and the part of a
+    file that it is (`region`), or else a sample."""
 
     tensor: torch.Tensor
     data: torch.Tensor
     writes: int
-    is_mapped: bool
+    region: tuple[Path, int] | None
     sample: torch.Tensor | None
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, is_mapped: bool) -> _Trace:
+    def of(cls, tensor: torch.Tensor, region: tuple[Path, int] | None) -> _Trace:
         """Looks at a tensor, one that is an unchanged part of a file or not."""
-        sample = None if is_mapped else take_sample(tensor.data)  # to read a mapped one would wait for the disk
-        return cls(tensor, tensor.data, writes(tensor), is_mapped, sample)
+        sample = None if region is not None else take_sample(tensor.data)  # to read a mapped one, the disk must, too
+        return cls(tensor, tensor.data, writes(tensor), region, sample)
 
     def is_written(self) -> bool:
         """Returns whether the tensor's own memory was written to."""
-        if writes(self.tensor) != self.writes or (self.is_mapped and mapped.is_written(self.data)):
+        if writes(self.tensor) != self.writes:
             return True
+        if self.region is not None:
+            return mapped.is_written(self.data, self.region)
         return self.sample is not None and not same_bits(take_sample(self.data), self.sample)
 
     def is_other(self, now: torch.Tensor) -> bool:

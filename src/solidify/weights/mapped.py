@@ -90,20 +90,26 @@ def _is_written(address: int, length: int) -> bool:
 
     One that the system does not tell of counts as such.
     """
+    own = _find_own_pages(address, length)
+    return own is None or bool(own.any())
+
+
+def _find_own_pages(address: int, length: int) -> torch.Tensor | None:
+    """Returns of each page of some memory, from the first on, whether it is the process's own; None if nobody tells."""
     first, last = address // mmap.PAGESIZE, (address + length - 1) // mmap.PAGESIZE
     size = (last - first + 1) * _ENTRY
     try:
         with open(_PAGES, "rb", buffering=0) as pages:
             entries = os.pread(pages.fileno(), size, first * _ENTRY)
     except OSError:
-        return True
-    return len(entries) < size or _holds_own(entries)
+        return None
+    return _list_own(entries) if len(entries) == size else None
 
 
-def _holds_own(entries: bytes) -> bool:
-    """Returns whether entries of `pagemap`, 64 bits each, tell of a page in memory or swapped out that is no file's."""
+def _list_own(entries: bytes) -> torch.Tensor:
+    """Returns which entries of `pagemap`, 64 bits each, tell of a page in memory or swapped out that is no file's."""
     bits = torch.frombuffer(bytearray(entries), dtype=torch.int64) >> 61 & 7  # (pages,)
-    return bool((((bits & _HELD) != 0) & ((bits & _OF_FILE) == 0)).any())
+    return ((bits & _HELD) != 0) & ((bits & _OF_FILE) == 0)
 
 
 def release(modules: Sequence[nn.Module]) -> None:
@@ -164,9 +170,26 @@ def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     return release
 
 
-def is_written(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor that was an unchanged part of a file may have been written to since."""
-    return _is_written(tensor.data_ptr(), tensor.nbytes)
+def is_written(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
+    """Returns whether a tensor that was an unchanged part of a file, its `region`, holds other bytes now.
+
+    Pages that are the process's own are compared with the file: a neighbour in the same page may have been written to.
+    """
+    address, (path, offset) = tensor.data_ptr(), region
+    own = _find_own_pages(address, tensor.nbytes)
+    if own is None:
+        return True
+    first, end = address // mmap.PAGESIZE * mmap.PAGESIZE, address + tensor.nbytes
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for page in own.nonzero().flatten().tolist():
+                begin = max(first + page * mmap.PAGESIZE, address)
+                held = ctypes.string_at(begin, min(first + (page + 1) * mmap.PAGESIZE, end) - begin)
+                if os.pread(file.fileno(), len(held), offset + begin - address) != held:
+                    return True
+    except OSError:
+        return True
+    return False
 
 
 def file_regions(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[Path, int]]:
