@@ -134,6 +134,8 @@ def recall_entries(entries: Iterable[format.Entry]) -> dict[format.Place, str]:
     wanted = {entry.place for entry in entries}
     found: dict[format.Place, str] = {}
     for path in dict.fromkeys(path for path, _, _ in wanted):
+        if recall(path) is None:
+            continue  # its header, which it may not have (weights of pickles are mapped, too), is not needed
         header = format.read_header(path)
         if known := _recall_all(path, header):
             found |= {entry.place: known[name] for name, entry in header.items() if entry.place in wanted}
