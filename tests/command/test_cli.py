@@ -373,7 +373,9 @@ def finished(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One whole run as a user starts it: a recipe with a module and a loss of its own, TRL's trainer, six steps."""
     directory = tmp_path_factory.mktemp("run")
-    path = recipe(directory / "recipe")
+    path = recipe(directory / "recipe", data={"train": "text.jsonl", "eval": "text.jsonl", "max_length": 64})
+    texts = ["The value of a name is what it was bound to last.", "A list keeps the order in which it was filled."] * 16
+    (path.parent / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, "-m", "solidify", "run", str(path), "--output", str(directory / "out")]
     command += ["--set", "training.max_steps=6", "--verbose"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
