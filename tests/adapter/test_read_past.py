@@ -207,4 +207,6 @@ def test_a_cache_that_cannot_be_copied_ends_no_attach() -> None:
     model = pico.llama()
     for layer in model.model.layers:
         layer.self_attn = past_nets.Noting(layer.self_attn)
-    solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.self_attn.inner.q_proj"]})
+    adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.self_attn.inner.q_proj"]})
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(model.model.layers) and all(".inner.q_proj.lora_" in name for name in trained)

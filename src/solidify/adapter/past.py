@@ -122,6 +122,7 @@ def _hooked(part: nn.Module, called: Collection[nn.Module], identities: set[int]
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """Calls the part's own between what the hooks do."""
             enter()
             try:
                 return own(*args, **kwargs)

@@ -178,6 +178,7 @@ def _make_teller(description: str, total: str, write: Callable[[int], str]) -> C
     last, seen = time.monotonic(), words.is_terminal or words.is_jupyter
 
     def tell(done: int, note: str) -> None:
+        """Prints a line, if the last one is long enough ago."""
         nonlocal last
         if not seen and time.monotonic() - last >= _PAUSE:
             last = time.monotonic()
