@@ -17,6 +17,7 @@ import solidify
 from solidify.builtin import tiny_olmoe
 from solidify.errors import SurgeryError
 from solidify.model.extent import Extent
+from solidify.surgery import outside
 
 MLP = "model.layers.*.mlp"
 
@@ -152,3 +153,11 @@ def test_of_a_large_model_it_is_seen_too(tmp_path: Path, how: Any, mapped: bool)
     reaching.REACHED.clear()
     assert "must be loaded again: lm_head.weight" in " ".join(caught.value.__notes__)
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (127,), (40, 30), (3, 5, 7, 11)])
+def test_a_sample_has_the_same_few_values_however_a_tensor_lies(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    turned = tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+    assert outside.take_sample(tensor).numel() <= 64
+    assert torch.equal(outside.take_sample(tensor), outside.take_sample(turned))

@@ -69,10 +69,13 @@ def find_weights(directory: Path, base: str | None) -> Path:
 
 
 def _list_bases(adapter: Path, base: str | None) -> list[Path]:
-    """Lists where an adapter's base may stand, as `find_base` (adapter/storage.py) looks for it."""
+    """Lists where an adapter's base may stand: where it is said to, or where its manifest says."""
     named = _read_manifest(adapter).get("base")
     named = named if isinstance(named, dict) else {}
-    return [Path(base)] if base is not None else [Path(str(named.get("path"))), adapter / str(named.get("relative"))]
+    if base is not None:
+        return [Path(base)]
+    path, relative = (str(named[key]) if key in named else None for key in ("path", "relative"))
+    return [*([Path(path)] if path else []), *([adapter / relative] if relative else [])]
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class StandIns:
     def refuse_infinite(self, found: Any) -> None:
         """Refuses a return that is infinite or no number."""
         with self.reading():
-            for tensor in (found,) if isinstance(found, torch.Tensor) else found:
+            for tensor in _list_parts(found):
                 floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
                 if floating and not math.isfinite(float(tensor.sum(dtype=torch.float32))):
                     self.refuse("what it returns is not finite")
@@ -184,6 +184,13 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         if self._stand_ins.closed and _TAGS & {*func.tags} and not _picks_by_number(func, args):
             self._stand_ins.refuse("what a module does hangs on a value")
         return func(*args, **(kwargs or {}))
+
+
+def _list_parts(found: Any) -> Iterable[Any]:
+    """Lists what a call returned: one thing, several, or several by name, as a `ModelOutput` holds them."""
+    if isinstance(found, torch.Tensor):
+        return (found,)
+    return found.values() if isinstance(found, Mapping) else found
 
 
 def _picks_by_number(func: Any, args: tuple[Any, ...]) -> bool:

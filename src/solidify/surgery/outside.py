@@ -20,7 +20,7 @@ from solidify.weights import mapped
 from solidify.weights.format import same_bits
 
 _NAMED = 6  # at most, in a message
-_SAMPLE = 64  # values of a tensor, about
+_SAMPLE = 64  # values of a tensor, at most
 
 
 class Outside:
@@ -111,7 +111,8 @@ class _Trace:
 
 
 def take_sample(data: torch.Tensor) -> torch.Tensor:
-    """Copies some 64 values of a tensor, spread over it; all of one that is not contiguous."""
-    if not data.is_contiguous():
+    """Copies at most 64 values of a tensor, spread over it: the same ones, however it lies in memory."""
+    if not data.ndim or not data.numel():
         return data.clone()
-    return data.view(-1)[:: max(1, data.numel() // _SAMPLE)].clone()
+    numbers = torch.arange(0, data.numel(), -(-data.numel() // _SAMPLE), device=data.device)
+    return data[torch.unravel_index(numbers, data.shape)]
