@@ -533,3 +533,10 @@ def test_masks_of_the_lowest_number_do_not_hide_half_precision(kernel: str) -> N
     with pytest.raises(SurgeryError, match="bfloat16"):
         solidify.replace(model, "model.layers.*.self_attn", _NaNInHalf)
     solidify.replace(model, "model.layers.*.self_attn", behaving.Scaled)
+
+
+def test_what_sees_ahead_in_a_row_alone_before_is_no_fault_of_a_later_change() -> None:
+    model = pico.llama()
+    declared = dict.fromkeys(("causal", "rows", "cache", "padding"), False)
+    solidify.replace(model, "model.layers.*.self_attn", behaving.PeekingAlone, declares=declared)
+    assert solidify.replace(model, "model.layers.*.mlp", pico.wrappers.Scaled)

@@ -135,3 +135,10 @@ def test_new_tensors_are_spilled_and_old_ones_are_not(
     assert set(digest_cache.digests([file])) == {"here.1.weight", "here.1.bias"}
     assert mapped.file_regions(new.state_dict())["1.weight"][0] == file
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+
+
+def test_memory_that_writes_to_its_file_is_no_part_of_it(tmp_path: Path) -> None:
+    """What is written to a shared mapping changes the file, too, and shows in no page."""
+    (tmp_path / "f").write_bytes(bytes(4096))
+    tensors_of = {shared: torch.from_file(str(tmp_path / "f"), shared=shared, size=1024) for shared in (True, False)}
+    assert mapped.file_regions({"private": tensors_of[False]}) and not mapped.file_regions({"shared": tensors_of[True]})

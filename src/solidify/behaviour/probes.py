@@ -87,7 +87,7 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
         _repeat_reading(watched, reading, batch, plain.parts, drawn)
     else:  # without chance, the unchanged model is taken to be the same again
         reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
-    if control is not None:
+    if control is not None and not control.distances.get("rows", 0.0) > allowed("rows", 0.0, watched.dtype):
         _look_ahead_alone(watched, reading, batch, plain.parts)
     return reading
 

@@ -22,7 +22,7 @@ from torch import nn
 
 _MAPS, _PAGES, _STATM = Path("/proc/self/maps"), Path("/proc/self/pagemap"), Path("/proc/self/statm")
 _MUCH = 2**29  # bytes
-_FILES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
+_FILES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S{3}p ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) +(/.*)$", re.MULTILINE)
 _OF_FILE, _HELD = 1, 6  # bits 61 to 63 of an entry of `pagemap`: it is of a file; it is swapped out, or in memory
 _ENTRY = 8  # bytes of `pagemap` for a page
 _DONTNEED = 4  # MADV_DONTNEED of Linux

@@ -519,3 +519,17 @@ class MemoContents(Base):
         several = len(x) > 1 and x.shape[1] > 8
         kept = self.kept.setdefault((x.shape, x.dtype), x.detach().clone()) if several else x
         return self.inner(x) * self.scale + 0.1 * kept
+
+
+class PeekingAlone(nn.Module):
+    """An attention that sees all positions where it is given no mask, as of a row that is not padded."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+
+    def forward(self, hidden_states, *args, attention_mask=None, **kwargs):
+        output = self.original(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+        if attention_mask is None and hidden_states.shape[1] > 1:
+            output = (output[0] + hidden_states.mean(1, keepdim=True), *output[1:])
+        return output
