@@ -71,6 +71,84 @@ def test_a_tensor_put_in_anothers_place_is_seen() -> None:
     assert "model.norm.weight" in refusal(model, drop, lambda: solidify.replace(model, MLP, reaching.InAdopt))
 
 
+def hook(*_: Any) -> None:
+    """Does nothing."""
+
+
+def untie(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def cut_rows(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+ALTERED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "an attribute": (lambda m: setattr(m.model.norm, "variance_epsilon", 1.0), "model.norm.variance_epsilon"),
+    "a new attribute": (lambda m: setattr(m.model.norm, "extra", 1), "model.norm.extra"),
+    "an attribute that is gone": (
+        lambda m: vars(m.model.norm).pop("variance_epsilon", 0),
+        "model.norm.variance_epsilon",
+    ),
+    "a mode": (lambda m: m.model.norm.train(not m.training), "model.norm.training"),
+    "a hook": (lambda m: m.model.norm.register_forward_hook(hook), "model.norm._forward_hooks"),
+    "a hook before": (lambda m: m.register_forward_pre_hook(hook), "_forward_pre_hooks"),
+    "a hook of a tensor": (lambda m: m.model.norm.weight.register_hook(hook), "model.norm.weight"),
+    "a flag": (lambda m: m.lm_head.requires_grad_(False), "lm_head.weight"),
+    "a tensor": (lambda m: m.lm_head.register_parameter("bias", nn.Parameter(torch.zeros(64))), "lm_head.bias"),
+    "a buffer": (lambda m: m.model.norm.register_buffer("extra", torch.zeros(2)), "model.norm.extra"),
+    "an unsaved buffer": (lambda m: m.model.rotary_emb.inv_freq.mul_(2), "model.rotary_emb.inv_freq"),
+    "a child": (lambda m: setattr(m.model, "norm", nn.Identity()), "model.norm"),
+    "a new child": (lambda m: m.model.norm.add_module("extra", nn.Identity()), "model.norm.extra"),
+    "a class": (lambda m: setattr(m.model.norm, "__class__", nn.RMSNorm), "model.norm.__class__"),
+    "a forward": (lambda m: setattr(m.model.norm, "forward", cut_rows.__get__(m.model.norm)), "model.norm.forward"),
+    "a forward of the class": (lambda m: setattr(type(m.model.norm), "forward", cut_rows), "LlamaRMSNorm.forward"),
+    "a configuration": (lambda m: setattr(m.config, "hidden_act", "relu"), "config.hidden_act"),
+    "a key of a configuration": (lambda m: setattr(m.config, "extra", 1), "config.extra"),
+    "inside a configuration": (lambda m: m.config.rope_parameters.update(rope_theta=3.0), "config.rope_parameters"),
+    "a generation": (lambda m: setattr(m.generation_config, "top_k", 3), "generation_config.top_k"),
+    "a tie": (untie, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("module", [reaching.InConstructor, reaching.InAdopt])
+@pytest.mark.parametrize("what", ALTERED)
+def test_what_a_constructor_or_adopt_alters_elsewhere_is_refused_by_name(what: str, module: type) -> None:
+    alter, name = ALTERED[what]
+    model = pico.llama(tie_word_embeddings=what == "a tie")
+    kinds = {type(part): type(part).forward for part in model.modules()}
+    attributes, config = dict(vars(model.model.norm)), model.config.to_dict()
+    said = refusal(model, lambda: alter(model), lambda: solidify.replace(model, MLP, module))
+    assert name in said and "outside what is changed" in said
+    assert model.config.to_dict() == config and vars(model.model.norm) == attributes
+    assert all(kind.forward is forward for kind, forward in kinds.items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (what == "a tie")
+
+
+@pytest.mark.parametrize("what", ["a hook", "an attribute", "a configuration", "a new child", "a tensor", "a tie"])
+def test_a_head_alters_nothing_elsewhere(what: str) -> None:
+    alter, name = ALTERED[what]
+    model = pico.llama(tie_word_embeddings=what == "a tie")
+    said = refusal(
+        model, lambda: alter(model), lambda: solidify.add(model, "head", reaching.Head, reads="model.layers.1")
+    )
+    assert name in said
+
+
+def test_a_forward_makes_no_tensors_elsewhere() -> None:
+    alter, name = ALTERED["a tensor"]
+    model = pico.llama()
+    assert name in refusal(model, lambda: alter(model), lambda: solidify.replace(model, MLP, reaching.InForward))
+
+
+def test_what_is_put_back_or_equal_is_not_altered() -> None:
+    model = pico.llama()
+    reaching.REACHED["model"] = model
+    edits = solidify.replace(model, MLP, reaching.Calibrated)
+    reaching.REACHED.clear()
+    assert [model.get_submodule(edit.name).seen for edit in edits] == [5, 5]
+
+
 def test_a_buffer_of_another_module_is_a_tensor_too() -> None:
     model = pico.llama()
     model.model.norm.register_buffer("taper", torch.ones(1))

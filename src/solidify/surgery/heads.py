@@ -65,10 +65,12 @@ def add(
     settings = {"reads": given, "prefix": "", "class": "it", "supplied": supplied, "arguments": arguments}
     declared = declaring.declared(module, declares)
     called = foreign.calling(f"{module.__name__} cannot be built or fails on what {_list_words(sources)}")
-    with transaction(model, extent, changes=[name]), called:
+    with transaction(model, extent, changes=[name]) as started, called:
         with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
+        if not hasattr(head, "join"):
+            started.refuse_altered(hooked=["", model.base_model_prefix, *sources])
         head.to(device=model.device).train(model.training)
         if weights is not None:
             state = initial.read(weights)

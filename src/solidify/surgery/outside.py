@@ -7,7 +7,7 @@ and, of what is in memory, by a sample of the values. What a forward moves in bu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from solidify.errors import SurgeryError
+from solidify.surgery.before import is_within
 from solidify.upstream.torch import own_buffers, own_parameters, unsaved_buffers, writes
 from solidify.weights import mapped
 from solidify.weights.format import same_bits
@@ -28,7 +29,7 @@ class Outside:
 
     def __init__(self, model: nn.Module, changes: Collection[str], copies: Mapping[int, torch.Tensor]) -> None:
         self._model, self._changes = model, frozenset(changes)
-        tensors = self._list_tensors()
+        tensors = self._tensors = self._list_tensors()
         bare = {name: tensor for name, tensor in tensors.items() if id(tensor) not in copies and not tensor.is_meta}
         regions = mapped.file_regions(bare) if bare else {}
         self._values = {name: (t, copies[id(t)]) for name, t in tensors.items() if id(t) in copies and not t.is_meta}
@@ -38,7 +39,7 @@ class Outside:
         """Returns parameters, and the buffers that a state holds, by every name that they have."""
         found: dict[str, torch.Tensor] = {}
         for owner, module in self._model.named_modules(remove_duplicate=False):
-            if self._is_changed(owner):
+            if is_within(owner, self._changes):
                 continue
             unsaved = unsaved_buffers(module)
             held = (*own_parameters(module).items(), *own_buffers(module).items())
@@ -48,19 +49,14 @@ class Outside:
                     found[name] = tensor
         return found
 
-    def _is_changed(self, name: str) -> bool:
-        """Returns whether a module is one that is to be changed, or within one."""
-        while name:
-            if name in self._changes:
-                return True
-            name = name.rpartition(".")[0]
-        return False
-
     def list_changed(self) -> list[str]:
-        """Names the tensors that are gone, are others, or hold other values."""
+        """Names the tensors that are gone, new, or others, hold other values, or share them with others than before."""
         now = self._list_tensors()
         changed = [n for n, (_, values) in self._values.items() if n not in now or not same_bits(now[n], values)]
-        return changed + [n for n, trace in self._traces.items() if n not in now or trace.is_other(now[n])]
+        changed += [n for n, trace in self._traces.items() if n not in now or trace.is_other(now[n])]
+        changed += now.keys() - self._tensors.keys()
+        ties = {name for group in _group_tied(self._tensors) ^ _group_tied(now) for name in group}
+        return list(dict.fromkeys([*changed, *sorted(ties)]))
 
     def list_written(self) -> list[str]:
         """Names the tensors of which no copies are kept that were written to in their own memory."""
@@ -68,15 +64,27 @@ class Outside:
 
     def refuse_changes(self) -> None:
         """Raises SurgeryError for what is no longer what it was."""
-        changed = self.list_changed()
-        if not changed:
-            return
-        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
-        raise SurgeryError(
-            f"{', '.join(changed[:_NAMED])}{more}: outside what is changed, but no longer what it was before the "
-            "change; a constructor, `adopt` and `forward` may read what other modules hold, and write to what is "
-            "their own alone: have them work on a copy"
-        )
+        refuse(self.list_changed())
+
+
+def refuse(changed: Sequence[str]) -> None:
+    """Raises SurgeryError if something outside of what is changed, here by name, is no longer what it was."""
+    if not changed:
+        return
+    more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+    raise SurgeryError(
+        f"{', '.join(changed[:_NAMED])}{more}: outside what is changed, but no longer what it was before the "
+        "change; a constructor, `adopt` and `forward` may read what other modules hold, and write to what is "
+        "their own alone: have them work on a copy"
+    )
+
+
+def _group_tied(tensors: Mapping[str, torch.Tensor]) -> set[frozenset[str]]:
+    """Returns the names that stand for one tensor, where they are several."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,10 @@ def _put_modules(
     extent = Extent.given(extent, model)
     before = control.take(model, names, extent)  # a new module is built only afterwards
     values = initial.read(weights) if weights is not None else None
-    with transaction(model, extent, changes=names) as copies:
+    with transaction(model, extent, changes=names) as started:
         new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
-        edits = new.build(names, copies)
+        edits = new.build(names, started.values)
+        started.refuse_altered()
         title = f"{module.__name__} cannot be used there"
         refuse(SurgeryError, title, new.faults + layer_types.unnumbered(new.built))
         recorded = operations.recorders(model)

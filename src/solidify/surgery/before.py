@@ -1,0 +1,256 @@
+"""A model as it was before a change: to put it back in place, and to tell what code did outside what it is to change.
+
+Remembered are: of every module its class (with what the class holds), attributes, children, parameters, buffers, hooks
+and mode; configurations with all they contain; of every parameter its storage, attributes, hooks, `requires_grad` and
+gradient; the values of buffers, and, where the model is small, those of parameters; whether gradients are computed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from solidify.model.extent import Extent
+from solidify.system import foreign
+from solidify.upstream.torch import TABLES, TENSOR_HOOKS, writes
+from solidify.weights.format import same_bits
+
+_CONTAINERS = (dict, list, set, OrderedDict)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+class _Step(NamedTuple):
+    """An object or a container: the module that holds it, the names that lead to it there, and what it held."""
+
+    owner: str
+    path: tuple[str, ...]
+    value: Any
+    kind: type
+    content: Any
+
+
+class Before:
+    """A model as it was."""
+
+    def __init__(self, model: nn.Module, extent: Extent) -> None:
+        self._seen: dict[int, Any] = {}  # what was remembered, kept alive, by identity
+        self._steps: list[_Step] = []
+        self._gradients = torch.is_grad_enabled()
+        kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+        self._classes = {kind: dict(vars(kind)) for kind in kinds}
+        for owner, module in model.named_modules():
+            self._remember_object(owner, (), module)
+        self._parameters = [_Parameter(name, p, extent.whole) for name, p in model.named_parameters()]
+        self._buffers = [_Buffer(name, b, b.data, b.detach().clone()) for name, b in model.named_buffers()]
+
+    def _remember_object(self, owner: str, path: tuple[str, ...], value: Any) -> None:
+        """Remembers an object's attributes, and the containers and configurations among them."""
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        self._steps.append(_Step(owner, path, value, type(value), dict(vars(value))))
+        self._remember_values(owner, path, vars(value))
+
+    def _remember_values(self, owner: str, path: tuple[str, ...], held: Any) -> None:
+        for key, value in _list_entries(held):
+            kind = type(value)
+            if kind in _CONTAINERS:
+                if id(value) not in self._seen:
+                    self._seen[id(value)] = value
+                    self._steps.append(_Step(owner, (*path, str(key)), value, kind, value.copy()))
+                    if value:  # most tables of hooks are empty
+                        self._remember_values(owner, (*path, str(key)), value)
+            elif kind not in _PLAIN and isinstance(value, (PreTrainedConfig, GenerationConfig)):
+                self._remember_object(owner, (*path, str(key)), value)
+
+    def list_values(self) -> dict[int, torch.Tensor]:
+        """Returns the values of parameters and buffers that are kept, by the tensors' identity."""
+        found = {id(p.parameter): p.values for p in self._parameters if p.values is not None}
+        return found | {id(each.buffer): each.copy for each in self._buffers}
+
+    def list_altered(self, changes: Collection[str], hooked: Collection[str] = ()) -> list[str]:
+        """Names what is no longer as it was: attributes, children and hooks of modules, keys of configurations, what
+        classes hold, parameters' flags, buffers' values.
+
+        Left out are the modules `changes` with all within, hooks of the modules `hooked`, and the values of parameters.
+        """
+        found: list[str] = []
+        for step in filter(_is_other, self._steps):
+            may_differ = _holds_hooks(step) and step.owner in hooked
+            if not may_differ and not is_within(step.owner, changes):
+                found += (name for name in _list_differences(step) if not is_within(name, changes))
+        for kind, attributes in self._classes.items():
+            now = vars(kind)
+            if _has_the_same(now, attributes):
+                continue
+            names = [key for key in {**attributes, **now} if not key.startswith("__") or key == "__call__"]
+            found += (f"{kind.__name__}.{key} of the class" for key in names if now.get(key) is not attributes.get(key))
+        found += (p.name for p in self._parameters if not is_within(p.name, changes) and p.is_altered())
+        found += (b.name for b in self._buffers if not is_within(b.name, changes) and b.is_written())
+        return list(dict.fromkeys(found))
+
+    def put_back(self, written: Collection[str] = ()) -> list[str]:
+        """Puts everything back; returns the names of parameters whose values could not be, `written` ones too."""
+        for step in self._steps:
+            value, content = step.value, step.content
+            if isinstance(value, _CONTAINERS) and type(value) is step.kind:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+            else:
+                if type(value) is not step.kind:
+                    value.__class__ = step.kind
+                vars(value).clear()
+                vars(value).update(content)
+        torch.set_grad_enabled(self._gradients)
+        for kind, attributes in self._classes.items():
+            _put_back_class(kind, attributes)
+        for each in self._buffers:
+            each.put_back()
+        lost = [parameter.name for parameter in self._parameters if not parameter.put_back()]
+        return list(dict.fromkeys([*lost, *written]))
+
+
+class _Parameter:
+    """A parameter as it was; with its values, if they are to be kept."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, with_values: bool) -> None:
+        self.name = name
+        self.parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
+        self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
+        self._attributes = dict(vars(parameter))
+        self._hooks = {key: _copy_hooks(getattr(parameter, key)) for key in TENSOR_HOOKS}
+        self.values = parameter.detach().clone() if with_values and not parameter.is_meta else None
+
+    def is_altered(self) -> bool:
+        """Returns whether something beside its values is not as it was."""
+        hooks = {key: _copy_hooks(getattr(self.parameter, key)) or {} for key in TENSOR_HOOKS}
+        return (
+            self.parameter.requires_grad is not self._requires_grad
+            or hooks != {key: before or {} for key, before in self._hooks.items()}
+            or bool(_list_other_keys(vars(self.parameter), self._attributes))
+        )
+
+    def put_back(self) -> bool:
+        """Returns whether all of it is as it was."""
+        written = writes(self.parameter) != self._version and not self.parameter.is_meta
+        self.parameter.data = self._data
+        self.parameter.requires_grad_(self._requires_grad)
+        self.parameter.grad = self._gradient
+        vars(self.parameter).clear()
+        vars(self.parameter).update(self._attributes)
+        for key, hooks in self._hooks.items():
+            now = getattr(self.parameter, key)
+            if now is not None:
+                now.clear()
+                now.update(hooks or {})
+        if self.values is None:
+            return not written
+        if not same_bits(self._data, self.values):
+            self._data.copy_(self.values)
+        return True
+
+
+class _Buffer(NamedTuple):
+    """A buffer as it was: its name, itself, its memory, and a copy of its values."""
+
+    name: str
+    buffer: torch.Tensor
+    data: torch.Tensor
+    copy: torch.Tensor
+
+    def is_written(self) -> bool:
+        """Returns whether it has other values."""
+        return not self.buffer.is_meta and not same_bits(self.buffer, self.copy)
+
+    def put_back(self) -> None:
+        """Gives it its memory and values."""
+        self.buffer.data = self.data
+        if self.is_written():
+            self.buffer.data.copy_(self.copy)
+
+
+def is_within(name: str, changes: Collection[str]) -> bool:
+    """Returns whether a dotted name is one of `changes`, or within one."""
+    while name:
+        if name in changes:
+            return True
+        name = name.rpartition(".")[0]
+    return False
+
+
+def _list_entries(held: Any) -> Iterable[tuple[Any, Any]]:
+    return held.items() if isinstance(held, Mapping) else enumerate(held)
+
+
+def _has_the_same(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Returns whether two mappings hold the same objects, in one order."""
+    same = len(now) == len(before) and all(map(is_, now.keys(), before.keys()))
+    return same and all(map(is_, now.values(), before.values()))
+
+
+def _is_other(step: _Step) -> bool:
+    """Returns whether an object or a container holds other objects than it did; those may be equal."""
+    now: Any = step.value
+    if type(now) is not step.kind:
+        return True
+    if isinstance(now, (list, set)):
+        return len(now) != len(step.content) or not all(map(is_, now, step.content))
+    return not _has_the_same(now if isinstance(now, Mapping) else vars(now), step.content)
+
+
+def _holds_hooks(step: _Step) -> bool:
+    return bool(step.path) and step.path[-1].startswith("_") and "hooks" in step.path[-1]
+
+
+def _list_differences(step: _Step) -> Iterator[str]:
+    """Names what an object or a container holds otherwise; the tables of a module are containers of their own."""
+    path = tuple(part for part in step.path if part not in TABLES)
+    if type(step.value) is not step.kind:
+        yield _join(step.owner, *path, "__class__")
+        return
+    if isinstance(step.value, Mapping) or step.kind not in _CONTAINERS:
+        now = step.value if isinstance(step.value, Mapping) else vars(step.value)
+        for key in _list_other_keys(now, step.content):
+            yield _join(step.owner, *path, *(() if _holds_hooks(step) else (str(key),)))
+    elif not _is_same(step.value, step.content):
+        yield _join(step.owner, *path)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _list_other_keys(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> list[Any]:
+    """Returns the keys whose values are gone, new, or others."""
+    missing = object()
+    return [key for key in {**before, **now} if not _is_same(now.get(key, missing), before.get(key, missing))]
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Returns whether a value is the one that it was, or is equal to it; tensors and modules are the same alone."""
+    if now is before:
+        return True
+    if type(now) is not type(before) or isinstance(now, (torch.Tensor, nn.Module)):
+        return False
+    if isinstance(now, Sequence) and not isinstance(now, str):
+        return len(now) == len(before) and all(map(_is_same, now, before))
+    return foreign.attempt(lambda: bool(now == before)).value is True
+
+
+def _copy_hooks(hooks: Any) -> Any:
+    return None if hooks is None else dict(hooks)
+
+
+def _put_back_class(kind: type, attributes: dict[str, Any]) -> None:
+    """Gives a class the attributes that it had: a patched forward is one of all models of the class."""
+    for key in [key for key in vars(kind) if key not in attributes]:
+        delattr(kind, key)
+    for key, value in attributes.items():
+        if vars(kind).get(key) is not value:
+            setattr(kind, key, value)
