@@ -233,6 +233,19 @@ def test_of_a_large_model_it_is_seen_too(tmp_path: Path, how: Any, mapped: bool)
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
 
 
+def test_a_write_past_the_sample_is_seen_in_a_page_that_was_written_to_before(tmp_path: Path) -> None:
+    """A value of a mapped tensor was written and written back: its page is the process's own since."""
+    model = bounded(tmp_path, mapped=True)
+    weight = model.lm_head.weight
+    before = float(weight.detach()[5, 5])
+    for value in (1.0, before):
+        weight.data[5, 5] = value
+    reaching.REACHED["write"] = lambda: weight.data[5, 6].add_(1)
+    with pytest.raises(SurgeryError, match=r"lm_head\.weight"):
+        solidify.replace(model, MLP, reaching.InAdopt, extent=Extent(whole=False))
+    reaching.REACHED.clear()
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (127,), (40, 30), (3, 5, 7, 11)])
 def test_a_sample_has_the_same_few_values_however_a_tensor_lies(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape)

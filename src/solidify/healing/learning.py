@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
+from solidify.behaviour import calling
 from solidify.errors import HealingError, ObjectiveError, raised_as
 from solidify.healing import matching
 from solidify.healing.matching import Call, Unit
@@ -158,8 +159,8 @@ class Learner:
     def step(self, call: Call, mask: torch.Tensor | None) -> None:
         """Makes one step on one call of the base."""
         number = len(self.errors)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{self.settings.seed}/{self.unit.name}/{number}".encode()))
+        with calling.chance_kept():
+            calling.set_seed(zlib.crc32(f"{self.settings.seed}/{self.unit.name}/{number}".encode()))
             far, size = self._compare(call, mask, train=True)
             loss = far / size.clamp(min=1e-30)
             if not loss.requires_grad:
@@ -214,8 +215,8 @@ class Learner:
     def error(self, calls: Sequence[tuple[Call, torch.Tensor | None]]) -> float:
         """Returns the relative error over some calls, as the unit is now."""
         far, size = 0.0, 0.0
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
+        with torch.no_grad(), calling.chance_kept():
+            calling.set_seed(self.settings.seed)
             for call, mask in calls:
                 one, whole = self._compare(call, mask, train=False)
                 far, size = far + float(one), size + float(whole)

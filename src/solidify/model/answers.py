@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solidify.behaviour import calling
 from solidify.model import anatomy
 
 Answers = dict[str, torch.Tensor]
@@ -26,8 +27,8 @@ def collect(model: nn.Module, inputs: Mapping[str, Mapping[str, torch.Tensor]]) 
     """Runs the model on every case, and returns all that it returns; what it draws at random is the same each time."""
     found = Output({}, {})
     for case, batch in inputs.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with calling.chance_kept():
+            calling.set_seed(0)
             answer = anatomy.answer(model, batch)
         for name, value in _yield_leaves(case, answer):
             if isinstance(value, torch.Tensor):

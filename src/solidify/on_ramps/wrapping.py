@@ -270,7 +270,7 @@ def _build_again(tree: dict[str, Any], classes: Classes, device: str, dtype: tor
     holder = nn.Module()
     holder.add_module(NAME, nn.Identity())
     entry = {"classes": [str(n) for n in range(len(classes.found))], "arguments": tree}
-    with torch.random.fork_rng([]), torch.device(device), _default_dtype(dtype):
+    with calling.chance_kept(), torch.device(device), _default_dtype(dtype):
         assemble(holder, [NAME], entry, {str(number): cls for number, cls in enumerate(classes.found)})
     return holder.get_submodule(NAME)
 

@@ -51,8 +51,8 @@ def _looked_for(local: Path) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        found = not isinstance(error.__cause__, (OSError, HFValidationError))
-        if found or files.is_directory(local) or not files.is_directory(local.parent):
+        missing = isinstance(error.__cause__, (OSError, HFValidationError)) and not files.is_directory(local)
+        if not missing or not files.is_directory(local.parent):
             raise
         beside = foreign.attempt(lambda: [path.name for path in local.parent.iterdir() if files.is_directory(path)])
         close = get_close_matches(local.name, beside.value or (), n=2)

@@ -92,11 +92,11 @@ class Before:
             names = [key for key in {**attributes, **now} if not key.startswith("__") or key == "__call__"]
             found += (f"{kind.__name__}.{key} of the class" for key in names if now.get(key) is not attributes.get(key))
         found += (p.name for p in self._parameters if not is_within(p.name, changes) and p.is_altered())
-        found += (b.name for b in self._buffers if not is_within(b.name, changes) and b.is_written())
+        found += (b.name for b in self._buffers if not is_within(b.name, changes) and b.is_overwritten())
         return list(dict.fromkeys(found))
 
-    def put_back(self, written: Collection[str] = ()) -> list[str]:
-        """Puts everything back; returns the names of parameters whose values could not be, `written` ones too."""
+    def put_back(self) -> list[str]:
+        """Puts everything back; returns the names of parameters whose values could not be."""
         for step in self._steps:
             value, content = step.value, step.content
             if isinstance(value, _CONTAINERS) and type(value) is step.kind:
@@ -112,8 +112,7 @@ class Before:
             _put_back_class(kind, attributes)
         for each in self._buffers:
             each.put_back()
-        lost = [parameter.name for parameter in self._parameters if not parameter.put_back()]
-        return list(dict.fromkeys([*lost, *written]))
+        return [parameter.name for parameter in self._parameters if not parameter.put_back()]
 
 
 class _Parameter:
@@ -164,14 +163,14 @@ class _Buffer(NamedTuple):
     data: torch.Tensor
     copy: torch.Tensor
 
-    def is_written(self) -> bool:
+    def is_overwritten(self) -> bool:
         """Returns whether it has other values."""
         return not self.buffer.is_meta and not same_bits(self.buffer, self.copy)
 
     def put_back(self) -> None:
         """Gives it its memory and values."""
         self.buffer.data = self.data
-        if self.is_written():
+        if self.is_overwritten():
             self.buffer.data.copy_(self.copy)
 
 

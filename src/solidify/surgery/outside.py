@@ -58,9 +58,9 @@ class Outside:
         ties = {name for group in _group_tied(self._tensors) ^ _group_tied(now) for name in group}
         return list(dict.fromkeys([*changed, *sorted(ties)]))
 
-    def list_written(self) -> list[str]:
-        """Names the tensors of which no copies are kept that were written to in their own memory."""
-        return [name for name, trace in self._traces.items() if trace.is_written()]
+    def list_lost(self) -> list[str]:
+        """Names the tensors that were written to in their own memory, and of which no copies are kept."""
+        return [name for name, trace in self._traces.items() if trace.is_overwritten()]
 
     def refuse_changes(self) -> None:
         """Raises SurgeryError for what is no longer what it was."""
@@ -104,18 +104,18 @@ class _Trace:
         sample = None if region is not None else take_sample(tensor.data)  # to read a mapped one, the disk must, too
         return cls(tensor, tensor.data, writes(tensor), region, sample)
 
-    def is_written(self) -> bool:
+    def is_overwritten(self) -> bool:
         """Returns whether the tensor's own memory was written to."""
         if writes(self.tensor) != self.writes:
             return True
         if self.region is not None:
-            return mapped.is_written(self.data, self.region)
+            return mapped.is_other(self.data, self.region)
         return self.sample is not None and not same_bits(take_sample(self.data), self.sample)
 
     def is_other(self, now: torch.Tensor) -> bool:
         """Returns whether what stands at the tensor's name is another than it was; it may have moved in memory."""
         moved = now is not self.tensor or now.data_ptr() != self.data.data_ptr()
-        return self.is_written() or (moved and not same_bits(now, self.data))
+        return self.is_overwritten() or (moved and not same_bits(now, self.data))
 
 
 def take_sample(data: torch.Tensor) -> torch.Tensor:

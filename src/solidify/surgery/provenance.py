@@ -15,6 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from solidify.behaviour import calling
 from solidify.model import anatomy
 from solidify.model.extent import Extent
 from solidify.surgery.outside import take_sample
@@ -70,7 +71,7 @@ class Original:
         open_ = self.open_questions(new) if traced is None else []
         return tensors, dropped, tuple(f"{name}.{key}" for key in open_ if state[key].is_meta)
 
-    def list_written(self, name: str, new: nn.Module, ledger: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    def find_overwritten(self, name: str, new: nn.Module, ledger: Mapping[str, str | None]) -> list[tuple[str, str]]:
         """Returns which parameters that are the original's by the `ledger` no longer have its values: names, old ones.
 
         Some values of each are compared: that they all were its own was seen when the ledger was made. Of a large
@@ -111,7 +112,7 @@ def trace(original: nn.Module, build: Callable[[nn.Module], nn.Module]) -> dict[
     """
     if not Extent.of(original).whole:
         return None
-    with torch.random.fork_rng([]):
+    with calling.chance_kept():
         return foreign.attempt(_trace_tensors, original, build).value
 
 

@@ -127,7 +127,7 @@ def _put_modules(
         fresh = [name for edit in edits for name, origin in edit.tensors.items() if origin is None]
         identical = all(edit.identical for edit in edits if edit.probed) and any(edit.probed for edit in edits)
         judged = control.judge(model, before, what=module.__name__, fresh=fresh, declared=declares, identical=identical)
-        refuse(SurgeryError, title, judged.faults + new.list_written(edits))
+        refuse(SurgeryError, title, judged.faults + new.say_overwritten(edits))
         declares = {**declares, **dict.fromkeys(sorted(judged.lost), False)}
         operations.withhold(model, {key for key, kept in declares.items() if not kept})
     said: dict[str, Any] = {"records": records, "control": before.distances, "declares": declares, "settings": settings}
@@ -216,12 +216,12 @@ class _Replacing:
             unknown=unknown,
         )
 
-    def list_written(self, edits: Sequence[Edit]) -> list[str]:
+    def say_overwritten(self, edits: Sequence[Edit]) -> list[str]:
         """Says which tensors that were found to be the original's have other values since, as only a forward writes."""
         return [
             f"{new} is {origin} of the original, but was written to when the module ran; have `forward` work on a copy"
             for edit in edits
-            for new, origin in self.olds[edit.name].list_written(edit.name, self.built[edit.name], edit.tensors)
+            for new, origin in self.olds[edit.name].find_overwritten(edit.name, self.built[edit.name], edit.tensors)
         ]
 
     def _trace_tensors(self, name: str, old: Original, new: nn.Module) -> dict[str, str] | None:

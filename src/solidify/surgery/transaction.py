@@ -63,8 +63,8 @@ def transaction(model: nn.Module, extent: Extent, changes: Collection[str] | Non
         if around is not None:
             around.refuse_changes()
     except BaseException as error:
-        written = around.list_written() if around is not None and not extent.whole else []
-        lost = before.put_back(written)
+        lost = around.list_lost() if around is not None and not extent.whole else []
+        lost = list(dict.fromkeys([*before.put_back(), *lost]))
         if lost:
             error.add_note(f"values were written in place, and the model must be loaded again: {', '.join(lost[:4])}")
         raise

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 LARGEST = 100_000_000  # bytes; the format's own limit
-NAMES = {
+DTYPES = {
     "F64": "torch.float64",
     "F32": "torch.float32",
     "F16": "torch.float16",
@@ -53,7 +53,7 @@ def read_bytes(file: BinaryIO, most: int = LARGEST) -> tuple[bytes, bytes]:
     """Returns the length, as it stands in the file, and the JSON behind it, of so many bytes at most.
 
     Raises:
-        ValueError: it has more.
+        ValueError: it has more, or more than the format allows.
         struct.error: the file ends within the length.
     """
     length = file.read(_LENGTH.size)

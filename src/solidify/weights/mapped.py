@@ -55,9 +55,8 @@ class Maps:
         area = self._area_at(index) if index >= 0 else None
         if area is None or address + tensor.nbytes > area.end or not self._is_mapped(area):
             return None
-        if _is_written(address, tensor.nbytes):
-            return None
-        return Path(area.path), area.offset + address - area.begin
+        region = Path(area.path), area.offset + address - area.begin
+        return None if is_other(tensor, region) else region
 
     def _area_at(self, index: int) -> _Area:
         if index not in self._areas:
@@ -83,15 +82,6 @@ def _list_lines() -> list[tuple[str, ...]]:
     if not _MAPS.is_file() or not os.access(_PAGES, os.R_OK):
         return []
     return _FILES.findall(_MAPS.read_text(encoding="utf-8", errors="surrogateescape"))
-
-
-def _is_written(address: int, length: int) -> bool:
-    """Returns whether a page of some memory is the process's own, so that it may differ from the file that is mapped.
-
-    One that the system does not tell of counts as such.
-    """
-    own = _find_own_pages(address, length)
-    return own is None or bool(own.any())
 
 
 def _find_own_pages(address: int, length: int) -> torch.Tensor | None:
@@ -170,10 +160,11 @@ def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     return release
 
 
-def is_written(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
-    """Returns whether a tensor that was an unchanged part of a file, its `region`, holds other bytes now.
+def is_other(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
+    """Returns whether a tensor that is mapped from a part of a file, its `region`, holds other bytes than stand there.
 
     Pages that are the process's own are compared with the file: a neighbour in the same page may have been written to.
+    A page that the system does not tell of counts as another.
     """
     address, (path, offset) = tensor.data_ptr(), region
     own = _find_own_pages(address, tensor.nbytes)
