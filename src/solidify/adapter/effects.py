@@ -75,9 +75,9 @@ class _Trial:
 
     def answer(self, changes: Sequence[_Change], leaves: Sequence[nn.Parameter] = ()) -> _Answer | None:
         """Runs the model with changes; None where it fails."""
-        with past.kept(self.model), values.substitute_entries(changes), torch.set_grad_enabled(self.gradients):
-            self.model.train(self.training)
-            for module in self.model.modules():
+        kept = past.kept(self.model, training=self.training)
+        with kept, values.substitute_entries(changes), torch.set_grad_enabled(self.gradients):
+            for module in self.model.modules() if self.training else ():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout.eval()  # the weight itself has none
             run = foreign.attempt(lambda: self.model(**_copy_inputs(self.inputs)))

@@ -36,10 +36,9 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
             holders.setdefault(id(parameter), []).append(part)
     for mode, words in MODES.items():
         with ExitStack() as stack:
-            stack.enter_context(kept(model))
+            stack.enter_context(kept(model, training=mode))
             stack.enter_context(torch.enable_grad())
             leaves = {name: stack.enter_context(_called_outside(each, holders)) for name, each in layers.items()}
-            model.train(mode)
             output = foreign.attempt(model, **calling.copy_tensors(inputs)).value
             ends = set(_walk_graph(output))
         for name, identities in leaves.items():
@@ -49,15 +48,13 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Has a model run without caches, and gives it back its modes, buffers and attributes, and the random numbers."""
-    with (
-        _attributes_kept(model),
-        calling.buffers_kept(model),
-        calling.chance_kept(),
-        anatomy.evaluation(model),
-        anatomy.caches_off(model),
-    ):
+def kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Has a model run in one mode and without caches; gives it its attributes (modes are such) and buffers back.
+
+    Random numbers are then as they were, too.
+    """
+    with _attributes_kept(model), calling.buffers_kept(model), calling.chance_kept(), anatomy.caches_off(model):
+        model.train(training)
         yield
 
 

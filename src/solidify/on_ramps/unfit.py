@@ -15,10 +15,9 @@ from solidify.model import anatomy
 from solidify.model.operations import list_marks, shared_keys
 from solidify.system import foreign
 from solidify.upstream.torch import TENSOR_HOOKS, own_buffers, own_parameters, unsaved_buffers
-from solidify.weights.format import DTYPES
+from solidify.weights import storable
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_UNKEPT = "which weight files do not hold"
 
 
 def find_faults(module: nn.Module, within: str) -> list[str]:
@@ -66,20 +65,9 @@ def find_unstorable(module: nn.Module, within: str) -> Iterator[str]:
         for key, value in {**values, **own_buffers(part), **saved}.items():
             where = f"{within}.{name}.{key}".replace("..", ".")
             tensors = [tensor for tensor in _walk_tensors(value, set()) if not is_lazy(tensor)]
-            said = [
-                words for tensor in tensors if (words := _say_strange(tensor) or _say_unsaved(tensor, key in saved))
-            ]
+            said = [w for t in tensors if (w := storable.say_strange(t) or _say_unsaved(t, key in saved))]
             if said:
                 yield f"{where} {'is' if isinstance(value, torch.Tensor) else 'holds'} {said[0]}"
-
-
-def _say_strange(tensor: torch.Tensor) -> str:
-    if tensor.is_nested:
-        return f"a nested tensor, {_UNKEPT}; keep its values and its offsets, and make it of them in forward"
-    if tensor.layout != torch.strided:
-        layout = str(tensor.layout).removeprefix("torch.")
-        return f"a sparse tensor ({layout}), {_UNKEPT}; keep its values and its indices, and make it of them in forward"
-    return ""
 
 
 def _say_unsaved(tensor: torch.Tensor, saved: bool) -> str:
@@ -88,12 +76,10 @@ def _say_unsaved(tensor: torch.Tensor, saved: bool) -> str:
         return ""
     if tensor.is_meta:
         return "a tensor without values (on the meta device); fill it first"
-    if tensor.is_quantized:
-        return f"a quantised tensor ({tensor.dtype}), {_UNKEPT}; keep whole numbers and a scale, or dequantize() it"
+    if unstorable := storable.say_unstorable(tensor):
+        return unstorable
     if isinstance(tensor, nn.Parameter) and tensor.is_complex() and tensor.requires_grad:
         return "a complex parameter, which transformers loads frozen; hold it as real numbers (torch.view_as_real)"
-    if tensor.dtype not in DTYPES.values():
-        return f"a tensor of {tensor.dtype}, {_UNKEPT}; keep it in another dtype"
     if tensor.is_conj() or tensor.is_neg():
         return "conjugated or negated as it is read (a view); make it one of its own: resolve_conj().resolve_neg()"
     return ""

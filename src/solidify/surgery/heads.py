@@ -19,6 +19,7 @@ from solidify.surgery.control import Control
 from solidify.surgery.edit_record import Edit
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
+from solidify.weights import storable
 
 
 def add(
@@ -69,6 +70,8 @@ def add(
         with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
+        if unstorable := storable.find_unstorable(name, head):
+            raise SurgeryError(f"{module.__name__} cannot be added: {unstorable}")
         if not hasattr(head, "join"):
             started.refuse_altered(hooked=["", model.base_model_prefix, *sources])
         head.to(device=model.device).train(model.training)

@@ -27,7 +27,7 @@ from solidify.surgery.provenance import Original
 from solidify.surgery.transaction import transaction
 from solidify.system import foreign
 from solidify.upstream.torch import own_buffers, own_modules, own_parameters
-from solidify.weights import mapped, spilling
+from solidify.weights import mapped, spilling, storable
 
 
 def replace(
@@ -168,6 +168,8 @@ class _Replacing:
             new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
+            if unstorable := storable.find_unstorable(name, new):
+                raise SurgeryError(f"{self.module.__name__} cannot be used there: {unstorable}")
             with calling.buffers_kept(self.model):  # a forward may count in another module's
                 edits.append(self._examine_replacement(name, old, new))
             self.built[name] = new
