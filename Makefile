@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes with a thread each: most tests start processes of their own or are too small for a second thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Empty: what hundreds of processes import is compiled once, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 

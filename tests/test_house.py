@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in FILES}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forgotten() -> Iterator[None]:
+    """Lets the trees go: millions of objects, which every trainer that later tests begin would have looked through."""
+    yield
+    trees.cache_clear()
+    private_names.forget()
+
+
 @cache
 def ours() -> set[str]:
     """Names what is private of ours."""
@@ -81,14 +90,18 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
+def module_names() -> set[str]:
+    return {name_of(path) for path in FILES}
+
+
 def is_ours(node: ast.ImportFrom) -> bool:
     return bool(node.level) or (node.module or "").partition(".")[0] == "solidify"
 
 
 def imports(path: Path, *, lazily: bool = False) -> set[str]:
     """Returns the modules of the package that a file imports at module level (or anywhere)."""
-    names = {name_of(p) for p in FILES}
-    tree = ast.parse(path.read_text())
+    names, tree = module_names(), trees()[path]
     nodes = ast.walk(tree) if lazily else (n for n in tree.body)
     found = set()
     for node in nodes:
@@ -161,17 +174,15 @@ def test_a_rooms_init_is_a_docstring_only(room: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_public_thing_says_what_it_is(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = trees()[path]
     assert ast.get_docstring(tree)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {inner for function in functions for inner in ast.walk(function) if inner is not function}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            inside = any(
-                isinstance(n, ast.FunctionDef) and node in ast.walk(n) and n is not node for n in ast.walk(tree)
-            )
-            if not inside:
-                assert ast.get_docstring(node), f"{path.name}: {node.name}"
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name} is too long"
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node not in inside:
+            assert ast.get_docstring(node), f"{path.name}: {node.name}"
+    for function in functions:
+        assert function.end_lineno - function.lineno < 80, f"{path.name}: {function.name} is too long"
 
 
 def test_all_names_are_there_and_no_others() -> None:

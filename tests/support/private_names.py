@@ -95,6 +95,11 @@ def _tree(path: str) -> ast.Module:
     return ast.parse(Path(path).read_text(encoding="utf-8"))
 
 
+def forget() -> None:
+    """Lets go what was parsed."""
+    _tree.cache_clear()
+
+
 @cache
 def written(cls: type) -> frozenset[str]:
     """Returns the private names that a class's own code defines."""
