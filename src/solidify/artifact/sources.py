@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,15 @@ def _write_operations(entries: Sequence[Mapping[str, Any]], stateful: bool) -> s
 
 def render(template: str, *, stateful: bool = False, **context: Any) -> str:
     """Fills one of the templates beside this file; what is `stateful` needs a later transformers."""
-    environment = jinja2.Environment(
+    parts = OLDEST_WITH_STATE if stateful else OLDEST
+    oldest = {"oldest": ".".join(map(str, parts)), "oldest_parts": parts}
+    return _make_environment().get_template(template).render(**oldest, **context)
+
+
+@cache
+def _make_environment() -> jinja2.Environment:
+    """Makes what compiles templates, and keeps those that it compiled."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -151,9 +160,6 @@ def render(template: str, *, stateful: bool = False, **context: Any) -> str:
         keep_trailing_newline=True,
         autoescape=jinja2.select_autoescape(["html.jinja", "html"]),
     )
-    parts = OLDEST_WITH_STATE if stateful else OLDEST
-    oldest = {"oldest": ".".join(map(str, parts)), "oldest_parts": parts}
-    return environment.get_template(template).render(**oldest, **context)
 
 
 def _map_served(before: Ancestor, family: Family) -> dict[str, type[PreTrainedModel]]:

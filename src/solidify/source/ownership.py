@@ -54,18 +54,21 @@ class Surroundings:
     @cached_property
     def distributions(self) -> Mapping[str, list[Distribution]]:
         """The distributions that provide each top-level name."""
-        paths = [path for path in sys.path if isinstance(path, str)]
-        return _read_distributions(tuple((path, _read_time(path)) for path in paths))
+        found: dict[str, list[Distribution]] = {}
+        for path in dict.fromkeys(path for path in sys.path if isinstance(path, str)):
+            for top, held in _read_distributions(path, _read_time(path)).items():
+                found.setdefault(top, []).extend(held)
+        return found
 
 
-@lru_cache(maxsize=4)
-def _read_distributions(state: tuple[tuple[str, int], ...]) -> Mapping[str, list[Distribution]]:
-    """Reads what every installed distribution provides (half a second); anew when a directory of the path changed.
+@lru_cache(maxsize=64)
+def _read_distributions(path: str, _changed: int) -> Mapping[str, list[Distribution]]:
+    """Reads what every distribution in a directory provides (half a second); anew when the directory has changed.
 
     One that is broken, as an installation that was interrupted leaves it, provides nothing.
     """
     found: dict[str, list[Distribution]] = {}
-    for each in distributions(path=[path for path, _ in state]):
+    for each in distributions(path=[path]):
         for top in foreign.attempt(_list_tops, each).value or ():
             found.setdefault(top, []).append(each)
     return found

@@ -24,7 +24,7 @@ from solidify.system import console, disk, files
 from solidify.weights import ahead, format, hashing
 from solidify.weights.ahead import TICK
 
-_KEPT = 1000  # files whose digests are kept
+_KEPT, _MOST = 1000, 1200  # files whose digests are kept; with more of them, the oldest go
 
 
 def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesting tensors") -> dict[str, str]:
@@ -165,9 +165,9 @@ def _write_note(now: os.stat_result, found: Mapping[str, str]) -> None:
         draft = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         draft.write_text(json.dumps({"changed": now.st_ctime_ns, "digests": found}), encoding="utf-8")
         draft.replace(note)
-        old = sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]
-        for file in old:
-            file.unlink(missing_ok=True)
+        if len(os.listdir(note.parent)) > _MOST:
+            for file in sorted(note.parent.iterdir(), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
+                file.unlink(missing_ok=True)
     except (OSError, ArtifactError):
         return  # a cache that cannot be written (or was swept by another process) costs time, not truth
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +39,34 @@ class _Area:
 
 
 class Maps:
-    """The process's file mappings as they are now."""
+    """The process's file mappings as they are when the first tensor asks for them."""
 
     def __init__(self) -> None:
-        self._lines = sorted(_list_lines(), key=lambda line: int(line[0], 16))
-        self._begins = [int(line[0], 16) for line in self._lines]
         self._areas: dict[int, _Area] = {}  # of those that were asked for: a process maps hundreds of files
         self._same: dict[_Area, bool] = {}
+
+    @cached_property
+    def _lines(self) -> list[tuple[str, ...]]:
+        return sorted(_list_lines(), key=lambda line: int(line[0], 16))
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        return [int(line[0], 16) for line in self._lines]
 
     def find_region(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
         """Returns the file of which a tensor is an unchanged part, and where in it; None where that is not known."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()
+        own = _find_own_pages(address, tensor.nbytes)
+        if own is None or bool(own.all()):  # nobody tells, or no page of it is a file's
+            return None
         index = bisect.bisect_right(self._begins, address) - 1
         area = self._area_at(index) if index >= 0 else None
         if area is None or address + tensor.nbytes > area.end or not self._is_mapped(area):
             return None
         region = Path(area.path), area.offset + address - area.begin
-        return None if is_other(tensor, region) else region
+        return None if _holds_other(tensor, region, own) else region
 
     def _area_at(self, index: int) -> _Area:
         if index not in self._areas:
@@ -166,10 +176,12 @@ def is_other(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
     Pages that are the process's own are compared with the file: a neighbour in the same page may have been written to.
     A page that the system does not tell of counts as another.
     """
+    own = _find_own_pages(tensor.data_ptr(), tensor.nbytes)
+    return own is None or _holds_other(tensor, region, own)
+
+
+def _holds_other(tensor: torch.Tensor, region: tuple[Path, int], own: torch.Tensor) -> bool:
     address, (path, offset) = tensor.data_ptr(), region
-    own = _find_own_pages(address, tensor.nbytes)
-    if own is None:
-        return True
     first, end = address // mmap.PAGESIZE * mmap.PAGESIZE, address + tensor.nbytes
     try:
         with open(path, "rb", buffering=0) as file:
