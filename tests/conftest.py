@@ -66,12 +66,13 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quiet_and_seeded() -> None:
-    import torch
     from transformers.utils import logging
+
+    from solidify.behaviour import calling
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.manual_seed(0)
+    calling.set_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

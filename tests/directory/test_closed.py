@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pico
 import pytest
+import watching
 
 import solidify
 from solidify.artifact import inspection, loading
@@ -23,28 +22,6 @@ from solidify.weights.hashing import digest_bytes
 from training import awake
 
 Copy = Callable[..., Path]
-_opened: list[str] | None = None
-
-
-def _note(event: str, arguments: tuple[object, ...]) -> None:
-    if _opened is not None and event == "open" and isinstance(arguments[0], (str, bytes)):
-        _opened.append(os.fsdecode(arguments[0]))
-
-
-sys.addaudithook(_note)
-
-
-@contextmanager
-def opening(directory: Path) -> Iterator[list[str]]:
-    """Notes which files of a directory are opened, by whomever."""
-    global _opened
-    found: list[str] = []
-    _opened = []
-    try:
-        yield found
-    finally:
-        found += [name for name in _opened if directory in Path(os.path.abspath(name)).parents]
-        _opened = None
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +95,22 @@ def test_what_is_not_listed_refuses_the_directory_in_every_reader(
     directory = copy_of(trash_artifact, "artifact")
     STRANGERS[stranger](directory)
     for reader, read in READERS.items():
-        with opening(directory) as opened, pytest.raises(SolidifyError, match="is not what was written"):
+        with watching.opened(tmp_path) as names, pytest.raises(SolidifyError, match="is not what was written"):
             read(directory, adapter, tmp_path)
-        assert {Path(name).name for name in opened} <= {manifest.NAME}, reader
+        assert {*names} <= {manifest.NAME, "recipe.yaml"}, reader
     report = solidify.check(directory, trust_remote_code=True)
     assert [finding.name for finding in report.failed] == ["nothing was changed since it was written"]
     assert len(report.findings) == 1
+
+
+def test_what_is_opened_is_seen(trash_artifact: Path, copy_of: Copy, tmp_path: Path) -> None:
+    directory = copy_of(trash_artifact, "artifact")
+    linked(directory / "trashcan_moe.py")
+    with watching.opened(tmp_path) as names:
+        solidify.load(trash_artifact)
+        for path in ("config.json", "trashcan_moe.py", "certificate/inputs.safetensors"):
+            (directory / path).read_bytes()
+    assert names == ["config.json", "moved-trashcan_moe.py", "inputs.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "trashcan_moe.py", "generation_config.json", manifest.NAME])
