@@ -18,7 +18,7 @@ from solidify.behaviour import calling
 from solidify.model import anatomy
 from solidify.model.probing import Inputs
 from solidify.system import foreign
-from solidify.upstream.torch import TABLES, own_parameters
+from solidify.upstream.torch import own_parameters
 
 MODES = {False: "in evaluation", True: "in training"}
 
@@ -53,21 +53,9 @@ def kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
     Random numbers are then as they were, too.
     """
-    with _attributes_kept(model), calling.buffers_kept(model), calling.chance_kept(), anatomy.caches_off(model):
+    with calling.attributes_kept(model), calling.buffers_kept(model), calling.chance_kept(), anatomy.caches_off(model):
         model.train(training)
         yield
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    before = [(part, dict(vars(part))) for part in model.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            vars(part).update(attributes)
-            for key in vars(part).keys() - attributes.keys() - {*TABLES}:
-                del vars(part)[key]
 
 
 @contextmanager

@@ -128,6 +128,19 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             table[key] = tensor
 
 
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Gives every module back the attributes that it had, its mode among them; what they hold may be another."""
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            vars(part).update(attributes)
+            for key in vars(part).keys() - attributes.keys():
+                del vars(part)[key]
+
+
 def copy_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns inputs with copies of the tensors among them: a module may write into what it is given."""
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
