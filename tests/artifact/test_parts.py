@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import logged
 import pico
 import pytest
 import transformers
@@ -59,20 +60,18 @@ def hidden(model: PreTrainedModel, directory: Path) -> set[str]:
     return {key for key in keys(directory) if any(re.search(hint, key) for hint in hints)}
 
 
-def test_a_part_loads_from_the_directory_with_nothing_to_report(
-    artifact: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_part_loads_from_the_directory_with_nothing_to_report(artifact: Path) -> None:
     logging.set_verbosity_warning()
     logging.enable_propagation()
     try:
         for auto, kind in parts(artifact).items():
-            caplog.clear()
-            model, info = kind.from_pretrained(artifact, trust_remote_code=True, output_loading_info=True)
+            with logged.records() as records:
+                model, info = kind.from_pretrained(artifact, trust_remote_code=True, output_loading_info=True)
             assert not info["unexpected_keys"], auto
             assert not info["mismatched_keys"]
             if auto == "AutoModel":
                 assert not any(info.values())
-                assert not caplog.records
+                assert not records
             assert not set(info["missing_keys"]) & keys(artifact)
             assert type(model).from_pretrained(artifact).config.surgery == model.config.surgery
     finally:
