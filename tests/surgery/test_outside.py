@@ -149,6 +149,13 @@ def test_what_is_put_back_or_equal_is_not_altered() -> None:
     assert [model.get_submodule(edit.name).seen for edit in edits] == [5, 5]
 
 
+def test_a_class_may_keep_something_in_itself() -> None:
+    model = pico.llama()
+    for name in ("model.layers.0.mlp", "model.layers.1.mlp"):  # the second time, the model holds one
+        solidify.replace(model, name, reaching.Numbered)
+    assert reaching.Numbered.made >= 2
+
+
 def test_a_buffer_of_another_module_is_a_tensor_too() -> None:
     model = pico.llama()
     model.model.norm.register_buffer("taper", torch.ones(1))

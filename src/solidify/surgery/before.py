@@ -74,11 +74,12 @@ class Before:
         found = {id(p.parameter): p.values for p in self._parameters if p.values is not None}
         return found | {id(each.buffer): each.copy for each in self._buffers}
 
-    def list_altered(self, changes: Collection[str], hooked: Collection[str] = ()) -> list[str]:
+    def list_altered(self, changes: Collection[str], built: type, hooked: Collection[str] = ()) -> list[str]:
         """Names what is no longer as it was: attributes, children and hooks of modules, keys of configurations, what
         classes hold, parameters' flags, buffers' values.
 
-        Left out are the modules `changes` with all within, hooks of the modules `hooked`, and the values of parameters.
+        Left out are the modules `changes` with all within, hooks of the modules `hooked`, the values of parameters, and
+        what the class that was `built` keeps in itself and in classes of its author's.
         """
         found: list[str] = []
         for step in filter(_is_other, self._steps):
@@ -87,7 +88,8 @@ class Before:
                 found += (name for name in _list_differences(step) if not is_within(name, changes))
         for kind, attributes in self._classes.items():
             now = vars(kind)
-            if _has_the_same(now, attributes):
+            own = issubclass(built, kind) and kind.__module__.partition(".")[0] not in ("torch", "transformers")
+            if own or _has_the_same(now, attributes):
                 continue
             names = [key for key in {**attributes, **now} if not key.startswith("__") or key == "__call__"]
             found += (f"{kind.__name__}.{key} of the class" for key in names if now.get(key) is not attributes.get(key))

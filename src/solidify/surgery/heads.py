@@ -73,7 +73,7 @@ def add(
         if unstorable := storable.find_unstorable(name, head):
             raise SurgeryError(f"{module.__name__} cannot be added: {unstorable}")
         if not hasattr(head, "join"):
-            started.refuse_altered(hooked=["", model.base_model_prefix, *sources])
+            started.refuse_altered(module, hooked=["", model.base_model_prefix, *sources])
         head.to(device=model.device).train(model.training)
         if weights is not None:
             state = initial.read(weights)

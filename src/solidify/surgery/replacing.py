@@ -112,7 +112,7 @@ def _put_modules(
     with transaction(model, extent, changes=names) as started:
         new = _Replacing(model, module, arguments, before, values, declares, extent, shared)
         edits = new.build(names, started.values)
-        started.refuse_altered()
+        started.refuse_altered(module)
         title = f"{module.__name__} cannot be used there"
         refuse(SurgeryError, title, new.faults + layer_types.unnumbered(new.built))
         recorded = operations.recorders(model)

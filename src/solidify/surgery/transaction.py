@@ -28,15 +28,15 @@ class Started:
     _before: Before
     _changes: Collection[str]
 
-    def refuse_altered(self, hooked: Collection[str] = ()) -> None:
+    def refuse_altered(self, built: type, hooked: Collection[str] = ()) -> None:
         """Refuses what code that only builds modules did to others, beside writing values: it may do nothing there.
 
-        Modules `hooked` may have other hooks.
+        The class that was `built` may keep something in itself; modules `hooked` may have other hooks.
 
         Raises:
             SurgeryError: an attribute, a child, a hook, a configuration, a class, a flag or a buffer is another.
         """
-        outside.refuse(self._before.list_altered(self._changes, hooked))
+        outside.refuse(self._before.list_altered(self._changes, built, hooked))
 
 
 @contextmanager

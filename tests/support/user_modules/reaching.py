@@ -53,6 +53,17 @@ class Calibrated(Wrapped):
         self.seen = len(seen)
 
 
+class Numbered(Wrapped):
+    """Counts, in its class, how many there are."""
+
+    made = 0
+
+    def __init__(self, original):
+        super().__init__(original)
+        type(self).made += 1
+        Wrapped.latest = self.made
+
+
 class InForward(Wrapped):
     def forward(self, *args, **kwargs):
         if "write" in REACHED:
