@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import opened_files
 import pico
 import pytest
-import watching
 
 import solidify
 from solidify.artifact import inspection, loading
@@ -95,9 +95,9 @@ def test_what_is_not_listed_refuses_the_directory_in_every_reader(
     directory = copy_of(trash_artifact, "artifact")
     STRANGERS[stranger](directory)
     for reader, read in READERS.items():
-        with watching.opened(tmp_path) as names, pytest.raises(SolidifyError, match="is not what was written"):
+        with opened_files.opened(tmp_path) as names, pytest.raises(SolidifyError, match="is not what was written"):
             read(directory, adapter, tmp_path)
-        assert {*names} <= {manifest.NAME, "recipe.yaml"}, reader
+        assert {*names} <= {manifest.NAME, "recipe.yaml"}, reader  # that of a reader stands beside the directory
     report = solidify.check(directory, trust_remote_code=True)
     assert [finding.name for finding in report.failed] == ["nothing was changed since it was written"]
     assert len(report.findings) == 1
@@ -106,7 +106,7 @@ def test_what_is_not_listed_refuses_the_directory_in_every_reader(
 def test_what_is_opened_is_seen(trash_artifact: Path, copy_of: Copy, tmp_path: Path) -> None:
     directory = copy_of(trash_artifact, "artifact")
     linked(directory / "trashcan_moe.py")
-    with watching.opened(tmp_path) as names:
+    with opened_files.opened(tmp_path) as names:
         solidify.load(trash_artifact)
         for path in ("config.json", "trashcan_moe.py", "certificate/inputs.safetensors"):
             (directory / path).read_bytes()

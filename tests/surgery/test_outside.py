@@ -79,7 +79,7 @@ def untie(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
-def cut_rows(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def identity(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
@@ -101,8 +101,8 @@ ALTERED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a child": (lambda m: setattr(m.model, "norm", nn.Identity()), "model.norm"),
     "a new child": (lambda m: m.model.norm.add_module("extra", nn.Identity()), "model.norm.extra"),
     "a class": (lambda m: setattr(m.model.norm, "__class__", nn.RMSNorm), "model.norm.__class__"),
-    "a forward": (lambda m: setattr(m.model.norm, "forward", cut_rows.__get__(m.model.norm)), "model.norm.forward"),
-    "a forward of the class": (lambda m: setattr(type(m.model.norm), "forward", cut_rows), "LlamaRMSNorm.forward"),
+    "a forward": (lambda m: setattr(m.model.norm, "forward", identity.__get__(m.model.norm)), "model.norm.forward"),
+    "a forward of the class": (lambda m: setattr(type(m.model.norm), "forward", identity), "LlamaRMSNorm.forward"),
     "a configuration": (lambda m: setattr(m.config, "hidden_act", "relu"), "config.hidden_act"),
     "a key of a configuration": (lambda m: setattr(m.config, "extra", 1), "config.extra"),
     "inside a configuration": (lambda m: m.config.rope_parameters.update(rope_theta=3.0), "config.rope_parameters"),
@@ -147,6 +147,21 @@ def test_what_is_put_back_or_equal_is_not_altered() -> None:
     edits = solidify.replace(model, MLP, reaching.Calibrated)
     reaching.REACHED.clear()
     assert [model.get_submodule(edit.name).seen for edit in edits] == [5, 5]
+
+
+def test_what_a_forward_that_is_tried_alone_alters_is_refused() -> None:
+    alter, name = ALTERED["a hook"]
+    model = pico.llama()
+    assert name in refusal(model, lambda: alter(model), lambda: solidify.replace(model, MLP, reaching.InForward))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("verb", [solidify.replace, solidify.share, solidify.add])
+def test_what_no_weight_file_holds_is_refused_by_its_name(verb: Any, buffer: bool) -> None:
+    model = pico.llama()
+    at: dict[str, Any] = {"reads": "model.norm"} if verb is solidify.add else {}
+    with pytest.raises(SurgeryError, match=r"\.kept is a sparse tensor .* keep its values and its indices"):
+        verb(model, "head" if at else MLP, reaching.Sparse, arguments={"buffer": buffer}, **at)
 
 
 def test_a_class_may_keep_something_in_itself() -> None:

@@ -58,7 +58,7 @@ def test_each_tensor_is_read_once(
 
 
 def test_the_words_for_dtypes_are_torchs_own() -> None:
-    assert {word: str(dtype) for word, dtype in format.DTYPES.items()} == header.DTYPES
+    assert {word: str(dtype) for word, dtype in format.DTYPES.items()} == header.DTYPE_NAMES
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "d"])

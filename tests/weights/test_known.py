@@ -39,6 +39,21 @@ def test_what_is_known_is_not_read_again_unless_asked(weights: Path, reads: list
     assert len(reads) == 4
 
 
+def test_the_oldest_notes_go_once_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
+    monkeypatch.setenv("SOLIDIFY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(digest_cache, "_KEPT", 2)
+    monkeypatch.setattr(digest_cache, "_MOST", 4)
+    known = []
+    for number in range(5):
+        path = weights.with_name(f"{number}.safetensors")
+        save_file({"a": torch.randn(3)}, path)
+        digest_cache.remember(path, {"a": "digest"})
+        known.append(path)
+    assert [digest_cache.recall(path) is not None for path in known] == [False, False, False, True, True]
+
+
 def flip(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -44,14 +44,14 @@ def test_what_was_written_to_is_no_part_of_the_file(module: nn.Module, write: ob
 
 def test_what_was_written_to_is_told_from_what_shares_its_page(module: nn.Module) -> None:
     regions = mapped.file_regions(module.state_dict())
-    assert not any(mapped.is_other(parameter, regions[name]) for name, parameter in module.named_parameters())
+    assert not any(mapped.differs_from_file(parameter, regions[name]) for name, parameter in module.named_parameters())
     module.bias.detach().numpy()[3] += 1  # 256 bytes before or behind the weight
-    assert mapped.is_other(module.bias, regions["bias"])
+    assert mapped.differs_from_file(module.bias, regions["bias"])
     assert mapped.file_regions(module.state_dict()) == {"weight": regions["weight"]}
-    assert not mapped.is_other(module.weight, regions["weight"])
+    assert not mapped.differs_from_file(module.weight, regions["weight"])
     last = float(module.weight.detach()[-1, -1])
     module.weight.detach().numpy()[-1, -1] = last + 1
-    assert mapped.is_other(module.weight, regions["weight"])
+    assert mapped.differs_from_file(module.weight, regions["weight"])
     assert mapped.file_regions(module.state_dict()) == {}
     module.weight.detach().numpy()[-1, -1] = last
     assert mapped.file_regions(module.state_dict()) == {"weight": regions["weight"]}

@@ -77,8 +77,8 @@ class _Trial:
         """Runs the model with changes; None where it fails."""
         kept = past.kept(self.model, training=self.training)
         with kept, values.substitute_entries(changes), torch.set_grad_enabled(self.gradients):
-            for module in self.model.modules() if self.training else ():
-                if isinstance(module, LoraLayer):
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer) and self.training:
                     module.lora_dropout.eval()  # the weight itself has none
             run = foreign.attempt(lambda: self.model(**_copy_inputs(self.inputs)))
             if run.failed:

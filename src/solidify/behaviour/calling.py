@@ -1,4 +1,4 @@
-"""What a model's `forward` takes, and what stays as it was around a call: mode, caches, buffers, random numbers."""
+"""What a model's `forward` takes, and what stays as it was around a call: attributes, buffers, random numbers."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Gives every module back the attributes that it had, its mode among them; what they hold may be another."""
+    """Gives every module back the attributes that it had, its mode among them; the objects in them are not copied."""
     before = [(part, dict(vars(part))) for part in model.modules()]
     try:
         yield

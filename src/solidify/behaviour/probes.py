@@ -120,10 +120,7 @@ def _look_ahead_in_training(watched: Watched, reading: Reading, batch: Mapping[s
     numpy = find_numpy()
     with attributes_kept(watched.model):
         watched.model.train()
-        for module in watched.model.modules():
-            own = vars(module)
-            rates = {key for key, value in own.items() if isinstance(value, float) and "drop" in key}
-            own.update(dict.fromkeys([*rates, *(["p"] if isinstance(module, _DROPOUTS) else [])], 0.0))
+        _switch_dropout_off(watched.model)
         set_seed(_SEEDS[0])
         try:
             parts = watched.call(batch).parts
@@ -135,6 +132,14 @@ def _look_ahead_in_training(watched: Watched, reading: Reading, batch: Mapping[s
     changed, before = (cut_parts(parts, slice(row, row + 1)) for row in (watched.rows, 0))
     far = apart(cut_parts(changed, every, slice(-1)), cut_parts(before, every, slice(-1)))
     reading.distances["causal/training"] = far
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """Sets the rates of dropout that modules hold to zero: of torch's own, and where an attribute says `drop`."""
+    for module in model.modules():
+        own = vars(module)
+        rates = [key for key, value in own.items() if isinstance(value, float) and "drop" in key]
+        own.update(dict.fromkeys([*rates, "p"] if isinstance(module, _DROPOUTS) else rates, 0.0))
 
 
 def _look_ahead_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:

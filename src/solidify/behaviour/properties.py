@@ -32,6 +32,8 @@ PROPERTIES = {
 RECORDS = ("hidden_states", "attentions", "router_logits")
 FAILED = float("inf")  # the distance of what does not run
 
+_OPTIONAL = {"causal/training"}  # probes that say nothing where they do not run, or chance is in them
+
 _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
 _FLOOR_HALF = 5e-2
 _AGAIN = {torch.float64: 1e-12, torch.float32: 1e-5}  # the same call once more
@@ -94,7 +96,7 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
     """Compares two readings; what the control cannot show is not asked for."""
     result = []
     for name, before in control.distances.items():
-        missing = 0.0 if name == "causal/training" else FAILED  # where it draws or does not run, it says nothing
+        missing = 0.0 if name in _OPTIONAL else FAILED
         after, most = found.distances.get(name, missing), allowed(name, before, control.dtype)
         if not asks(name, before, control.dtype):
             continue

@@ -65,7 +65,7 @@ def find_unstorable(module: nn.Module, within: str) -> Iterator[str]:
         for key, value in {**values, **own_buffers(part), **saved}.items():
             where = f"{within}.{name}.{key}".replace("..", ".")
             tensors = [tensor for tensor in _walk_tensors(value, set()) if not is_lazy(tensor)]
-            said = [w for t in tensors if (w := storable.say_strange(t) or _say_unsaved(t, key in saved))]
+            said = [w for t in tensors if (w := storable.say_layout(t) or _say_unsaved(t, key in saved))]
             if said:
                 yield f"{where} {'is' if isinstance(value, torch.Tensor) else 'holds'} {said[0]}"
 

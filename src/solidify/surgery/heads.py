@@ -70,9 +70,9 @@ def add(
         with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
-        if unstorable := storable.find_unstorable(name, head):
+        if unstorable := storable.say_first_unstorable(name, head):
             raise SurgeryError(f"{module.__name__} cannot be added: {unstorable}")
-        if not hasattr(head, "join"):
+        if not hasattr(head, "join"):  # by it, a head tells model and configuration what transformers must know of it
             started.refuse_altered(module, hooked=["", model.base_model_prefix, *sources])
         head.to(device=model.device).train(model.training)
         if weights is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from solidify.errors import SurgeryError
-from solidify.surgery.before import is_within
+from solidify.surgery.snapshot import is_within
 from solidify.upstream.torch import own_buffers, own_parameters, unsaved_buffers, writes
 from solidify.weights import mapped
 from solidify.weights.format import same_bits
@@ -64,10 +64,10 @@ class Outside:
 
     def refuse_changes(self) -> None:
         """Raises SurgeryError for what is no longer what it was."""
-        refuse(self.list_changed())
+        refuse_changed(self.list_changed())
 
 
-def refuse(changed: Sequence[str]) -> None:
+def refuse_changed(changed: Sequence[str]) -> None:
     """Raises SurgeryError if something outside of what is changed, here by name, is no longer what it was."""
     if not changed:
         return
@@ -75,7 +75,7 @@ def refuse(changed: Sequence[str]) -> None:
     raise SurgeryError(
         f"{', '.join(changed[:_NAMED])}{more}: outside what is changed, but no longer what it was before the "
         "change; a constructor, `adopt` and `forward` may read what other modules hold, and write to what is "
-        "their own alone: have them work on a copy"
+        "their own alone: have them work on a copy, and put back what they set"
     )
 
 
@@ -109,7 +109,7 @@ class _Trace:
         if writes(self.tensor) != self.writes:
             return True
         if self.region is not None:
-            return mapped.is_other(self.data, self.region)
+            return mapped.differs_from_file(self.data, self.region)
         return self.sample is not None and not same_bits(take_sample(self.data), self.sample)
 
     def is_other(self, now: torch.Tensor) -> bool:

@@ -168,7 +168,7 @@ class _Replacing:
             new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
-            if unstorable := storable.find_unstorable(name, new):
+            if unstorable := storable.say_first_unstorable(name, new):
                 raise SurgeryError(f"{self.module.__name__} cannot be used there: {unstorable}")
             with calling.buffers_kept(self.model):  # a forward may count in another module's
                 edits.append(self._examine_replacement(name, old, new))

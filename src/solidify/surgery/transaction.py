@@ -1,7 +1,7 @@
 """All or nothing for a model in memory: what user code, PEFT or an interrupt leaves half done is put back.
 
-What is put back, `before.py` remembers. What a change was not asked to change has the values that it had, or the change
-is refused (`outside.py`).
+What is put back, `snapshot.py` remembers. What a change was not asked to change has the values that it had, or the
+change is refused (`outside.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from solidify.errors import SurgeryError
 from solidify.model.extent import Extent
 from solidify.surgery import outside
-from solidify.surgery.before import Before
 from solidify.surgery.outside import Outside
+from solidify.surgery.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,19 @@ class Started:
     """What a transaction gives to its block: the values that are kept of parameters and buffers, by their `id`."""
 
     values: Mapping[int, torch.Tensor]
-    _before: Before
-    _changes: Collection[str]
+    _before: Snapshot
+    _changes: Collection[str] | None
 
     def refuse_altered(self, built: type, hooked: Collection[str] = ()) -> None:
-        """Refuses what code that only builds modules did to others, beside writing values: it may do nothing there.
+        """Refuses what code that builds modules, or tries them alone, did to others, beside writing values.
 
         The class that was `built` may keep something in itself; modules `hooked` may have other hooks.
 
         Raises:
             SurgeryError: an attribute, a child, a hook, a configuration, a class, a flag or a buffer is another.
         """
-        outside.refuse(self._before.list_altered(self._changes, built, hooked))
+        if self._changes is not None:
+            outside.refuse_changed(self._before.list_altered(self._changes, built, hooked))
 
 
 @contextmanager
@@ -50,12 +51,12 @@ def transaction(model: nn.Module, extent: Extent, changes: Collection[str] | Non
     Raises:
         SurgeryError: the block ended, well or by such an error, but a tensor outside `changes` is not what it was.
     """
-    before = Before(model, extent)
+    before = Snapshot(model, extent)
     values = before.list_values()
     around = Outside(model, changes, values) if changes is not None else None
     try:
         try:
-            yield Started(values, before, changes or ())
+            yield Started(values, before, changes)
         except SurgeryError:
             if around is not None:  # what was written elsewhere is the cause of what was refused
                 around.refuse_changes()

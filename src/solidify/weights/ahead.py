@@ -113,5 +113,5 @@ def _read_parts(path: Path, state: State) -> list[Part]:
     for values in tensors.values():
         start, end = map(int, values["data_offsets"])
         sizes = tuple(map(int, values["shape"]))
-        parts.append(Part(path, state, begin + start, end - start, header.DTYPES[values["dtype"]], sizes))
+        parts.append(Part(path, state, begin + start, end - start, header.DTYPE_NAMES[values["dtype"]], sizes))
     return parts

@@ -24,7 +24,7 @@ from solidify.system import console, disk, files
 from solidify.weights import ahead, format, hashing
 from solidify.weights.ahead import TICK
 
-_KEPT, _MOST = 1000, 1200  # files whose digests are kept; with more of them, the oldest go
+_KEPT, _MOST = 1000, 1200  # files whose digests are kept: so many are left where there were more than `_MOST`
 
 
 def digests(files: Sequence[Path], *, fresh: bool = False, title: str = "Digesting tensors") -> dict[str, str]:

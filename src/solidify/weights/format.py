@@ -31,7 +31,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what torch's own allocator gives
 CHUNK = 2**21  # bytes that are digested and written at a time; more does not stay in a core's cache
 _MOVED = 2**26  # bytes that the kernel is asked to copy at a time, so that a bar moves
 DTYPES: dict[str, torch.dtype] = {
-    word: getattr(torch, name.removeprefix("torch.")) for word, name in header.DTYPES.items()
+    word: getattr(torch, name.removeprefix("torch.")) for word, name in header.DTYPE_NAMES.items()
 }
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of the same bits, by bytes

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 LARGEST = 100_000_000  # bytes; the format's own limit
-DTYPES = {
+DTYPE_NAMES = {
     "F64": "torch.float64",
     "F32": "torch.float32",
     "F16": "torch.float16",

@@ -1,7 +1,8 @@
-"""Which tensors in memory are a part of a file, unchanged: the operating system's own word, without reading them.
+"""Which tensors in memory are a part of a file, unchanged: the operating system's own word, with little reading.
 
 A loader maps a file privately; a page that is written to becomes the process's own (anonymous) page. Where Linux says
-that a mapping has no such page, what stands there is the file. Elsewhere nothing is known, and tensors are read.
+that a mapping has no such page, what stands there is the file; such a page is compared with the file. Elsewhere nothing
+is known, and tensors are read.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Maps:
             return None
         address = tensor.data_ptr()
         own = _find_own_pages(address, tensor.nbytes)
-        if own is None or bool(own.all()):  # nobody tells, or no page of it is a file's
+        if own is None or bool(own.all()):  # nobody tells, or none is a file's: it may hold the same, and is read
             return None
         index = bisect.bisect_right(self._begins, address) - 1
         area = self._area_at(index) if index >= 0 else None
@@ -170,7 +171,7 @@ def _make_releaser(pages: list[tuple[int, int]]) -> Any:
     return release
 
 
-def is_other(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
+def differs_from_file(tensor: torch.Tensor, region: tuple[Path, int]) -> bool:
     """Returns whether a tensor that is mapped from a part of a file, its `region`, holds other bytes than stand there.
 
     Pages that are the process's own are compared with the file: a neighbour in the same page may have been written to.

@@ -11,7 +11,7 @@ from solidify.weights.format import DTYPES
 _UNKEPT = "which weight files do not hold"
 
 
-def find_unstorable(name: str, module: nn.Module) -> str | None:
+def say_first_unstorable(name: str, module: nn.Module) -> str | None:
     """Says which tensor of a module's state no weight file holds, the first of them; `name` is the module's."""
     unsaved = {id(own_buffers(part).get(key)) for part in module.modules() for key in unsaved_buffers(part)}
     held = [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]
@@ -19,7 +19,7 @@ def find_unstorable(name: str, module: nn.Module) -> str | None:
     return next((f"{key} is {words}" for key, words in said if words), None)
 
 
-def say_strange(tensor: torch.Tensor) -> str:
+def say_layout(tensor: torch.Tensor) -> str:
     """Says of a tensor that is nested or sparse what it is, and what to do; nothing of others."""
     if tensor.is_nested:
         return f"a nested tensor, {_UNKEPT}; keep its values and its offsets, and make it of them in forward"
@@ -31,7 +31,7 @@ def say_strange(tensor: torch.Tensor) -> str:
 
 def say_unstorable(tensor: torch.Tensor) -> str:
     """Says of a tensor that no weight file holds what it is, and what to do; nothing of others."""
-    if strange := say_strange(tensor):
+    if strange := say_layout(tensor):
         return strange
     if tensor.is_quantized:
         return f"a quantised tensor ({tensor.dtype}), {_UNKEPT}; keep whole numbers and a scale, or dequantize() it"

@@ -53,6 +53,18 @@ class Calibrated(Wrapped):
         self.seen = len(seen)
 
 
+class Sparse(nn.Module):
+    """Holds a tensor that no weight file holds."""
+
+    def __init__(self, buffer=False):
+        super().__init__()
+        tensor = torch.eye(4).to_sparse()
+        self.register_buffer("kept", tensor) if buffer else self.register_parameter("kept", nn.Parameter(tensor))
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+
 class Numbered(Wrapped):
     """Counts, in its class, how many there are."""
 

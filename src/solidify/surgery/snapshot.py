@@ -25,7 +25,7 @@ _CONTAINERS = (dict, list, set, OrderedDict)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
-class _Step(NamedTuple):
+class _Held(NamedTuple):
     """An object or a container: the module that holds it, the names that lead to it there, and what it held."""
 
     owner: str
@@ -35,12 +35,12 @@ class _Step(NamedTuple):
     content: Any
 
 
-class Before:
+class Snapshot:
     """A model as it was."""
 
     def __init__(self, model: nn.Module, extent: Extent) -> None:
         self._seen: dict[int, Any] = {}  # what was remembered, kept alive, by identity
-        self._steps: list[_Step] = []
+        self._steps: list[_Held] = []
         self._gradients = torch.is_grad_enabled()
         kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
         self._classes = {kind: dict(vars(kind)) for kind in kinds}
@@ -54,7 +54,7 @@ class Before:
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        self._steps.append(_Step(owner, path, value, type(value), dict(vars(value))))
+        self._steps.append(_Held(owner, path, value, type(value), dict(vars(value))))
         self._remember_values(owner, path, vars(value))
 
     def _remember_values(self, owner: str, path: tuple[str, ...], held: Any) -> None:
@@ -63,7 +63,7 @@ class Before:
             if kind in _CONTAINERS:
                 if id(value) not in self._seen:
                     self._seen[id(value)] = value
-                    self._steps.append(_Step(owner, (*path, str(key)), value, kind, value.copy()))
+                    self._steps.append(_Held(owner, (*path, str(key)), value, kind, value.copy()))
                     if value:  # most tables of hooks are empty
                         self._remember_values(owner, (*path, str(key)), value)
             elif kind not in _PLAIN and isinstance(value, (PreTrainedConfig, GenerationConfig)):
@@ -82,7 +82,7 @@ class Before:
         what the class that was `built` keeps in itself and in classes of its author's.
         """
         found: list[str] = []
-        for step in filter(_is_other, self._steps):
+        for step in filter(_holds_others, self._steps):
             may_differ = _holds_hooks(step) and step.owner in hooked
             if not may_differ and not is_within(step.owner, changes):
                 found += (name for name in _list_differences(step) if not is_within(name, changes))
@@ -100,15 +100,11 @@ class Before:
     def put_back(self) -> list[str]:
         """Puts everything back; returns the names of parameters whose values could not be."""
         for step in self._steps:
-            value, content = step.value, step.content
-            if isinstance(value, _CONTAINERS) and type(value) is step.kind:
-                value.clear()
-                value.extend(content) if isinstance(value, list) else value.update(content)
-            else:
-                if type(value) is not step.kind:
-                    value.__class__ = step.kind
-                vars(value).clear()
-                vars(value).update(content)
+            if type(step.value) is not step.kind:  # an object's alone can be another: no container's class can be set
+                step.value.__class__ = step.kind
+            now = _read_content(step.value)
+            now.clear()
+            now.extend(step.content) if isinstance(now, list) else now.update(step.content)
         torch.set_grad_enabled(self._gradients)
         for kind, attributes in self._classes.items():
             _put_back_class(kind, attributes)
@@ -129,7 +125,7 @@ class _Parameter:
         self.values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
     def is_altered(self) -> bool:
-        """Returns whether something beside its values is not as it was."""
+        """Returns whether its flag, its hooks or its attributes are others; not its values, memory or gradient."""
         hooks = {key: _copy_hooks(getattr(self.parameter, key)) or {} for key in TENSOR_HOOKS}
         return (
             self.parameter.requires_grad is not self._requires_grad
@@ -195,31 +191,36 @@ def _has_the_same(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     return same and all(map(is_, now.values(), before.values()))
 
 
-def _is_other(step: _Step) -> bool:
+def _holds_others(step: _Held) -> bool:
     """Returns whether an object or a container holds other objects than it did; those may be equal."""
-    now: Any = step.value
-    if type(now) is not step.kind:
+    if type(step.value) is not step.kind:
         return True
-    if isinstance(now, (list, set)):
-        return len(now) != len(step.content) or not all(map(is_, now, step.content))
-    return not _has_the_same(now if isinstance(now, Mapping) else vars(now), step.content)
+    now: Any = _read_content(step.value)
+    if isinstance(now, Mapping):
+        return not _has_the_same(now, step.content)
+    return len(now) != len(step.content) or not all(map(is_, now, step.content))
 
 
-def _holds_hooks(step: _Step) -> bool:
+def _read_content(value: Any) -> Any:
+    """Returns a container itself, and the attributes of what is none."""
+    return value if isinstance(value, _CONTAINERS) else vars(value)
+
+
+def _holds_hooks(step: _Held) -> bool:
     return bool(step.path) and step.path[-1].startswith("_") and "hooks" in step.path[-1]
 
 
-def _list_differences(step: _Step) -> Iterator[str]:
+def _list_differences(step: _Held) -> Iterator[str]:
     """Names what an object or a container holds otherwise; the tables of a module are containers of their own."""
     path = tuple(part for part in step.path if part not in TABLES)
     if type(step.value) is not step.kind:
         yield _join(step.owner, *path, "__class__")
         return
-    if isinstance(step.value, Mapping) or step.kind not in _CONTAINERS:
-        now = step.value if isinstance(step.value, Mapping) else vars(step.value)
+    now = _read_content(step.value)
+    if isinstance(now, Mapping):
         for key in _list_other_keys(now, step.content):
             yield _join(step.owner, *path, *(() if _holds_hooks(step) else (str(key),)))
-    elif not _is_same(step.value, step.content):
+    elif not _is_same(now, step.content):
         yield _join(step.owner, *path)
 
 

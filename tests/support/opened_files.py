@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-_OPENED, _OF_DIRECTORY, _ONLY_DIRECTORY = 0x20, 0x40000000, 0x01000000  # of <sys/inotify.h>
+_OPENED, _OVERFLOWN, _ONLY_DIRECTORY, _OF_DIRECTORY = 0x20, 0x4000, 0x01000000, 0x40000000  # of <sys/inotify.h>
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name behind it
 
 
 @contextmanager
 def opened(*directories: Path) -> Iterator[list[str]]:
-    """Notes the names of the files that are opened in directories, and in those within them."""
+    """Gives a list to which, when the block ends, the names of the files come that were opened in directories and in
+    those within them."""
     if sys.platform != "linux":
         pytest.skip("only Linux tells which files are opened")
     system, found = ctypes.CDLL(None, use_errno=True), list[str]()
@@ -44,6 +45,7 @@ def _read_names(queue: int) -> Iterator[str]:
             return
         while content:
             _, mask, _, length = _EVENT.unpack_from(content)
+            assert not mask & _OVERFLOWN
             name = content[_EVENT.size : _EVENT.size + length].rstrip(b"\0")
             content = content[_EVENT.size + length :]
             if not mask & _OF_DIRECTORY and name:
