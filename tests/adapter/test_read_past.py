@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import families
@@ -10,6 +11,7 @@ import pico
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import solidify
 from solidify.errors import AdapterError
@@ -210,3 +212,33 @@ def test_a_cache_that_cannot_be_copied_ends_no_attach() -> None:
     adapted = solidify.attach(model, lora={"r": 2, "target_modules": ["model.layers.*.self_attn.inner.q_proj"]})
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(model.model.layers) and all(".inner.q_proj.lora_" in name for name in trained)
+
+
+def make_rescaled() -> nn.Module:
+    """An RWKV, which divides weights by two as it evaluates, and multiplies them again as it trains."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    return RwkvForCausalLM(RwkvConfig(vocab_size=128, context_length=64, rescale_every=2, **sizes))
+
+
+def make_merging() -> nn.Module:
+    model = pico.llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = past_nets.SelfMerging(layer.mlp.up_proj)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [(make_rescaled, "rwkv.blocks.*.attention.key"), (make_merging, "model.layers.*.self_attn.q_proj")],
+)
+def test_weights_that_change_with_the_mode_are_what_they_were(make: Callable[[], nn.Module], target: str) -> None:
+    tokens = torch.randint(3, 128, (2, 9))
+    model = make().eval()
+    with torch.no_grad():
+        before = model(input_ids=tokens, use_cache=False).logits
+        weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        peft_model = solidify.attach(model, lora={"r": 2, "target_modules": [target]}).eval()
+        assert torch.equal(peft_model(input_ids=tokens, use_cache=False).logits, before)
+    now = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+    assert all(torch.equal(now[name], value) for name, value in weights.items())

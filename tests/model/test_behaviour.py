@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object], str, str]] = {
     ),
     "GPT-2": ("GPT2LMHeadModel", {**LEARNED, "pad_token_id": 1}, "transformer.h.*.mlp", "transformer.h.*.attn"),
 }
-HONEST = ("Scaled", "Gated", "Zero", "Dense", "Dropped", "Float32Gate", "Buffered", "Otherwise", "Labelled")
+HONEST = ("Scaled", "Gated", "Zero", "Dense", "Dropped", "Float32Gate", "Buffered")
 HONEST_ATTENTION = ("Scaled", "Dropped", "Buffered")
 # Planted in the feed-forward, and the word by which the refusal must name the property.
 PLANTED = {
@@ -43,7 +43,6 @@ PLANTED = {
     "NumberOfTokens": "cache",
     "SeqNorm": "cache",
     "ChunkPool": "looks ahead",
-    "TrainedAhead": "in training, a change of the last position",
     "BatchMean": "other rows",
     "MeanOverAll": "other rows",
     "Counter": "earlier calls",

@@ -11,7 +11,7 @@ import pytest
 import reaching
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationMixin
 
 import solidify
 from solidify.builtin import tiny_olmoe
@@ -79,6 +79,11 @@ def untie(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
 
 
+def exchange(model: Any) -> None:
+    layers = vars(model.model.layers)["_modules"]
+    layers["0"] = layers.pop("0")
+
+
 def identity(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -107,6 +112,9 @@ ALTERED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a key of a configuration": (lambda m: setattr(m.config, "extra", 1), "config.extra"),
     "inside a configuration": (lambda m: m.config.rope_parameters.update(rope_theta=3.0), "config.rope_parameters"),
     "a generation": (lambda m: setattr(m.generation_config, "top_k", 3), "generation_config.top_k"),
+    "the order of layers": (exchange, "model.layers (the order of its modules)"),
+    "a constructor of a class": (lambda m: setattr(type(m.model.norm), "__init__", identity), "LlamaRMSNorm.__init__"),
+    "a mixin": (lambda m: setattr(GenerationMixin, "generate", identity), "GenerationMixin.generate"),
     "a tie": (untie, "lm_head.weight"),
 }
 
@@ -116,13 +124,47 @@ ALTERED: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_what_a_constructor_or_adopt_alters_elsewhere_is_refused_by_name(what: str, module: type) -> None:
     alter, name = ALTERED[what]
     model = pico.llama(tie_word_embeddings=what == "a tie")
-    kinds = {type(part): type(part).forward for part in model.modules()}
+    layers, generate = [*model.model.layers], GenerationMixin.generate
+    kinds = {type(part): (type(part).forward, type(part).__init__) for part in model.modules()}
     attributes, config = dict(vars(model.model.norm)), model.config.to_dict()
     said = refusal(model, lambda: alter(model), lambda: solidify.replace(model, MLP, module))
     assert name in said and "outside what is changed" in said
     assert model.config.to_dict() == config and vars(model.model.norm) == attributes
-    assert all(kind.forward is forward for kind, forward in kinds.items())
+    assert all((kind.forward, kind.__init__) == before for kind, before in kinds.items())
+    assert [*model.model.layers] == layers and GenerationMixin.generate is generate and torch.is_grad_enabled()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (what == "a tie")
+
+
+def test_gradients_that_a_constructor_switches_off_are_told() -> None:
+    model = pico.llama()
+    change = lambda: solidify.replace(model, MLP, reaching.InConstructor)  # noqa: E731
+    assert "whether torch records gradients" in refusal(model, lambda: torch.set_grad_enabled(False), change)
+    assert torch.is_grad_enabled()
+
+
+def test_a_hook_that_a_head_puts_on_what_it_reads_is_refused() -> None:
+    model = pico.llama()
+    read = model.model.layers[1]
+    change = lambda: solidify.add(model, "head", reaching.Head, reads="model.layers.1")  # noqa: E731
+    assert "model.layers.1._forward_hooks" in refusal(model, lambda: read.register_forward_hook(hook), change)
+
+
+def test_a_head_that_joins_alters_the_model_alone() -> None:
+    alter, name = ALTERED["an attribute"]
+    model = pico.llama()
+    change = lambda: solidify.add(model, "head", reaching.Joining, reads="model.norm")  # noqa: E731
+    assert name in refusal(model, lambda: alter(model), change)
+    reaching.REACHED["write"] = lambda: None
+    assert solidify.add(model, "head", reaching.Joining, reads="model.norm")
+    reaching.REACHED.clear()
+    assert model.joined == "head"
+
+
+def test_a_hook_on_gradients_that_was_taken_off_is_none() -> None:
+    model = pico.llama()
+    reaching.REACHED["write"] = lambda: model.model.norm.register_full_backward_hook(hook).remove()
+    assert solidify.replace(model, MLP, reaching.InAdopt)
+    reaching.REACHED.clear()
 
 
 @pytest.mark.parametrize("what", ["a hook", "an attribute", "a configuration", "a new child", "a tensor", "a tie"])
@@ -263,6 +305,19 @@ def test_a_write_past_the_sample_is_seen_in_a_page_that_was_written_to_before(tm
     for value in (1.0, before):
         weight.data[5, 5] = value
     reaching.REACHED["write"] = lambda: weight.data[5, 6].add_(1)
+    with pytest.raises(SurgeryError, match=r"lm_head\.weight"):
+        solidify.replace(model, MLP, reaching.InAdopt, extent=Extent(whole=False))
+    reaching.REACHED.clear()
+
+
+def test_the_same_memory_read_otherwise_is_another_tensor(tmp_path: Path) -> None:
+    model = bounded(tmp_path, mapped=True)
+    weight = model.lm_head.weight
+
+    def turn() -> None:
+        weight.data = weight.data.view(weight.shape[::-1]).t()
+
+    reaching.REACHED["write"] = turn
     with pytest.raises(SurgeryError, match=r"lm_head\.weight"):
         solidify.replace(model, MLP, reaching.InAdopt, extent=Extent(whole=False))
     reaching.REACHED.clear()

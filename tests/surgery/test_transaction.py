@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from solidify.errors import SurgeryError
 from solidify.model.extent import Extent
 from solidify.surgery.transaction import transaction
 
@@ -112,3 +113,32 @@ def test_lists_and_dictionaries_keep_their_identity() -> None:
         raise ValueError("stop")
     assert model.model.seen == {"a": [1], "b": [1, 2]}
     assert model.model.seen["b"] is inner
+
+
+def test_a_model_with_gradients_gets_its_dtype_back() -> None:
+    model = pico.llama()
+    model(pico.tokens(), labels=pico.tokens()).loss.backward()
+    before = {name: (p.clone(), p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="stop"), transaction(model, Extent.of(model)):
+        model.half()
+        raise ValueError("stop")
+    for name, parameter in model.named_parameters():
+        value, gradient, numbers = before[name]
+        assert torch.equal(parameter, value) and parameter.grad is gradient and torch.equal(gradient, numbers)
+
+
+def test_memory_that_was_freed_is_filled_again() -> None:
+    model = pico.llama()
+    model.model.norm.register_buffer("more", torch.ones(2, requires_grad=True))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="stop"), transaction(model, Extent.of(model), changes=[]):
+        model.lm_head.weight.untyped_storage().resize_(0)
+        model.model.norm.more.requires_grad_(False).untyped_storage().resize_(0)
+        raise ValueError("stop")
+    assert snapshot(model) == before and model.model.norm.more.requires_grad
+    with pytest.raises(SurgeryError, match=r"lm_head\.weight"), transaction(model, Extent.of(model), changes=[]):
+        model.lm_head.weight.untyped_storage().resize_(0)
+    assert snapshot(model) == before
+    with pytest.raises(SurgeryError, match="outside what is changed"), transaction(model, Extent.of(model), changes=[]):
+        model.to("meta")
+    assert snapshot(model) == before

@@ -57,6 +57,15 @@ def test_what_was_written_to_is_told_from_what_shares_its_page(module: nn.Module
     assert mapped.file_regions(module.state_dict()) == {"weight": regions["weight"]}
 
 
+@pytest.mark.parametrize("view", [torch.conj, lambda t: torch._neg_view(t)])
+def test_what_is_read_otherwise_than_it_stands_is_no_part_of_the_file(tmp_path: Path, view: object) -> None:
+    assert callable(view)
+    save_file({"a": torch.randn(64, 64, dtype=torch.complex64)}, tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        tensor = file.get_tensor("a")
+    assert list(mapped.file_regions({"plain": tensor, "view": view(tensor)})) == ["plain"]
+
+
 def test_other_memory_is_no_part_of_a_file(module: nn.Module, tmp_path: Path) -> None:
     assert mapped.file_regions({"made": torch.randn(8, 8), "turned": module.weight.T, "empty": torch.empty(0)}) == {}
     (tmp_path / "m.safetensors").unlink()

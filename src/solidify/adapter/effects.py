@@ -68,6 +68,7 @@ class _Trial:
     """Runs of one model with the same inputs and random numbers, in one mode."""
 
     model: nn.Module
+    copies: past.Values
     inputs: Inputs
     words: str
     training: bool = False
@@ -75,7 +76,7 @@ class _Trial:
 
     def answer(self, changes: Sequence[_Change], leaves: Sequence[nn.Parameter] = ()) -> _Answer | None:
         """Runs the model with changes; None where it fails."""
-        kept = past.kept(self.model, training=self.training)
+        kept = past.kept(self.model, self.copies, training=self.training)
         with kept, values.substitute_entries(changes), torch.set_grad_enabled(self.gradients):
             for module in self.model.modules():
                 if isinstance(module, LoraLayer) and self.training:
@@ -147,21 +148,23 @@ def find(model: PeftModel, adapter: str, inputs: Inputs) -> tuple[dict[str, str]
 
 
 def _list_trials(plain: nn.Module, inputs: Inputs) -> Iterator[_Trial]:
-    for words, given in (("in evaluation", inputs), ("in a single step over a cache", _make_step(plain, inputs))):
+    copies = past.copy_values(plain)
+    step = _make_step(plain, copies, inputs)
+    for words, given in (("in evaluation", inputs), ("in a single step over a cache", step)):
         if given is not None:
-            yield _Trial(plain, given, words)
-            yield _Trial(plain, given, f"{words}, without gradients", gradients=False)
-    yield _Trial(plain, inputs, "in training", training=True)
+            yield _Trial(plain, copies, given, words)
+            yield _Trial(plain, copies, given, f"{words}, without gradients", gradients=False)
+    yield _Trial(plain, copies, inputs, "in training", training=True)
 
 
-def _make_step(plain: nn.Module, inputs: Inputs) -> Inputs | None:
+def _make_step(plain: nn.Module, copies: past.Values, inputs: Inputs) -> Inputs | None:
     """Makes the last position of the first row, over a cache of those before it, as generation asks for it; None where
     the inputs are no text, or the model returns no cache of keys and values."""
     tokens = inputs.get("input_ids")
     if tokens is None or tokens.ndim != 2 or tokens.shape[1] < 2 or not {*inputs} <= {*_TEXT}:
         return None
     row = {key: value[:1] for key, value in inputs.items()}
-    with past.kept(plain), torch.no_grad():
+    with past.kept(plain, copies), torch.no_grad():
         before = {key: value[:, :-1] for key, value in row.items()}
         cache = getattr(foreign.attempt(plain, **before, use_cache=True).value, "past_key_values", None)
     last = {key: value if key == "attention_mask" else value[:, -1:] for key, value in row.items()}

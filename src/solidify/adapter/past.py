@@ -18,7 +18,8 @@ from solidify.behaviour import calling
 from solidify.model import anatomy
 from solidify.model.probing import Inputs
 from solidify.system import foreign
-from solidify.upstream.torch import own_parameters
+from solidify.upstream.torch import TABLES, own_parameters
+from solidify.weights.format import same_bits
 
 MODES = {False: "in evaluation", True: "in training"}
 
@@ -34,9 +35,10 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
     for part in model.modules():
         for parameter in own_parameters(part).values():
             holders.setdefault(id(parameter), []).append(part)
+    copies = copy_values(model)
     for mode, words in MODES.items():
         with ExitStack() as stack:
-            stack.enter_context(kept(model, training=mode))
+            stack.enter_context(kept(model, copies, training=mode))
             stack.enter_context(torch.enable_grad())
             leaves = {name: stack.enter_context(_called_outside(each, holders)) for name, each in layers.items()}
             output = foreign.attempt(model, **calling.copy_tensors(inputs)).value
@@ -47,15 +49,47 @@ def find(model: nn.Module, inputs: Inputs, layers: Mapping[str, Sequence[nn.Modu
     return found
 
 
+Values = Sequence[tuple[nn.Parameter, torch.Tensor]]  # parameters, and copies of them
+
+
+def copy_values(model: nn.Module) -> Values:
+    """Copies the parameters of a small model: code that changes mode may write to them (an update is merged)."""
+    return [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+
+
 @contextmanager
-def kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+def kept(model: nn.Module, copies: Values, *, training: bool = False) -> Iterator[None]:
     """Has a model run in one mode and without caches; gives it its attributes (modes are such) and buffers back.
 
-    Random numbers are then as they were, too.
+    Random numbers are then as they were, and parameters where an attribute told of them: `copies` are their values.
     """
-    with calling.attributes_kept(model), calling.buffers_kept(model), calling.chance_kept(), anatomy.caches_off(model):
+    with (
+        _attributes_kept(model, copies),
+        calling.buffers_kept(model),
+        calling.chance_kept(),
+        anatomy.caches_off(model),
+    ):
         model.train(training)
         yield
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module, copies: Values) -> Iterator[None]:
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    try:
+        yield
+    finally:
+        told = False
+        for part, attributes in before:
+            own = vars(part)
+            told = told or any(own.get(key) is not value for key, value in attributes.items() if key != "training")
+            own.update(attributes)
+            for key in own.keys() - attributes.keys() - {*TABLES}:
+                del own[key]
+        if told:  # as `merged` does, in layers that merge by themselves: attributes and weights belong together
+            for parameter, copy in copies:
+                if not same_bits(parameter, copy):
+                    parameter.data.copy_(copy)
 
 
 @contextmanager

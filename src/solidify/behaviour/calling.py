@@ -1,4 +1,4 @@
-"""What a model's `forward` takes, and what stays as it was around a call: attributes, buffers, random numbers."""
+"""What a model's `forward` takes, and what stays as it was around a call: mode, caches, buffers, random numbers."""
 
 from __future__ import annotations
 
@@ -126,19 +126,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             if not tensor.is_meta and (tensor.shape != before.shape or not torch.equal(tensor, before)):
                 tensor.data = before
             table[key] = tensor
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Gives every module back the attributes that it had, its mode among them; the objects in them are not copied."""
-    before = [(part, dict(vars(part))) for part in model.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            vars(part).update(attributes)
-            for key in vars(part).keys() - attributes.keys():
-                del vars(part)[key]
 
 
 def copy_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:

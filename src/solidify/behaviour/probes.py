@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from .cache_probe import measure_cache
-from .calling import attributes_kept, chance_kept, evaluation, find_numpy, get_seeded_state, get_state, set_seed
+from .calling import chance_kept, evaluation, find_numpy, get_seeded_state, get_state, set_seed
 from .properties import FAILED, RECORDS, Fault, Parts, Reading, allowed, apart, cut_parts, faults
 from .values import substitute_values
 from .watching import Watched, change_tokens
 
 _SEEDS = (1_741_392_587, 903_146_621)  # that no module sets itself: after one of its own, it seemed to draw nothing
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
@@ -91,8 +89,6 @@ def _read_model(watched: Watched, control: Reading | None, whole: bool) -> Readi
         reading.distances |= {"stateless": 0.0, "deterministic": 0.0}
     if control is not None and not control.distances.get("rows", 0.0) > allowed("rows", 0.0, watched.dtype):
         _look_ahead_alone(watched, reading, batch, plain.parts)
-    if packed and (control is None or "causal/training" in control.distances):
-        _look_ahead_in_training(watched, reading, batch)
     return reading
 
 
@@ -110,36 +106,6 @@ def _look_ahead(watched: Watched, reading: Reading, batch: Mapping[str, torch.Te
         changed, before, reading.unmasked = found.parts, plain, found.unmasked
     every = slice(None)
     reading.distances["causal"] = apart(cut_parts(changed, every, slice(-1)), cut_parts(before, every, slice(-1)))
-
-
-def _look_ahead_in_training(watched: Watched, reading: Reading, batch: Mapping[str, torch.Tensor]) -> None:
-    """Looks ahead in training mode, dropout left out; what draws all the same, or does not run there, is not looked at.
-
-    What sees later positions in training alone has a low loss, and predicts badly.
-    """
-    numpy = find_numpy()
-    with attributes_kept(watched.model):
-        watched.model.train()
-        _switch_dropout_off(watched.model)
-        set_seed(_SEEDS[0])
-        try:
-            parts = watched.call(batch).parts
-        except Exception:  # it may need labels, say
-            return
-    if get_state(numpy) != get_seeded_state(_SEEDS[0], numpy):
-        return
-    every = slice(None)
-    changed, before = (cut_parts(parts, slice(row, row + 1)) for row in (watched.rows, 0))
-    far = apart(cut_parts(changed, every, slice(-1)), cut_parts(before, every, slice(-1)))
-    reading.distances["causal/training"] = far
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Sets the rates of dropout that modules hold to zero: of torch's own, and where an attribute says `drop`."""
-    for module in model.modules():
-        own = vars(module)
-        rates = [key for key, value in own.items() if isinstance(value, float) and "drop" in key]
-        own.update(dict.fromkeys([*rates, "p"] if isinstance(module, _DROPOUTS) else rates, 0.0))
 
 
 def _look_ahead_alone(watched: Watched, reading: Reading, batch: Mapping[str, torch.Tensor], plain: Parts) -> None:

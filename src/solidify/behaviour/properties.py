@@ -32,8 +32,6 @@ PROPERTIES = {
 RECORDS = ("hidden_states", "attentions", "router_logits")
 FAILED = float("inf")  # the distance of what does not run
 
-_OPTIONAL = {"causal/training"}  # probes that say nothing where they do not run, or chance is in them
-
 _FLOOR = {torch.float64: 1e-8, torch.float32: 1e-4}  # another order of summation, through all layers, relative
 _FLOOR_HALF = 5e-2
 _AGAIN = {torch.float64: 1e-12, torch.float32: 1e-5}  # the same call once more
@@ -49,7 +47,7 @@ def allowed(name: str, control: float, dtype: torch.dtype) -> float:
 
 def asks(name: str, control: float, dtype: torch.dtype) -> bool:
     """Returns whether a probe is asked for: a model in which positions see later ones may let them see more of them."""
-    return property_of(name) != "causal" or control <= allowed(name, 0.0, dtype)
+    return name != "causal" or control <= allowed(name, 0.0, dtype)
 
 
 Parts = dict[str, torch.Tensor]  # what is watched, (batch_size, sequence_length, ...) each: the model's output under ""
@@ -96,8 +94,7 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
     """Compares two readings; what the control cannot show is not asked for."""
     result = []
     for name, before in control.distances.items():
-        missing = 0.0 if name in _OPTIONAL else FAILED
-        after, most = found.distances.get(name, missing), allowed(name, before, control.dtype)
+        after, most = found.distances.get(name, FAILED), allowed(name, before, control.dtype)
         if not asks(name, before, control.dtype):
             continue
         if before < FAILED and not after <= most:
@@ -120,7 +117,6 @@ def faults(control: Reading, found: Reading) -> list[Fault]:
 
 _WORDS = {
     "causal": "a change of the last position moves earlier ones",
-    "causal/training": "in training, a change of the last position moves earlier ones",
     "padding": "padding before or after a row changes it",
     "rows": "a row alone gives something else than within a batch",
     "stateless": "the same call, repeated after others, gives something else",

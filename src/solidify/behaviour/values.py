@@ -25,7 +25,8 @@ def noise(name: str, parameter: torch.Tensor) -> torch.Tensor:
     fan = parameter.shape[-1] if parameter.ndim > 1 else 1
     drawn = torch.randn(parameter.shape, generator=generator) * 0.5 / max(fan, 1) ** 0.5
     drawn = drawn if isinstance(parameter, nn.Parameter) else drawn.abs()
-    noisy: torch.Tensor = (parameter.detach() + drawn.to(parameter)).to(parameter.dtype)
+    plain = parameter.detach().float() if parameter.element_size() == 1 else parameter.detach()  # float8 has no sums
+    noisy: torch.Tensor = (plain + drawn.to(plain)).to(parameter.dtype)
     return noisy
 
 

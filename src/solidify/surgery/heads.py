@@ -72,8 +72,8 @@ def add(
         head = model.get_submodule(name)
         if unstorable := storable.say_first_unstorable(name, head):
             raise SurgeryError(f"{module.__name__} cannot be added: {unstorable}")
-        if not hasattr(head, "join"):  # by it, a head tells model and configuration what transformers must know of it
-            started.refuse_altered(module, hooked=["", model.base_model_prefix, *sources])
+        apart = [""] if hasattr(head, "join") else []  # by it, a head tells the model what transformers must know of it
+        started.refuse_altered(module, hooks=(operations.Listener,), apart=apart)
         head.to(device=model.device).train(model.training)
         if weights is not None:
             state = initial.read(weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,8 +115,15 @@ class _Trace:
 
     def is_other(self, now: torch.Tensor) -> bool:
         """Returns whether what stands at the tensor's name is another than it was; it may have moved in memory."""
-        moved = now is not self.tensor or now.data_ptr() != self.data.data_ptr()
+        moved = now is not self.tensor or _lie(now) != _lie(self.data)
         return self.is_overwritten() or (moved and not same_bits(now, self.data))
+
+
+def _lie(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Returns where and how a tensor lies in memory, and whether it is read as it lies."""
+    if tensor.is_meta:
+        return ()
+    return tensor.data_ptr(), tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def take_sample(data: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from solidify.model.extent import Extent
 from solidify.system import foreign
 from solidify.upstream.torch import TABLES, TENSOR_HOOKS, writes
-from solidify.weights.format import same_bits
+from solidify.weights.format import has_memory, same_bits
 
 _CONTAINERS = (dict, list, set, OrderedDict)
+# What Python makes of a class as it is looked at, and what torch leaves in a module whose hooks are gone.
+_MADE = {"__annotations__", "__annotate__", "__annotations_cache__", "__annotate_func__", "__doc__"}
+_ON_THE_HEAP = 1 << 9  # `Py_TPFLAGS_HEAPTYPE`: made by a class statement
+_LEFT = "_is_full_backward_hook"
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -42,12 +46,14 @@ class Snapshot:
         self._seen: dict[int, Any] = {}  # what was remembered, kept alive, by identity
         self._steps: list[_Held] = []
         self._gradients = torch.is_grad_enabled()
-        kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+        kinds = {kind for module in model.modules() for kind in type(module).__mro__ if _can_be_patched(kind)}
         self._classes = {kind: dict(vars(kind)) for kind in kinds}
         for owner, module in model.named_modules():
             self._remember_object(owner, (), module)
         self._parameters = [_Parameter(name, p, extent.whole) for name, p in model.named_parameters()]
-        self._buffers = [_Buffer(name, b, b.data, b.detach().clone()) for name, b in model.named_buffers()]
+        self._buffers = [
+            _Buffer(name, b, b.data, b.detach().clone(), b.requires_grad) for name, b in model.named_buffers()
+        ]
 
     def _remember_object(self, owner: str, path: tuple[str, ...], value: Any) -> None:
         """Remembers an object's attributes, and the containers and configurations among them."""
@@ -74,27 +80,31 @@ class Snapshot:
         found = {id(p.parameter): p.values for p in self._parameters if p.values is not None}
         return found | {id(each.buffer): each.copy for each in self._buffers}
 
-    def list_altered(self, changes: Collection[str], built: type, hooked: Collection[str] = ()) -> list[str]:
+    def list_altered(
+        self, changes: Collection[str], built: type, hooks: tuple[type, ...] = (), apart: Collection[str] = ()
+    ) -> list[str]:
         """Names what is no longer as it was: attributes, children and hooks of modules, keys of configurations, what
         classes hold, parameters' flags, buffers' values.
 
-        Left out are the modules `changes` with all within, hooks of the modules `hooked`, the values of parameters, and
-        what the class that was `built` keeps in itself and in classes of its author's.
+        Left out are the modules `changes` with all within, what modules `apart` hold themselves, hooks that are methods
+        of the classes `hooks`, the values of parameters, and what the class that was `built` keeps in itself and in
+        classes of its author's.
         """
         found: list[str] = []
         for step in filter(_holds_others, self._steps):
-            may_differ = _holds_hooks(step) and step.owner in hooked
-            if not may_differ and not is_within(step.owner, changes):
-                found += (name for name in _list_differences(step) if not is_within(name, changes))
+            if step.owner not in apart and not is_within(step.owner, changes):
+                found += (name for name in _list_differences(step, hooks) if not is_within(name, changes))
         for kind, attributes in self._classes.items():
             now = vars(kind)
             own = issubclass(built, kind) and kind.__module__.partition(".")[0] not in ("torch", "transformers")
             if own or _has_the_same(now, attributes):
                 continue
-            names = [key for key in {**attributes, **now} if not key.startswith("__") or key == "__call__"]
+            names = [key for key in {**attributes, **now} if key not in _MADE]
             found += (f"{kind.__name__}.{key} of the class" for key in names if now.get(key) is not attributes.get(key))
         found += (p.name for p in self._parameters if not is_within(p.name, changes) and p.is_altered())
         found += (b.name for b in self._buffers if not is_within(b.name, changes) and b.is_overwritten())
+        if torch.is_grad_enabled() is not self._gradients:
+            found.append("whether torch records gradients (torch.set_grad_enabled)")
         return list(dict.fromkeys(found))
 
     def put_back(self) -> list[str]:
@@ -120,7 +130,8 @@ class _Parameter:
         self.name = name
         self.parameter, self._data, self._version = parameter, parameter.data, writes(parameter)
         self._requires_grad, self._gradient = parameter.requires_grad, parameter.grad
-        self._attributes = dict(vars(parameter))
+        self._gradient_data = None if parameter.grad is None else parameter.grad.data
+        self._attributes, self._bytes = dict(vars(parameter)), _count_bytes(parameter)
         self._hooks = {key: _copy_hooks(getattr(parameter, key)) for key in TENSOR_HOOKS}
         self.values = parameter.detach().clone() if with_values and not parameter.is_meta else None
 
@@ -136,8 +147,14 @@ class _Parameter:
     def put_back(self) -> bool:
         """Returns whether all of it is as it was."""
         written = writes(self.parameter) != self._version and not self.parameter.is_meta
+        self.parameter.grad = None  # it has the dtype of what stands there now
+        freed = not self._data.is_meta and not has_memory(self._data)
+        if freed:
+            self._data.untyped_storage().resize_(self._bytes)
         self.parameter.data = self._data
         self.parameter.requires_grad_(self._requires_grad)
+        if self._gradient is not None and self._gradient_data is not None:
+            self._gradient.data = self._gradient_data  # `model.half()` gives it another
         self.parameter.grad = self._gradient
         vars(self.parameter).clear()
         vars(self.parameter).update(self._attributes)
@@ -147,7 +164,7 @@ class _Parameter:
                 now.clear()
                 now.update(hooks or {})
         if self.values is None:
-            return not written
+            return not written and not freed
         if not same_bits(self._data, self.values):
             self._data.copy_(self.values)
         return True
@@ -160,6 +177,7 @@ class _Buffer(NamedTuple):
     buffer: torch.Tensor
     data: torch.Tensor
     copy: torch.Tensor
+    requires_grad: bool
 
     def is_overwritten(self) -> bool:
         """Returns whether it has other values."""
@@ -167,9 +185,22 @@ class _Buffer(NamedTuple):
 
     def put_back(self) -> None:
         """Gives it its memory and values."""
+        if not self.data.is_meta and not has_memory(self.data):
+            self.data.untyped_storage().resize_(self.data.nbytes)
         self.buffer.data = self.data
+        if self.buffer.is_floating_point() or self.buffer.is_complex():
+            self.buffer.requires_grad_(self.requires_grad)
         if self.is_overwritten():
             self.buffer.data.copy_(self.copy)
+
+
+def _can_be_patched(kind: type) -> bool:
+    """Returns whether a class can be given attributes: those that Python or C make cannot."""
+    return kind.__module__ not in ("builtins", "abc", "typing") and bool(kind.__flags__ & _ON_THE_HEAP)
+
+
+def _count_bytes(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
 def is_within(name: str, changes: Collection[str]) -> bool:
@@ -210,7 +241,7 @@ def _holds_hooks(step: _Held) -> bool:
     return bool(step.path) and step.path[-1].startswith("_") and "hooks" in step.path[-1]
 
 
-def _list_differences(step: _Held) -> Iterator[str]:
+def _list_differences(step: _Held, hooks: tuple[type, ...]) -> Iterator[str]:
     """Names what an object or a container holds otherwise; the tables of a module are containers of their own."""
     path = tuple(part for part in step.path if part not in TABLES)
     if type(step.value) is not step.kind:
@@ -218,8 +249,14 @@ def _list_differences(step: _Held) -> Iterator[str]:
         return
     now = _read_content(step.value)
     if isinstance(now, Mapping):
-        for key in _list_other_keys(now, step.content):
-            yield _join(step.owner, *path, *(() if _holds_hooks(step) else (str(key),)))
+        keys = [key for key in _list_other_keys(now, step.content) if key != _LEFT]
+        if _holds_hooks(step):
+            ours = {key for key, hook in now.items() if hooks and isinstance(getattr(hook, "__self__", None), hooks)}
+            yield from [_join(step.owner, *path)] if {*keys} - ours else []
+        elif not keys and step.path[-1:] == ("_modules",) and list(now) != list(step.content):
+            yield f"{_join(step.owner, *path)} (the order of its modules)"
+        else:
+            yield from (_join(step.owner, *path, str(key)) for key in keys)
     elif not _is_same(now, step.content):
         yield _join(step.owner, *path)
 

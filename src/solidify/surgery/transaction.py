@@ -28,16 +28,17 @@ class Started:
     _before: Snapshot
     _changes: Collection[str] | None
 
-    def refuse_altered(self, built: type, hooked: Collection[str] = ()) -> None:
+    def refuse_altered(self, built: type, hooks: tuple[type, ...] = (), apart: Collection[str] = ()) -> None:
         """Refuses what code that builds modules, or tries them alone, did to others, beside writing values.
 
-        The class that was `built` may keep something in itself; modules `hooked` may have other hooks.
+        The class that was `built` may keep something in itself; hooks may be new that are methods of the classes
+        `hooks`, and modules `apart` may hold something else themselves.
 
         Raises:
             SurgeryError: an attribute, a child, a hook, a configuration, a class, a flag or a buffer is another.
         """
         if self._changes is not None:
-            outside.refuse_changed(self._before.list_altered(self._changes, built, hooked))
+            outside.refuse_changed(self._before.list_altered(self._changes, built, hooks, apart))
 
 
 @contextmanager

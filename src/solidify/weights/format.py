@@ -136,10 +136,21 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(buffer) if flat.numel() else memoryview(b"")
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Returns whether the storage of a tensor holds all its values: one that was freed is read past its end."""
+    if tensor.is_meta:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() >= end
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Returns whether two tensors have the same dtype, shape and bits: a NaN is itself, and 0.0 is not -0.0."""
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if one.dtype != other.dtype or one.shape != other.shape or one.is_meta != other.is_meta:
         return False
+    if not has_memory(one) or not has_memory(other):
+        return one is other
     if one.device != other.device:
         one, other = one.cpu(), other.cpu()
     words = _OF_SIZE.get(one.element_size(), torch.uint8)

@@ -58,6 +58,8 @@ class Maps:
         """Returns the file of which a tensor is an unchanged part, and where in it; None where that is not known."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
+        if tensor.is_conj() or tensor.is_neg():  # what stands in memory is not what it reads
+            return None
         address = tensor.data_ptr()
         own = _find_own_pages(address, tensor.nbytes)
         if own is None or bool(own.all()):  # nobody tells, or none is a file's: it may hold the same, and is read

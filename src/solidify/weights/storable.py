@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from solidify.upstream.torch import own_buffers, unsaved_buffers
 from solidify.weights.format import DTYPES
@@ -12,10 +13,13 @@ _UNKEPT = "which weight files do not hold"
 
 
 def say_first_unstorable(name: str, module: nn.Module) -> str | None:
-    """Says which tensor of a module's state no weight file holds, the first of them; `name` is the module's."""
+    """Says which tensor of a module no weight file holds, the first of them; `name` is the module's.
+
+    Of those that its state leaves out, sparse and nested ones: they could not be compared.
+    """
     unsaved = {id(own_buffers(part).get(key)) for part in module.modules() for key in unsaved_buffers(part)}
     held = [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]
-    said = ((key, say_unstorable(tensor)) for key, tensor in held if id(tensor) not in unsaved)
+    said = ((key, say_layout(tensor) if id(tensor) in unsaved else say_unstorable(tensor)) for key, tensor in held)
     return next((f"{key} is {words}" for key, words in said if words), None)
 
 
@@ -31,6 +35,8 @@ def say_layout(tensor: torch.Tensor) -> str:
 
 def say_unstorable(tensor: torch.Tensor) -> str:
     """Says of a tensor that no weight file holds what it is, and what to do; nothing of others."""
+    if is_lazy(tensor):
+        return "a tensor without a shape yet (of a lazy layer); give its sizes"
     if strange := say_layout(tensor):
         return strange
     if tensor.is_quantized:

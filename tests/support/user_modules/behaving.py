@@ -63,27 +63,6 @@ class Dropped(Base):
         return out0(self.inner(*a, **k), lambda x: F.dropout(x, 0.3, self.training))
 
 
-class Otherwise(Base):
-    """Computes something else in training, and counts there, but sees nothing that it does not see in evaluation."""
-
-    def __init__(self, original):
-        super().__init__(original)
-        self.steps = 0
-
-    def forward(self, *a, **k):
-        self.steps += self.training
-        return out0(self.inner(*a, **k), lambda x: x * (0.5 if self.training else 1.0) * self.scale)
-
-
-class Labelled(Base):
-    """Fails in training without labels."""
-
-    def forward(self, *a, labels=None, **k):
-        if self.training:
-            assert labels is not None
-        return self.inner(*a, **k)
-
-
 class Float32Gate(nn.Module):
     def __init__(self, original, config):
         super().__init__()
@@ -306,13 +285,6 @@ class Float32Out(Base):
 class SeqNorm(Base):
     def forward(self, *a, **k):
         return out0(self.inner(*a, **k), lambda x: x / (1 + self.scale * x.cumsum(1).abs().mean(-1, keepdim=True)))
-
-
-class TrainedAhead(Base):
-    """Mixes the positions in training alone."""
-
-    def forward(self, *a, **k):
-        return out0(self.inner(*a, **k), lambda x: x + x.mean(-2, keepdim=True) if self.training else x * self.scale)
 
 
 class ChunkPool(Base):

@@ -181,3 +181,22 @@ class Noting(nn.Module):
 class InStepsWithoutGradients(InSteps):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x) if torch.is_grad_enabled() else super().forward(x)
+
+
+class SelfMerging(nn.Module):
+    """Adds an update to its weight as it begins to evaluate, and takes it off as it begins to train."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.update = nn.Parameter(torch.randn_like(layer.weight))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> SelfMerging:
+        if self.merged == mode:
+            self.weight.data += self.update.data if not mode else -self.update.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.update)

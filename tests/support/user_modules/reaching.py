@@ -109,6 +109,13 @@ class Head(nn.Module):
         return self.out(hidden_states)
 
 
+class Joining(Head):
+    """A head that tells the model of itself."""
+
+    def join(self, model, name):
+        model.joined = name
+
+
 class OwnScaled(nn.Module):
     """Takes the original's weight over and scales it: what it changes is its own."""
 
