@@ -115,3 +115,10 @@ def test_hooks_are_held_by_number() -> None:
     before = module.register_forward_pre_hook(hook)
     assert dict(module._forward_hooks) == {handle.id: hook}
     assert dict(module._forward_pre_hooks) == {before.id: hook}
+
+
+def test_a_hook_on_gradients_leaves_a_word_behind() -> None:
+    module = nn.Linear(2, 2)
+    assert vars(module)[seams.LEFT_BY_HOOKS] is None
+    module.register_full_backward_hook(lambda *_: None).remove()
+    assert vars(module)[seams.LEFT_BY_HOOKS] is True

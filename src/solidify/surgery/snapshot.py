@@ -18,14 +18,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from solidify.model.extent import Extent
 from solidify.system import foreign
-from solidify.upstream.torch import TABLES, TENSOR_HOOKS, writes
+from solidify.upstream.torch import LEFT_BY_HOOKS, TABLES, TENSOR_HOOKS, writes
 from solidify.weights.format import has_memory, same_bits
 
 _CONTAINERS = (dict, list, set, OrderedDict)
-# What Python makes of a class as it is looked at, and what torch leaves in a module whose hooks are gone.
+# What Python makes of a class as it is looked at.
 _MADE = {"__annotations__", "__annotate__", "__annotations_cache__", "__annotate_func__", "__doc__"}
 _ON_THE_HEAP = 1 << 9  # `Py_TPFLAGS_HEAPTYPE`: made by a class statement
-_LEFT = "_is_full_backward_hook"
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -249,7 +248,7 @@ def _list_differences(step: _Held, hooks: tuple[type, ...]) -> Iterator[str]:
         return
     now = _read_content(step.value)
     if isinstance(now, Mapping):
-        keys = [key for key in _list_other_keys(now, step.content) if key != _LEFT]
+        keys = [key for key in _list_other_keys(now, step.content) if key != LEFT_BY_HOOKS]
         if _holds_hooks(step):
             ours = {key for key, hook in now.items() if hooks and isinstance(getattr(hook, "__self__", None), hooks)}
             yield from [_join(step.owner, *path)] if {*keys} - ours else []

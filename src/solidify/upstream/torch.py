@@ -17,6 +17,8 @@ TESTED = "2.13"
 
 # Where a module keeps what is registered in it.
 TABLES = ("_parameters", "_buffers", "_modules")
+# What a hook on gradients leaves behind in a module, once it is taken off.
+LEFT_BY_HOOKS = "_is_full_backward_hook"
 # Where a tensor keeps its hooks: there is no public list of them, so they could not be put back.
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
