@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from solidify.model.extent import Extent
 from solidify.system import foreign
-from solidify.upstream.torch import LEFT_BY_HOOKS, TABLES, TENSOR_HOOKS, writes
+from solidify.upstream.torch import CHILDREN, LEFT_BY_HOOKS, TABLES, TENSOR_HOOKS, writes
 from solidify.weights.format import has_memory, same_bits
 
 _CONTAINERS = (dict, list, set, OrderedDict)
@@ -252,7 +252,7 @@ def _list_differences(step: _Held, hooks: tuple[type, ...]) -> Iterator[str]:
         if _holds_hooks(step):
             ours = {key for key, hook in now.items() if hooks and isinstance(getattr(hook, "__self__", None), hooks)}
             yield from [_join(step.owner, *path)] if {*keys} - ours else []
-        elif not keys and step.path[-1:] == ("_modules",) and list(now) != list(step.content):
+        elif not keys and step.path[-1:] == (CHILDREN,) and list(now) != list(step.content):
             yield f"{_join(step.owner, *path)} (the order of its modules)"
         else:
             yield from (_join(step.owner, *path, str(key)) for key in keys)

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode 
 
 TESTED = "2.13"
 
-# Where a module keeps what is registered in it.
-TABLES = ("_parameters", "_buffers", "_modules")
+# Where a module keeps its children, and all that is registered in it.
+CHILDREN = "_modules"
+TABLES = ("_parameters", "_buffers", CHILDREN)
 # What a hook on gradients leaves behind in a module, once it is taken off.
 LEFT_BY_HOOKS = "_is_full_backward_hook"
 # Where a tensor keeps its hooks: there is no public list of them, so they could not be put back.
