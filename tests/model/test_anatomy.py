@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pico
 import pytest
 import torch
+from transformers import RwkvConfig, RwkvForCausalLM
 
+from solidify.healing import sources
 from solidify.model import anatomy, operations, probing
 
 NAMES = ["model", "model.layers", "model.layers.0", "model.layers.0.mlp", "model.layers.10.mlp", "lm_head", "mlp"]
@@ -107,3 +111,15 @@ def test_inputs_are_made_for_images_and_for_encoder_decoders() -> None:
         decoder_start_token_id=0,
     )
     assert anatomy.run(t5, probing.probe_inputs(t5)).shape == (2, 7, 99)
+
+
+def test_attributes_stay_where_weights_were_written_to() -> None:
+    """RWKV divides weights by two as it evaluates first, and remembers that it has."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=128, context_length=64, rescale_every=2, **sizes)).eval()
+    batch = {"input_ids": torch.randint(3, 128, (2, 9))}
+    wanted = copy.deepcopy(model)(**batch, use_cache=False).logits
+    for _ in range(2):
+        sources.run_until_left(model, batch)
+    assert torch.equal(model(**batch, use_cache=False).logits, wanted)

@@ -206,6 +206,14 @@ def test_what_no_weight_file_holds_is_refused_by_its_name(verb: Any, buffer: boo
         verb(model, "head" if at else MLP, reaching.Sparse, arguments={"buffer": buffer}, **at)
 
 
+@pytest.mark.parametrize("verb", [solidify.replace, solidify.add])
+def test_a_tensor_without_values_is_refused_by_its_name(verb: Any) -> None:
+    model = pico.llama()
+    at: dict[str, Any] = {"reads": "model.norm"} if verb is solidify.add else {}
+    with pytest.raises(SurgeryError, match=r"\.kept is a tensor without values"):
+        verb(model, "head" if at else MLP, reaching.Sparse, arguments={"device": "meta"}, **at)
+
+
 def test_a_class_may_keep_something_in_itself() -> None:
     model = pico.llama()
     for name in ("model.layers.0.mlp", "model.layers.1.mlp"):  # the second time, the model holds one

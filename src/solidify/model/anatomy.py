@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from solidify.behaviour import calling
+from solidify.upstream.torch import writes
 from solidify.weights import mapped
 
 OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # what stands for a model's output, the first there is
@@ -140,8 +141,10 @@ def caches_off(model: nn.Module) -> AbstractContextManager[None]:
 def forgetting(model: nn.Module) -> Iterator[None]:
     """When the block ends, the model has forgotten its calls: attributes and unsaved buffers are as they were before.
 
-    A rotary embedding that grows (`dynamic`, `longrope`) computes otherwise once it has seen a longer text.
+    A rotary embedding that grows (`dynamic`, `longrope`) computes otherwise once it has seen a longer text. Where a
+    parameter was written to in place, attributes stay: one may tell of that (RWKV halves weights as it evaluates).
     """
+    parameters = [(parameter, writes(parameter)) for parameter in model.parameters() if not parameter.is_inference()]
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     before = []
     for module in model.modules():
@@ -151,8 +154,9 @@ def forgetting(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        is_written = any(writes(parameter) != count for parameter, count in parameters)
         for module, plain, buffers in before:
-            _put_back(module, plain, buffers)
+            _put_back(module, vars(module) if is_written else plain, buffers)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def add(
         with constructing.under(model.dtype), torch.device("meta" if before.inputs is None else "cpu"):
             operations.add(model, [name], settings, {"it": module})
         head = model.get_submodule(name)
-        if unstorable := storable.say_first_unstorable(name, head):
+        if unstorable := storable.say_first_unstorable(name, head, filled=before.inputs is not None):
             raise SurgeryError(f"{module.__name__} cannot be added: {unstorable}")
         apart = [""] if hasattr(head, "join") else []  # by it, a head tells the model what transformers must know of it
         started.refuse_altered(module, hooks=(operations.Listener,), apart=apart)

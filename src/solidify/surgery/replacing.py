@@ -168,7 +168,7 @@ class _Replacing:
             new = first if self.shared and first is not None else _build_replacement(self.model, name, original, self)
             if self.weights is not None:
                 self.faults += initial.load(name, new, original, self.weights, names)
-            if unstorable := storable.say_first_unstorable(name, new):
+            if unstorable := storable.say_first_unstorable(name, new, filled=not anatomy.is_meta(self.model)):
                 raise SurgeryError(f"{self.module.__name__} cannot be used there: {unstorable}")
             with calling.buffers_kept(self.model):  # a forward may count in another module's
                 edits.append(self._examine_replacement(name, old, new))
@@ -290,7 +290,7 @@ def _build_replacement(model: PreTrainedModel, name: str, original: nn.Module, a
     for inner in [m for m in new.modules() if id(m) not in own]:
         inner.training = original.training
         for tensor in (*own_parameters(inner).values(), *own_buffers(inner).values()):
-            if tensor is not None and id(tensor) not in kept:
+            if tensor is not None and id(tensor) not in kept and not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
     calling.put_training_modes(modes)
     return new

@@ -12,14 +12,19 @@ from solidify.weights.format import DTYPES
 _UNKEPT = "which weight files do not hold"
 
 
-def say_first_unstorable(name: str, module: nn.Module) -> str | None:
+def say_first_unstorable(name: str, module: nn.Module, *, filled: bool) -> str | None:
     """Says which tensor of a module no weight file holds, the first of them; `name` is the module's.
 
-    Of those that its state leaves out, sparse and nested ones: they could not be compared.
+    Of those that its state leaves out, sparse and nested ones: they could not be compared. A module that must be
+    `filled` has no tensor without values (on the meta device).
     """
     unsaved = {id(own_buffers(part).get(key)) for part in module.modules() for key in unsaved_buffers(part)}
     held = [*module.named_parameters(prefix=name), *module.named_buffers(prefix=name)]
-    said = ((key, say_layout(tensor) if id(tensor) in unsaved else say_unstorable(tensor)) for key, tensor in held)
+    empty = {key: "a tensor without values (on the meta device); fill it" for key, t in held if filled and t.is_meta}
+    said = (
+        (key, empty.get(key) or (say_layout(tensor) if id(tensor) in unsaved else say_unstorable(tensor)))
+        for key, tensor in held
+    )
     return next((f"{key} is {words}" for key, words in said if words), None)
 
 

@@ -56,9 +56,9 @@ class Calibrated(Wrapped):
 class Sparse(nn.Module):
     """Holds a tensor that no weight file holds."""
 
-    def __init__(self, buffer=False):
+    def __init__(self, buffer=False, device="cpu"):
         super().__init__()
-        tensor = torch.eye(4).to_sparse()
+        tensor = torch.eye(4, device="meta") if device == "meta" else torch.eye(4).to_sparse()
         self.register_buffer("kept", tensor) if buffer else self.register_parameter("kept", nn.Parameter(tensor))
 
     def forward(self, hidden_states):
