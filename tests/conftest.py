@@ -75,6 +75,14 @@ def quiet_and_seeded() -> None:
     calling.set_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def looked_through() -> Iterator[None]:
+    """Leaves what a file of tests leaves behind out of later looks for garbage: each trainer that begins has one."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def unsynced() -> Iterator[None]:
     """Waits for no disk: what outlives a power cut is told by `system/test_disk.py`, from the calls and by strace."""

@@ -105,15 +105,15 @@ def test_an_honest_attention_is_taken(family: str, name: str) -> None:
     assert judged(model, place, name) == ""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_fault_in_a_feed_forward_is_named(family: str, name: str) -> None:
     model, place, _ = made(family)
     assert PLANTED[name] in judged(model, place, name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PLANTED_ATTENTION)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_fault_in_an_attention_is_named(family: str, name: str) -> None:
     model, _, place = made(family)
     assert PLANTED_ATTENTION[name] in judged(model, place, name)
