@@ -51,7 +51,8 @@ class Snapshot:
             self._remember_object(owner, (), module)
         self._parameters = [_Parameter(name, p, extent.whole) for name, p in model.named_parameters()]
         self._buffers = [
-            _Buffer(name, b, b.data, b.detach().clone(), b.requires_grad) for name, b in model.named_buffers()
+            _Buffer(name, b, b.data, b.detach().clone(), b.requires_grad, _count_bytes(b))
+            for name, b in model.named_buffers()
         ]
 
     def _remember_object(self, owner: str, path: tuple[str, ...], value: Any) -> None:
@@ -177,6 +178,7 @@ class _Buffer(NamedTuple):
     data: torch.Tensor
     copy: torch.Tensor
     requires_grad: bool
+    nbytes: int
 
     def is_overwritten(self) -> bool:
         """Returns whether it has other values."""
@@ -185,9 +187,9 @@ class _Buffer(NamedTuple):
     def put_back(self) -> None:
         """Gives it its memory and values."""
         if not self.data.is_meta and not has_memory(self.data):
-            self.data.untyped_storage().resize_(self.data.nbytes)
+            self.data.untyped_storage().resize_(self.nbytes)
         self.buffer.data = self.data
-        if self.buffer.is_floating_point() or self.buffer.is_complex():
+        if self.buffer.requires_grad is not self.requires_grad:
             self.buffer.requires_grad_(self.requires_grad)
         if self.is_overwritten():
             self.buffer.data.copy_(self.copy)
@@ -199,7 +201,7 @@ def _can_be_patched(kind: type) -> bool:
 
 
 def _count_bytes(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+    return 0 if tensor.is_meta or tensor.layout != torch.strided else tensor.untyped_storage().nbytes()
 
 
 def is_within(name: str, changes: Collection[str]) -> bool:

@@ -138,8 +138,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Returns whether the storage of a tensor holds all its values: one that was freed is read past its end."""
-    if tensor.is_meta:
-        return False
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return not tensor.is_meta
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
     return tensor.untyped_storage().nbytes() >= end
