@@ -318,6 +318,19 @@ def test_a_write_past_the_sample_is_seen_in_a_page_that_was_written_to_before(tm
     reaching.REACHED.clear()
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_of_a_small_tensor_every_value_is_compared(tmp_path: Path, mapped: bool) -> None:
+    """A mapped one lies in a page with others; once one of these was written to, the system says nothing of it."""
+    model = bounded(tmp_path, mapped=mapped)
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    model.model.layers[1].self_attn.q_proj.weight.data[-1, -1] = 1.0
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = 1.0
+    reaching.REACHED["write"] = lambda: weight.data[5, 6].add_(1)
+    with pytest.raises(SurgeryError, match=r"k_proj\.weight"):
+        solidify.replace(model, "model.layers.*.mlp", reaching.InAdopt, extent=Extent(whole=False))
+    reaching.REACHED.clear()
+
+
 def test_the_same_memory_read_otherwise_is_another_tensor(tmp_path: Path) -> None:
     model = bounded(tmp_path, mapped=True)
     weight = model.lm_head.weight

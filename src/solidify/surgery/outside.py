@@ -2,7 +2,7 @@
 
 Of a small model there are copies of all values. Of a bounded one a write is seen by the number of writes that torch
 counts (not through `.data`), by the pages of a mapped file that became the process's own and are no longer the file's,
-and, of what is in memory, by a sample of the values. What a forward moves in buffers is put back by whoever runs it.
+and, of what is in memory, by the values of small tensors and a sample of those of others. What a forward moves in buffers is put back by whoever runs it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from solidify.weights.format import same_bits
 
 _NAMED = 6  # at most, in a message
 _SAMPLE = 64  # values of a tensor, at most
+_SMALL = 2**16  # bytes of a tensor that is copied whole: it may lie in a page that a neighbour was written to in
 
 
 class Outside:
@@ -102,7 +103,7 @@ class _Trace:
     @classmethod
     def of(cls, tensor: torch.Tensor, region: tuple[Path, int] | None) -> _Trace:
         """Looks at a tensor, one that is an unchanged part of a file or not."""
-        sample = None if region is not None else take_sample(tensor.data)  # to read a mapped one, the disk must, too
+        sample = None if region is not None else _copy_some(tensor.data)  # to read a mapped one, the disk must, too
         return cls(tensor, tensor.data, writes(tensor), region, sample)
 
     def is_overwritten(self) -> bool:
@@ -111,7 +112,7 @@ class _Trace:
             return True
         if self.region is not None:
             return mapped.differs_from_file(self.data, self.region)
-        return self.sample is not None and not same_bits(take_sample(self.data), self.sample)
+        return self.sample is not None and not same_bits(_copy_some(self.data), self.sample)
 
     def is_other(self, now: torch.Tensor) -> bool:
         """Returns whether what stands at the tensor's name is another than it was; it may have moved in memory."""
@@ -124,6 +125,11 @@ def _lie(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.is_meta:
         return ()
     return tensor.data_ptr(), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+
+
+def _copy_some(data: torch.Tensor) -> torch.Tensor:
+    """Copies a small tensor, and some values of a larger one."""
+    return data.clone() if data.nbytes <= _SMALL else take_sample(data)
 
 
 def take_sample(data: torch.Tensor) -> torch.Tensor:
