@@ -2,7 +2,8 @@
 
 Of a small model there are copies of all values. Of a bounded one a write is seen by the number of writes that torch
 counts (not through `.data`), by the pages of a mapped file that became the process's own and are no longer the file's,
-and, of what is in memory, by the values of small tensors and a sample of those of others. What a forward moves in buffers is put back by whoever runs it.
+and, of what is in memory, by the values of small tensors and a sample of those of others. What a forward moves in
+buffers is put back by whoever runs it.
 """
 
 from __future__ import annotations
